@@ -1,0 +1,157 @@
+"""Measurements of a model's weights, as the nGPT paper shows them (sec. 3.2, figs. 4 to 6): numbers in, numbers out.
+
+Every function takes a `GPT` or an `NGPT` (or anything with the same module names) on any device and in any dtype, computes
+in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN or Inf. A state dict is measured through
+`from_state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spherelm.models import Config, build
+
+Array = NDArray[np.float64]
+
+ATTENTION_MATRICES = {"Q": "attention.q", "K": "attention.k", "V": "attention.v", "W_o": "attention.o"}
+MLP_MATRICES = {"W_u": "mlp.u", "W_v": "mlp.v", "W_oMLP": "mlp.o"}
+SCALES = {
+    "alpha_A": "alpha_a",
+    "alpha_M": "alpha_m",
+    "s_qk": "attention.s_qk",
+    "s_u": "mlp.s_u",
+    "s_v": "mlp.s_v",
+}
+EMBEDDINGS = {"input": "embed", "output": "head"}
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """All measurements of one model; arrays are float64.
+
+    `scales`: mean per layer of each learned scale, `{"alpha_A": [n_layers], ...}`, empty for a GPT.
+    `s_z`: effective logit scales in ascending order [vocab_size], or None for a GPT.
+    `embedding_norms`: row norms in ascending order, `{"input": [vocab_size], "output": [vocab_size]}`.
+    `condition_numbers`: per layer, `{"Q": [n_layers], ..., "W_oMLP": [n_layers]}`.
+    """
+
+    scales: dict[str, Array]
+    s_z: Array | None
+    embedding_norms: dict[str, Array]
+    condition_numbers: dict[str, Array]
+
+
+def measure(model: nn.Module) -> WeightReport:
+    """Everything below of one model; `ValueError` if any of its parameters holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        _numbers(parameter, name)
+    return WeightReport(scales(model), logit_scales(model), embedding_norms(model), condition_numbers(model))
+
+
+def from_state(config: Config, state: Mapping[str, Tensor]) -> WeightReport:
+    """`measure` for a state dict of the model that `config` (a `GPTConfig` or an `NGPTConfig`) describes."""
+    model = build(config)
+    model.load_state_dict(dict(state))
+    return measure(model)
+
+
+def scales(model: nn.Module) -> dict[str, Array]:
+    """Mean of each learned scale per layer, `{name: [n_layers]}` (fig. 6); names that no layer has are left out.
+
+    Effective values, `value * init / scale`; of `alpha_A` and `alpha_M` the absolute value, as the forward pass uses it.
+    Dimensionless. `s_v` is without its constant factor sqrt(d_model).
+    """
+    means = {}
+    for name, path in SCALES.items():
+        layers = [_effective(block, path) for block in _blocks(model)]
+        if layers and all(layer is not None for layer in layers):
+            values = [np.abs(layer) if name.startswith("alpha") else layer for layer in layers if layer is not None]
+            means[name] = np.array([value.mean() for value in values])
+    return means
+
+
+def logit_scales(model: nn.Module) -> Array | None:
+    """Effective `s_z` in ascending order [vocab_size] (fig. 6, last panel); None for a model without one."""
+    values = _effective(model, "s_z")
+    return None if values is None else np.sort(values.ravel())
+
+
+def quantiles(values: Array, levels: Sequence[float] = LEVELS) -> dict[float, float]:
+    """`{level: quantile}` of the values; level 0 is the smallest value, 1 the largest."""
+    return dict(zip(levels, np.quantile(values, levels).tolist(), strict=True))
+
+
+def embedding_norms(model: nn.Module) -> dict[str, Array]:
+    """Euclidean lengths of the rows of the input and the output embedding, ascending, each [vocab_size] (fig. 4)."""
+    norms = {}
+    for name, path in EMBEDDINGS.items():
+        norms[name] = np.sort(np.linalg.norm(_weight(model, path), axis=1))
+    return norms
+
+
+def condition_numbers(model: nn.Module) -> dict[str, Array]:
+    """Largest over smallest singular value per layer, `{matrix: [n_layers]}` (fig. 5); inf for a matrix without full rank.
+
+    Of the attention matrices the median over heads: rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time.
+    """
+    heads = _n_heads(model)
+    result: dict[str, list[float]] = {name: [] for name in (*ATTENTION_MATRICES, *MLP_MATRICES)}
+    for block in _blocks(model):
+        for name, path in ATTENTION_MATRICES.items():
+            result[name].append(_median_over_heads(_weight(block, path), heads, columns=name == "W_o"))
+        for name, path in MLP_MATRICES.items():
+            result[name].append(float(_condition(_weight(block, path))))
+    return {name: np.array(values) for name, values in result.items()}
+
+
+def _median_over_heads(weight: Array, n_heads: int, columns: bool) -> float:
+    """Median condition number of the [d_k, d_model] slices; `weight` is [heads*d_k, d_model], or transposed."""
+    rows = weight.T if columns else weight
+    d_model = rows.shape[1]
+    return float(np.median(_condition(rows.reshape(-1, d_model // n_heads, d_model))))
+
+
+def _condition(matrices: Array) -> Array:
+    """Condition numbers of the last two axes. torch's driver, which is several times as fast as numpy's here."""
+    singular = torch.linalg.svdvals(torch.from_numpy(np.ascontiguousarray(matrices))).numpy()
+    with np.errstate(divide="ignore"):
+        return np.asarray(singular[..., 0] / singular[..., -1])
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
+        raise ValueError(f"cannot measure a {type(model).__name__}: it has no `blocks`; pass a GPT or an NGPT")
+    return list(blocks)
+
+
+def _n_heads(model: nn.Module) -> int:
+    return int(model.config.n_heads)  # type: ignore[union-attr, arg-type]
+
+
+def _effective(module: nn.Module, path: str) -> Array | None:
+    """The effective value of the scale at `path`, or None where there is none."""
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+        if module is None:
+            return None
+    return _numbers(module(), path)
+
+
+def _weight(module: nn.Module, path: str) -> Array:
+    return _numbers(module.get_submodule(path).weight, path)  # type: ignore[arg-type]
+
+
+def _numbers(tensor: Tensor, name: str) -> Array:
+    """The tensor in float64 on the CPU; `ValueError` if it is not finite."""
+    values = tensor.detach().to("cpu", torch.float64).numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
+    return values

@@ -1,0 +1,288 @@
+"""The command line: parses arguments, calls the floor below, and turns what users got wrong into one line and exit code 2.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional
+
+Flag = Annotated[bool, FlagCreatePairsOff]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+app = tyro.extras.SubcommandApp()
+data_app = tyro.extras.SubcommandApp()
+app.command(data_app, name="data")
+
+
+@app.command
+def compare(
+    out: Path,
+    data: Path | None = None,
+    preset: str = "demo",
+    recipe: str = "default",
+    steps: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    lr_gpt: float | None = None,
+    lr_ngpt: float | None = None,
+    seeds: int = 1,
+    quick: Flag = False,
+    dtype: Dtype = "auto",
+    no_compile: Flag = False,
+    workers: int | None = None,
+    resume: Flag = False,
+) -> None:
+    """Train GPT and nGPT side by side and write a page that says how many fewer tokens the better one needs.
+
+    Args:
+        out: Directory for both arms' runs, summary.json and report.html.
+        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        preset: Size and length of the models' runs.
+        recipe: How each arm is trained: "default" or "paper".
+        steps: Updates of a full run; the preset's if left out.
+        seq_len: Tokens a sequence; the preset's if left out.
+        batch_size: Sequences an update; the preset's if left out.
+        lr_gpt: GPT's peak learning rate; the one tuned for the preset if left out.
+        lr_ngpt: nGPT's peak learning rate; the one tuned for the preset if left out.
+        seeds: Runs an arm; with 2 or more the speedup gets an interval.
+        quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        no_compile: Do not use torch.compile (the demo preset does not anyway).
+        workers: Runs at once; one a core if left out, one in all on an accelerator.
+        resume: Go on with the comparison in `out`.
+    """
+    from spherelm.compare.comparison import CompareConfig
+    from spherelm.compare.comparison import compare as run_comparison
+
+    config = CompareConfig(
+        preset=preset,
+        recipe=recipe,
+        data=None if data is None else str(data),
+        seeds=seeds,
+        quick=quick,
+        steps=steps,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        lr_gpt=lr_gpt,
+        lr_ngpt=lr_ngpt,
+        dtype=dtype,
+        compile=False if no_compile else None,
+    )
+    summary = run_comparison(config, out, resume, workers)
+    print(json.dumps({"speedup": summary["speedup"], "step_time_ratio": summary["step_time_ratio"]}, indent=2))
+    print(f"The page: {(out / 'report.html').resolve()}")
+
+
+@app.command
+def train(
+    arm: Literal["gpt", "ngpt"],
+    out: Path,
+    data: Path | None = None,
+    preset: str = "demo",
+    recipe: str = "default",
+    steps: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    no_compile: Flag = False,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    keep: int | None = None,
+    resume: Flag = False,
+    dry_run: Flag = False,
+) -> None:
+    """Train one model.
+
+    Args:
+        arm: The baseline (gpt) or the normalized Transformer (ngpt).
+        out: Run directory: config.json, metrics.jsonl, checkpoints.
+        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        preset: Size and length of the run.
+        recipe: How the arm is trained: "default" or "paper".
+        steps: Updates; the preset's if left out.
+        seq_len: Tokens a sequence; the preset's if left out.
+        batch_size: Sequences an update; the preset's if left out.
+        micro_batch_size: Sequences at once, gradients accumulating over the batch; the preset's if left out.
+        lr: Peak learning rate; the one tuned for the preset and recipe if left out.
+        seed: Of the weights' start and of the order of the text.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        no_compile: Do not use torch.compile.
+        eval_every: Updates between validations.
+        save_every: Updates between checkpoints, 0 for one at the end.
+        keep: Checkpoints that stay.
+        resume: Go on with the run in `out` from its last checkpoint.
+        dry_run: Print the resolved configuration and the number of parameters, and stop.
+    """
+    from spherelm.train.trainer import vocabulary_size
+
+    path = None if data is None else str(data)
+    from spherelm.recipes import PRESETS, make_run
+
+    # A size that names its own vocabulary needs no data to be described.
+    known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
+    config = make_run(
+        arm,
+        preset,
+        recipe,
+        vocab_size=known or vocabulary_size(path),
+        data=path,
+        lr=lr,
+        steps=steps,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+        dtype=dtype,
+        compile=False if no_compile else None,
+        eval_every=eval_every,
+        save_every=save_every,
+        keep=keep,
+    )
+    if dry_run:
+        from spherelm.models import parameter_count
+        from spherelm.train.config import to_dict
+
+        print(json.dumps({"parameters": parameter_count(config.model), **to_dict(config)}, indent=2))
+        return
+    from spherelm.train.trainer import train as run_training
+
+    loss = run_training(config, out, resume)
+    print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
+
+
+@data_app.command
+def prepare(
+    input: list[Path],
+    out: Path,
+    tokenizer: str = "default",
+    val: list[Path] | None = None,
+    val_fraction: float | None = None,
+    workers: int | None = None,
+) -> None:
+    """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) into a data directory of token shards.
+
+    Args:
+        input: Text files: a .txt is one document, a .jsonl line or .parquet row has one in "text".
+        out: The data directory to make.
+        tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
+        val: Files of validation text.
+        val_fraction: Instead of `val`: the part of the documents that is held out; 0.01 if neither is given.
+        workers: Processes; one a core if left out.
+    """
+    from spherelm.data.prepare import prepare as run_preparation
+
+    manifest = run_preparation(
+        input, out, tokenizer, val=val, val_fraction=val_fraction, workers=workers, progress=True
+    )
+    for split, counts in manifest["splits"].items():
+        print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+
+
+@app.command
+def generate(
+    run: Positional[Path],
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    samples: int = 1,
+    seed: int = 0,
+) -> None:
+    """Continue a text.
+
+    Args:
+        run: A run directory, or one of its checkpoints.
+        prompt: How the text begins.
+        max_new_tokens: Tokens to add.
+        temperature: 0 always takes the most probable token; 1 draws as the model predicts.
+        top_k: Draw among the k most probable tokens only.
+        top_p: Draw among the fewest tokens that reach this probability.
+        samples: Continuations to draw.
+        seed: Of the draw.
+    """
+    from spherelm.train.samples import continuations
+
+    texts = continuations(
+        run, prompt, samples, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    print("\n---\n".join(prompt + text for text in texts))
+
+
+@app.command
+def sweep(
+    out: Path,
+    arms: tuple[Literal["gpt", "ngpt"], ...] = ("gpt", "ngpt"),
+    lr: tuple[float, ...] = (),
+    vary: tuple[str, ...] = (),
+    preset: str = "demo",
+    recipe: tuple[str, ...] = ("default",),
+    steps: int | None = None,
+    data: Path | None = None,
+    seeds: int = 1,
+    workers: int | None = None,
+) -> None:
+    """Train every combination of arms, recipes, learning rates and varied fields; resumable by giving the command again.
+
+    Args:
+        out: Directory for the runs and sweep.json.
+        arms: Which arms.
+        lr: Peak learning rates; the tuned one if left out.
+        vary: Fields and their values, such as alpha_init=0.05,0.25 or batch_size=4,8.
+        preset: Size and length of the runs.
+        recipe: How the arms are trained, one or several.
+        steps: Updates; the preset's if left out.
+        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        seeds: Runs a combination.
+        workers: Runs at once; one a core if left out.
+    """
+    from spherelm.compare.sweep import grid, parse_axis, table
+    from spherelm.compare.sweep import sweep as run_sweep
+    from spherelm.train.trainer import vocabulary_size
+
+    path = None if data is None else str(data)
+    axes = {"arm": arms, "preset": (preset,), "recipe": recipe, **dict(parse_axis(text) for text in vary)}
+    axes |= {"lr": lr} if lr else {}
+    axes |= {"steps": (steps,)} if steps else {}
+    rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
+    print(table(rows))
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Say one line and leave with `code`."""
+    print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 128 + n signal n."""
+    try:
+        app.cli(prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline.")
+    except (ValueError, OSError) as error:
+        stop(str(error), 2)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+    except RuntimeError as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        stop(str(error), code)
+
+
+def exit_code(error: RuntimeError) -> int | None:
+    """The exit code of an error that training raises on purpose, `None` for any other."""
+    from spherelm.train.trainer import Diverged, Interrupted
+
+    if isinstance(error, Interrupted):
+        return 128 + error.signal_number
+    return 1 if isinstance(error, Diverged) else None

@@ -1,0 +1,185 @@
+"""The main job: both arms on the same text, batches and budget, and a page that says what came of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spherelm.compare.cost import StepCost, measure_cost
+from spherelm.compare.jobs import Job, run_jobs
+from spherelm.compare.report import write_report
+from spherelm.compare.speedup import Point, speedup, winner
+from spherelm.data.shards import open_tokens
+from spherelm.evaluate.perplexity import bits_per_byte
+from spherelm.models import ARMS, parameter_count
+from spherelm.recipes import make_run
+from spherelm.train.config import RunConfig
+from spherelm.train.metrics import read_metrics
+from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
+from spherelm.train.samples import continuations
+from spherelm.train.trainer import data_directory, tokens_per_byte
+
+SHORTER = (0.4, 0.65)
+"""The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own."""
+
+PROMPT = "The old man looked out over the sea, and"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared: a preset, a recipe, seeds, and what shall differ from the preset (`None`: nothing).
+
+    quick: read the speedup off the curve within the full runs instead of training at shorter budgets as well.
+    """
+
+    preset: str = "demo"
+    recipe: str = "default"
+    data: str | None = None
+    seeds: int = 1
+    quick: bool = False
+    steps: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    lr_gpt: float | None = None
+    lr_ngpt: float | None = None
+    dtype: str | None = None
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
+        """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
+        return make_run(
+            arm,
+            self.preset,
+            self.recipe,
+            vocab_size=vocab_size,
+            data=self.data,
+            lr=self.lr_gpt if arm == "gpt" else self.lr_ngpt,
+            steps=steps or self.steps,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            compile=self.compile,
+            seed=seed,
+        )
+
+
+def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int | None = None) -> dict[str, Any]:
+    """Train both arms as `config` says in directories below `out`; write `summary.json`, `samples.json`, `report.html`.
+
+    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given.
+    """
+    start = time.perf_counter()
+    directory = data_directory(config.data)
+    text, held_out = open_tokens(directory, "train"), open_tokens(directory, "val")
+    full = {arm: [config.run(arm, text.vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
+    identity = {"train": text.fingerprint, "val": held_out.fingerprint, "tokenizer": text.tokenizer_fingerprint}
+    claim_directory(out, {**vars(config), "data_identity": identity}, resume)
+    jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
+    # Seed by seed, so that both arms of a pair run side by side.
+    in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
+    losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
+    final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
+    best = winner(final)
+    shorter = [] if config.quick else shorter_jobs(config, best, text.vocab_size, jobs[best][0].config.train.steps, out)
+    shorter_losses = run_jobs(shorter, workers, "shorter runs")
+    cost = measure_cost(full["gpt"][0], full["ngpt"][0])
+    summary = summarize(
+        config, jobs, final, list(zip(shorter, shorter_losses, strict=True)), cost, tokens_per_byte(held_out)
+    )
+    summary["wall_seconds"] = time.perf_counter() - start
+    write_json(out / "summary.json", summary)
+    write_json(out / "samples.json", samples({arm: jobs[arm][0].out for arm in jobs}))
+    write_report(out)
+    return summary
+
+
+def shorter_jobs(config: CompareConfig, arm: str, vocab_size: int, steps: int, out: Path) -> list[Job]:
+    """Full schedules of the parts `SHORTER` of `steps`, for every seed."""
+    jobs = []
+    for part in SHORTER:
+        count = max(1, round(part * steps))
+        for seed in range(config.seeds):
+            jobs.append(Job(config.run(arm, vocab_size, seed, steps=count), out / f"{arm}-{seed}-steps{count}"))
+    return jobs
+
+
+def in_run_curve(run: Path) -> list[Point]:
+    """(tokens, validation loss) along a run, its untrained start left out."""
+    return [(r["tokens"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "val" and r["step"]]
+
+
+def tokens_of(config: RunConfig) -> int:
+    """How many tokens a whole run trains on."""
+    return config.train.steps * config.train.batch_size * config.train.seq_len
+
+
+def summarize(
+    config: CompareConfig,
+    jobs: dict[str, list[Job]],
+    final: dict[str, list[float]],
+    shorter: list[tuple[Job, float]],
+    cost: StepCost,
+    rate: float,
+) -> dict[str, Any]:
+    """What `summary.json` says; rate: tokens a byte of the validation text."""
+    best, first = winner(final), jobs["gpt"][0].config
+    if config.quick:
+        curves, method = [in_run_curve(job.out) for job in jobs[best]], "in-run"
+    else:
+        whole = zip(jobs[best], final[best], strict=True)
+        ends = {job.config.train.seed: [(float(tokens_of(job.config)), loss)] for job, loss in whole}
+        for job, loss in shorter:
+            ends[job.config.train.seed].append((float(tokens_of(job.config)), loss))
+        curves, method = list(ends.values()), "schedule-ends"
+    seconds = {"gpt": cost.gpt_seconds, "ngpt": cost.ngpt_seconds}
+    micro = (first.train.micro_batch_size or first.train.batch_size) * first.train.seq_len
+    return {
+        "arms": {
+            arm: {
+                "final_loss": float(np.mean(final[arm])),
+                "final_loss_by_seed": final[arm],
+                "final_loss_se": float(np.std(final[arm], ddof=1) / len(final[arm]) ** 0.5) if config.seeds > 1 else None,
+                "bits_per_byte": bits_per_byte(float(np.mean(final[arm])), rate),
+                "tokens_per_second": micro / seconds[arm],
+                "lr": jobs[arm][0].config.optim.lr,
+                "recipe": config.recipe,
+                "parameters": parameter_count(jobs[arm][0].config.model),
+                "runs": [job.out.name for job in jobs[arm]],
+            }
+            for arm in ARMS
+        },
+        "short_runs": [
+            {
+                "run": job.out.name,
+                "arm": job.config.arm,
+                "seed": job.config.train.seed,
+                "steps": job.config.train.steps,
+                "tokens": tokens_of(job.config),
+                "final_loss": loss,
+            }
+            for job, loss in shorter
+        ],
+        "speedup": speedup(final, tokens_of(first), curves, cost.ratio, method),
+        "step_time_ratio": cost.ratio,
+        "config": {**vars(config), "steps": first.train.steps, "seq_len": first.train.seq_len,
+                   "batch_size": first.train.batch_size, "tokens": tokens_of(first)},
+        "command": command_line(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }  # fmt: skip
+
+
+def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str, Any]:
+    """`samples.json`: what each arm's first run makes of the same beginning, drawn at temperature 0.8 among 50 tokens."""
+    drawn = {
+        arm: continuations(run, PROMPT, count, length, temperature=0.8, top_k=50, seed=0) for arm, run in runs.items()
+    }
+    return {"prompt": PROMPT, **drawn}

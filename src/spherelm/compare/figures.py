@@ -1,0 +1,189 @@
+"""The report's figures: which numbers go into each, and the caption that says what is seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spherelm.analysis import plots
+from spherelm.analysis.weights import ATTENTION_MATRICES, MLP_MATRICES, WeightReport
+from spherelm.compare.record import Arm, Comparison
+from spherelm.compare.wording import NAMES, bound_on_tokens, listed, loss_text, si
+
+Weights = Mapping[str, Sequence[WeightReport]]
+SCALE_NAMES = {"s_qk": "s<sub>qk</sub>", "s_u": "s<sub>u</sub>", "s_v": "s<sub>v</sub>"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: the SVG, a title (plain text) and a caption (HTML, already escaped)."""
+
+    svg: str
+    title: str
+    caption: str
+
+
+def loss_figures(comparison: Comparison) -> list[Figure]:
+    """Validation loss over tokens and over seconds."""
+    return [_loss_figure(comparison, "tokens"), _loss_figure(comparison, "seconds")]
+
+
+def weight_figures(weights: Weights) -> list[Figure]:
+    """What the trained weights look like, `{"gpt": [one report per seed], "ngpt": ...}`."""
+    ngpt = weights["ngpt"]
+    figures = []
+    if {"alpha_A", "alpha_M"} & ngpt[0].scales.keys():
+        figures.append(_alpha_figure(_by_name([report.scales for report in ngpt])))
+    if SCALE_NAMES.keys() & ngpt[0].scales.keys():
+        figures.append(_scales_figure(_by_name([report.scales for report in ngpt])))
+    logit_scales = [report.s_z for report in ngpt if report.s_z is not None]
+    if logit_scales:
+        figures.append(_logit_scale_figure(logit_scales))
+    norms = {arm: _by_name([report.embedding_norms for report in reports]) for arm, reports in weights.items()}
+    conditions = {arm: _by_name([report.condition_numbers for report in reports]) for arm, reports in weights.items()}
+    figures.append(_norm_figure(norms))
+    figures.append(_condition_figure(conditions, tuple(ATTENTION_MATRICES), "attention"))
+    figures.append(_condition_figure(conditions, tuple(MLP_MATRICES), "MLP"))
+    return figures
+
+
+def _loss_figure(comparison: Comparison, unit: str) -> Figure:
+    winner, loser = comparison.arms[comparison.winner], comparison.arms[comparison.loser]
+    level = None if math.isnan(loser.final_loss) else loser.final_loss
+    crossing, label = (None, "") if level is None else _crossing(comparison, unit)
+    ends = [(getattr(end, unit), end.loss) for end in comparison.ends]
+    curves = {name: [plots.Curve(getattr(run, unit), run.loss) for run in arm.runs] for name, arm in comparison.arms.items()}
+    plot = plots.LossPlot(
+        curves=curves,
+        means={name: mean for name, arm in comparison.arms.items() if (mean := _mean_curve(arm, unit)) is not None},
+        level=level,
+        level_arm=loser.name,
+        ends=[*ends, (getattr(winner, unit), winner.final_loss)] if ends else [],
+        ends_arm=winner.name,
+        crossing=None if crossing is None or level is None else (crossing, level),
+        crossing_label=label,
+        unit=unit,
+    )
+    title = f"Validation loss over training {'tokens' if unit == 'tokens' else 'time'}"
+    finals = [f"{NAMES[name]} ends at {loss_text(arm.final_loss)}" for name, arm in comparison.arms.items()]
+    description = f"{listed(finals)} nats per token after {si(winner.tokens)} tokens."
+    caption = _loss_caption(comparison, unit, crossing is not None)
+    return Figure(plots.loss_curves(plot, f"loss-{unit}", title, description), title, caption)
+
+
+def _mean_curve(arm: Arm, unit: str) -> plots.Curve | None:
+    curve = arm.mean_curve()
+    if curve is None:
+        return None
+    tokens, seconds, loss = curve
+    return plots.Curve(tokens if unit == "tokens" else seconds, loss)
+
+
+def _crossing(comparison: Comparison, unit: str) -> tuple[float | None, str]:
+    """Where the winner reaches the loser's final loss, in the unit of the axis, and its label."""
+    reached = comparison.speedup.get("tokens_to_reach")
+    if reached is None:
+        return None, ""
+    sign = "≤ " if bound_on_tokens(comparison) == "at most" else "≥ " if bound_on_tokens(comparison) else ""
+    if unit == "tokens":
+        return float(reached), f"{sign}{si(float(reached))} tokens"
+    winner = comparison.arms[comparison.winner]
+    seconds = winner.seconds * float(reached) / winner.tokens
+    return seconds, f"{sign}{seconds:,.0f} s"
+
+
+def _loss_caption(comparison: Comparison, unit: str, crossed: bool) -> str:
+    winner, loser = NAMES[comparison.winner], NAMES[comparison.loser]
+    diamond = f"The diamond marks where {winner} reaches {loser}&rsquo;s final loss. " if crossed else ""
+    if unit == "seconds":
+        full = [f"{arm.seconds:,.0f} s for a full {NAMES[name]} run" for name, arm in comparison.arms.items() if arm.whole_runs]
+        return (
+            f"The same over training time as the runs recorded it, validation not counted: {listed(full)}. {diamond}"
+            "Runs may have shared the machine; the factor in seconds above uses step times measured apart."
+        )
+    several = "Thin lines are single seeds, thick lines their mean. " if comparison.seeds > 1 else "One seed an arm. "
+    ends = ""
+    if comparison.ends:
+        ends = (
+            f"Circles are where {winner} ends when its whole schedule is shorter; only such ends are comparable with the dashed "
+            "line, not the curves on their way. "
+        )
+    gone = [f"{run.name} diverged. " for arm in comparison.arms.values() for run in arm.runs if run.diverged]
+    return f"{several}{''.join(gone)}{ends}{diamond}The steep beginning is cut off. Corresponds to figures 1 and 2 of the paper."
+
+
+def _alpha_figure(scales: dict[str, list[Any]]) -> Figure:
+    title = "Eigen learning rates per layer"
+    spans = [f"|α<sub>{name[-1]}</sub>| {_span(scales[name])}" for name in ("alpha_A", "alpha_M") if name in scales]
+    caption = (
+        f"How far each block moves the hidden state towards its proposal, averaged over channels: {listed(spans)}. "
+        "Figure 6 of the paper, left."
+    )
+    description = "Mean absolute alpha of the attention and MLP blocks of nGPT, by layer."
+    return Figure(plots.eigen_learning_rates(scales, "alpha", title, description), title, caption)
+
+
+def _scales_figure(scales: dict[str, list[Any]]) -> Figure:
+    title = "Learned scales per layer"
+    spans = [f"{markup} {_span(scales[name])}" for name, markup in SCALE_NAMES.items() if name in scales]
+    caption = f"Effective values, averaged over heads and channels: {listed(spans)}. Figure 6 of the paper, middle."
+    description = "Mean effective s_qk, s_u and s_v of nGPT, by layer."
+    return Figure(plots.layer_scales(scales, "scales", title, description), title, caption)
+
+
+def _logit_scale_figure(values: Sequence[Any]) -> Figure:
+    title = "Logit scales"
+    low, median, high = np.quantile(np.concatenate(list(values)), (0.05, 0.5, 0.95))
+    caption = (
+        f"Distribution of the effective s<sub>z</sub> over the vocabulary: median {median:.3g}, nine in ten between {low:.3g} "
+        f"and {high:.3g}. It turns cosines into logits. Figure 6 of the paper, right."
+    )
+    description = f"Histogram of s_z, median {median:.3g}."
+    return Figure(plots.logit_scales(values, "sz", title, description), title, caption)
+
+
+def _norm_figure(norms: Mapping[str, dict[str, list[Any]]]) -> Figure:
+    title = "Embedding norms"
+    spans = {
+        arm: listed([f"{name} {_span(tables[name])}" for name in ("input", "output")]) for arm, tables in norms.items()
+    }
+    unit = all(
+        abs(length - 1) < 1e-3 for tables in norms["ngpt"].values() for seed in tables for length in (seed[0], seed[-1])
+    )
+    ngpt = "are 1 by construction, so its two lines coincide" if unit else f"go from {spans['ngpt']}"
+    caption = (
+        f"Lengths of the embedding vectors, sorted. GPT&rsquo;s go from {spans['gpt']}; nGPT&rsquo;s {ngpt}. "
+        "Figure 4 of the paper, top."
+    )
+    description = "Sorted norms of input and output embedding vectors of both arms."
+    return Figure(plots.embedding_norms(norms, "norms", title, description), title, caption)
+
+
+def _condition_figure(numbers: Mapping[str, dict[str, list[Any]]], names: tuple[str, ...], part: str) -> Figure:
+    title = f"Condition numbers, {part} matrices"
+    medians = {
+        arm: float(np.median([value for name in names for seed in matrices[name] for value in seed]))
+        for arm, matrices in numbers.items()
+    }
+    heads = ", median over heads" if part == "attention" else ""
+    caption = (
+        f"Largest over smallest singular value per layer{heads}, logarithmic. Over all panels the median is "
+        f"{medians['gpt']:.3g} for GPT and {medians['ngpt']:.3g} for nGPT. Figure 5 of the paper."
+    )
+    description = f"Condition numbers of {', '.join(names)} by layer, both arms."
+    return Figure(plots.condition_numbers(numbers, names, f"cond-{part.lower()}", title, description), title, caption)
+
+
+def _by_name(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """A list of `{name: array}`, one a seed, as `{name: [one array a seed]}`."""
+    return {name: [report[name] for report in reports] for name in reports[0]}
+
+
+def _span(seeds: Sequence[Any]) -> str:
+    """ "0.12 to 0.34": the range over layers (or vocabulary) of the mean over seeds."""
+    mean = np.mean(np.stack(list(seeds)), axis=0)
+    return f"{mean.min():.3g} to {mean.max():.3g}"

@@ -1,0 +1,161 @@
+"""Many runs at once: a process for each group of cores, resumable, with one progress bar over all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spherelm.train.config import RunConfig
+from spherelm.train.metrics import read_metrics
+from spherelm.train.trainer import Diverged, Interrupted, train
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be done, and the directory it is done in."""
+
+    config: RunConfig
+    out: Path
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(jobs: int) -> int:
+    """One process a core, where small models run fastest; one process in all where there is an accelerator."""
+    return 1 if torch.accelerator.is_available() else max(1, min(jobs, cores()))
+
+
+def _start_worker(threads: int) -> None:
+    """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def do_job(job: Job) -> float:
+    """Do the run, or the rest of it, and return its final validation loss in nats; NaN if it diverged."""
+    done = final_loss(job.out, job.config.train.steps)
+    if done is not None:
+        return done
+    try:
+        return train(job.config, job.out, resume=True, show_progress=False)
+    except Diverged as error:
+        (job.out / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
+        return math.nan
+
+
+def final_loss(run: Path, steps: int) -> float | None:
+    """The validation loss of `run` at its last step; NaN if it diverged, `None` if it is not finished."""
+    if (run / "diverged.txt").exists():
+        return math.nan
+    if not (run / "metrics.jsonl").exists():
+        return None
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "val" and r["step"] == steps]
+    return records[-1]["loss"] if records else None
+
+
+def steps_done(run: Path) -> int:
+    """How many updates the log of `run` shows."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        return max((int(json.loads(line)["step"]) for line in lines[1:] or lines), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "training") -> list[float]:
+    """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
+
+    workers: processes at once, by default `default_workers`. Finished runs are taken as they are, begun ones go on. Raises
+    what a run raises; Ctrl-C lets every run save itself and raises `Interrupted`.
+    """
+    if not jobs:
+        return []
+    workers = workers or default_workers(len(jobs))
+    threads = max(1, cores() // workers)
+    context = multiprocessing.get_context("spawn")
+    with _terminable(), ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
+        futures = [pool.submit(do_job, job) for job in jobs]
+        try:
+            _watch(jobs, futures, description)
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise OSError("a training process was killed (out of memory?): use fewer --workers and --resume") from error
+        except (KeyboardInterrupt, Interrupted) as error:
+            _stop(pool)
+            raise Interrupted("stopped; every run saved itself; go on with --resume", signal.SIGINT) from error
+        except BaseException:
+            _stop(pool)
+            raise
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """Start nothing new, have the runs under way save themselves, and wait for that."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+        process.terminate()
+    pool.shutdown(wait=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C is taken."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _watch(jobs: list[Job], futures: list[Future[float]], description: str) -> None:
+    """Show how many updates of all are done until every future is, or one has failed."""
+    total = sum(job.config.train.steps for job in jobs)
+    with tqdm(total=total, desc=description, unit="step", smoothing=0.05) as bar:
+        while True:
+            over = all(future.done() for future in futures)
+            failed = any(future.done() and future.exception() for future in futures)
+            steps = [
+                job.config.train.steps if f.done() else steps_done(job.out)
+                for job, f in zip(jobs, futures, strict=True)
+            ]
+            finished = sum(future.done() for future in futures)
+            bar.set_postfix_str(f"{finished} of {len(jobs)} runs done", refresh=False)
+            bar.update(sum(steps) - bar.n)
+            if over or failed:
+                return
+            time.sleep(POLL_SECONDS)

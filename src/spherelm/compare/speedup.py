@@ -1,0 +1,105 @@
+"""How many fewer tokens the better arm needs: pure functions on losses at the ends of schedules, or along one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Point = tuple[float, float]
+"""(tokens, validation loss in nats per token)."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The tokens after which a curve reaches a loss; `bound` says that it is only known to be at most or at least that."""
+
+    tokens: float
+    bound: str | None = None
+
+
+def tokens_to_reach(curve: Sequence[Point], target: float) -> Reach:
+    """Where `curve` first falls to `target`: interpolated linearly in the logarithm of the tokens between its points.
+
+    A curve that starts at or below the target reaches it after "at most" its first tokens, one that never gets there after
+    "at least" its last.
+    """
+    points = sorted(curve)
+    if points[0][1] <= target:
+        return Reach(points[0][0], "at most")
+    for (tokens, loss), (next_tokens, next_loss) in zip(points, points[1:], strict=False):
+        if next_loss <= target:
+            part = (loss - target) / (loss - next_loss)
+            return Reach(tokens * (next_tokens / tokens) ** part)
+    return Reach(points[-1][0], "at least")
+
+
+def interval(ratios: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """The confidence interval of the mean of ratios, by Student's t on their logarithms; `None` for fewer than two."""
+    if len(ratios) < 2:
+        return None
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.5 + confidence / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
+
+
+def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
+    """The mean loss over curves at the token counts that all of them share."""
+    shared = set.intersection(*({tokens for tokens, _ in curve} for curve in curves))
+    return [(tokens, float(np.mean([dict(curve)[tokens] for curve in curves]))) for tokens in sorted(shared)]
+
+
+def winner(final_losses: dict[str, list[float]]) -> str:
+    """The arm with the lower mean final loss; an arm that diverged on any seed loses."""
+    means = {arm: float(np.mean(losses)) for arm, losses in final_losses.items()}
+    return min(means, key=lambda arm: math.inf if math.isnan(means[arm]) else means[arm])
+
+
+def speedup(
+    final_losses: dict[str, list[float]], tokens: int, curves: list[list[Point]], step_time_ratio: float, method: str
+) -> dict[str, Any]:
+    """The `speedup` of `summary.json`.
+
+    final_losses: by arm ("gpt", "ngpt") and seed; tokens: of a full run; curves: the winning arm's (tokens, loss), one a
+    seed, the full run's end among them; step_time_ratio: seconds of an nGPT step over those of a GPT step; method: where
+    the curves come from, "schedule-ends" or "in-run".
+
+    `tokens` is GPT's tokens over nGPT's to the same loss, which is the final mean loss of the arm that ends higher: above 1
+    nGPT needs fewer, below 1 GPT does. `bound` says that the ratio is only known to be "at least" or "at most" so much.
+    """
+    best = winner(final_losses)
+    losing = final_losses["gpt" if best == "ngpt" else "ngpt"]
+
+    def ratio(reach: Reach) -> float:
+        return tokens / reach.tokens if best == "ngpt" else reach.tokens / tokens
+
+    if math.isnan(float(np.mean(losing))):
+        reach: Reach | None = None
+        by_seed: list[float | None] = []
+    else:
+        reach = tokens_to_reach(mean_curve(curves), float(np.mean(losing)))
+        seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, losing, strict=True)]
+        by_seed = [None if seed.bound else ratio(seed) for seed in seeds]
+    known = [value for value in by_seed if value is not None]
+    bounds = interval(known) if len(known) == len(by_seed) else None
+    value = ratio(reach) if reach else None
+    bound = reach.bound if reach else None
+    if bound and best == "ngpt":
+        # The fewer the tokens, the larger the ratio: at most so many tokens is a speedup of at least so much.
+        bound = {"at most": "at least", "at least": "at most"}[bound]
+    return {
+        "winner": best,
+        "method": method,
+        "bound": bound,
+        "tokens_to_reach": reach.tokens if reach else None,
+        "tokens": value,
+        "steps": value,
+        "tokens_interval": bounds,
+        "by_seed": by_seed,
+        "seconds": value / step_time_ratio if value else None,
+        "seconds_interval": [edge / step_time_ratio for edge in bounds] if bounds else None,
+    }

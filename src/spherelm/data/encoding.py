@@ -1,0 +1,196 @@
+"""From blocks of documents to token ids, in this process or in several; the ids are the same either way."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from spherelm.data.documents import Block, cut_after, documents_in
+from spherelm.data.shards import Ids, Split, token_dtype
+from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+
+_PIECE = 1 << 13  # characters: long documents are encoded in pieces of this size (fastest by measurement)
+_GROUP = 1 << 20  # characters encoded in one call: bounds what the libraries hold per token
+_PROBES = ("the cat", "a b", "of 1984 and", "Zoë é", "x1 2y", "слово и", "end of the line")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A block and where its documents go: the split, or by their hash when it is None. `source`: number of the input."""
+
+    source: int
+    block: Block
+    split: Split | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents."""
+
+    source: int
+    read_bytes: int
+    ids: dict[Split, Ids]
+    text_bytes: dict[Split, int]
+    documents: int
+    empty: int
+
+
+CutRule = Literal["keep", "drop"]
+
+
+def cut_rule(tokenizer: Tokenizer) -> CutRule | None:
+    """How a text may be cut between two words so that the parts' ids, put together, are those of the whole.
+
+    "keep": the space stays with the second part (byte-level BPE). "drop": it goes, since this tokenizer puts one
+    before every text (SentencePiece). None: neither holds, so documents are encoded whole.
+    """
+    pairs = [(text, text[: text.index(" ")], text[text.index(" ") :]) for text in _PROBES]
+    for rule in ("keep", "drop"):
+        strip = int(rule == "drop")
+        if all(tokenizer.encode(a) + tokenizer.encode(b[strip:]) == tokenizer.encode(text) for text, a, b in pairs):
+            return "keep" if rule == "keep" else "drop"
+    return None
+
+
+def split_of(digest: str, val_fraction: float) -> Split:
+    """The split of the document with this sha256 (hex): "val" for `val_fraction` of all hashes."""
+    return "val" if int(digest[:16], 16) < val_fraction * 2.0**64 else "train"
+
+
+class Encoder:
+    """Encodes jobs with one tokenizer. `val_fraction` decides for jobs without a split."""
+
+    def __init__(self, tokenizer: Tokenizer, val_fraction: float) -> None:
+        self._tokenizer = tokenizer
+        self._val_fraction = val_fraction
+        self._rule = cut_rule(tokenizer)
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def __call__(self, job: Job) -> Encoded:
+        """Raises DocumentError for a block that cannot be read, ValueError where text encodes to the end token."""
+        texts: dict[Split, list[str]] = {}
+        empty = 0
+        for text in documents_in(job.block):
+            if text:
+                texts.setdefault(self._split(job, text), []).append(text)
+            else:
+                empty += 1
+        documents = sum(len(group) for group in texts.values()) if job.block.ends else 0
+        return Encoded(
+            source=job.source,
+            read_bytes=job.block.read_bytes,
+            ids={split: self._encode(group, job.block) for split, group in texts.items()},
+            text_bytes={split: sum(len(text.encode("utf-8")) for text in group) for split, group in texts.items()},
+            documents=documents,
+            empty=empty,
+        )
+
+    def _split(self, job: Job, text: str) -> Split:
+        if job.split is not None:
+            return job.split
+        return split_of(job.block.digest or hashlib.sha256(text.encode("utf-8")).hexdigest(), self._val_fraction)
+
+    def _encode(self, texts: list[str], block: Block) -> Ids:
+        """Ids of all `texts`, the end token after each (after the last only if the document ends in this block)."""
+        pieces = [self._pieces(text, starts=block.starts) for text in texts]
+        last = list(itertools.accumulate(len(group) for group in pieces))
+        ids = self._encode_pieces(itertools.chain.from_iterable(pieces))
+        end = np.array([self._tokenizer.eos_id], self._dtype)
+        out = []
+        for begin, stop in itertools.pairwise([0, *last]):
+            out += [*ids[begin:stop], end]
+        return np.concatenate(out if block.ends else out[:-1])
+
+    def _encode_pieces(self, pieces: Iterable[str]) -> list[Ids]:
+        out: list[Ids] = []
+        for group in _grouped(pieces, _GROUP):
+            out += [np.array(ids, self._dtype) for ids in self._tokenizer.encode_batch(group)]
+        if any((ids == self._tokenizer.eos_id).any() for ids in out):
+            raise ValueError(
+                f"tokenizer {self._tokenizer.name} encodes plain text to its end token, so documents could not be "
+                "told apart: choose another tokenizer"
+            )
+        return out
+
+    def _pieces(self, text: str, starts: bool) -> list[str]:
+        drop = int(self._rule == "drop")
+        pieces = []
+        begin = 0
+        while self._rule and len(text) - begin >= 2 * _PIECE:
+            cut = cut_after(text, begin + _PIECE)
+            if cut is None:
+                break
+            pieces.append(text[begin:cut])
+            begin = cut
+        pieces.append(text[begin:])
+        return [piece[drop if i or not starts else 0 :] for i, piece in enumerate(pieces)]
+
+
+def _grouped(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Runs of `texts` of about `size` characters."""
+    group: list[str] = []
+    held = 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def encode_all(
+    jobs: Iterable[Job], tokenizer_directory: Path, val_fraction: float, workers: int
+) -> Generator[Encoded, None, None]:
+    """The results of `jobs` in their order, with at most a few blocks in memory for each of `workers` processes.
+
+    The tokenizer is loaded from `tokenizer_directory` by every process. Raises what a job raises, in order, and
+    OSError when a process dies.
+    """
+    if workers == 1:
+        yield from map(Encoder(load_tokenizer(tokenizer_directory), val_fraction), jobs)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_directory, val_fraction)
+    )
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(_encode_in_worker, job))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError("a worker process died (out of memory?): try fewer --workers; finished work is kept") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encoder: Callable[[Job], Encoded] | None = None
+
+
+def _start_worker(tokenizer_directory: Path, val_fraction: float) -> None:
+    """One encoder a process, one thread each; Ctrl-C is for the parent, which shuts the workers down."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = Encoder(load_tokenizer(tokenizer_directory), val_fraction)
+
+
+def _encode_in_worker(job: Job) -> Any:
+    assert _encoder is not None, "the pool's initializer makes the encoder"
+    return _encoder(job)

@@ -1,0 +1,102 @@
+"""Batches as a pure function of (seed, step, rank, world size): the loader's whole position is the step."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spherelm.data.permutation import Permutation
+from spherelm.data.shards import Tokens
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """Windows of `seq_len` tokens and their successors, in an order that is random and different every epoch.
+
+    An epoch lays windows side by side from a random offset below `seq_len`, so that their borders move from epoch to
+    epoch, and visits each once. Nothing is held but the memory map: the order comes from a keyed `Permutation`.
+    `batch_size` is the batch of all ranks together; rank r gets the r-th of `world_size` equal parts of it.
+    Raises ValueError when the text is shorter than one window or `world_size` does not divide `batch_size`.
+    """
+
+    def __init__(
+        self, tokens: Tokens, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1 or world_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"batch size {batch_size} does not divide among {world_size} processes: "
+                f"use a positive multiple of {world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not within 0..{world_size - 1}: check rank and world_size")
+        _check_length(tokens, seq_len)
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        # Any offset below seq_len leaves room for this many windows (and one window fits in any case).
+        self.windows = max(1, (len(tokens) - seq_len) // seq_len)
+
+    def batch(self, step: int) -> Batch:
+        """(tokens, targets) of `step` (from 0) for this rank: int64 `[batch_size / world_size, seq_len]` each.
+
+        `targets[:, i]` is the token after `tokens[:, i]`. The ranks' batches in order are that of one process.
+        """
+        share = self.batch_size // self.world_size
+        first = step * self.batch_size + self.rank * share
+        return _stack(self.tokens, self.window_starts(first, share), self.seq_len)
+
+    def window_starts(self, first: int, count: int) -> list[int]:
+        """Where in the text the windows `first` to `first + count`, counted since the start of training, begin."""
+        slack = len(self.tokens) - 1 - self.windows * self.seq_len
+        starts: list[int] = []
+        while len(starts) < count:
+            epoch, index = divmod(first + len(starts), self.windows)
+            order, offset = _epoch(self.windows, min(self.seq_len, slack + 1), self.seed, epoch)
+            indices = np.arange(index, min(self.windows, index + count - len(starts)))
+            starts += (offset + order(indices) * self.seq_len).tolist()
+        return starts
+
+
+@lru_cache(maxsize=8)
+def _epoch(windows: int, offsets: int, seed: int, epoch: int) -> tuple[Permutation, int]:
+    """Order and offset (below `offsets`) of one epoch."""
+    name = f"spherelm seed {seed} epoch {epoch}"
+    draw = int.from_bytes(hashlib.sha256(f"{name} offset".encode()).digest()[:8], "little")
+    return Permutation(windows, f"{name} order"), draw % offsets
+
+
+def validation_windows(tokens: Tokens, seq_len: int, count: int) -> Batch:
+    """(tokens, targets), int64 `[count, seq_len]`: the same windows every time, evenly spread, none overlapping.
+
+    All there are where the text holds fewer than `count`. Raises ValueError when it is shorter than one.
+    """
+    if count < 1:
+        raise ValueError(f"{count} validation windows asked for: at least 1 is needed")
+    _check_length(tokens, seq_len)
+    available = (len(tokens) - 1) // seq_len
+    count = min(count, available)
+    return _stack(tokens, [i * available // count * seq_len for i in range(count)], seq_len)
+
+
+def _check_length(tokens: Tokens, seq_len: int) -> None:
+    if seq_len < 1:
+        raise ValueError(f"sequence length {seq_len}: must be at least 1")
+    if len(tokens) < seq_len + 1:
+        raise ValueError(
+            f"sequence length {seq_len} needs {seq_len + 1} tokens, but the {tokens.split} text in {tokens.directory} "
+            f"has {len(tokens)}: use a shorter --seq-len or more text"
+        )
+
+
+def _stack(tokens: Tokens, starts: list[int], seq_len: int) -> Batch:
+    rows: npt.NDArray[np.int64] = np.stack([tokens.read(start, seq_len + 1) for start in starts])
+    both = torch.from_numpy(rows)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()

@@ -1,0 +1,1 @@
+"""How good a model is on text it has not seen."""

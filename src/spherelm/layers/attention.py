@@ -1,0 +1,92 @@
+"""Causal self-attention, plain and on the sphere, over torch's `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spherelm import sphere
+from spherelm.layers.cache import LayerCache
+from spherelm.layers.linear import Linear, Scale, UnitLinear
+from spherelm.layers.rope import RotaryTable, rotate
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """[batch, seq, n_heads * d_k] -> [batch, n_heads, seq, d_k]."""
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[batch, n_heads, seq, d_k] -> [batch, seq, n_heads * d_k]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Softmax attention of [batch, n_heads, q_len, d_k] queries on [batch, n_kv_heads, kv_len, d_k] keys and values.
+
+    Without a mask the attention is causal, a single query being the last position; a mask is boolean, True where a query may look, broadcastable to
+    [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups (grouped-query attention).
+    """
+    groups = q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups)
+
+
+class Attention(nn.Module):
+    """The baseline's attention: `W_o softmax(RoPE(q) RoPE(k)^T / sqrt(d_k)) v` (nGPT paper, eq. 4 and section 2.3.1).
+
+    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k].
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
+        super().__init__()
+        d_k = d_model // n_heads
+        self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, 1 / math.sqrt(d_k)
+        self.q = Linear(d_model, n_heads * d_k)
+        self.k = Linear(d_model, n_kv_heads * d_k)
+        self.v = Linear(d_model, n_kv_heads * d_k)
+        self.o = Linear(n_heads * d_k, d_model)
+
+    def forward(
+        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[batch, seq, d_model] -> [batch, seq, d_model]; with a cache, `h` holds only the new positions."""
+        q = rotate(split_heads(self.q(h), self.n_heads), table)
+        k = rotate(split_heads(self.k(h), self.n_kv_heads), table)
+        v = split_heads(self.v(h), self.n_kv_heads)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))
+
+
+class UnitAttention(nn.Module):
+    """nGPT's attention: queries and keys are unit vectors per head, scaled by `s_qk` (eqs. 12, 13, 15, 16).
+
+    Shapes as in `Attention`. Unit rows of `q`, `k`, `v`; unit columns of `o`. The softmax scale is sqrt(d_k). Both q and k
+    carry `s_qk` [n_heads, d_k] in the paper; only the product counts, so it enters here once, squared, on q, which
+    spares a pass over k and gives each query head its own scale where heads share keys.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale) -> None:
+        super().__init__()
+        d_k = d_model // n_heads
+        self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
+        self.q = UnitLinear(d_model, n_heads * d_k, unit_axis=1)
+        self.k = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
+        self.v = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
+        self.o = UnitLinear(n_heads * d_k, d_model, unit_axis=0)
+        self.s_qk = s_qk
+
+    def forward(
+        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
+        q = sphere.norm(rotate(split_heads(self.q(h), self.n_heads), table))
+        k = sphere.norm(rotate(split_heads(self.k(h), self.n_kv_heads), table))
+        v = split_heads(self.v(h), self.n_kv_heads)
+        q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))

@@ -1,0 +1,129 @@
+"""Weights, plain and on the sphere, and the one mechanism that keeps them there.
+
+The module that owns a weight declares once along which axis its vectors are unit (`unit_axis`). `retract` walks the
+modules and puts every declared weight back on the sphere. Module attributes survive `fully_shard`, parameter attributes
+do not, which is why the declaration lives on the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spherelm import sphere
+
+
+class Linear(nn.Linear):
+    """A matrix product without bias: [..., in_features] -> [..., out_features], computed in the dtype of its input.
+
+    The weight [out_features, in_features] keeps its own dtype (float32 while training) and is cast for the product.
+    `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits.
+    """
+
+    def __init__(self, in_features: int, out_features: int, role: str = "matrix") -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.role = role
+
+    def scaled_weight(self, scale: Tensor | None = None) -> Tensor:
+        """The weight with row i multiplied by `scale[i]`, at the weight's own precision.
+
+        Folding a per-output scale into the rows costs a pass over the matrix instead of one over every token.
+        """
+        return self.weight if scale is None else self.weight * scale.unsqueeze(-1)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`scale * (x W^T)`, the scale [out_features] folded into the weight's rows."""
+        return F.linear(x, self.scaled_weight(scale).to(x.dtype))
+
+
+class UnitLinear(Linear):
+    """A `Linear` whose vectors along `unit_axis` are unit: 1 for rows, 0 for columns (nGPT, section 2.3 and 2.4)."""
+
+    def __init__(self, in_features: int, out_features: int, unit_axis: Literal[0, 1], role: str = "matrix") -> None:
+        super().__init__(in_features, out_features, role)
+        self.unit_axis = unit_axis
+
+
+class Embedding(nn.Embedding):
+    """One vector a token: int64 [batch, seq] -> [batch, seq, d_model].
+
+    `compute_dtype` is the dtype of the hidden state that it starts, and with it of everything computed from there;
+    None means that of the weight.
+    """
+
+    role = "input_embedding"
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(vocab_size, d_model)
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The rows of the weight that `tokens` name, in the compute dtype (eq. 1)."""
+        return F.embedding(tokens, self.weight).to(self.compute_dtype or self.weight.dtype)
+
+
+class UnitEmbedding(Embedding):
+    """An `Embedding` whose rows are unit vectors (nGPT, section 2.1)."""
+
+    unit_axis = 1
+
+
+class Scale(nn.Module):
+    """A learned scale: stored as a parameter that starts at `scale`, used as `value * init / scale` (nGPT, section 2.5).
+
+    It starts at the effective value `init`; under Adam, whose steps do not depend on the gradient's size, `scale` sets how
+    fast it learns: a step of eta moves the effective value by eta * init / scale.
+    """
+
+    role = "scale"
+
+    def __init__(self, shape: int | tuple[int, ...], init: float, scale: float) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"a learned scale must be stored at a positive value, got scale={scale}")
+        self.init, self.scale = init, scale
+        self.value = nn.Parameter(torch.full((shape,) if isinstance(shape, int) else shape, float(scale)))
+
+    def reset_parameters(self) -> None:
+        """Back to the start, where the effective value is `init`."""
+        nn.init.constant_(self.value, self.scale)
+
+    def forward(self) -> Tensor:
+        """The effective value, in the shape of the parameter."""
+        return self.value * (self.init / self.scale)
+
+
+def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Every module that declares a unit axis, as (name, module, axis), each weight once even if modules share it."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        axis = getattr(module, "unit_axis", None)
+        if axis is not None and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield name, module, axis
+
+
+@torch.no_grad()
+def retract(model: nn.Module) -> None:
+    """Put every declared weight back on the sphere, in place, its lengths computed in float32 (nGPT, section 2.6).
+
+    Plain tensors and DTensors alike; a model without unit weights is left as it is.
+    """
+    for _, module, axis in unit_modules(model):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(sphere.norm(weight, dim=axis))
+
+
+@torch.no_grad()
+def departure(model: nn.Module) -> float:
+    """How far the worst declared vector is from the sphere: the largest `| ||w|| - 1 |`; 0.0 without unit weights."""
+    worst = 0.0
+    for _, module, axis in unit_modules(model):
+        lengths = torch.linalg.vector_norm(module.weight.to(torch.float64), dim=axis)
+        worst = max(worst, (lengths - 1).abs().max().item())
+    return worst

@@ -1,0 +1,75 @@
+"""Cross-entropy of a read-out over the vocabulary, a piece of the tokens at a time.
+
+The logits of a batch, [batch*seq, vocab] in float32, are the largest tensor of a training step by far. Here they exist
+only for a chunk of tokens, whose gradients are computed while they do: the same three matrix products as the plain
+loss, nothing computed twice. (`torch.nn.functional.linear_cross_entropy` does the same but took 1.0 to 1.9 times as
+long as this where both were timed, see docs/performance.md, and accumulates float64 in float32.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""A target that counts for nothing."""
+
+CHUNK_LOGITS = 2**22
+"""How many logits may exist at once: 16 MiB in float32."""
+
+
+def chunk_rows(rows: int, vocab_size: int) -> int:
+    """How many tokens to read out at once: at most half of them, and `CHUNK_LOGITS` logits if 128 tokens allow."""
+    return max(1, min((rows + 1) // 2, max(128, CHUNK_LOGITS // vocab_size)))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy whose backward pass only multiplies gradients that the forward pass computed."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        product_weight = weight.to(h.dtype)
+        count = (targets != IGNORED).sum().clamp_min(1)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros(weight.shape, dtype=wide, device=h.device)
+        size = chunk_rows(h.shape[0], weight.shape[0])
+        for start in range(0, h.shape[0], size):
+            rows = slice(start, start + size)
+            valid = targets[rows] != IGNORED
+            safe = targets[rows].masked_fill(~valid, 0).unsqueeze(-1)
+            logits = F.linear(h[rows], product_weight).to(wide)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total = total + ((log_z - logits.gather(-1, safe)).squeeze(-1) * valid).sum()
+            grad_logits = (logits - log_z).exp().scatter_add(-1, safe, torch.full_like(log_z, -1.0))
+            grad_logits = (grad_logits * (valid.to(wide) / count).unsqueeze(-1)).to(h.dtype)
+            grad_h[rows] = grad_logits @ product_weight
+            grad_weight += grad_logits.T @ h[rows]
+        ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_h, grad_weight = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the logits `h weight^T` against `targets`, never held whole.
+
+    h: [tokens, d] in the dtype of the products; weight: [vocab, d]; targets: int64 [tokens], `IGNORED` (-100) counts for
+    nothing. Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
+    """
+    if torch.is_grad_enabled():
+        return _ChunkedCrossEntropy.apply(h, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
+    wide = torch.promote_types(h.dtype, torch.float32)
+    product_weight, size = weight.to(h.dtype), chunk_rows(h.shape[0], weight.shape[0])
+    losses = [
+        F.cross_entropy(F.linear(part, product_weight).to(wide), wanted, ignore_index=IGNORED, reduction="sum")
+        for part, wanted in zip(h.split(size), targets.split(size), strict=True)
+    ]
+    return torch.stack(losses).sum() / (targets != IGNORED).sum().clamp_min(1)

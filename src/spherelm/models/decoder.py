@@ -1,0 +1,107 @@
+"""What both arms share: tokens in, blocks in order, one read-out. GPT and NGPT say what is different."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spherelm.layers.cache import KVCache
+from spherelm.layers.linear import Embedding
+from spherelm.layers.loss import linear_cross_entropy
+from spherelm.layers.rope import rotary_table
+
+
+class DecoderConfig(Protocol):
+    """The fields that every decoder's config shares."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int | None: ...
+    @property
+    def d_ff(self) -> int | None: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def rope_base(self) -> float: ...
+
+
+def check_shape(config: DecoderConfig) -> None:
+    """Raise `ValueError`, naming the value and the fix, if the sizes cannot make a model."""
+    for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    if config.d_model % config.n_heads:
+        raise ValueError(
+            f"n_heads={config.n_heads} does not divide d_model={config.d_model}: choose n_heads among the divisors of d_model"
+        )
+    if (config.d_model // config.n_heads) % 2:
+        raise ValueError(
+            f"d_model / n_heads = {config.d_model // config.n_heads} is odd, and rotary embedding pairs channels: "
+            "choose sizes that give an even number of channels per head"
+        )
+    if config.n_kv_heads is not None and config.n_heads % config.n_kv_heads:
+        raise ValueError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
+    if not config.rope_base > 1:
+        raise ValueError(f"rope_base must be greater than 1, got {config.rope_base}")
+
+
+class Decoder(nn.Module):
+    """A causal language model: `embed`, `blocks`, and a read-out given by the subclass.
+
+    int64 tokens [batch, seq] -> logits [batch, seq, vocab]. The hidden state is computed in `embed.compute_dtype`.
+    """
+
+    config: DecoderConfig
+    embed: Embedding
+    blocks: nn.ModuleList
+
+    @abstractmethod
+    def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The last hidden state as features [..., d_model], and the matrix [vocab, d_model] that turns them into logits."""
+
+    def trunk(self, h: Tensor, cache: KVCache | None = None) -> Tensor:
+        """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds."""
+        past = 0 if cache is None else cache.length
+        seq = h.shape[1]
+        mask = None
+        if past and seq > 1:
+            mask = torch.ones(seq, past + seq, dtype=torch.bool, device=h.device).tril(past)
+        positions = torch.arange(past, past + seq, device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        table = rotary_table(positions, self.d_k, self.rope_base)
+        for i, block in enumerate(self.blocks):
+            h = block(h, table, mask, None if cache is None else cache.layers[i])
+        return h
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
+        features, weight = self.readout(self.trunk(self.embed(tokens), cache))
+        return F.linear(features, weight.to(features.dtype))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole."""
+        features, weight = self.readout(self.trunk(self.embed(tokens)))
+        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten())
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of keys and values, to be passed to `forward` with the prompt and then with each new token."""
+        return KVCache(len(self.blocks))
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Compute in `dtype` from the embedding on; the weights keep theirs. None: in the dtype of the weights."""
+        self.embed.compute_dtype = dtype
+
+    def _remember_shape(self, config: DecoderConfig) -> None:
+        self.config = config
+        self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base

@@ -1,0 +1,119 @@
+"""The normalized Transformer, nGPT (Loshchilov et al., arXiv 2410.01131). Read beside `gpt.py`: the difference is the paper.
+
+| weight | shape | unit axis |
+|---|---|---|
+| `embed`, `head` (E_in, E_out) | [vocab, d_model] | 1, each row |
+| attention `q`, `k`, `v` | [heads*d_k, d_model] | 1, each row |
+| attention `o` | [d_model, heads*d_k] | 0, each column |
+| MLP `u`, `v` | [d_ff, d_model] | 1, each row |
+| MLP `o` | [d_model, d_ff] | 0, each column |
+
+Every matrix starts as N(0, 1/sqrt(d_model)) and is normalized; learned scales start at their effective `init`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from spherelm.layers.attention import UnitAttention
+from spherelm.layers.cache import LayerCache
+from spherelm.layers.feedforward import UnitFeedForward
+from spherelm.layers.linear import Scale, UnitEmbedding, UnitLinear, retract
+from spherelm.layers.rope import RotaryTable
+from spherelm.models.decoder import Decoder, check_shape
+from spherelm.sphere import norm, step
+
+
+@dataclass(frozen=True)
+class NGPTConfig:
+    """The shape of an `NGPT` and where its learned scales start; the defaults are the paper's (section 2.5).
+
+    `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model).
+    """
+
+    vocab_size: int
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    max_seq_len: int = 1024
+    rope_base: float = 10000.0
+    tie_embeddings: bool = False
+    alpha_init: float = 0.05
+    alpha_scale: float | None = None
+    s_qk_init: float = 1.0
+    s_qk_scale: float | None = None
+    s_u_init: float = 1.0
+    s_u_scale: float = 1.0
+    s_v_init: float = 1.0
+    s_v_scale: float = 1.0
+    s_z_init: float = 1.0
+    s_z_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        check_shape(self)
+        for name in ("alpha", "s_qk", "s_u", "s_v", "s_z"):
+            if not getattr(self, f"{name}_init") > 0:
+                raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
+
+
+def default_scale(config: NGPTConfig, name: str) -> float:
+    """The stored start of the learned scale `name`: its `*_scale` field, or 1/sqrt(d_model) where that is None."""
+    value: float | None = getattr(config, f"{name}_scale")
+    return 1 / math.sqrt(config.d_model) if value is None else value
+
+
+def learned_scale(config: NGPTConfig, name: str, shape: int | tuple[int, ...]) -> Scale:
+    """The learned scale `name` with the init and scale that the config gives it."""
+    return Scale(shape, getattr(config, f"{name}_init"), default_scale(config, name))
+
+
+class NGPTBlock(nn.Module):
+    """`h <- Norm(h + alpha_A (Norm(ATTN(h)) - h))`, then the same with the MLP and `alpha_M` (eqs. 10, 11)."""
+
+    def __init__(self, config: NGPTConfig) -> None:
+        super().__init__()
+        d, d_ff = config.d_model, config.d_ff or 4 * config.d_model
+        self.alpha_a, self.alpha_m = learned_scale(config, "alpha", d), learned_scale(config, "alpha", d)
+        s_qk = learned_scale(config, "s_qk", (config.n_heads, d // config.n_heads))
+        self.attention = UnitAttention(d, config.n_heads, config.n_kv_heads or config.n_heads, s_qk)
+        self.mlp = UnitFeedForward(d, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
+
+    def forward(
+        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Unit vectors [batch, seq, d_model] -> the same."""
+        h = step(h, norm(self.attention(h, table, mask, cache)), self.alpha_a().abs())
+        h = step(h, norm(self.mlp(h)), self.alpha_m().abs())
+        return h
+
+
+class NGPT(Decoder):
+    """nGPT: logits `z = s_z (h E_out^T)`, cosines with one learned scale per vocabulary entry (eq. 3)."""
+
+    def __init__(self, config: NGPTConfig) -> None:
+        super().__init__()
+        self._remember_shape(config)
+        self.embed = UnitEmbedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(NGPTBlock(config) for _ in range(config.n_layers))
+        self.head = UnitLinear(config.d_model, config.vocab_size, unit_axis=1, role="output_embedding")
+        self.s_z = learned_scale(config, "s_z", config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw every matrix anew and put it on the sphere; set the learned scales to their start."""
+        for module in self.modules():
+            if isinstance(module, Scale):
+                module.reset_parameters()
+            elif isinstance(module, UnitLinear | UnitEmbedding):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.d_model))
+        retract(self)
+
+    def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return h, self.head.scaled_weight(self.s_z())

@@ -1,0 +1,17 @@
+"""Optimizers for both arms: parameter groups by role, retraction, schedules."""
+
+from __future__ import annotations
+
+from spherelm.optim.groups import OptimConfig, RateMultipliers, build_optimizer, parameter_roles
+from spherelm.optim.retraction import attach_retraction
+from spherelm.optim.schedule import ScheduleConfig, factor
+
+__all__ = [
+    "OptimConfig",
+    "RateMultipliers",
+    "ScheduleConfig",
+    "attach_retraction",
+    "build_optimizer",
+    "factor",
+    "parameter_roles",
+]

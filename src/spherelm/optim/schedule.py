@@ -1,0 +1,66 @@
+"""Learning-rate schedules as pure functions of the step: no state, so resuming needs none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+KINDS = ("constant", "cosine", "linear", "wsd", "log")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The shape of the learning rate over a run, as a factor of its peak.
+
+    kind: one of "constant", "cosine", "linear", "wsd" (warm-up, stable, decay), "log" (logarithmic decay). warmup_steps:
+    steps of linear rise to the peak. final: the factor at the end. decay_fraction: the part of the run, after warm-up, in
+    which "wsd" decays linearly. rho: the bend of "log"; the smaller, the earlier it falls.
+    """
+
+    kind: str = "cosine"
+    warmup_steps: int = 0
+    final: float = 0.0
+    decay_fraction: float = 0.2
+    rho: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must lie in [0, 1], got {self.final}")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be positive, got {self.rho}")
+
+
+def logarithmic(r: float, rho: float) -> float:
+    """`1 - ln(1 + r/rho) / ln(1 + 1/rho)`: 1 at r = 0, 0 at r = 1, area `1/ln(1 + 1/rho) - rho` (arXiv 2608.01284)."""
+    return 1 - math.log1p(r / rho) / math.log1p(1 / rho)
+
+
+def decay(config: ScheduleConfig, r: float) -> float:
+    """The part of the way from the final rate up to the peak at the part `r` in [0, 1] of the decay: from 1 to 0."""
+    if config.kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * r))
+    if config.kind == "linear":
+        return 1 - r
+    if config.kind == "wsd":
+        return min(1.0, (1 - r) / config.decay_fraction)
+    if config.kind == "log":
+        return logarithmic(r, config.rho)
+    return 1.0
+
+
+def factor(config: ScheduleConfig, step: int, total: int) -> float:
+    """What the peak learning rate is multiplied by for the update number `step`, counted from 0, of `total`.
+
+    Warm-up reaches the peak at step `warmup_steps - 1`; from there the decay runs over the remaining steps and would reach
+    `final` at step `total`, the first that is not taken.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    r = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    return config.final + (1 - config.final) * decay(config, r)

@@ -1,0 +1,99 @@
+"""The maths of the unit hypersphere: pure functions on tensors, no modules, no parameters.
+
+Every length is reduced in float32, whatever the dtype of the input (float64 stays float64), and the result comes back in
+the dtype of the input: bfloat16 lengths compound over dozens of layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12
+"""Lengths below this are taken as this, so that a zero vector stays zero instead of becoming NaN."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in the dtype that lengths are computed in: float32, or float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def norm(x: Tensor, dim: int = -1) -> Tensor:
+    """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
+
+    x: any shape and floating dtype; the result has the same. A zero vector stays zero.
+    """
+    wide = _wide(x)
+    return (wide * wide.square().sum(dim, keepdim=True).clamp_min(TINY**2).rsqrt()).to(x.dtype)
+
+
+def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """Move `h` on the sphere a part `alpha` of the way to `target`: `Norm(h + alpha (target - h))` (nGPT, eqs. 10, 11).
+
+    h, target: [..., d] unit vectors; alpha: broadcastable, [d] in the paper, non-negative. Linear interpolation followed
+    by normalization approximates `slerp` for small angles (nGPT, eqs. 6-9). Result: [..., d], unit.
+    """
+    start = _wide(h)
+    return norm(start + alpha * (_wide(target) - start)).to(h.dtype)
+
+
+def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """The step along the tangent at `h`: `Norm(h - alpha (h (h . target) - target))` (nGPT, appendix, eqs. 24-26).
+
+    Shapes as in `step`.
+    """
+    start, end = _wide(h), _wide(target)
+    along = (start * end).sum(-1, keepdim=True)
+    return norm(start - alpha * (start * along - end)).to(h.dtype)
+
+
+def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+    """Spherical linear interpolation: the point a part `t` of the way along the great circle from `a` to `b` (nGPT, eq. 6).
+
+    a, b: [..., d] unit vectors that are not antipodal. Equal points give that point.
+    """
+    start, end = _wide(a), _wide(b)
+    between = angle(start, end).unsqueeze(-1)
+    sine = between.sin()
+    safe = sine.clamp_min(TINY)
+    weights = torch.sin((1 - t) * between) / safe, torch.sin(t * between) / safe
+    straight = norm(start + t * (end - start))
+    return torch.where(sine < 1e-6, straight, weights[0] * start + weights[1] * end).to(a.dtype)
+
+
+def tangent(w: Tensor, g: Tensor, dim: int = -1) -> Tensor:
+    """The part of `g` that is tangent to the sphere at the unit vectors `w` along `dim`: `g - (w . g) w`.
+
+    Result: the shape of `g`, orthogonal to `w` along `dim`.
+    """
+    wide = _wide(w)
+    return (_wide(g) - (wide * _wide(g)).sum(dim, keepdim=True) * wide).to(g.dtype)
+
+
+def angle(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
+    """The angle in radians between unit vectors along `dim`, in [0, pi]; that dimension is removed.
+
+    `2 atan2(||a - b||, ||a + b||)` (Kahan) is accurate everywhere, where `acos(a . b)` loses half its digits near 0 and pi.
+    """
+    start, end = _wide(a), _wide(b)
+    apart = torch.linalg.vector_norm(start - end, dim=dim)
+    together = torch.linalg.vector_norm(start + end, dim=dim)
+    return 2 * torch.atan2(apart, together)
+
+
+def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Tensor:
+    """Where an update from unit vectors `old` to candidates `new` ends if no vector may turn by more than `max_angle`.
+
+    The angular step cap of "Training nGPT" (arXiv 2608.01284): with `t` the tangent part of the candidate and
+    `phi = atan2(||t||, old . new)`, a vector with `phi > max_angle` lands at `cos(max_angle) old + sin(max_angle) t/||t||`;
+    any other keeps its candidate, of whatever length, to be renormalized.
+
+    old, new: the same shape, vectors along `dim`; max_angle: radians.
+    """
+    start, end = _wide(old), _wide(new)
+    along = (start * end).sum(dim, keepdim=True)
+    across = end - along * start
+    length = torch.linalg.vector_norm(across, dim=dim, keepdim=True)
+    limit = torch.as_tensor(max_angle, dtype=start.dtype, device=start.device)
+    landed = limit.cos() * start + limit.sin() * across / length.clamp_min(TINY)
+    return torch.where(torch.atan2(length, along) > limit, landed, end).to(new.dtype)

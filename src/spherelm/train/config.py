@@ -1,0 +1,111 @@
+"""What a run is: its resolved configuration, as it stands in the run directory's `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spherelm.models import ARMS, Config
+from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and on what a model trains.
+
+    steps: optimizer updates. seq_len: tokens a sequence. batch_size: sequences an update, over all processes.
+    micro_batch_size: sequences at once in one process, `None` for all; the gradients of the rest accumulate. dtype: of the
+    computation; weights are float32 always; "auto" is bfloat16 where the hardware multiplies it fast. eval_every,
+    save_every: in updates, 0 for only at the end. eval_windows: sequences of validation text read each time. keep: how many
+    checkpoints stay.
+    """
+
+    steps: int
+    seq_len: int
+    batch_size: int
+    micro_batch_size: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    compile: bool = True
+    eval_every: int = 100
+    eval_windows: int = 64
+    save_every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "save_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the outcome of a run: model, optimizer, schedule, length, data.
+
+    data: the path of a data directory, or `None` for the text that ships with spherelm.
+    """
+
+    arm: str
+    recipe: str
+    preset: str
+    model: Config
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
+            )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(record: dict[str, Any]) -> RunConfig:
+    """The configuration that `to_dict` wrote; keys that are not its own are left alone.
+
+    Raises `ValueError` naming what is missing or unknown.
+    """
+    try:
+        config_class, _ = ARMS[record["arm"]]
+        optim = dict(record["optim"])
+        optim["betas"] = tuple(optim["betas"])
+        optim["multipliers"] = RateMultipliers(**optim["multipliers"])
+        return RunConfig(
+            arm=record["arm"],
+            recipe=record["recipe"],
+            preset=record["preset"],
+            model=config_class(**record["model"]),
+            optim=OptimConfig(**optim),
+            schedule=ScheduleConfig(**record["schedule"]),
+            train=TrainConfig(**record["train"]),
+            data=record["data"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a run configuration of this version of spherelm: {error}") from error
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration stored in the file `path`; raises `ValueError` naming the file if it is not one."""
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error

@@ -1,0 +1,247 @@
+"""The training loop. It does not know which arm it trains: what makes nGPT nGPT hangs on the optimizer."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spherelm.data.corpus import shipped_directory
+from spherelm.data.loader import Loader, validation_windows
+from spherelm.data.shards import Tokens, open_tokens
+from spherelm.data.tokenizer import load_tokenizer
+from spherelm.evaluate.perplexity import bits_per_byte, mean_loss
+from spherelm.models import Decoder, build
+from spherelm.optim import build_optimizer, factor
+from spherelm.optim.groups import set_rate
+from spherelm.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from spherelm.train.config import RunConfig
+from spherelm.train.metrics import MetricsLog
+from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
+from spherelm.train.record import open_run
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient stopped being a number."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop by a signal and saved itself first."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The text of a run: a loader, fixed validation windows, and how many tokens a validation byte takes."""
+
+    loader: Loader
+    validation: tuple[Tensor, Tensor]
+    tokens_per_byte: float
+    directory: Path
+    identity: dict[str, str]
+
+
+def data_directory(data: str | None) -> Path:
+    """The data directory that a run's `data` names; the shipped text, prepared on first use, for `None`."""
+    return shipped_directory() if data is None else Path(data)
+
+
+def vocabulary_size(data: str | None) -> int:
+    """The number of token ids in the data that a run's `data` names."""
+    return open_tokens(data_directory(data), "train").vocab_size
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Open the text that `config` names; raises `ValueError` if it does not fit the model or the lengths asked for."""
+    directory, train = data_directory(config.data), config.train
+    text, held_out = open_tokens(directory, "train"), open_tokens(directory, "val")
+    if text.vocab_size > config.model.vocab_size:
+        raise ValueError(f"{directory} has {text.vocab_size} token ids, the model only {config.model.vocab_size}")
+    return RunData(
+        loader=Loader(text, train.seq_len, train.batch_size, train.seed),
+        validation=validation_windows(held_out, train.seq_len, train.eval_windows),
+        tokens_per_byte=tokens_per_byte(held_out),
+        directory=directory,
+        identity={"train": text.fingerprint, "val": held_out.fingerprint, "tokenizer": text.tokenizer_fingerprint},
+    )
+
+
+def tokens_per_byte(tokens: Tokens) -> float:
+    """How many tokens a UTF-8 byte of this text takes on average."""
+    return len(tokens) / tokens.bytes_total
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list given instead of dying of them; a second SIGINT is let through.
+
+    Outside of the main thread, where Python allows no handlers, the list stays empty.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run: a model, its optimizer, its data and its directory.
+
+    Raises what `open_run` and `open_data` raise if the directory or the text do not allow the run.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, resume: bool = False) -> None:
+        self.config, self.out = config, out
+        self.data = open_data(config)
+        self.device = best_device()
+        checkpoint = open_run(out, config, self.data.identity, resume)
+        load_tokenizer(self.data.directory).save(out)
+        torch.manual_seed(config.train.seed)
+        self.model = build(config.model).to(self.device)
+        self.model.set_compute_dtype(resolve_dtype(config.train.dtype, self.device))
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.progress = Progress(0, 0.0)
+        if checkpoint is not None:
+            self.progress = load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.metrics = MetricsLog(out / "metrics.jsonl", self.progress.step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """How many tokens an update sees."""
+        return self.config.train.seq_len * self.config.train.batch_size
+
+    def run(self, show_progress: bool = True) -> float:
+        """Train to the last step and return the final validation loss in nats per token.
+
+        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on SIGINT or SIGTERM.
+        """
+        train = self.config.train
+        if train.compile:
+            self._compile()
+        bar = tqdm(
+            total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show_progress
+        )
+        loss = math.nan
+        with signals_noted() as received, bar:
+            if self.progress.step == 0:
+                loss = self._validate()
+            while self.progress.step < train.steps:
+                self._step(bar)
+                step = self.progress.step
+                if step == train.steps or (train.eval_every and step % train.eval_every == 0):
+                    loss = self._validate()
+                if step == train.steps or received or (train.save_every and step % train.save_every == 0):
+                    self._save()
+                if received and step < train.steps:
+                    self.metrics.close()
+                    name = signal.Signals(received[0]).name
+                    raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", received[0])
+        self.metrics.close()
+        return loss if not math.isnan(loss) else self._validation_loss()
+
+    def _compile(self) -> None:
+        """Compile the blocks and try them on a first batch; go on without compilation, and say so, if that fails."""
+        compile_blocks(self.model)
+        try:
+            gradients_of_batch(self.model, self.data.loader, 0, self.config.train.micro_batch_size)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"spherelm: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+            torch.compiler.set_stance("force_eager")
+        self.optimizer.zero_grad()
+
+    def _step(self, bar: Any) -> None:
+        config, step, start = self.config, self.progress.step, time.perf_counter()
+        lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
+        loss, grad_norm = self._update(step, lr)
+        seconds = time.perf_counter() - start
+        self.progress = Progress(step + 1, self.progress.seconds + seconds)
+        speed = self.tokens_per_step / seconds
+        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        self.metrics.write("train", **self._position(), **record)
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        bar.update()
+
+    def _update(self, step: int, lr: float) -> tuple[float, float]:
+        """One optimizer step; returns the batch's loss and the norm of its gradient before clipping."""
+        set_rate(self.optimizer, lr)
+        loss = gradients_of_batch(self.model, self.data.loader, step, self.config.train.micro_batch_size)
+        grad_norm = clip_gradients(self.model, self.config.optim.grad_clip)
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                self.metrics.close()
+                raise Diverged(
+                    f"{self.out}: the {name} is {value} at step {step + 1} (learning rate {lr:.3g}): "
+                    "lower --lr or look at the text around this batch"
+                )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, grad_norm
+
+    def _position(self) -> dict[str, float]:
+        step = self.progress.step
+        return {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.progress.seconds, 4)}
+
+    def _validation_loss(self) -> float:
+        return mean_loss(
+            self.model, *self.data.validation, self.config.train.micro_batch_size or self.config.train.batch_size
+        )
+
+    def _validate(self) -> float:
+        loss = self._validation_loss()
+        self.metrics.write(
+            "val", **self._position(), loss=loss, bits_per_byte=bits_per_byte(loss, self.data.tokens_per_byte)
+        )
+        return loss
+
+    def _save(self) -> None:
+        save_checkpoint(self.out, self.model, self.optimizer, self.progress, self.config.train.keep)
+
+
+def gradients_of_batch(model: Decoder, loader: Loader, step: int, micro_batch_size: int | None) -> float:
+    """Add the gradients of batch number `step` to the parameters, in micro-batches, and return its mean loss in nats."""
+    tokens, targets = loader.batch(step)
+    device = next(model.parameters()).device
+    size, total = micro_batch_size or len(tokens), 0.0
+    for part, wanted in zip(tokens.split(size), targets.split(size), strict=True):
+        loss = model.loss(part.to(device), wanted.to(device)) * (len(part) / len(tokens))
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def clip_gradients(model: torch.nn.Module, limit: float | None) -> float:
+    """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit).item()
+
+
+def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
+    """Do the run that `config` describes in the directory `out`; returns the final validation loss in nats per token."""
+    return Trainer(config, out, resume).run(show_progress)

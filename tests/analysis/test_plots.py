@@ -1,0 +1,104 @@
+"""Figures: small, deterministic SVG that one page can hold many of."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spherelm.analysis import plots
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+
+SVG = "{http://www.w3.org/2000/svg}"
+LAYERS = [np.linspace(0.1, 0.4, 6), np.linspace(0.2, 0.3, 6)]
+
+
+def losses(**fields: Any) -> plots.LossPlot:
+    x = np.linspace(0, 2e6, 500)
+    curves = {arm: [plots.Curve(x, 3 + i * 0.01 + np.exp(-x / 4e5)) for i in range(3)] for arm in ("gpt", "ngpt")}
+    return plots.LossPlot(curves, {arm: seeds[1] for arm, seeds in curves.items()}, **fields)
+
+
+def everything(key: str = "k") -> dict[str, str]:
+    text = (key, "A <title>", "What & how")
+    numbers = {arm: {name: LAYERS for name in ("Q", "K", "V", "W_o")} for arm in ("gpt", "ngpt")}
+    norms = {arm: {table: LAYERS for table in ("input", "output")} for arm in ("gpt", "ngpt")}
+    full = losses(level=3.1, level_label="GPT", ends=[(5e5, 3.2), (1e6, 3.0)], crossing=(7e5, 3.1), crossing_label="700k")
+    return {
+        "losses": plots.loss_curves(full, *text),
+        "alpha": plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, *text),
+        "scales": plots.layer_scales({"s_qk": LAYERS, "s_u": LAYERS, "s_v": LAYERS}, *text),
+        "s_z": plots.logit_scales([np.random.default_rng(0).normal(10, 1, 4096)], *text),
+        "norms": plots.embedding_norms(norms, *text),
+        "conditions": plots.condition_numbers(numbers, ["Q", "K", "V", "W_o"], *text),
+    }
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, str]:
+    return everything()
+
+
+def test_each_is_small_well_formed_and_named(figures: dict[str, str]) -> None:
+    for name, svg in figures.items():
+        root = ET.fromstring(svg)
+        assert len(svg) < 32_000, name
+        assert root.find(f"{SVG}title").text == "A <title>" and root.find(f"{SVG}desc").text == "What & how"  # type: ignore[union-attr]
+        assert root.get("aria-labelledby") == "k-title k-desc"
+        assert all(element.get("id", "k-").startswith("k-") for element in root.iter())
+
+
+def test_text_is_text_and_nothing_is_fetched(figures: dict[str, str]) -> None:
+    assert "validation loss (nats per token)" in figures["losses"] and ">700k<" in figures["losses"]
+    for svg in figures.values():
+        assert svg.count("http") == 1 and "<style" not in svg and "font-family" not in svg
+
+
+def test_every_colour_is_a_variable(figures: dict[str, str]) -> None:
+    known = {name for name, _, _ in plots.VARIABLES.values()}
+    for svg in figures.values():
+        assert not re.search(r"(fill|stroke): (#|black|white|rgb)", svg)
+        assert set(re.findall(r"var\((--[a-z-]+)\)", svg)) <= known
+
+
+def test_same_numbers_give_the_same_bytes_and_other_keys_other_ids(figures: dict[str, str]) -> None:
+    assert everything() == figures
+    ids = [set(re.findall(r' id="([^"]+)"', drawn)) for drawn in (figures["losses"], everything("other")["losses"])]
+    assert ids[0] and ids[1] and not ids[0] & ids[1]
+
+
+def test_standalone_brings_its_colours(figures: dict[str, str]) -> None:
+    svg = plots.standalone(figures["losses"])
+    ET.fromstring(svg)
+    assert all(f"{name}:{light};" in svg and f"{name}:{dark};" in svg for name, light, dark in plots.VARIABLES.values())
+
+
+def test_an_infinite_condition_number_leaves_a_gap() -> None:
+    numbers = {"gpt": {"Q": [np.array([5.0, np.inf, 7.0])]}, "ngpt": {"Q": [np.array([2.0, 3.0, 4.0])]}}
+    svg = plots.condition_numbers(numbers, ["Q"], "k", "t", "d")
+    assert "inf" not in svg.lower() and "nan" not in svg.lower()
+
+
+def test_a_diverged_curve_is_drawn_as_far_as_it_goes() -> None:
+    curve = plots.Curve([0, 1, 2, 3], [4.0, 3.0, float("nan"), float("nan")])
+    good = plots.Curve([0, 1, 2, 3], [4.0, 3.0, 2.5, 2.4])
+    svg = plots.loss_curves(plots.LossPlot({"gpt": [curve], "ngpt": [good]}, {"gpt": curve, "ngpt": good}), "k", "t", "d")
+    assert "nan" not in svg.lower()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ValueError, match=r"pip install 'spherelm\[report\]'"):
+        plots.eigen_learning_rates({"alpha_A": LAYERS}, "k", "t", "d")

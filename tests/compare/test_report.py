@@ -1,0 +1,253 @@
+"""The report page: it stands alone, says what its runs say, and has words for what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_runs import SHAPE, write_comparison
+
+from spherelm.compare.record import read_comparison
+from spherelm.compare.report import write_report
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page; fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.styles = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            self.styles += data
+        elif "script" not in self.open:
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+Build = Callable[..., tuple[Path, Page]]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """`build(**options)`: a synthetic comparison and its page."""
+
+    def make(edit: Callable[[Path], None] = lambda directory: None, **options: Any) -> tuple[Path, Page]:
+        write_comparison(tmp_path, **options)
+        edit(tmp_path)
+        return tmp_path, Page(write_report(tmp_path).read_text("utf-8"))
+
+    return make
+
+
+def edit_summary(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "summary.json"
+        summary = json.loads(path.read_text())
+        change(summary)
+        path.write_text(json.dumps(summary))
+
+    return edit
+
+
+def test_the_page_stands_alone(build: Build) -> None:
+    directory, page = build()
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "poster", "srcset", "data"):
+            assert re.match(r"#|data:", attributes.get(name) or "#"), attributes
+        assert "url(" not in (attributes.get("style") or "").replace("url(#", "")
+    assert "@import" not in page.styles and "url(" not in page.styles
+    html = (directory / "report.html").read_text("utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://", html)
+    assert len(html.encode()) < 400_000
+
+
+def test_no_id_occurs_twice_and_every_reference_has_its_target(build: Build) -> None:
+    directory, page = build()
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    html = (directory / "report.html").read_text("utf-8")
+    references = re.findall(r'href="#([^"]+)"|url\(#([^)"]+)\)', html)
+    assert references and {name for pair in references for name in pair if name} <= set(ids)
+
+
+def test_figures_are_numbered_named_and_follow_the_theme(build: Build) -> None:
+    _, page = build()
+    assert page.count("svg") == page.count("figure") == page.count("figcaption") == 8
+    for i in range(1, 9):
+        assert f"Figure {i}." in page.text
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert all(attributes["role"] == "img" and attributes["aria-labelledby"] for attributes in drawings)
+    styles = " ".join(attributes.get("style") or "" for _, attributes in page.tags)
+    assert not re.search(r"#[0-9a-f]{6}\b", styles), "a colour that the theme cannot change"
+    for variable in set(re.findall(r"var\((--[a-z-]+)\)", styles)):
+        assert page.styles.count(f"{variable}:") >= 3, f"{variable} is not set for light, dark and by choice"
+
+
+def test_numbers_are_those_of_the_runs(build: Build) -> None:
+    directory, page = build(seeds=3)
+    for arm in ("gpt", "ngpt"):
+        finals, bits = [], []
+        for seed in range(3):
+            lines = [json.loads(line) for line in (directory / f"{arm}-{seed}" / "metrics.jsonl").read_text().splitlines()]
+            last = [line for line in lines if line["kind"] == "val"][-1]
+            finals.append(last["loss"])
+            bits.append(last["bits_per_byte"])
+        assert f"{np.mean(finals):.3f}\u00a0±\u00a0{np.std(finals, ddof=1) / np.sqrt(3):.3f}" in page.text
+        assert ", ".join(f"{loss:.3f}" for loss in finals) in page.text
+        assert f"{np.mean(bits):.3f}" in page.text
+
+
+def test_the_speedup_is_said_in_one_sentence_with_its_interval(build: Build) -> None:
+    directory, page = build(seeds=3)
+    speedup = json.loads((directory / "summary.json").read_text())["speedup"]
+    low, high = speedup["tokens_interval"]
+    assert f"with {speedup['tokens']:.2f}× fewer tokens (interval over 3 seeds: {low:.2f} to {high:.2f})" in page.text
+    assert "not as a forecast" in page.text
+
+
+def test_one_seed_has_no_interval(build: Build) -> None:
+    _, page = build(seeds=1)
+    assert "one seed, so no interval" in page.text and "±" not in page.text
+
+
+def test_gpt_winning_is_said(build: Build) -> None:
+    _, page = build(swap=True)
+    assert "GPT wins here" in page.text and "needs 1.25× as many tokens" in page.text
+    assert "nGPT does not cross the dashed line" in page.text
+
+
+def test_no_crossing_at_all_is_said(build: Build) -> None:
+    nothing = {"tokens": None, "tokens_interval": None, "seconds": None, "seconds_interval": None, "tokens_to_reach": None}
+    _, page = build(edit_summary(lambda summary: summary["speedup"].update(nothing, winner="gpt")), swap=True)
+    assert "nGPT did not reach GPT’s final validation loss" in page.text and "None" not in page.text
+
+
+def test_a_bound_is_called_one(build: Build) -> None:
+    _, page = build(edit_summary(lambda summary: summary["speedup"].update(bound="at least")))
+    assert "with at least" in page.text and "≥ " in page.text
+
+
+def test_an_interval_around_one_is_doubted(build: Build) -> None:
+    _, page = build(edit_summary(lambda summary: summary["speedup"].update(tokens_interval=[0.9, 1.9])))
+    assert "do not tell the arms apart" in page.text
+
+
+def test_quick_mode_is_said(build: Build) -> None:
+    _, page = build(quick=True, seeds=1)
+    assert "Quick mode" in page.text and "ends of full schedules" not in page.text and "Table 2" not in page.text
+
+
+def test_a_summary_that_disagrees_with_its_runs_is_reported(build: Build) -> None:
+    directory, page = build(edit_summary(lambda summary: summary["arms"]["gpt"].update(final_loss=1.5)))
+    assert "summary.json gives 1.5 as the final loss of gpt" in page.text
+    assert read_comparison(directory).arms["gpt"].final_loss > 2
+
+
+def test_missing_pieces_are_said_in_words(build: Build) -> None:
+    def strip(directory: Path) -> None:
+        (directory / "samples.json").unlink()
+
+    _, page = build(strip, checkpoint=False)
+    assert "No text samples" in page.text and "The weights cannot be shown" in page.text
+    assert page.count("figure") == 2
+
+
+HOSTILE = '<script>alert(1)</script> & "quotes" <img src="http://x.example/y.png" onerror=alert(2)> $title'
+
+
+def test_hostile_text_stays_text(build: Build) -> None:
+    def poison(directory: Path) -> None:
+        (directory / "samples.json").write_text(json.dumps({"prompt": HOSTILE, "gpt": [HOSTILE], "ngpt": [HOSTILE * 2]}))
+
+        def change(summary: dict[str, Any]) -> None:
+            summary.update(command=HOSTILE, git_commit=HOSTILE, versions={HOSTILE: HOSTILE})
+            summary["config"].update(preset=HOSTILE, data={HOSTILE: HOSTILE})
+            summary["arms"]["gpt"]["recipe"] = HOSTILE
+
+        edit_summary(change)(directory)
+
+    _, page = build(poison)
+    assert page.count("script") == 1 and page.count("img") == 0
+    assert page.text.count(HOSTILE) >= 6
+
+
+def test_the_same_runs_give_the_same_bytes(build: Build) -> None:
+    directory, _ = build(seeds=1)
+    first = (directory / "report.html").read_bytes()
+    assert write_report(directory).read_bytes() == first
+
+
+def test_reproducing_is_one_copy_away(build: Build) -> None:
+    directory, page = build()
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["command"] in page.text
+    assert json.dumps(summary["config"], indent=2) in page.text
+    assert "torch 2.13.0" in page.text and f'"d_model": {SHAPE["d_model"]}' in page.text
+
+
+def test_means_are_taken_where_every_seed_validated(build: Build) -> None:
+    def thin_out(directory: Path) -> None:
+        path = directory / "gpt-1" / "metrics.jsonl"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(lines[:6] + lines[10:]) + "\n")
+
+    directory, _ = build(thin_out, seeds=2)
+    arm = read_comparison(directory).arms["gpt"]
+    tokens, _, loss = arm.mean_curve()
+    assert [len(run.steps) for run in arm.runs] == [20, 18] and len(tokens) == 18
+    for at, mean in zip(tokens, loss, strict=True):
+        seeds = [run.loss[np.flatnonzero(run.tokens == at)[0]] for run in arm.runs]
+        assert mean == pytest.approx(np.mean(seeds), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (lambda d: (d / "summary.json").unlink(), FileNotFoundError, "not the output of a finished"),
+        (lambda d: (d / "summary.json").write_text("{"), ValueError, "is not JSON"),
+        (lambda d: (d / "summary.json").write_text("[]"), ValueError, "an object was expected"),
+        (edit_summary(lambda s: s.pop("speedup")), ValueError, "no `speedup`"),
+        (edit_summary(lambda s: s["arms"].pop("ngpt")), ValueError, "arms.ngpt.runs"),
+        (lambda d: (d / "gpt-0/metrics.jsonl").unlink(), FileNotFoundError, "metrics.jsonl is missing"),
+        (lambda d: (d / "gpt-0/metrics.jsonl").write_text(""), ValueError, "holds no validation"),
+        (lambda d: (d / "gpt-0/metrics.jsonl").write_text("nonsense\n{}\n"), ValueError, "line 1 is not JSON"),
+        (lambda d: (d / "gpt-0/metrics.jsonl").write_text('{"kind": "val", "step": 1}\n'), ValueError, "`tokens`"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], Any], error: type[Exception], words: str) -> None:
+    write_comparison(tmp_path, seeds=1, quick=True, checkpoint=False)
+    damage(tmp_path)
+    with pytest.raises(error, match=re.escape(words)):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,241 @@
+"""Fixtures that every test may use: the shared files, a fixed random state, and small cases with their oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import golden
+import paper
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from spherelm.models import build
+from spherelm.models.decoder import Decoder
+from spherelm.models.gpt import GPTConfig
+from spherelm.models.ngpt import NGPTConfig
+from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("spherelm", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.load_profile("spherelm")
+
+# The tensors here are tiny: a second thread costs more than it brings, much more when several tests run at once.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_state() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference files beside the repository; without it the test is skipped."""
+    path = ROOT.parent / "shared"
+    if not (path / "golden").is_dir():
+        pytest.skip(f"the reference files are not here: no folder {path / 'golden'}")
+    return path
+
+
+TINY: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 16}
+
+
+@pytest.fixture
+def gpt_config() -> GPTConfig:
+    return GPTConfig(**TINY)
+
+
+@pytest.fixture
+def ngpt_config() -> NGPTConfig:
+    return NGPTConfig(**TINY)
+
+
+@dataclass
+class Case:
+    """A small float64 model, the same weights for the oracle, and one batch in which some targets are ignored."""
+
+    arm: str
+    model: Decoder
+    weights: paper.Params
+    shape: paper.Shape
+    tokens: Tensor
+    targets: Tensor
+
+    @property
+    def forward(self) -> paper.Forward:
+        return paper.gpt if self.arm == "gpt" else paper.ngpt
+
+    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``count`` different batches: the positions rolled."""
+        for i in range(count):
+            yield self.tokens.roll(i, 1), self.targets.roll(i, 1)
+
+
+def oracle_shape(config: GPTConfig | NGPTConfig) -> paper.Shape:
+    """What the oracle needs to know of ``config``."""
+    shape = paper.Shape(
+        config.n_layers, config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, config.rope_base
+    )
+    if isinstance(config, GPTConfig):
+        return shape
+    names = ("alpha", "s_qk", "s_u", "s_v", "s_z")
+    scales = {n: (getattr(config, f"{n}_init"), getattr(config, f"{n}_scale") or 0.0) for n in names}
+    return paper.Shape(**{**shape.__dict__, **scales})
+
+
+def make_case(arm: str, **fields: Any) -> Case:
+    """The same case at every call, whose gains and scales all differ and whose alphas are partly negative, so that nothing cancels."""
+    config = (GPTConfig if arm == "gpt" else NGPTConfig)(**{**TINY, **fields})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build(config).double()
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if paper.unit_axis(name) is None:
+                parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+            if "alpha" in name:
+                parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+            if arm == "gpt" and parameter.ndim == 2:
+                parameter.mul_(5)
+            # float32 initialization is unit to 1e-7 only: here the oracle and the model start at the same double
+            if arm == "ngpt" and (axis := paper.unit_axis(name)) is not None:
+                parameter.copy_(paper.norm(parameter, axis))
+    tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
+    targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
+    targets[0, :3] = targets[2, 5] = -100
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return Case(arm, model, weights, oracle_shape(config), tokens, targets)
+
+
+@pytest.fixture
+def case() -> Callable[..., Case]:
+    """``case(arm, **config_fields)``: see ``make_case``."""
+    return make_case
+
+
+def make_golden_model(files: golden.Golden) -> Decoder:
+    """Our model with the weights of a golden checkpoint as they are stored, in float64."""
+    sizes: dict[str, Any] = {
+        "vocab_size": files.vocab_size,
+        "n_layers": files.shape.n_layers,
+        "d_model": files.shape.d_model,
+        "n_heads": files.shape.n_heads,
+        "max_seq_len": files.tokens.shape[1],
+    }
+    model = build(GPTConfig(**sizes) if files.arm == "gpt" else NGPTConfig(**sizes)).double()
+    model.load_state_dict(files.weights)
+    return model
+
+
+@pytest.fixture
+def golden_model() -> Callable[[golden.Golden], Decoder]:
+    """``golden_model(files)``: see ``make_golden_model``."""
+    return make_golden_model
+
+
+def train_model(
+    model: Decoder, config: OptimConfig, batches: Iterable[tuple[Tensor, Tensor]], schedule: list[float] | None = None
+) -> list[float]:
+    """Trains ``model`` as its own loop would, one update a batch at ``schedule[i]`` of the peak rate; the losses."""
+    optimizer = build_optimizer(model, config)
+    losses = []
+    for i, (tokens, targets) in enumerate(batches):
+        set_rate(optimizer, config.lr * (schedule[i] if schedule else 1.0))
+        optimizer.zero_grad()
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def train() -> Callable[..., list[float]]:
+    """``train(model, config, batches, schedule)``: see ``train_model``."""
+    return train_model
+
+
+def wrong_rope(x: Tensor, base: float) -> Tensor:
+    """Pairs neighbouring channels instead of i and i + d_k/2."""
+    order = torch.arange(x.shape[-1]).reshape(-1, 2).T.reshape(-1)
+    return right_rope(x[..., order], base)[..., torch.argsort(order)]
+
+
+def wrong_gpt_decay(name: str) -> float:
+    """Decays the gains too."""
+    return 0.1
+
+
+def wrong_axes() -> dict[str, int]:
+    """Rows where columns are unit, and the reverse."""
+    return {name: 1 - axis for name, axis in paper.UNIT_AXIS.items()}
+
+
+def wrong_one_axis() -> dict[str, int]:
+    return {**paper.UNIT_AXIS, "mlp.o.weight": 1}
+
+
+def wrong_gate(p: paper.Params, prefix: str, shape: paper.Shape, h: Tensor) -> Tensor:
+    """SiLU on u instead of v."""
+    other = {"u.weight": "v.weight", "v.weight": "u.weight", "s_u.value": "s_v.value", "s_v.value": "s_u.value"}
+    return right_mlp({**p, **{prefix + to: p[prefix + name] for name, to in other.items()}}, prefix, shape, h)
+
+
+right_rope, right_mlp = paper.rope, paper.mlp
+Mutation = tuple[str, str, Callable[..., Any] | dict[str, int]]
+
+MUTATIONS: dict[str, Mutation] = {
+    "rope pairing": ("ngpt", "rope", wrong_rope),
+    "rope pairing in gpt": ("gpt", "rope", wrong_rope),
+    "no abs on alpha": ("ngpt", "eigen_rate", lambda p, name, s: paper.effective(p[name], s.alpha, s.d_model)),
+    "s_qk on q only": ("ngpt", "scale_q_k", lambda q, k, s_qk: (paper.norm(q) * s_qk, paper.norm(k))),
+    "no norm on q and k": ("ngpt", "scale_q_k", lambda q, k, s_qk: (q * s_qk, k * s_qk)),
+    "softmax scale": ("ngpt", "softmax_scale", lambda d_k: d_k**-0.5),
+    "softmax scale of gpt": ("gpt", "gpt_softmax_scale", lambda d_k: d_k**0.5),
+    "no sqrt(d_model) on v": ("ngpt", "v_scale", lambda d_model: 1.0),
+    "scales stored as used": ("ngpt", "effective", lambda stored, init_scale, d_model: stored),
+    "step not normalized": ("ngpt", "step", lambda h, target, alpha: h + alpha * (target - h)),
+    "step along the tangent": ("ngpt", "step", lambda h, target, alpha: paper.riemannian_step(h, target, alpha)),
+    "unit axes swapped": ("ngpt", "UNIT_AXIS", wrong_axes()),
+    "one unit axis swapped": ("ngpt", "UNIT_AXIS", wrong_one_axis()),
+    "no retraction": ("ngpt", "retract", lambda p: p),
+    "u gates v": ("ngpt", "mlp", wrong_gate),
+    "gate without SiLU": ("gpt", "silu", lambda x: x),
+    "decay on gains": ("gpt", "gpt_decay", wrong_gpt_decay),
+    "no clipping": ("gpt", "clip", lambda gradients, limit, eps=0.0: gradients),
+    "attention sees the future": ("gpt", "causal_softmax", lambda scores: torch.softmax(scores, -1)),
+}
+
+
+@pytest.fixture(params=sorted(MUTATIONS))
+def mutated_arm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Puts one mistake into the oracle, and says which arm it concerns."""
+    arm, name, replacement = MUTATIONS[request.param]
+    monkeypatch.setattr(paper, name, replacement)
+    return arm
+
+
+def assert_agree(ours: Tensor, oracle: Tensor, leaves: list[Tensor]) -> None:
+    """Both results, and their gradients with respect to ``leaves`` along a random direction, to 1e-12 of the largest."""
+    assert ours.shape == oracle.shape
+    direction = torch.randn_like(oracle)
+    pairs = [(ours, oracle)]
+    gradients = (torch.autograd.grad(result, leaves, direction, retain_graph=True) for result in (ours, oracle))
+    pairs += zip(*gradients, strict=True)
+    for one, other in pairs:
+        assert (one - other).abs().max() <= 1e-12 * other.abs().max()
+
+
+@pytest.fixture
+def agree() -> Callable[[Tensor, Tensor, list[Tensor]], None]:
+    """``agree(ours, oracle, leaves)``: see ``assert_agree``."""
+    return assert_agree

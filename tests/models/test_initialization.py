@@ -1,0 +1,117 @@
+"""Where the weights start: PAPER's distributions, role by role."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import paper
+import pytest
+import torch
+
+from spherelm.layers.linear import departure
+from spherelm.models import GPT, NGPT, GPTConfig, NGPTConfig, build
+
+SIZES: dict[str, Any] = {"vocab_size": 300, "n_layers": 3, "d_model": 64, "n_heads": 4, "max_seq_len": 16}
+BUILDERS = [GPTConfig, NGPTConfig]
+
+
+def test_gpt_matrices_by_role() -> None:
+    model = build(GPTConfig(**SIZES))
+    for name, w in model.named_parameters():
+        if w.ndim == 1:
+            assert torch.equal(w, torch.ones_like(w)), name
+            continue
+        wanted = 0.02 / math.sqrt(2 * 3) if name.endswith(".o.weight") else 0.02
+        assert w.std().item() == pytest.approx(wanted, rel=0.05), name
+        assert abs(w.mean().item()) < 5 * wanted / math.sqrt(w.numel()), name
+        kurtosis = ((w / w.std()) ** 4).mean().item()
+        assert kurtosis == pytest.approx(3, rel=0.15), f"{name} is not normally distributed"
+
+
+def test_gpt_init_std_is_a_field() -> None:
+    model = build(GPTConfig(**SIZES, init_std=0.5))
+    assert model.embed.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    assert model.blocks[0].mlp.o.weight.std().item() == pytest.approx(0.5 / math.sqrt(6), rel=0.05)
+
+
+def test_ngpt_matrices_are_unit_along_their_axis_in_every_direction() -> None:
+    model = build(NGPTConfig(**SIZES))
+    assert departure(model) < 3e-7
+    for name, w in model.named_parameters():
+        axis = paper.unit_axis(name)
+        if axis is None:
+            continue
+        lengths = w.double().norm(dim=axis)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=3e-7)
+        assert w.std().item() == pytest.approx(1 / math.sqrt(64), rel=0.02), name
+        assert abs(w.mean().item()) < 5 * 0.125 / math.sqrt(w.numel()), name
+        other = w.double().norm(dim=1 - axis)
+        assert other.std() > 1e-3, f"{name} is unit along both axes"
+
+
+def test_ngpt_scales_start_at_the_papers_values() -> None:
+    model = build(NGPTConfig(**SIZES))
+    start = 1 / math.sqrt(64)
+    stored = {"alpha_a": start, "alpha_m": start, "s_qk": start, "s_u": 1.0, "s_v": 1.0, "s_z": start}
+    used = {"alpha_a": 0.05, "alpha_m": 0.05, "s_qk": 1.0, "s_u": 1.0, "s_v": 1.0, "s_z": 1.0}
+    shapes = {"alpha_a": (64,), "alpha_m": (64,), "s_qk": (4, 16), "s_u": (256,), "s_v": (256,), "s_z": (300,)}
+    seen = set()
+    for name, value in model.named_parameters():
+        if not name.endswith(".value"):
+            continue
+        path = name.removesuffix(".value")
+        scale = path.rpartition(".")[2]
+        seen.add(scale)
+        assert value.shape == shapes[scale], name
+        assert value.unique().tolist() == pytest.approx([stored[scale]]), name
+        assert model.get_submodule(path)().unique().tolist() == pytest.approx([used[scale]]), name
+    assert seen == stored.keys()
+
+
+@pytest.mark.parametrize("config_class", BUILDERS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_seed_decides_the_weights(config_class: Any, tie: bool) -> None:
+    config = config_class(**SIZES, tie_embeddings=tie)
+    torch.manual_seed(3)
+    first = build(config)
+    torch.manual_seed(3)
+    again = build(config)
+    other = build(config)
+    assert all(p.dtype == torch.float32 for p in first.parameters())
+    for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.unique().numel() == 1 or not torch.equal(a, c), name
+
+
+@pytest.mark.parametrize("config_class", BUILDERS)
+def test_weights_can_be_drawn_again(config_class: Any) -> None:
+    model = build(config_class(**SIZES))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(3.0)
+    torch.manual_seed(0)
+    model.init_weights()
+    torch.manual_seed(0)
+    fresh = build(config_class(**SIZES))
+    torch.manual_seed(0)
+    fresh.init_weights()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_an_untrained_model_knows_nothing() -> None:
+    tokens = torch.randint(300, (2, 16))
+    for config in (GPTConfig(**SIZES), NGPTConfig(**SIZES)):
+        with torch.no_grad():
+            loss = build(config).loss(tokens, tokens.roll(-1, 1)).item()
+        assert loss == pytest.approx(math.log(300), rel=0.02)
+
+
+def test_parameter_counts_of_the_papers_sizes() -> None:
+    """PAPER's table of sizes, V = 32000: 468.2M and 468.4M, 1025.7M and 1026.1M, cut (not rounded) there."""
+    half: dict[str, Any] = {"vocab_size": 32000, "n_layers": 24, "d_model": 1024, "n_heads": 16}
+    whole: dict[str, Any] = {"vocab_size": 32000, "n_layers": 36, "d_model": 1280, "n_heads": 20}
+    with torch.device("meta"):
+        models = [GPT(GPTConfig(**half)), NGPT(NGPTConfig(**half)), GPT(GPTConfig(**whole)), NGPT(NGPTConfig(**whole))]
+    counts = [sum(p.numel() for p in m.parameters()) // 10**5 for m in models]
+    assert counts == [4682, 4684, 10257, 10261]

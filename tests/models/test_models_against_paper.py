@@ -1,0 +1,79 @@
+"""Both models against the oracle: logits, loss, gradients, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import golden
+import paper
+import pytest
+import torch
+
+from spherelm.layers.linear import retract
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one layer": {"n_layers": 1},
+    "grouped queries": {"n_heads": 6, "n_kv_heads": 2},
+    "one key head": {"n_kv_heads": 1},
+    "tied": {"tie_embeddings": True},
+    "default width": {"d_ff": None},
+    "rope base": {"rope_base": 100.0},
+}
+SCALES: dict[str, dict[str, Any]] = {
+    "alpha": {"alpha_init": 0.5, "alpha_scale": 0.3},
+    "s_qk": {"s_qk_init": 0.33, "s_qk_scale": 1.0},
+    "s_u and s_v": {"s_u_init": 0.2, "s_u_scale": 0.5, "s_v_init": 0.3, "s_v_scale": 2.0},
+    "s_z": {"s_z_init": 24**0.5, "s_z_scale": 0.03},
+}
+CASES = [(arm, name) for arm in golden.ARMS for name in FIELDS] + [("ngpt", name) for name in SCALES]
+
+
+def assert_near(ours: torch.Tensor, oracle: torch.Tensor, tolerance: float, what: str = "") -> None:
+    assert ours.shape == oracle.shape
+    assert (ours - oracle).abs().max() <= tolerance * oracle.abs().max(), what
+
+
+@pytest.mark.parametrize(("arm", "name"), CASES)
+def test_logits_loss_and_every_gradient(arm: str, name: str, case: Any) -> None:
+    c = case(arm, **{**FIELDS, **SCALES}[name])
+    assert_near(c.model(c.tokens), c.forward(c.weights, c.shape, c.tokens), 1e-12)
+    loss, gradients = paper.loss_and_gradients(c.forward, c.weights, c.shape, c.tokens, c.targets)
+    ours = c.model.loss(c.tokens, c.targets)
+    ours.backward()
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
+    parameters = dict(c.model.named_parameters())
+    assert parameters.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert_near(parameters[key].grad, gradient, 1e-12, key)
+
+
+def test_a_tied_model_has_one_embedding(case: Any) -> None:
+    for arm in golden.ARMS:
+        model = case(arm, tie_embeddings=True).model
+        assert model.head.weight is model.embed.weight
+        assert "head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("arm", golden.ARMS)
+def test_the_loss_of_training_is_the_cross_entropy_of_the_logits(arm: str, case: Any) -> None:
+    c = case(arm)
+    wanted = paper.cross_entropy(c.model(c.tokens), c.targets).item()
+    assert c.model.loss(c.tokens, c.targets).item() == pytest.approx(wanted, rel=1e-13)
+    with torch.no_grad():
+        assert c.model.loss(c.tokens, c.targets).item() == pytest.approx(wanted, rel=1e-13)
+
+
+@pytest.mark.parametrize("arm", golden.ARMS)
+def test_the_golden_files_through_our_model(arm: str, shared: Path, golden_model: Any) -> None:
+    files = golden.load(shared, arm)
+    model = golden_model(files)
+    retract(model)
+    loss = model.loss(files.tokens, files.targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(files.loss, rel=1e-13)
+    assert_near(model(files.tokens), files.logits.double(), 1e-6)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert_near(parameter.grad, files.gradients[name].double(), 1e-7, name)

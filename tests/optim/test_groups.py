@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import golden
+import pytest
+import torch
+from torch import nn
+
+from spherelm.optim.groups import (
+    ROLES,
+    OptimConfig,
+    RateMultipliers,
+    build_optimizer,
+    parameter_roles,
+    set_rate,
+)
+
+both_arms = pytest.mark.parametrize("arm", golden.ARMS)
+
+
+def role_by_name(name: str) -> str:
+    """The roles as PAPER lists them, from the names alone."""
+    if name.startswith("embed."):
+        return "input_embedding"
+    if name.startswith("head."):
+        return "output_embedding"
+    if name.endswith(".value"):
+        return "scale"
+    return "gain" if "norm" in name else "matrix"
+
+
+@both_arms
+def test_every_parameter_has_the_role_of_its_kind(arm: str, case: Any) -> None:
+    model = case(arm).model
+    assert parameter_roles(model) == {name: role_by_name(name) for name, _ in model.named_parameters()}
+
+
+@both_arms
+@pytest.mark.parametrize("tie", [False, True])
+def test_every_parameter_is_in_exactly_one_group(arm: str, tie: bool, case: Any) -> None:
+    model = case(arm, tie_embeddings=tie).model
+    groups = build_optimizer(model, OptimConfig(lr=1e-3)).param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters()}
+    assert len({group["role"] for group in groups}) == len(groups)
+
+
+@both_arms
+def test_a_tied_weight_is_an_output_embedding(arm: str, case: Any) -> None:
+    roles = parameter_roles(case(arm, tie_embeddings=True).model)
+    assert roles["embed.weight"] == "output_embedding"
+    assert "head.weight" not in roles
+
+
+@pytest.mark.parametrize(("arm", "asked", "decay"), [("gpt", None, 0.1), ("ngpt", None, 0.0), ("gpt", 0.3, 0.3)])
+def test_decay_reaches_matrices_and_embeddings_only(arm: str, asked: float | None, decay: float, case: Any) -> None:
+    optimizer = build_optimizer(case(arm).model, OptimConfig(lr=1e-3, weight_decay=asked))
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == (0.0 if group["role"] in ("gain", "scale") else decay), group["role"]
+
+
+def test_defaults_are_the_papers() -> None:
+    config = OptimConfig(lr=1e-3)
+    assert (config.betas, config.eps, config.grad_clip, config.weight_decay) == ((0.9, 0.95), 1e-8, 1.0, None)
+    assert dataclasses.astuple(config.multipliers) == (1.0,) * len(ROLES)
+
+
+@both_arms
+@pytest.mark.parametrize("role", ROLES)
+def test_a_multiplier_reaches_exactly_its_role(arm: str, role: str, case: Any, train: Any) -> None:
+    """Adam's first step is proportional to the rate: compare what moved, and by how much."""
+    moved = []
+    for multiplier in (1.0, 0.25):
+        c = case(arm)
+        config = OptimConfig(lr=1e-4, weight_decay=0.0, multipliers=RateMultipliers(**{role: multiplier}))
+        train(c.model, config, c.batches(1))
+        moved.append({name: p.detach() - c.weights[name] for name, p in c.model.named_parameters()})
+    for name, full in moved[0].items():
+        if role_by_name(name) != role:
+            assert torch.equal(moved[1][name], full), name
+        else:
+            # retraction bends the path a little: proportional up to the size of the step
+            assert (moved[1][name] - full / 4).norm() <= 0.01 * full.norm(), name
+            assert full.norm() > 0
+
+
+def test_a_new_rate_keeps_the_multipliers(case: Any) -> None:
+    multipliers = RateMultipliers(0.5, 2.0, 1.0, 3.0, 1.0)
+    optimizer = build_optimizer(case("ngpt").model, OptimConfig(lr=1e-3, multipliers=multipliers))
+    set_rate(optimizer, 0.1)
+    rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"input_embedding": 0.05, "output_embedding": 0.2, "matrix": 0.1, "scale": 0.3})
+
+
+def test_any_module_gets_roles_from_its_parameters() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    assert parameter_roles(model) == {"0.weight": "matrix", "0.bias": "gain", "1.weight": "gain", "1.bias": "gain"}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False))
+    model[0].weight.requires_grad_(False)
+    assert parameter_roles(model) == {"1.weight": "matrix"}
+    assert len(build_optimizer(model, OptimConfig(lr=1.0)).param_groups) == 1
+
+
+def test_an_unknown_role_is_refused() -> None:
+    layer = nn.Linear(2, 2)
+    layer.role = "matrx"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="Linear at '0' declares role 'matrx'; roles are input_embedding"):
+        parameter_roles(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.0}, "learning rate must be a positive number, got 0.0"),
+        ({"lr": float("nan")}, "learning rate must be a positive number, got nan"),
+        ({"lr": float("inf")}, "learning rate must be a positive number, got inf"),
+        ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"grad_clip": 0.0}, "grad_clip must be positive or None, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**{"lr": 1e-3, **fields})

@@ -1,0 +1,85 @@
+"""Optimizer steps of both arms against Adam, AdamW, clipping and retraction written out in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import golden
+import paper
+import pytest
+
+from spherelm.optim.groups import OptimConfig, RateMultipliers
+from spherelm.optim.schedule import ScheduleConfig, factor
+
+LR = 3e-3
+both_arms = pytest.mark.parametrize("arm", golden.ARMS)
+
+
+def check(c: Any, losses: list[float], wanted: tuple[list[float], paper.Params]) -> None:
+    """Losses to 1e-9 relative, weights to 1e-9 of the largest of their tensor."""
+    assert losses == pytest.approx(wanted[0], rel=1e-9)
+    for name, p in c.model.named_parameters():
+        assert (p.detach() - wanted[1][name]).abs().max() <= 1e-9 * wanted[1][name].abs().max(), name
+        assert (p.detach() - c.weights[name]).abs().max() > 1e-6, f"{name} did not move"
+
+
+@both_arms
+@pytest.mark.parametrize("steps", [1, 20])
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"n_heads": 6, "n_kv_heads": 2}], ids=str)
+def test_training_is_the_papers(arm: str, steps: int, fields: dict[str, Any], case: Any, train: Any) -> None:
+    c = case(arm, **fields)
+    losses = train(c.model, OptimConfig(lr=LR), c.batches(steps))
+    recipe = paper.paper_recipe(arm, LR)
+    check(c, losses, paper.train(c.forward, c.weights, c.shape, c.batches(steps), recipe))
+
+
+@both_arms
+def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any, train: Any) -> None:
+    c = case(arm)
+    schedule = [factor(ScheduleConfig("cosine", warmup_steps=2), i, 10) for i in range(10)]
+    multipliers = RateMultipliers(input_embedding=0.5, output_embedding=0.25, matrix=2.0, scale=3.0, gain=0.1)
+    losses = train(c.model, OptimConfig(lr=LR, multipliers=multipliers), c.batches(10), schedule)
+
+    def rate(name: str) -> float:
+        if name.endswith(".value"):
+            return 3 * LR
+        special = {"embed.weight": 0.5, "head.weight": 0.25}
+        return LR * (0.1 if "norm" in name else special.get(name, 2.0))
+
+    recipe = dataclasses.replace(paper.paper_recipe(arm, LR), lr=rate)
+    oracle = paper.train(
+        c.forward,
+        c.weights,
+        c.shape,
+        c.batches(10),
+        recipe,
+        lambda i: (i + 1) / 2 if i < 2 else paper.cosine_decay((i - 2) / 8),
+    )
+    check(c, losses, oracle)
+
+
+def test_other_constants_reach_the_optimizer(case: Any, train: Any) -> None:
+    c = case("gpt")
+    config = OptimConfig(lr=LR, betas=(0.8, 0.99), eps=1e-3, weight_decay=0.5, grad_clip=None)
+    recipe = paper.Recipe(
+        lambda name: LR, lambda name: 5 * paper.gpt_decay(name), betas=(0.8, 0.99), eps=1e-3, limit=float("inf")
+    )
+    losses = train(c.model, config, c.batches(5))
+    check(c, losses, paper.train(c.forward, c.weights, c.shape, c.batches(5), recipe))
+
+
+@both_arms
+def test_the_twenty_golden_losses(arm: str, shared: Path, golden_model: Any, train: Any) -> None:
+    files = golden.load(shared, arm)
+    losses = train(golden_model(files), OptimConfig(lr=1e-3), files.batches())
+    assert losses == pytest.approx(files.losses, rel=1e-9)
+
+
+def test_a_mistake_is_noticed(mutated_arm: str, case: Any, train: Any) -> None:
+    """With one mistake in the oracle, three steps no longer agree anywhere near the tolerances above."""
+    c = case(mutated_arm)
+    losses = train(c.model, OptimConfig(lr=1e-2), c.batches(3))
+    wrong, _ = paper.train(c.forward, c.weights, c.shape, c.batches(3), paper.paper_recipe(c.arm, 1e-2))
+    assert max(abs(a - b) / b for a, b in zip(losses, wrong, strict=True)) > 1e-6
