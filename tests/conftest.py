@@ -90,7 +90,7 @@ def oracle_shape(config: GPTConfig | NGPTConfig) -> paper.Shape:
 
 
 def make_case(arm: str, **fields: Any) -> Case:
-    """The same case at every call, whose gains and scales all differ and whose alphas are partly negative, so that nothing cancels."""
+    """The same case at every call. All gains and scales differ and some alphas are negative, so that nothing cancels."""
     config = (GPTConfig if arm == "gpt" else NGPTConfig)(**{**TINY, **fields})
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -147,7 +147,8 @@ def train_model(
     optimizer = build_optimizer(model, config)
     losses = []
     for i, (tokens, targets) in enumerate(batches):
-        set_rate(optimizer, config.lr * (schedule[i] if schedule else 1.0))
+        if schedule is not None:
+            set_rate(optimizer, config.lr * schedule[i])
         optimizer.zero_grad()
         loss = model.loss(tokens, targets)
         loss.backward()

@@ -52,7 +52,8 @@ def test_norm_of_zero_is_zero_with_a_finite_gradient() -> None:
     x = torch.zeros(2, 4, requires_grad=True)
     sphere.norm(x).sum().backward()
     assert torch.equal(sphere.norm(x), torch.zeros(2, 4))
-    assert x.grad is not None and x.grad.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_gradients_of_norm_and_steps() -> None:

@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -18,7 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
-app.command(data_app, name="data")
+app.command(data_app, name="data", help="Turn text into token shards.")
 
 
 @app.command
@@ -166,7 +167,7 @@ def prepare(
     out: Path,
     tokenizer: str = "default",
     val: list[Path] | None = None,
-    val_fraction: float | None = None,
+    val_fraction: float = 0.0,
     workers: int | None = None,
 ) -> None:
     """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) into a data directory of token shards.
@@ -176,14 +177,13 @@ def prepare(
         out: The data directory to make.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
-        val_fraction: Instead of `val`: the part of the documents that is held out; 0.01 if neither is given.
+        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides.
         workers: Processes; one a core if left out.
     """
     from spherelm.data.prepare import prepare as run_preparation
 
-    manifest = run_preparation(
-        input, out, tokenizer, val=val, val_fraction=val_fraction, workers=workers, progress=True
-    )
+    processes = workers or os.cpu_count() or 1
+    manifest = run_preparation(input, out, tokenizer, val, val_fraction, processes, progress=True)
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
@@ -253,7 +253,7 @@ def sweep(
     path = None if data is None else str(data)
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe, **dict(parse_axis(text) for text in vary)}
     axes |= {"lr": lr} if lr else {}
-    axes |= {"steps": (steps,)} if steps else {}
+    axes |= {} if steps is None else {"steps": (steps,)}
     rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
     print(table(rows))
 

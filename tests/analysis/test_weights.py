@@ -35,7 +35,9 @@ def test_condition_numbers_are_numpys_median_over_heads(arm: str) -> None:
             weight = array(model, f"blocks.{layer}.attention.{path}.weight")
             slices = np.split(weight, heads, axis=1 if name == "W_o" else 0)
             assert all(8 in piece.shape for piece in slices)
-            assert measured[name][layer] == pytest.approx(np.median([np.linalg.cond(piece) for piece in slices]), rel=1e-9)
+            assert measured[name][layer] == pytest.approx(
+                np.median([np.linalg.cond(piece) for piece in slices]), rel=1e-9
+            )
         for name, path in (("W_u", "u"), ("W_v", "v"), ("W_oMLP", "o")):
             weight = array(model, f"blocks.{layer}.mlp.{path}.weight")
             assert measured[name][layer] == pytest.approx(np.linalg.cond(weight), rel=1e-9)
@@ -74,7 +76,8 @@ def test_scales_are_averaged_per_layer_and_alpha_is_absolute() -> None:
     stored = 24**-0.5
     for layer in range(3):
         alpha = array(model, f"blocks.{layer}.alpha_a.value") * 0.05 / stored
-        assert (alpha < 0).any() and scales["alpha_A"][layer] == pytest.approx(np.abs(alpha).mean(), rel=1e-6)
+        assert (alpha < 0).any()
+        assert scales["alpha_A"][layer] == pytest.approx(np.abs(alpha).mean(), rel=1e-6)
         s_qk = array(model, f"blocks.{layer}.attention.s_qk.value") / stored
         assert scales["s_qk"][layer] == pytest.approx(s_qk.mean(), rel=1e-6)
     expected = np.sort(array(model, "s_z.value") / stored)
@@ -83,7 +86,8 @@ def test_scales_are_averaged_per_layer_and_alpha_is_absolute() -> None:
 
 def test_a_gpt_has_no_scales() -> None:
     report = weights.measure(perturbed("gpt"))
-    assert report.scales == {} and report.s_z is None
+    assert report.scales == {}
+    assert report.s_z is None
 
 
 def test_quantiles_span_smallest_to_largest() -> None:

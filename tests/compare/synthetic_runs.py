@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spherelm.compare.speedup import speedup
 from spherelm.models import build
 from spherelm.optim import build_optimizer
 from spherelm.recipes import make_run
@@ -40,7 +41,16 @@ def write_run(directory: Path, arm: str, losses: np.ndarray, steps: int, seed: i
     for step, loss in zip(validated(steps).tolist(), losses.tolist(), strict=True):
         tokens = step * TOKENS_PER_STEP
         common = {"step": step, "tokens": tokens, "seconds": tokens / speed + 1.5}
-        lines.append({"kind": "train", **common, "loss": loss + 0.02, "lr": 1e-3, "grad_norm": 0.8, "tokens_per_second": speed + step % 7})
+        lines.append(
+            {
+                "kind": "train",
+                **common,
+                "loss": loss + 0.02,
+                "lr": 1e-3,
+                "grad_norm": 0.8,
+                "tokens_per_second": speed + step % 7,
+            }
+        )
         lines.append({"kind": "val", **common, "loss": loss, "bits_per_byte": loss / np.log(2) / 3.6})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = make_run(arm, steps=steps, seed=seed, batch_size=16, **SHAPE)
@@ -65,18 +75,26 @@ def write_comparison(
         for seed, losses in enumerate(curves[arm]):
             write_run(directory / f"{arm}-{seed}", arm, losses, steps, seed, checkpoint)
     finals = {arm: [float(losses[-1]) for losses in of_arm] for arm, of_arm in curves.items()}
-    short = []
+    short, winner = [], "gpt" if swap else "ngpt"
     for fraction in () if quick else (0.3, 0.5, 0.7):
         for seed in range(seeds):
-            length, name = round(fraction * steps), f"ngpt-{seed}-steps{round(fraction * steps)}"
-            losses = curve("gpt" if swap else "ngpt", length, steps, 100 * seed + length)
-            write_run(directory / name, "ngpt", losses, length, seed, checkpoint=False)
-            short.append({"run": name, "seed": seed, "steps": length, "tokens": length * TOKENS_PER_STEP, "final_loss": losses[-1]})
+            length, name = round(fraction * steps), f"{winner}-{seed}-steps{round(fraction * steps)}"
+            losses = curve("ngpt", length, steps, 100 * seed + length)
+            write_run(directory / name, winner, losses, length, seed, checkpoint=False)
+            short.append(
+                {
+                    "run": name,
+                    "seed": seed,
+                    "steps": length,
+                    "tokens": length * TOKENS_PER_STEP,
+                    "final_loss": losses[-1],
+                }
+            )
     summary = {
         "arms": {arm: _arm(arm, finals[arm]) for arm in ("gpt", "ngpt")},
         "short_runs": short,
-        "speedup": _speedup(finals, short, steps, seeds, quick),
-        "step_time_ratio": 21_000 / 18_500,
+        "speedup": _speedup(finals, short, steps, quick),
+        "step_time_ratio": 1.135,
         "config": {
             "preset": "demo", **SHAPE, "steps": steps, "seq_len": 256, "batch_size": 16, "seeds": seeds, "quick": quick,
             "data": {"path": "shipped", "fingerprint": "0f" * 32}, "dtype": "bfloat16",
@@ -105,28 +123,30 @@ def _arm(arm: str, finals: list[float]) -> dict:
     }
 
 
-def _speedup(finals: dict, short: list[dict], steps: int, seeds: int, quick: bool) -> dict:
-    """As if by interpolation over the ends; in quick mode and where nGPT does not get there, made up."""
-    budget, level = steps * TOKENS_PER_STEP, float(np.mean(finals["gpt"]))
-    lengths = sorted({end["tokens"] for end in short})
-    losses = [float(np.mean([end["final_loss"] for end in short if end["tokens"] == length])) for length in lengths]
-    losses.append(float(np.mean(finals["ngpt"])))
-    wins = losses[-1] < level
-    reached = round(float(np.interp(-level, -np.array(losses), [*lengths, budget]))) if wins and short else None
-    factor = budget / reached if reached else 1.4 if wins else 0.8
-    interval = [factor * 0.93, factor * 1.08] if seeds > 1 else None
-    return {
-        "tokens": factor,
-        "tokens_interval": interval,
-        "steps": factor,
-        "seconds": factor / 1.135,
-        "seconds_interval": interval and [end / 1.135 for end in interval],
-        "winner": "ngpt" if wins else "gpt",
-        "method": "in-run" if quick else "schedule-ends",
-        "bound": None,
-        "tokens_to_reach": round(budget / factor) if wins else None,
-        "by_seed": [factor] * seeds,
-    }
+def _speedup(finals: dict, short: list[dict], steps: int, quick: bool) -> dict:
+    """By interpolation over the ends, the lower arm being the winner; a made-up factor in quick mode."""
+    budget, seeds = steps * TOKENS_PER_STEP, len(finals["gpt"])
+    winner, loser = sorted(finals, key=lambda arm: float(np.mean(finals[arm])))
+    curves = [
+        [(end["tokens"], end["final_loss"]) for end in short if end["seed"] == seed] + [(budget, finals[winner][seed])]
+        for seed in range(seeds)
+    ]
+    result = speedup(finals, budget, curves, 1.135, "schedule-ends")
+    if quick:
+        reached = budget / 1.4
+        factor = 1.4 if winner == "ngpt" else 1 / 1.4
+        interval = [factor * 0.93, factor * 1.08] if seeds > 1 else None
+        seconds = {"seconds": factor / 1.135, "seconds_interval": interval and [end / 1.135 for end in interval]}
+        result |= {
+            "method": "in-run",
+            "tokens": factor,
+            "tokens_interval": interval,
+            "tokens_to_reach": reached,
+            "bound": None,
+        }
+        result |= seconds
+    assert loser != winner
+    return result
 
 
 SAMPLES = {

@@ -48,8 +48,10 @@ def test_without_any_target_the_loss_is_zero(grad: bool) -> None:
     assert value.item() == 0.0
     if grad:
         value.backward()
-        assert h.grad is not None and weight.grad is not None
-        assert not h.grad.any() and not weight.grad.any()
+        assert h.grad is not None
+        assert weight.grad is not None
+        assert not h.grad.any()
+        assert not weight.grad.any()
 
 
 def test_evaluation_gives_the_loss_of_training() -> None:
@@ -73,7 +75,8 @@ def test_huge_logits_stay_finite() -> None:
     value = linear_cross_entropy(h, weight, torch.tensor([0, 1]))
     value.backward()
     assert value.item() == pytest.approx(1e4)
-    assert h.grad is not None and h.grad.isfinite().all()
+    assert h.grad is not None
+    assert h.grad.isfinite().all()
 
 
 def test_bfloat16_products_are_summed_in_float32() -> None:
@@ -82,8 +85,10 @@ def test_bfloat16_products_are_summed_in_float32() -> None:
     value = linear_cross_entropy(narrow, master, targets)
     value.backward()
     assert value.dtype == torch.float32
-    assert narrow.grad is not None and narrow.grad.dtype == torch.bfloat16
-    assert master.grad is not None and master.grad.dtype == torch.float32
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.bfloat16
+    assert master.grad is not None
+    assert master.grad.dtype == torch.float32
     assert value.item() == pytest.approx(paper.cross_entropy(h @ weight.T, targets).item(), rel=0.02)
 
 

@@ -11,7 +11,6 @@ import torch
 
 from spherelm.layers.linear import Scale
 from spherelm.models import GPTConfig, NGPTConfig, build
-from spherelm.models.decoder import Decoder
 
 BLOCK = {f"attention.{w}.weight" for w in "qkvo"} | {f"mlp.{w}.weight" for w in "uvo"}
 SCALES = {"alpha_a.value", "alpha_m.value", "attention.s_qk.value", "mlp.s_u.value", "mlp.s_v.value"}
@@ -84,11 +83,6 @@ def test_only_the_size_of_alpha_counts(case: Any) -> None:
             block.alpha_a.value.neg_()
             block.alpha_m.value.neg_()
     assert torch.equal(c.model(c.tokens), before)
-
-
-def float32_model(arm: str, case: Any) -> Decoder:
-    model: Decoder = case(arm).model.float()
-    return model
 
 
 @both_arms

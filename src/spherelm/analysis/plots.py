@@ -135,7 +135,10 @@ def loss_curves(plot: LossPlot, key: str, title: str, description: str) -> str:
 
 def eigen_learning_rates(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> str:
     """Mean |alpha_A| and |alpha_M| per layer, `{"alpha_A": [one array [n_layers] per seed], "alpha_M": ...}`."""
-    lines = [("alpha_A", r"$|\alpha_A|$, attention", NGPT, "o", "-"), ("alpha_M", r"$|\alpha_M|$, MLP", SECOND, "s", "--")]
+    lines = [
+        ("alpha_A", r"$|\alpha_A|$, attention", NGPT, "o", "-"),
+        ("alpha_M", r"$|\alpha_M|$, MLP", SECOND, "s", "--"),
+    ]
     return _per_layer(scales, lines, "mean eigen learning rate", key, title, description)
 
 
@@ -272,7 +275,9 @@ def _seeds_and_mean(ax: Axes, seeds: Sequence[Array], colour: str, marker: str, 
 
 def _loss_limits(ax: Axes, plot: LossPlot) -> None:
     """Cut the first sixth of the run off the loss axis, where both arms fall steeply and nothing can be told apart."""
-    means = [(np.asarray(mean.x, dtype=np.float64), np.asarray(mean.loss, dtype=np.float64)) for mean in plot.means.values()]
+    means = [
+        (np.asarray(mean.x, dtype=np.float64), np.asarray(mean.loss, dtype=np.float64)) for mean in plot.means.values()
+    ]
     if not means:
         return
     end = max(float(x[-1]) for x, _ in means)
@@ -363,7 +368,8 @@ def _style(key: str) -> Iterator[None]:
     require_matplotlib()
     import matplotlib
 
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):
+    style: Any = {**STYLE, "svg.hashsalt": key}  # newer matplotlib types every key of it
+    with matplotlib.rc_context(style):
         yield
 
 

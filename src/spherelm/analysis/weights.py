@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,11 +139,10 @@ def _n_heads(model: nn.Module) -> int:
 
 def _effective(module: nn.Module, path: str) -> Array | None:
     """The effective value of the scale at `path`, or None where there is none."""
+    found: Any = module
     for name in path.split("."):
-        module = getattr(module, name, None)  # type: ignore[assignment]
-        if module is None:
-            return None
-    return _numbers(module(), path)
+        found = getattr(found, name, None)
+    return None if found is None else _numbers(found(), path)
 
 
 def _weight(module: nn.Module, path: str) -> Array:

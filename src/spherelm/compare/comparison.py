@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from spherelm.analysis.plots import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, run_jobs
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, speedup, winner
 from spherelm.data.shards import open_tokens
+from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import ARMS, parameter_count
 from spherelm.recipes import make_run
-from spherelm.train.config import RunConfig
+from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.config import RunConfig, read_config
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
 from spherelm.train.samples import continuations
@@ -77,6 +80,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given.
     """
     start = time.perf_counter()
+    require_matplotlib()  # the page comes last: do not train for it in vain
     directory = data_directory(config.data)
     text, held_out = open_tokens(directory, "train"), open_tokens(directory, "val")
     full = {arm: [config.run(arm, text.vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
@@ -104,8 +108,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
 def shorter_jobs(config: CompareConfig, arm: str, vocab_size: int, steps: int, out: Path) -> list[Job]:
     """Full schedules of the parts `SHORTER` of `steps`, for every seed."""
     jobs = []
-    for part in SHORTER:
-        count = max(1, round(part * steps))
+    for count in sorted({round(part * steps) for part in SHORTER} - {0, steps}):
         for seed in range(config.seeds):
             jobs.append(Job(config.run(arm, vocab_size, seed, steps=count), out / f"{arm}-{seed}-steps{count}"))
     return jobs
@@ -178,8 +181,19 @@ def summarize(
 
 
 def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str, Any]:
-    """`samples.json`: what each arm's first run makes of the same beginning, drawn at temperature 0.8 among 50 tokens."""
+    """`samples.json`: what each arm's first run makes of the same beginning, drawn at temperature 0.8 among 50 tokens.
+
+    Where models read too few tokens for that, beginning and continuation share what there is. A run that diverged before
+    it saved anything has no samples.
+    """
+    first = next(iter(runs.values()))
+    tokenizer, limit = load_tokenizer(first), read_config(first / "config.json").model.max_seq_len
+    prompt = tokenizer.decode(tokenizer.encode(PROMPT)[: max(1, limit // 2)])
+    length = max(0, min(length, limit - len(tokenizer.encode(prompt))))
     drawn = {
-        arm: continuations(run, PROMPT, count, length, temperature=0.8, top_k=50, seed=0) for arm, run in runs.items()
+        arm: continuations(run, prompt, count, length, temperature=0.8, top_k=50, seed=0)
+        if latest_checkpoint(run)
+        else []
+        for arm, run in runs.items()
     }
-    return {"prompt": PROMPT, **drawn}
+    return {"prompt": prompt, **drawn}

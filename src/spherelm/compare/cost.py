@@ -33,11 +33,11 @@ class _Steps:
         self.model.set_compute_dtype(resolve_dtype(train.dtype, device))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.grad_clip = config.optim.grad_clip
-        if train.compile:
-            compile_blocks(self.model)
         shape = (train.micro_batch_size or train.batch_size, train.seq_len)
         self.tokens = torch.randint(config.model.vocab_size, shape, device=device)
         self.targets = torch.randint(config.model.vocab_size, shape, device=device)
+        if train.compile:
+            compile_blocks(self.model, self.time_step)
 
     def time_step(self) -> float:
         """Seconds of one whole step: forward, backward, clipping, update and, on the sphere, retraction."""

@@ -56,7 +56,9 @@ def _loss_figure(comparison: Comparison, unit: str) -> Figure:
     level = None if math.isnan(loser.final_loss) else loser.final_loss
     crossing, label = (None, "") if level is None else _crossing(comparison, unit)
     ends = [(getattr(end, unit), end.loss) for end in comparison.ends]
-    curves = {name: [plots.Curve(getattr(run, unit), run.loss) for run in arm.runs] for name, arm in comparison.arms.items()}
+    curves = {
+        name: [plots.Curve(getattr(run, unit), run.loss) for run in arm.runs] for name, arm in comparison.arms.items()
+    }
     plot = plots.LossPlot(
         curves=curves,
         means={name: mean for name, arm in comparison.arms.items() if (mean := _mean_curve(arm, unit)) is not None},
@@ -100,7 +102,11 @@ def _loss_caption(comparison: Comparison, unit: str, crossed: bool) -> str:
     winner, loser = NAMES[comparison.winner], NAMES[comparison.loser]
     diamond = f"The diamond marks where {winner} reaches {loser}&rsquo;s final loss. " if crossed else ""
     if unit == "seconds":
-        full = [f"{arm.seconds:,.0f} s for a full {NAMES[name]} run" for name, arm in comparison.arms.items() if arm.whole_runs]
+        full = [
+            f"{arm.seconds:,.0f} s for a full {NAMES[name]} run"
+            for name, arm in comparison.arms.items()
+            if arm.whole_runs
+        ]
         return (
             f"The same over training time as the runs recorded it, validation not counted: {listed(full)}. {diamond}"
             "Runs may have shared the machine; the factor in seconds above uses step times measured apart."
@@ -109,11 +115,12 @@ def _loss_caption(comparison: Comparison, unit: str, crossed: bool) -> str:
     ends = ""
     if comparison.ends:
         ends = (
-            f"Circles are where {winner} ends when its whole schedule is shorter; only such ends are comparable with the dashed "
-            "line, not the curves on their way. "
+            f"Circles are where {winner} ends when its whole schedule is shorter; only such ends are comparable with the "
+            "dashed line, not the curves on their way. "
         )
     gone = [f"{run.name} diverged. " for arm in comparison.arms.values() for run in arm.runs if run.diverged]
-    return f"{several}{''.join(gone)}{ends}{diamond}The steep beginning is cut off. Corresponds to figures 1 and 2 of the paper."
+    seen = f"{several}{''.join(gone)}{ends}{diamond}"
+    return f"{seen}The steep beginning is cut off. Corresponds to figures 1 and 2 of the paper."
 
 
 def _alpha_figure(scales: dict[str, list[Any]]) -> Figure:

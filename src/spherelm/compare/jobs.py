@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spherelm.train.config import RunConfig
+from spherelm.train.config import RunConfig, to_dict
 from spherelm.train.metrics import read_metrics
+from spherelm.train.record import claim_directory
 from spherelm.train.trainer import Diverged, Interrupted, train
 
 POLL_SECONDS = 0.5
@@ -60,15 +62,29 @@ def _start_worker(threads: int) -> None:
 
 
 def do_job(job: Job) -> float:
-    """Do the run, or the rest of it, and return its final validation loss in nats; NaN if it diverged."""
+    """Do the run, or the rest of it, and return its final validation loss in nats; NaN if it diverged.
+
+    Raises `ValueError` naming the field if the directory holds a run of another configuration.
+    """
     done = final_loss(job.out, job.config.train.steps)
     if done is not None:
+        claim_directory(job.out, to_dict(job.config), resume=True)
         return done
     try:
         return train(job.config, job.out, resume=True, show_progress=False)
     except Diverged as error:
         (job.out / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
         return math.nan
+
+
+def _work(job: Job) -> float:
+    """Do a job in a worker. A worker that is told to stop ends with it: it must neither begin nor wait for another."""
+    try:
+        return do_job(job)
+    except Interrupted as error:
+        os._exit(128 + error.signal_number)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
 
 
 def final_loss(run: Path, steps: int) -> float | None:
@@ -96,66 +112,90 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
 
     workers: processes at once, by default `default_workers`. Finished runs are taken as they are, begun ones go on. Raises
-    what a run raises; Ctrl-C lets every run save itself and raises `Interrupted`.
+    what a run raises, `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and raise
+    `Interrupted`.
     """
     if not jobs:
         return []
+    twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
+    if twice:
+        raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
     workers = workers or default_workers(len(jobs))
     threads = max(1, cores() // workers)
     context = multiprocessing.get_context("spawn")
     with _terminable(), ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
-        futures = [pool.submit(do_job, job) for job in jobs]
         try:
+            with _interrupts_ignored():
+                futures = [pool.submit(_work, job) for job in jobs]
             _watch(jobs, futures, description)
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise OSError("a training process was killed (out of memory?): use fewer --workers and --resume") from error
-        except (KeyboardInterrupt, Interrupted) as error:
+        except KeyboardInterrupt as error:
             _stop(pool)
-            raise Interrupted("stopped; every run saved itself; go on with --resume", signal.SIGINT) from error
+            number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+            raise Interrupted("stopped; every run under way saved itself; go on with --resume", number) from error
         except BaseException:
             _stop(pool)
             raise
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
-    """Start nothing new, have the runs under way save themselves, and wait for that."""
-    pool.shutdown(wait=False, cancel_futures=True)
+    """Have the runs under way save themselves, start nothing new, and wait for that."""
     for process in multiprocessing.active_children():
         process.terminate()
-    pool.shutdown(wait=True)
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is."""
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C is taken."""
+    """Have SIGTERM raise `_Terminated`."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
+    with _handled(signal.SIGTERM, interrupt):
+        yield
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Have processes that start now ignore Ctrl-C, which reaches them too, until they train: the parent stops them."""
+    with _handled(signal.SIGINT, signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Handle a signal so; does nothing outside of the main thread, where Python allows no handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
+    before = signal.signal(number, handler) if in_main_thread else None
     try:
         yield
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(number, before)
 
 
 def _watch(jobs: list[Job], futures: list[Future[float]], description: str) -> None:
-    """Show how many updates of all are done until every future is, or one has failed."""
+    """Show how many updates of all are done until every future is; raises what the first that fails raises."""
     total = sum(job.config.train.steps for job in jobs)
     with tqdm(total=total, desc=description, unit="step", smoothing=0.05) as bar:
         while True:
-            over = all(future.done() for future in futures)
-            failed = any(future.done() and future.exception() for future in futures)
+            finished = sum(future.done() for future in futures)
+            for future in futures:
+                if future.done():
+                    future.result()
             steps = [
                 job.config.train.steps if f.done() else steps_done(job.out)
                 for job, f in zip(jobs, futures, strict=True)
             ]
-            finished = sum(future.done() for future in futures)
             bar.set_postfix_str(f"{finished} of {len(jobs)} runs done", refresh=False)
             bar.update(sum(steps) - bar.n)
-            if over or failed:
+            if finished == len(jobs):
                 return
             time.sleep(POLL_SECONDS)

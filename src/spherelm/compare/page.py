@@ -67,7 +67,7 @@ def _key_numbers(comparison: Comparison) -> str:
         (f"{sign}{number(speedup.get('seconds'), '.2f')}×", "speedup in seconds"),
         (f"{number(comparison.summary.get('step_time_ratio'), '.2f')}×", "time of one step, nGPT over GPT"),
         (
-            f"{arms['ngpt'].final_loss - arms['gpt'].final_loss:+.3f}".replace("-", "−"),
+            number(arms["ngpt"].final_loss - arms["gpt"].final_loss, "+.3f").replace("-", "−"),
             "final loss, nGPT less GPT, nats per token",
         ),
     ]
@@ -105,7 +105,9 @@ def _arm_table(comparison: Comparison) -> str:
 def _mean_and_error(values: Sequence[float]) -> str:
     """ "2.994 ± 0.002" on one line; without the error for a single value."""
     error = standard_error(values)
-    return number(sum(values) / len(values), ".3f") + ("" if error is None or math.isnan(error) else f"\u00a0±\u00a0{error:.3f}")
+    return number(sum(values) / len(values), ".3f") + (
+        "" if error is None or math.isnan(error) else f"\u00a0±\u00a0{error:.3f}"
+    )
 
 
 def _end_table(comparison: Comparison) -> str:
@@ -135,7 +137,7 @@ def _table(caption: str, header: Sequence[str], body: str) -> str:
 
 def _figures(figures: Sequence[Figure], first: int) -> str:
     items = (
-        f"<figure>{figure.svg}<figcaption><b>Figure {i}.</b> <b>{escape(figure.title)}.</b> {figure.caption}</figcaption></figure>"
+        f"<figure>{figure.svg}<figcaption><b>Figure {i}. {escape(figure.title)}.</b> {figure.caption}</figcaption></figure>"
         for i, figure in enumerate(figures, first)
     )
     return f'<div class="figures">{"".join(items)}</div>'
@@ -180,10 +182,14 @@ def _reproduce(comparison: Comparison, run_configs: Mapping[str, Any]) -> str:
     parts.append(f"<p>{escape(' '.join(facts))}</p>")
     configs = {"Configuration of the comparison": summary.get("config", {}), **run_configs}
     parts += [
-        f"<details><summary>{escape(name)}</summary><pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre></details>"
+        f"<details><summary>{escape(name)}</summary><pre>{escape(_json(value))}</pre></details>"
         for name, value in configs.items()
     ]
     return "\n".join(parts)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def _duration(seconds: float) -> str:

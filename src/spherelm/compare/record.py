@@ -138,7 +138,7 @@ class Comparison:
     @property
     def speedup(self) -> Mapping[str, Any]:
         """The `speedup` part of `summary.json`."""
-        return self.summary["speedup"]  # type: ignore[no-any-return]
+        return self.summary["speedup"]
 
     @property
     def winner(self) -> str:
@@ -189,9 +189,11 @@ def read_run(directory: Path) -> Run:
     rows = [line for line in read_metrics(path) if line.get("kind") == "val"]
     if not rows and not diverged:
         raise ValueError(f"{path} holds no validation: the run {directory.name} ended before its first one")
-    columns = [_column(path, rows, name) for name in ("step", "tokens", "seconds", "loss")]
-    bits = np.array([math.nan if row.get("bits_per_byte") is None else row["bits_per_byte"] for row in rows], dtype=float)
-    return Run(directory.name, *columns, bits, diverged)
+    steps, tokens, seconds, loss = (_column(path, rows, name) for name in ("step", "tokens", "seconds", "loss"))
+    bits = np.array(
+        [math.nan if row.get("bits_per_byte") is None else row["bits_per_byte"] for row in rows], dtype=float
+    )
+    return Run(directory.name, steps, tokens, seconds, loss, bits, diverged)
 
 
 def _read_arm(directory: Path, name: str, summary: Mapping[str, Any]) -> Arm:
@@ -220,16 +222,16 @@ def _disagreements(arms: Mapping[str, Arm], summary: Mapping[str, Any]) -> list[
         stated = summary["arms"][name].get("final_loss")
         both_diverged = stated is None or (math.isnan(stated) and math.isnan(arm.final_loss))
         if not both_diverged and not math.isclose(stated, arm.final_loss, rel_tol=1e-5):
-            found.append(f"summary.json gives {stated:.6g} as the final loss of {name}, its runs give {arm.final_loss:.6g}")
+            found.append(
+                f"summary.json gives {stated:.6g} as the final loss of {name}, its runs give {arm.final_loss:.6g}"
+            )
     return found
 
 
 def _require(summary: Mapping[str, Any], path: Path) -> None:
     """ValueError that names what the report cannot do without."""
     if not isinstance(summary.get("speedup"), dict):
-        raise ValueError(  # noqa: TRY004, the file is wrong and not a type in this program
-            f"{path} has no `speedup`: it was not written by `spherelm compare`, run that again"
-        )
+        raise ValueError(f"{path} has no `speedup`: it was not written by `spherelm compare`, run that again")
     for arm in ARMS:
         if not (summary.get("arms") or {}).get(arm, {}).get("runs"):
             raise ValueError(f"{path} names no runs in `arms.{arm}.runs`: run `spherelm compare` again")
@@ -243,7 +245,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")  # noqa: TRY004
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
     return value
 
 

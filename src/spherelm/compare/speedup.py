@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +27,12 @@ def tokens_to_reach(curve: Sequence[Point], target: float) -> Reach:
     """Where `curve` first falls to `target`: interpolated linearly in the logarithm of the tokens between its points.
 
     A curve that starts at or below the target reaches it after "at most" its first tokens, one that never gets there after
-    "at least" its last.
+    "at least" its last. Points whose loss is NaN, runs that diverged, are left out.
     """
-    points = sorted(curve)
+    points = sorted(point for point in curve if not math.isnan(point[1]))
     if points[0][1] <= target:
         return Reach(points[0][0], "at most")
-    for (tokens, loss), (next_tokens, next_loss) in zip(points, points[1:], strict=False):
+    for (tokens, loss), (next_tokens, next_loss) in itertools.pairwise(points):
         if next_loss <= target:
             part = (loss - target) / (loss - next_loss)
             return Reach(tokens * (next_tokens / tokens) ** part)

@@ -77,6 +77,8 @@ def sweep(
     Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `mean`, `standard_error`; and the command, commit and
     versions) and returns its rows, best mean first, diverged ones last.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     jobs = [
         Job(make_run(**choice, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
         for choice in choices

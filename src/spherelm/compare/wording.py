@@ -48,8 +48,12 @@ def verdict(comparison: Comparison) -> str:
     inverse = winner.name == "gpt"
     times = 1 / factor if inverse else factor
     spread = _interval(comparison, "tokens_interval", inverse)
-    counts = "" if reached is None else f": {_bound(bound_on_tokens(comparison))}{si(reached)} instead of {si(loser.tokens)}"
-    sentence = f"{name} reaches {level} with {_bound(_bound_on_factor(comparison))}{times:.2f}× fewer tokens{spread}{counts}."
+    counts = (
+        "" if reached is None else f": {_bound(bound_on_tokens(comparison))}{si(reached)} instead of {si(loser.tokens)}"
+    )
+    sentence = (
+        f"{name} reaches {level} with {_bound(_bound_on_factor(comparison))}{times:.2f}× fewer tokens{spread}{counts}."
+    )
     return f"GPT wins here. {sentence}" if inverse else sentence
 
 
@@ -70,11 +74,11 @@ def _time(comparison: Comparison) -> str:
     cost = "" if ratio is None else f"One nGPT step takes {ratio:.2f}× as long as a GPT step on this machine. "
     if not factor:
         return cost.strip()
-    faster, inverse = ("nGPT", False) if factor >= 1 else ("GPT", True)
+    bound, inverse = comparison.speedup.get("bound"), factor < 1
+    name, times = ("GPT", 1 / factor) if inverse else ("nGPT", factor)
     spread = _interval(comparison, "seconds_interval", inverse) if comparison.speedup.get("seconds_interval") else ""
-    bound = _bound(_flip(comparison.speedup.get("bound")) if inverse else comparison.speedup.get("bound"))
-    times = 1 / factor if inverse else factor
-    return f"{cost}Counted in seconds, {faster} gets there {bound}{times:.2f}× faster{spread}."
+    qualifier = _bound(_flip(bound) if inverse else bound)
+    return f"{cost}Counted in seconds, {name} gets there {qualifier}{times:.2f}× faster{spread}."
 
 
 def _doubt(comparison: Comparison) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,15 @@ def _prepare_into(directory: Path) -> None:
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Wait for whoever else holds `path`. Some network file systems have no locks; then the rename has to do."""
     with open(path, "a") as file:
-        try:
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
         yield
 
 
 def _resource(split: Split) -> Any:
     if split not in _SPLITS:
         raise ValueError(f"unknown split {split!r}: 'train' or 'val'")
-    return importlib.resources.files("spherelm.data").joinpath("shipped", f"{split}.jsonl.xz")
+    return importlib.resources.files("spherelm.data") / "shipped" / f"{split}.jsonl.xz"
 
 
 def _content_hash() -> str:

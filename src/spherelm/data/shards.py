@@ -163,7 +163,7 @@ class ShardWriter:
         self._file.truncate(BODY_START + int(state["tokens"]) * self._dtype.itemsize)
         self._file.seek(BODY_START)
         while block := self._file.read(_READ_BYTES):
-            self._account(np.frombuffer(block[: len(block) // 4 * 4], self._dtype))
+            self._account(np.frombuffer(block, self._dtype))
         self.text_bytes = int(state["text_bytes"])
         if self.state() != state:
             self.close()

@@ -225,7 +225,7 @@ def _find_end(name: str, eos_token: str | None, lookup: Any) -> tuple[str, int]:
 
 
 def _shipped() -> JsonTokenizer:
-    resource = importlib.resources.files("spherelm.data").joinpath("shipped", "bpe4096.json")
+    resource = importlib.resources.files("spherelm.data") / "shipped" / "bpe4096.json"
     return JsonTokenizer(resource.read_bytes(), name="default")
 
 

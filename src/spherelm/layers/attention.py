@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from spherelm import sphere
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.linear import Linear, Scale, UnitLinear
-from spherelm.layers.rope import RotaryTable, rotate
+from spherelm.layers.rope import RotaryTable, Rotation, rotate
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -34,16 +35,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+"""What computes attention: `attend`, or another implementation with its arguments and result (`module.attend = ...`)."""
+
+
 class Attention(nn.Module):
     """The baseline's attention: `W_o softmax(RoPE(q) RoPE(k)^T / sqrt(d_k)) v` (nGPT paper, eq. 4 and section 2.3.1).
 
     Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k].
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, rotation: Rotation = rotate) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, 1 / math.sqrt(d_k)
+        self.rotation = rotation
+        self.attend: Attend = attend
         self.q = Linear(d_model, n_heads * d_k)
         self.k = Linear(d_model, n_kv_heads * d_k)
         self.v = Linear(d_model, n_kv_heads * d_k)
@@ -53,12 +60,12 @@ class Attention(nn.Module):
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; with a cache, `h` holds only the new positions."""
-        q = rotate(split_heads(self.q(h), self.n_heads), table)
-        k = rotate(split_heads(self.k(h), self.n_kv_heads), table)
+        q = self.rotation(split_heads(self.q(h), self.n_heads), table)
+        k = self.rotation(split_heads(self.k(h), self.n_kv_heads), table)
         v = split_heads(self.v(h), self.n_kv_heads)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))
+        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, mask)))
 
 
 class UnitAttention(nn.Module):
@@ -69,10 +76,12 @@ class UnitAttention(nn.Module):
     spares a pass over k and gives each query head its own scale where heads share keys.
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale) -> None:
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale, rotation: Rotation = rotate) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
+        self.rotation = rotation
+        self.attend: Attend = attend
         self.q = UnitLinear(d_model, n_heads * d_k, unit_axis=1)
         self.k = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
         self.v = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
@@ -83,10 +92,10 @@ class UnitAttention(nn.Module):
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
-        q = sphere.norm(rotate(split_heads(self.q(h), self.n_heads), table))
-        k = sphere.norm(rotate(split_heads(self.k(h), self.n_kv_heads), table))
+        q = sphere.norm(self.rotation(split_heads(self.q(h), self.n_heads), table))
+        k = sphere.norm(self.rotation(split_heads(self.k(h), self.n_kv_heads), table))
         v = split_heads(self.v(h), self.n_kv_heads)
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))
+        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, mask)))

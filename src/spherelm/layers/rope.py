@@ -1,6 +1,13 @@
-"""Rotary position embedding: channel i is paired with channel i + d_k/2, as Llama does in Hugging Face transformers."""
+"""Rotary position embedding: channel i is paired with channel i + d_k/2, as Llama does in Hugging Face transformers.
+
+Beside it the formula of NVIDIA/ngpt's code, which is not a rotation: what its checkpoints were trained with. Which of the
+two a model uses is decided where it is built, by a name in `ROPES`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,16 +15,24 @@ from torch import Tensor
 RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, each [seq, d_k/2] (or [batch, 1, seq, d_k/2] where sequences start at different positions)."""
 
+Rotation = Callable[[Tensor, RotaryTable], Tensor]
+"""What puts positions into queries and keys [batch, heads, seq, d_k]: `rotate` or `nvidia_rotate`."""
+
+
+def angles(positions: Tensor, d_k: int, base: float) -> Tensor:
+    """Every position's rotation angles in radians, `position * base^(-2i/d_k)`: [..., seq] -> [..., seq, d_k/2]."""
+    exponents = torch.arange(0, d_k, 2, device=positions.device, dtype=positions.dtype) / d_k
+    return positions.unsqueeze(-1) * torch.pow(base, -exponents)
+
 
 def rotary_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
-    """The cosines and sines of every position's rotation angles, `position * base^(-2i/d_k)` (Su et al., arXiv 2104.09864).
+    """The cosines and sines of every position's rotation angles (Su et al., arXiv 2104.09864).
 
     positions: floating point [..., seq], in the dtype the angles shall have (float32 or float64); d_k: even channels per
     head. Computed at each forward pass (a few thousand angles), so there is no table to outgrow or to load wrongly.
     """
-    exponents = torch.arange(0, d_k, 2, device=positions.device, dtype=positions.dtype) / d_k
-    angles = positions.unsqueeze(-1) * torch.pow(base, -exponents)
-    return angles.cos(), angles.sin()
+    turns = angles(positions, d_k, base)
+    return turns.cos(), turns.sin()
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
@@ -28,3 +43,37 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     cos, sin = table
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def nvidia_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
+    """What NVIDIA/ngpt takes for cosines and sines, arguments and shapes as in `rotary_table`.
+
+    Its table holds sines in the even and cosines in the odd columns, and is then cut in the middle as if the sines came
+    first: so the "sines" are sines and cosines of the fast half of the angles, the "cosines" those of the slow half.
+    """
+    turns = angles(positions, d_k, base)
+    sin, cos = torch.stack((turns.sin(), turns.cos()), dim=-1).flatten(-2).chunk(2, dim=-1)
+    return cos, sin
+
+
+def nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """What NVIDIA/ngpt does to queries and keys: neighbours (x_2i, x_2i+1) become (-x_2i+1 cos_i, x_2i sin_i).
+
+    Not a rotation: a rotation would add (x_2i cos_i, x_2i+1 cos_i) to (-x_2i+1 sin_i, x_2i sin_i). Lengths change, and the
+    score of a query and a key depends on where they stand and not on their distance alone. Dtypes as in `rotate`.
+    """
+    cos, sin = table
+    wide = x.to(cos.dtype)
+    return torch.stack((-wide[..., 1::2] * cos, wide[..., ::2] * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A way to put positions into queries and keys: what is computed once a pass, and what is done with it."""
+
+    table: Callable[[Tensor, int, float], RotaryTable]
+    rotation: Rotation
+
+
+ROPES = {"standard": Rope(rotary_table, rotate), "nvidia": Rope(nvidia_table, nvidia_rotate)}
+"""By the name that a config's field `rope` has."""

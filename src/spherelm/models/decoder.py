@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from spherelm.layers.cache import KVCache
 from spherelm.layers.linear import Embedding
 from spherelm.layers.loss import linear_cross_entropy
-from spherelm.layers.rope import rotary_table
+from spherelm.layers.rope import ROPES
 
 
 class DecoderConfig(Protocol):
@@ -34,6 +35,8 @@ class DecoderConfig(Protocol):
     def max_seq_len(self) -> int: ...
     @property
     def rope_base(self) -> float: ...
+    @property
+    def rope(self) -> str: ...
 
 
 def check_shape(config: DecoderConfig) -> None:
@@ -55,6 +58,18 @@ def check_shape(config: DecoderConfig) -> None:
         raise ValueError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
     if not config.rope_base > 1:
         raise ValueError(f"rope_base must be greater than 1, got {config.rope_base}")
+    if config.rope not in ROPES:
+        raise ValueError(f"unknown rope {config.rope!r}: choose one of {', '.join(ROPES)}")
+
+
+RunBlock = Callable[..., Tensor]
+"""(block, h, table, mask, cache) -> h."""
+
+
+def run_block(block: nn.Module, *inputs: object) -> Tensor:
+    """Call `block` with `inputs`."""
+    h: Tensor = block(*inputs)
+    return h
 
 
 class Decoder(nn.Module):
@@ -71,17 +86,31 @@ class Decoder(nn.Module):
     def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state as features [..., d_model], and the matrix [vocab, d_model] that turns them into logits."""
 
-    def trunk(self, h: Tensor, cache: KVCache | None = None) -> Tensor:
-        """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds."""
-        past = 0 if cache is None else cache.length
-        seq = h.shape[1]
-        mask = None
-        if past and seq > 1:
+    def trunk(
+        self,
+        h: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        run: RunBlock = run_block,
+    ) -> Tensor:
+        """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds.
+
+        mask: bool [batch, 1, seq, past + seq], True where a query may look; by default everything up to itself.
+        positions: [seq], or [batch, seq] where sequences start at different ones; by default they go on from the cache.
+        run: calls a block with its arguments; a caller who must recompute or record what blocks do passes another.
+        """
+        past, seq = 0 if cache is None else cache.length, h.shape[1]
+        if mask is None and past and seq > 1:
             mask = torch.ones(seq, past + seq, dtype=torch.bool, device=h.device).tril(past)
-        positions = torch.arange(past, past + seq, device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
-        table = rotary_table(positions, self.d_k, self.rope_base)
+        if positions is None:
+            positions = torch.arange(past, past + seq, device=h.device)
+        elif positions.ndim == 2:
+            positions = positions.unsqueeze(1)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        table = self.rotary_table(positions.to(wide), self.d_k, self.rope_base)
         for i, block in enumerate(self.blocks):
-            h = block(h, table, mask, None if cache is None else cache.layers[i])
+            h = run(block, h, table, mask, None if cache is None else cache.layers[i])
         return h
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -105,3 +134,4 @@ class Decoder(nn.Module):
     def _remember_shape(self, config: DecoderConfig) -> None:
         self.config = config
         self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
+        self.rotary_table = ROPES[config.rope].table

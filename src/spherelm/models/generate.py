@@ -72,7 +72,7 @@ def _check(
             f"{prompt.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
             f"max_seq_len={limit}: ask for 0 to {max(0, limit - prompt.shape[1])} new tokens or shorten the prompt"
         )
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(
             f"out of range: temperature={temperature} (>= 0), top_k={top_k} (>= 1), top_p={top_p} (in (0, 1])"
         )

@@ -19,13 +19,16 @@ from spherelm.layers.attention import Attention
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import FeedForward
 from spherelm.layers.linear import Embedding, Linear
-from spherelm.layers.rope import RotaryTable
+from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import Decoder, check_shape
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a `GPT`. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model."""
+    """The shape of a `GPT`. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model.
+
+    rope: "standard", or "nvidia" for the formula that NVIDIA/ngpt's checkpoints were trained with.
+    """
 
     vocab_size: int
     n_layers: int
@@ -35,6 +38,7 @@ class GPTConfig:
     d_ff: int | None = None
     max_seq_len: int = 1024
     rope_base: float = 10000.0
+    rope: str = "standard"
     tie_embeddings: bool = False
     init_std: float = 0.02
 
@@ -61,7 +65,8 @@ class GPTBlock(nn.Module):
         super().__init__()
         d = config.d_model
         self.norm_a, self.norm_m = RMSNorm(d, eps=1e-6), RMSNorm(d, eps=1e-6)
-        self.attention = Attention(d, config.n_heads, config.n_kv_heads or config.n_heads)
+        n_kv_heads, rotation = config.n_kv_heads or config.n_heads, ROPES[config.rope].rotation
+        self.attention = Attention(d, config.n_heads, n_kv_heads, rotation)
         self.mlp = FeedForward(d, config.d_ff or 4 * d)
 
     def forward(

@@ -22,16 +22,29 @@ from spherelm.layers.attention import UnitAttention
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import UnitFeedForward
 from spherelm.layers.linear import Scale, UnitEmbedding, UnitLinear, retract
-from spherelm.layers.rope import RotaryTable
+from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import Decoder, check_shape
 from spherelm.sphere import norm, step
+
+
+def nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """`step` from `Norm(h)`, as NVIDIA/ngpt takes it: for a unit `h` the same point, whose gradient has no part along `h`.
+
+    Only the input embeddings notice: every later `h` is the result of a `norm`, which lets no such part through.
+    """
+    return step(norm(h), target, alpha)
+
+
+STEPS = {"lerp": step, "nvidia": nvidia_step}
+"""The steps on the sphere, by the name that a config's field `step` has."""
 
 
 @dataclass(frozen=True)
 class NGPTConfig:
     """The shape of an `NGPT` and where its learned scales start; the defaults are the paper's (section 2.5).
 
-    `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model).
+    `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model). rope: as in `GPTConfig`.
+    step: "lerp", the paper's step on the sphere, or "nvidia", which normalizes the point that it starts from as well.
     """
 
     vocab_size: int
@@ -42,6 +55,8 @@ class NGPTConfig:
     d_ff: int | None = None
     max_seq_len: int = 1024
     rope_base: float = 10000.0
+    rope: str = "standard"
+    step: str = "lerp"
     tie_embeddings: bool = False
     alpha_init: float = 0.05
     alpha_scale: float | None = None
@@ -56,6 +71,8 @@ class NGPTConfig:
 
     def __post_init__(self) -> None:
         check_shape(self)
+        if self.step not in STEPS:
+            raise ValueError(f"unknown step {self.step!r}: choose one of {', '.join(STEPS)}")
         for name in ("alpha", "s_qk", "s_u", "s_v", "s_z"):
             if not getattr(self, f"{name}_init") > 0:
                 raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
@@ -78,17 +95,19 @@ class NGPTBlock(nn.Module):
     def __init__(self, config: NGPTConfig) -> None:
         super().__init__()
         d, d_ff = config.d_model, config.d_ff or 4 * config.d_model
+        self.step = STEPS[config.step]
         self.alpha_a, self.alpha_m = learned_scale(config, "alpha", d), learned_scale(config, "alpha", d)
         s_qk = learned_scale(config, "s_qk", (config.n_heads, d // config.n_heads))
-        self.attention = UnitAttention(d, config.n_heads, config.n_kv_heads or config.n_heads, s_qk)
+        n_kv_heads, rotation = config.n_kv_heads or config.n_heads, ROPES[config.rope].rotation
+        self.attention = UnitAttention(d, config.n_heads, n_kv_heads, s_qk, rotation)
         self.mlp = UnitFeedForward(d, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
 
     def forward(
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Unit vectors [batch, seq, d_model] -> the same."""
-        h = step(h, norm(self.attention(h, table, mask, cache)), self.alpha_a().abs())
-        h = step(h, norm(self.mlp(h)), self.alpha_m().abs())
+        h = self.step(h, norm(self.attention(h, table, mask, cache)), self.alpha_a().abs())
+        h = self.step(h, norm(self.mlp(h)), self.alpha_m().abs())
         return h
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,12 +20,17 @@ class MetricsLog:
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(replacement, path)
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer: a line is written by one call, and what a full disk refuses is not tried again at exit.
+        self.path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record: `kind` is "train" or "val"."""
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._file.flush()
+        """Append one record: `kind` is "train" or "val". Raises `OSError` naming the file if it cannot be written."""
+        line = (json.dumps({"kind": kind, **values}) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(f"could not write {self.path} ({error}): free some space and --resume") from error
 
     def close(self) -> None:
         """Flush to the disk and close."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -27,7 +30,17 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block of `model` in place: they share one compilation, a fraction of the whole model's time."""
-    for block in model.blocks:  # type: ignore[union-attr]
-        block.compile()
+def compile_blocks(model: nn.Module, trial: Callable[[], object]) -> None:
+    """Compile each block of `model` in place: they share one compilation, a fraction of the whole model's time.
+
+    trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the process
+    goes on without compilation.
+    """
+    try:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile()
+        trial()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"spherelm: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+        torch.compiler.set_stance("force_eager")

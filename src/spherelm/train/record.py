@@ -92,7 +92,10 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         )
     if not path.exists():
         raise FileExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(wanted)))
+    try:
+        before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
     for field in now:
         if field not in FREE_TO_CHANGE and before.get(field) != now[field]:
             raise ValueError(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,11 @@ class Interrupted(RuntimeError):
     """The run was asked to stop by a signal and saved itself first."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)
         self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,13 @@ class Trainer:
         """
         train = self.config.train
         if train.compile:
-            self._compile()
+            compile_blocks(self.model, lambda: gradients_of_batch(self.model, self.data.loader, 0, train.micro_batch_size))
+            self.optimizer.zero_grad()
         bar = tqdm(
             total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show_progress
         )
         loss = math.nan
-        with signals_noted() as received, bar:
+        with closing(self.metrics), signals_noted() as received, bar:
             if self.progress.step == 0:
                 loss = self._validate()
             while self.progress.step < train.steps:
@@ -160,22 +163,9 @@ class Trainer:
                 if step == train.steps or received or (train.save_every and step % train.save_every == 0):
                     self._save()
                 if received and step < train.steps:
-                    self.metrics.close()
                     name = signal.Signals(received[0]).name
                     raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", received[0])
-        self.metrics.close()
         return loss if not math.isnan(loss) else self._validation_loss()
-
-    def _compile(self) -> None:
-        """Compile the blocks and try them on a first batch; go on without compilation, and say so, if that fails."""
-        compile_blocks(self.model)
-        try:
-            gradients_of_batch(self.model, self.data.loader, 0, self.config.train.micro_batch_size)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"spherelm: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
-            torch.compiler.set_stance("force_eager")
-        self.optimizer.zero_grad()
 
     def _step(self, bar: Any) -> None:
         config, step, start = self.config, self.progress.step, time.perf_counter()
@@ -194,16 +184,18 @@ class Trainer:
         set_rate(self.optimizer, lr)
         loss = gradients_of_batch(self.model, self.data.loader, step, self.config.train.micro_batch_size)
         grad_norm = clip_gradients(self.model, self.config.optim.grad_clip)
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                self.metrics.close()
-                raise Diverged(
-                    f"{self.out}: the {name} is {value} at step {step + 1} (learning rate {lr:.3g}): "
-                    "lower --lr or look at the text around this batch"
-                )
+        self._check_finite("loss", loss, step + 1)
+        self._check_finite("gradient norm", grad_norm, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, grad_norm
+
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{self.out}: the {name} is {value} at step {step} (peak learning rate {self.config.optim.lr:.3g}): "
+                "lower --lr or look at the text around this batch"
+            )
 
     def _position(self) -> dict[str, float]:
         step = self.progress.step
@@ -216,6 +208,7 @@ class Trainer:
 
     def _validate(self) -> float:
         loss = self._validation_loss()
+        self._check_finite("validation loss", loss, self.progress.step)
         self.metrics.write(
             "val", **self._position(), loss=loss, bits_per_byte=bits_per_byte(loss, self.data.tokens_per_byte)
         )

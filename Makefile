@@ -1,0 +1,97 @@
+# From a fresh clone, with nothing but Python 3.10 or later:
+#   make demo     GPT and nGPT side by side on the text that ships with spherelm, and a page that says what came of it
+#   make test     every check and every test
+# Works with GNU make 3.81 and later and with BSD make: no functions, no pattern rules, no bashisms.
+
+# Which Python makes the environment, and where.
+PYTHON ?= python3
+VENV = .venv
+
+# pip's constraints. "auto" takes constraints-cpu.txt, the version of torch that spherelm is developed and tested on,
+# unless nvidia-smi is there: then pip chooses among the versions that pyproject.toml allows.
+# A file's name is taken as it is, and `make demo CONSTRAINTS=` constrains nothing.
+CONSTRAINTS = auto
+
+# More flags for pip. On Linux, torch from PyPI brings CUDA along, several gigabytes of it. Without an NVIDIA GPU
+#   make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+# takes the small build instead.
+PIP_FLAGS =
+
+# Where `make demo` writes, and how it compares.
+DEMO_OUT = runs/demo
+DEMO_FLAGS = --seeds 1
+
+# A test process a core, each of a few hundred megabytes, hence at most eight.
+PYTEST_FLAGS = -n auto --maxprocesses 8
+
+BIN = $(VENV)/bin
+DEMO_READY = $(VENV)/.installed-report
+TEST_READY = $(VENV)/.installed-all-dev
+
+# Makes the environment where there is none and installs spherelm in place with the optional sets named in $extras.
+# One pip command for everything: installing torch's users one by one can replace torch. Its output is boiled down to
+# one line of package names; what it complains of is shown if it fails.
+INSTALL = \
+	set -eu; \
+	if test ! -x $(BIN)/pip; then \
+	  '$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo 'spherelm needs Python 3.10 or later; name one: make PYTHON=python3.12 ...' >&2; exit 1; }; \
+	  echo 'Making the environment $(VENV)'; \
+	  '$(PYTHON)' -m venv $(VENV); \
+	fi; \
+	constraints='$(CONSTRAINTS)'; \
+	if test "$$constraints" = auto; then \
+	  constraints=constraints-cpu.txt; \
+	  if command -v nvidia-smi >/dev/null 2>&1; then constraints=; fi; \
+	fi; \
+	printf 'Installing spherelm[%s], which takes a minute or more:' "$$extras"; \
+	rm -f $(VENV)/.failed; \
+	{ $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off $(PIP_FLAGS) \
+	    $${constraints:+-c "$$constraints"} -e ".[$$extras]" 2>$(VENV)/pip.log || touch $(VENV)/.failed; } | \
+	while read -r word name rest; do \
+	  case "$$word $$name" in \
+	    'Installing collected') printf ' ... unpacking' ;; \
+	    Collecting*) printf ' %s' "$${name%%[<>=!~;[]*}" ;; \
+	    Processing*.whl) name=$$(basename "$$name"); printf ' %s' "$${name%%-*}" ;; \
+	  esac; \
+	done; \
+	echo; \
+	if test -e $(VENV)/.failed; then cat $(VENV)/pip.log >&2; exit 1; fi
+
+.PHONY: help demo test check format clean
+
+help:
+	@echo 'make demo     compare GPT and nGPT on the text that ships with spherelm; go on with it if it was interrupted'
+	@echo 'make test     format, lint, types, import floors, tests with coverage'
+	@echo 'make check    the same without the tests'
+	@echo 'make format   format the code and mend what the linter can mend'
+	@echo 'make clean    remove the environment, caches and build leftovers; runs/ stays'
+
+$(DEMO_READY): pyproject.toml constraints-cpu.txt
+	@extras=report; $(INSTALL); touch $@
+
+$(TEST_READY): pyproject.toml constraints-cpu.txt
+	@extras=all,dev; $(INSTALL); touch $(DEMO_READY) $@
+
+# What is finished is not done again; what was begun goes on. The last line printed says where the page is.
+demo: $(DEMO_READY)
+	@resume=; if test -e $(DEMO_OUT)/config.json; then resume=--resume; fi; \
+	set -x; $(BIN)/python -m spherelm compare --out $(DEMO_OUT) $(DEMO_FLAGS) $$resume
+
+check: $(TEST_READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) --cov=spherelm --cov-report=term:skip-covered
+
+format: $(TEST_READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist src/spherelm.egg-info htmlcov .coverage coverage.xml
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +

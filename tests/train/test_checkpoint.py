@@ -1,0 +1,249 @@
+"""Checkpoints: what is saved comes back, appears whole or not at all, and is refused if it is not what it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import tiny
+import torch
+from torch import Tensor, nn
+
+from spherelm import load_model
+from spherelm.models import GPTConfig, NGPTConfig, build
+from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.train import checkpoint as module
+from spherelm.train.checkpoint import (
+    MOMENTS,
+    STATE,
+    WEIGHTS,
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from spherelm.train.config import to_dict
+from spherelm.train.record import write_json
+from spherelm.train.trainer import Trainer, train
+
+SHAPE: dict[str, Any] = {"vocab_size": 11, "n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 12, "max_seq_len": 8}
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
+
+
+def trained(arm: str, updates: int = 2, **fields: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model after some updates, and its optimizer."""
+    model = build((GPTConfig if arm == "gpt" else NGPTConfig)(**SHAPE, **fields))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    tokens = torch.randint(11, (2, 8))
+    for _ in range(updates):
+        model.loss(tokens, tokens.roll(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name."""
+    state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        state |= {f"{name}/{key}": value.clone() for key, value in optimizer.state[parameter].items()}
+    return state
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@both_arms
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_was_saved_comes_back_bitwise(arm: str, tied: bool, tmp_path: Path) -> None:
+    model, optimizer = trained(arm, tie_embeddings=tied)
+    before, random_state = state_of(model, optimizer), torch.get_rng_state()
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(2, 1.5), keep=1)
+    torch.rand(3)
+    other, fresh = trained(arm, updates=1, tie_embeddings=tied)
+    assert load_checkpoint(path, other, fresh) == Progress(2, 1.5)
+    assert_equal(state_of(other, fresh), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@both_arms
+def test_training_goes_on_from_a_checkpoint_bitwise(arm: str, tmp_path: Path) -> None:
+    model, optimizer = trained(arm)
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(2, 0.0), keep=1)
+    other, fresh = trained(arm, updates=0)
+    load_checkpoint(path, other, fresh)
+    tokens = torch.randint(11, (2, 8))
+    for each, its_optimizer in ((model, optimizer), (other, fresh)):
+        each.loss(tokens, tokens.roll(1)).backward()
+        its_optimizer.step()
+    assert_equal(state_of(model, optimizer), state_of(other, fresh))
+
+
+def test_the_newest_keep_checkpoints_stay_and_strangers_are_left_alone(tmp_path: Path) -> None:
+    model, optimizer = trained("gpt")
+    (tmp_path / "checkpoints" / "step-mine").mkdir(parents=True)
+    for step in (1, 2, 3, 10):
+        save_checkpoint(tmp_path, model, optimizer, Progress(step, 0.0), keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000010", "step-mine"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000010"
+
+
+def test_without_a_whole_checkpoint_there_is_no_latest(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / "checkpoints" / ".step-00000002.part").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()  # no state.json: cut off while it was deleted
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_leftover_of_a_crash_is_ignored_and_replaced(tmp_path: Path) -> None:
+    model, optimizer = trained("gpt")
+    good = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=2)
+    part = tmp_path / "checkpoints" / ".step-00000002.part"
+    part.mkdir()
+    (part / STATE).write_text("{}")
+    (part / "rest").write_text("of a crash")
+    assert latest_checkpoint(tmp_path) == good
+    new = save_checkpoint(tmp_path, model, optimizer, Progress(2, 0.0), keep=2)
+    assert latest_checkpoint(tmp_path) == new
+    assert not part.exists()
+    assert sorted(path.name for path in new.iterdir()) == [WEIGHTS, MOMENTS, STATE]
+
+
+def full_disk(after: int) -> Callable[..., None]:
+    """A `save_file` that leaves half a file and reports a full disk from its call number `after` on."""
+    calls = iter(range(100))
+
+    def save(tensors: dict[str, Tensor], path: Path) -> None:
+        if next(calls) < after:
+            return original_save(tensors, path)
+        Path(path).write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return save
+
+
+original_save = module.save_file
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["in the weights", "in the moments"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained("ngpt")
+    before = state_of(model, optimizer)
+    good = save_checkpoint(tmp_path, model, optimizer, Progress(2, 0.0), keep=1)
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    monkeypatch.setattr(module, "save_file", full_disk(after))
+    with pytest.raises(OSError, match="No space left") as error:
+        save_checkpoint(tmp_path, model, optimizer, Progress(3, 0.0), keep=1)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(tmp_path / "checkpoints") in message
+    assert f"last good checkpoint is {good}" in message
+    assert message.endswith("free some space and --resume")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name], "no rubble stays"
+    load_checkpoint(good, model, optimizer)
+    assert_equal(state_of(model, optimizer), before)
+
+
+def test_safetensors_own_error_for_a_full_disk_is_told_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_file", refuse)
+    model, optimizer = trained("gpt")
+    with pytest.raises(OSError, match=r"No space left on device.*there is no earlier checkpoint: free some space"):
+        save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, MOMENTS])
+def test_one_flipped_bit_is_refused(name: str, tmp_path: Path) -> None:
+    model, optimizer = trained("ngpt")
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+    damaged = bytearray((path / name).read_bytes())
+    damaged[-5] ^= 1
+    (path / name).write_bytes(damaged)
+    before = state_of(model, optimizer)
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*sha256.*use an earlier checkpoint"):
+        load_checkpoint(path, model, optimizer)
+    assert_equal(state_of(model, optimizer), before)
+
+
+@pytest.mark.parametrize("damage", ["missing weights", "cut state", "empty state", "state without hashes"])
+def test_an_incomplete_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
+    model, optimizer = trained("gpt")
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+    if damage == "missing weights":
+        (path / WEIGHTS).unlink()
+    else:
+        content = {"cut state": '{"step": 1, "sec', "empty state": "", "state without hashes": '{"step": 1}'}[damage]
+        (path / STATE).write_text(content)
+    with pytest.raises(ValueError, match="step-00000001 is not a complete checkpoint"):
+        load_checkpoint(path, model, optimizer)
+
+
+def test_weights_of_another_model_are_refused_by_name_or_shape(tmp_path: Path) -> None:
+    model, optimizer = trained("ngpt")
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1) / WEIGHTS
+    with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.alpha_a\.value"):
+        load_weights(build(GPTConfig(**SHAPE)), path)
+    with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.u\.weight is \(12, 8\) there, \(20, 8\)"):
+        load_weights(build(NGPTConfig(**{**SHAPE, "d_ff": 20})), path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_weights(build(NGPTConfig(**SHAPE)), path)
+
+
+@both_arms
+def test_load_model_from_a_run_and_from_a_checkpoint(arm: str, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny.run_config(arm, data, save_every=3)
+    loss = train(config, run, show_progress=False)
+    early, late = sorted((run / "checkpoints").iterdir())
+    newest, named, first = load_model(run), load_model(str(late)), load_model(early)
+    assert not newest.training
+    assert {parameter.dtype for parameter in newest.parameters()} == {torch.float32}
+    assert newest.config == config.model
+    assert_equal(dict(newest.named_parameters()), dict(named.named_parameters()))
+    assert not torch.equal(newest.embed.weight, first.embed.weight)
+    shutil.copytree(run, tmp_path / "moved")
+    assert_equal(dict(load_model(tmp_path / "moved").named_parameters()), dict(newest.named_parameters()))
+    finished = Trainer(config, run, resume=True)
+    assert_equal(dict(finished.model.named_parameters()), dict(newest.named_parameters()))
+    assert finished.run(show_progress=False) == loss
+
+
+def test_load_model_says_what_is_missing(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere holds no checkpoint: pass a run directory"):
+        load_model(tmp_path / "nowhere")
+    model, optimizer = trained("gpt")
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_model(path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+        load_model(tmp_path)
+    write_json(tmp_path / "config.json", to_dict(tiny.run_config("gpt", data)))
+    with pytest.raises(ValueError, match="belongs to another config"):
+        load_model(tmp_path)
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    """A checkpoint from a stranger can hold numbers and JSON only."""
+    model, optimizer = trained("gpt")
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+    for name in (WEIGHTS, MOMENTS):
+        header = (path / name).read_bytes()
+        assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert json.loads((path / STATE).read_text())["step"] == 1

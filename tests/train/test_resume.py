@@ -1,0 +1,165 @@
+"""A run that was interrupted, however it was, ends bit for bit like one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from spherelm.data.prepare import prepare
+from spherelm.train import trainer as module
+from spherelm.train.checkpoint import MOMENTS, WEIGHTS, latest_checkpoint
+from spherelm.train.trainer import Interrupted, Trainer, train
+
+MakeTrainer = Callable[..., Trainer]
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Weights, moments, random state and metrics (but for times) are equal, bit for bit."""
+    ours, theirs = latest_checkpoint(run), latest_checkpoint(reference)
+    assert ours is not None
+    assert theirs is not None
+    assert ours.name == theirs.name
+    for name in (WEIGHTS, MOMENTS):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert tiny.metrics(run) == tiny.metrics(reference)
+
+
+def crash_at(trainer: Trainer, step: int) -> None:
+    """Have the update number `step` fail as a power cut would: nothing is saved, the last line is torn."""
+    update = trainer._update
+
+    def failing(current: int, lr: float) -> tuple[float, float]:
+        if current + 1 == step:
+            with (trainer.out / "metrics.jsonl").open("a") as file:
+                file.write('{"kind": "train", "ste')
+            raise SystemExit("power cut")
+        return update(current, lr)
+
+    trainer._update = failing  # type: ignore[method-assign]
+
+
+@both_arms
+@pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16", "batch_size": 2}, {"micro_batch_size": 2}], ids=str)
+def test_resuming_after_a_crash_changes_nothing(
+    arm: str, fields: dict[str, Any], trainer: MakeTrainer, data: Path, tmp_path: Path
+) -> None:
+    settings = {"save_every": 2, **fields}
+    loss = train(tiny.run_config(arm, data, **settings), tmp_path / "whole", show_progress=False)
+    first = trainer(arm, **settings)
+    crash_at(first, 6)
+    with pytest.raises(SystemExit):
+        first.run(show_progress=False)
+    assert [record["step"] for record in tiny.metrics(tmp_path / "run")][-1] == 5, "beyond the checkpoint at 4"
+    assert trainer(arm, resume=True, **settings).run(show_progress=False) == loss
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@both_arms
+def test_a_crash_before_the_first_checkpoint_starts_over(arm: str, trainer: MakeTrainer, tmp_path: Path) -> None:
+    first = trainer(arm)
+    crash_at(first, 4)
+    with pytest.raises(SystemExit):
+        first.run(show_progress=False)
+    assert latest_checkpoint(tmp_path / "run") is None
+    trainer(arm, resume=True).run(show_progress=False)
+    steps = [record["step"] for record in tiny.metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@contextmanager
+def asked_to_stop(received: list[int]) -> Iterator[list[int]]:
+    yield received
+
+
+@both_arms
+@pytest.mark.parametrize("number", [15, 2], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing(
+    arm: str, number: int, trainer: MakeTrainer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes between two validations, where nothing would be saved otherwise."""
+    train(tiny.run_config(arm, data), tmp_path / "whole", show_progress=False)
+    received: list[int] = []
+    first = trainer(arm)
+    update = first._update
+
+    def update_and_signal(step: int, lr: float) -> tuple[float, float]:
+        if step == 2:
+            received.append(number)
+        return update(step, lr)
+
+    first._update = update_and_signal  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "signals_noted", lambda: asked_to_stop(received))
+        with pytest.raises(Interrupted, match=r"SIG(TERM|INT): saved .*run at step 3; go on with --resume") as error:
+            first.run(show_progress=False)
+    assert error.value.signal_number == number
+    trainer(arm, resume=True).run(show_progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "signals_noted", lambda: asked_to_stop([15]))
+    run = trainer("gpt", steps=1)
+    assert run.run(show_progress=False) > 0
+    assert run.progress.step == 1
+
+
+def test_a_finished_run_is_left_as_it_is(trainer: MakeTrainer, tmp_path: Path) -> None:
+    loss = trainer().run(show_progress=False)
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    assert trainer(resume=True).run(show_progress=False) == loss
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == files
+
+
+def test_what_changes_nothing_may_change_on_resuming(trainer: MakeTrainer, data: Path, tmp_path: Path) -> None:
+    train(tiny.run_config("ngpt", data), tmp_path / "whole", show_progress=False)
+    first = trainer(save_every=2)
+    crash_at(first, 4)
+    with pytest.raises(SystemExit):
+        first.run(show_progress=False)
+    trainer(resume=True, save_every=0, keep=1).run(show_progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 2e-2}, r"optim\.lr is 0\.01 there and 0\.02 now"),
+        ({"seq_len": 8}, r"model\.max_seq_len is 16 there and 8 now"),
+        ({"seed": 1}, r"train\.seed is 0 there and 1 now"),
+        ({"steps": 8}, r"train\.steps is 6 there and 8 now"),
+        ({"d_ff": 32}, r"model\.d_ff is 24 there and 32 now"),
+        ({"recipe": "paper"}, r"recipe is 'default' there and 'paper' now"),
+        ({"dtype": "bfloat16"}, r"train\.dtype is 'float32' there and 'bfloat16' now"),
+    ],
+)
+def test_another_config_is_refused_by_the_field(
+    fields: dict[str, Any], message: str, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer(steps=6).run(show_progress=False)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        trainer(resume=True, **fields)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_the_other_arm_is_refused(trainer: MakeTrainer) -> None:
+    trainer("gpt", steps=1).run(show_progress=False)
+    with pytest.raises(ValueError, match="arm is 'gpt' there and 'ngpt' now"):
+        trainer("ngpt", resume=True, steps=1)
+
+
+def test_other_text_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    data = tiny.make_data(tmp_path)
+    train(tiny.run_config("gpt", data, steps=1), tmp_path / "run", show_progress=False)
+    (tmp_path / "data").rename(tmp_path / "old")
+    (tmp_path / "train.txt").write_text(tiny.text(5))
+    prepare([tmp_path / "train.txt"], data, "bytes", val=[tmp_path / "val.txt"])
+    with pytest.raises(ValueError, match=r"made with another config: data_identity\.train is"):
+        train(tiny.run_config("gpt", data, steps=1), tmp_path / "run", resume=True, show_progress=False)
