@@ -20,6 +20,8 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 app.command(data_app, name="data", help="Turn text into token shards.")
+import_app = tyro.extras.SubcommandApp()
+app.command(import_app, name="import", help="Turn a checkpoint of another program into a run directory.")
 
 
 @app.command
@@ -188,6 +190,31 @@ def prepare(
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
+@import_app.command(name="nvidia")
+def import_nvidia(
+    ckpt: Positional[Path],
+    out: Positional[Path],
+    rope: Literal["nvidia", "standard"] = "nvidia",
+    tokenizer: str | None = None,
+    moments: Flag = False,
+) -> None:
+    """Turn a ckpt.pt that NVIDIA/ngpt's train.py wrote into a run directory; nothing in the file is run.
+
+    Args:
+        ckpt: The file.
+        out: The run directory to make.
+        rope: nvidia: what their code computes, whose rotary embedding is not a rotation; standard: the paper's model.
+        tokenizer: What it was trained with (a tokenizer.json, a SentencePiece .model, a Hugging Face name); not in the file.
+        moments: Keep the optimizer's moments as well, for training on.
+    """
+    from spherelm.layers.linear import departure
+    from spherelm.train.imported import import_nvidia as run_import
+
+    model = run_import(ckpt, out, rope, tokenizer, moments)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__} of {count:,} parameters in {out}; departure from the sphere {departure(model):.1e}")
+
+
 @app.command
 def generate(
     run: Positional[Path],
@@ -217,6 +244,29 @@ def generate(
         run, prompt, samples, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     print("\n---\n".join(prompt + text for text in texts))
+
+
+@app.command
+def export(
+    run: Positional[Path],
+    out: Positional[Path],
+    standalone: Flag = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    no_tokenizer: Flag = False,
+) -> None:
+    """Write a run's model as a folder that Hugging Face transformers loads, with tokenizer and model card.
+
+    Args:
+        run: A run directory, or one of its checkpoints.
+        out: The directory to make.
+        standalone: Put the modeling code beside the weights, for trust_remote_code where spherelm is not installed.
+        dtype: Format of the weights.
+        no_tokenizer: Leave the tokenizer out.
+    """
+    from spherelm.train.export import export as run_export
+
+    run_export(run, out, dtype, standalone, with_tokenizer=not no_tokenizer)
+    print(f"The folder: {out.resolve()}")
 
 
 @app.command

@@ -103,7 +103,7 @@ PRESETS: dict[str, Preset] = {
         steps=240,
         rates={
             ("default", "gpt"): 4e-3,
-            ("default", "ngpt"): 1e-2,
+            ("default", "ngpt"): 1.6e-2,
             ("paper", "gpt"): 3e-3,
             ("paper", "ngpt"): 1e-2,
         },

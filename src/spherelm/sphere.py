@@ -27,6 +27,17 @@ def norm(x: Tensor, dim: int = -1) -> Tensor:
     return (wide * wide.square().sum(dim, keepdim=True).clamp_min(TINY**2).rsqrt()).to(x.dtype)
 
 
+def retracted(w: Tensor, dim: int) -> Tensor:
+    """`norm`, except that a vector which is unit up to rounding comes back bit for bit, so that twice is once.
+
+    "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves.
+    """
+    wide = _wide(w)
+    square = wide.square().sum(dim, keepdim=True)
+    is_unit = (square - 1).abs() <= 8 * torch.finfo(wide.dtype).eps
+    return (wide * square.clamp_min(TINY**2).rsqrt().masked_fill(is_unit, 1.0)).to(w.dtype)
+
+
 def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     """Move `h` on the sphere a part `alpha` of the way to `target`: `Norm(h + alpha (target - h))` (nGPT, eqs. 10, 11).
 

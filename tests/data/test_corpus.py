@@ -89,7 +89,7 @@ def test_another_text_has_another_name(tiny: Path) -> None:
 
 def test_a_cache_that_cannot_be(tiny: Path) -> None:
     tiny.write_text("a file")
-    with pytest.raises(OSError, match="cannot make the cache .* set SPHERELM_CACHE"):
+    with pytest.raises(OSError, match=r"cannot make the cache .* set SPHERELM_CACHE"):
         shipped_directory(tiny)
 
 

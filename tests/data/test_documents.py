@@ -7,6 +7,7 @@ import json
 import lzma
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,10 @@ def test_long_texts_are_cut_between_words(
     assert "".join(str(block.data) for block in blocks) == text
     assert [block.starts for block in blocks] == [True] + [False] * (len(blocks) - 1)
     assert [block.ends for block in blocks] == [False] * (len(blocks) - 1) + [True]
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in pairwise(blocks):
         assert str(before.data)[-1].isalnum()
-        assert str(after.data)[0] == " " and str(after.data)[1].isalnum()
+        assert str(after.data)[0] == " "
+        assert str(after.data)[1].isalnum()
         assert len(str(before.data)) >= size
     assert len(list(read_blocks(path, block_size=size, can_cut=False))) == 1
 

@@ -69,6 +69,11 @@ def test_a_tokenizer_that_cannot_be_cut_gets_whole_documents(monkeypatch: pytest
     assert encoded(Reversing(), [text])["train"] == [*text.encode()[::-1], 256]
 
 
+def test_a_text_without_a_place_to_cut_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spherelm.data.encoding._PIECE", 4)
+    assert encoded(ByteTokenizer(), ["one two" + "x" * 40])["train"] == [*b"one two", *b"x" * 40, 256]
+
+
 def test_texts_that_encode_to_the_end_token_are_refused() -> None:
     with pytest.raises(ValueError, match="encodes plain text to its end token"):
         encoded(Forgetful(), ["a", "b#"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,8 @@ def test_batch_is_a_pure_function_of_the_step(text: Tokens) -> None:
     tokens, targets = forward[0]
     assert tokens.dtype == targets.dtype == torch.int64
     assert tokens.shape == targets.shape == (4, 16)
-    assert tokens.is_contiguous() and targets.is_contiguous()
+    assert tokens.is_contiguous()
+    assert targets.is_contiguous()
 
 
 def test_targets_are_the_next_tokens(text: Tokens) -> None:
@@ -169,7 +171,7 @@ def test_validation_windows(text: Tokens, seq_len: int, count: int) -> None:
     assert tokens.shape == targets.shape == (min(count, available), seq_len)
     whole = text.read(0, len(text)).tolist()
     starts = [row * available // len(tokens) * seq_len for row in range(len(tokens))]
-    gaps = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(starts)}
     assert all(gap >= seq_len for gap in gaps), "none overlaps another"
     assert not gaps or max(gaps) - min(gaps) <= seq_len, "evenly spread"
     for row, start in enumerate(starts):

@@ -231,7 +231,7 @@ def test_what_is_no_data_directory(tmp_path: Path, prepared: Path) -> None:
         open_tokens(tmp_path / "nowhere", "train")
     with pytest.raises(FileNotFoundError, match="spherelm data prepare"):
         open_tokens(tmp_path, "train")
-    with pytest.raises(ValueError, match="no 'val' split; .*--val-fraction"):
+    with pytest.raises(ValueError, match=r"no 'val' split; .*--val-fraction"):
         open_tokens(prepared, "val")
     (tmp_path / "half" / ".partial").mkdir(parents=True)
     with pytest.raises(ShardError, match="unfinished; give the same spherelm data prepare command again"):

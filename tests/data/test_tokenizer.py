@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_end_token_from_a_hugging_face_directory(tmp_path: Path) -> None:
     vocab = {**WORDS["vocab"], "[STOP]": 5}
     vocab.pop("</s>")
     (tmp_path / "tokenizer.json").write_bytes(definition({**WORDS, "vocab": vocab}))
-    with pytest.raises(ValueError, match="no end-of-text token found.*tokenizer_config.json"):
+    with pytest.raises(ValueError, match=r"no end-of-text token found.*tokenizer_config\.json"):
         load_tokenizer(tmp_path)
     for eos in ("[STOP]", {"content": "[STOP]"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
@@ -202,6 +203,17 @@ def test_unknown_hugging_face_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"unknown tokenizer 'nobody'.*couldn't connect") as error:
         load_tokenizer("nobody")
     assert "\n" not in str(error.value)
+
+
+def test_hugging_face_name_without_a_tokenizer_json(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow tokenizer is read from its SentencePiece file, and one that has none is refused."""
+    transformers = pytest.importorskip("transformers")
+    loaded = SimpleNamespace(vocab_file=str(files / "llama2" / "tokenizer.model"), eos_token="</s>")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: loaded)
+    assert load_tokenizer("nobody").fingerprint == load_tokenizer(files / "llama2" / "tokenizer.model").fingerprint
+    loaded.vocab_file = None
+    with pytest.raises(ValueError, match=r"'nobody': has no tokenizer\.json and no SentencePiece model"):
+        load_tokenizer("nobody")
 
 
 def test_optional_libraries_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -103,9 +103,9 @@ def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.write("val", step=0, loss=2.0)
     log.close()
-    with open("/dev/full", "ab", buffering=0) as log._file:
-        with pytest.raises(OSError, match=r"could not write .*metrics\.jsonl .*No space left.*free some space and --res"):
-            log.write("train", step=1, loss=1.0)
+    message = r"could not write .*metrics\.jsonl .*No space left.*free some space and --resume"
+    with open("/dev/full", "ab", buffering=0) as log._file, pytest.raises(OSError, match=message):
+        log.write("train", step=1, loss=1.0)
 
 
 def test_a_line_that_only_half_fits_is_a_full_disk_too(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _alpha_figure(scales: dict[str, list[Any]]) -> Figure:
     spans = [f"|α<sub>{name[-1]}</sub>| {_span(scales[name])}" for name in ("alpha_A", "alpha_M") if name in scales]
     caption = (
         f"How far each block moves the hidden state towards its proposal, averaged over channels: {listed(spans)}. "
-        "Figure 6 of the paper, left."
+        "Corresponds to figure 6 of the paper."
     )
     description = "Mean absolute alpha of the attention and MLP blocks of nGPT, by layer."
     return Figure(plots.eigen_learning_rates(scales, "alpha", title, description), title, caption)
@@ -137,7 +137,9 @@ def _alpha_figure(scales: dict[str, list[Any]]) -> Figure:
 def _scales_figure(scales: dict[str, list[Any]]) -> Figure:
     title = "Learned scales per layer"
     spans = [f"{markup} {_span(scales[name])}" for name, markup in SCALE_NAMES.items() if name in scales]
-    caption = f"Effective values, averaged over heads and channels: {listed(spans)}. Figure 6 of the paper, middle."
+    caption = (
+        f"Effective values, averaged over heads and channels: {listed(spans)}. Corresponds to figure 6 of the paper."
+    )
     description = "Mean effective s_qk, s_u and s_v of nGPT, by layer."
     return Figure(plots.layer_scales(scales, "scales", title, description), title, caption)
 
@@ -147,7 +149,7 @@ def _logit_scale_figure(values: Sequence[Any]) -> Figure:
     low, median, high = np.quantile(np.concatenate(list(values)), (0.05, 0.5, 0.95))
     caption = (
         f"Distribution of the effective s<sub>z</sub> over the vocabulary: median {median:.3g}, nine in ten between {low:.3g} "
-        f"and {high:.3g}. It turns cosines into logits. Figure 6 of the paper, right."
+        f"and {high:.3g}. It turns cosines into logits. Corresponds to figure 6 of the paper."
     )
     description = f"Histogram of s_z, median {median:.3g}."
     return Figure(plots.logit_scales(values, "sz", title, description), title, caption)
@@ -156,15 +158,16 @@ def _logit_scale_figure(values: Sequence[Any]) -> Figure:
 def _norm_figure(norms: Mapping[str, dict[str, list[Any]]]) -> Figure:
     title = "Embedding norms"
     spans = {
-        arm: listed([f"{name} {_span(tables[name])}" for name in ("input", "output")]) for arm, tables in norms.items()
+        arm: listed([f"{_span(tables[name])} ({name})" for name in ("input", "output")])
+        for arm, tables in norms.items()
     }
     unit = all(
         abs(length - 1) < 1e-3 for tables in norms["ngpt"].values() for seed in tables for length in (seed[0], seed[-1])
     )
-    ngpt = "are 1 by construction, so its two lines coincide" if unit else f"go from {spans['ngpt']}"
+    ngpt = "are 1 by construction, so its two lines coincide" if unit else f"go {spans['ngpt']}"
     caption = (
-        f"Lengths of the embedding vectors, sorted. GPT&rsquo;s go from {spans['gpt']}; nGPT&rsquo;s {ngpt}. "
-        "Figure 4 of the paper, top."
+        f"Lengths of the embedding vectors, sorted. GPT&rsquo;s go {spans['gpt']}; nGPT&rsquo;s {ngpt}. "
+        "Corresponds to figure 4 of the paper."
     )
     description = "Sorted norms of input and output embedding vectors of both arms."
     return Figure(plots.embedding_norms(norms, "norms", title, description), title, caption)
@@ -179,7 +182,7 @@ def _condition_figure(numbers: Mapping[str, dict[str, list[Any]]], names: tuple[
     heads = ", median over heads" if part == "attention" else ""
     caption = (
         f"Largest over smallest singular value per layer{heads}, logarithmic. Over all panels the median is "
-        f"{medians['gpt']:.3g} for GPT and {medians['ngpt']:.3g} for nGPT. Figure 5 of the paper."
+        f"{medians['gpt']:.3g} for GPT and {medians['ngpt']:.3g} for nGPT. Corresponds to figure 5 of the paper."
     )
     description = f"Condition numbers of {', '.join(names)} by layer, both arms."
     return Figure(plots.condition_numbers(numbers, names, f"cond-{part.lower()}", title, description), title, caption)
@@ -191,6 +194,6 @@ def _by_name(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _span(seeds: Sequence[Any]) -> str:
-    """ "0.12 to 0.34": the range over layers (or vocabulary) of the mean over seeds."""
+    """ "from 0.12 to 0.34": the range over layers (or vocabulary) of the mean over seeds."""
     mean = np.mean(np.stack(list(seeds)), axis=0)
-    return f"{mean.min():.3g} to {mean.max():.3g}"
+    return f"from {mean.min():.3g} to {mean.max():.3g}"

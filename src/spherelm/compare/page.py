@@ -63,8 +63,8 @@ def _key_numbers(comparison: Comparison) -> str:
     speedup, arms = comparison.speedup, comparison.arms
     sign = {"at least": "≥ ", "at most": "≤ "}.get(str(speedup.get("bound")), "")
     items = [
-        (f"{sign}{number(speedup.get('tokens'), '.2f')}×", "speedup in tokens"),
-        (f"{sign}{number(speedup.get('seconds'), '.2f')}×", "speedup in seconds"),
+        (f"{sign}{number(speedup.get('tokens'), '.2f')}×", "nGPT’s speedup in tokens"),
+        (f"{sign}{number(speedup.get('seconds'), '.2f')}×", "nGPT’s speedup in seconds"),
         (f"{number(comparison.summary.get('step_time_ratio'), '.2f')}×", "time of one step, nGPT over GPT"),
         (
             number(arms["ngpt"].final_loss - arms["gpt"].final_loss, "+.3f").replace("-", "−"),

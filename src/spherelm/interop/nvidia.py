@@ -14,8 +14,9 @@ import dataclasses
 import math
 import pickletools
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -103,10 +104,11 @@ class ModelArgs:
                 raise ValueError(f"its model_args say {name}={value!r}, which must be a positive whole number")
         if self.use_nGPT not in (0, 1):
             raise ValueError(f"its model_args say use_nGPT={self.use_nGPT!r}, which must be 0 or 1")
-        if not isinstance(self.base_scale, float) or not (math.isfinite(self.base_scale) and self.base_scale > 0):
+        if not isinstance(self.base_scale, int | float) or not 0 < self.base_scale < math.inf:
             raise ValueError(f"its model_args say base_scale={self.base_scale!r}, which must be a positive number")
         if self.bias:
             raise ValueError("its model_args say bias=True, and the models here have no biases")
+        self.config("standard")
 
     def config(self, rope: str) -> Config:
         """The config of the same model here; rope as in `load_checkpoint`."""
@@ -114,8 +116,8 @@ class ModelArgs:
         shape |= {"n_heads": self.n_head, "max_seq_len": self.block_size, "rope": rope}
         if not self.use_nGPT:
             return GPTConfig(**shape, init_std=self.base_scale)
-        scales = {f"{name}_scale": self.base_scale for name in ("alpha", "s_qk", "s_z")}
-        return NGPTConfig(**shape, **scales, step="nvidia" if rope == "nvidia" else "lerp")
+        shape |= {f"{name}_scale": self.base_scale for name in ("alpha", "s_qk", "s_z")}
+        return NGPTConfig(**shape, step="nvidia" if rope == "nvidia" else "lerp")
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,16 @@ def load_checkpoint(path: str | Path, rope: str = "nvidia") -> Decoder:
     return to_model(read_checkpoint(path), rope)
 
 
+@torch.no_grad()
 def to_model(checkpoint: NvidiaCheckpoint, rope: str = "nvidia") -> Decoder:
     """The model of a checkpoint that was read, see `load_checkpoint`. Shares no memory with it."""
     with torch.device("meta"):
         model = build(checkpoint.model_args.config(rope))
-    layout = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
-    model.load_state_dict({name: w.to(**layout) for name, w in checkpoint.weights.items()}, assign=True)
+    weights = {
+        name: w.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name, w in checkpoint.weights.items()
+    }
+    model.load_state_dict(weights, assign=True)
     if rope == "standard":
         retract(model)
     return model.eval()
@@ -170,6 +176,10 @@ def load_optimizer(checkpoint: NvidiaCheckpoint, model: nn.Module, optimizer: Op
         if moments is None or moments["exp_avg"].shape != parameter.shape:
             raise ValueError(f"the checkpoint's moments belong to another model: {names.get(id(parameter))} differs")
         state[i] = {key: value.clone() for key, value in moments.items()}
+    if len(state) != len(checkpoint.moments):
+        raise ValueError(
+            f"the checkpoint has moments of {len(checkpoint.moments)} parameters, the optimizer {len(state)}"
+        )
     # The optimizer itself gives every tensor the dtype and the device that it wants.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -188,7 +198,7 @@ def read_checkpoint(path: str | Path) -> NvidiaCheckpoint:
 
 def to_ours(tensors: Mapping[str, Tensor], n_heads: int) -> dict[str, Tensor]:
     """Tensors under NVIDIA/ngpt's parameter names, in its layouts, under ours and in ours; values untouched, memory shared."""
-    ours = {}
+    ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         prefix, rest = _split(name)
         if rest in STACKED:
@@ -251,7 +261,7 @@ def _refuse_strangers(pickled: bytes) -> None:
         newest = max(newest, opcode.proto)
         found = None
         if opcode.name in ("GLOBAL", "INST"):
-            found = str(argument).replace(" ", ".", 1)
+            found = _name_now(*str(argument).split(" ", 1))
         elif opcode.name == "STACK_GLOBAL":
             found = ".".join(strings)
         elif opcode.name.startswith("EXT"):
@@ -259,10 +269,15 @@ def _refuse_strangers(pickled: bytes) -> None:
         elif isinstance(argument, str):
             strings.append(argument)
         if found is not None and found not in TENSORS and found not in FOREIGN:
-            name = found.replace("__builtin__.", "builtins.", 1)
-            raise ValueError(f"it names {name}, which train.py does not store: nothing of it was loaded")
+            raise ValueError(f"it names {found}, which train.py does not store: nothing of it was loaded")
     if newest > 2:
         raise ValueError(f"it is written in pickle protocol {newest}, where torch.save writes 2")
+
+
+def _name_now(module: str, name: str) -> str:
+    """The full name today of what protocol 2 of pickle calls by its name in Python 2."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
 
 
 def _checkpoint(content: Any) -> NvidiaCheckpoint:
@@ -285,7 +300,7 @@ def _model_args(stored: Any) -> ModelArgs:
     fields = dataclasses.fields(ModelArgs)
     if not isinstance(stored, dict):
         raise ValueError(f"its model_args are a {type(stored).__name__} instead of a dictionary")
-    for name in stored.keys() - {field.name for field in fields}:
+    for name in sorted(stored.keys() - {field.name for field in fields}, key=str):
         raise ValueError(f"its model_args say {name}={stored[name]!r}, which is not known here")
     for field in fields:
         if field.name not in stored and field.default is dataclasses.MISSING:
@@ -327,19 +342,21 @@ def _moments(
     try:
         order = [name for name, w in theirs.items() if w.ndim >= 2] + [name for name, w in theirs.items() if w.ndim < 2]
         numbers = [number for group in stored["param_groups"] for number in group["params"]]
+        if len(numbers) != len(order):
+            raise ValueError(f"its optimizer has {len(numbers)} parameters, and its model {len(order)}")
         state = {name: stored["state"][number] for name, number in zip(order, numbers, strict=True)}
-        settings = {key: stored["param_groups"][0][key] for key in ("lr", "betas", "eps", "weight_decay")}
+        group = stored["param_groups"][0]
+        settings: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        settings["betas"] = (float(group["betas"][0]), float(group["betas"][1]))
         found: dict[str, dict[str, Tensor]] = {}
         for key in MOMENTS:
             for name, w in theirs.items():
                 _check_tensor(f"{key} of {name}", state[name][key], tuple(w.shape))
             for name, moment in to_ours({name: state[name][key] for name in theirs}, n_heads).items():
                 found.setdefault(name, {})[key] = moment
-        steps = {
-            name: torch.full_like(w, float(state[name]["step"]), dtype=torch.float32) for name, w in theirs.items()
-        }
-    except (KeyError, IndexError, TypeError) as error:
+        steps = {name: torch.tensor(float(state[name]["step"])).expand(w.shape) for name, w in theirs.items()}
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise ValueError(f"its optimizer state is not that of train.py's AdamW ({error!r})") from error
     for name, step in to_ours(steps, n_heads).items():
-        found[name]["step"] = step.flatten()[0].clone()
+        found[name]["step"] = step[(0,) * step.ndim].clone()
     return found, settings

@@ -27,8 +27,9 @@ def join_heads(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Softmax attention of [batch, n_heads, q_len, d_k] queries on [batch, n_kv_heads, kv_len, d_k] keys and values.
 
-    Without a mask the attention is causal, a single query being the last position; a mask is boolean, True where a query may look, broadcastable to
-    [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups (grouped-query attention).
+    Without a mask the attention is causal, a single query being the last position; a mask is boolean, True where a query
+    may look, broadcastable to [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups
+    (grouped-query attention).
     """
     groups = q.shape[1] != k.shape[1]
     causal = mask is None and q.shape[2] > 1

@@ -111,12 +111,13 @@ def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 def retract(model: nn.Module) -> None:
     """Put every declared weight back on the sphere, in place, its lengths computed in float32 (nGPT, section 2.6).
 
-    Plain tensors and DTensors alike; a model without unit weights is left as it is.
+    Plain tensors and DTensors alike. Vectors that are unit up to rounding stay bit for bit, so a second call changes nothing;
+    a model without unit weights is left as it is.
     """
     for _, module, axis in unit_modules(model):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        weight.copy_(sphere.norm(weight, dim=axis))
+        weight.copy_(sphere.retracted(weight, dim=axis))
 
 
 @torch.no_grad()

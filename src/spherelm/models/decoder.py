@@ -83,6 +83,10 @@ class Decoder(nn.Module):
     blocks: nn.ModuleList
 
     @abstractmethod
+    def init_weights(self) -> None:
+        """Draw every weight anew, from the distributions that the model's module states."""
+
+    @abstractmethod
     def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state as features [..., d_model], and the matrix [vocab, d_model] that turns them into logits."""
 

@@ -1,0 +1,159 @@
+"""The model card of an exported run: what the model is, how it came about, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ARM_NAMES = {
+    "gpt": "GPT (pre-norm, RMSNorm, rotary embedding, SwiGLU), the baseline of the nGPT paper",
+    "ngpt": "nGPT, the normalized Transformer (arXiv 2410.01131): weights and hidden states are unit vectors",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says. `config`: the run's config.json. `validation`: the last record of kind "val" up to `step`."""
+
+    name: str
+    config: Mapping[str, Any]
+    step: int
+    parameters: int
+    validation: Mapping[str, Any] | None
+    dtype: str
+    standalone: bool
+    has_tokenizer: bool
+
+
+def table(rows: Iterable[tuple[str, object]]) -> str:
+    """A Markdown table of two columns; rows whose value is `None` are left out."""
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def from_shipped_text(facts: Facts) -> bool:
+    """Whether the model was trained here, on the books that ship with spherelm."""
+    return facts.config.get("data") is None and "imported" not in facts.config
+
+
+def front_matter(facts: Facts) -> str:
+    """What the Hugging Face hub reads. No licence: that is for whoever publishes the weights to say."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [spherelm, {facts.config['arm']}]"]
+    if from_shipped_text(facts):
+        lines.append("language: [en]")
+    return "\n".join(["---", *lines, "---"])
+
+
+def loading(facts: Facts) -> str:
+    """A program that loads the model and writes a few words with it."""
+    trust = ", trust_remote_code=True" if facts.standalone else ""
+    lines = [
+        *([] if facts.standalone else ["import spherelm.interop.huggingface  # pip install 'spherelm[hf]'"]),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+    ]
+    if facts.has_tokenizer:
+        lines += [
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            'inputs = tokenizer("It was", return_tensors="pt")',
+            "output = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50)",
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        ]
+    return "\n".join(lines)
+
+
+def result_rows(facts: Facts) -> list[tuple[str, object]]:
+    """How far the model was trained and how well it predicts."""
+    train = facts.config["train"]
+    if "imported" in facts.config:
+        return [("updates", f"{facts.step:,}")]
+    rows: list[tuple[str, object]] = [
+        ("updates", f"{facts.step:,} of {train['steps']:,}"),
+        ("tokens seen", f"{facts.step * train['batch_size'] * train['seq_len']:,}"),
+    ]
+    if facts.validation is not None:
+        rows += [
+            (
+                "validation loss",
+                f"{facts.validation['loss']:.4f} nats per token, at update {facts.validation['step']:,}",
+            ),
+            ("bits per byte", f"{facts.validation['bits_per_byte']:.4f}"),
+        ]
+    return rows
+
+
+def origin_rows(facts: Facts) -> list[tuple[str, object]]:
+    """How the model came about."""
+    config = facts.config
+    imported, versions = config.get("imported"), config.get("versions") or {}
+    made: list[tuple[str, object]] = [
+        ("command", f"`{config['command']}`" if config.get("command") else None),
+        ("commit", f"`{config['git_commit']}`" if config.get("git_commit") else None),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or None),
+    ]
+    if imported is not None:
+        return [("imported from", f"{imported['format']}, `{imported['path']}`"), *made]
+    return [*training_rows(config), *made]
+
+
+def training_rows(config: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What was decided before the run, and the text's identity."""
+    data, identity = config.get("data"), config.get("data_identity") or {}
+    return [
+        ("recipe", f"`{config['recipe']}` at the size `{config['preset']}`"),
+        ("peak learning rate", config["optim"]["lr"]),
+        ("schedule", config["schedule"]["kind"]),
+        ("seed", config["train"]["seed"]),
+        ("text", "the public-domain books that ship with spherelm" if data is None else f"`{data}`"),
+        *(
+            (f"sha256 of the {split} tokens", f"`{digest}`")
+            for split, digest in identity.items()
+            if split != "tokenizer"
+        ),
+        ("sha256 of the tokenizer", f"`{identity['tokenizer']}`" if "tokenizer" in identity else None),
+    ]
+
+
+def licence_note(facts: Facts) -> str:
+    """What is known about rights, and what is not."""
+    if from_shipped_text(facts):
+        text = "The training text was in print before 1919 and is in the public domain in the United States."
+    else:
+        text = "Nothing is recorded here about the rights to the training text: whoever publishes this model must know."
+    code = " `modeling_spherelm.py` is part of spherelm (Apache-2.0)." if facts.standalone else ""
+    return f"{text}{code} No licence is stated for the weights; whoever publishes them chooses one."
+
+
+def model_card(facts: Facts) -> str:
+    """The text of the exported folder's README.md."""
+    model, arm = facts.config["model"], facts.config["arm"]
+    shape = [
+        ("architecture", ARM_NAMES[arm]),
+        ("parameters", f"{facts.parameters:,}, stored as {facts.dtype}"),
+        ("layers, width, heads", f"{model['n_layers']}, {model['d_model']}, {model['n_heads']}"),
+        ("vocabulary", f"{model['vocab_size']:,}"),
+        ("longest sequence", f"{model['max_seq_len']:,} tokens"),
+    ]
+    return "\n\n".join(
+        [
+            front_matter(facts),
+            f"# {facts.name}",
+            "A language model trained by spherelm. It continues text; it was not taught to follow instructions, and what it "
+            "writes need not be true or kind.",
+            "## The model",
+            table([*shape, *result_rows(facts)]),
+            "## Loading it",
+            f"```python\n{loading(facts)}\n```",
+            *(
+                ["On further training, `spherelm.attach_retraction(optimizer, model)` keeps the weights on the sphere."]
+                if arm == "ngpt"
+                else []
+            ),
+            "## How it came about",
+            table(origin_rows(facts)),
+            "## Rights",
+            licence_note(facts) + "\n",
+        ]
+    )

@@ -1,0 +1,83 @@
+"""The config that Hugging Face transformers stores beside the weights: the arm, and the fields of our own configs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from spherelm.models import ARMS, Config, arm_of
+
+
+class SphereLMConfig(PreTrainedConfig):
+    """`arm` ("gpt" or "ngpt") and the fields of `GPTConfig` and `NGPTConfig` under their own names.
+
+    What transformers calls otherwise (hidden_size, num_hidden_layers, ...) is understood too; the fields of the other arm are
+    ignored. Raises `ValueError`, as our configs do, for sizes that make no model.
+    """
+
+    model_type = "spherelm"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own way)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "d_ff",
+        "max_position_embeddings": "max_seq_len",
+        "tie_embeddings": "tie_word_embeddings",
+    }
+
+    arm: str = "ngpt"
+    vocab_size: int = 4096
+    n_layers: int = 4
+    d_model: int = 128
+    n_heads: int = 2
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    max_seq_len: int = 1024
+    rope_base: float = 10000.0
+    rope: str = "standard"
+    step: str = "lerp"
+    tie_word_embeddings: bool = False
+    init_std: float = 0.02
+    alpha_init: float = 0.05
+    alpha_scale: float | None = None
+    s_qk_init: float = 1.0
+    s_qk_scale: float | None = None
+    s_u_init: float = 1.0
+    s_u_scale: float = 1.0
+    s_v_init: float = 1.0
+    s_v_scale: float = 1.0
+    s_z_init: float = 1.0
+    s_z_scale: float | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # Caches and other tools of transformers count on these two being numbers.
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.d_ff = self.d_ff or 4 * self.d_model
+        self.arm_config()
+
+    def arm_config(self) -> Config:
+        """The `GPTConfig` or `NGPTConfig` that this describes."""
+        if self.arm not in ARMS:
+            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
+        config_class, _ = ARMS[self.arm]
+        return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})
+
+    @classmethod
+    def of(cls, config: Config) -> SphereLMConfig:
+        """The same model as `config` describes."""
+        return cls(arm=arm_of(config), **{field.name: getattr(config, field.name) for field in fields(config)})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it."""
+        described: dict[str, Any] = super().to_diff_dict()
+        model_fields = [name for name in SphereLMConfig.__annotations__ if not name.endswith("_token_id")]
+        return described | {name: getattr(self, name) for name in model_fields}

@@ -1,0 +1,269 @@
+"""Our models as Hugging Face transformers knows models. The modules and their maths are ours; this translates calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from spherelm.interop.huggingface.configuration import SphereLMConfig
+from spherelm.layers.attention import Attend, attend
+from spherelm.layers.cache import KVCache, LayerCache
+from spherelm.models import Decoder, build
+from spherelm.models.decoder import run_block
+
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("_recorded", default=None)
+
+
+@contextmanager
+def recorded_attention(wanted: bool) -> Iterator[list[Tensor] | None]:
+    """Collect the attention weights that `eager_attend` computes in the list given, if they are `wanted`."""
+    token = _recorded.set([] if wanted else None)
+    try:
+        yield _recorded.get()
+    finally:
+        _recorded.reset(token)
+
+
+def eager_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """What `attend` computes, written out: every score exists, the softmax is in float32.
+
+    A mask may also be added to the scores, as transformers has it: 0 where a query may look, else the lowest number.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    record = _recorded.get()
+    if record is not None:
+        record.append(weights)
+    return weights @ v
+
+
+ATTENTIONS: dict[str, Attend] = {"sdpa": attend, "eager": eager_attend}
+
+
+class ChosenAttention:
+    """The attention that the config names at the time of the call (`set_attn_implementation` may change it)."""
+
+    def __init__(self, config: SphereLMConfig) -> None:
+        self.config = config
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        name = self.config._attn_implementation
+        if name not in ATTENTIONS:
+            raise ValueError(f"attn_implementation={name!r} is not supported: choose one of {', '.join(ATTENTIONS)}")
+        return ATTENTIONS[name](q, k, v, scale, mask)
+
+
+class LayerView(LayerCache):
+    """One layer of a cache of transformers, with the methods of ours."""
+
+    def __init__(self, cache: Cache, layer: int) -> None:
+        super().__init__()
+        self.cache, self.layer = cache, layer
+
+    @property
+    def length(self) -> int:
+        return int(self.cache.get_seq_length(self.layer))
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        pair: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.layer)
+        return pair
+
+
+class CacheView(KVCache):
+    """A cache of transformers (dynamic, static, quantized, ...), with the methods of ours.
+
+    Keys enter it rotated and, in nGPT, normalized; queries alone carry `s_qk`.
+    """
+
+    def __init__(self, cache: Cache, n_layers: int) -> None:
+        self.layers = [LayerView(cache, layer) for layer in range(n_layers)]
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise `ValueError` if a wrapper (of `peft`) adds to a weight without keeping it on the sphere, or to the read-out.
+
+    The sum of a unit matrix and a low-rank one is not unit, and the read-out takes its matrix, not the module's result.
+    """
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is None or getattr(module, "keeps_sphere", False):
+            continue
+        if getattr(base, "unit_axis", None) is not None:
+            raise ValueError(
+                f"{type(module).__name__} takes {name} off the unit sphere: "
+                "pass peft the config that spherelm.interop.huggingface.adapters.on_sphere(config) returns"
+            )
+        if name.endswith("model.head"):
+            raise ValueError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
+
+
+class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `GPT` or `NGPT` (attribute `model`) that transformers can save, load, train and generate with.
+
+    The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted here, -100 ignored.
+    Under any optimizer, `attach_retraction(optimizer, this)` keeps the weights of an nGPT on the sphere.
+    """
+
+    config_class = SphereLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    _no_split_modules = ["GPTBlock", "NGPTBlock"]  # noqa: RUF012 (transformers' own way)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def __init__(self, config: SphereLMConfig) -> None:
+        super().__init__(config)
+        self.model = build(config.arm_config())
+        for module in self.model.modules():
+            if hasattr(module, "attend"):
+                module.attend = ChosenAttention(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone."""
+        if not isinstance(module, Decoder):
+            return
+        parameters = list(module.parameters())
+        loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
+        if len(loaded) < len(parameters):
+            module.init_weights()
+            for parameter, value in loaded:
+                parameter.copy_(value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.model.head
+        return head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refused unless nothing changes: rows must be unit, and `s_z` has one entry a row."""
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"the vocabulary of {self.config.vocab_size} cannot be resized to {new_num_tokens}: "
+                "train with a larger vocab_size, which may leave rows unused"
+            )
+        return self.model.embed
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Arguments and result as those of transformers' own causal language models.
+
+        attention_mask: 1 for tokens, 0 for padding on either side, [batch, past + seq]; or ready to use, [batch, 1, seq, past +
+        seq]. inputs_embeds: [batch, seq, d_model], taken as they are (rows of an nGPT's embedding are unit).
+        """
+        if "peft_config" in self.__dict__:
+            check_adapters(self)
+        h = self._embedded(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        positions = self._positions(h, position_ids, attention_mask, cache)
+        # A cache begun here is empty: without it, positions that start anew separate packed sequences.
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=h,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        view = None if cache is None else CacheView(cache, self.config.n_layers)
+        states: list[Tensor] = []
+        with recorded_attention(self._wants_attentions(output_attentions)) as weights:
+            h = self.model.trunk(h, view, mask, positions, self._run_recording(states))
+        features, matrix = self.model.readout(h)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = F.linear(features[:, kept], matrix.to(features.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=(*states, features) if output_hidden_states else None,
+            attentions=None if weights is None else tuple(weights),
+        )
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        h: Tensor = self.model.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return h
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to write to. Recomputed blocks would write twice, and training reads no cache."""
+        if self.gradient_checkpointing and self.training:
+            return None
+        wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
+        return DynamicCache(config=self.config) if wanted and given is None else given
+
+    def _positions(
+        self, h: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Positions [batch or 1, seq] of the tokens in `h`: as given, else counted from the first token that is no padding."""
+        if position_ids is not None:
+            return position_ids
+        past, seq = 0 if cache is None else int(cache.get_seq_length()), h.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counted = attention_mask.long().cumsum(-1) - 1
+            return counted.clamp_min(0)[:, past : past + seq]
+        return torch.arange(past, past + seq, device=h.device).unsqueeze(0)
+
+    def _wants_attentions(self, asked: bool | None) -> bool:
+        wanted = bool(self.config.output_attentions if asked is None else asked)
+        if wanted and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions needs attn_implementation='eager': the fused attention has no weights to show"
+            )
+        return wanted
+
+    def _run_recording(self, states: list[Tensor]) -> Callable[..., Tensor]:
+        """What calls a block: notes its input in `states`, and recomputes it in the backward pass if that was enabled."""
+
+        def run(block: nn.Module, h: Tensor, *rest: object) -> Tensor:
+            states.append(h)
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(block.__call__, h, *rest)
+            return run_block(block, h, *rest)
+
+        return run

@@ -1,0 +1,244 @@
+"""The documents against the code: names, links and numbers that exist, diffs that apply, examples that run."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spherelm
+from spherelm.recipes import PRESETS, make_run
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")})
+CONTRIBUTING = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+DIFFS = re.findall(r"^```diff\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL)
+SYMBOL = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.py):([A-Za-z_][\w.]*)`")
+FILE = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|toml))`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def find(path: str) -> Path | None:
+    """The file that a page means: from the repository's root, from the package, or from the tests."""
+    candidates = [base / path for base in (ROOT, ROOT / "src" / "spherelm", ROOT / "tests")]
+    return next((file for file in candidates if file.is_file()), None)
+
+
+@lru_cache
+def symbols(path: Path) -> set[str]:
+    """Every function, class and variable at the top of a Python file, and every class's members as `Class.member`."""
+    found: set[str] = set()
+
+    def collect(nodes: list[ast.stmt], prefix: str) -> None:
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    collect(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def exists(reference: str) -> bool:
+    """Whether `path.py:symbol` is there."""
+    path, _, symbol = reference.partition(":")
+    file = find(path)
+    return file is not None and symbol in symbols(file)
+
+
+def slugs(page: Path) -> set[str]:
+    """What a link to a heading of the page may say behind its #."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_symbol_and_file_that_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    references = [f"{path}:{symbol}" for path, symbol in SYMBOL.findall(text)]
+    assert [reference for reference in references if not exists(reference)] == []
+    assert [path for path in FILE.findall(text) if find(path) is None] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{name_of(page)} links to {link}"
+        assert not heading or heading in slugs(target), f"{name_of(page)} links to {link}"
+
+
+def test_every_equation_has_its_code_and_its_test() -> None:
+    rows = [line for line in PAPER.splitlines() if line.startswith("| ") and line.count("|") >= 5 and ".py:" in line]
+    assert len(rows) > 20
+    for row in rows:
+        _, where, _, code, held_by, _ = re.split(r"(?<!\\)\|", row)
+        assert SYMBOL.findall(code), where
+        assert [symbol for _, symbol in SYMBOL.findall(held_by) if symbol.startswith("test_")], where
+
+
+def test_warm_up_is_the_papers_or_a_tenth_of_a_short_run() -> None:
+    for steps, expected in ((240, 24), (19_990, 1999), (20_000, 2000), (100_000, 2000)):
+        for recipe in ("paper", "default"):
+            assert make_run("gpt", "demo", recipe, vocab_size=50, steps=steps).schedule.warmup_steps == expected
+            assert make_run("ngpt", "demo", recipe, vocab_size=50, steps=steps).schedule.warmup_steps == 0
+
+
+def field(arm: str, preset: str, recipe: str, path: str) -> Any:
+    """A field of a run's configuration by its dotted path."""
+    value: Any = make_run(arm, preset, recipe, vocab_size=50)
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize("preset", ["demo", "0.5b-1k"])
+def test_the_default_recipe_is_what_the_page_says(preset: str) -> None:
+    size = PRESETS[preset]
+    known = {"sqrt": math.sqrt, "n_layers": size.n_layers, "d_model": size.d_model}
+    rows = re.findall(r"^\| `(gpt|ngpt)\.([\w.]+)` \| `(.+?)` \| `(.+?)` \|$", PAPER, re.MULTILINE)
+    assert rows
+    for arm, path, *formulas in rows:
+        for recipe, formula in zip(("paper", "default"), formulas, strict=True):
+            value = eval(formula, {"__builtins__": {}}, known)
+            assert field(arm, preset, recipe, path) == pytest.approx(value), f"{arm} {path} of {recipe}"
+
+
+@pytest.mark.parametrize("arm", ["gpt", "ngpt"])
+def test_the_page_leaves_no_difference_out(arm: str) -> None:
+    runs = [make_run(arm, "demo", recipe, vocab_size=50, lr=1e-3) for recipe in ("paper", "default")]
+    listed = re.findall(rf"^\| `{arm}\.([\w.]+)`", PAPER, re.MULTILINE)
+    assert runs[0].schedule == runs[1].schedule
+    for part, nested in (("model", None), ("optim", "multipliers")):
+        before, after = (vars(getattr(run, part)) for run in runs)
+        differing = {f"{part}.{name}" for name in before if name != nested and before[name] != after[name]}
+        if nested is not None:
+            inner = [vars(fields[nested]) for fields in (before, after)]
+            differing |= {f"{part}.{nested}.{name}" for name in inner[0] if inner[0][name] != inner[1][name]}
+        assert differing == {path for path in listed if path.startswith(f"{part}.")}
+
+
+def changes(diff: str) -> list[tuple[str, str, str]]:
+    """The hunks of a diff as (path, text before, text after)."""
+    hunks: list[tuple[str, list[str], list[str]]] = []
+    path = ""
+    for line in diff.splitlines():
+        if line.startswith("+++ b/"):
+            path = line.removeprefix("+++ b/")
+        elif line.startswith("@@"):
+            hunks.append((path, [], []))
+        elif not line.startswith("--- a/"):
+            kind, rest = line[:1] or " ", line[1:]
+            assert kind in " +-", line
+            if kind in " -":
+                hunks[-1][1].append(rest)
+            if kind in " +":
+                hunks[-1][2].append(rest)
+    return [(path, "\n".join(before) + "\n", "\n".join(after) + "\n") for path, before, after in hunks]
+
+
+def apply(diff: str, root: Path) -> None:
+    """Change the files below `root` as the diff says; what it takes away must be there exactly once."""
+    for path, before, after in changes(diff):
+        text = (root / path).read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"{path} does not hold, once:\n{before}"
+        (root / path).write_text(text.replace(before, after), encoding="utf-8")
+
+
+def copy_package(root: Path) -> None:
+    shutil.copytree(
+        ROOT / "src" / "spherelm", root / "src" / "spherelm", ignore=shutil.ignore_patterns("*.xz", "__pycache__")
+    )
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=["layer", "recipe", "ablation"])
+def test_a_diff_applies_and_is_under_ten_lines(diff: str, tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    apply(diff, tmp_path)
+    for path in {path for path, _, _ in changes(diff)}:
+        ast.parse((tmp_path / path).read_text(encoding="utf-8"))
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    assert len([line for line in added if line.strip()]) < 10
+    assert max(len(line) for line in added) <= 120
+
+
+USE_OF_THE_DIFFS = """
+import torch
+from spherelm import build, build_optimizer, departure
+from spherelm.recipes import make_run
+
+sizes = dict(d_model=16, n_layers=2, seq_len=8, steps=100)
+for step in ("lerp", "riemannian"):
+    run = make_run("ngpt", "demo", "wsd", vocab_size=50, lr=1e-2, step=step, **sizes)
+    assert run.schedule.kind == "wsd" and run.model.s_z_init == 4
+    model = build(run.model)
+    assert type(model.blocks[0].mlp).__name__ == "UnitSquaredReLU"
+    optimizer = build_optimizer(model, run.optim)
+    tokens, before = torch.randint(50, (4, 9)), None
+    for _ in range(20):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        before = before or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert departure(model) < 1e-6
+    assert loss.item() < before
+assert make_run("gpt", "demo", "wsd", vocab_size=50, lr=1e-2).schedule.warmup_steps == 24
+"""
+
+
+def test_what_the_diffs_add_works(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    for diff in DIFFS:
+        apply(diff, tmp_path)
+    script = f"import spherelm; assert spherelm.__file__.startswith({str(tmp_path)!r})\n{USE_OF_THE_DIFFS}"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    texts = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
+    }
+    assert f'\nversion = "{spherelm.__version__}"\n' in texts["pyproject.toml"]
+    assert f"\nversion: {spherelm.__version__}\n" in texts["CITATION.cff"]
+    assert re.findall(r"^## \[(.+?)\]", texts["CHANGELOG.md"], re.MULTILINE)[0] == spherelm.__version__
+
+
+def test_the_licence_is_apache_2() -> None:
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence
+    assert "Version 2.0, January 2004" in licence
+    assert "The spherelm authors" in licence
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "\nlicense: Apache-2.0\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_ci_runs_what_users_run() -> None:
+    script = ROOT / ".ci" / "run"
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines == ["set -eu", 'cd "$(dirname "$0")/.."', "exec make test"]
+    assert os.access(script, os.X_OK)

@@ -1,0 +1,100 @@
+"""The command in a process of its own, stopped as a user or a scheduler stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spherelm.recipes import make_run
+from spherelm.train.checkpoint import MOMENTS, WEIGHTS, latest_checkpoint
+from spherelm.train.trainer import Interrupted, Trainer
+
+SIZES = {"steps": 10**6, "seq_len": 8, "batch_size": 1}
+PATIENCE = 300
+"""Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
+
+
+def start(out: Path, data: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "spherelm", "train", "--arm", "ngpt", "--out", str(out), "--data", str(data)]
+    command += ["--steps", "1000000", "--seq-len", "8", "--batch-size", "1", "--dtype", "float32"]
+    command += ["--eval-every", "0", "--lr", "0.01"]
+    # One thread, as in this process: the order of sums would differ otherwise.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_lines(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Run until `step`, and save there."""
+    update = trainer._update
+
+    def last(current: int, lr: float) -> tuple[float, float]:
+        if current + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        return update(current, lr)
+
+    trainer._update = last  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.run(show_progress=False)
+    assert trainer.progress.step == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_stopped_command_saves_and_goes_on_bitwise(number: signal.Signals, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, data)
+    wait_for_lines(run / "metrics.jsonl", 4, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number, err
+    assert out == ""
+    assert "Traceback" not in err
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert err.splitlines()[-1] == f"spherelm: {number.name}: saved {run} at step {step}; go on with --resume"
+
+    config = make_run("ngpt", data=str(data), vocab_size=257, dtype="float32", eval_every=0, lr=0.01, **SIZES)
+    stop_after(Trainer(config, run, resume=True), step + 2)
+    stop_after(Trainer(config, tmp_path / "uninterrupted"), step + 2)
+    ours, theirs = latest_checkpoint(run), latest_checkpoint(tmp_path / "uninterrupted")
+    assert ours is not None
+    assert theirs is not None
+    for name in (WEIGHTS, MOMENTS):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_handlers_are_put_back(data: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    config = make_run("gpt", data=str(data), vocab_size=257, n_layers=1, d_model=8, n_heads=1, **{**SIZES, "steps": 2})
+    Trainer(config, tmp_path / "run").run(show_progress=False)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_interrupt_ends_at_once(data: Path, tmp_path: Path) -> None:
+    """For whoever does not want to wait for the step to end."""
+    config = make_run("gpt", data=str(data), vocab_size=257, n_layers=1, d_model=8, n_heads=1, **SIZES)
+    trainer = Trainer(config, tmp_path / "run")
+
+    def impatient(step: int, lr: float) -> tuple[float, float]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one was swallowed")
+
+    trainer._update = impatient  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(show_progress=False)
+    assert latest_checkpoint(tmp_path / "run") is None
