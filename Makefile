@@ -19,7 +19,7 @@ PIP_FLAGS =
 
 # Where `make demo` writes, and how it compares.
 DEMO_OUT = runs/demo
-DEMO_FLAGS = --seeds 1
+DEMO_FLAGS = --seeds 3
 
 # A test process a core, each of a few hundred megabytes, hence at most eight.
 PYTEST_FLAGS = -n auto --maxprocesses 8

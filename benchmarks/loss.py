@@ -1,6 +1,6 @@
 """Time of the chunked cross-entropy (forward and backward) against torch's own and against the plain one, in turn.
 
-    python benchmarks/loss.py --json docs/results/loss.json
+python benchmarks/loss.py --json docs/results/loss.json
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for tokens, d_model, vocab in SHAPES:
-        row = {"tokens": tokens, "d_model": d_model, "vocab": vocab, **measure(tokens, d_model, vocab, arguments.repeats)}
+        row = {
+            "tokens": tokens,
+            "d_model": d_model,
+            "vocab": vocab,
+            **measure(tokens, d_model, vocab, arguments.repeats),
+        }
         print(json.dumps(row))
         rows.append(row)
     if arguments.json:

@@ -104,8 +104,8 @@ PRESETS: dict[str, Preset] = {
         rates={
             ("default", "gpt"): 4e-3,
             ("default", "ngpt"): 1.6e-2,
-            ("paper", "gpt"): 3e-3,
-            ("paper", "ngpt"): 1e-2,
+            ("paper", "gpt"): 4e-3,
+            ("paper", "ngpt"): 3.2e-2,
         },
         eval_every=40,
         eval_windows=32,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from spherelm.analysis import plots
+from spherelm.analysis.svg import VARIABLES, standalone
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
 
@@ -64,7 +65,7 @@ def test_text_is_text_and_nothing_is_fetched(figures: dict[str, str]) -> None:
 
 
 def test_every_colour_is_a_variable(figures: dict[str, str]) -> None:
-    known = {name for name, _, _ in plots.VARIABLES.values()}
+    known = {name for name, _, _ in VARIABLES.values()}
     for svg in figures.values():
         assert not re.search(r"(fill|stroke): (#|black|white|rgb)", svg)
         assert set(re.findall(r"var\((--[a-z-]+)\)", svg)) <= known
@@ -81,9 +82,9 @@ def test_same_numbers_give_the_same_bytes_and_other_keys_other_ids(figures: dict
 
 
 def test_standalone_brings_its_colours(figures: dict[str, str]) -> None:
-    svg = plots.standalone(figures["losses"])
+    svg = standalone(figures["losses"])
     ET.fromstring(svg)
-    assert all(f"{name}:{light};" in svg and f"{name}:{dark};" in svg for name, light, dark in plots.VARIABLES.values())
+    assert all(f"{name}:{light};" in svg and f"{name}:{dark};" in svg for name, light, dark in VARIABLES.values())
 
 
 def test_an_infinite_condition_number_leaves_a_gap() -> None:

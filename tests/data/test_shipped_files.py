@@ -44,7 +44,8 @@ def provenance() -> str:
 def script() -> ModuleType:
     """scripts/build_corpus.py as a module."""
     spec = importlib.util.spec_from_file_location("build_corpus", ROOT / "scripts" / "build_corpus.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -76,10 +77,13 @@ def test_text_size_and_split() -> None:
 def test_records(split: str) -> None:
     for document in documents(split):
         assert list(document) == ["id", "title", "author", "year", "text"]
-        assert isinstance(document["id"], int) and 1850 <= document["year"] <= 1918
-        assert document["title"] and document["author"]
+        assert isinstance(document["id"], int)
+        assert 1850 <= document["year"] <= 1918
+        assert document["title"]
+        assert document["author"]
         assert 100_000 <= len(document["text"].encode()) <= 1_000_000
-        assert document["text"] == document["text"].strip() and "\r" not in document["text"]
+        assert document["text"] == document["text"].strip()
+        assert "\r" not in document["text"]
 
 
 def test_each_book_once_and_no_author_in_both_splits() -> None:
@@ -223,5 +227,6 @@ def test_bad_books_are_one_line_and_exit_code_2(
         (tmp_path / "train-000.jsonl.xz").write_bytes(content)
     assert script().main(["--books", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

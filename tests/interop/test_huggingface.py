@@ -257,7 +257,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(arm: str, settings: dic
     with torch.enable_grad():
         for checkpointing in (False, True):
             calls: list[object] = []
-            hooks = [b.register_forward_hook(lambda block, *_, to=calls: to.append(block)) for b in hf.model.blocks]
+            hooks = [b.register_forward_pre_hook(lambda block, *_, to=calls: to.append(block)) for b in hf.model.blocks]
             if checkpointing:
                 hf.activation_checkpointing_enable(settings)
             hf.zero_grad()

@@ -25,7 +25,13 @@ def written(path: Path, steps: int) -> list[dict[str, object]]:
 def test_records_come_back_in_order_one_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records = written(path, 3)
-    assert [(r["kind"], r["step"]) for r in records] == [("val", 0), ("train", 1), ("train", 2), ("val", 2), ("train", 3)]
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("val", 0),
+        ("train", 1),
+        ("train", 2),
+        ("val", 2),
+        ("train", 3),
+    ]
     assert [json.loads(line) for line in path.read_text().splitlines()] == records
     assert sorted(records[1]) == ["kind", "loss", "step"]
 

@@ -86,7 +86,10 @@ def test_how_often_to_save_may_change(tmp_path: Path) -> None:
 def test_json_is_written_whole_and_without_nan(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"a": [math.nan, 1.5, {"b": math.inf}], "c": (-math.inf, None)})
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"a": [None, 1.5, {"b": None}], "c": [None, None]}
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, {"b": None}],
+        "c": [None, None],
+    }
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert tiny.read_json(path)["a"][1] == 1.5, "the old file stays until the new one is whole"

@@ -26,7 +26,9 @@ def start(out: Path, data: Path, *flags: str) -> subprocess.Popen[str]:
     command += ["--eval-every", "0", "--lr", "0.01"]
     # One thread, as in this process: the order of sums would differ otherwise.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def wait_for_lines(path: Path, lines: int, process: subprocess.Popen[str]) -> None:

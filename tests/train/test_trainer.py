@@ -317,7 +317,11 @@ def test_auto_is_bfloat16_only_where_the_hardware_has_it(monkeypatch: pytest.Mon
     cpu = torch.device("cpu")
     assert resolve_dtype("float32", cpu) is torch.float32
     assert resolve_dtype("bfloat16", cpu) is torch.bfloat16
-    for avx512, amx, wanted in ((False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)):
+    for avx512, amx, wanted in (
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
         assert resolve_dtype("auto", cpu) is wanted

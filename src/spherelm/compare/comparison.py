@@ -14,7 +14,6 @@ from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, run_jobs
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, speedup, winner
-from spherelm.data.shards import open_tokens
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import ARMS, parameter_count
@@ -24,7 +23,7 @@ from spherelm.train.config import RunConfig, read_config
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
 from spherelm.train.samples import continuations
-from spherelm.train.trainer import data_directory, tokens_per_byte
+from spherelm.train.trainer import open_data, vocabulary_size
 
 SHORTER = (0.4, 0.65)
 """The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own."""
@@ -81,23 +80,21 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     """
     start = time.perf_counter()
     require_matplotlib()  # the page comes last: do not train for it in vain
-    directory = data_directory(config.data)
-    text, held_out = open_tokens(directory, "train"), open_tokens(directory, "val")
-    full = {arm: [config.run(arm, text.vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
-    identity = {"train": text.fingerprint, "val": held_out.fingerprint, "tokenizer": text.tokenizer_fingerprint}
-    claim_directory(out, {**vars(config), "data_identity": identity}, resume)
+    vocab_size = vocabulary_size(config.data)
+    full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
+    data = open_data(full["gpt"][0])
+    claim_directory(out, {**vars(config), "data_identity": data.identity}, resume)
     jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
     # Seed by seed, so that both arms of a pair run side by side.
     in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
     losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
     final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
     best = winner(final)
-    shorter = [] if config.quick else shorter_jobs(config, best, text.vocab_size, jobs[best][0].config.train.steps, out)
+    shorter = [] if config.quick else shorter_jobs(config, best, vocab_size, jobs[best][0].config.train.steps, out)
     shorter_losses = run_jobs(shorter, workers, "shorter runs")
     cost = measure_cost(full["gpt"][0], full["ngpt"][0])
-    summary = summarize(
-        config, jobs, final, list(zip(shorter, shorter_losses, strict=True)), cost, tokens_per_byte(held_out)
-    )
+    ends = list(zip(shorter, shorter_losses, strict=True))
+    summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
     summary["wall_seconds"] = time.perf_counter() - start
     write_json(out / "summary.json", summary)
     write_json(out / "samples.json", samples({arm: jobs[arm][0].out for arm in jobs}))

@@ -51,6 +51,8 @@ def default_workers(jobs: int) -> int:
 def _start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
     torch.set_num_threads(threads)
+    # tqdm's own lock is a semaphore between processes, which a worker that is stopped would be reported to leak.
+    tqdm.set_lock(threading.RLock())
     parent = multiprocessing.parent_process()
     assert parent is not None
 

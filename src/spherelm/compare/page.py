@@ -10,7 +10,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from spherelm.analysis import plots
+from spherelm.analysis import svg
 from spherelm.compare.figures import Figure
 from spherelm.compare.record import ARMS, Comparison, standard_error
 from spherelm.compare.wording import NAMES, caveats, number, si, verdict
@@ -33,7 +33,7 @@ def page(
     return template.substitute(
         title=TITLE,
         subtitle=_subtitle(comparison),
-        palette=plots.palette(":root", ':root[data-theme="dark"]', ':root:not([data-theme="light"])'),
+        palette=svg.palette(":root", ':root[data-theme="dark"]', ':root:not([data-theme="light"])'),
         css=resources.joinpath("report.css").read_text("utf-8").strip(),
         verdict=escape(verdict(comparison)),
         caveats="\n".join(f"<p>{escape(text)}</p>" for text in caveats(comparison)),

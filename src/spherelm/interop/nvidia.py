@@ -16,7 +16,7 @@ import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -241,6 +241,9 @@ def _content(path: Path) -> Any:
             if len(pickles) != 1:
                 raise ValueError(f"it holds {len(pickles)} files called data.pkl, where torch.save writes one")
             _refuse_strangers(archive.read(pickles[0]))
+            damaged = archive.testzip()  # torch.load does not compare the checksums that torch.save stored
+            if damaged is not None:
+                raise ValueError(f"its {damaged} is damaged (the checksum differs): copy the file again")
         with torch.serialization.safe_globals([(Inert, name) for name in FOREIGN]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError, ValueError):
@@ -255,23 +258,34 @@ def _refuse_strangers(pickled: bytes) -> None:
     The pickle is only taken apart here, as text would be. Reading it afterwards is torch's restricted reader, which refuses
     too, but goes by a list that any code in this process can lengthen.
     """
-    newest = 0
-    strings: deque[str] = deque(maxlen=2)
-    for opcode, argument, _ in pickletools.genops(pickled):
-        newest = max(newest, opcode.proto)
-        found = None
-        if opcode.name in ("GLOBAL", "INST"):
-            found = _name_now(*str(argument).split(" ", 1))
-        elif opcode.name == "STACK_GLOBAL":
-            found = ".".join(strings)
-        elif opcode.name.startswith("EXT"):
-            found = f"the registered extension {argument}"
-        elif isinstance(argument, str):
-            strings.append(argument)
-        if found is not None and found not in TENSORS and found not in FOREIGN:
-            raise ValueError(f"it names {found}, which train.py does not store: nothing of it was loaded")
+    for name in _named(pickled):
+        if name not in TENSORS and name not in FOREIGN:
+            raise ValueError(f"it names {name}, which train.py does not store: nothing of it was loaded")
+    newest = max(opcode.proto for opcode, _, _ in pickletools.genops(pickled))
     if newest > 2:
         raise ValueError(f"it is written in pickle protocol {newest}, where torch.save writes 2")
+
+
+def _named(pickled: bytes) -> Iterator[str]:
+    """The full name of every class and function that a pickle asks for.
+
+    Beyond protocol 2 a name is two texts on the stack, guessed here to be the last two; such files are refused anyway.
+    """
+    texts: deque[str | None] = deque((None, None), maxlen=2)
+    memo: list[str | None] = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield _name_now(*str(argument).split(" ", 1))
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(map(str, texts))
+        elif opcode.name.startswith("EXT"):
+            yield f"the registered extension {argument}"
+        elif opcode.name == "MEMOIZE":
+            memo.append(texts[-1])
+        elif opcode.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int):
+            texts.append(memo[argument] if argument < len(memo) else None)
+        elif isinstance(argument, str):
+            texts.append(argument)
 
 
 def _name_now(module: str, name: str) -> str:
@@ -354,7 +368,9 @@ def _moments(
                 _check_tensor(f"{key} of {name}", state[name][key], tuple(w.shape))
             for name, moment in to_ours({name: state[name][key] for name in theirs}, n_heads).items():
                 found.setdefault(name, {})[key] = moment
-        steps = {name: torch.tensor(float(state[name]["step"])).expand(w.shape) for name, w in theirs.items()}
+        steps = {
+            name: torch.as_tensor(state[name]["step"]).float().reshape(()).expand(w.shape) for name, w in theirs.items()
+        }
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise ValueError(f"its optimizer state is not that of train.py's AdamW ({error!r})") from error
     for name, step in to_ours(steps, n_heads).items():

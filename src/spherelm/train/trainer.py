@@ -146,7 +146,9 @@ class Trainer:
         """
         train = self.config.train
         if train.compile:
-            compile_blocks(self.model, lambda: gradients_of_batch(self.model, self.data.loader, 0, train.micro_batch_size))
+            compile_blocks(
+                self.model, lambda: gradients_of_batch(self.model, self.data.loader, 0, train.micro_batch_size)
+            )
             self.optimizer.zero_grad()
         bar = tqdm(
             total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show_progress

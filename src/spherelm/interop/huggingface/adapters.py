@@ -41,6 +41,8 @@ class UnitLora(LoraLinear):
     def adapted_weight(self) -> Tensor:
         """`Norm(W + sum of the active adapters' scaled B A)` along the unit axis; W itself if there are none."""
         base = self.unit_layer
+        if self.disable_adapters:
+            self.unmerge()
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
             return base.weight
@@ -60,8 +62,6 @@ class UnitLora(LoraLinear):
             raise ValueError(
                 f"weights on the sphere have one adapter for the whole batch: leave out {', '.join(kwargs)}"
             )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         return F.linear(x, self.scaled_weight(scale).to(x.dtype))
 
     @torch.no_grad()

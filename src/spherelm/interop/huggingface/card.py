@@ -56,7 +56,7 @@ def loading(facts: Facts) -> str:
     ]
     if facts.has_tokenizer:
         lines += [
-            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
             'inputs = tokenizer("It was", return_tensors="pt")',
             "output = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50)",
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from spherelm.interop.huggingface.configuration import SphereLMConfig
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
-from spherelm.models import Decoder, build
+from spherelm.models import build
 from spherelm.models.decoder import run_block
 
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("_recorded", default=None)
@@ -139,15 +139,20 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone."""
-        if not isinstance(module, Decoder):
-            return
-        parameters = list(module.parameters())
+        """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone.
+
+        Called for each module with parameters of its own. The first call does it for all, since only the whole model knows
+        how each matrix starts, and marks them as done, as transformers marks what it has loaded.
+        """
+        parameters = list(self.model.parameters())
         loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) < len(parameters):
-            module.init_weights()
-            for parameter, value in loaded:
-                parameter.copy_(value)
+        if len(loaded) == len(parameters):
+            return
+        self.model.init_weights()
+        for parameter, value in loaded:
+            parameter.copy_(value)
+        for parameter in parameters:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed

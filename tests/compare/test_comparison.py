@@ -1,0 +1,235 @@
+"""The main job, end to end at a tiny size: what it runs, what it writes, how it goes on and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from spherelm.compare import comparison as module
+from spherelm.compare.comparison import CompareConfig, compare, samples
+from spherelm.data.shards import open_tokens
+from spherelm.train.metrics import read_metrics
+from spherelm.train.trainer import tokens_per_byte, train
+
+FULL_TOKENS = 6 * 4 * 16
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Draws no page; the directories that one was asked for."""
+    pages: list[Path] = []
+    monkeypatch.setattr(module, "write_report", pages.append)
+    monkeypatch.setattr(module, "require_matplotlib", lambda: None)
+    return pages
+
+
+def config(data: Path, **fields: Any) -> CompareConfig:
+    return CompareConfig(**{"preset": "tiny", "data": str(data), "dtype": "float32", "seeds": 2, **fields})
+
+
+def final(run: Path) -> float:
+    loss: float = read_metrics(run / "metrics.jsonl")[-1]["loss"]
+    return loss
+
+
+def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    out = tmp_path / "out"
+    returned = compare(config(data), out)
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary == json.loads(json.dumps(returned))
+    assert {"arms", "speedup", "step_time_ratio", "config", "short_runs", "versions", "command"} <= set(summary)
+    for arm in tiny.ARMS:
+        losses = [final(out / f"{arm}-{seed}") for seed in (0, 1)]
+        of_arm = summary["arms"][arm]
+        assert of_arm["final_loss_by_seed"] == losses
+        assert of_arm["final_loss"] == pytest.approx(sum(losses) / 2)
+        assert of_arm["final_loss_se"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
+        per_byte = tokens_per_byte(open_tokens(data, "val"))
+        assert of_arm["bits_per_byte"] == pytest.approx(of_arm["final_loss"] / math.log(2) * per_byte)
+        assert of_arm["tokens_per_second"] > 0
+        assert of_arm["lr"] == 1e-2
+        assert of_arm["runs"] == [f"{arm}-0", f"{arm}-1"]
+    best = summary["speedup"]["winner"]
+    assert jobs_done[:4] == ["gpt-0", "ngpt-0", "gpt-1", "ngpt-1"], "both arms of a seed side by side"
+    assert jobs_done[4:] == [f"{best}-{seed}-steps{steps}" for steps in (2, 4) for seed in (0, 1)]
+    assert [run["run"] for run in summary["short_runs"]] == jobs_done[4:]
+    for run in summary["short_runs"]:
+        assert run["final_loss"] == final(out / run["run"])
+        assert run["tokens"] == run["steps"] * 4 * 16
+    assert {"tokens", "tokens_interval", "seconds", "bound", "by_seed", "steps"} <= set(summary["speedup"])
+    assert summary["speedup"]["method"] == "schedule-ends"
+    assert summary["step_time_ratio"] > 0
+    assert summary["config"] | {"preset": "tiny", "seeds": 2, "steps": 6, "seq_len": 16} == summary["config"]
+    assert summary["config"]["tokens"] == FULL_TOKENS
+    page = (out / "report.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    assert len(page) > 10_000
+    written = tiny.read_json(out / "samples.json")
+    assert written["prompt"] == module.PROMPT[:8], "the models read 16 bytes: half of them are the prompt"
+    assert all(len(written[arm]) == 2 for arm in tiny.ARMS)
+
+
+def test_shorter_budgets_have_whole_schedules_of_their_own(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    summary = compare(config(data, seeds=1), tmp_path / "out")
+    best = summary["speedup"]["winner"]
+    for steps in (2, 4):
+        run = tmp_path / "out" / f"{best}-0-steps{steps}"
+        assert tiny.read_json(run / "config.json")["train"]["steps"] == steps
+        rates = [record["lr"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
+        assert len(rates) == steps
+        assert rates[-1] <= 0.5 * rates[0], "decayed to its end"
+    assert summary["speedup"]["tokens_interval"] is None
+    assert summary["arms"]["gpt"]["final_loss_se"] is None
+
+
+def test_both_arms_read_the_same_text_in_the_same_order(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    compare(config(data, seeds=1, quick=True), tmp_path / "out")
+    gpt, ngpt = (tiny.read_json(tmp_path / "out" / f"{arm}-0" / "config.json") for arm in tiny.ARMS)
+    assert gpt["train"] == ngpt["train"]
+    assert gpt["data_identity"] == ngpt["data_identity"]
+    shared = set(gpt["model"]) & set(ngpt["model"])
+    assert {name: gpt["model"][name] for name in shared} == {name: ngpt["model"][name] for name in shared}
+
+
+def test_quick_reads_the_curve_of_the_full_runs(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    summary = compare(config(data, quick=True), tmp_path / "out")
+    assert jobs_done == ["gpt-0", "ngpt-0", "gpt-1", "ngpt-1"]
+    assert summary["speedup"]["method"] == "in-run"
+    assert summary["short_runs"] == []
+    curve = module.in_run_curve(tmp_path / "out" / "ngpt-0")
+    assert [tokens for tokens, _ in curve] == [128, 256, 384], "the untrained start is no point"
+    assert no_page == [tmp_path / "out"]
+
+
+def test_an_arm_that_diverges_loses_and_the_rest_is_written(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    summary = compare(config(data, lr_gpt=1e30), tmp_path / "out")
+    assert summary["speedup"]["winner"] == "ngpt"
+    assert summary["speedup"]["tokens"] is None
+    stored = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert stored["arms"]["gpt"]["final_loss"] is None
+    assert stored["arms"]["gpt"]["final_loss_by_seed"] == [None, None]
+    assert stored["arms"]["ngpt"]["final_loss"] > 0
+    written = tiny.read_json(tmp_path / "out" / "samples.json")
+    assert written["gpt"] == []
+    assert len(written["ngpt"]) == 2
+    assert no_page
+
+
+def test_a_page_is_drawn_of_an_arm_that_diverged(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    compare(config(data, seeds=1, quick=True, lr_gpt=1e30), tmp_path / "out")
+    assert "diverged" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_each_arm_learns_with_can_be_chosen(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    chosen = config(
+        data, seeds=1, quick=True, steps=2, batch_size=2, seq_len=8, lr_gpt=0.02, lr_ngpt=0.03, recipe="paper"
+    )
+    summary = compare(chosen, tmp_path / "out")
+    assert (summary["arms"]["gpt"]["lr"], summary["arms"]["ngpt"]["lr"]) == (0.02, 0.03)
+    assert summary["config"]["tokens"] == 2 * 2 * 8
+    record = tiny.read_json(tmp_path / "out" / "ngpt-0" / "config.json")
+    assert record["model"]["s_z_init"] == 1.0
+    assert (record["train"]["steps"], record["train"]["seq_len"], record["train"]["batch_size"]) == (2, 8, 2)
+
+
+@pytest.mark.parametrize(("steps", "shorter"), [(1, []), (2, ["steps1"]), (3, ["steps1", "steps2"])])
+def test_a_budget_too_short_to_divide(
+    steps: int, shorter: list[str], data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    compare(config(data, seeds=1, steps=steps), tmp_path / "out")
+    assert [name.split("-")[-1] for name in jobs_done[2:]] == shorter
+
+
+def test_an_occupied_directory_is_refused(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="already holds something"):
+        compare(config(data), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert jobs_done == []
+
+
+def test_a_comparison_goes_on_where_it_stopped(
+    data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, wanted = tmp_path / "out", config(data, seeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "summarize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(wanted, out)
+    assert not (out / "summary.json").exists()
+    logs = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
+    assert len(logs) == 4
+    with pytest.raises(FileExistsError, match="--resume to go on"):
+        compare(wanted, out)
+    with pytest.raises(ValueError, match="seeds is 1 there and 2 now"):
+        compare(config(data, seeds=2), out, resume=True)
+    summary = compare(wanted, out, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == logs, "no run was done again"
+    assert summary["arms"]["gpt"]["final_loss"] == final(out / "gpt-0")
+    assert compare(wanted, out, resume=True)["speedup"]["by_seed"] == summary["speedup"]["by_seed"]
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_without_matplotlib_nothing_is_trained_in_vain(
+    data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"matplotlib.*pip install 'spherelm\[report\]'"):
+        compare(config(data), tmp_path / "out")
+    assert jobs_done == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("limit", "prompt", "length"), [(1, 1, 0), (2, 1, 1), (64, 32, 32), (200, 40, 90)])
+def test_samples_fit_the_models(limit: int, prompt: int, length: int, data: Path, tmp_path: Path) -> None:
+    runs = {arm: tmp_path / arm for arm in tiny.ARMS}
+    for arm, run in runs.items():
+        train(tiny.run_config(arm, data, steps=1, seq_len=min(limit, 16), max_seq_len=limit), run, show_progress=False)
+    written = samples(runs)
+    assert written["prompt"] == module.PROMPT[:prompt]
+    texts = [text for arm in tiny.ARMS for text in written[arm]]
+    assert len(texts) == 4
+    assert max(len(text.encode("utf-8", "ignore")) for text in texts) <= 3 * length, "a stray byte shows as three"
+    assert (max(map(len, texts)) > 0) == (length > 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"preset": "huge"}, "unknown preset 'huge': choose one of demo"),
+        ({"recipe": "secret"}, "unknown recipe 'secret': choose one of default, paper"),
+        ({"steps": 0}, "steps must be a positive whole number, got 0"),
+        ({"seq_len": 10**6}, "sequence length 1000000 needs 1000001 tokens"),
+        ({"lr_ngpt": 0.0}, "the learning rate must be a positive number, got 0.0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    fields: dict[str, Any], message: str, data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(config(data, **fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "the same --out can be given again"

@@ -1,0 +1,111 @@
+"""Sweeps: which runs there are, how they are named, and the table that they end in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from spherelm.compare import sweep as module
+from spherelm.compare.jobs import Job
+from spherelm.compare.sweep import Row, grid, name_of, parse_axis, sweep, table
+from spherelm.train.metrics import read_metrics
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    choices = grid({"arm": ("gpt", "ngpt"), "lr": (0.1, 0.2), "steps": (3,)})
+    assert choices == [
+        {"arm": arm, "lr": lr, "steps": 3} for arm in ("gpt", "ngpt") for lr in (0.1, 0.2)
+    ]  # fmt: skip
+    assert grid({}) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("text", "axis"),
+    [
+        ("alpha_init=0.05,0.25", ("alpha_init", [0.05, 0.25])),
+        ("batch_size=4", ("batch_size", [4])),
+        ("dtype=float32,bfloat16", ("dtype", ["float32", "bfloat16"])),
+        ("tie_embeddings=true,false", ("tie_embeddings", [True, False])),
+        ("n_kv_heads=null", ("n_kv_heads", [None])),
+        ("lr=1e-3", ("lr", [0.001])),
+    ],
+)
+def test_an_axis_is_read_from_a_word(text: str, axis: tuple[str, list[Any]]) -> None:
+    assert parse_axis(text) == axis
+
+
+@pytest.mark.parametrize("text", ["alpha_init", "alpha_init=", "=1,2", ""])
+def test_a_word_that_is_no_axis_is_refused(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot read '.*': write a field and its values, such as alpha_init=0\.05,0\.25"
+    ):
+        parse_axis(text)
+
+
+def test_names_tell_runs_apart_and_are_one_directory() -> None:
+    choices = grid({"arm": ("gpt", "ngpt"), "lr": (0.001, 0.0015), "preset": ("a/b",)})
+    names = [name_of(choice, seed) for choice in choices for seed in (0, 1)]
+    assert len(set(names)) == 8
+    assert names[0] == "gpt-lr=0.001-preset=a_b-seed=0"
+    assert not any("/" in name for name in names)
+
+
+def test_a_row_knows_its_mean_and_error() -> None:
+    row = Row({}, [3.0, 3.2, 3.4])
+    assert row.mean == pytest.approx(3.2)
+    assert row.standard_error == pytest.approx(0.2 / math.sqrt(3))
+    assert Row({}, [3.0]).standard_error is None
+    assert math.isnan(Row({}, [3.0, math.nan]).mean)
+
+
+def test_the_table_is_markdown() -> None:
+    rows = [Row({"arm": "gpt", "lr": 0.1}, [3.0, 3.2]), Row({"arm": "ngpt", "lr": 0.2}, [math.nan])]
+    assert table(rows).splitlines() == [
+        "| arm | lr | validation loss | s.e. | seeds |",
+        "|---|---|---|---|---|",
+        "| gpt | 0.1 | 3.1000 | 0.1000 | 2 |",
+        "| ngpt | 0.2 | diverged |  | 1 |",
+    ]
+
+
+def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
+    choices = grid({"arm": ("gpt", "ngpt"), "preset": ("tiny",), "lr": (1e-2, 1e30)})[:3]
+    rows = sweep(choices, 2, tmp_path, vocab_size=tiny.VOCAB, data=str(data))
+    assert jobs_done == [name_of(choice, seed) for choice in choices for seed in (0, 1)]
+    assert [math.isnan(row.mean) for row in rows] == [False, False, True], "what diverged comes last"
+    assert rows[0].mean <= rows[1].mean
+    record = tiny.read_json(tmp_path / "sweep.json")
+    assert set(record) == {"rows", "command", "git_commit", "versions"}
+    for row, stored in zip(rows, record["rows"], strict=True):
+        assert set(stored) == {"choice", "losses", "mean", "standard_error"}
+        assert stored["choice"] == row.choice
+        for seed, loss in enumerate(stored["losses"]):
+            run = tmp_path / name_of(row.choice, seed)
+            assert tiny.read_json(run / "config.json")["optim"]["lr"] == row.choice["lr"]
+            assert loss == (None if row.choice["lr"] == 1e30 else read_metrics(run / "metrics.jsonl")[-1]["loss"])
+    logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+    again = sweep(choices, 2, tmp_path, vocab_size=tiny.VOCAB, data=str(data))
+    assert [row.choice for row in again] == [row.choice for row in rows]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")} == logs, "nothing ran again"
+
+
+def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Job] = []
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, workers, description: seen.extend(jobs) or [1.0] * len(jobs))
+    choice = {"arm": "ngpt", "alpha_init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
+    sweep([choice], 2, tmp_path, vocab_size=99, data="d", workers=3)
+    for seed, job in enumerate(seen):
+        config = job.config
+        assert (config.model.alpha_init, config.model.d_model, config.model.vocab_size) == (0.3, 64, 99)  # type: ignore[union-attr]
+        assert (config.train.batch_size, config.train.seed, config.data) == (8, seed, "d")
+        assert (config.optim.grad_clip, config.optim.lr) == (0.5, 0.02)
+
+
+def test_no_seeds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        sweep([{"arm": "gpt"}], 0, tmp_path, vocab_size=9)
+    assert not list(tmp_path.iterdir())

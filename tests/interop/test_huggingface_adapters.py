@@ -1,0 +1,160 @@
+"""LoRA on a model whose weights are unit: the adapted weight is Norm(W + s B A), and anything else is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spherelm import departure
+from spherelm.models import ARMS, Decoder, build
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+peft = pytest.importorskip("peft", reason="needs the extra hf")
+
+from spherelm.interop.huggingface import to_hf  # noqa: E402
+from spherelm.interop.huggingface.adapters import on_sphere  # noqa: E402
+
+# peft still asks transformers by its old names.
+pytestmark = pytest.mark.filterwarnings("ignore:.*_gradient_checkpointing. is deprecated:FutureWarning")
+
+EVERYTHING = ["q", "k", "v", "o", "u", "head"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    transformers.utils.logging.disable_progress_bar()
+
+
+def make_model(arm: str = "ngpt") -> Decoder:
+    torch.manual_seed(0)
+    config_class, _ = ARMS[arm]
+    return build(config_class(vocab_size=50, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=32))
+
+
+def adapted(targets: list[str] | str = EVERYTHING, **settings: Any) -> Any:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    return peft.get_peft_model(to_hf(make_model()), on_sphere(config))
+
+
+def disturb(model: Any) -> None:
+    """Give the adapters, which start at zero, something to do."""
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def merged_by_hand(model: Any) -> Decoder:
+    """The bare model with every adapted weight replaced: the definition, written out."""
+    bare = make_model()
+    adapters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in bare.named_parameters():
+            path = f"base_model.model.model.{name.removesuffix('.weight')}"
+            if f"{path}.lora_A.default.weight" in adapters:
+                delta = adapters[f"{path}.lora_B.default.weight"] @ adapters[f"{path}.lora_A.default.weight"] * (8 / 4)
+                columns = name.endswith(".o.weight")
+                total = weight + delta
+                weight.copy_(total / total.norm(dim=0 if columns else 1, keepdim=True))
+    return bare
+
+
+def test_a_new_adapter_changes_nothing(tokens: Tensor) -> None:
+    torch.testing.assert_close(adapted()(tokens).logits, make_model()(tokens), rtol=0, atol=1e-5)
+
+
+def test_the_adapted_weight_is_normalized(tokens: Tensor) -> None:
+    model = adapted()
+    disturb(model)
+    oracle = merged_by_hand(model)(tokens)
+    assert (oracle - make_model()(tokens)).abs().max() > 0.1
+    torch.testing.assert_close(model(tokens).logits, oracle, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(tokens).logits, make_model()(tokens), rtol=0, atol=1e-5)
+
+
+def test_merging_changes_nothing_and_can_be_undone(tokens: Tensor) -> None:
+    model = adapted()
+    disturb(model)
+    before, weights = model(tokens).logits, {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=1e-5)
+    assert departure(model) < 1e-6
+    with model.disable_adapter():
+        torch.testing.assert_close(model(tokens).logits, make_model()(tokens), rtol=0, atol=1e-5)
+    model.merge_adapter(safe_merge=True)
+    model.unmerge_adapter()
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    plain = model.merge_and_unload()
+    assert departure(plain) < 1e-6
+    assert not [name for name, _ in plain.named_parameters() if "lora" in name]
+    torch.testing.assert_close(plain(tokens).logits, before, rtol=0, atol=1e-5)
+
+
+def test_adapters_learn_and_the_rest_stays(tokens: Tensor) -> None:
+    model = adapted("all-linear")
+    assert not isinstance(model.base_model.model.model.head, peft.tuners.lora.LoraLayer)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert model.generate(input_ids=tokens, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+def test_adapters_are_saved_and_loaded(tokens: Tensor, tmp_path: Path) -> None:
+    model = adapted(["q", "v"])
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    config = on_sphere(peft.LoraConfig.from_pretrained(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(to_hf(make_model()), tmp_path, config=config)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="off the unit sphere"):
+        peft.PeftModel.from_pretrained(to_hf(make_model()), tmp_path)(tokens)
+
+
+@pytest.mark.parametrize("targets", [["q"], ["u"], ["embed"], ["head"]])
+def test_an_adapter_that_leaves_the_sphere_is_refused(targets: list[str], tokens: Tensor) -> None:
+    model = peft.get_peft_model(to_hf(make_model()), peft.LoraConfig(target_modules=targets))
+    with pytest.raises(ValueError, match=r"off the unit sphere: pass peft .*on_sphere"):
+        model(tokens)
+
+
+def test_an_embedding_is_refused_with_on_sphere_too(tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match="off the unit sphere"):
+        adapted(["embed"])(tokens)
+
+
+def test_gpt_is_adapted_as_any_other_model(tokens: Tensor) -> None:
+    model = peft.get_peft_model(
+        to_hf(make_model("gpt")),
+        on_sphere(peft.LoraConfig(target_modules=["q", "u", "embed"], init_lora_weights=False)),
+    )
+    before = model(tokens).logits
+    assert (before - make_model("gpt")(tokens)).abs().max() > 1e-3
+    torch.testing.assert_close(model.merge_and_unload()(tokens).logits, before, rtol=0, atol=1e-5)
+    on_head = peft.get_peft_model(to_hf(make_model("gpt")), peft.LoraConfig(target_modules=["head"]))
+    with pytest.raises(ValueError, match="would have no effect"):
+        on_head(tokens)
+
+
+@pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"bias": "all"}])
+def test_options_that_have_no_meaning_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* does not fit weights on the sphere"):
+        on_sphere(peft.LoraConfig(target_modules=["q"], **option))

@@ -1,0 +1,292 @@
+"""`spherelm export`: what it writes is loaded by transformers alone and computes what the run's model computes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from spherelm import departure, load_model
+from spherelm.cli import main
+from spherelm.data.tokenizer import load_tokenizer
+from spherelm.train.export import export
+from spherelm.train.trainer import train
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+
+from spherelm.interop.huggingface.standalone import MODULES, standalone_source  # noqa: E402
+from spherelm.interop.huggingface.tokenization import END, byte_definition, fast_tokenizer  # noqa: E402
+
+TEXTS = [
+    "It was a dark and stormy night;\n\n  the rain fell -- 'in torrents'.",
+    "",
+    " leading, and\ttabs\r\n",
+    "naïve café 北京 🙂‍↔️ \x00\x7f",
+    f"no {END} in here, nor {END}{END}",
+    "a  b   c" * 40,
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    transformers.utils.logging.disable_progress_bar()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of six updates of each arm."""
+    base = tmp_path_factory.mktemp("runs")
+    data = tiny.make_data(base)
+    with torch.enable_grad():
+        for arm in tiny.ARMS:
+            train(tiny.run_config(arm, data, save_every=3), base / arm, show_progress=False)
+    return {arm: base / arm for arm in tiny.ARMS}
+
+
+def command(*arguments: object) -> int:
+    """The exit code of `spherelm ARGUMENTS`."""
+    before = sys.argv
+    sys.argv = ["spherelm", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def load(folder: Path, **settings: Any) -> Any:
+    import spherelm.interop.huggingface  # noqa: F401
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    assert not any(info.values()), info
+    return model
+
+
+@pytest.mark.parametrize("arm", tiny.ARMS)
+def test_the_folder_holds_the_runs_model_and_tokenizer(arm: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+    assert command("export", runs[arm], out) == 0
+    assert not list(tmp_path.glob(".*")), "nothing is left beside it"
+    model, loaded = load_model(runs[arm]), load(out)
+    ours = load_tokenizer(runs[arm])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer(["badu kibo", "se"], return_tensors="pt", padding=True)
+    assert inputs["input_ids"][0].tolist() == ours.encode("badu kibo")
+    assert inputs["input_ids"][1, -2:].tolist() == ours.encode("se")
+    ids = inputs["input_ids"][:1]
+    torch.testing.assert_close(loaded(ids).logits, model(ids), rtol=0, atol=1e-5)
+    assert departure(loaded) == departure(model) < 1e-6
+    assert loaded.generation_config.eos_token_id == loaded.generation_config.pad_token_id == ours.eos_id
+    assert loaded.generate(**inputs, max_new_tokens=4, do_sample=False).shape[0] == 2
+    assert tokenizer.model_max_length == model.config.max_seq_len
+
+
+def test_the_text_generation_pipeline(runs: dict[str, Path], tmp_path: Path) -> None:
+    export(runs["ngpt"], tmp_path / "folder")
+    load(tmp_path / "folder")
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "folder"), device="cpu")
+    prompts = ["badu kibo", "se"]
+    results = pipe(prompts, max_new_tokens=5, do_sample=False, batch_size=2, return_full_text=False)
+    alone = [pipe(prompt, max_new_tokens=5, do_sample=False, return_full_text=False) for prompt in prompts]
+    assert [r[0]["generated_text"] for r in results] == [a[0]["generated_text"] for a in alone]
+    assert pipe("badu", max_new_tokens=5, do_sample=False)[0]["generated_text"].startswith("badu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_weights_can_be_stored_in_half(dtype: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    assert command("export", runs["ngpt"], tmp_path / "half", "--dtype", dtype) == 0
+    loaded = load(tmp_path / "half", dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+    state = load_model(runs["ngpt"]).state_dict()
+    assert all(torch.equal(p, state[name].to(p.dtype)) for name, p in loaded.model.state_dict().items())
+
+
+def test_a_checkpoint_of_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = runs["gpt"] / "checkpoints" / "step-00000003"
+    export(checkpoint, tmp_path / "early")
+    state = load_model(checkpoint).state_dict()
+    assert all(torch.equal(p, state[name]) for name, p in load(tmp_path / "early").model.state_dict().items())
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "| updates | 3 of 6 |" in card
+    assert "at update 2 |" in card
+
+
+def test_the_card_says_what_the_run_says(runs: dict[str, Path], tmp_path: Path) -> None:
+    export(runs["ngpt"], tmp_path / "mine", standalone=True, dtype="bfloat16")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    config = tiny.read_json(runs["ngpt"] / "config.json")
+    val = [r for r in tiny.metrics(runs["ngpt"]) if r["kind"] == "val"][-1]
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for piece in [
+        "# mine\n",
+        "nGPT, the normalized Transformer",
+        "stored as bfloat16",
+        f"{val['loss']:.4f} nats per token, at update 6",
+        f"{val['bits_per_byte']:.4f}",
+        "| tokens seen | 384 |",
+        "`default` at the size",
+        config["data_identity"]["train"],
+        config["versions"]["torch"],
+        "trust_remote_code=True",
+        "Nothing is recorded here about the rights",
+    ]:
+        assert piece in card, piece
+    assert "None" not in card
+
+
+def test_the_cards_program_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(runs["gpt"], tmp_path / "mine")
+    program = (tmp_path / "mine" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(program.replace("PATH", str(tmp_path / "mine")), {})
+    assert capsys.readouterr().out.startswith("It was")
+
+
+def test_what_cannot_be_exported_is_refused(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for run, out, message in [
+        (runs["gpt"], tmp_path / "full", "already holds something"),
+        (runs["gpt"], tmp_path / "full" / "file", "already holds something"),
+        (tmp_path / "empty", tmp_path / "out", "holds no checkpoint"),
+    ]:
+        assert command("export", run, out) == 2
+        assert message in capsys.readouterr().err
+    assert command("export", runs["gpt"], tmp_path / "empty") == 0, "an empty directory is free"
+
+
+def test_a_run_without_a_tokenizer_json(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_bytes((runs["gpt"] / "config.json").read_bytes())
+    (run / "checkpoints" / "step-00000006").symlink_to(runs["gpt"] / "checkpoints" / "step-00000006")
+    assert command("export", run, tmp_path / "out") == 2
+    assert "--no-tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert command("export", run, tmp_path / "out", "--no-tokenizer") == 0
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert "AutoTokenizer.from" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_byte_tokenizer_is_ours(tmp_path: Path) -> None:
+    ours = load_tokenizer("bytes")
+    fast_tokenizer(byte_definition(), END, 64).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.vocab_size, len(theirs), theirs.eos_token_id) == (256, 257, 256)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs.decode([104, 105, 256, 195], skip_special_tokens=True) == ours.decode([104, 105, 256, 195])
+
+
+def test_the_shipped_tokenizer_is_ours(tmp_path: Path) -> None:
+    ours = load_tokenizer("default")
+    ours.save(tmp_path)
+    fast = fast_tokenizer((tmp_path / "tokenizer.json").read_text(encoding="utf-8"), END, 64)
+    fast.save_pretrained(tmp_path / "folder")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert theirs.eos_token_id == theirs.pad_token_id == ours.eos_id
+    for text in TEXTS:
+        inputs = theirs(text)
+        assert inputs["input_ids"] == ours.encode(text)
+        assert set(inputs) == {"input_ids", "attention_mask"}
+        assert theirs.decode(inputs["input_ids"]) == ours.decode(ours.encode(text))
+    assert theirs.decode([ours.eos_id], skip_special_tokens=True) == ""
+
+
+def test_a_tokenizer_that_adds_tokens_is_kept_from_it() -> None:
+    import tokenizers
+
+    adding = tokenizers.Tokenizer.from_str(byte_definition())
+    adding.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, 256)]
+    )
+    assert fast_tokenizer(adding.to_str(), END, 64)("hi")["input_ids"] == [104, 105]
+
+
+def test_the_standalone_file_is_made_of_our_sources() -> None:
+    source = standalone_source()
+    tree = ast.parse(source)
+    imported = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not [name for name in imported if name.split(".")[0] == "spherelm"]
+    for module in MODULES:
+        path = resources.files("spherelm").joinpath(*module.split("."))
+        text = ((path / "__init__.py") if path.is_dir() else path.parent / f"{path.name}.py").read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert (ast.get_source_segment(text, node) or "") in source, node.name
+
+
+ALONE = """
+import json, sys
+sys.modules["spherelm"] = None  # any import of it fails, however it was installed
+import torch, transformers
+transformers.utils.logging.disable_progress_bar()
+result = {}
+for arm in ("gpt", "ngpt"):
+    folder = sys.argv[1] + "/" + arm
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer(["badu kibo", "se"], return_tensors="pt", padding=True)
+    text = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(folder + "-again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with torch.no_grad():
+        logits = model(inputs["input_ids"][:1]).logits
+    result[arm] = {"logits": logits.tolist(), "text": text.tolist(), "file": sys.modules[type(model).__module__].__file__}
+assert not [name for name in sys.modules if name.startswith("spherelm.")]
+print(json.dumps(result))
+"""
+
+
+def test_the_standalone_folder_loads_without_spherelm(runs: dict[str, Path], tmp_path: Path) -> None:
+    for arm in tiny.ARMS:
+        assert command("export", runs[arm], tmp_path / arm, "--standalone") == 0
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", textwrap.dedent(ALONE), str(tmp_path)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    for arm in tiny.ARMS:
+        assert Path(result[arm]["file"]).is_relative_to(tmp_path / "modules")
+        ids = torch.tensor([load_tokenizer("bytes").encode("badu kibo")])
+        logits = torch.tensor(result[arm]["logits"])
+        torch.testing.assert_close(logits, load_model(runs[arm])(ids), rtol=0, atol=1e-5)
+        loaded = load(tmp_path / arm, trust_remote_code=False)
+        assert type(loaded).__module__ == "spherelm.interop.huggingface.modeling", "where spherelm is there, it is used"
+        inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / arm)(
+            ["badu kibo", "se"], return_tensors="pt", padding=True
+        )
+        assert loaded.generate(**inputs, max_new_tokens=4, do_sample=False).tolist() == result[arm]["text"]

@@ -1,0 +1,381 @@
+"""The README kept true: every command is understood and runs in tiny form, every row of its table of features has a check."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_docs import PAGES, ROOT, exists, name_of
+
+import spherelm
+from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_optimizer, departure
+from spherelm.cli import main
+from spherelm.compare.jobs import Job, do_job
+from spherelm.data.documents import COMPRESSIONS, SUFFIXES
+from spherelm.data.prepare import prepare
+from spherelm.data.tokenizer import load_tokenizer
+from spherelm.models import ARMS
+from spherelm.models.generate import generate
+from spherelm.optim import OptimConfig
+from spherelm.optim.schedule import KINDS
+from spherelm.recipes import PRESETS, RECIPES, make_run
+from spherelm.train.config import DTYPES
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHORT = ["--steps", "2", "--seq-len", "128", "--batch-size", "2", "--dtype", "float32"]
+TINY = {
+    "compare": ["--data", "data/mine", *SHORT, "--seeds", "1", "--quick", "--workers", "1"],
+    "sweep": ["--data", "data/mine", "--steps", "2", "--seeds", "1", "--workers", "1"],
+    "train": ["--data", "data/mine", "--preset", "demo", *SHORT, "--no-compile"],
+    "data": ["--workers", "1"],
+    "generate": ["--max-new-tokens", "5"],
+}
+"""What is added to a command so that it takes no time; a flag given twice counts as given last."""
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The command lines of a shell block or of an indented one, as words, comments left out."""
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words for words in lines if words]
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Every `spherelm` command in a page's shell blocks and indented blocks."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks += re.findall(r"^    (spherelm .*)$", text, re.MULTILINE)
+    return [words for block in blocks for words in commands_in(block) if words[0] == "spherelm"]
+
+
+ALL_COMMANDS = [(page, words) for page in PAGES for words in commands_of(page)]
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """`run_command(words)`: does what the command line does in this process, and returns what it printed."""
+
+    def run(words: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            main()
+        except SystemExit as stop:
+            if stop.code:
+                pytest.fail(f"{shlex.join(words)}\nended with code {stop.code}:\n{''.join(capsys.readouterr())}")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(("page", "words"), ALL_COMMANDS, ids=[f"{name_of(p)}: {' '.join(w)}" for p, w in ALL_COMMANDS])
+def test_every_command_is_understood(
+    page: Path, words: list[str], run_command: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the floors below the command line taken away, so that nothing is trained."""
+
+    def understood_comparison(config: Any, *rest: Any) -> dict[str, Any]:
+        assert {config.run(arm, 4096, seed=0).arm for arm in ARMS} == set(ARMS)
+        return {"speedup": {}, "step_time_ratio": 1.0}
+
+    def understood_sweep(choices: Any, *rest: Any, **more: Any) -> list[Any]:
+        if page.name == "README.md":  # other pages speak of variants and recipes that are yet to be added, or gone
+            assert all(make_run(**choice, vocab_size=4096) for choice in choices)
+        return []
+
+    monkeypatch.setattr("spherelm.compare.comparison.compare", understood_comparison)
+    monkeypatch.setattr("spherelm.compare.sweep.sweep", understood_sweep)
+    monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
+    monkeypatch.setattr("spherelm.train.trainer.vocabulary_size", lambda data: 4096)
+    monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
+    monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])
+    run_command(words)
+
+
+def test_the_readme_has_commands_for_everybody() -> None:
+    assert len(BLOCKS) == 6
+    assert [len(commands_in(text)) for kind, text in BLOCKS if kind == "sh"] == [2, 3, 3, 3]
+
+
+def write_inputs(directory: Path) -> None:
+    """The files that the README's pretraining lines take for granted."""
+    documents = [json.dumps({"text": tiny.text(i, 60)}) for i in range(300)]
+    (directory / "web.jsonl.gz").write_bytes(gzip.compress("\n".join(documents).encode()))
+    (directory / "books.txt").write_text(tiny.text(300, 2000), encoding="utf-8")
+
+
+def run_make(words: list[str]) -> None:
+    """Ask make whether it knows the target; nothing is made."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_block_runs(
+    tmp_path: Path, run_command: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one directory, the data first and Python last, since some blocks use what others make."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("comparison", "sweep"):
+        monkeypatch.setattr(f"spherelm.compare.{module}.run_jobs", run_jobs_here)
+    write_inputs(tmp_path)
+    commands = [words for kind, text in BLOCKS if kind == "sh" for words in commands_in(text)]
+    commands.sort(key=lambda words: words[1] != "data")
+    for words in commands:
+        if words[0] == "make":
+            run_make(words)
+        else:
+            assert words[0] == "spherelm"
+            run_command([*words, *TINY[words[1]]])
+    for kind, text in BLOCKS:
+        if kind == "python":
+            check_python_block(text)
+    for file in ("paper/report.html", "paper/summary.json", "alpha/sweep.json", "mine/metrics.jsonl"):
+        assert (tmp_path / "runs" / file).stat().st_size > 0
+
+
+def run_jobs_here(jobs: list[Job], *rest: Any) -> list[float]:
+    """`run_jobs` without the processes."""
+    return [do_job(job) for job in jobs]
+
+
+def check_python_block(text: str) -> None:
+    """Execute it; where it leaves a model and an optimizer, take a step and look whether that ends on the sphere."""
+    names: dict[str, Any] = {}
+    exec(compile(text, "README.md", "exec"), names)
+    if "optimizer" in names:
+        tokens = torch.randint(names["model"].config.vocab_size, (1, 9))
+        names["model"].loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        names["optimizer"].step()
+    assert departure(names["model"]) < 1e-6
+
+
+def test_the_example_of_a_loop_of_your_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["own_loop.py", "--steps", "5"])
+    runpy.run_path(str(ROOT / "examples" / "own_loop.py"), run_name="__main__")
+    lines = re.findall(
+        r"^step (\d+): loss (\S+) nats per token, off the sphere by (\S+)$", capsys.readouterr().out, re.M
+    )
+    assert [int(step) for step, _, _ in lines] == [1, 5]
+    assert float(lines[1][1]) < float(lines[0][1])
+    assert all(float(off) < 1e-6 for _, _, off in lines)
+
+
+def test_the_place_of_the_demos_result_is_marked() -> None:
+    begin, end = (README.index(f"<!-- demo-result:{edge} -->") for edge in ("begin", "end"))
+    assert begin < end
+
+
+# ------------------------------------------------------------------------------------- the table of what is supported
+
+SECTION = README.partition("## What is supported")[2].partition("\n## ")[0]
+ROWS = dict(re.findall(r"^\| ([A-Z][^|]*?) \| (.*) \|$", SECTION, re.MULTILINE))
+
+
+@dataclass
+class Row:
+    """What a check may use: what stands in backticks in the row, and a place to work in."""
+
+    names: list[str]
+    tmp_path: Path
+
+
+CHECKS: dict[str, Callable[[Row], None]] = {}
+
+
+def check(title: str) -> Callable[[Callable[[Row], None]], Callable[[Row], None]]:
+    """Registers a function as what keeps the row `title` true."""
+
+    def register(function: Callable[[Row], None]) -> Callable[[Row], None]:
+        CHECKS[title] = function
+        return function
+
+    return register
+
+
+TESTED_ELSEWHERE = {
+    "Compilation": (
+        "train/test_compiled.py:test_compiled_gradients_are_eager_gradients",
+        "train/test_trainer.py:test_compiling_that_fails_is_said_and_changes_nothing",
+    ),
+    "Batches larger than memory": ("train/test_trainer.py:test_a_run_with_accumulation_is_the_run_without",),
+    "Loss": ("layers/test_loss.py:test_the_logits_of_all_tokens_never_exist_at_once",),
+    "Interruption": (
+        "train/test_resume.py:test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing",
+        "train/test_signals.py:test_a_stopped_command_saves_and_goes_on_bitwise",
+    ),
+    "Tokenizers": (
+        "data/test_tokenizer.py:test_sentencepiece_against_the_library",
+        "data/test_tokenizer.py:test_hugging_face_name",
+    ),
+    "Generation": ("models/test_generate.py:test_greedy_generation_is_argmax_of_the_full_forward_pass",),
+    "Report": ("compare/test_report.py:test_the_page_stands_alone",),
+    "NVIDIA/ngpt checkpoints": (
+        "interop/test_nvidia.py:test_logits_loss_and_every_gradient",
+        "interop/test_nvidia.py:test_a_file_that_wants_to_run_code_is_refused_by_name",
+    ),
+    "Hugging Face transformers": (
+        "interop/test_huggingface.py:test_logits_are_those_of_the_bare_model",
+        "interop/test_huggingface.py:test_what_is_saved_is_loaded_bitwise",
+    ),
+}
+"""What holds a row, or a part of it, at length: these tests must be there."""
+
+
+def tokens_and_targets(vocab_size: int = tiny.VOCAB) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(vocab_size, (2, 9))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def small(arm: str, **fields: Any) -> GPT | NGPT:
+    config_class, model_class = ARMS[arm]
+    return model_class(config_class(tiny.VOCAB, n_layers=2, d_model=16, n_heads=4, max_seq_len=32, **fields))
+
+
+@check("Models")
+def models(row: Row) -> None:
+    assert row.names == list(ARMS)
+    assert {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, NGPT)} == ARMS
+
+
+def subcommands(arguments: list[str]) -> list[str]:
+    """The commands that `spherelm ARGUMENTS --help` lists."""
+    program = "import sys; from spherelm.cli import main; sys.argv[0] = 'spherelm'; main()"
+    words = [sys.executable, "-c", program, *arguments, "--help"]
+    usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"usage: [^{]*\{([\w,\s-]+)\}", usage)
+    return [name.strip() for name in found[1].split(",")] if found else []
+
+
+@check("Commands")
+def commands(row: Row) -> None:
+    groups = {name.split()[0] for name in row.names if " " in name}
+    there = {name for name in subcommands([]) if name not in groups}
+    there |= {f"{group} {name}" for group in groups for name in subcommands([group])}
+    assert set(row.names) == there
+
+
+@check("Recipes")
+def recipes(row: Row) -> None:
+    assert row.names == list(RECIPES)
+
+
+@check("Sizes")
+def sizes(row: Row) -> None:
+    assert row.names == list(PRESETS)
+
+
+@check("Schedules")
+def schedules(row: Row) -> None:
+    assert row.names == list(KINDS)
+
+
+@check("Optimizers")
+def optimizers(row: Row) -> None:
+    model = small("ngpt")
+    groups = build_optimizer(model, OptimConfig(lr=1e-3)).param_groups
+    assert {group["role"] for group in groups} == {"input_embedding", "output_embedding", "matrix", "scale"}
+    for optimizer_class in (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad):
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+        handle = attach_retraction(optimizer, model)
+        model.loss(*tokens_and_targets()).backward()
+        optimizer.step()
+        assert departure(model) < 1e-6
+        handle.remove()
+    assert all(hasattr(spherelm, name) for name in row.names)
+
+
+@check("Attention")
+def attention(row: Row) -> None:
+    assert row.names == ["n_kv_heads"]
+    for arm in ARMS:
+        model = small(arm, n_kv_heads=2)
+        assert model.blocks[0].attention.k.weight.shape == (8, 16)
+        assert model.loss(*tokens_and_targets()).isfinite()
+
+
+@check("Embeddings")
+def embeddings(row: Row) -> None:
+    assert row.names == ["tie_embeddings"]
+    for arm in ARMS:
+        assert small(arm).head.weight is not small(arm).embed.weight
+        tied = small(arm, tie_embeddings=True)
+        assert tied.head.weight is tied.embed.weight
+
+
+@check("Number formats")
+def number_formats(row: Row) -> None:
+    assert set(row.names) == {*DTYPES} - {"auto"}
+    model = small("ngpt")
+    model.set_compute_dtype(torch.bfloat16)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
+    assert model(tokens_and_targets()[0]).dtype == torch.bfloat16
+    model.loss(*tokens_and_targets()).backward()
+    optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    assert {value.dtype for value in moments} == {torch.float32}
+
+
+@check("Input files")
+def input_files(row: Row) -> None:
+    zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert set(row.names) == {*SUFFIXES, *COMPRESSIONS}
+    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
+    inputs = []
+    for kind in (".txt", ".jsonl"):
+        for ending, squeeze in compress.items():
+            words = f"{kind} {ending} " * 20
+            content = words if kind == ".txt" else json.dumps({"text": words})
+            inputs.append(row.tmp_path / f"input{kind}{ending}")
+            inputs[-1].write_bytes(squeeze(content.encode()))
+    inputs.append(row.tmp_path / "input.parquet")
+    parquet.write_table(pyarrow.table({"text": ["rows and columns"]}), inputs[-1])
+    manifest = prepare(inputs, row.tmp_path / "out", "bytes")
+    assert manifest["splits"]["train"]["documents"] == len(inputs) == 9
+
+
+@check("Tokenizers")
+def tokenizers(row: Row) -> None:
+    assert row.names == ["default", "bytes", "tokenizer.json", ".model"]
+    default = load_tokenizer("default")
+    assert (default.vocab_size, load_tokenizer("bytes").vocab_size) == (4096, 257)
+    default.save(row.tmp_path)
+    assert load_tokenizer(row.tmp_path / "tokenizer.json").encode("hello") == default.encode("hello")
+
+
+@check("Generation")
+def generation(row: Row) -> None:
+    prompt, model = tokens_and_targets()[0], small("ngpt")
+    assert generate(model, prompt, 4, temperature=0.7, top_k=9, top_p=0.9, seed=0).shape == (2, 12)
+
+
+@check("Platforms")
+def platforms(row: Row) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'requires-python = ">=3.10"' in project
+    assert all(f"Operating System :: {name}" in project for name in ("MacOS", "POSIX :: Linux"))
+
+
+@pytest.mark.parametrize("title", sorted({*ROWS, *CHECKS, *TESTED_ELSEWHERE}))
+def test_what_is_supported(title: str, tmp_path: Path) -> None:
+    assert title in ROWS, f"the check of {title!r} has no row"
+    assert title in CHECKS or title in TESTED_ELSEWHERE, f"the row {title!r} has no check: write one, or take it out"
+    assert [test for test in TESTED_ELSEWHERE.get(title, ()) if not exists(test)] == []
+    if title in CHECKS:
+        CHECKS[title](Row(re.findall(r"`([^`]+)`", ROWS[title]), tmp_path))

@@ -1,0 +1,157 @@
+"""Named runs: the paper's sizes are the paper's, each field reaches its config, and what is unknown is named."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+
+from spherelm import recipes
+from spherelm.models import parameter_count
+from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.recipes import PRESETS, RECIPES, Choices, Preset, make_run
+
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
+
+
+@pytest.mark.parametrize(
+    ("size", "arm", "millions"),
+    [("0.5b", "gpt", 468.2), ("0.5b", "ngpt", 468.4), ("1b", "gpt", 1025.7), ("1b", "ngpt", 1026.1)],
+)
+def test_the_papers_models_have_the_papers_parameter_counts(size: str, arm: str, millions: float) -> None:
+    """The paper cuts its numbers off after one digit."""
+    count = parameter_count(make_run(arm, f"{size}-1k", "paper").model)
+    assert count // 100_000 == round(10 * millions)
+
+
+@pytest.mark.parametrize(("context", "tokens"), [("1k", 1024), ("4k", 4096), ("8k", 8192)])
+@pytest.mark.parametrize("size", ["0.5b", "1b"])
+def test_the_papers_runs_have_the_papers_batches(size: str, context: str, tokens: int) -> None:
+    train = make_run("ngpt", f"{size}-{context}", "paper").train
+    assert (train.seq_len, train.batch_size) == (tokens, 512)
+    assert train.steps * 512 * tokens == pytest.approx(52e9, rel=1e-3)
+
+
+@both_arms
+def test_the_papers_recipe_is_tables_2_and_3(arm: str) -> None:
+    run = make_run(arm, "0.5b-1k", "paper")
+    warmup = 2000 if arm == "gpt" else 0
+    assert run.schedule == ScheduleConfig("cosine", warmup_steps=warmup, final=0.0)
+    assert run.optim == OptimConfig(1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=None, grad_clip=1.0)
+    if arm == "ngpt":
+        names = ("alpha", "s_qk", "s_u", "s_v", "s_z")
+        assert [getattr(run.model, f"{name}_init") for name in names] == [0.05, 1, 1, 1, 1]
+        assert [getattr(run.model, f"{name}_scale") for name in names] == [None, None, 1, 1, None]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100_000, 2000), (20_000, 2000), (300, 30), (9, 0)])
+def test_a_short_run_warms_up_over_a_tenth(steps: int, warmup: int) -> None:
+    assert make_run("gpt", vocab_size=9, steps=steps).schedule.warmup_steps == warmup
+    assert make_run("ngpt", vocab_size=9, steps=steps).schedule.warmup_steps == 0
+
+
+def differences(one: Any, other: Any) -> set[str]:
+    """The fields in which two configs differ."""
+    return {name for name, value in vars(one).items() if value != getattr(other, name)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_recipe_differs_from_the_papers_only_where_it_says(preset: str) -> None:
+    runs = {recipe: make_run("ngpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper")}
+    default, paper = runs["default"], runs["paper"]
+    assert differences(default, paper) == {"recipe", "model", "optim"}
+    assert differences(default.model, paper.model) <= {"s_z_init", "alpha_init"}
+    model: Any = default.model
+    assert model.s_z_init == pytest.approx(math.sqrt(model.d_model))
+    assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
+    assert differences(default.optim, paper.optim) == {"multipliers"}
+    assert default.optim.multipliers == RateMultipliers(output_embedding=0.5)
+    assert paper.optim.multipliers == RateMultipliers()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
+    """GPT differs from the paper's in its weights' spread only, which is the paper's at the paper's 1024 channels."""
+    default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper"))
+    assert differences(default, paper) <= {"recipe", "model"}
+    assert differences(default.model, paper.model) <= {"init_std"}
+    model: Any = default.model
+    assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
+
+
+@both_arms
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_named_run_can_be_made_with_its_own_rate(arm: str, preset: str, recipe: str) -> None:
+    run = make_run(arm, preset, recipe, vocab_size=PRESETS[preset].vocab_size or 4096)
+    assert run.optim.lr == PRESETS[preset].rates[recipe, arm]
+    assert (run.arm, run.preset, run.recipe) == (arm, preset, recipe)
+    assert run.model.max_seq_len == run.train.seq_len
+
+
+def test_overrides_reach_their_configs() -> None:
+    run = make_run(
+        "ngpt", vocab_size=99, data="text", lr=0.5, steps=7, seq_len=32, batch_size=6, micro_batch_size=3, seed=4,
+        dtype="bfloat16", compile=True, eval_every=9, save_every=8, keep=5, n_layers=2, d_model=64, n_heads=4,
+        n_kv_heads=2, d_ff=77, tie_embeddings=True, s_qk_scale=0.5, grad_clip=2.0, weight_decay=0.3, betas=(0.8, 0.9),
+    )  # fmt: skip
+    train, optim = run.train, run.optim
+    model: Any = run.model
+    assert (train.steps, train.seq_len, train.batch_size, train.micro_batch_size, train.seed) == (7, 32, 6, 3, 4)
+    assert (train.dtype, train.compile, train.eval_every, train.save_every, train.keep) == ("bfloat16", True, 9, 8, 5)
+    assert (model.vocab_size, model.n_layers, model.d_model, model.n_heads, model.n_kv_heads) == (99, 2, 64, 4, 2)
+    assert (model.d_ff, model.tie_embeddings, model.max_seq_len, model.s_qk_scale) == (77, True, 32, 0.5)
+    assert model.s_z_init == 8.0, "the recipe sees the size that was asked for"
+    assert (optim.lr, optim.grad_clip, optim.weight_decay, optim.betas) == (0.5, 2.0, 0.3, (0.8, 0.9))
+    assert run.data == "text"
+
+
+def test_what_is_left_out_is_left_as_it_is() -> None:
+    fields = dict.fromkeys(("steps", "seq_len", "batch_size", "dtype", "compile", "eval_every", "keep", "d_ff"))
+    assert make_run("ngpt", vocab_size=9, lr=None, **fields) == make_run("ngpt", vocab_size=9)
+    assert make_run("ngpt", vocab_size=9, compile=False).train.compile is False
+
+
+def test_an_explicit_init_beats_the_recipes() -> None:
+    model: Any = make_run("ngpt", vocab_size=9, alpha_init=0.123).model
+    assert model.alpha_init == 0.123
+
+
+@pytest.mark.parametrize(
+    ("arm", "preset", "recipe", "fields", "message"),
+    [
+        ("bert", "demo", "default", {}, "unknown arm 'bert': choose one of gpt, ngpt"),
+        ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, 0.5b-1k"),
+        ("gpt", "demo", "secret", {}, "unknown recipe 'secret': choose one of default, paper"),
+        ("gpt", "demo", "default", {"colour": "red", "zeal": 1}, "no field is called colour, zeal"),
+        ("gpt", "demo", "default", {"alpha_init": 0.1}, "no field is called alpha_init"),
+        ("ngpt", "demo", "default", {"n_layers": 0}, "n_layers must be a positive whole number, got 0"),
+        ("ngpt", "demo", "default", {"n_layers": "many"}, "n_layers must be a positive whole number, got 'many'"),
+        ("ngpt", "demo", "default", {"d_model": -64}, "d_model must be a positive whole number, got -64"),
+        ("ngpt", "demo", "default", {"seq_len": 12.5}, "seq_len must be a positive whole number, got 12.5"),
+        ("ngpt", "demo", "default", {"steps": 0}, "steps must be a positive whole number, got 0"),
+        ("ngpt", "demo", "default", {"n_heads": 3, "d_model": 128}, "n_heads=3 does not divide d_model=128"),
+        ("gpt", "demo", "default", {"lr": 0.0}, "the learning rate must be a positive number, got 0.0"),
+        ("gpt", "demo", "default", {"lr": -1.0}, "the learning rate must be a positive number, got -1.0"),
+    ],
+)
+def test_what_is_unknown_or_impossible_is_named(
+    arm: str, preset: str, recipe: str, fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_run(arm, preset, recipe, vocab_size=9, **fields)  # type: ignore[arg-type]
+
+
+def test_a_recipe_is_a_function_and_needs_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How docs/contributing.md adds one: a function and an entry; the rate may come with the command."""
+
+    def warm(arm: str, preset: Preset, steps: int) -> Choices:
+        return Choices({"rope_base": 5e5}, {"eps": 1e-9}, ScheduleConfig("wsd", warmup_steps=steps // 2))
+
+    monkeypatch.setitem(recipes.RECIPES, "warm", warm)
+    run = make_run("gpt", recipe="warm", vocab_size=9, lr=0.1, steps=10)
+    assert (run.model.rope_base, run.optim.eps, run.schedule.warmup_steps, run.recipe) == (5e5, 1e-9, 5, "warm")
+    with pytest.raises(ValueError, match="no learning rate was tuned for gpt at 'demo' by 'warm': give --lr"):
+        make_run("gpt", recipe="warm", vocab_size=9)
