@@ -9,10 +9,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
+
+if TYPE_CHECKING:
+    from spherelm.train.config import RunConfig
 
 Flag = Annotated[bool, FlagCreatePairsOff]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -126,41 +129,38 @@ def train(
         resume: Go on with the run in `out` from its last checkpoint.
         dry_run: Print the resolved configuration and the number of parameters, and stop.
     """
-    from spherelm.train.trainer import vocabulary_size
-
-    path = None if data is None else str(data)
-    from spherelm.recipes import PRESETS, make_run
-
-    # A size that names its own vocabulary needs no data to be described.
-    known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
-    config = make_run(
-        arm,
-        preset,
-        recipe,
-        vocab_size=known or vocabulary_size(path),
-        data=path,
-        lr=lr,
-        steps=steps,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-        dtype=dtype,
-        compile=False if no_compile else None,
-        eval_every=eval_every,
-        save_every=save_every,
-        keep=keep,
-    )
-    if dry_run:
-        from spherelm.models import parameter_count
-        from spherelm.train.config import to_dict
-
-        print(json.dumps({"parameters": parameter_count(config.model), **to_dict(config)}, indent=2))
-        return
+    from spherelm.recipes import make_run
     from spherelm.train.trainer import train as run_training
 
+    path, compiled = None if data is None else str(data), False if no_compile else None
+    vocab_size = vocabulary(path, preset, dry_run)
+    sizes = {"steps": steps, "seq_len": seq_len, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    habits = {"eval_every": eval_every, "save_every": save_every, "keep": keep, "compile": compiled}
+    config = make_run(
+        arm, preset, recipe, vocab_size=vocab_size, data=path, lr=lr, seed=seed, dtype=dtype, **sizes, **habits
+    )
+    if dry_run:
+        describe(config)
+        return
     loss = run_training(config, out, resume)
     print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
+
+
+def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
+    """How many token ids the data has; a size that names its own vocabulary needs no data to be described."""
+    from spherelm.recipes import PRESETS
+    from spherelm.train.trainer import vocabulary_size
+
+    known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
+    return known or vocabulary_size(data)
+
+
+def describe(config: RunConfig) -> None:
+    """Print a run's configuration and its model's number of parameters as JSON."""
+    from spherelm.models import parameter_count
+    from spherelm.train.config import to_dict
+
+    print(json.dumps({"parameters": parameter_count(config.model), **to_dict(config)}, indent=2))
 
 
 @data_app.command
@@ -318,6 +318,9 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 128 + n signal n."""
     try:
         app.cli(prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline.")
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
     except (ValueError, OSError) as error:
         stop(str(error), 2)
     except KeyboardInterrupt:

@@ -92,6 +92,22 @@ def test_padding_on_either_side_changes_nothing(arm: str, variant: str, attentio
 
 
 @both_arms
+def test_the_wrapped_model_is_usable_alone(arm: str) -> None:
+    model, tokens = make_model(arm, n_kv_heads=2), make_tokens(2, 9)
+    hf = to_hf(model)
+    for attention in ("sdpa", "eager"):
+        hf.set_attn_implementation(attention)
+        close(hf.model(tokens), model(tokens))
+        cache = hf.model.new_cache()
+        close(torch.cat([hf.model(part, cache) for part in tokens.split([4, 3, 1, 1], 1)], 1), model(tokens))
+    hf.config._attn_implementation = "paged"
+    with pytest.raises(ValueError, match="'paged' is not supported: choose one of sdpa, eager"):
+        hf.model(tokens)
+    assert hf.get_input_embeddings() is hf.model.embed
+    assert hf.get_output_embeddings() is hf.model.head
+
+
+@both_arms
 def test_packed_sequences_do_not_see_each_other(arm: str) -> None:
     model, tokens = make_model(arm), make_tokens(1, 12)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
@@ -259,7 +275,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(arm: str, settings: dic
             calls: list[object] = []
             hooks = [b.register_forward_pre_hook(lambda block, *_, to=calls: to.append(block)) for b in hf.model.blocks]
             if checkpointing:
-                hf.activation_checkpointing_enable(settings)
+                # Older versions of transformers have the other name only.
+                getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)(settings)
             hf.zero_grad()
             hf(tokens, labels=tokens, use_cache=True).loss.backward()
             assert len(calls) == (4 if checkpointing else 2), "every block is computed a second time"

@@ -154,6 +154,18 @@ def test_gpt_is_adapted_as_any_other_model(tokens: Tensor) -> None:
         on_head(tokens)
 
 
+def test_adapters_that_cannot_be_merged_or_mixed(tokens: Tensor) -> None:
+    model = adapted(["q"]).eval()
+    with pytest.raises(ValueError, match=r"set_adapter\(\['other'\]\) first"):
+        model.base_model.model.model.blocks[0].attention.q.merge(adapter_names=["other"])
+    with pytest.raises(ValueError, match="one adapter for the whole batch: leave out adapter_names"):
+        model(tokens, adapter_names=["default", "__base__"])
+    with torch.no_grad():
+        model.base_model.model.model.blocks[0].attention.q.lora_B["default"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+
+
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"bias": "all"}])
 def test_options_that_have_no_meaning_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* does not fit weights on the sphere"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from spherelm.train.trainer import train
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+from spherelm.interop.huggingface.card import Facts, model_card  # noqa: E402
 from spherelm.interop.huggingface.standalone import MODULES, standalone_source  # noqa: E402
 from spherelm.interop.huggingface.tokenization import END, byte_definition, fast_tokenizer  # noqa: E402
 
@@ -54,6 +58,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for arm in tiny.ARMS:
             train(tiny.run_config(arm, data, save_every=3), base / arm, show_progress=False)
     return {arm: base / arm for arm in tiny.ARMS}
+
+
+def copied(run: Path, to: Path) -> Path:
+    """The same run without its tokenizer and its metrics."""
+    shutil.copytree(run / "checkpoints", to / "checkpoints")
+    shutil.copy(run / "config.json", to)
+    return to
 
 
 def command(*arguments: object) -> int:
@@ -175,16 +186,53 @@ def test_what_cannot_be_exported_is_refused(
 def test_a_run_without_a_tokenizer_json(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_bytes((runs["gpt"] / "config.json").read_bytes())
-    (run / "checkpoints" / "step-00000006").symlink_to(runs["gpt"] / "checkpoints" / "step-00000006")
+    run = copied(runs["gpt"], tmp_path / "run")
     assert command("export", run, tmp_path / "out") == 2
     assert "--no-tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert command("export", run, tmp_path / "out", "--no-tokenizer") == 0
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     assert "AutoTokenizer.from" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_with_a_tokenizer_json(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, ours = copied(runs["gpt"], tmp_path / "run"), load_tokenizer("default")
+    ours.save(run)
+    export(run, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert all(theirs(text)["input_ids"] == ours.encode(text) for text in TEXTS)
+    assert load(tmp_path / "out").generation_config.eos_token_id == ours.eos_id
+
+
+def test_sentencepiece_is_refused(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spherelm.train.export.load_tokenizer", lambda run: SimpleNamespace(name="some.model"))
+    with pytest.raises(ValueError, match=r"some.model is a SentencePiece model.*--no-tokenizer"):
+        export(runs["gpt"], tmp_path / "out")
+
+
+def test_without_transformers_the_extra_is_named(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("spherelm.interop.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert command("export", runs["gpt"], tmp_path / "out") == 2
+    assert "pip install 'spherelm[hf]'" in capsys.readouterr().err
+
+
+def test_the_card_of_an_imported_run_claims_nothing(runs: dict[str, Path]) -> None:
+    imported = {"format": "NVIDIA/ngpt", "path": "/some/ckpt.pt"}
+    config = tiny.read_json(runs["ngpt"] / "config.json") | {"data": None, "imported": imported}
+    facts = Facts("theirs", config, 12, 345, None, "float32", standalone=False, has_tokenizer=False)
+    card = model_card(facts)
+    assert "| imported from | NVIDIA/ngpt, `/some/ckpt.pt` |" in card
+    assert "| updates | 12 |" in card
+    assert "Nothing is recorded here about the rights" in card
+    for claim in ("tokens seen", "books", "language:", "learning rate", "validation loss"):
+        assert claim not in card, claim
+    shipped = model_card(dataclasses.replace(facts, config={k: v for k, v in config.items() if k != "imported"}))
+    assert "public domain" in shipped
+    assert "language: [en]" in shipped
 
 
 def test_the_byte_tokenizer_is_ours(tmp_path: Path) -> None:
@@ -211,6 +259,12 @@ def test_the_shipped_tokenizer_is_ours(tmp_path: Path) -> None:
         assert set(inputs) == {"input_ids", "attention_mask"}
         assert theirs.decode(inputs["input_ids"]) == ours.decode(ours.encode(text))
     assert theirs.decode([ours.eos_id], skip_special_tokens=True) == ""
+
+
+def test_the_end_token_is_written_when_asked_for(tmp_path: Path) -> None:
+    fast = fast_tokenizer(byte_definition(), END, 64)
+    assert fast(f"a{END}", split_special_tokens=False)["input_ids"] == [97, 256]
+    assert fast(f"a{END}")["input_ids"] == [97, *END.encode()]
 
 
 def test_a_tokenizer_that_adds_tokens_is_kept_from_it() -> None:
@@ -286,6 +340,8 @@ def test_the_standalone_folder_loads_without_spherelm(runs: dict[str, Path], tmp
         torch.testing.assert_close(logits, load_model(runs[arm])(ids), rtol=0, atol=1e-5)
         loaded = load(tmp_path / arm, trust_remote_code=False)
         assert type(loaded).__module__ == "spherelm.interop.huggingface.modeling", "where spherelm is there, it is used"
+        loaded.save_pretrained(tmp_path / "resaved")
+        assert "auto_map" not in tiny.read_json(tmp_path / "resaved" / "config.json"), "the code is not there either"
         inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / arm)(
             ["badu kibo", "se"], return_tensors="pt", padding=True
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from spherelm.analysis.plots import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
-from spherelm.compare.jobs import Job, run_jobs
+from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, speedup, winner
 from spherelm.data.tokenizer import load_tokenizer
@@ -92,12 +92,14 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     best = winner(final)
     shorter = [] if config.quick else shorter_jobs(config, best, vocab_size, jobs[best][0].config.train.steps, out)
     shorter_losses = run_jobs(shorter, workers, "shorter runs")
-    cost = measure_cost(full["gpt"][0], full["ngpt"][0])
+    with threads(threads_each(workers or default_workers(len(in_order)))):
+        cost = measure_cost(full["gpt"][0], full["ngpt"][0])
+        drawn = samples({arm: jobs[arm][0].out for arm in jobs})
     ends = list(zip(shorter, shorter_losses, strict=True))
     summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
     summary["wall_seconds"] = time.perf_counter() - start
     write_json(out / "summary.json", summary)
-    write_json(out / "samples.json", samples({arm: jobs[arm][0].out for arm in jobs}))
+    write_json(out / "samples.json", drawn)
     write_report(out)
     return summary
 

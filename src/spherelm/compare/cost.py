@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer
@@ -52,14 +53,14 @@ class _Steps:
 
 
 def measure_cost(gpt: RunConfig, ngpt: RunConfig, steps: int = 15, warmup: int = 3) -> StepCost:
-    """Time `steps` steps of each arm, alternating, after `warmup` that are not counted."""
+    """Time `steps` steps of each arm, alternating, after `warmup` that are not counted; shows how far it is."""
     arms = _Steps(gpt), _Steps(ngpt)
     for _ in range(warmup):
         for arm in arms:
             arm.time_step()
     # The order within a pair is swapped each time, so that neither arm always follows the other.
     times: tuple[list[float], list[float]] = ([], [])
-    for i in range(steps):
+    for i in tqdm(range(steps), desc="timing steps of both arms", unit="pair"):
         for which in (0, 1) if i % 2 == 0 else (1, 0):
             times[which].append(arms[which].time_step())
     ratio = statistics.median(ngpt_time / gpt_time for gpt_time, ngpt_time in zip(*times, strict=True))

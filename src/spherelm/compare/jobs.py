@@ -48,6 +48,22 @@ def default_workers(jobs: int) -> int:
     return 1 if torch.accelerator.is_available() else max(1, min(jobs, cores()))
 
 
+def threads_each(workers: int) -> int:
+    """The processor threads of each of `workers` processes."""
+    return max(1, cores() // workers)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with `count` processor threads in this process, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
     torch.set_num_threads(threads)
@@ -123,9 +139,8 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     if twice:
         raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
     workers = workers or default_workers(len(jobs))
-    threads = max(1, cores() // workers)
-    context = multiprocessing.get_context("spawn")
-    with _terminable(), ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
+    context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
+    with _terminable(), ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share) as pool:
         try:
             with _interrupts_ignored():
                 futures = [pool.submit(_work, job) for job in jobs]

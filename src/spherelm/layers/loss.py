@@ -41,11 +41,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             valid = targets[rows] != IGNORED
             safe = targets[rows].masked_fill(~valid, 0).unsqueeze(-1)
+            # In place from here on: the logits become their own gradient, (softmax - one-hot) / count.
             logits = F.linear(h[rows], product_weight).to(wide)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total = total + ((log_z - logits.gather(-1, safe)).squeeze(-1) * valid).sum()
-            grad_logits = (logits - log_z).exp().scatter_add(-1, safe, torch.full_like(log_z, -1.0))
-            grad_logits = (grad_logits * (valid.to(wide) / count).unsqueeze(-1)).to(h.dtype)
+            wanted, largest = logits.gather(-1, safe), logits.amax(-1, keepdim=True)
+            exponentials = logits.sub_(largest).exp_()
+            partition = exponentials.sum(-1, keepdim=True)
+            total = total + ((partition.log() + largest - wanted).squeeze(-1) * valid).sum()
+            share = (valid.to(wide) / count).unsqueeze(-1)
+            grad_logits = exponentials.mul_(share / partition).scatter_add_(-1, safe, -share).to(h.dtype)
             grad_h[rows] = grad_logits @ product_weight
             grad_weight += grad_logits.T @ h[rows]
         ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))

@@ -77,7 +77,12 @@ class SphereLMConfig(PreTrainedConfig):
         return cls(arm=arm_of(config), **{field.name: getattr(config, field.name) for field in fields(config)})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it."""
+        """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it.
+
+        Where this is not code that rode along with a model, the pointer to such code is left out: the code is not saved either.
+        """
         described: dict[str, Any] = super().to_diff_dict()
+        if self._auto_class is None:
+            described.pop("auto_map", None)
         model_fields = [name for name in SphereLMConfig.__annotations__ if not name.endswith("_token_id")]
         return described | {name: getattr(self, name) for name in model_fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +34,20 @@ def save_folder(
     """Write `model`, its weights converted to `dtype` in place, into the directory `out`."""
     wrapped = to_hf(model.to(dtype))
     wrapped.config.dtype = dtype
-    if standalone:
-        wrapped.config.auto_map = AUTO_MAP
-        (out / FILE).write_text(standalone_source(), encoding="utf-8")
     if tokenizer is not None:
         fast = fast_tokenizer(tokenizer.json, tokenizer.eos_token, model.config.max_seq_len)
         wrapped.config.eos_token_id = wrapped.config.pad_token_id = fast.eos_token_id
         wrapped.generation_config = GenerationConfig.from_model_config(wrapped.config)
         fast.save_pretrained(out)
     wrapped.save_pretrained(out)
+    if standalone:
+        ride_along(out)
     (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def ride_along(out: Path) -> None:
+    """Put the modeling code into the saved folder `out`, and say in its config.json where the Auto classes find it."""
+    (out / FILE).write_text(standalone_source(), encoding="utf-8")
+    path = out / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

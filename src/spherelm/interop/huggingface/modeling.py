@@ -127,6 +127,7 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["GPTBlock", "NGPTBlock"]  # noqa: RUF012 (transformers' own way)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
+    _input_embed_layer = "embed"
     _supports_sdpa = True
     _gradient_checkpointing_func: Callable[..., Tensor]
 
@@ -141,31 +142,20 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone.
 
-        Called for each module with parameters of its own. The first call does it for all, since only the whole model knows
+        Called for each module that lacks a parameter. The first call does it for all, since only the whole model knows
         how each matrix starts, and marks them as done, as transformers marks what it has loaded.
         """
         parameters = list(self.model.parameters())
         loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) == len(parameters):
-            return
         self.model.init_weights()
         for parameter, value in loaded:
             parameter.copy_(value)
         for parameter in parameters:
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed = value
+            parameter._is_hf_initialized = True
 
     def get_output_embeddings(self) -> nn.Module:
         head: nn.Module = self.model.head
         return head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head = new_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Refused unless nothing changes: rows must be unit, and `s_z` has one entry a row."""
@@ -199,7 +189,7 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         if "peft_config" in self.__dict__:
             check_adapters(self)
         h = self._embedded(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache_to_use(past_key_values, use_cache)
         positions = self._positions(h, position_ids, attention_mask, cache)
         # A cache begun here is empty: without it, positions that start anew separate packed sequences.
         mask = create_causal_mask(
@@ -235,7 +225,7 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         h: Tensor = self.model.embed(input_ids) if inputs_embeds is None else inputs_embeds
         return h
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _cache_to_use(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to write to. Recomputed blocks would write twice, and training reads no cache."""
         if self.gradient_checkpointing and self.training:
             return None

@@ -58,6 +58,7 @@ def is_ours(node: ast.stmt) -> bool:
 
 
 def is_docstring(node: ast.stmt) -> bool:
+    """Whether `node` is a text that stands alone, as a docstring does."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 

@@ -1,0 +1,290 @@
+"""What users get wrong is answered with code 2 and one line that names it and what to do, and harms nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import tiny
+
+from spherelm.data.shards import BODY_START
+from spherelm.train import checkpoint
+from spherelm.train.checkpoint import latest_checkpoint, load_model
+from spherelm.train.trainer import train
+
+SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--dtype", "float32", "--no-compile", "--lr", 0.01]
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def good_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_data(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def data(good_data: Path, tmp_path: Path) -> Path:
+    """A data directory to be damaged."""
+    shutil.copytree(good_data.parent, tmp_path / "text")
+    return tmp_path / "text" / "data"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
+    return commands.make_command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def refused(command: commands.Command) -> Refused:
+    """`refused(word, ...)`: the one line with which a command refuses."""
+
+    def refuse(*words: object) -> str:
+        answer = command(*words)
+        assert answer.code == 2, answer
+        assert answer.out == ""
+        (line,) = answer.shown
+        assert line.startswith("spherelm: ")
+        return line.removeprefix("spherelm: ")
+
+    return refuse
+
+
+def training(out: Path, data: Path | str, *more: object) -> list[object]:
+    return ["train", "--arm", "ngpt", "--out", out, "--data", data, *SMALL, *more]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "secret"], "unknown recipe 'secret': choose one of default, paper"),
+        (["--preset", "huge"], "unknown preset 'huge': choose one of demo, 0.5b-1k, "),
+        (["--seq-len", 100_000], "sequence length 100000 needs 100001 tokens, but the train text in "),
+        (["--steps", 0], "steps must be a positive whole number, got 0"),
+        (["--batch-size", -4], "batch_size must be a positive whole number, got -4"),
+        (["--micro-batch-size", 3], "micro_batch_size=3 does not divide batch_size=2"),
+        (["--lr", 0], "the learning rate must be a positive number, got 0.0"),
+        (["--lr", "nan"], "the learning rate must be a positive number, got nan"),
+        (["--seed", -1], "seed must not be negative, got -1"),
+        (["--keep", 0], "keep must be at least 1, got 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_settings(flags: list[object], message: str, refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    assert message in refused(*training(tmp_path / "run", good_data, *flags))
+    assert not (tmp_path / "run").exists(), "the same --out can be given again"
+
+
+def test_validation_text_shorter_than_a_sequence(refused: Refused, data: Path, tmp_path: Path) -> None:
+    length = len(tiny.text(2, 200)) + 1
+    line = refused(*training(tmp_path / "run", data, "--seq-len", length))
+    assert f"sequence length {length} needs {length + 1} tokens, but the val text in {data} has {length}" in line
+    assert "use a shorter --seq-len or more text" in line
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("n_heads=3", "n_heads=3 does not divide d_model=128: choose n_heads among the divisors of d_model"),
+        ("n_layers=0", "n_layers must be a positive whole number, got 0"),
+        ("d_model=wide", "d_model must be a positive whole number, got 'wide'"),
+        ("colour=red", "no field is called colour"),
+        ("alpha_init", "cannot read 'alpha_init': write a field and its values, such as alpha_init=0.05,0.25"),
+        ("batch_size=2,2", "two runs would share the directory"),
+    ],
+)
+def test_sweeps(vary: str, message: str, refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    words = ["--arms", "ngpt", "--lr", 0.01, "--seeds", 1, "--steps", 2]
+    assert message in refused("sweep", "--out", tmp_path / "sweep", "--data", good_data, "--vary", vary, *words)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--steps"])
+def test_nothing_to_sweep(flag: str, refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    line = refused("sweep", "--out", tmp_path / "sweep", "--data", good_data, flag, 0)
+    assert line.startswith(f"{flag[2:]} must be ")
+    assert line.endswith("got 0")
+
+
+def test_missing_data(refused: Refused, tmp_path: Path) -> None:
+    line = refused(*training(tmp_path / "run", tmp_path / "none"))
+    assert (
+        line == f"no data directory {tmp_path / 'none'}: make it with spherelm data prepare --out {tmp_path / 'none'}"
+    )
+    (tmp_path / "empty").mkdir()
+    line = refused(*training(tmp_path / "run", tmp_path / "empty"))
+    assert line == f"{tmp_path / 'empty'} is no data directory (no manifest.json): use spherelm data prepare"
+    assert not (tmp_path / "run").exists()
+
+
+def edit(path: Path, at: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+def damage_manifest(data: Path) -> None:
+    manifest = tiny.read_json(data / "manifest.json")
+    manifest["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(manifest))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a header's bit": (lambda d: edit(d / "train-00000.bin", 60, b"X"), "train-00000.bin: damaged header"),
+    "another file": (lambda d: edit(d / "train-00000.bin", 0, b"GIF89a"), "train-00000.bin: not a token shard, or its header"),
+    "a newer version": (lambda d: edit(d / "train-00000.bin", 8, b"\7"), "shard version 7, this spherelm reads version 1"),
+    "a wrong hash": (damage_manifest, "train-00000.bin: not the shard that manifest.json describes"),
+    "a cut body": (lambda d: cut(d / "train-00000.bin"), "train-00000.bin: truncated ("),
+    "a missing shard": (lambda d: (d / "val-00000.bin").unlink(), "val-00000.bin: is missing; restore it"),
+    "an id too large": (
+        lambda d: edit(d / "val-00000.bin", BODY_START, b"\xff\xff"),
+        "val-00000.bin: holds token id 65535 >= vocab_size 257",
+    ),
+    "a cut manifest": (lambda d: cut(d / "manifest.json"), "manifest.json: damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_data(what: str, refused: Refused, data: Path, tmp_path: Path) -> None:
+    do, message = DAMAGE[what]
+    do(data)
+    line = refused(*training(tmp_path / "run", data))
+    assert message in line
+    assert "prepare" in line or "restore" in line, "what to do"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_is_found_wrong_in_mid_run(command: commands.Command, data: Path, tmp_path: Path) -> None:
+    """A body is read as it is needed; what is wrong there shows in a line of its own behind the progress bar."""
+    edit(data / "train-00000.bin", BODY_START, b"\xff\xff" * 1000)
+    answer = command(*training(tmp_path / "run", data))
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    line = answer.err.splitlines()[-1]
+    assert line.startswith(f"spherelm: {data / 'train-00000.bin'}: holds token id 65535 >= vocab_size 257; ")
+
+
+def prepare(tmp_path: Path, content: bytes, *more: object, name: str = "in.txt") -> list[object]:
+    (tmp_path / name).write_bytes(content)
+    words = ["--input", tmp_path / name, "--out", tmp_path / "out", "--workers", 1]
+    return ["data", "prepare", *words, *(more or ("--tokenizer", "bytes"))]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "in.txt is empty: remove it from the inputs"), (b"\xe9t\xe9", "in.txt is not UTF-8 (byte 0): convert it")],
+    ids=["empty", "latin 1"],
+)
+def test_text_that_is_none(content: bytes, message: str, command: commands.Command, tmp_path: Path) -> None:
+    answer = command(*prepare(tmp_path, content))
+    assert answer.code == 2
+    assert message in answer.err.splitlines()[-1]
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    line = refused("data", "prepare", "--input", tmp_path / "none.txt", "--out", tmp_path / "out")
+    assert line == f"no input file {tmp_path / 'none.txt'}: check the path"
+
+
+@pytest.mark.parametrize("name", ["no such thing", "missing.json", "missing.model", "/nowhere/at/all"])
+def test_an_unknown_tokenizer(name: str, refused: Refused, tmp_path: Path) -> None:
+    line = refused(*prepare(tmp_path, b"text", "--tokenizer", name))
+    assert line.startswith(f"unknown tokenizer '{name}': no such file; give 'default', 'bytes', a tokenizer.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_that_only_reading_all_of_it_shows(command: commands.Command, data: Path) -> None:
+    """Another letter in the text: found when `prepare` is asked for what it made."""
+    edit(data / "train-00000.bin", BODY_START, b"z")
+    text = data.parent
+    words = ["--input", text / "train.txt", "--val", text / "val.txt", "--tokenizer", "bytes", "--workers", 1]
+    answer = command("data", "prepare", "--out", data, *words)
+    assert answer.code == 2
+    assert "damaged: the tokens do not match the sha256 in the header; delete the directory" in answer.err
+
+
+def test_an_output_directory_that_is_taken(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny.run_config("ngpt", good_data), out, show_progress=False)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for words in (training(out, good_data), ["compare", "--out", out, "--data", good_data, *SMALL[:4], "--seeds", 1]):
+        line = refused(*words)
+        assert line == f"{out} already holds something: choose another --out, or --resume to go on with what is there"
+    line = refused(*training(out, good_data, "--resume"))
+    assert line.startswith(f"{out} was made with another config: ")
+    line = refused("data", "prepare", "--input", good_data.parent / "train.txt", "--out", out, "--tokenizer", "bytes")
+    assert "holds something else than prepared data: choose another --out" in line
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_going_on_with_something_that_is_no_run(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    line = refused(*training(tmp_path, good_data, "--resume"))
+    assert line == f"{tmp_path} holds nothing to resume (no config.json): choose another --out"
+    line = refused(*training(tmp_path / "thesis.tex", good_data))
+    assert line == f"{tmp_path / 'thesis.tex'} is a file: choose another --out"
+
+
+def test_a_checkpoint_of_another_config(
+    refused: Refused, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    assert command(*training(tmp_path / "run", good_data)).code == 0
+    line = refused(*training(tmp_path / "run", good_data, "--lr", 0.02, "--resume"))
+    assert (
+        "made with another config: optim.lr is 0.01 there and 0.02 now; give the same value, or another --out" in line
+    )
+
+
+def test_generating_from_what_is_no_run(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    line = refused("generate", tmp_path / "none", "--prompt", "ba")
+    assert line == f"{tmp_path / 'none'} holds no checkpoint: pass a run directory that spherelm train wrote"
+    run = tmp_path / "run"
+    train(tiny.run_config("ngpt", good_data, steps=1), run, show_progress=False)
+    assert refused("generate", run, "--prompt", "") == "the prompt is empty: give at least one character"
+    line = refused("generate", run, "--prompt", "ba")
+    assert line.startswith("2 prompt tokens and max_new_tokens=100 do not fit the model's max_seq_len=16")
+    small = ["--prompt", "ba", "--max-new-tokens", 3]
+    assert "out of range: temperature=-1.0 (>= 0)" in refused("generate", run, *small, "--temperature", -1)
+    weights = run / "checkpoints" / "step-00000001" / "model.safetensors"
+    edit(weights, weights.stat().st_size - 3, b"\x7f")
+    assert "is damaged (its sha256 differs)" in refused("generate", run, *small)
+
+
+def test_a_full_disk_while_saving(
+    command: commands.Command, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second checkpoint does not fit; the first is there, and training goes on from it when there is room again."""
+    run, save, calls = tmp_path / "run", checkpoint.save_file, iter(range(9))
+
+    def save_until_full(tensors: Any, path: Path) -> None:
+        if next(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", save_until_full)
+        answer = command(*training(run, good_data, "--save-every", 1))
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    line = answer.err.splitlines()[-1]
+    good = run / "checkpoints" / "step-00000001"
+    assert line.startswith(f"spherelm: could not save a checkpoint in {run / 'checkpoints'} ([Errno 28] No space left")
+    assert line.endswith(f"the last good checkpoint is {good}: free some space and --resume")
+    assert latest_checkpoint(run) == good
+    load_model(run)
+    assert command(*training(run, good_data, "--save-every", 1, "--resume")).code == 0
+    assert command(*training(tmp_path / "whole", good_data, "--save-every", 1)).code == 0
+    ours, theirs = latest_checkpoint(run), latest_checkpoint(tmp_path / "whole")
+    assert ours is not None
+    assert theirs is not None
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()

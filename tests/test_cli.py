@@ -1,0 +1,339 @@
+"""The command line: names, flags, help, exit codes, and that each command reaches the floor below with what was asked."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import tiny
+
+import spherelm
+from spherelm import cli
+from spherelm.compare import comparison
+from spherelm.compare import sweep as sweep_module
+from spherelm.compare.jobs import Job
+from spherelm.models import parameter_count
+from spherelm.recipes import make_run
+from spherelm.train import trainer
+from spherelm.train.config import from_dict
+from spherelm.train.metrics import read_metrics
+from spherelm.train.trainer import Diverged, Interrupted
+
+PINNED = {
+    "compare": "--out --data --preset --steps --seq-len --seeds --quick",
+    "train": """--arm --out --data --preset --recipe --steps --seq-len --batch-size --lr --seed --dtype --no-compile
+        --eval-every --save-every --resume --dry-run""",
+    "data prepare": "--input --out --tokenizer --val --val-fraction",
+    "generate": "--prompt",
+    "sweep": "--out",
+}
+"""The commands and flags that the design pins; more of both are free."""
+
+SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--dtype", "float32", "--no-compile"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_data(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
+    return commands.make_command(monkeypatch, capsys)
+
+
+def plain(text: str) -> str:
+    """A help page without its boxes, on one line."""
+    return " ".join(re.sub("[│╭╮╰╯─•]", " ", text).split())
+
+
+def all_commands() -> list[str]:
+    """Every command there is, read off the table that the program itself reads."""
+    groups = {"data": cli.data_app, "import": cli.import_app}
+    names = []
+    for name in cli.app._subcommands:
+        names += [f"{name} {inner}" for inner in groups[name]._subcommands] if name in groups else [name]
+    return names
+
+
+@pytest.mark.parametrize("name", sorted({*all_commands(), *PINNED}))
+def test_every_command_explains_itself(name: str, command: commands.Command) -> None:
+    answer = command(*name.split(), "--help")
+    assert answer.code == 0
+    assert answer.err == ""
+    page = plain(answer.out)
+    assert page.startswith(f"usage: spherelm {name} ")
+    flags = re.findall(r"^(?:│ |  )(--[a-z][a-z0-9-]*|[A-Z]{2,})\b", answer.out, re.MULTILINE)
+    assert set(PINNED.get(name, "").split()) <= set(flags)
+    assert page.count("(default: ") + page.count("(required)") == len(flags), "each flag says what it is if left out"
+    # What stands between the name of a flag and its default is the help written for it.
+    for text in re.split(r"\((?:default: [^)]*|required)\)", page.partition("show this help message and exit")[2])[:-1]:
+        assert len(text.split()) > 2, text
+
+
+def test_the_program_lists_its_commands(command: commands.Command) -> None:
+    answer = command("--help")
+    assert answer.code == 0
+    page = plain(answer.out)
+    assert all(f" {name.split()[0]} " in page for name in PINNED)
+
+
+def test_defaults_are_shown_with_their_values(command: commands.Command) -> None:
+    page = plain(command("generate", "--help").out)
+    for text in ("(default: 100)", "(default: 0.8)", "(default: 50)"):
+        assert text in page
+
+
+@pytest.mark.parametrize("words", [["train"], ["fly"], ["train", "--arm", "bert", "--out", "x"], ["train", "--steps"]])
+def test_what_cannot_be_read_is_code_2(words: list[str], command: commands.Command) -> None:
+    answer = command(*words)
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+
+
+def test_the_module_is_the_program(command: commands.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    (script,) = entry_points(group="console_scripts", name="spherelm")
+    assert script.load() is cli.main
+    expected = command("train", "--help")
+    with pytest.raises(SystemExit):
+        runpy.run_module("spherelm", run_name="__main__")
+    assert capsys.readouterr().out == expected.out
+
+
+def test_both_ways_to_start_it_say_the_same() -> None:
+    """In processes of their own; one line of complaint and code 2 from both, the same help from both."""
+    installed = shutil.which("spherelm", path=str(Path(sys.executable).parent))
+    starts = [[sys.executable, "-m", "spherelm"]] + ([[installed]] if installed else [])
+    helps = [subprocess.run([*start, "compare", "--help"], capture_output=True, text=True) for start in starts]
+    assert {answer.stdout for answer in helps} == {helps[0].stdout}
+    assert {(answer.returncode, answer.stderr) for answer in helps} == {(0, "")}
+    wrong = [*starts[-1], "train", "--arm", "gpt", "--out", "x", "--data", "no such directory"]
+    answer = subprocess.run(wrong, capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    line = "spherelm: no data directory no such directory: make it with spherelm data prepare --out no such directory\n"
+    assert answer.stderr == line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """`spherelm ... | head` ends quietly."""
+    words = [sys.executable, "-m", "spherelm", "train", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_from_text_to_text(command: commands.Command, tmp_path: Path) -> None:
+    """Prepare, train, go on, generate: what a first-time user does."""
+    (tmp_path / "a.txt").write_text(tiny.text(1))
+    (tmp_path / "b.txt").write_text(tiny.text(2))
+    data, run = tmp_path / "data", tmp_path / "run"
+    words = ["--input", tmp_path / "a.txt", "--val", tmp_path / "b.txt", "--out", data, "--tokenizer", "bytes"]
+    answer = command("data", "prepare", *words, "--workers", 1)
+    assert answer.code == 0
+    size = len(tiny.text(1)) + 1
+    assert f"train: 1 documents, {size:,} tokens" in answer.out
+    assert "val: 1 documents" in answer.out
+
+    answer = command("train", "--arm", "ngpt", "--out", run, "--data", data, *SMALL)
+    assert answer.code == 0
+    loss = read_metrics(run / "metrics.jsonl")[-1]["loss"]
+    assert answer.out == f"final validation loss {loss:.4f} nats per token; the run is in {run}\n"
+    assert "2/2" in answer.err
+    again = command("train", "--arm", "ngpt", "--out", run, "--data", data, *SMALL, "--resume")
+    assert (again.code, again.out) == (0, answer.out)
+
+    answer = command("generate", run, "--prompt", "ba", "--max-new-tokens", 5, "--samples", 2)
+    assert answer.code == 0
+    assert answer.err == ""
+    first, second = answer.out.split("\n---\n")
+    assert first.startswith("ba")
+    assert second.startswith("ba")
+    assert command("generate", run, "--prompt", "ba", "--max-new-tokens", 5, "--samples", 2).out == answer.out
+    other = command("generate", run, "--prompt", "ba", "--max-new-tokens", 5, "--samples", 2, "--seed", 1)
+    assert other.out != answer.out
+
+
+def test_a_dry_run_resolves_and_stops(command: commands.Command, data: Path, tmp_path: Path) -> None:
+    words = ["--arm", "ngpt", "--out", tmp_path / "run", "--data", data, "--lr", 0.5, "--dry-run"]
+    answer = command("train", *words, *SMALL)
+    assert answer.code == 0
+    record = json.loads(answer.out)
+    config = from_dict(record)
+    assert record["parameters"] == parameter_count(config.model)
+    assert (config.optim.lr, config.train.steps, config.model.vocab_size) == (0.5, 2, tiny.VOCAB)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_path: Path) -> None:
+    words = ["--arm", "gpt", "--out", tmp_path / "run", "--preset", "0.5b-1k", "--recipe", "paper", "--dry-run"]
+    answer = command("train", *words)
+    assert answer.code == 0
+    record = json.loads(answer.out)
+    assert record["parameters"] // 100_000 == 4682
+    assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
+
+
+def test_train_passes_on_what_was_asked(
+    command: commands.Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(trainer, "train", lambda *arguments: asked.extend(arguments) or 1.0)
+    words = [
+        "--recipe",
+        "paper",
+        "--micro-batch-size",
+        1,
+        "--lr",
+        0.25,
+        "--seed",
+        5,
+        "--eval-every",
+        3,
+        "--save-every",
+        4,
+    ]
+    answer = command(
+        "train", "--arm", "gpt", "--out", tmp_path, "--data", data, *SMALL, *words, "--keep", 7, "--resume"
+    )
+    assert answer.out == f"final validation loss 1.0000 nats per token; the run is in {tmp_path}\n"
+    config, out, resume = asked
+    assert (config.arm, config.recipe, config.optim.lr, out, resume) == ("gpt", "paper", 0.25, tmp_path, True)
+    train = config.train
+    assert (train.steps, train.seq_len, train.batch_size, train.micro_batch_size, train.seed) == (2, 16, 2, 1, 5)
+    assert (train.dtype, train.compile, train.eval_every, train.save_every, train.keep) == ("float32", False, 3, 4, 7)
+
+
+def test_compare_passes_on_what_was_asked(
+    command: commands.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def record(*arguments: Any) -> dict[str, Any]:
+        asked.extend(arguments)
+        return {"speedup": {"tokens": 1.5}, "step_time_ratio": 1.25, "arms": "of no concern"}
+
+    monkeypatch.setattr(comparison, "compare", record)
+    words = [
+        "--seeds",
+        3,
+        "--quick",
+        "--lr-gpt",
+        0.1,
+        "--lr-ngpt",
+        0.2,
+        "--workers",
+        2,
+        "--preset",
+        "p",
+        "--recipe",
+        "r",
+    ]
+    answer = command("compare", "--out", tmp_path, "--data", "d", *SMALL, *words, "--resume")
+    assert answer.code == 0
+    config, out, resume, workers = asked
+    assert (out, resume, workers) == (tmp_path, True, 2)
+    assert config == comparison.CompareConfig(
+        preset="p", recipe="r", data="d", seeds=3, quick=True, steps=2, seq_len=16, batch_size=2, lr_gpt=0.1,
+        lr_ngpt=0.2, dtype="float32", compile=False,
+    )  # fmt: skip
+    shown, _, last = answer.out.rstrip().rpartition("\n")
+    assert json.loads(shown) == {"speedup": {"tokens": 1.5}, "step_time_ratio": 1.25}
+    assert last == f"The page: {tmp_path / 'report.html'}"
+
+
+def test_sweep_passes_on_what_was_asked(
+    command: commands.Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Job] = []
+    monkeypatch.setattr(sweep_module, "run_jobs", lambda jobs, *_: seen.extend(jobs) or [2.5] * len(jobs))
+    words = [
+        "--arms",
+        "ngpt",
+        "--lr",
+        0.1,
+        0.2,
+        "--vary",
+        "alpha_init=0.1,0.3",
+        "seq_len=16",
+        "--steps",
+        9,
+        "--seeds",
+        2,
+    ]
+    (tmp_path / "sweep").mkdir()
+    answer = command("sweep", "--out", tmp_path / "sweep", "--data", data, "--recipe", "default", "paper", *words)
+    assert answer.code == 0, answer.err
+    assert len(seen) == 2 * 2 * 2 * 2
+    keys = {(j.config.recipe, j.config.optim.lr, j.config.model.alpha_init, j.config.train.seed) for j in seen}  # type: ignore[union-attr]
+    assert keys == {
+        (r, lr, a, s) for r in ("default", "paper") for lr in (0.1, 0.2) for a in (0.1, 0.3) for s in (0, 1)
+    }
+    assert {(j.config.train.steps, j.config.train.seq_len, j.config.data) for j in seen} == {(9, 16, str(data))}
+    assert len(answer.out.splitlines()) == 2 + 8
+    assert "| ngpt | demo | default | 0.1 | 16 | 0.1 | 9 | 2.5000 | 0.0000 | 2 |" in answer.out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("a wrong\n  value"), 2, "spherelm: a wrong value"),
+        (FileNotFoundError("no file"), 2, "spherelm: no file"),
+        (OSError(28, "No space left on device"), 2, "spherelm: [Errno 28] No space left on device"),
+        (Diverged("the loss is nan"), 1, "spherelm: the loss is nan"),
+        (Interrupted("saved", 15), 143, "spherelm: saved"),
+        (Interrupted("saved", 2), 130, "spherelm: saved"),
+        (KeyboardInterrupt(), 130, "spherelm: interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_each_way_to_fail_has_its_code_and_one_line(
+    error: BaseException, code: int, line: str, command: commands.Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    answer = command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
+    assert (answer.code, answer.out, answer.err) == (code, "", line + "\n")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a mistake of ours"), TypeError("another"), AssertionError("and another")]
+)
+def test_our_own_mistakes_keep_their_traceback(
+    error: Exception, command: commands.Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    with pytest.raises(type(error), match=str(error)):
+        command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
+
+
+def test_training_that_diverges_is_code_1(command: commands.Command, data: Path, tmp_path: Path) -> None:
+    answer = command("train", "--arm", "gpt", "--out", tmp_path / "run", "--data", data, *SMALL, "--lr", 1e30)
+    assert answer.code == 1
+    assert answer.out == ""
+    assert re.fullmatch(
+        r"spherelm: .*run: the (loss|gradient norm|validation loss) is nan at step \d \(.*\): lower --lr or look at .*",
+        answer.err.splitlines()[-1],
+    )
+
+
+def test_the_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    assert spherelm.__version__ == version("spherelm")
