@@ -63,9 +63,9 @@ def caveats(comparison: Comparison) -> list[str]:
 
 
 REACH = (
-    "This factor belongs to this size, context length and budget. The gain is known to grow with the length of the context "
-    "and of the run, and a small, short run shows little of it: read it as a measurement of these runs, not as a forecast "
-    "for others."
+    "This factor belongs to this size, context length and budget. The paper reports that the gain grows with the length of "
+    "the context and of the run; small models have also been seen to gain less the longer they run. Read it as a measurement "
+    "of these runs, not as a forecast for others."
 )
 
 
