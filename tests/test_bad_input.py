@@ -12,6 +12,7 @@ from typing import Any
 import commands
 import pytest
 import tiny
+from safetensors.torch import save_file
 
 from spherelm.data.shards import BODY_START
 from spherelm.train import checkpoint
@@ -264,12 +265,12 @@ def test_a_full_disk_while_saving(
     command: commands.Command, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second checkpoint does not fit; the first is there, and training goes on from it when there is room again."""
-    run, save, calls = tmp_path / "run", checkpoint.save_file, iter(range(9))
+    run, calls = tmp_path / "run", iter(range(9))
 
     def save_until_full(tensors: Any, path: Path) -> None:
         if next(calls) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(tensors, path)
+        save_file(tensors, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", save_until_full)

@@ -189,7 +189,12 @@ def test_train_passes_on_what_was_asked(
     command: commands.Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(trainer, "train", lambda *arguments: asked.extend(arguments) or 1.0)
+
+    def record(*arguments: Any) -> float:
+        asked.extend(arguments)
+        return 1.0
+
+    monkeypatch.setattr(trainer, "train", record)
     words = [
         "--recipe",
         "paper",
@@ -257,7 +262,12 @@ def test_sweep_passes_on_what_was_asked(
     command: commands.Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Job] = []
-    monkeypatch.setattr(sweep_module, "run_jobs", lambda jobs, *_: seen.extend(jobs) or [2.5] * len(jobs))
+
+    def record(jobs: list[Job], *_: Any) -> list[float]:
+        seen.extend(jobs)
+        return [2.5] * len(jobs)
+
+    monkeypatch.setattr(sweep_module, "run_jobs", record)
     words = [
         "--arms",
         "ngpt",

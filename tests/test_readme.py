@@ -83,7 +83,11 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(("page", "words"), ALL_COMMANDS, ids=[f"{name_of(p)}: {' '.join(w)}" for p, w in ALL_COMMANDS])
 def test_every_command_is_understood(
-    page: Path, words: list[str], run_command: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    words: list[str],
+    run_command: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """With the floors below the command line taken away, so that nothing is trained."""
 
@@ -102,6 +106,9 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.train.trainer.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])
+    monkeypatch.setattr("spherelm.train.export.export", lambda *rest, **more: None)
+    monkeypatch.setattr("spherelm.train.imported.import_nvidia", lambda *rest, **more: torch.nn.Linear(1, 1))
+    monkeypatch.chdir(tmp_path)
     run_command(words)
 
 

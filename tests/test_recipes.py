@@ -109,7 +109,9 @@ def test_overrides_reach_their_configs() -> None:
 
 
 def test_what_is_left_out_is_left_as_it_is() -> None:
-    fields = dict.fromkeys(("steps", "seq_len", "batch_size", "dtype", "compile", "eval_every", "keep", "d_ff"))
+    fields: dict[str, Any] = dict.fromkeys(
+        ("steps", "seq_len", "batch_size", "dtype", "compile", "eval_every", "keep", "d_ff")
+    )
     assert make_run("ngpt", vocab_size=9, lr=None, **fields) == make_run("ngpt", vocab_size=9)
     assert make_run("ngpt", vocab_size=9, compile=False).train.compile is False
 

@@ -58,7 +58,11 @@ def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) ->
         assert of_arm["runs"] == [f"{arm}-0", f"{arm}-1"]
     best = summary["speedup"]["winner"]
     assert jobs_done[:4] == ["gpt-0", "ngpt-0", "gpt-1", "ngpt-1"], "both arms of a seed side by side"
-    assert jobs_done[4:] == [f"{best}-{seed}-steps{steps}" for steps in (2, 4) for seed in (0, 1)]
+    targets = summary["arms"]["gpt" if best == "ngpt" else "ngpt"]["final_loss_by_seed"]
+    expected = [f"{best}-{seed}-steps4" for seed in (0, 1)]
+    if any(final(out / run) <= target for run, target in zip(expected, targets, strict=True)):
+        expected += [f"{best}-{seed}-steps2" for seed in (0, 1)]
+    assert jobs_done[4:] == expected
     assert [run["run"] for run in summary["short_runs"]] == jobs_done[4:]
     for run in summary["short_runs"]:
         assert run["final_loss"] == final(out / run["run"])
@@ -81,7 +85,8 @@ def test_shorter_budgets_have_whole_schedules_of_their_own(
 ) -> None:
     summary = compare(config(data, seeds=1), tmp_path / "out")
     best = summary["speedup"]["winner"]
-    for steps in (2, 4):
+    assert summary["short_runs"][0]["steps"] == 4
+    for steps in (short["steps"] for short in summary["short_runs"]):
         run = tmp_path / "out" / f"{best}-0-steps{steps}"
         assert tiny.read_json(run / "config.json")["train"]["steps"] == steps
         rates = [record["lr"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
@@ -150,12 +155,37 @@ def test_what_each_arm_learns_with_can_be_chosen(
     assert (record["train"]["steps"], record["train"]["seq_len"], record["train"]["batch_size"]) == (2, 8, 2)
 
 
-@pytest.mark.parametrize(("steps", "shorter"), [(1, []), (2, ["steps1"]), (3, ["steps1", "steps2"])])
-def test_a_budget_too_short_to_divide(
-    steps: int, shorter: list[str], data: Path, tmp_path: Path, jobs_done: list[str], no_page: list[Path]
+@pytest.mark.parametrize(
+    ("steps", "shorter"), [(1, []), (2, [1]), (3, [2, 1]), (6, [4, 2]), (100, [65, 40, 25]), (240, [156, 96, 60])]
+)
+def test_shorter_budgets_are_whole_and_fall(steps: int, shorter: list[int]) -> None:
+    assert module.shorter_budgets(steps) == shorter
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ({65: [3.1, 3.1], 40: [3.5, 3.5]}, [65]),
+        ({65: [2.9, 3.1], 40: [3.5, 3.5]}, [65, 40]),
+        ({65: [2.9, 2.9], 40: [2.9, 2.9], 25: [2.9, 3.5]}, [65, 40, 25]),
+        ({65: [math.nan, math.nan]}, [65]),
+    ],
+)
+def test_budgets_get_shorter_until_no_seed_reaches_its_target(
+    losses: dict[int, list[float]],
+    steps: list[int],
+    data: Path,
+    tmp_path: Path,
+    jobs_done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compare(config(data, seeds=1, steps=steps), tmp_path / "out")
-    assert [name.split("-")[-1] for name in jobs_done[2:]] == shorter
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, *rest: losses[jobs[0].config.train.steps])
+    wanted = config(data, steps=100)
+    done = module.shorter_runs(wanted, "ngpt", wanted.run("ngpt", tiny.VOCAB, 0), [3.0, 3.0], tmp_path, None)
+    assert [(job.config.train.steps, loss) for job, loss in done[::2]] == [
+        (n, pytest.approx(losses[n][0], nan_ok=True)) for n in steps
+    ]
+    assert [job.config.train.seed for job, _ in done] == [0, 1] * len(steps)
 
 
 def test_an_occupied_directory_is_refused(

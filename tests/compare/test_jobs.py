@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from spherelm.compare import jobs as module
 from spherelm.compare.jobs import Job, default_workers, do_job, final_loss, run_jobs, steps_done
@@ -26,10 +27,17 @@ PATIENCE = 300
 """Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
 
 
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers compute with one thread: a second one spends its time on waiting for the first where models are tiny."""
+    monkeypatch.setattr(module, "cores", lambda: 1)
+
+
 def job(data: Path, out: Path, arm: str = "gpt", **fields: Any) -> Job:
     return Job(tiny.run_config(arm, data, **fields), out)
 
 
+@pytest.mark.usefixtures("one_core")
 def test_results_come_in_order_and_finished_runs_are_taken_as_they_are(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,15 +123,16 @@ def test_steps_are_counted_from_the_end_of_the_log(tmp_path: Path) -> None:
 def test_a_process_a_core_and_one_in_all_beside_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cores", lambda: 4)
     for accelerator, workers in ((False, [1, 3, 4]), (True, [1, 1, 1])):
-        monkeypatch.setattr(module.torch.accelerator, "is_available", lambda answer=accelerator: answer)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda answer=accelerator: answer)
         assert [default_workers(jobs) for jobs in (1, 3, 9)] == workers
 
 
+@pytest.mark.usefixtures("one_core")
 def test_what_a_run_raises_is_raised_and_the_others_stop(data: Path, tmp_path: Path) -> None:
-    """The second run cannot start; the first would take days and is not waited for."""
-    missing = Job(tiny.run_config("gpt", tmp_path / "no data"), tmp_path / "second")
+    """The first run cannot start; the second would take days and is not waited for."""
+    missing = Job(tiny.run_config("gpt", tmp_path / "no data"), tmp_path / "first")
     with pytest.raises(FileNotFoundError, match="no data directory"):
-        run_jobs([job(data, tmp_path / "first", steps=10**6), missing], workers=2)
+        run_jobs([missing, job(data, tmp_path / "days", steps=10**6)], workers=1)
 
 
 class Sweep:
@@ -135,7 +144,12 @@ class Sweep:
         command = [sys.executable, "-m", "spherelm", "sweep", "--lr", "0.01", *map(str, flags)]
         self.out = out
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # idle threads shall leave the cores to others
         )
 
     def wait_for_runs(self, count: int) -> None:
@@ -205,6 +219,7 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
         assert err.splitlines()[-1] == line
 
 
+@pytest.mark.usefixtures("one_core")
 def test_ctrl_c_is_raised_as_interrupted_where_it_was_taken(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

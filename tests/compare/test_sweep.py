@@ -95,7 +95,12 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
 
 def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Job] = []
-    monkeypatch.setattr(module, "run_jobs", lambda jobs, workers, description: seen.extend(jobs) or [1.0] * len(jobs))
+
+    def record(jobs: list[Job], *_: Any) -> list[float]:
+        seen.extend(jobs)
+        return [1.0] * len(jobs)
+
+    monkeypatch.setattr(module, "run_jobs", record)
     choice = {"arm": "ngpt", "alpha_init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
     sweep([choice], 2, tmp_path, vocab_size=99, data="d", workers=3)
     for seed, job in enumerate(seen):

@@ -13,10 +13,11 @@ import pytest
 import safetensors
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spherelm import load_model
-from spherelm.models import GPTConfig, NGPTConfig, build
+from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
 from spherelm.train import checkpoint as module
 from spherelm.train.checkpoint import (
@@ -37,7 +38,7 @@ SHAPE: dict[str, Any] = {"vocab_size": 11, "n_layers": 2, "d_model": 8, "n_heads
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 
 
-def trained(arm: str, updates: int = 2, **fields: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(arm: str, updates: int = 2, **fields: Any) -> tuple[Decoder, torch.optim.Optimizer]:
     """A small model after some updates, and its optimizer."""
     model = build((GPTConfig if arm == "gpt" else NGPTConfig)(**SHAPE, **fields))
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
@@ -125,14 +126,11 @@ def full_disk(after: int) -> Callable[..., None]:
 
     def save(tensors: dict[str, Tensor], path: Path) -> None:
         if next(calls) < after:
-            return original_save(tensors, path)
+            return save_file(tensors, path)
         Path(path).write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     return save
-
-
-original_save = module.save_file
 
 
 @pytest.mark.parametrize("after", [0, 1], ids=["in the weights", "in the moments"])

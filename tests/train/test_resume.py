@@ -41,7 +41,7 @@ def crash_at(trainer: Trainer, step: int) -> None:
             raise SystemExit("power cut")
         return update(current, lr)
 
-    trainer._update = failing  # type: ignore[method-assign]
+    trainer._update = failing  # type: ignore
 
 
 @both_arms
@@ -93,12 +93,15 @@ def test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing(
             received.append(number)
         return update(step, lr)
 
-    first._update = update_and_signal  # type: ignore[method-assign]
+    first._update = update_and_signal  # type: ignore
     with monkeypatch.context() as patch:
         patch.setattr(module, "signals_noted", lambda: asked_to_stop(received))
         with pytest.raises(Interrupted, match=r"SIG(TERM|INT): saved .*run at step 3; go on with --resume") as error:
             first.run(show_progress=False)
     assert error.value.signal_number == number
+    saved = latest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert saved.name == "step-00000003"
     trainer(arm, resume=True).run(show_progress=False)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 

@@ -16,7 +16,6 @@ import tiny
 from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.recipes import PRESETS, RECIPES, make_run
-from spherelm.train import record as module
 from spherelm.train.config import RunConfig, TrainConfig, from_dict, read_config, to_dict
 from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
 
@@ -114,7 +113,7 @@ def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None
         def fail(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(module.subprocess, "run", fail)
+        monkeypatch.setattr(subprocess, "run", fail)
         assert git_commit() is None
 
 
@@ -172,4 +171,4 @@ def test_a_sequence_longer_than_the_model_reads_is_refused() -> None:
 def test_configs_cannot_be_changed_by_accident() -> None:
     for config in (make_run("gpt", vocab_size=9), TrainConfig(1, 1, 1), NGPTConfig(9, 1, 8, 1)):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            config.seed = 1  # type: ignore[union-attr]
+            config.seed = 1  # type: ignore

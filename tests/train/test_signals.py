@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from spherelm.recipes import make_run
 from spherelm.train.checkpoint import MOMENTS, WEIGHTS, latest_checkpoint
 from spherelm.train.trainer import Interrupted, Trainer
 
-SIZES = {"steps": 10**6, "seq_len": 8, "batch_size": 1}
+SIZES: dict[str, Any] = {"steps": 10**6, "seq_len": 8, "batch_size": 1}
 PATIENCE = 300
 """Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
 
@@ -48,7 +49,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
             signal.raise_signal(signal.SIGTERM)
         return update(current, lr)
 
-    trainer._update = last  # type: ignore[method-assign]
+    trainer._update = last  # type: ignore
     with pytest.raises(Interrupted):
         trainer.run(show_progress=False)
     assert trainer.progress.step == step
@@ -96,7 +97,7 @@ def test_a_second_interrupt_ends_at_once(data: Path, tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the second one was swallowed")
 
-    trainer._update = impatient  # type: ignore[method-assign]
+    trainer._update = impatient  # type: ignore
     with pytest.raises(KeyboardInterrupt):
         trainer.run(show_progress=False)
     assert latest_checkpoint(tmp_path / "run") is None

@@ -25,8 +25,9 @@ from spherelm.train.record import claim_directory, command_line, git_commit, ver
 from spherelm.train.samples import continuations
 from spherelm.train.trainer import open_data, vocabulary_size
 
-SHORTER = (0.4, 0.65)
-"""The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own."""
+SHORTER = (0.65, 0.4, 0.25)
+"""The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until one is
+too short for it to win."""
 
 PROMPT = "The old man looked out over the sea, and"
 
@@ -90,12 +91,11 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
     final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
     best = winner(final)
-    shorter = [] if config.quick else shorter_jobs(config, best, vocab_size, jobs[best][0].config.train.steps, out)
-    shorter_losses = run_jobs(shorter, workers, "shorter runs")
+    targets = final["gpt" if best == "ngpt" else "ngpt"]
+    ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
     with threads(threads_each(workers or default_workers(len(in_order)))):
         cost = measure_cost(full["gpt"][0], full["ngpt"][0])
         drawn = samples({arm: jobs[arm][0].out for arm in jobs})
-    ends = list(zip(shorter, shorter_losses, strict=True))
     summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
     summary["wall_seconds"] = time.perf_counter() - start
     write_json(out / "summary.json", summary)
@@ -104,13 +104,27 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     return summary
 
 
-def shorter_jobs(config: CompareConfig, arm: str, vocab_size: int, steps: int, out: Path) -> list[Job]:
-    """Full schedules of the parts `SHORTER` of `steps`, for every seed."""
-    jobs = []
-    for count in sorted({round(part * steps) for part in SHORTER} - {0, steps}):
-        for seed in range(config.seeds):
-            jobs.append(Job(config.run(arm, vocab_size, seed, steps=count), out / f"{arm}-{seed}-steps{count}"))
-    return jobs
+def shorter_budgets(steps: int) -> list[int]:
+    """The parts `SHORTER` of `steps` in whole updates, longest first, without repetition."""
+    return sorted({round(part * steps) for part in SHORTER} - {0, steps}, reverse=True)
+
+
+def shorter_runs(
+    config: CompareConfig, arm: str, full: RunConfig, targets: list[float], out: Path, workers: int | None
+) -> list[tuple[Job, float]]:
+    """Train `arm` over ever shorter budgets until no seed reaches its target any more: there the crossing is bracketed.
+
+    full: the run over the whole budget; targets: the loss to reach, by seed. Returns the runs and how they ended.
+    """
+    done: list[tuple[Job, float]] = []
+    for count in shorter_budgets(full.train.steps):
+        runs = [config.run(arm, full.model.vocab_size, seed, steps=count) for seed in range(config.seeds)]
+        jobs = [Job(run, out / f"{arm}-{run.train.seed}-steps{count}") for run in runs]
+        losses = run_jobs(jobs, workers, f"{count} steps")
+        done += zip(jobs, losses, strict=True)
+        if not any(loss <= target for loss, target in zip(losses, targets, strict=True)):
+            break
+    return done
 
 
 def in_run_curve(run: Path) -> list[Point]:
