@@ -127,6 +127,15 @@ def test_a_process_a_core_and_one_in_all_beside_an_accelerator(monkeypatch: pyte
         assert [default_workers(jobs) for jobs in (1, 3, 9)] == workers
 
 
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cores", lambda: 8)
+    assert [module.threads_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    before = torch.get_num_threads()
+    with module.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.usefixtures("one_core")
 def test_what_a_run_raises_is_raised_and_the_others_stop(data: Path, tmp_path: Path) -> None:
     """The first run cannot start; the second would take days and is not waited for."""
