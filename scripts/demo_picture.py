@@ -1,6 +1,6 @@
 """The README's picture: the first figure of a comparison's page as a file of its own, and the summary beside it.
 
-    python scripts/demo_picture.py runs/demo --picture docs/images/demo.svg --summary docs/results/demo.json
+python scripts/demo_picture.py runs/demo --picture docs/images/demo.svg --summary docs/results/demo.json
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-    arguments.picture.write_text(standalone(loss_figures(read_comparison(arguments.comparison))[0].svg), encoding="utf-8")
+    arguments.picture.write_text(
+        standalone(loss_figures(read_comparison(arguments.comparison))[0].svg), encoding="utf-8"
+    )
     shutil.copyfile(arguments.comparison / "summary.json", arguments.summary)
 
 

@@ -21,6 +21,7 @@ from spherelm.models import Decoder, build
 from spherelm.train.config import read_config
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+REMEDY = "delete this checkpoint to go on from the one before"
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -106,10 +107,10 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         for name, expected in state["sha256"].items():
             if _digest(checkpoint / name) != expected:
-                raise ValueError(f"{checkpoint / name} is damaged (its sha256 differs): use an earlier checkpoint")
+                raise ValueError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
         return state
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError) as error:
-        raise ValueError(f"{checkpoint} is not a complete checkpoint ({error}): use an earlier one") from error
+        raise ValueError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
 
 
 @torch.no_grad()
