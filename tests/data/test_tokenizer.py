@@ -187,7 +187,9 @@ def test_end_token_from_a_hugging_face_directory(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("spec", ["no/such/file/at-all", "missing.json", "missing.model", "what is this", "../x"])
+@pytest.mark.parametrize(
+    "spec", ["no/such/file/at-all", "missing.json", "missing.model", "what is this", "../no-such-folder"]
+)
 def test_unknown_tokenizer(spec: str) -> None:
     with pytest.raises(ValueError, match=r"unknown tokenizer .* 'default', 'bytes'"):
         load_tokenizer(spec)

@@ -125,6 +125,6 @@ def departure(model: nn.Module) -> float:
     """How far the worst declared vector is from the sphere: the largest `| ||w|| - 1 |`; 0.0 without unit weights."""
     worst = 0.0
     for _, module, axis in unit_modules(model):
-        lengths = torch.linalg.vector_norm(module.weight.to(torch.float64), dim=axis)
+        lengths = torch.linalg.vector_norm(module.weight.cpu().to(torch.float64), dim=axis)
         worst = max(worst, (lengths - 1).abs().max().item())
     return worst
