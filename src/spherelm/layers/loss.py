@@ -3,7 +3,7 @@
 The logits of a batch, [batch*seq, vocab] in float32, are the largest tensor of a training step by far. Here they exist
 only for a chunk of tokens, whose gradients are computed while they do: the same three matrix products as the plain
 loss, nothing computed twice. (`torch.nn.functional.linear_cross_entropy` does the same but took 1.3 to 1.9 times as
-long as this where both were timed, see docs/performance.md, and accumulates float64 in float32.)
+long as this where both were timed, see docs/performance.md, and torch.compile leaves it out.)
 """
 
 from __future__ import annotations
