@@ -1,33 +1,17 @@
-"""The command line: parses arguments, calls the floor below, and turns what users got wrong into one line and exit code 2.
-
-Everything heavy is imported inside the commands, so that `--help` answers at once.
-"""
+"""Commands that train: `compare`, `train`, `sweep`."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, Positional
+from spherelm.cli.flags import Dtype, Flag
 
 if TYPE_CHECKING:
     from spherelm.train.config import RunConfig
 
-Flag = Annotated[bool, FlagCreatePairsOff]
-Dtype = Literal["auto", "float32", "bfloat16"]
 
-app = tyro.extras.SubcommandApp()
-data_app = tyro.extras.SubcommandApp()
-app.command(data_app, name="data", help="Turn text into token shards.")
-import_app = tyro.extras.SubcommandApp()
-app.command(import_app, name="import", help="Turn a checkpoint of another program into a run directory.")
-
-
-@app.command
 def compare(
     out: Path,
     data: Path | None = None,
@@ -86,7 +70,6 @@ def compare(
     print(f"The page: {(out / 'report.html').resolve()}")
 
 
-@app.command
 def train(
     arm: Literal["gpt", "ngpt"],
     out: Path,
@@ -163,113 +146,6 @@ def describe(config: RunConfig) -> None:
     print(json.dumps({"parameters": parameter_count(config.model), **to_dict(config)}, indent=2))
 
 
-@data_app.command
-def prepare(
-    input: list[Path],
-    out: Path,
-    tokenizer: str = "default",
-    val: list[Path] | None = None,
-    val_fraction: float = 0.0,
-    workers: int | None = None,
-) -> None:
-    """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) into a data directory of token shards.
-
-    Args:
-        input: Text files: a .txt is one document, a .jsonl line or .parquet row has one in "text".
-        out: The data directory to make.
-        tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
-        val: Files of validation text.
-        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides.
-        workers: Processes; one a core if left out.
-    """
-    from spherelm.data.prepare import prepare as run_preparation
-
-    processes = workers or os.cpu_count() or 1
-    manifest = run_preparation(input, out, tokenizer, val, val_fraction, processes, progress=True)
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-
-
-@import_app.command(name="nvidia")
-def import_nvidia(
-    ckpt: Positional[Path],
-    out: Positional[Path],
-    rope: Literal["nvidia", "standard"] = "nvidia",
-    tokenizer: str | None = None,
-    moments: Flag = False,
-) -> None:
-    """Turn a ckpt.pt that NVIDIA/ngpt's train.py wrote into a run directory; nothing in the file is run.
-
-    Args:
-        ckpt: The file.
-        out: The run directory to make.
-        rope: nvidia: what their code computes, whose rotary embedding is not a rotation; standard: the paper's model.
-        tokenizer: What it was trained with (a tokenizer.json, a SentencePiece .model, a Hugging Face name); not in the file.
-        moments: Keep the optimizer's moments as well, for training on.
-    """
-    from spherelm.layers.linear import departure
-    from spherelm.train.imported import import_nvidia as run_import
-
-    model = run_import(ckpt, out, rope, tokenizer, moments)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__} of {count:,} parameters in {out}; departure from the sphere {departure(model):.1e}")
-
-
-@app.command
-def generate(
-    run: Positional[Path],
-    prompt: str,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = None,
-    samples: int = 1,
-    seed: int = 0,
-) -> None:
-    """Continue a text.
-
-    Args:
-        run: A run directory, or one of its checkpoints.
-        prompt: How the text begins.
-        max_new_tokens: Tokens to add.
-        temperature: 0 always takes the most probable token; 1 draws as the model predicts.
-        top_k: Draw among the k most probable tokens only.
-        top_p: Draw among the fewest tokens that reach this probability.
-        samples: Continuations to draw.
-        seed: Of the draw.
-    """
-    from spherelm.train.samples import continuations
-
-    texts = continuations(
-        run, prompt, samples, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    print("\n---\n".join(prompt + text for text in texts))
-
-
-@app.command
-def export(
-    run: Positional[Path],
-    out: Positional[Path],
-    standalone: Flag = False,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    no_tokenizer: Flag = False,
-) -> None:
-    """Write a run's model as a folder that Hugging Face transformers loads, with tokenizer and model card.
-
-    Args:
-        run: A run directory, or one of its checkpoints.
-        out: The directory to make.
-        standalone: Put the modeling code beside the weights, for trust_remote_code where spherelm is not installed.
-        dtype: Format of the weights.
-        no_tokenizer: Leave the tokenizer out.
-    """
-    from spherelm.train.export import export as run_export
-
-    run_export(run, out, dtype, standalone, with_tokenizer=not no_tokenizer)
-    print(f"The folder: {out.resolve()}")
-
-
-@app.command
 def sweep(
     out: Path,
     arms: tuple[Literal["gpt", "ngpt"], ...] = ("gpt", "ngpt"),
@@ -306,36 +182,3 @@ def sweep(
     axes |= {} if steps is None else {"steps": (steps,)}
     rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
     print(table(rows))
-
-
-def stop(message: str, code: int) -> NoReturn:
-    """Say one line and leave with `code`."""
-    print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 128 + n signal n."""
-    try:
-        app.cli(prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline.")
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None
-    except (ValueError, OSError) as error:
-        stop(str(error), 2)
-    except KeyboardInterrupt:
-        stop("interrupted", 130)
-    except RuntimeError as error:
-        code = exit_code(error)
-        if code is None:
-            raise
-        stop(str(error), code)
-
-
-def exit_code(error: RuntimeError) -> int | None:
-    """The exit code of an error that training raises on purpose, `None` for any other."""
-    from spherelm.train.trainer import Diverged, Interrupted
-
-    if isinstance(error, Interrupted):
-        return 128 + error.signal_number
-    return 1 if isinstance(error, Diverged) else None
