@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from spherelm.layers.linear import unit_modules
-from spherelm.optim.retraction import attach_retraction
+from spherelm.optim.gated_adamw import GatedAdamW
+from spherelm.optim.muon import MuonAdamW
+from spherelm.optim.retraction import AngleCap, attach_retraction
 
 DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix")
 """Weight decay acts on these; never on gains and learned scales (nGPT paper, A.5)."""
@@ -31,12 +34,19 @@ ROLES = tuple(f.name for f in fields(RateMultipliers))
 """The roles a parameter can have."""
 
 
+OPTIMIZERS = ("adamw", "gated_adamw", "muon")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
 
     lr: the peak learning rate. weight_decay: `None` means the paper's for the arm, 0.1 for a plain model and 0 on the
-    sphere. grad_clip: the largest global gradient norm, `None` for no limit.
+    sphere. grad_clip: the largest global gradient norm, `None` for no limit. optimizer: "adamw"; "gated_adamw", with its
+    eps_gate, gate_sharpness and gated_step; "muon" for block matrices, at the rate matrix_lr, and Adam for the rest.
+    matrix_lr: the peak rate of the block matrices, where it is not lr times their multiplier. momentum, tangent: Muon's;
+    tangent projects the gradients of unit vectors first. max_angle: radians by which one update may turn a unit vector
+    of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the rate does.
     """
 
     lr: float
@@ -45,16 +55,34 @@ class OptimConfig:
     weight_decay: float | None = None
     grad_clip: float | None = 1.0
     multipliers: RateMultipliers = field(default_factory=RateMultipliers)
+    optimizer: str = "adamw"
+    matrix_lr: float | None = None
+    eps_gate: float = 1e-8
+    gate_sharpness: float = 0.5
+    gated_step: float = 1.0
+    momentum: float = 0.95
+    tangent: bool = False
+    max_angle: float | None = None
+    angle_follows_lr: bool = False
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"the learning rate must be a positive number, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(f"grad_clip must be positive or None, got {self.grad_clip}")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        for name in ("grad_clip", "matrix_lr", "max_angle"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+        for name in ("eps_gate", "gate_sharpness", "gated_step"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -80,15 +108,23 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     return roles
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+def rate_multiplier(config: OptimConfig, role: str) -> float:
+    """What the peak learning rate is multiplied by for the parameters of `role`."""
+    if role == "matrix" and config.matrix_lr is not None:
+        return config.matrix_lr / config.lr
+    multiplier: float = getattr(config.multipliers, role)
+    return multiplier
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """One optimizer group for each role that occurs, with its `role`, `lr`, `lr_multiplier` and `weight_decay`."""
     roles, parameters = parameter_roles(model), dict(model.named_parameters())
     on_sphere = next(unit_modules(model), None) is not None
     decay = config.weight_decay if config.weight_decay is not None else (0.0 if on_sphere else 0.1)
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     for role in ROLES:
         names = [name for name in roles if roles[name] == role]
-        multiplier = getattr(config.multipliers, role)
+        multiplier = rate_multiplier(config, role)
         if names:
             groups.append(
                 {
@@ -102,20 +138,49 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     return groups
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over the groups of `model`, retraction attached if any of its weights live on the sphere.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer that `config` names over the groups of `model`, retraction attached if any weight lives on the sphere.
 
     With weight decay 0, as on the sphere, AdamW is Adam. The learning rate of a group is `lr * lr_multiplier`; a schedule
     sets it to `factor * lr * lr_multiplier` before each step.
     """
-    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in model.parameters())
-    optimizer = AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    groups = parameter_groups(model, config)
+    if config.optimizer == "gated_adamw":
+        gate = {"eps_gate": config.eps_gate, "a": config.gate_sharpness, "alpha": config.gated_step}
+        optimizer: Optimizer = GatedAdamW(groups, config.lr, config.betas, config.eps, **gate)
+    else:
+        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in model.parameters())
+        if config.optimizer == "muon":
+            optimizer = MuonAdamW(with_muon(model, groups, config), config.lr, config.betas, config.eps, fused)
+        else:
+            optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     if next(unit_modules(model), None) is not None:
+        if config.max_angle is not None:
+            AngleCap(optimizer, model, angle_limit(optimizer, config, config.max_angle))
         attach_retraction(optimizer, model)
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def with_muon(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> list[dict[str, Any]]:
+    """`groups`, the block matrices among them marked for Muon, each with its unit axis or `None`."""
+    axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
+    for group in groups:
+        if group["role"] == "matrix":
+            unit_axes = [axes.get(id(parameter)) for parameter in group["params"]]
+            group |= {"muon": True, "momentum": config.momentum, "tangent": config.tangent, "unit_axes": unit_axes}
+    return groups
+
+
+def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> float | Callable[[], float]:
+    """`max_angle`, or a function that gives the same part of it as the present rate is of the peak."""
+    if not config.angle_follows_lr:
+        return max_angle
+    return lambda: (
+        max_angle * optimizer.param_groups[0]["lr"] / (config.lr * optimizer.param_groups[0]["lr_multiplier"])
+    )
+
+
+def set_rate(optimizer: Optimizer, lr: float) -> None:
     """Give every group the learning rate `lr` times its own multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]

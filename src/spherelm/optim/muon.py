@@ -1,0 +1,126 @@
+"""Muon (Jordan et al., 2024) for block matrices, Adam for everything else, as one optimizer; and Muon on the sphere.
+
+`torch.optim.Muon` computes in bfloat16 always, which most processors emulate at a hundredth of their speed, and takes no
+DTensors; so the update stands here, twenty lines, tested against torch's. What the sphere adds: a gradient may be
+projected onto the tangent space of the unit vectors first, and the update is scaled so that the rate is an angle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import AdamW, Optimizer
+
+from spherelm import sphere
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
+
+STEPS = 5
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """In what the iteration is computed: bfloat16 on an accelerator, where it is enough and fast, float32 elsewhere."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
+    """Near `U V^T` for `g = U S V^T`: singular values between about 0.7 and 1.2, by `steps` Newton-Schulz steps in `dtype`.
+
+    g: [rows, columns]; the result has its shape, in `dtype`. A zero matrix stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    x = (g if g.shape[0] <= g.shape[1] else g.T).to(dtype)
+    x = x / torch.linalg.matrix_norm(x).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if g.shape[0] <= g.shape[1] else x.T
+
+
+def step_size(shape: torch.Size, unit_axis: int | None) -> float:
+    """What the rate is multiplied by for an orthogonalized update of this shape.
+
+    Unit rows or columns: so that the rate is the root mean square angle, in radians, by which a vector turns (an orthogonal
+    matrix has unit vectors along its shorter side only). Without a unit axis: `sqrt(max(1, rows/columns))` (Jordan et al.).
+    """
+    rows, columns = shape
+    return math.sqrt(max(1.0, columns / rows if unit_axis == 0 else rows / columns))
+
+
+def whole(x: Tensor) -> Tensor:
+    """`x`, gathered from all processes where it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def sharded_as(x: Tensor, like: Tensor) -> Tensor:
+    """This process's part of the whole matrix `x`, where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return x
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, placements)
+
+
+class MuonAdamW(Optimizer):
+    """Muon for the groups with `"muon": True`, torch's AdamW for the others, behind the interface of one optimizer.
+
+    Both see the very groups and state of this object, so a schedule, a checkpoint or a hook needs to know nothing of it.
+    A muon group holds matrices only, and besides `lr` and `weight_decay` has `momentum`, `unit_axes` (one for each of its
+    parameters, `None` for a plain matrix) and `tangent`: whether the gradient is projected onto the tangent space of
+    the unit vectors before it enters the momentum. Under sharding every process gathers a matrix to orthogonalize it.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, fused: bool
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "muon": False})
+        rest = [group for group in self.param_groups if not group["muon"]]
+        self._adam = AdamW(rest, lr=lr, betas=betas, eps=eps, fused=fused) if rest else None
+        for group in self.param_groups:
+            if group["muon"] and any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("Muon takes matrices only: leave its other parameters to Adam")
+        self._share()
+
+    def _share(self) -> None:
+        """Let Adam work on this object's groups and state themselves."""
+        if self._adam is not None:
+            self._adam.param_groups = [group for group in self.param_groups if not group["muon"]]
+            self._adam.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, for both parts."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what `closure`, if given, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._adam is not None:
+            self._adam.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                for parameter, axis in zip(group["params"], group["unit_axes"], strict=True):
+                    if parameter.grad is not None:
+                        self._update(parameter, parameter.grad, axis, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, axis: int | None, group: dict[str, Any]) -> None:
+        state, momentum = self.state[parameter], group["momentum"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        if axis is not None and group["tangent"]:
+            gradient = sphere.tangent(parameter, gradient, dim=axis)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        update = whole(gradient.lerp(average, momentum))  # Nesterov
+        turned = orthogonalized(update, product_dtype(update.device)).to(parameter.dtype)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(sharded_as(turned, parameter), alpha=-group["lr"] * step_size(parameter.shape, axis))

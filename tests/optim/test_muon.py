@@ -1,0 +1,178 @@
+"""Muon against torch's own, against the singular value decomposition, and on the sphere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from spherelm import sphere
+from spherelm.layers.linear import UnitLinear, departure, unit_modules
+from spherelm.models import NGPT, GPTConfig, NGPTConfig, build
+from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.optim.groups import set_rate
+from spherelm.optim.muon import MuonAdamW, orthogonalized, step_size
+
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@given(SHAPES, st.integers(0, 2**20))
+def test_orthogonalization_keeps_the_singular_vectors_and_makes_the_values_near_1(
+    shape: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rank = min(shape)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.linspace(1.0, 0.2, rank, dtype=torch.float64)
+    turned = orthogonalized(u @ values.diag() @ v, torch.float64)
+    inside = u.T @ turned @ v.T
+    assert (inside - inside.diagonal().diag()).abs().max() < 1e-6
+    assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
+
+
+def test_zero_stays_zero() -> None:
+    assert orthogonalized(torch.zeros(3, 4), torch.float32).equal(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
+def test_a_plain_matrix_moves_as_with_torchs_muon(shape: tuple[int, int]) -> None:
+    """Torch computes the iteration in bfloat16: that is what the tolerance is for."""
+    torch.manual_seed(3)
+    start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(4)]
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    group = {
+        "params": [ours],
+        "muon": True,
+        "momentum": 0.95,
+        "tangent": False,
+        "unit_axes": [None],
+        "weight_decay": 0.1,
+    }
+    mine = MuonAdamW([group], 0.05, (0.9, 0.95), 1e-8, fused=False)
+    other = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.95, nesterov=True)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        other.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+    assert moved > 0.1
+
+
+@given(st.integers(0, 2**20), st.sampled_from([(10, 4, 1), (4, 10, 1), (10, 4, 0), (4, 10, 0), (6, 6, 0)]))
+def test_on_the_sphere_the_rate_is_an_angle(seed: int, case: tuple[int, int, int]) -> None:
+    """The root mean square angle by which the unit vectors turn, to the spread of the iteration's singular values."""
+    torch.manual_seed(seed)
+    rows, columns, axis = case
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
+    update = (u @ v) * step_size(torch.Size((rows, columns)), axis)
+    assert update.square().sum(axis).mean().sqrt().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def pushed(optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+CONFIG: dict[str, Any] = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
+
+
+@pytest.mark.parametrize("tangent", [False, True])
+def test_ngpt_stays_on_the_sphere_and_only_block_matrices_are_muons(tangent: bool) -> None:
+    model = build(NGPTConfig(**CONFIG))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.05, tangent=tangent))
+    for seed in range(3):
+        pushed(optimizer, model, seed)
+        assert departure(model) < 3e-7
+    kinds = {group["role"]: set(optimizer.state[group["params"][0]]) for group in optimizer.param_groups}
+    adam = {"step", "exp_avg", "exp_avg_sq"}
+    assert kinds == {"input_embedding": adam, "output_embedding": adam, "matrix": {"momentum_buffer"}, "scale": adam}
+
+
+def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
+    models = [build(GPTConfig(**CONFIG)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    muon = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.05))
+    adam = build_optimizer(models[1], OptimConfig(lr=1e-2))
+    for seed in range(3):
+        for optimizer in (muon, adam):
+            set_rate(optimizer, 1e-2 / (seed + 1))
+        pushed(muon, models[0], seed)
+        pushed(adam, models[1], seed)
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        is_block_matrix = name.startswith("blocks") and ours.ndim == 2
+        assert ours.equal(theirs) != is_block_matrix, name
+
+
+def test_the_tangent_projection_takes_the_radial_part_out_of_the_momentum() -> None:
+    model = nn.Sequential(UnitLinear(6, 5, unit_axis=1), UnitLinear(5, 6, unit_axis=0))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer="muon", tangent=True))
+    before = [module.weight.detach().clone() for _, module, _ in unit_modules(model)]
+    pushed(optimizer, model, 0)
+    for (_, module, axis), weight in zip(unit_modules(model), before, strict=True):
+        momentum = optimizer.state[module.weight]["momentum_buffer"]
+        torch.testing.assert_close(sphere.tangent(weight, module.weight.grad, axis) * 0.05, momentum)  # type: ignore[arg-type]
+        assert (momentum * weight).sum(axis).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("arm", [GPTConfig, NGPTConfig])
+def test_half_of_it_saved_and_loaded_goes_on_to_the_bit(arm: Any) -> None:
+    config = OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.02)
+    whole, half = build(arm(**CONFIG)), build(arm(**CONFIG))
+    half.load_state_dict(whole.state_dict())
+    optimizer, first = build_optimizer(whole, config), build_optimizer(half, config)
+    for seed in range(4):
+        pushed(optimizer, whole, seed)
+    for seed in range(2):
+        pushed(first, half, seed)
+    second = build_optimizer(half, config)
+    second.load_state_dict(first.state_dict())
+    for seed in range(2, 4):
+        set_rate(second, 1e-2)
+        pushed(second, half, seed)
+    for ours, theirs in zip(half.parameters(), whole.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_vectors_are_refused() -> None:
+    group = {"params": [nn.Parameter(torch.zeros(3))], "muon": True}
+    with pytest.raises(ValueError, match="Muon takes matrices only"):
+        MuonAdamW([group], 0.1, (0.9, 0.95), 1e-8, fused=False)
+
+
+def rows_turned(model: NGPT, before: dict[str, Tensor]) -> float:
+    """The largest angle between a block matrix's vectors now and then."""
+    found = [(name, module.weight, axis) for name, module, axis in unit_modules(model) if name.startswith("blocks")]
+    return max(sphere.angle(before[name], weight.detach(), axis).max().item() for name, weight, axis in found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "gated_adamw", "muon"])
+def test_no_vector_turns_beyond_the_cap(optimizer_name: str) -> None:
+    model = build(NGPTConfig(**CONFIG))
+    assert isinstance(model, NGPT)
+    capped = OptimConfig(lr=0.3, optimizer=optimizer_name, max_angle=0.1, angle_follows_lr=True)
+    optimizer = build_optimizer(model, capped)
+    for rate, limit in ((0.3, 0.1), (0.15, 0.05), (1e-5, 0.1 * 1e-5 / 0.3)):
+        set_rate(optimizer, rate)
+        before = {name: module.weight.detach().clone() for name, module, _ in unit_modules(model)}  # type: ignore[operator]
+        pushed(optimizer, model, 1)
+        assert rows_turned(model, before) <= limit + 1e-6
+        assert rows_turned(model, before) > 0.0
+        assert sphere.angle(before["embed"], model.embed.weight.detach()).max() > limit, "embeddings are not capped"
+        assert departure(model) < 3e-7
+
+
+def test_below_the_cap_nothing_changes() -> None:
+    models = [build(NGPTConfig(**CONFIG)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, cap in zip(models, (None, math.pi), strict=True):
+        pushed(build_optimizer(model, OptimConfig(lr=0.1, max_angle=cap)), model, 0)
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
