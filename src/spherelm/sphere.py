@@ -6,6 +6,8 @@ the dtype of the input: bfloat16 lengths compound over dozens of layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,59 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _Norm(torch.autograd.Function):
+    """`x / ||x||`, whose backward pass is two passes over memory: `(g - o (o . g)) / ||x||` for the result o."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        inverse = _inverse_length(x, dim)
+        out = x * inverse
+        ctx.dim = dim
+        ctx.save_for_backward(out, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        out, inverse = ctx.saved_tensors
+        return _across(out, grad_outputs[0], ctx.dim) * inverse, None
+
+
+class _Step(torch.autograd.Function):
+    """`Norm(h + alpha (target - h))`; of all it computes, it keeps its arguments, its result and one length a vector."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+        moved = torch.addcmul(h, target - h, alpha)
+        inverse = _inverse_length(moved, -1)
+        out = moved.mul_(inverse)
+        ctx.save_for_backward(h, target, alpha, inverse, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, target, alpha, inverse, out = ctx.saved_tensors
+        grad_moved = _across(out, grad_outputs[0], -1) * inverse
+        grad_target = grad_moved * alpha
+        grad_alpha = (grad_moved * (target - h)).sum_to_size(alpha.shape)
+        return grad_moved - grad_target, grad_target, grad_alpha
+
+
+def _inverse_length(x: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(TINY).reciprocal()
+
+
+def _across(out: Tensor, g: Tensor, dim: int) -> Tensor:
+    """The part of `g` that is tangent to the sphere at the unit vectors `out`."""
+    return torch.addcmul(g, out, (out * g).sum(dim, keepdim=True), value=-1)
+
+
 def norm(x: Tensor, dim: int = -1) -> Tensor:
     """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
 
     x: any shape and floating dtype; the result has the same. A zero vector stays zero.
     """
-    wide = _wide(x)
-    return (wide * wide.square().sum(dim, keepdim=True).clamp_min(TINY**2).rsqrt()).to(x.dtype)
+    unit: Tensor = _Norm.apply(_wide(x), dim)
+    return unit.to(x.dtype)
 
 
 def retracted(w: Tensor, dim: int) -> Tensor:
@@ -44,8 +92,8 @@ def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     h, target: [..., d] unit vectors; alpha: broadcastable, [d] in the paper, non-negative. Linear interpolation followed
     by normalization approximates `slerp` for small angles (nGPT, eqs. 6-9). Result: [..., d], unit.
     """
-    start = _wide(h)
-    return norm(start + alpha * (_wide(target) - start)).to(h.dtype)
+    moved: Tensor = _Step.apply(_wide(h), _wide(target), alpha)
+    return moved.to(h.dtype)
 
 
 def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
