@@ -30,9 +30,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy whose backward pass only multiplies gradients that the forward pass computed."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         product_weight = weight.to(h.dtype)
+        back_weight = product_weight if pullback is None else pullback.to(h.dtype)
         count = (targets != IGNORED).sum().clamp_min(1)
         total = torch.zeros((), dtype=wide, device=h.device)
         grad_h, grad_weight = torch.empty_like(h), torch.zeros(weight.shape, dtype=wide, device=h.device)
@@ -49,26 +50,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = total + ((partition.log() + largest - wanted).squeeze(-1) * valid).sum()
             share = (valid.to(wide) / count).unsqueeze(-1)
             grad_logits = exponentials.mul_(share / partition).scatter_add_(-1, safe, -share).to(h.dtype)
-            grad_h[rows] = grad_logits @ product_weight
+            grad_h[rows] = grad_logits @ back_weight
             grad_weight += grad_logits.T @ h[rows]
         ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_weight = ctx.saved_tensors
         (grad,) = grad_outputs
-        return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None
+        return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None, None
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of the logits `h weight^T` against `targets`, never held whole.
 
     h: [tokens, d] in the dtype of the products; weight: [vocab, d]; targets: int64 [tokens], `IGNORED` (-100) counts for
-    nothing. Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
+    nothing. pullback: [vocab, d], what carries the logits' gradient back to h instead of the weight, itself a constant.
+    Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
     """
     if torch.is_grad_enabled():
-        return _ChunkedCrossEntropy.apply(h, weight, targets)
+        return _ChunkedCrossEntropy.apply(h, weight, targets, pullback)
     wide = torch.promote_types(h.dtype, torch.float32)
     product_weight, size = weight.to(h.dtype), chunk_rows(h.shape[0], weight.shape[0])
     losses = [

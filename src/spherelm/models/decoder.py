@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm.layers.cache import KVCache
 from spherelm.layers.linear import Embedding
 from spherelm.layers.loss import linear_cross_entropy
+from spherelm.layers.readout import Readout, read_logits
 from spherelm.layers.rope import ROPES
 
 
@@ -87,8 +87,8 @@ class Decoder(nn.Module):
         """Draw every weight anew, from the distributions that the model's module states."""
 
     @abstractmethod
-    def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The last hidden state as features [..., d_model], and the matrix [vocab, d_model] that turns them into logits."""
+    def readout(self, h: Tensor) -> Readout:
+        """What turns the last hidden state [..., d_model] into logits."""
 
     def trunk(
         self,
@@ -119,13 +119,12 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
-        features, weight = self.readout(self.trunk(self.embed(tokens), cache))
-        return F.linear(features, weight.to(features.dtype))
+        return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole."""
-        features, weight = self.readout(self.trunk(self.embed(tokens)))
-        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten())
+        features, weight, pullback = self.readout(self.trunk(self.embed(tokens)))
+        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback)
 
     def new_cache(self) -> KVCache:
         """An empty cache of keys and values, to be passed to `forward` with the prompt and then with each new token."""

@@ -19,6 +19,7 @@ from spherelm.layers.attention import Attention
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import FeedForward
 from spherelm.layers.linear import Embedding, Linear
+from spherelm.layers.readout import Readout
 from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import Decoder, check_shape
 
@@ -102,5 +103,5 @@ class GPT(Decoder):
                 shrink = math.sqrt(2 * len(self.blocks)) if name.endswith(".o.weight") else 1
                 nn.init.normal_(parameter, std=self.init_std / shrink)
 
-    def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm(h), self.head.weight
+    def readout(self, h: Tensor) -> Readout:
+        return Readout(self.norm(h), self.head.weight)

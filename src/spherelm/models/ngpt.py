@@ -14,14 +14,17 @@ Every matrix starts as N(0, 1/sqrt(d_model)) and is normalized; learned scales s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from spherelm.layers.attention import UnitAttention
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import UnitFeedForward
-from spherelm.layers.linear import Scale, UnitEmbedding, UnitLinear, retract
+from spherelm.layers.linear import Linear, Scale, UnitEmbedding, UnitLinear, retract
+from spherelm.layers.readout import Readout, preconditioned, scaled
 from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import Decoder, check_shape
 from spherelm.sphere import norm, step
@@ -39,12 +42,17 @@ STEPS = {"lerp": step, "nvidia": nvidia_step}
 """The steps on the sphere, by the name that a config's field `step` has."""
 
 
+Reading = Callable[[Tensor, Linear, Tensor], Readout]
+"""(h, head, s_z) -> readout."""
+
+
 @dataclass(frozen=True)
 class NGPTConfig:
     """The shape of an `NGPT` and where its learned scales start; the defaults are the paper's (section 2.5).
 
     `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model). rope: as in `GPTConfig`.
     step: "lerp", the paper's step on the sphere, or "nvidia", which normalizes the point that it starts from as well.
+    logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient.
     """
 
     vocab_size: int
@@ -68,6 +76,7 @@ class NGPTConfig:
     s_v_scale: float = 1.0
     s_z_init: float = 1.0
     s_z_scale: float | None = None
+    logit_preconditioning: float = 0.0
 
     def __post_init__(self) -> None:
         check_shape(self)
@@ -76,6 +85,8 @@ class NGPTConfig:
         for name in ("alpha", "s_qk", "s_u", "s_v", "s_z"):
             if not getattr(self, f"{name}_init") > 0:
                 raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
+        if self.logit_preconditioning < 0:
+            raise ValueError(f"logit_preconditioning must not be negative, got {self.logit_preconditioning}")
 
 
 def default_scale(config: NGPTConfig, name: str) -> float:
@@ -121,6 +132,8 @@ class NGPT(Decoder):
         self.blocks = nn.ModuleList(NGPTBlock(config) for _ in range(config.n_layers))
         self.head = UnitLinear(config.d_model, config.vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", config.vocab_size)
+        q = config.logit_preconditioning
+        self.reading: Reading = partial(preconditioned, q=q) if q else scaled
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_weights()
@@ -134,5 +147,5 @@ class NGPT(Decoder):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.d_model))
         retract(self)
 
-    def readout(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return h, self.head.scaled_weight(self.s_z())
+    def readout(self, h: Tensor) -> Readout:
+        return self.reading(h, self.head, self.s_z())

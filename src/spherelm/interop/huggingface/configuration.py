@@ -52,6 +52,7 @@ class SphereLMConfig(PreTrainedConfig):
     s_v_scale: float = 1.0
     s_z_init: float = 1.0
     s_z_scale: float | None = None
+    logit_preconditioning: float = 0.0
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -18,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from spherelm.interop.huggingface.configuration import SphereLMConfig
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
+from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
 
@@ -203,9 +203,9 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         states: list[Tensor] = []
         with recorded_attention(self._wants_attentions(output_attentions)) as weights:
             h = self.model.trunk(h, view, mask, positions, self._run_recording(states))
-        features, matrix = self.model.readout(h)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = F.linear(features[:, kept], matrix.to(features.dtype))
+        readout = self.model.readout(h)
+        logits = read_logits(readout._replace(features=readout.features[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -215,7 +215,7 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cache,
-            hidden_states=(*states, features) if output_hidden_states else None,
+            hidden_states=(*states, readout.features) if output_hidden_states else None,
             attentions=None if weights is None else tuple(weights),
         )
 

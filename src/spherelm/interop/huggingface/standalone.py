@@ -23,6 +23,7 @@ MODULES = (
     "layers.attention",
     "layers.feedforward",
     "layers.loss",
+    "layers.readout",
     "models.decoder",
     "models.gpt",
     "models.ngpt",

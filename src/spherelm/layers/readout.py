@@ -1,0 +1,82 @@
+"""From the last hidden state to logits: the matrix, the learned scale of each of its rows, and how gradients come back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from spherelm.layers.linear import Linear
+
+
+class Readout(NamedTuple):
+    """Features [..., d_model], and the matrix [vocab, d_model] that turns them into logits.
+
+    pullback: [vocab, d_model], what carries the gradient of the logits back to the features, where not the matrix itself.
+    """
+
+    features: Tensor
+    weight: Tensor
+    pullback: Tensor | None = None
+
+
+def read_logits(readout: Readout) -> Tensor:
+    """[..., vocab] in the dtype of the features."""
+    features, weight, pullback = readout
+    if pullback is None:
+        return F.linear(features, weight.to(features.dtype))
+    product: Tensor = _PulledLinear.apply(features, weight.to(features.dtype), pullback.to(features.dtype))
+    return product
+
+
+class _PulledLinear(Function):
+    """`x W^T`, whose gradient with respect to x goes through another matrix than W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, pullback: Tensor) -> Tensor:
+        ctx.save_for_backward(x, pullback)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, pullback = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return grad @ pullback, grad.flatten(0, -2).T @ x.flatten(0, -2), None
+
+
+class _PreconditionedRows(Function):
+    """`s W` row by row, whose gradient with respect to W is `c` times that of the product instead of `s` times."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, c)
+        return weight * s.unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, c = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return grad * c.unsqueeze(-1), (grad * weight).sum(-1), None
+
+
+def scaled(features: Tensor, head: Linear, s_z: Tensor) -> Readout:
+    """Logits `z = s_z (h E_out^T)` (nGPT, eq. 3): the scale [vocab] is folded into the rows of the matrix."""
+    return Readout(features, head.scaled_weight(s_z))
+
+
+def preconditioner(s_z: Tensor, q: float) -> Tensor:
+    """`(s_z / mean(s_z))^q`, [vocab], a constant to autograd; the power of a negative quotient keeps its sign."""
+    quotient = s_z.detach() / s_z.detach().mean()
+    return quotient.sign() * quotient.abs() ** q
+
+
+def preconditioned(features: Tensor, head: Linear, s_z: Tensor, q: float) -> Readout:
+    """Logits as `scaled` has them, `z = s_z u` of the cosines u, with logit gradient preconditioning (arXiv 2608.01284).
+
+    Backward, `dL/du = (s_z / mean(s_z))^q dL/dz` instead of `s_z dL/dz`: the size of the scale no longer multiplies every
+    gradient below it. `dL/ds_z` is unchanged. features: [..., d_model]; head: [vocab, d_model]; s_z: [vocab], effective.
+    """
+    weight, c = head.scaled_weight(), preconditioner(s_z, q)
+    return Readout(features, _PreconditionedRows.apply(weight, s_z, c), (weight * c.unsqueeze(-1)).detach())
