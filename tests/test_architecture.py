@@ -19,12 +19,17 @@ Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 OWNERS = {
     "matplotlib": {"analysis"},
-    "pyarrow": {"data/documents"},
+    "datasets": {"data/hub"},
+    "pyarrow": {"data/documents", "analysis/tables"},
     "zstandard": {"data/documents"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
     "transformers": {"data/tokenizer", "interop/huggingface"},
     "peft": {"interop/huggingface"},
+    "lm_eval": {"evaluate/harness"},
+    "torchao": {"interop/quantization"},
+    "wandb": {"train/sinks/wandb"},
+    "trackio": {"train/sinks/trackio"},
 }
 """The module, or package, that alone imports an optional library; whatever else is not in the core has none yet."""
 

@@ -166,7 +166,7 @@ def test_from_text_to_text(command: commands.Command, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_resolves_and_stops(command: commands.Command, data: Path, tmp_path: Path) -> None:
-    words = ["--arm", "ngpt", "--out", tmp_path / "run", "--data", data, "--lr", 0.5, "--dry-run"]
+    words = ["--arm", "ngpt", "--out", tmp_path / "run", "--data", data, "--lr", 0.5, "--dry-run", "--json"]
     answer = command("train", *words, *SMALL)
     assert answer.code == 0
     record = json.loads(answer.out)
@@ -178,10 +178,14 @@ def test_a_dry_run_resolves_and_stops(command: commands.Command, data: Path, tmp
 
 def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_path: Path) -> None:
     words = ["--arm", "gpt", "--out", tmp_path / "run", "--preset", "0.5b-1k", "--recipe", "paper", "--dry-run"]
-    answer = command("train", *words)
+    answer = command("train", *words, "--json")
     assert answer.code == 0
     record = json.loads(answer.out)
     assert record["parameters"] // 100_000 == 4682
+    table = command("train", *words)
+    assert table.code == 0
+    assert f"{record['parameters']:,}" in table.out
+    assert f"{record['tokens']:,}" in table.out
     assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
 
 

@@ -103,7 +103,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.compare.comparison.compare", understood_comparison)
     monkeypatch.setattr("spherelm.compare.sweep.sweep", understood_sweep)
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
-    monkeypatch.setattr("spherelm.train.trainer.vocabulary_size", lambda data: 4096)
+    monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])
     monkeypatch.setattr("spherelm.train.export.export", lambda *rest, **more: None)

@@ -10,7 +10,7 @@ from typing import Any
 from spherelm.data.prepare import prepare
 from spherelm.recipes import Preset, make_run
 from spherelm.train.config import RunConfig
-from spherelm.train.metrics import read_metrics
+from spherelm.train.metrics import MEASURED, read_metrics
 
 ARMS = ("gpt", "ngpt")
 VOCAB = 257
@@ -57,7 +57,7 @@ def run_config(arm: str, data: Path, **overrides: Any) -> RunConfig:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run without what differs between equal runs: times and speeds."""
     records = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 def read_json(path: Path) -> Any:

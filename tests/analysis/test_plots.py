@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import re
 import xml.etree.ElementTree as ET
 from typing import Any
@@ -31,12 +32,12 @@ def everything(key: str = "k") -> dict[str, str]:
     norms = {arm: dict.fromkeys(("input", "output"), LAYERS) for arm in ("gpt", "ngpt")}
     full = losses(level=3.1, ends=[(5e5, 3.2), (1e6, 3.0)], crossing=(7e5, 3.1), crossing_label="700k")
     return {
-        "losses": plots.loss_curves(full, *text),
-        "alpha": plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, *text),
-        "scales": plots.layer_scales({"s_qk": LAYERS, "s_u": LAYERS, "s_v": LAYERS}, *text),
-        "s_z": plots.logit_scales([np.random.default_rng(0).normal(10, 1, 4096)], *text),
-        "norms": plots.embedding_norms(norms, *text),
-        "conditions": plots.condition_numbers(numbers, ["Q", "K", "V", "W_o"], *text),
+        "losses": plots.loss_curves(full, *text).svg,
+        "alpha": plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, *text).svg,
+        "scales": plots.layer_scales({"s_qk": LAYERS, "s_u": LAYERS, "s_v": LAYERS}, *text).svg,
+        "s_z": plots.logit_scales([np.random.default_rng(0).normal(10, 1, 4096)], *text).svg,
+        "norms": plots.embedding_norms(norms, *text).svg,
+        "conditions": plots.condition_numbers(numbers, ["Q", "K", "V", "W_o"], *text).svg,
     }
 
 
@@ -73,7 +74,7 @@ def test_every_colour_is_a_variable(figures: dict[str, str]) -> None:
 
 def test_same_numbers_give_the_same_bytes_and_other_keys_other_ids(figures: dict[str, str]) -> None:
     def draw(key: str) -> str:
-        return plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, key, "A <title>", "What & how")
+        return plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, key, "A <title>", "What & how").svg
 
     assert draw("k") == figures["alpha"]
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (figures["alpha"], draw("other"))]
@@ -89,7 +90,7 @@ def test_standalone_brings_its_colours(figures: dict[str, str]) -> None:
 
 def test_an_infinite_condition_number_leaves_a_gap() -> None:
     numbers = {"gpt": {"Q": [np.array([5.0, np.inf, 7.0])]}, "ngpt": {"Q": [np.array([2.0, 3.0, 4.0])]}}
-    svg = plots.condition_numbers(numbers, ["Q"], "k", "t", "d")
+    svg = plots.condition_numbers(numbers, ["Q"], "k", "t", "d").svg
     assert "inf" not in svg.lower()
     assert "nan" not in svg.lower()
 
@@ -99,7 +100,7 @@ def test_a_diverged_curve_is_drawn_as_far_as_it_goes() -> None:
     good = plots.Curve([0, 1, 2, 3], [4.0, 3.0, 2.5, 2.4])
     svg = plots.loss_curves(
         plots.LossPlot({"gpt": [curve], "ngpt": [good]}, {"gpt": curve, "ngpt": good}), "k", "t", "d"
-    )
+    ).svg
     assert "nan" not in svg.lower()
 
 
@@ -113,4 +114,26 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=r"pip install 'spherelm\[report\]'"):
-        plots.eigen_learning_rates({"alpha_A": LAYERS}, "k", "t", "d")
+        _ = plots.eigen_learning_rates({"alpha_A": LAYERS}, "k", "t", "d").svg
+
+
+def test_an_image_is_the_drawing_in_the_light_colours_and_leaves_matplotlib_as_it_was() -> None:
+    from matplotlib.colors import get_named_colors_mapping
+    from matplotlib.image import imread
+
+    before = dict(get_named_colors_mapping())
+    drawing = plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, "k", "t", "d")
+    pixels = (255 * imread(io.BytesIO(drawing.png()))[..., :3]).round().astype(int).reshape(-1, 3)
+    seen = {"#" + bytes(pixel.tolist()).hex() for pixel in pixels}
+    light = {name: value for name, value, _ in VARIABLES.values()}
+    assert {light["--c-ngpt"], light["--c-second"], light["--bg"], light["--fg"]} <= seen
+    assert not seen & set(VARIABLES), "stand-ins that were not replaced"
+    assert dict(get_named_colors_mapping()) == before
+    assert drawing.svg == plots.eigen_learning_rates({"alpha_A": LAYERS, "alpha_M": LAYERS}, "k", "t", "d").svg
+
+
+def test_dotted_lines_are_drawn_beside_the_others() -> None:
+    numbers = {arm: {"Q": LAYERS} for arm in ("gpt", "ngpt")}
+    plain, both = (plots.condition_numbers(numbers, ["Q"], "k", "t", "d", dotted).svg for dotted in (None, numbers))
+    dashes = [len(re.findall("stroke-dasharray", svg)) for svg in (plain, both)]
+    assert dashes[1] == dashes[0] + 2

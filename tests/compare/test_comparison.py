@@ -14,8 +14,9 @@ import tiny
 from spherelm.compare import comparison as module
 from spherelm.compare.comparison import CompareConfig, compare, samples
 from spherelm.data.shards import open_tokens
+from spherelm.train.batches import tokens_per_byte
 from spherelm.train.metrics import read_metrics
-from spherelm.train.trainer import tokens_per_byte, train
+from spherelm.train.trainer import train
 
 FULL_TOKENS = 6 * 4 * 16
 

@@ -30,7 +30,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         slow = 2 if (len(taken) - 1) // 2 % 2 else 1
         return slow * (3.0 if hasattr(self.model, "s_z") else 2.0)
 
-    monkeypatch.setattr(module._Steps, "time_step", time_step)
+    monkeypatch.setattr(module.TimedSteps, "time_step", time_step)
     return taken
 
 
@@ -61,7 +61,7 @@ def test_what_is_timed_is_a_micro_batch_of_the_runs_own_model(
 
 
 def test_a_timed_step_is_a_whole_update(data: Path) -> None:
-    taken = module._Steps(tiny.run_config("ngpt", data))
+    taken = module.TimedSteps(tiny.run_config("ngpt", data))
     before = {name: parameter.detach().clone() for name, parameter in taken.model.named_parameters()}
     assert taken.time_step() > 0
     assert all(not torch.equal(p, before[name]) for name, p in taken.model.named_parameters())

@@ -95,6 +95,22 @@ def test_ranks_together_are_one_process(text: Tokens, seq_len: int, share: int, 
             assert torch.equal(torch.cat(part), expected)
 
 
+@pytest.mark.parametrize("seq_len", [16, 200])
+def test_no_window_comes_twice_in_an_epoch_at_any_world_size(text: Tokens, seq_len: int) -> None:
+    """The ranks' windows of a few epochs, borders included: each epoch's once, nothing shared, the same at every size."""
+    batch_size = 24
+    seen = list[list[tuple[int, ...]]]()
+    for world_size in (1, 2, 3, 4, 8):
+        ranks = [Loader(text, seq_len, batch_size, 7, rank, world_size) for rank in range(world_size)]
+        windows = ranks[0].windows
+        rows = [tuple(row.tolist()) for step in range(3 * windows) for r in ranks for row in r.batch(step)[0]]
+        for epoch in range(24):
+            part = rows[epoch * windows : (epoch + 1) * windows]
+            assert len(part) == len(set(part)) == windows
+        seen.append(rows)
+    assert all(rows == seen[0] for rows in seen)
+
+
 def test_batch_is_a_pure_function_of_the_step(text: Tokens) -> None:
     one, other = Loader(text, 16, 4, seed=3), Loader(text, 16, 4, seed=3)
     forward = [one.batch(step) for step in range(40)]

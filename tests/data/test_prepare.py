@@ -233,7 +233,7 @@ def test_an_interruption_while_the_files_move(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("spherelm.data.prepare.os.replace", dying)
+        patch.setattr("spherelm.data.output.os.replace", dying)
         with pytest.raises(Interrupted):
             prepare(inputs, tmp_path / "out", "bytes", shard_tokens=400)
     assert len(moved) == 2

@@ -18,6 +18,7 @@ from spherelm.models import ARMS, Decoder, build
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from spherelm.interop.huggingface import SphereLMConfig, SphereLMForCausalLM, to_hf  # noqa: E402
+from spherelm.interop.huggingface.modeling import eager_attend  # noqa: E402
 
 SIZES = {"vocab_size": 50, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "max_seq_len": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -353,6 +354,36 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         hf(tokens, inputs_embeds=hf.model.embed(tokens))
     with pytest.raises(ValueError, match="cannot be resized to 51"):
         hf.resize_token_embeddings(51)
+    with pytest.raises(ValueError, match="cannot be resized to 64"):
+        hf.resize_token_embeddings(pad_to_multiple_of=64)
+    with pytest.raises(ValueError, match="cannot be resized to 52"):
+        hf.resize_token_embeddings(50, 4)
     assert hf.resize_token_embeddings(50) is hf.get_input_embeddings()
+    assert hf.resize_token_embeddings(49, pad_to_multiple_of=10) is hf.get_input_embeddings()
+    with pytest.raises(ValueError, match=r"Embedding.* cannot take the place of UnitEmbedding"):
+        hf.set_input_embeddings(torch.nn.Embedding(50, 32))
+    with pytest.raises(ValueError, match=r"Linear.* cannot take the place of UnitLinear"):
+        hf.set_output_embeddings(torch.nn.Linear(32, 50, bias=False))
     with pytest.raises(ValueError, match="flex_attention"):
         hf.set_attn_implementation("flex_attention")
+
+
+def test_embeddings_of_the_same_kind_can_be_put_in() -> None:
+    hf, other, tokens = to_hf(make_model("ngpt")), to_hf(make_model("ngpt")), make_tokens(1, 5)
+    hf.set_input_embeddings(other.get_input_embeddings())
+    hf.set_output_embeddings(other.get_output_embeddings())
+    assert hf.model.embed is other.model.embed
+    assert hf.model.head is other.model.head
+    assert hf(tokens).logits.isfinite().all()
+
+
+def test_a_padded_row_is_no_nan_in_float16() -> None:
+    """A score of -64 and the lowest number of float16 have no sum in float16; from a row of NaN it would reach the others."""
+    q = torch.full((1, 1, 3, 16), 4.0, dtype=torch.float16)
+    v = torch.arange(48, dtype=torch.float16).view(1, 1, 3, 16)
+    mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float16).min, dtype=torch.float16).triu(1)
+    mask[:, :, :, 0] = torch.finfo(torch.float16).min  # the first position is padding, and sees nothing
+    out = eager_attend(q, -q, v, 0.25, mask)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0, 0, 1], v[0, 0, 1])
+    torch.testing.assert_close(out[0, 0, 2], v[0, 0, 1:].mean(0))

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import paper
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from spherelm.layers.rope import rotary_table, rotate
+from spherelm.layers.rope import MakeTable, interpolated, nvidia_table, rotary_table, rotate, yarn, yarn_temperature
 
 
 @pytest.mark.parametrize("d_k", [2, 8, 10])
@@ -45,3 +49,53 @@ def test_bfloat16_is_rotated_in_the_tables_precision() -> None:
     moved = rotate(x, table)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved, rotate(x.float(), table).bfloat16())
+
+
+def turns(make: MakeTable, d_k: int, base: float) -> torch.Tensor:
+    """Radians a position of each pair: the angles at position 1, which are all at most 1."""
+    cos, sin = make(torch.tensor([1.0], dtype=torch.float64), d_k, base)
+    return torch.atan2(sin, cos)[0]
+
+
+def theirs(kind: str, d_k: int, base: float, factor: float, trained: int) -> tuple[torch.Tensor, float]:
+    """The frequencies that transformers computes, and by how much it multiplies cosines and sines."""
+    scaling = {"rope_type": kind, "rope_theta": base, "factor": factor, "original_max_position_embeddings": trained}
+    config = LlamaConfig(
+        hidden_size=2 * d_k,
+        num_attention_heads=2,
+        max_position_embeddings=int(trained * factor),
+        rope_parameters=scaling,
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies.double(), float(scale)
+
+
+@pytest.mark.parametrize(("d_k", "base", "trained"), [(64, 10000.0, 256), (128, 10000.0, 4096), (32, 500000.0, 1024)])
+@pytest.mark.parametrize("factor", [1.0, 2.0, 8.0, 32.0])
+def test_frequencies_are_those_of_transformers(d_k: int, base: float, trained: int, factor: float) -> None:
+    """An independent implementation of YaRN and of interpolated positions."""
+    frequencies, scale = theirs("yarn", d_k, base, factor, trained)
+    torch.testing.assert_close(turns(yarn(factor, trained), d_k, base), frequencies, rtol=2e-6, atol=0)
+    assert yarn_temperature(factor) == pytest.approx(scale**2, rel=1e-12)
+    frequencies, scale = theirs("linear", d_k, base, factor, trained)
+    torch.testing.assert_close(turns(interpolated(rotary_table, factor), d_k, base), frequencies, rtol=2e-6, atol=0)
+    assert scale == 1
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones() -> None:
+    """At factor 4 and 256 positions: 32 turns or more are kept, less than one is slowed by the whole factor."""
+    before, after = turns(rotary_table, 64, 10000.0), turns(yarn(4, 256), 64, 10000.0)
+    per_window = before * 256 / (2 * math.pi)
+    assert torch.equal(after[per_window >= 32], before[per_window >= 32])
+    slow = per_window < 0.5
+    torch.testing.assert_close(after[slow], before[slow] / 4, rtol=1e-12, atol=0)
+    assert ((after <= before) & (after >= before / 4 * (1 - 1e-12))).all()
+
+
+@pytest.mark.parametrize("table", [rotary_table, nvidia_table])
+def test_interpolated_positions_are_the_trained_ones(table: MakeTable) -> None:
+    """Four times as many positions lie where those of training lay; every fourth is one of them."""
+    trained = table(torch.arange(8.0, dtype=torch.float64), 8, 10000.0)
+    stretched = interpolated(table, 4)(torch.arange(32.0, dtype=torch.float64), 8, 10000.0)
+    for one, other in zip(trained, stretched, strict=True):
+        assert torch.equal(one, other[::4])

@@ -124,7 +124,7 @@ def test_metrics_hold_what_is_documented(arm: str, trainer: MakeTrainer, tmp_pat
         ("val", 0), ("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4), ("train", 5), ("val", 5),
     ]  # fmt: skip
     for record in records:
-        extra = {"bits_per_byte"} if record["kind"] == "val" else {"lr", "grad_norm", "tokens_per_second"}
+        extra = {"bits_per_byte"} if record["kind"] == "val" else {"lr", "grad_norm", "tokens_per_second", "mfu", "memory_mb"}
         assert set(record) == common | extra
         assert record["tokens"] == record["step"] * 4 * 16
         assert all(isinstance(value, int | float) for key, value in record.items() if key != "kind")
@@ -149,11 +149,13 @@ def test_validation_reads_fixed_windows_of_held_out_text(trainer: MakeTrainer, d
     run = trainer(seed=0)
     run.metrics.close()
     tokens, targets = validation_windows(open_tokens(data, "val"), 16, 6)
-    assert torch.equal(run.data.validation[0], tokens)
-    assert torch.equal(run.data.validation[1], targets)
-    assert run._validation_loss() == run._validation_loss()
+    (held_out,) = run.data.held_out
+    assert torch.equal(held_out.tokens, tokens)
+    assert torch.equal(held_out.targets, targets)
+    assert run._validation_losses() == run._validation_losses()
     with torch.no_grad():
-        assert run._validation_loss() == pytest.approx(run.model.loss(tokens, targets).item(), rel=1e-6)
+        (loss,) = run._validation_losses().values()
+        assert loss == pytest.approx(run.model.loss(tokens, targets).item(), rel=1e-6)
 
 
 def test_the_seed_decides_weights_and_order_but_not_the_validation_text(data: Path, tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_the_seed_decides_weights_and_order_but_not_the_validation_text(data: Pa
     batches = [run.data.loader.batch(0)[0] for run in runs]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
-    assert torch.equal(runs[0].data.validation[0], runs[2].data.validation[0])
+    assert torch.equal(runs[0].data.held_out[0].tokens, runs[2].data.held_out[0].tokens)
 
 
 def test_both_arms_see_the_same_batches(data: Path, tmp_path: Path) -> None:

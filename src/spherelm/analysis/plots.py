@@ -1,65 +1,35 @@
-"""Figures as small SVG strings for one HTML page; the only module that imports matplotlib.
-
-Each function takes plain numbers and returns one `<svg>` element as `spherelm.analysis.svg` describes it, the same bytes for
-the same numbers. `key` starts its ids, `title` and `description` are read out where it cannot be seen.
-"""
+"""The figures of a comparison: loss curves, and what the trained weights look like. Numbers in, drawings out."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from spherelm.analysis.svg import VARIABLES, inline
+from spherelm.analysis.drawing import (
+    BACKGROUND,
+    COLOURS,
+    FG,
+    LABELS,
+    NGPT,
+    SECOND,
+    SIZE,
+    THIRD,
+    Array,
+    Drawing,
+    integer_layers,
+    legend_above,
+    log_ticks,
+    seeds_and_mean,
+    thin,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Array = NDArray[np.float64]
-
-FG, MUTED, GRID, GPT, NGPT, SECOND, THIRD, BACKGROUND = VARIABLES
-COLOURS = {"gpt": GPT, "ngpt": NGPT}
-LABELS = {"gpt": "GPT", "ngpt": "nGPT"}
-SIZE = (4.9, 3.3)  # inches: read at its own size beside a second figure, and still legible on a phone
-POINTS = 240  # of a long curve, which no screen shows more of
-
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.color": FG,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": FG,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": FG,
-    "ytick.labelcolor": FG,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 1.9,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "path.simplify": True,
-}
 
 
 @dataclass(frozen=True)
@@ -90,25 +60,17 @@ class LossPlot:
     unit: str = "tokens"
 
 
-def require_matplotlib() -> None:
-    """`ValueError` that says what to install if matplotlib is missing; call it before long work that ends in figures."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError("figures need matplotlib, which is not installed: pip install 'spherelm[report]'") from None
-
-
-def loss_curves(plot: LossPlot, key: str, title: str, description: str) -> str:
+def loss_curves(plot: LossPlot, key: str, title: str, description: str) -> Drawing:
     """Validation loss over tokens or seconds: every seed thin, the means thick, the level, ends and crossing marked."""
 
     def draw(figure: Figure) -> None:
         ax = figure.add_subplot()
         for arm, curves in plot.curves.items():
             for curve in curves if len(curves) > 1 or arm not in plot.means else ():
-                ax.plot(*_thin(curve.x, curve.loss), color=COLOURS[arm], linewidth=0.6, alpha=0.45)
+                ax.plot(*thin(curve.x, curve.loss), color=COLOURS[arm], linewidth=0.6, alpha=0.45)
             if arm in plot.means:
                 mean = plot.means[arm]
-                ax.plot(*_thin(mean.x, mean.loss), color=COLOURS[arm], linewidth=1.9, label=LABELS[arm])
+                ax.plot(*thin(mean.x, mean.loss), color=COLOURS[arm], linewidth=1.9, label=LABELS[arm])
         _loss_limits(ax, plot)
         _draw_ends(ax, plot)
         _draw_level(ax, plot)
@@ -118,10 +80,10 @@ def loss_curves(plot: LossPlot, key: str, title: str, description: str) -> str:
         ax.xaxis.set_major_formatter(_x_format(plot.unit))
         ax.legend(loc="upper right")
 
-    return _render(draw, key, title, description)
+    return Drawing(draw, key, title, description)
 
 
-def eigen_learning_rates(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> str:
+def eigen_learning_rates(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> Drawing:
     """Mean |alpha_A| and |alpha_M| per layer, `{"alpha_A": [one array [n_layers] per seed], "alpha_M": ...}`."""
     lines = [
         ("alpha_A", r"$|\alpha_A|$, attention", NGPT, "o", "-"),
@@ -130,7 +92,7 @@ def eigen_learning_rates(scales: Mapping[str, Sequence[Array]], key: str, title:
     return _per_layer(scales, lines, "mean eigen learning rate", key, title, description)
 
 
-def layer_scales(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> str:
+def layer_scales(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> Drawing:
     """Mean s_qk, s_u and s_v per layer, `{"s_qk": [one array [n_layers] per seed], ...}`."""
     lines = [
         ("s_qk", r"$s_{qk}$", NGPT, "o", "-"),
@@ -140,7 +102,7 @@ def layer_scales(scales: Mapping[str, Sequence[Array]], key: str, title: str, de
     return _per_layer(scales, lines, "mean scale", key, title, description)
 
 
-def logit_scales(values: Sequence[Array], key: str, title: str, description: str, bins: int = 60) -> str:
+def logit_scales(values: Sequence[Array], key: str, title: str, description: str, bins: int = 60) -> Drawing:
     """Distribution of the effective s_z over the vocabulary; one array [vocab_size] per seed, pooled; median marked."""
     pooled = np.concatenate([np.asarray(value, dtype=np.float64) for value in values])
 
@@ -159,50 +121,99 @@ def logit_scales(values: Sequence[Array], key: str, title: str, description: str
         ax.set_ylim(bottom=0)
         ax.grid(False, axis="x")
 
-    return _render(draw, key, title, description)
+    return Drawing(draw, key, title, description)
 
 
-def embedding_norms(norms: Mapping[str, Mapping[str, Sequence[Array]]], key: str, title: str, description: str) -> str:
+def embedding_norms(
+    norms: Mapping[str, Mapping[str, Sequence[Array]]], key: str, title: str, description: str
+) -> Drawing:
     """Sorted row norms, `{"gpt": {"input": [one ascending array [vocab_size] per seed], "output": ...}, "ngpt": ...}`."""
 
-    def draw(figure: Figure) -> None:
-        ax = figure.add_subplot()
-        for arm, tables in norms.items():
-            for table, dashes in (("input", "-"), ("output", "--")):
-                mean = np.mean(np.stack(list(tables[table])), axis=0)
-                rank = 100 * (np.arange(mean.size) + 0.5) / mean.size
-                ax.plot(*_thin(rank, mean), color=COLOURS[arm], linestyle=dashes, label=f"{LABELS[arm]}, {table}")
+    def scale(ax: Axes) -> None:
         ax.set_xlabel("vocabulary entries, sorted by norm (%)")
         ax.set_ylabel("norm of the embedding vector")
         ax.set_ylim(bottom=0)
-        ax.set_xlim(0, 100)
-        _legend_above(figure, ax, columns=2)
 
-    return _render(draw, key, title, description)
+    return sorted_tables(norms, scale, key, title, description)
+
+
+def sorted_tables(
+    values: Mapping[str, Mapping[str, Sequence[Array]]],
+    scale: Callable[[Axes], None],
+    key: str,
+    title: str,
+    description: str,
+) -> Drawing:
+    """Ascending values over their rank in percent, input embeddings solid, output embeddings dashed, means over seeds.
+
+    values: as for `embedding_norms`; scale: sets labels and limits of the axes.
+    """
+
+    def draw(figure: Figure) -> None:
+        ax = figure.add_subplot()
+        for arm, tables in values.items():
+            for table, dashes in (("input", "-"), ("output", "--")):
+                mean = np.mean(np.stack(list(tables[table])), axis=0)
+                rank = 100 * (np.arange(mean.size) + 0.5) / mean.size
+                ax.plot(*thin(rank, mean), color=COLOURS[arm], linestyle=dashes, label=f"{LABELS[arm]}, {table}")
+        ax.set_xlim(0, 100)
+        scale(ax)
+        legend_above(figure, ax, columns=2)
+
+    return Drawing(draw, key, title, description)
 
 
 def condition_numbers(
-    numbers: Mapping[str, Mapping[str, Sequence[Array]]], names: Sequence[str], key: str, title: str, description: str
-) -> str:
-    """Small panels, one per matrix in `names`: condition number per layer, `{"gpt": {"Q": [array [n_layers] per seed]}}`."""
+    numbers: Mapping[str, Mapping[str, Sequence[Array]]],
+    names: Sequence[str],
+    key: str,
+    title: str,
+    description: str,
+    dotted: Mapping[str, Mapping[str, Sequence[Array]]] | None = None,
+) -> Drawing:
+    """Small panels, one per matrix in `names`: condition number per layer, `{"gpt": {"Q": [array [n_layers] per seed]}}`.
+
+    `dotted`: the same once more, of which the means over seeds are drawn dotted.
+    """
+    return matrix_panels(numbers, names, "condition number", key, title, description, dotted, log=True)
+
+
+def matrix_panels(
+    numbers: Mapping[str, Mapping[str, Sequence[Array]]],
+    names: Sequence[str],
+    y_label: str,
+    key: str,
+    title: str,
+    description: str,
+    dotted: Mapping[str, Mapping[str, Sequence[Array]]] | None = None,
+    log: bool = False,
+) -> Drawing:
+    """What `condition_numbers` draws, of any number that each matrix has in each layer."""
 
     def draw(figure: Figure) -> None:
         rows = (len(names) + 1) // 2
         axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
         for panel, name in zip(axes.flat, names, strict=False):
             for arm, matrices in numbers.items():
-                _seeds_and_mean(panel, matrices[name], COLOURS[arm], "o" if arm == "ngpt" else "s", "-", LABELS[arm])
+                seeds_and_mean(panel, matrices[name], COLOURS[arm], "o" if arm == "ngpt" else "s", "-", LABELS[arm])
+            for arm, matrices in (dotted or {}).items():
+                mean = np.mean(np.stack(list(matrices[name])), axis=0)
+                panel.plot(
+                    np.arange(1, mean.size + 1), mean, color=COLOURS[arm], linestyle=(0, (1, 1.6)), linewidth=1.3
+                )
             panel.set_title(_MATRIX_LABELS[name])
-            panel.set_yscale("log")
-        _log_ticks(axes.flat[0])
+            if log:
+                panel.set_yscale("log")
+        if log:
+            log_ticks(axes.flat[0])
         for panel in axes.flat[len(names) :]:
             panel.set_axis_off()
-        _legend_above(figure, axes.flat[0], columns=2)
-        _integer_layers(axes.flat[0], max(len(s) for m in numbers.values() for v in m.values() for s in v))
+        legend_above(figure, axes.flat[0], columns=2)
+        integer_layers(axes.flat[0], max(len(s) for m in numbers.values() for v in m.values() for s in v))
         figure.supxlabel("layer", fontsize=8.5)
-        figure.supylabel("condition number", fontsize=8.5)
+        figure.supylabel(y_label, fontsize=8.5)
 
-    return _render(draw, key, title, description, size=(SIZE[0], 1.2 + 1.3 * ((len(names) + 1) // 2)))
+    return Drawing(draw, key, title, description, size=(SIZE[0], 1.2 + 1.3 * ((len(names) + 1) // 2)))
 
 
 _MATRIX_LABELS = {
@@ -218,30 +229,21 @@ def _per_layer(
     key: str,
     title: str,
     description: str,
-) -> str:
+) -> Drawing:
     def draw(figure: Figure) -> None:
         ax = figure.add_subplot()
         present = [line for line in lines if scales.get(line[0])]
         for name, label, colour, marker, dashes in present:
-            _seeds_and_mean(ax, scales[name], colour, marker, dashes, label)
+            seeds_and_mean(ax, scales[name], colour, marker, dashes, label)
         ax.set_xlabel("layer")
         ax.set_ylabel(y_label)
         ax.margins(y=0.12)
         low, high = ax.get_ylim()
         ax.set_ylim(min(0.0, low), high)
-        _integer_layers(ax, max(len(seed) for line in present for seed in scales[line[0]]))
-        _legend_above(figure, ax, columns=len(present))
+        integer_layers(ax, max(len(seed) for line in present for seed in scales[line[0]]))
+        legend_above(figure, ax, columns=len(present))
 
-    return _render(draw, key, title, description)
-
-
-def _seeds_and_mean(ax: Axes, seeds: Sequence[Array], colour: str, marker: str, dashes: str, label: str) -> None:
-    """Every seed thin, their mean thick with markers, over layers numbered from 1; what is not finite leaves a gap."""
-    stack = np.where(np.isfinite(np.stack(list(seeds))), np.stack(list(seeds)), np.nan)
-    layers = np.arange(1, stack.shape[1] + 1)
-    for seed in stack if len(stack) > 1 else ():
-        ax.plot(layers, seed, color=colour, linewidth=0.6, alpha=0.45)
-    ax.plot(layers, stack.mean(axis=0), color=colour, linestyle=dashes, marker=marker, markersize=3.6, label=label)
+    return Drawing(draw, key, title, description)
 
 
 def _loss_limits(ax: Axes, plot: LossPlot) -> None:
@@ -291,67 +293,8 @@ def _draw_crossing(ax: Axes, plot: LossPlot) -> None:
                 textcoords="offset points", ha="right" if left else "left", va="bottom")  # fmt: skip
 
 
-def _legend_above(figure: Figure, ax: Axes, columns: int) -> None:
-    """One legend over the axes, where it hides no data."""
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.6)
-
-
-def _integer_layers(ax: Axes, layers: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    ax.set_xlim(1 - 0.04 * layers, layers + 0.04 * layers)
-
-
-_LOG_TICKS = ((12.0, (1, 1.5, 2, 3, 5, 7)), (300.0, (1, 2, 5)), (float("inf"), (1,)))
-
-
-def _log_ticks(ax: Axes) -> None:
-    """Few round numbers, written out, on an axis of at least a factor of five."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = ax.get_ylim()
-    widen = max(1.0, (5 * low / high) ** 0.5)
-    ax.set_ylim(low / widen, high * widen)
-    subs = next(subs for limit, subs in _LOG_TICKS if high / low < limit)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
 def _x_format(unit: str) -> Any:
     """Ticks as 1.5M tokens, or as seconds."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
     return EngFormatter(sep="") if unit == "tokens" else FuncFormatter(lambda value, _: f"{value:,.0f}")
-
-
-def _thin(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    """At most `POINTS` points of a curve, first and last among them."""
-    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    keep = np.unique(np.linspace(0, xs.size - 1, min(xs.size, POINTS)).round().astype(int))
-    return xs[keep], ys[keep]
-
-
-@contextmanager
-def _style(key: str) -> Iterator[None]:
-    require_matplotlib()
-    import matplotlib
-
-    style: Any = {**STYLE, "svg.hashsalt": key}  # newer matplotlib types every key of it
-    with matplotlib.rc_context(style):
-        yield
-
-
-def _render(
-    draw: Callable[[Figure], None], key: str, title: str, description: str, size: tuple[float, float] = SIZE
-) -> str:
-    with _style(key):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return inline(buffer.getvalue(), key, title, description)

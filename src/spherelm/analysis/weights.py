@@ -7,7 +7,7 @@ in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,15 @@ class WeightReport:
 
 def measure(model: nn.Module) -> WeightReport:
     """Everything below of one model; `ValueError` if any of its parameters holds NaN or Inf."""
-    for name, parameter in model.named_parameters():
-        _numbers(parameter, name)
+    check_finite(model)
     return WeightReport(scales(model), logit_scales(model), embedding_norms(model), condition_numbers(model))
+
+
+def check_finite(model: nn.Module) -> None:
+    """`ValueError`, naming the parameter, if any parameter of the model holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
 
 
 def from_state(config: Config, state: Mapping[str, Tensor]) -> WeightReport:
@@ -71,7 +77,7 @@ def scales(model: nn.Module) -> dict[str, Array]:
     """
     means = {}
     for name, path in SCALES.items():
-        layers = [_effective(block, path) for block in _blocks(model)]
+        layers = [_effective(block, path) for block in blocks_of(model)]
         if layers and all(layer is not None for layer in layers):
             values = [np.abs(layer) if name.startswith("alpha") else layer for layer in layers if layer is not None]
             means[name] = np.array([value.mean() for value in values])
@@ -93,40 +99,60 @@ def embedding_norms(model: nn.Module) -> dict[str, Array]:
     """Euclidean lengths of the rows of the input and the output embedding, ascending, each [vocab_size] (fig. 4)."""
     norms = {}
     for name, path in EMBEDDINGS.items():
-        norms[name] = np.sort(np.linalg.norm(_weight(model, path), axis=1))
+        norms[name] = np.sort(np.linalg.norm(weight_of(model, path), axis=1))
     return norms
 
 
 def condition_numbers(model: nn.Module) -> dict[str, Array]:
     """Largest over smallest singular value per layer, `{matrix: [n_layers]}` (fig. 5); inf for a matrix without full rank.
 
-    Of the attention matrices the median over heads: rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time.
+    Of the attention matrices the median over heads.
     """
-    heads = _n_heads(model)
-    result: dict[str, list[float]] = {name: [] for name in (*ATTENTION_MATRICES, *MLP_MATRICES)}
-    for block in _blocks(model):
-        for name, path in ATTENTION_MATRICES.items():
-            result[name].append(_median_over_heads(_weight(block, path), heads, columns=name == "W_o"))
-        for name, path in MLP_MATRICES.items():
-            result[name].append(float(_condition(_weight(block, path))))
-    return {name: np.array(values) for name, values in result.items()}
+    return conditions(singular_values(model))
 
 
-def _median_over_heads(weight: Array, n_heads: int, columns: bool) -> float:
-    """Median condition number of the [d_k, d_model] slices; `weight` is [heads*d_k, d_model], or transposed."""
-    rows = weight.T if columns else weight
-    d_model = rows.shape[1]
-    return float(np.median(_condition(rows.reshape(-1, d_model // n_heads, d_model))))
-
-
-def _condition(matrices: Array) -> Array:
-    """Condition numbers of the last two axes. torch's driver, which is several times as fast as numpy's here."""
-    singular = torch.linalg.svdvals(torch.from_numpy(np.ascontiguousarray(matrices))).numpy()
+def conditions(singular: Mapping[str, Array]) -> dict[str, Array]:
+    """Condition numbers, the median over heads, of what `singular_values` found: `{matrix: [n_layers]}`."""
     with np.errstate(divide="ignore"):
-        return np.asarray(singular[..., 0] / singular[..., -1])
+        return {name: np.median(values[..., 0] / values[..., -1], axis=1) for name, values in singular.items()}
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def singular_values(model: nn.Module, unit: bool = False) -> dict[str, Array]:
+    """Singular values per layer and head, descending: `{matrix: [n_layers, heads, values]}`; an MLP matrix has one "head".
+
+    A head's part are rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time. unit: of the matrix whose vectors
+    along d_model were first made unit, as the paper's dotted lines have it (fig. 5).
+    """
+    return {name: _singular_values_of(model, name, unit) for name in (*ATTENTION_MATRICES, *MLP_MATRICES)}
+
+
+def _singular_values_of(model: nn.Module, name: str, unit: bool) -> Array:
+    layers = []
+    for part in head_parts(model, name):
+        vectors = part / np.linalg.norm(part, axis=-1, keepdims=True) if unit else part
+        layers.append(_singular(vectors))
+    return np.stack(layers)
+
+
+def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
+    """Of each layer the matrix `name` by heads, [heads, rows, d_model], every row a vector of the residual stream."""
+    attention = name in ATTENTION_MATRICES
+    path = {**ATTENTION_MATRICES, **MLP_MATRICES}[name]
+    for block in blocks_of(model):
+        weight = weight_of(block, path)
+        rows = weight.T if name in ("W_o", "W_oMLP") else weight
+        d_model = rows.shape[1]
+        yield rows.reshape(-1, d_model // _n_heads(model) if attention else rows.shape[0], d_model)
+
+
+def _singular(matrices: Array) -> Array:
+    """Singular values of the last two axes, in float64. torch's driver, several times as fast as numpy's; tall is faster."""
+    tall = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.swapaxes(-1, -2)
+    return np.asarray(torch.linalg.svdvals(torch.from_numpy(np.ascontiguousarray(tall))).numpy())
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder; `ValueError` for what has none."""
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise ValueError(f"cannot measure a {type(model).__name__}: it has no `blocks`; pass a GPT or an NGPT")
@@ -145,7 +171,8 @@ def _effective(module: nn.Module, path: str) -> Array | None:
     return None if found is None else _numbers(found(), path)
 
 
-def _weight(module: nn.Module, path: str) -> Array:
+def weight_of(module: nn.Module, path: str) -> Array:
+    """The matrix of the submodule at `path`, in float64; `ValueError` if it is not finite."""
     return _numbers(module.get_submodule(path).weight, path)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import tyro
 
-from spherelm.cli import text, trained, training
+from spherelm.cli import evaluation, inspection, text, trained, training
 
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
@@ -21,6 +21,9 @@ import_app = tyro.extras.SubcommandApp()
 app.command(training.compare)
 app.command(training.train)
 app.command(training.sweep)
+app.command(name="eval")(evaluation.eval_)
+app.command(inspection.inspect)
+app.command(inspection.report)
 app.command(trained.generate)
 app.command(trained.export)
 app.command(data_app, name="data", help="Turn text into token shards.")

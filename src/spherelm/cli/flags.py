@@ -2,11 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 Flag = Annotated[bool, FlagCreatePairsOff]
 """A switch: absent or `--name`, without a `--no-name` beside it."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run takes for granted.
+
+    Attributes:
+        dry_run: Print parameters, memory a device, operations, time and the resolved configuration, and stop.
+        json: Print what a dry run says as JSON.
+        world_size: Devices that the dry run spreads the run over.
+        strategy: How the dry run spreads it: whole copies, one part a device, or copies of groups that hold parts.
+        shard_size: Devices of a group that holds parts, for the strategy hybrid.
+        recompute: Blocks keep only their input in the dry run, and are computed again for the backward pass.
+        mfu: Part of the peak that the dry run assumes to be reached.
+        peak_tflops: Peak of a device in the dry run, in 10^12 operations a second; an H100's in bfloat16 if left out.
+    """
+
+    dry_run: Flag = False
+    json: Flag = False
+    world_size: int = 1
+    strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
+    shard_size: int = 8
+    recompute: Flag = False
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+
+
+@dataclass(frozen=True)
+class Logs:
+    """What is logged, and where besides metrics.jsonl.
+
+    Attributes:
+        log_to: Where records go besides metrics.jsonl: any of tensorboard,wandb,trackio, by commas.
+        diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
+    """
+
+    log_to: str = ""
+    diagnose_every: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingTasks:
+    """Tasks that are scored in training.
+
+    Attributes:
+        eval_tasks: Tasks of the evaluation harness to score in training, by commas, into metrics.jsonl.
+        eval_tasks_every: Updates between these scores, 0 for only at the end.
+        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        eval_limit: Documents of each task, the first ones; all if left out.
+    """
+
+    eval_tasks: str = ""
+    eval_tasks_every: int = 0
+    task_data: Path | None = None
+    eval_limit: int | None = None
+
+
+DryRunFlags = Annotated[DryRun, OmitArgPrefixes]
+LogFlags = Annotated[Logs, OmitArgPrefixes]
+TaskFlags = Annotated[TrainingTasks, OmitArgPrefixes]
+"""Flags that stand among a command's own."""

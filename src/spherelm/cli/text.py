@@ -5,28 +5,49 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from spherelm.cli.flags import Flag
+
 
 def prepare(
-    input: list[Path],
     out: Path,
+    input: list[Path] | None = None,
+    hf: str | None = None,
+    hf_config: str | None = None,
+    hf_split: str = "train",
+    text_column: str = "text",
+    limit: int | None = None,
     tokenizer: str = "default",
     val: list[Path] | None = None,
     val_fraction: float = 0.0,
+    deduplicate: Flag = False,
     workers: int | None = None,
 ) -> None:
-    """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) into a data directory of token shards.
+    """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) or a dataset into a data directory of token shards.
 
     Args:
-        input: Text files: a .txt is one document, a .jsonl line or .parquet row has one in "text".
         out: The data directory to make.
+        input: Text files: a .txt is one document, a .jsonl line or .parquet row has one in "text".
+        hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
+        hf_config: The configuration of that dataset, where it has several.
+        hf_split: Its split.
+        text_column: Its column with the text.
+        limit: Rows of it that are read, for a sample; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
         val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides.
+        deduplicate: Keep only the first of all documents with the same text.
         workers: Processes; one a core if left out.
     """
+    from spherelm.data.hub import HubRequest
     from spherelm.data.prepare import prepare as run_preparation
 
+    hub = None if hf is None else HubRequest(hf, hf_config, hf_split, text_column, limit)
     processes = workers or os.cpu_count() or 1
-    manifest = run_preparation(input, out, tokenizer, val, val_fraction, processes, progress=True)
+    manifest = run_preparation(
+        input or [], out, tokenizer, val, val_fraction, processes, progress=True, hub=hub, deduplicate=deduplicate
+    )
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
+    if deduplicate:
+        print(f"{left_out:,} duplicates left out")

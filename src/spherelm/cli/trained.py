@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from json import dumps as encode_json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from spherelm.cli.flags import Flag
+
+if TYPE_CHECKING:
+    from spherelm.train.samples import Conversation
 
 
 def import_nvidia(
@@ -36,32 +41,105 @@ def import_nvidia(
 
 def generate(
     run: Positional[Path],
-    prompt: str,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    interactive: Flag = False,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = 50,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: tuple[str, ...] = (),
     samples: int = 1,
     seed: int = 0,
+    window: Flag = False,
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+    json: Flag = False,
 ) -> None:
-    """Continue a text.
+    """Continue a text, many texts, or one in turn with you. Give one of --prompt, --prompts, --interactive.
 
     Args:
         run: A run directory, or one of its checkpoints.
         prompt: How the text begins.
+        prompts: A file with a prompt a line, or a .jsonl of objects with a "prompt".
+        interactive: Write a line, read how it goes on, write the next. Ctrl-C stops the text, Ctrl-D ends.
         max_new_tokens: Tokens to add.
         temperature: 0 always takes the most probable token; 1 draws as the model predicts.
         top_k: Draw among the k most probable tokens only.
         top_p: Draw among the fewest tokens that reach this probability.
-        samples: Continuations to draw.
-        seed: Of the draw.
+        min_p: Draw among the tokens that have at least this part of the largest probability.
+        repetition_penalty: Above 1, tokens that occurred become less probable.
+        stop: The text ends before the first of these strings.
+        samples: Continuations to draw of each prompt.
+        seed: Of the draw; text i draws with seed + i.
+        window: At the model's max_seq_len go on from the last half of the text, instead of refusing.
+        dtype: Format of the weights and of what is computed; int8 is of the weights alone.
+        json: One JSON object a line instead of plain text, for each text its prompt, sample, seed and text.
     """
-    from spherelm.train.samples import continuations
+    if sum((prompt is not None, prompts is not None, interactive)) != 1:
+        raise ValueError("give exactly one of --prompt, --prompts and --interactive")
+    if interactive and (json or samples != 1):
+        raise ValueError("--interactive writes one plain text: leave out --json and --samples")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    from spherelm.train import samples as texts
 
-    texts = continuations(
-        run, prompt, samples, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    print("\n---\n".join(prompt + text for text in texts))
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, "window": window, "precision": dtype}
+    if interactive:
+        converse(texts.Conversation(run, **settings), max_new_tokens)
+        return
+    given = texts.read_prompts(prompts) if prompts is not None else [prompt or ""]
+    alone = len(given) * samples == 1 and not json
+    if alone:
+        settings["write"] = Writer(given[0]).write
+    written = texts.continuations(run, given, samples, max_new_tokens, **settings)
+    if alone:
+        print()
+    else:
+        show([(begin, i) for begin in given for i in range(samples)], written, seed, json)
+
+
+class Writer:
+    """Writes a text to standard output as it comes: the prompt with the first piece, so that a refused request writes nothing."""
+
+    def __init__(self, prompt: str) -> None:
+        self.before = prompt
+
+    def write(self, piece: str) -> None:
+        """Write `piece` at once."""
+        print(self.before + piece, end="", flush=True)
+        self.before = ""
+
+
+def show(asked: list[tuple[str, int]], written: list[str], seed: int, as_json: bool) -> None:
+    """Print finished texts, asked for as (prompt, sample): one JSON object a line, or plain text with --- in between."""
+    if not as_json:
+        print("\n---\n".join(prompt + text for (prompt, _), text in zip(asked, written, strict=False)))
+        return
+    for i, ((prompt, sample), text) in enumerate(zip(asked, written, strict=False)):
+        record = {"prompt": prompt, "sample": sample, "seed": seed + i, "text": text}
+        print(encode_json(record, ensure_ascii=False))
+
+
+def converse(text: Conversation, max_new_tokens: int) -> None:
+    """Read lines from standard input and write how the text goes on, until the input ends or the context is full."""
+    while text.room != 0:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return
+        try:
+            for piece in text.answer(said, max_new_tokens):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except ValueError as error:
+            print(f"spherelm: {error}", file=sys.stderr, end="", flush=True)
+        print(flush=True)
+    print("The context is full: begin anew, or give --window.", file=sys.stderr)
 
 
 def export(

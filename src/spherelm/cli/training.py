@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from spherelm.cli.flags import Dtype, Flag
+from spherelm.cli.flags import DryRun, DryRunFlags, Dtype, Flag, LogFlags, Logs, TaskFlags, TrainingTasks
 
 if TYPE_CHECKING:
     from spherelm.train.config import RunConfig
@@ -87,15 +87,18 @@ def train(
     eval_every: int | None = None,
     save_every: int | None = None,
     keep: int | None = None,
+    mask_documents: Flag = False,
     resume: Flag = False,
-    dry_run: Flag = False,
+    logs: LogFlags = Logs(),
+    scores: TaskFlags = TrainingTasks(),
+    dry_run: DryRunFlags = DryRun(),
 ) -> None:
     """Train one model.
 
     Args:
         arm: The baseline (gpt) or the normalized Transformer (ngpt).
         out: Run directory: config.json, metrics.jsonl, checkpoints.
-        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
         recipe: How the arm is trained: "default" or "paper".
         steps: Updates; the preset's if left out.
@@ -109,21 +112,21 @@ def train(
         eval_every: Updates between validations.
         save_every: Updates between checkpoints, 0 for one at the end.
         keep: Checkpoints that stay.
+        mask_documents: Keep attention within a document where a sequence holds several.
         resume: Go on with the run in `out` from its last checkpoint.
-        dry_run: Print the resolved configuration and the number of parameters, and stop.
     """
     from spherelm.recipes import make_run
     from spherelm.train.trainer import train as run_training
 
     path, compiled = None if data is None else str(data), False if no_compile else None
-    vocab_size = vocabulary(path, preset, dry_run)
     sizes = {"steps": steps, "seq_len": seq_len, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
-    habits = {"eval_every": eval_every, "save_every": save_every, "keep": keep, "compile": compiled}
-    config = make_run(
-        arm, preset, recipe, vocab_size=vocab_size, data=path, lr=lr, seed=seed, dtype=dtype, **sizes, **habits
-    )
-    if dry_run:
-        describe(config)
+    habits: dict[str, Any] = {"eval_every": eval_every, "save_every": save_every, "keep": keep, "compile": compiled}
+    habits |= {"mask_documents": mask_documents or None, **vars(logs)}
+    habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
+    size = vocabulary(path, preset, dry_run.dry_run)
+    config = make_run(arm, preset, recipe, vocab_size=size, data=path, lr=lr, seed=seed, dtype=dtype, **sizes, **habits)
+    if dry_run.dry_run:
+        describe(config, dry_run)
         return
     loss = run_training(config, out, resume)
     print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
@@ -132,18 +135,19 @@ def train(
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     """How many token ids the data has; a size that names its own vocabulary needs no data to be described."""
     from spherelm.recipes import PRESETS
-    from spherelm.train.trainer import vocabulary_size
+    from spherelm.train.batches import vocabulary_size
 
     known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
     return known or vocabulary_size(data)
 
 
-def describe(config: RunConfig) -> None:
-    """Print a run's configuration and its model's number of parameters as JSON."""
-    from spherelm.models import parameter_count
-    from spherelm.train.config import to_dict
+def describe(config: RunConfig, asked: DryRun) -> None:
+    """Print what the run of `config` would take, spread as asked."""
+    from spherelm.train.estimate import Layout, estimate, estimate_table
 
-    print(json.dumps({"parameters": parameter_count(config.model), **to_dict(config)}, indent=2))
+    layout = Layout(asked.world_size, asked.strategy, asked.shard_size, asked.recompute)
+    found = estimate(config, layout, asked.mfu, asked.peak_tflops)
+    print(json.dumps(found, indent=2) if asked.json else estimate_table(found))
 
 
 def sweep(
@@ -174,7 +178,7 @@ def sweep(
     """
     from spherelm.compare.sweep import grid, parse_axis, table
     from spherelm.compare.sweep import sweep as run_sweep
-    from spherelm.train.trainer import vocabulary_size
+    from spherelm.train.batches import vocabulary_size
 
     path = None if data is None else str(data)
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe, **dict(parse_axis(text) for text in vary)}

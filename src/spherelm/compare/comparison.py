@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spherelm.analysis.plots import require_matplotlib
+from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
 from spherelm.compare.report import write_report
@@ -18,12 +18,12 @@ from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import ARMS, parameter_count
 from spherelm.recipes import make_run
+from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
 from spherelm.train.samples import continuations
-from spherelm.train.trainer import open_data, vocabulary_size
 
 SHORTER = (0.65, 0.4, 0.25)
 """The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until one is

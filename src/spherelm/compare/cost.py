@@ -25,7 +25,7 @@ class StepCost:
     ratio: float
 
 
-class _Steps:
+class TimedSteps:
     """A model of one arm, ready to take timed steps on one micro-batch of random tokens."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -54,7 +54,7 @@ class _Steps:
 
 def measure_cost(gpt: RunConfig, ngpt: RunConfig, steps: int = 15, warmup: int = 3) -> StepCost:
     """Time `steps` steps of each arm, alternating, after `warmup` that are not counted; shows how far it is."""
-    arms = _Steps(gpt), _Steps(ngpt)
+    arms = TimedSteps(gpt), TimedSteps(ngpt)
     for _ in range(warmup):
         for arm in arms:
             arm.time_step()

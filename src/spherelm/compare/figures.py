@@ -10,21 +10,28 @@ from typing import Any
 import numpy as np
 
 from spherelm.analysis import plots
+from spherelm.analysis.drawing import Drawing
 from spherelm.analysis.weights import ATTENTION_MATRICES, MLP_MATRICES, WeightReport
 from spherelm.compare.record import Arm, Comparison
 from spherelm.compare.wording import NAMES, bound_on_tokens, listed, loss_text, si
 
 Weights = Mapping[str, Sequence[WeightReport]]
+Numbers = Mapping[str, Mapping[str, Sequence[Any]]]
 SCALE_NAMES = {"s_qk": "s<sub>qk</sub>", "s_u": "s<sub>u</sub>", "s_v": "s<sub>v</sub>"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: the SVG, a title (plain text) and a caption (HTML, already escaped)."""
+    """One figure: the drawing, a title (plain text) and a caption (HTML, already escaped)."""
 
-    svg: str
+    drawing: Drawing
     title: str
     caption: str
+
+    @property
+    def svg(self) -> str:
+        """One `<svg>` element."""
+        return self.drawing.svg
 
 
 def loss_figures(comparison: Comparison) -> list[Figure]:
@@ -32,22 +39,27 @@ def loss_figures(comparison: Comparison) -> list[Figure]:
     return [_loss_figure(comparison, "tokens"), _loss_figure(comparison, "seconds")]
 
 
-def weight_figures(weights: Weights) -> list[Figure]:
-    """What the trained weights look like, `{"gpt": [one report per seed], "ngpt": ...}`."""
-    ngpt = weights["ngpt"]
+def weight_figures(weights: Weights, unit_conditions: Numbers | None = None) -> list[Figure]:
+    """What the trained weights look like, `{"gpt": [one report per seed], "ngpt": ...}`; an arm may be missing.
+
+    unit_conditions: condition numbers of the same matrices with their vectors made unit, drawn dotted,
+    `{"gpt": {"Q": [array [n_layers] per seed], ...}}`.
+    """
+    ngpt = weights.get("ngpt", ())
     figures = []
-    if {"alpha_A", "alpha_M"} & ngpt[0].scales.keys():
-        figures.append(_alpha_figure(_by_name([report.scales for report in ngpt])))
-    if SCALE_NAMES.keys() & ngpt[0].scales.keys():
-        figures.append(_scales_figure(_by_name([report.scales for report in ngpt])))
+    scales = _by_name([report.scales for report in ngpt])
+    if {"alpha_A", "alpha_M"} & scales.keys():
+        figures.append(_alpha_figure(scales))
+    if SCALE_NAMES.keys() & scales.keys():
+        figures.append(_scales_figure(scales))
     logit_scales = [report.s_z for report in ngpt if report.s_z is not None]
     if logit_scales:
         figures.append(_logit_scale_figure(logit_scales))
     norms = {arm: _by_name([report.embedding_norms for report in reports]) for arm, reports in weights.items()}
     conditions = {arm: _by_name([report.condition_numbers for report in reports]) for arm, reports in weights.items()}
     figures.append(_norm_figure(norms))
-    figures.append(_condition_figure(conditions, tuple(ATTENTION_MATRICES), "attention"))
-    figures.append(_condition_figure(conditions, tuple(MLP_MATRICES), "MLP"))
+    figures.append(_condition_figure(conditions, tuple(ATTENTION_MATRICES), "attention", unit_conditions))
+    figures.append(_condition_figure(conditions, tuple(MLP_MATRICES), "MLP", unit_conditions))
     return figures
 
 
@@ -161,36 +173,44 @@ def _norm_figure(norms: Mapping[str, dict[str, list[Any]]]) -> Figure:
         arm: listed([f"{_span(tables[name])} ({name})" for name in ("input", "output")])
         for arm, tables in norms.items()
     }
-    unit = all(
-        abs(length - 1) < 1e-3 for tables in norms["ngpt"].values() for seed in tables for length in (seed[0], seed[-1])
-    )
-    ngpt = "are 1 by construction, so its two lines coincide" if unit else f"go {spans['ngpt']}"
-    caption = (
-        f"Lengths of the embedding vectors, sorted. GPT&rsquo;s go {spans['gpt']}; nGPT&rsquo;s {ngpt}. "
-        "Corresponds to figure 4 of the paper."
-    )
+    unit = "are 1 by construction, so its two lines coincide"
+    said = [
+        f"{NAMES[arm]}&rsquo;s {unit if arm == 'ngpt' and _all_unit(tables) else f'go {spans[arm]}'}"
+        for arm, tables in norms.items()
+    ]
+    caption = f"Lengths of the embedding vectors, sorted. {'; '.join(said)}. Corresponds to figure 4 of the paper."
     description = "Sorted norms of input and output embedding vectors of both arms."
     return Figure(plots.embedding_norms(norms, "norms", title, description), title, caption)
 
 
-def _condition_figure(numbers: Mapping[str, dict[str, list[Any]]], names: tuple[str, ...], part: str) -> Figure:
+def _all_unit(tables: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether every row's length is 1, of ascending lengths by table and seed."""
+    return all(abs(length - 1) < 1e-3 for table in tables.values() for seed in table for length in (seed[0], seed[-1]))
+
+
+def _condition_figure(
+    numbers: Mapping[str, dict[str, list[Any]]], names: tuple[str, ...], part: str, dotted: Numbers | None
+) -> Figure:
     title = f"Condition numbers, {part} matrices"
     medians = {
         arm: float(np.median([value for name in names for seed in matrices[name] for value in seed]))
         for arm, matrices in numbers.items()
     }
     heads = ", median over heads" if part == "attention" else ""
+    found = listed([f"{median:.3g} for {NAMES[arm]}" for arm, median in medians.items()])
+    also = " Dotted: the same with every vector along d<sub>model</sub> made unit." if dotted else ""
     caption = (
-        f"Largest over smallest singular value per layer{heads}, logarithmic. Over all panels the median is "
-        f"{medians['gpt']:.3g} for GPT and {medians['ngpt']:.3g} for nGPT. Corresponds to figure 5 of the paper."
+        f"Largest over smallest singular value per layer{heads}, logarithmic. Over all panels the median is {found}.{also} "
+        "Corresponds to figure 5 of the paper."
     )
     description = f"Condition numbers of {', '.join(names)} by layer, both arms."
-    return Figure(plots.condition_numbers(numbers, names, f"cond-{part.lower()}", title, description), title, caption)
+    key = f"cond-{part.lower()}"
+    return Figure(plots.condition_numbers(numbers, names, key, title, description, dotted), title, caption)
 
 
 def _by_name(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """A list of `{name: array}`, one a seed, as `{name: [one array a seed]}`."""
-    return {name: [report[name] for report in reports] for name in reports[0]}
+    return {name: [report[name] for report in reports] for name in (reports[0] if reports else ())}
 
 
 def _span(seeds: Sequence[Any]) -> str:

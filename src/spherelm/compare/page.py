@@ -25,11 +25,15 @@ def page(
     weights_missing: str,
     samples: Mapping[str, Any] | None,
     run_configs: Mapping[str, Any],
+    walk: str | None = None,
 ) -> str:
-    """The whole page. `weights_missing` says why there are no weight figures; `run_configs` are shown by name."""
+    """The whole page. `weights_missing` says why there are no weight figures; `run_configs` are shown by name.
+
+    walk: the name of the page with the walk on the sphere, if there is one beside it.
+    """
     resources = files("spherelm.compare")
     template = Template(resources.joinpath("report.html").read_text("utf-8"))
-    weights = _figures(weight_figures, 1 + len(loss_figures)) if weight_figures else _missing(weights_missing)
+    weights = figure_list(weight_figures, 1 + len(loss_figures)) if weight_figures else _missing(weights_missing)
     return template.substitute(
         title=TITLE,
         subtitle=_subtitle(comparison),
@@ -41,8 +45,8 @@ def page(
         notes="\n".join(f'<p class="note">{escape(text)}.</p>' for text in comparison.disagreements),
         arm_table=_arm_table(comparison),
         end_table=_end_table(comparison),
-        loss_figures=_figures(loss_figures, 1),
-        weight_figures=weights,
+        loss_figures=figure_list(loss_figures, 1),
+        weight_figures=weights + _inside(walk),
         samples=_samples(samples),
         reproduce=_reproduce(comparison, run_configs),
     )
@@ -135,7 +139,8 @@ def _table(caption: str, header: Sequence[str], body: str) -> str:
     return f"<table><caption>{caption}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _figures(figures: Sequence[Figure], first: int) -> str:
+def figure_list(figures: Sequence[Figure], first: int) -> str:
+    """Figures with their captions, numbered from `first`."""
     items = (
         f"<figure>{figure.svg}<figcaption><b>Figure {i}. {escape(figure.title)}.</b> {figure.caption}</figcaption></figure>"
         for i, figure in enumerate(figures, first)
@@ -196,6 +201,16 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _inside(walk: str | None) -> str:
+    """Where to look further: the walk, and the command that draws the rest."""
+    link = (
+        f'<a href="{escape(walk)}">The walk on the sphere</a> follows one sentence through both models. '
+        if walk
+        else ""
+    )
+    return f"<p>{link}Everything else is drawn by <code>spherelm inspect . --out inside</code>, given where this page lies.</p>"
 
 
 def _missing(text: str) -> str:

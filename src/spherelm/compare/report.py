@@ -9,6 +9,7 @@ from typing import Any
 
 from spherelm.analysis.weights import WeightReport, measure
 from spherelm.compare.figures import Figure, loss_figures, weight_figures
+from spherelm.compare.inspection import write_walk
 from spherelm.compare.page import page
 from spherelm.compare.record import ARMS, Comparison, read_comparison, read_samples
 from spherelm.train.checkpoint import load_model
@@ -17,14 +18,14 @@ from spherelm.train.checkpoint import load_model
 def write_report(directory: Path) -> Path:
     """Write `directory/report.html` anew from the runs, `summary.json` and `samples.json` in it; returns its path.
 
-    One file, no network, no scripts needed; the same bytes for the same runs. Missing checkpoints, samples or seeds are said
-    in words. Raises FileNotFoundError for a missing summary or run, ValueError for a damaged one or a missing matplotlib.
+    One file, no network, no scripts needed; the same bytes for the same runs. Beside it walk.html, linked from it. Missing
+    checkpoints, samples or seeds are said in words. Raises FileNotFoundError for a missing summary or run, ValueError for a
+    damaged one or a missing matplotlib.
     """
     comparison = read_comparison(directory)
     figures, missing = _weight_figures(comparison)
-    html = page(
-        comparison, loss_figures(comparison), figures, missing, read_samples(directory), _run_configs(comparison)
-    )
+    samples, configs = read_samples(directory), _run_configs(comparison)
+    html = page(comparison, loss_figures(comparison), figures, missing, samples, configs, _walk(comparison))
     target, partial = directory / "report.html", directory / "report.html.partial"
     partial.write_text(html, "utf-8")
     os.replace(partial, target)
@@ -40,6 +41,16 @@ def _weight_figures(comparison: Comparison) -> tuple[list[Figure], str]:
     except (FileNotFoundError, ValueError) as error:
         return [], f"The weights cannot be shown: {error}."
     return weight_figures(weights), ""
+
+
+def _walk(comparison: Comparison) -> str | None:
+    """Write walk.html, the hidden states of each arm's first seed, beside the page; its name, or None if it cannot be made."""
+    first = [comparison.directory / comparison.arms[arm].runs[0].name for arm in ARMS]
+    try:
+        write_walk(first, comparison.directory / "walk.html")
+    except (FileNotFoundError, ValueError):
+        return None
+    return "walk.html"
 
 
 def _run_configs(comparison: Comparison) -> dict[str, Any]:

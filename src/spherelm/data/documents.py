@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -37,7 +37,8 @@ class Block:
     kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last.
     kind "lines": `data` is bytes, whole lines of JSON. kind "rows": `data` is list[str], whole documents.
     `first` is the number (from 1) of its first line or row, `offset` where its first byte is in the (decompressed)
-    file. `digest` is the document's sha256 (hex) for kind "text" when asked for.
+    file. `digest` is the document's sha256 (hex) for kind "text" when asked for. `after` is the position behind it of a
+    stream that can go on from there (JSON).
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Block:
     starts: bool = True
     ends: bool = True
     digest: str | None = None
+    after: dict[str, Any] | None = None
 
 
 def format_of(path: Path) -> str:
@@ -77,7 +79,7 @@ def check_input(path: Path) -> None:
 
 def read_blocks(
     path: Path, *, can_cut: bool = True, with_digest: bool = False, block_size: int = BLOCK_SIZE
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     """The blocks of one input, in order.
 
     `can_cut`: whether a long .txt document may be cut between two words (else it is one block, whole in memory).

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents."""
+    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents.
+
+    `starts`, `ends`, `after`: as in its block. When asked for, by split and document: `digests`, the first 16 bytes of
+    the text's sha256, and `sizes`, its UTF-8 bytes.
+    """
 
     source: int
     read_bytes: int
@@ -45,6 +49,11 @@ class Encoded:
     text_bytes: dict[Split, int]
     documents: int
     empty: int
+    starts: bool = True
+    ends: bool = True
+    after: dict[str, Any] | None = None
+    digests: dict[Split, list[bytes]] = field(default_factory=dict)
+    sizes: dict[Split, list[int]] = field(default_factory=dict)
 
 
 CutRule = Literal["keep", "drop"]
@@ -72,35 +81,47 @@ def split_of(digest: str, val_fraction: float) -> Split:
 class Encoder:
     """Encodes jobs with one tokenizer. `val_fraction` decides for jobs without a split."""
 
-    def __init__(self, tokenizer: Tokenizer, val_fraction: float) -> None:
+    def __init__(self, tokenizer: Tokenizer, val_fraction: float, with_digests: bool = False) -> None:
         self._tokenizer = tokenizer
         self._val_fraction = val_fraction
+        self._with_digests = with_digests
         self._rule = cut_rule(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, job: Job) -> Encoded:
         """Raises DocumentError for a block that cannot be read, ValueError where text encodes to the end token."""
         texts: dict[Split, list[str]] = {}
+        digests: dict[Split, list[bytes]] = {}
         empty = 0
         for text in documents_in(job.block):
-            if text:
-                texts.setdefault(self._split(job, text), []).append(text)
-            else:
+            if not text:
                 empty += 1
+                continue
+            digest = self._digest(job, text)
+            split = job.split or split_of(digest.hex(), self._val_fraction)
+            texts.setdefault(split, []).append(text)
+            digests.setdefault(split, []).append(digest[:16])
+        sizes = {split: [len(text.encode("utf-8")) for text in group] for split, group in texts.items()}
         documents = sum(len(group) for group in texts.values()) if job.block.ends else 0
         return Encoded(
             source=job.source,
             read_bytes=job.block.read_bytes,
             ids={split: self._encode(group, job.block) for split, group in texts.items()},
-            text_bytes={split: sum(len(text.encode("utf-8")) for text in group) for split, group in texts.items()},
+            text_bytes={split: sum(group) for split, group in sizes.items()},
             documents=documents,
             empty=empty,
+            starts=job.block.starts,
+            ends=job.block.ends,
+            after=job.block.after,
+            digests=digests if self._with_digests else {},
+            sizes=sizes if self._with_digests else {},
         )
 
-    def _split(self, job: Job, text: str) -> Split:
-        if job.split is not None:
-            return job.split
-        return split_of(job.block.digest or hashlib.sha256(text.encode("utf-8")).hexdigest(), self._val_fraction)
+    def _digest(self, job: Job, text: str) -> bytes:
+        """The sha256 of the whole document; nothing where nobody asks for it."""
+        if job.split is not None and not self._with_digests:
+            return b""
+        return bytes.fromhex(job.block.digest) if job.block.digest else hashlib.sha256(text.encode("utf-8")).digest()
 
     def _encode(self, texts: list[str], block: Block) -> Ids:
         """Ids of all `texts`, the end token after each (after the last only if the document ends in this block)."""
@@ -153,7 +174,7 @@ def _grouped(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def encode_all(
-    jobs: Iterable[Job], tokenizer_directory: Path, val_fraction: float, workers: int
+    jobs: Iterable[Job], tokenizer_directory: Path, val_fraction: float, workers: int, with_digests: bool = False
 ) -> Generator[Encoded, None, None]:
     """The results of `jobs` in their order, with at most a few blocks in memory for each of `workers` processes.
 
@@ -161,10 +182,10 @@ def encode_all(
     OSError when a process dies.
     """
     if workers == 1:
-        yield from map(Encoder(load_tokenizer(tokenizer_directory), val_fraction), jobs)
+        yield from map(Encoder(load_tokenizer(tokenizer_directory), val_fraction, with_digests), jobs)
         return
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_directory, val_fraction)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_directory, val_fraction, with_digests)
     )
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -183,12 +204,12 @@ def encode_all(
 _encoder: Callable[[Job], Encoded] | None = None
 
 
-def _start_worker(tokenizer_directory: Path, val_fraction: float) -> None:
+def _start_worker(tokenizer_directory: Path, val_fraction: float, with_digests: bool) -> None:
     """One encoder a process, one thread each; Ctrl-C is for the parent, which shuts the workers down."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(load_tokenizer(tokenizer_directory), val_fraction)
+    _encoder = Encoder(load_tokenizer(tokenizer_directory), val_fraction, with_digests)
 
 
 def _encode_in_worker(job: Job) -> Any:

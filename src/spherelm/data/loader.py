@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,34 @@ from spherelm.data.shards import Tokens
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class Loader:
+class Batches(Protocol):
+    """What training reads: one batch an update."""
+
+    def batch(self, step: int) -> Batch:
+        """(tokens, targets) of `step` (from 0) for this rank: int64 `[batch_size / world_size, seq_len]` each."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What another process needs besides the number `step` to go on with it (JSON), the same for every rank."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken, in a run of any number of ranks."""
+        ...
+
+
+class StatelessBatches:
+    """Batches whose whole position is the step."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class Loader(StatelessBatches):
     """Windows of `seq_len` tokens and their successors, in an order that is random and different every epoch.
 
     An epoch lays windows side by side from a random offset below `seq_len`, so that their borders move from epoch to
@@ -27,13 +56,7 @@ class Loader:
     def __init__(
         self, tokens: Tokens, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        if batch_size < 1 or world_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"batch size {batch_size} does not divide among {world_size} processes: "
-                f"use a positive multiple of {world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not within 0..{world_size - 1}: check rank and world_size")
+        check_share(batch_size, rank, world_size)
         _check_length(tokens, seq_len)
         self.tokens = tokens
         self.seq_len = seq_len
@@ -51,7 +74,7 @@ class Loader:
         """
         share = self.batch_size // self.world_size
         first = step * self.batch_size + self.rank * share
-        return _stack(self.tokens, self.window_starts(first, share), self.seq_len)
+        return stack(self.tokens.read(start, self.seq_len + 1) for start in self.window_starts(first, share))
 
     def window_starts(self, first: int, count: int) -> list[int]:
         """Where in the text the windows `first` to `first + count`, counted since the start of training, begin."""
@@ -83,7 +106,18 @@ def validation_windows(tokens: Tokens, seq_len: int, count: int) -> Batch:
     _check_length(tokens, seq_len)
     available = (len(tokens) - 1) // seq_len
     count = min(count, available)
-    return _stack(tokens, [i * available // count * seq_len for i in range(count)], seq_len)
+    return stack(tokens.read(i * available // count * seq_len, seq_len + 1) for i in range(count))
+
+
+def check_share(batch_size: int, rank: int, world_size: int) -> None:
+    """Raise ValueError where `rank` of `world_size` processes cannot have an equal share of a batch."""
+    if batch_size < 1 or world_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"batch size {batch_size} does not divide among {world_size} processes: "
+            f"use a positive multiple of {world_size}"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not within 0..{world_size - 1}: check rank and world_size")
 
 
 def _check_length(tokens: Tokens, seq_len: int) -> None:
@@ -96,7 +130,7 @@ def _check_length(tokens: Tokens, seq_len: int) -> None:
         )
 
 
-def _stack(tokens: Tokens, starts: list[int], seq_len: int) -> Batch:
-    rows: npt.NDArray[np.int64] = np.stack([tokens.read(start, seq_len + 1) for start in starts])
-    both = torch.from_numpy(rows)
+def stack(rows: Iterable[npt.NDArray[np.int64]]) -> Batch:
+    """(tokens, targets) of windows of one token more than the sequence length."""
+    both = torch.from_numpy(np.stack(list(rows)))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from spherelm.data.documents import check_input, format_of
+from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -19,12 +20,19 @@ SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to
 
 @dataclass(frozen=True)
 class Source:
-    """One input file; `split` None means that each document's hash decides."""
+    """One input file, or a stream (no size, the sha256 of its identity); `split` None: each document's hash decides."""
 
     path: Path
     split: Split | None
     size: int
     sha256: str
+    stream: HubText | None = None
+
+    def parameters(self) -> dict[str, Any]:
+        """What this input is, wherever it lies (JSON)."""
+        if self.stream is not None:
+            return {"format": "stream", "dataset": self.stream.identity, "split": self.split}
+        return {"format": format_of(self.path), "sha256": self.sha256, "split": self.split}
 
 
 @dataclass(frozen=True)
@@ -35,31 +43,38 @@ class Plan:
     tokenizer: Tokenizer
     val_fraction: float
     shard_tokens: int
+    deduplicate: bool
+
+    def needs_digest(self, source: Source) -> bool:
+        """Whether a document's hash is needed before it is read whole."""
+        return source.split is None or self.deduplicate
 
     def parameters(self) -> dict[str, Any]:
         """What two runs must share to write the same shards (JSON)."""
-        inputs = [{"format": format_of(s.path), "sha256": s.sha256, "split": s.split} for s in self.sources]
         return {
             "format": FORMAT,
-            "inputs": inputs,
+            "inputs": [source.parameters() for source in self.sources],
             "shard_tokens": self.shard_tokens,
             "tokenizer": self.tokenizer.fingerprint,
             "val_fraction": self.val_fraction,
+            **({"deduplicate": True} if self.deduplicate else {}),
         }
 
 
 def make_plan(
     inputs: list[Path],
     val: list[Path],
+    hub: HubRequest | None,
     tokenizer: str | Path,
     val_fraction: float,
     workers: int,
     shard_tokens: int,
+    deduplicate: bool,
     progress: bool,
 ) -> Plan:
     """The plan of `prepare(...)` with these arguments. Raises ValueError or FileNotFoundError for what cannot be."""
-    if not inputs:
-        raise ValueError("no input files: give at least one with --input")
+    if not inputs and hub is None:
+        raise ValueError("no input files: give at least one with --input, or a dataset with --hf")
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"val fraction {val_fraction} is not within 0 (none) to below 1")
     if val and val_fraction:
@@ -71,13 +86,20 @@ def make_plan(
     loaded = load_tokenizer(tokenizer)
     split: Split | None = None if val_fraction else "train"
     sizes = sum(Path(path).stat().st_size for path in [*inputs, *val])
-    with tqdm(total=sizes, unit="B", unit_scale=True, desc="hashing", disable=not progress, leave=False) as bar:
-        sources = [_source(Path(path), split, bar) for path in inputs] + [_source(Path(p), "val", bar) for p in val]
-    trained_on = {source.sha256: source.path for source in sources[: len(inputs)]}
-    for source in sources[len(inputs) :]:
+    with tqdm(
+        total=sizes, unit="B", unit_scale=True, desc="hashing", disable=not (progress and sizes), leave=False
+    ) as bar:
+        train, held_out = (
+            [_source(Path(path), to, bar) for path in paths] for paths, to in ((inputs, split), (val, "val"))
+        )
+    trained_on = {source.sha256: source.path for source in train}
+    for source in held_out:
         if source.sha256 in trained_on:
             raise ValueError(f"{source.path} is also a training input ({trained_on[source.sha256]}): remove one")
-    return Plan(tuple(sources), loaded, val_fraction, shard_tokens)
+    if hub is not None:
+        stream = HubText(hub)
+        train.append(Source(Path(hub.name), split, 0, stream.fingerprint, stream))
+    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate)
 
 
 def _source(path: Path, split: Split | None, bar: Any) -> Source:

@@ -1,4 +1,4 @@
-"""Text files into a data directory of token shards: in parallel, resumable, the same bytes whoever runs it.
+"""Text into a data directory of token shards: in parallel, resumable, the same bytes whoever runs it.
 
 Work goes to OUT/.partial; every few seconds `state.json` there records what is safely on disk. When all is done, the
 files move to OUT, the manifest last, so a directory with a manifest is whole.
@@ -6,56 +6,45 @@ files move to OUT, the manifest last, so a directory with a manifest is whole.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import itertools
 import json
-import os
-import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from spherelm.data.documents import DocumentError, read_blocks
+from spherelm.data.deduplication import Deduplicator
+from spherelm.data.documents import Block, DocumentError, read_blocks
 from spherelm.data.encoding import Encoded, Job, cut_rule, encode_all
-from spherelm.data.plan import SHARD_TOKENS, Plan, make_plan
-from spherelm.data.shards import (
-    MANIFEST_FILE,
-    PARTIAL_DIRECTORY,
-    Ids,
-    Shard,
-    ShardError,
-    ShardWriter,
-    Split,
-    open_tokens,
-    read_manifest,
-)
-from spherelm.data.tokenizer import load_tokenizer
+from spherelm.data.hub import HubRequest
+from spherelm.data.output import STATE_FILE, OutputExistsError, finished, locked, publish, remove_if_useless, write_json
+from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
+from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_manifest
+from spherelm.data.split_writer import SplitWriter
 
 CHECKPOINT_SECONDS = 5.0
-_STATE_FILE = "state.json"
+_DIGESTS_FILE = "digests.bin"
 _SPLITS: tuple[Split, Split] = ("train", "val")
-
-
-class OutputExistsError(FileExistsError, ValueError):
-    """The output directory holds something else; the message says what to do."""
 
 
 @dataclass
 class Position:
-    """How far the inputs are read: `blocks` of input `source`, and how many documents each input gave so far."""
+    """How far the inputs are read: `blocks` of input `source`, and how many documents each input gave so far.
+
+    `after`: where a stream goes on. `duplicates`: how many of the documents were left out as seen before.
+    """
 
     source: int = 0
     blocks: int = 0
+    after: dict[str, Any] | None = None
     read_bytes: int = 0
     empty: int = 0
     documents: list[int] = field(default_factory=list)
+    duplicates: list[int] = field(default_factory=list)
 
 
 def prepare(
@@ -67,81 +56,40 @@ def prepare(
     workers: int = 1,
     progress: bool = False,
     *,
+    hub: HubRequest | None = None,
+    deduplicate: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Write the documents of `inputs` as a data directory `out` and return its manifest.
+    """Write the documents of `inputs`, then those of the stream `hub`, as a data directory `out`; return its manifest.
 
     `tokenizer`: as for `load_tokenizer`. Validation text: the files `val`, or the part `val_fraction` (0 to 1) of the
     documents, chosen by their hashes, or none. `workers`: processes; the result does not depend on it (with more than
     one, a script that calls this needs an `if __name__ == "__main__"` guard). Called again after an interruption with
     the same arguments it goes on; where all is done already it verifies the shards and changes nothing.
+    `deduplicate`: of documents with the same text only the first is kept; the validation files are read last, so one
+    that is in the training text too is dropped from the validation text.
     Raises ValueError (DocumentError, ShardError, OutputExistsError) or FileNotFoundError for what the user can mend.
     """
-    plan = make_plan(list(inputs), list(val or []), tokenizer, val_fraction, workers, shard_tokens, progress)
+    plan = make_plan(
+        list(inputs), list(val or []), hub, tokenizer, val_fraction, workers, shard_tokens, deduplicate, progress
+    )
     out = Path(out)
     if (out / MANIFEST_FILE).is_file():
-        return _finished(out, plan, progress)
+        return finished(out, plan, progress)
     partial = out / PARTIAL_DIRECTORY
     if out.exists() and not partial.is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out} holds something else than prepared data: choose another --out")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial, out):
+    with locked(partial, out):
         try:
             if not (out / MANIFEST_FILE).is_file():  # else another process finished it since
                 if not (partial / MANIFEST_FILE).is_file():
                     _Work(plan, partial, progress).run(workers)
-                _publish(partial, out, plan)
+                publish(partial, out, plan)
         except BaseException:
-            _remove_if_useless(partial, out)
+            remove_if_useless(partial, out)
             raise
     return read_manifest(out)
-
-
-class _SplitWriter:
-    """The shards of one split, one open at a time."""
-
-    def __init__(self, directory: Path, split: Split, plan: Plan, state: dict[str, Any] | None) -> None:
-        self._directory = directory
-        self._split = split
-        self._plan = plan
-        self.shards: list[dict[str, Any]] = list(state["shards"]) if state else []
-        self._in_document = bool(state["in_document"]) if state else False
-        self._open: ShardWriter | None = None
-        for entry in self.shards:
-            _verify_entry(directory, entry)
-        if state and state["open"]:
-            self._open = ShardWriter(
-                directory / state["open"]["file"], plan.tokenizer, state["open"]["starts_inside"], state["open"]
-            )
-
-    def append(self, ids: Ids, text_bytes: int) -> None:
-        if self._open is None:
-            path = self._directory / f"{self._split}-{len(self.shards):05d}.bin"
-            self._open = ShardWriter(path, self._plan.tokenizer, self._in_document)
-        self._open.append(ids, text_bytes)
-        if self._open.tokens >= self._plan.shard_tokens:
-            self.finish()
-
-    def finish(self) -> None:
-        """Close the open shard, if there is one."""
-        if self._open is None:
-            return
-        header = self._open.finish()
-        self._in_document = self._open.in_document
-        entry = {"file": self._open.path.name, "sha256": header.body_sha256, "bytes": header.text_bytes}
-        self.shards.append({**entry, "tokens": header.tokens, "documents": header.documents})
-        self._open = None
-
-    def state(self) -> dict[str, Any]:
-        """What another writer needs to go on from here, everything before it being on disk."""
-        if self._open is not None:
-            self._open.flush()
-        open_state = self._open.state() if self._open else None
-        return {"shards": self.shards, "open": open_state, "in_document": self._in_document}
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
 
 
 class _Work:
@@ -152,17 +100,25 @@ class _Work:
         self._partial = partial
         self._progress = progress
         saved = self._load()
-        self._position = Position(**saved["position"]) if saved else Position(documents=[0] * len(plan.sources))
+        zeros = [0] * len(plan.sources)
+        self._position = Position(**saved["position"]) if saved else Position(documents=zeros, duplicates=zeros.copy())
+        self._deduplicator = None
+        if plan.deduplicate:
+            seen = saved["deduplicator"] if saved else None
+            self._deduplicator = Deduplicator(partial / _DIGESTS_FILE, plan.tokenizer.eos_id, seen)
         splits = saved["splits"] if saved else {}
-        self._writers = {split: _SplitWriter(partial, split, plan, splits.get(split)) for split in _SPLITS}
+        self._writers = {
+            split: SplitWriter(partial, split, plan.tokenizer, plan.shard_tokens, splits.get(split))
+            for split in _SPLITS
+        }
         self._saved_at = time.monotonic()
 
     def run(self, workers: int) -> None:
         """Encode what is left and leave a whole data directory, manifest included, in `partial`."""
         self._plan.tokenizer.save(self._partial)
-        sizes = sum(source.size for source in self._plan.sources)
+        sizes = None if any(s.stream for s in self._plan.sources) else sum(s.size for s in self._plan.sources)
         bar = tqdm(total=sizes, unit="B", unit_scale=True, desc="tokenizing", disable=not self._progress)
-        results = encode_all(self._jobs(), self._partial, self._plan.val_fraction, workers)
+        results = encode_all(self._jobs(), self._partial, self._plan.val_fraction, workers, self._plan.deduplicate)
         try:
             for encoded in results:
                 self._take(encoded)
@@ -170,7 +126,7 @@ class _Work:
             self._complain_of_empty(len(self._plan.sources))
             for writer in self._writers.values():
                 writer.finish()
-            _write_json(self._partial / MANIFEST_FILE, self._manifest())
+            write_json(self._partial / MANIFEST_FILE, self._manifest())
         finally:
             results.close()
             bar.close()
@@ -179,17 +135,25 @@ class _Work:
 
     def _jobs(self) -> Iterator[Job]:
         """The blocks from the saved position on."""
-        can_cut = cut_rule(self._plan.tokenizer) is not None
-        start = self._position.source, self._position.blocks
+        start, blocks, after = self._position.source, self._position.blocks, self._position.after
         for number, source in enumerate(self._plan.sources):
-            if number < start[0]:
+            if number < start:
                 continue
-            blocks = read_blocks(source.path, can_cut=can_cut, with_digest=source.split is None)
-            for block in itertools.islice(blocks, start[1] if number == start[0] else 0, None):
+            for block in self._blocks(source, blocks, after) if number == start else self._blocks(source, 0, None):
                 yield Job(number, block, source.split)
+
+    def _blocks(self, source: Source, skip: int, after: dict[str, Any] | None) -> Iterator[Block]:
+        """The blocks of one input behind the first `skip`, or behind the position `after` of a stream."""
+        if source.stream is not None:
+            return source.stream.blocks(after)
+        can_cut, with_digest = cut_rule(self._plan.tokenizer) is not None, self._plan.needs_digest(source)
+        return itertools.islice(read_blocks(source.path, can_cut=can_cut, with_digest=with_digest), skip, None)
 
     def _take(self, encoded: Encoded) -> None:
         """Write one result and move the position behind it."""
+        duplicates = 0
+        if self._deduplicator is not None:
+            encoded, duplicates = self._deduplicator.filter(encoded)
         for split, ids in encoded.ids.items():
             self._writers[split].append(ids, encoded.text_bytes[split])
         position = self._position
@@ -197,8 +161,10 @@ class _Work:
             self._complain_of_empty(encoded.source)
             position.source, position.blocks = encoded.source, 0
         position.blocks += 1
+        position.after = encoded.after
         position.empty += encoded.empty
         position.documents[encoded.source] += encoded.documents
+        position.duplicates[encoded.source] += duplicates
         position.read_bytes = sum(s.size for s in self._plan.sources[: encoded.source]) + encoded.read_bytes
         if time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS:
             self._save()
@@ -211,12 +177,15 @@ class _Work:
     def _save(self) -> None:
         splits = {split: writer.state() for split, writer in self._writers.items()}
         state = {"parameters": self._plan.parameters(), "position": vars(self._position), "splits": splits}
-        _write_json(self._partial / _STATE_FILE, state)
+        if self._deduplicator is not None:
+            self._deduplicator.flush()
+            state["deduplicator"] = self._deduplicator.state()
+        write_json(self._partial / STATE_FILE, state)
         self._saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any] | None:
         """The saved state, if any; ShardError where it is of another command."""
-        path = self._partial / _STATE_FILE
+        path = self._partial / STATE_FILE
         if not path.is_file():
             return None
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -230,8 +199,9 @@ class _Work:
                 f"{self._partial} holds unfinished work with other inputs or options: "
                 "give the first command again, or delete that directory to start over"
             )
-        counts = position["documents"][:begun]
-        position["documents"] = counts + [0] * (len(self._plan.sources) - len(counts))
+        for name in ("documents", "duplicates"):
+            counts = position.get(name, [])[:begun]
+            position[name] = counts + [0] * (len(self._plan.sources) - len(counts))
         return state
 
     def _manifest(self) -> dict[str, Any]:
@@ -244,10 +214,7 @@ class _Work:
             "spherelm": _version(),
             "parameters": plan.parameters(),
             "tokenizer": {name: getattr(tokenizer, name) for name in described},
-            "inputs": [
-                {"name": source.path.name, "bytes": source.size, "sha256": source.sha256, "documents": documents}
-                for source, documents in zip(plan.sources, self._position.documents, strict=True)
-            ],
+            "inputs": [self._described(number, source) for number, source in enumerate(plan.sources)],
             "empty_documents_left_out": self._position.empty,
             "splits": {
                 split: {**{key: sum(shard[key] for shard in shards) for key in totals}, "shards": shards}
@@ -255,89 +222,27 @@ class _Work:
             },
         }
 
+    def _described(self, number: int, source: Source) -> dict[str, Any]:
+        """An input's entry in the manifest; `documents` counts those kept."""
+        documents, duplicates = self._position.documents[number], self._position.duplicates[number]
+        entry: dict[str, Any] = {"name": source.path.name, "bytes": source.size, "sha256": source.sha256}
+        if source.stream is not None:
+            entry = {"name": source.stream.request.name, "sha256": source.sha256, "dataset": source.stream.identity}
+        left_out = {"duplicates_left_out": duplicates} if self._plan.deduplicate else {}
+        return {**entry, "documents": documents - duplicates, **left_out}
+
     def _check_splits(self, splits: dict[Split, list[dict[str, Any]]]) -> None:
+        for source in self._plan.sources:
+            if source.split is not None and source.split not in splits:
+                raise ValueError(f"every document of {source.path} is in the training text too: name other --val files")
         wanted = _SPLITS if self._plan.val_fraction else ("train",)
         for split in wanted:
             if split not in splits:
-                (self._partial / _STATE_FILE).unlink(missing_ok=True)  # another fraction needs another start
+                (self._partial / STATE_FILE).unlink(missing_ok=True)  # another fraction needs another start
                 raise ValueError(
                     f"val fraction {self._plan.val_fraction} of {sum(self._position.documents)} documents leaves none "
                     f"for {split}: choose another --val-fraction, give more documents, or name --val files"
                 )
-
-
-def _publish(partial: Path, out: Path, plan: Plan) -> None:
-    """Move a whole data directory from `partial` to `out`, the manifest last; may be interrupted and repeated."""
-    manifest = read_manifest(partial)
-    _check_same(partial, manifest, plan)
-    shards = [entry["file"] for split in manifest["splits"].values() for entry in split["shards"]]
-    for name in [*shards, *(path.name for path in partial.glob("tokenizer*")), MANIFEST_FILE]:
-        if (partial / name).exists():
-            os.replace(partial / name, out / name)
-    shutil.rmtree(partial)
-
-
-def _finished(out: Path, plan: Plan, progress: bool) -> dict[str, Any]:
-    """The manifest of `out`, if it is what `plan` would write and undamaged."""
-    manifest = read_manifest(out)
-    _check_same(out, manifest, plan)
-    for split in manifest["splits"]:
-        open_tokens(out, split).verify()
-    if load_tokenizer(out).fingerprint != plan.tokenizer.fingerprint:
-        raise ShardError.about(out, "its tokenizer is not the one its shards were made with")
-    shutil.rmtree(out / PARTIAL_DIRECTORY, ignore_errors=True)
-    if progress:
-        print(f"{out} is already prepared: nothing to do", file=sys.stderr)
-    return manifest
-
-
-def _check_same(directory: Path, manifest: dict[str, Any], plan: Plan) -> None:
-    old, new = manifest.get("parameters", {}), plan.parameters()
-    different = [key for key in new if old.get(key) != new[key]]
-    if different:
-        raise OutputExistsError(
-            f"{directory} holds data prepared with another {', '.join(different)}: choose another --out or delete it"
-        )
-
-
-def _verify_entry(directory: Path, entry: dict[str, Any]) -> None:
-    shard = Shard(directory / entry["file"])
-    shard.verify()
-    if shard.header.body_sha256 != entry["sha256"]:
-        raise ShardError.about(shard.path, "changed since the interruption", f"delete {directory} to start over")
-
-
-def _remove_if_useless(partial: Path, out: Path) -> None:
-    """After a failure before the first saved state, leave no trace."""
-    if partial.is_dir() and not any((partial / name).exists() for name in (_STATE_FILE, MANIFEST_FILE)):
-        shutil.rmtree(partial)
-        if not any(out.iterdir()):
-            out.rmdir()
-
-
-@contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
-    """Hold `partial` for this process. Raises OutputExistsError while another one does."""
-    with open(partial / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExistsError(
-                f"another process is preparing {out}: wait for it or choose another --out"
-            ) from error
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _version() -> str:

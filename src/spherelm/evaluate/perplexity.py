@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from spherelm.layers.attention import separate_documents
+from spherelm.layers.loss import chunk_rows
 from spherelm.models import Decoder
 
 
 @torch.no_grad()
-def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int) -> float:
+def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, end_token: int | None = None) -> float:
     """The mean cross-entropy of `model` over all windows, in nats per token.
 
     tokens, targets: int64 [windows, seq], read `batch_size` windows at a time; -100 among the targets counts for nothing.
+    end_token: where given, documents, each ended by it, do not see one another.
     """
     model_was_training = model.training
     model.eval()
@@ -22,10 +26,27 @@ def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int) 
     device = next(model.parameters()).device
     for part, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
         counted = int((wanted != -100).sum())
-        total += model.loss(part.to(device), wanted.to(device)).item() * counted
+        part = part.to(device)
+        total += model.loss(part, wanted.to(device), *separate_documents(part, end_token)).item() * counted
         count += counted
     model.train(model_was_training)
     return total / count
+
+
+@torch.no_grad()
+def token_losses(model: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of every single target, in nats: int64 tokens, targets [batch, seq] -> float32 [batch, seq].
+
+    Logits exist for a piece of the tokens at a time. The sequence may be longer than the model's max_seq_len.
+    """
+    readout = model.readout(model.trunk(model.embed(tokens)))
+    features, wanted = readout.features.flatten(0, 1), targets.flatten()
+    weight, size = readout.weight.to(features.dtype), chunk_rows(len(features), len(readout.weight))
+    losses = [
+        F.cross_entropy(F.linear(part, weight).float(), target, reduction="none")
+        for part, target in zip(features.split(size), wanted.split(size), strict=True)
+    ]
+    return torch.cat(losses).view_as(targets)
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:

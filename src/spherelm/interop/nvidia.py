@@ -246,10 +246,15 @@ def _content(path: Path) -> Any:
                 raise ValueError(f"its {damaged} is damaged (the checksum differs): copy the file again")
         with torch.serialization.safe_globals([(Inert, name) for name in FOREIGN]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise type(error)(f"no file {path}: give the ckpt.pt that train.py wrote") from None
     except (OSError, MemoryError, ValueError):
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        # Where torch's restricted reader refuses a file, its message recommends to read it without the restriction.
+        refused = type(error).__name__ == "UnpicklingError"
+        reason = "it is damaged, or train.py did not write it" if refused else error
+        raise ValueError(f"{type(error).__name__}: {reason}") from error
 
 
 def _refuse_strangers(pickled: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,6 +35,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     groups = q.shape[1] != k.shape[1]
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups)
+
+
+def separate_documents(tokens: Tensor, end_token: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and positions that make of each document in int64 tokens [batch, seq] what it is alone; no end token, neither.
+
+    mask: bool [batch, 1, seq, seq], True where a query may look, in its own document up to itself. positions: [batch, seq],
+    from 0 in each document: in nGPT `s_qk` acts behind the rotation, channel by channel, so that scores depend on more than
+    differences of positions. `end_token` is the last token of the document that it ends.
+    """
+    if end_token is None:
+        return None, None
+    ends = tokens == end_token
+    document = ends.cumsum(-1) - ends.long()
+    same = document.unsqueeze(-1) == document.unsqueeze(-2)
+    index = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+    first = (index * ends.roll(1, -1)).cummax(-1).values
+    return same.tril().unsqueeze(1), index - first
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
@@ -83,6 +101,7 @@ class UnitAttention(nn.Module):
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
         self.rotation = rotation
         self.attend: Attend = attend
+        self.unit: Callable[[Tensor], Tensor] = sphere.norm
         self.q = UnitLinear(d_model, n_heads * d_k, unit_axis=1)
         self.k = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
         self.v = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
@@ -93,8 +112,8 @@ class UnitAttention(nn.Module):
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
-        q = sphere.norm(self.rotation(split_heads(self.q(h), self.n_heads), table))
-        k = sphere.norm(self.rotation(split_heads(self.k(h), self.n_kv_heads), table))
+        q = self.unit(self.rotation(split_heads(self.q(h), self.n_heads), table))
+        k = self.unit(self.rotation(split_heads(self.k(h), self.n_kv_heads), table))
         v = split_heads(self.v(h), self.n_kv_heads)
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         if cache is not None:

@@ -9,24 +9,48 @@ from torch import Tensor
 class LayerCache:
     """The keys and values of one attention layer, each [batch, n_kv_heads, seq, d_k], ready for the product.
 
-    Keys are stored as attention uses them: rotated and, in nGPT, normalized.
+    Keys are stored as attention uses them: rotated and, in nGPT, normalized. They lie in buffers that double when they are
+    full, so that a new position is written once instead of all of them being copied.
     """
 
     def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._length = 0
 
     @property
     def length(self) -> int:
         """How many positions are stored."""
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self._length
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new positions along the sequence and return all of them."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
-        self.keys, self.values = keys, values
-        return keys, values
+        start, self._length = self._length, self._length + keys.shape[2]
+        self._keys = _appended(self._keys, keys, start)
+        self._values = _appended(self._values, values, start)
+        return self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    def crop(self, length: int) -> None:
+        """Forget what is stored beyond the first `length` positions."""
+        self._length = min(self._length, length)
+
+
+def _appended(stored: Tensor | None, new: Tensor, start: int) -> Tensor:
+    """A buffer that holds the first `start` positions of `stored`, then `new`, and has room for more.
+
+    Where gradients are wanted nothing may be written over, and the buffer is what was asked for and no more.
+    """
+    if stored is None:
+        return new
+    if new.requires_grad or stored.requires_grad:
+        return torch.cat((stored[:, :, :start], new), dim=2)
+    end = start + new.shape[2]
+    if end > stored.shape[2]:
+        grown = new.new_empty(*new.shape[:2], 2 * end, new.shape[3])
+        grown[:, :, :start] = stored[:, :, :start]
+        stored = grown
+    stored[:, :, start:end] = new
+    return stored
 
 
 class KVCache:
@@ -39,3 +63,8 @@ class KVCache:
     def length(self) -> int:
         """How many positions have been read."""
         return self.layers[0].length
+
+    def crop(self, length: int) -> None:
+        """Forget every position from `length` on, also what a pass that was broken off left in some of the layers."""
+        for layer in self.layers:
+            layer.crop(length)

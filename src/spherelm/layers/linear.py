@@ -72,38 +72,45 @@ class UnitEmbedding(Embedding):
     unit_axis = 1
 
 
+FORMS = ("vector", "scalar", "fixed")
+"""What a learned scale may be."""
+
+
 class Scale(nn.Module):
     """A learned scale: stored as a parameter that starts at `scale`, used as `value * init / scale` (nGPT, section 2.5).
 
     It starts at the effective value `init`; under Adam, whose steps do not depend on the gradient's size, `scale` sets how
-    fast it learns: a step of eta moves the effective value by eta * init / scale.
+    fast it learns: a step of eta moves the effective value by eta * init / scale. form: one of `FORMS` (Table 5): a value for
+    each entry, one learned value for all entries, or `init` for good.
     """
 
     role = "scale"
 
-    def __init__(self, shape: int | tuple[int, ...], init: float, scale: float) -> None:
+    def __init__(self, shape: int | tuple[int, ...], init: float, scale: float, form: str = "vector") -> None:
         super().__init__()
         if not scale > 0:
             raise ValueError(f"a learned scale must be stored at a positive value, got scale={scale}")
         self.init, self.scale = init, scale
-        self.value = nn.Parameter(torch.full((shape,) if isinstance(shape, int) else shape, float(scale)))
+        self.shape = (shape,) if isinstance(shape, int) else shape
+        stored = self.shape if form == "vector" else (1,)
+        self.value = nn.Parameter(torch.full(stored, float(scale)), requires_grad=form != "fixed")
 
     def reset_parameters(self) -> None:
         """Back to the start, where the effective value is `init`."""
         nn.init.constant_(self.value, self.scale)
 
     def forward(self) -> Tensor:
-        """The effective value, in the shape of the parameter."""
-        return self.value * (self.init / self.scale)
+        """The effective value, of the shape that the scale was made with."""
+        return (self.value * (self.init / self.scale)).expand(self.shape)
 
 
 def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Every module that declares a unit axis, as (name, module, axis), each weight once even if modules share it."""
-    seen: set[int] = set()
+    seen: dict[int, object] = {}  # the weights too: the identity of one that is gone may become another's
     for name, module in model.named_modules():
         axis = getattr(module, "unit_axis", None)
-        if axis is not None and id(module.weight) not in seen:
-            seen.add(id(module.weight))
+        if axis is not None and id(weight := module.weight) not in seen:
+            seen[id(weight)] = weight
             yield name, module, axis
 
 

@@ -69,7 +69,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, pullback: T
     nothing. pullback: [vocab, d], what carries the logits' gradient back to h instead of the weight, itself a constant.
     Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropy.apply(h, weight, targets, pullback)
     wide = torch.promote_types(h.dtype, torch.float32)
     product_weight, size = weight.to(h.dtype), chunk_rows(h.shape[0], weight.shape[0])

@@ -6,6 +6,7 @@ two a model uses is decided where it is built, by a name in `ROPES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ RotaryTable = tuple[Tensor, Tensor]
 
 Rotation = Callable[[Tensor, RotaryTable], Tensor]
 """What puts positions into queries and keys [batch, heads, seq, d_k]: `rotate` or `nvidia_rotate`."""
+
+MakeTable = Callable[[Tensor, int, float], RotaryTable]
+"""(positions, d_k, base) -> table: what a model calls once a pass."""
 
 
 def angles(positions: Tensor, d_k: int, base: float) -> Tensor:
@@ -71,9 +75,49 @@ def nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
 class Rope:
     """A way to put positions into queries and keys: what is computed once a pass, and what is done with it."""
 
-    table: Callable[[Tensor, int, float], RotaryTable]
+    table: MakeTable
     rotation: Rotation
 
 
 ROPES = {"standard": Rope(rotary_table, rotate), "nvidia": Rope(nvidia_table, nvidia_rotate)}
 """By the name that a config's field `rope` has."""
+
+
+def interpolated(table: MakeTable, factor: float) -> MakeTable:
+    """`table` with every position divided by `factor`: position interpolation (Chen et al., arXiv 2306.15595)."""
+
+    def make(positions: Tensor, d_k: int, base: float) -> RotaryTable:
+        return table(positions / factor, d_k, base)
+
+    return make
+
+
+def yarn(factor: float, trained_length: int, fast: float = 32, slow: float = 1) -> MakeTable:
+    """The standard table with the frequencies of YaRN (Peng et al., arXiv 2309.00071, "NTK-by-parts").
+
+    Pairs that turn more than `fast` times within `trained_length` positions keep their frequency, those that turn less than
+    `slow` times have it divided by `factor`; in between the two are mixed, linearly in the pair's number, as in the
+    authors' code. Its attention temperature is `yarn_temperature`.
+    """
+
+    def pair(turns: float, d_k: int, base: float) -> float:
+        """The number of the pair (not whole) that turns so many times within the trained length."""
+        return d_k * math.log(trained_length / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    def make(positions: Tensor, d_k: int, base: float) -> RotaryTable:
+        first, last = max(math.floor(pair(fast, d_k, base)), 0), min(math.ceil(pair(slow, d_k, base)), d_k - 1)
+        pairs = torch.arange(d_k // 2, device=positions.device, dtype=positions.dtype)
+        slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+        turns = angles(positions, d_k, base) * (1 - slowed + slowed / factor)
+        return turns.cos(), turns.sin()
+
+    return make
+
+
+def yarn_temperature(factor: float) -> float:
+    """What YaRN multiplies every attention score by, `(0.1 ln(factor) + 1)^2`; 1 for factor 1 or less.
+
+    Other code puts its root on cosines and sines. nGPT normalizes queries and keys behind the rotation, which would take
+    it out again: it belongs on the scores.
+    """
+    return (0.1 * math.log(max(factor, 1.0)) + 1) ** 2

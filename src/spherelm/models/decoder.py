@@ -121,9 +121,14 @@ class Decoder(nn.Module):
         """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
         return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole."""
-        features, weight, pullback = self.readout(self.trunk(self.embed(tokens)))
+    def loss(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole.
+
+        mask, positions: as for `trunk`.
+        """
+        features, weight, pullback = self.readout(self.trunk(self.embed(tokens), mask=mask, positions=positions))
         return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback)
 
     def new_cache(self) -> KVCache:

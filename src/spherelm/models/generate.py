@@ -2,77 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
+from spherelm.models.continuation import Continuation
 from spherelm.models.decoder import Decoder
+from spherelm.models.folding import folded, obstacle
+from spherelm.models.sampling import Sampling
+
+Rows = Sequence[Sequence[int]]
 
 
-def filtered_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """What to draw the next token from: softmax of `logits / temperature`, without the tokens that are cut off.
+def for_inference(model: Decoder) -> Decoder:
+    """`folded(model)`, which is faster, where the model can be folded; else the model itself."""
+    return model if obstacle(model) else folded(model)
 
-    logits: [batch, vocab]. top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p, at least
-    one. Temperature 0 puts everything on the most probable token. Result: float32 [batch, vocab], rows sum to 1.
+
+def stream(
+    model: Decoder,
+    prompts: Rows,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int | Sequence[int] | None = None,
+    eos_id: int | None = None,
+    window: bool = False,
+    fold: bool = True,
+) -> Iterator[Tensor]:
+    """The tokens that `generate` appends, one step after the other: int64 [batch] each, on the model's device.
+
+    prompts: token ids of each row, at least one, rows of any lengths. The rest is as for `generate`, which is built on this.
+    Raises `ValueError` at once, not at the first step.
     """
-    if temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    ordered, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k is not None:
-        kept[:, top_k:] = False
-    if top_p is not None:
-        kept &= ordered.cumsum(-1) - ordered < top_p
-    ordered = ordered * kept
-    return torch.zeros_like(ordered).scatter_(-1, ids, ordered / ordered.sum(-1, keepdim=True))
+    check(model, prompts, max_new_tokens, window)
+    seeds = row_seeds(seed, len(prompts))
+    if fold and max_new_tokens > 0:
+        model = for_inference(model)
+    return _steps(Continuation(model, prompts, sampling or Sampling(), seeds, window), max_new_tokens, eos_id)
 
 
-@torch.no_grad()
+def _steps(continuation: Continuation, max_new_tokens: int, eos_id: int | None) -> Iterator[Tensor]:
+    ended = torch.zeros(len(continuation.rows), dtype=torch.bool, device=continuation.device)
+    for _ in range(max_new_tokens):
+        new = continuation.step()
+        if eos_id is not None:
+            new = new.masked_fill(ended, eos_id)
+            ended |= new == eos_id
+        yield new
+        if eos_id is not None and ended.all():
+            return
+
+
+@overload
+def generate(model: Decoder, prompt: Tensor, max_new_tokens: int, **settings: Any) -> Tensor: ...
+@overload
+def generate(model: Decoder, prompt: Rows, max_new_tokens: int, **settings: Any) -> list[list[int]]: ...
+
+
 def generate(
     model: Decoder,
-    prompt: Tensor,
+    prompt: Tensor | Rows,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] | None = None,
     eos_id: int | None = None,
-) -> Tensor:
-    """Continue every row of `prompt` by up to `max_new_tokens` tokens.
+    window: bool = False,
+    fold: bool = True,
+) -> Tensor | list[list[int]]:
+    """Continue every row of `prompt` by up to `max_new_tokens` tokens, each row as if it were alone.
 
-    prompt: int64 [batch, seq], seq >= 1, rows of equal length. temperature 0 is greedy. seed: makes the draw repeatable;
-    `None` takes torch's global random state. A row that has produced `eos_id` is filled with it; generation ends when all
-    have. Result: int64 [batch, seq + new]. Raises `ValueError` for an empty prompt, settings out of range, or a length
-    beyond the model's max_seq_len.
+    prompt: int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. temperature (0 is greedy), top_k,
+    top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or with
+    seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id` is filled with it;
+    generation ends when all have. window: go on past the model's max_seq_len as `Continuation` says. fold: compute with
+    `folded(model)`, where it can be folded; False spares the copy, and is right for a few tokens of a large model.
+
+    Result: for a tensor int64 [batch, seq + new], for a list each row with its new tokens up to its first `eos_id`. Raises
+    `ValueError` for an empty prompt, settings out of range, or without `window` a length beyond max_seq_len.
     """
-    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
-    generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
-    cache, tokens, new = model.new_cache(), prompt, prompt
-    ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new_tokens):
-        probabilities = filtered_probabilities(model(new, cache)[:, -1], temperature, top_k, top_p)
-        new = torch.multinomial(probabilities, 1, generator=generator)
-        if eos_id is not None:
-            new = new.masked_fill(ended, eos_id)
-            ended |= new == eos_id
-        tokens = torch.cat((tokens, new), dim=1)
-        if ended.all():
-            break
-    return tokens
-
-
-def _check(
-    model: Decoder, prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    if prompt.ndim != 2 or prompt.shape[1] < 1:
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if isinstance(prompt, Tensor) and (prompt.ndim != 2 or prompt.shape[1] < 1):
         raise ValueError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
-    length, limit = prompt.shape[1] + max_new_tokens, model.config.max_seq_len
-    if max_new_tokens < 0 or length > limit:
-        raise ValueError(
-            f"{prompt.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
-            f"max_seq_len={limit}: ask for 0 to {max(0, limit - prompt.shape[1])} new tokens or shorten the prompt"
-        )
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(
-            f"out of range: temperature={temperature} (>= 0), top_k={top_k} (>= 1), top_p={top_p} (in (0, 1])"
-        )
+    rows: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    steps = stream(model, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
+    new = list(steps)
+    if isinstance(prompt, Tensor):
+        return torch.cat((prompt, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
+    columns = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
+    return [[*row, *up_to(added, eos_id)] for row, added in zip(rows, columns, strict=True)]
+
+
+def up_to(tokens: list[int], eos_id: int | None) -> list[int]:
+    """`tokens` up to and with the first `eos_id`."""
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+
+
+def row_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` rows: `seed + i`, or `seed[i]`, or from torch's global random state."""
+    if seed is None:
+        drawn: list[int] = torch.randint(2**62, (count,)).tolist()
+        return drawn
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} rows: give one for each, or one number for all")
+    return seeds
+
+
+def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False) -> None:
+    """Raise `ValueError` if a row is empty, holds what is no token, or leaves no room for `max_new_tokens`."""
+    limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
+    for row in rows:
+        if not len(row):
+            raise ValueError("a prompt is empty: give at least one token")
+        if min(row) < 0 or max(row) >= vocab_size:
+            raise ValueError(
+                f"a prompt holds tokens from {min(row)} to {max(row)}, the model has 0 to {vocab_size - 1}"
+            )
+        if max_new_tokens < 0 or (len(row) + max_new_tokens > limit and not window):
+            raise ValueError(
+                f"{len(row)} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+                f"max_seq_len={limit}: ask for 0 to {max(0, limit - len(row))} new tokens or shorten the prompt, "
+                "or let the window slide (window=True, --window)"
+            )

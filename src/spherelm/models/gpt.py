@@ -104,4 +104,4 @@ class GPT(Decoder):
                 nn.init.normal_(parameter, std=self.init_std / shrink)
 
     def readout(self, h: Tensor) -> Readout:
-        return Readout(self.norm(h), self.head.weight)
+        return Readout(self.norm(h), self.head.scaled_weight())

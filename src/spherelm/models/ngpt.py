@@ -18,16 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from spherelm.layers.attention import UnitAttention
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import UnitFeedForward
-from spherelm.layers.linear import Linear, Scale, UnitEmbedding, UnitLinear, retract
+from spherelm.layers.linear import FORMS, Linear, Scale, UnitEmbedding, UnitLinear, retract
 from spherelm.layers.readout import Readout, preconditioned, scaled
 from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import Decoder, check_shape
-from spherelm.sphere import norm, step
+from spherelm.sphere import norm, riemannian_step, step
 
 
 def nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
@@ -38,9 +39,14 @@ def nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     return step(norm(h), target, alpha)
 
 
-STEPS = {"lerp": step, "nvidia": nvidia_step}
+STEPS = {"lerp": step, "nvidia": nvidia_step, "riemannian": riemannian_step}
 """The steps on the sphere, by the name that a config's field `step` has."""
 
+SIGNS: dict[str, Callable[[Tensor], Tensor]] = {"positive": torch.abs, "free": torch.positive}
+"""What becomes of a learned alpha, by the name that a config's field `alpha_sign` has; `torch.positive` leaves it."""
+
+SCALES = ("alpha", "s_qk", "s_u", "s_v", "s_z")
+"""The learned scales; each has `*_init`, `*_scale` and `*_form` in the config."""
 
 Reading = Callable[[Tensor, Linear, Tensor], Readout]
 """(h, head, s_z) -> readout."""
@@ -52,7 +58,9 @@ class NGPTConfig:
 
     `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model). rope: as in `GPTConfig`.
     step: "lerp", the paper's step on the sphere, or "nvidia", which normalizes the point that it starts from as well.
-    logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient.
+    logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient. For ablations (Tables
+    4 to 6): step "riemannian" (eqs. 24-26); a `*_form` is one of `FORMS`, a value for each entry, one learned for all, or one
+    fixed; alpha_sign "free" lets eigen learning rates be negative; without qk_norm queries and keys are not normalized.
     """
 
     vocab_size: int
@@ -77,12 +85,21 @@ class NGPTConfig:
     s_z_init: float = 1.0
     s_z_scale: float | None = None
     logit_preconditioning: float = 0.0
+    alpha_form: str = "vector"
+    s_qk_form: str = "vector"
+    s_u_form: str = "vector"
+    s_v_form: str = "vector"
+    s_z_form: str = "vector"
+    alpha_sign: str = "positive"
+    qk_norm: bool = True
 
     def __post_init__(self) -> None:
         check_shape(self)
-        if self.step not in STEPS:
-            raise ValueError(f"unknown step {self.step!r}: choose one of {', '.join(STEPS)}")
-        for name in ("alpha", "s_qk", "s_u", "s_v", "s_z"):
+        named = {"step": STEPS, "alpha_sign": SIGNS, **{f"{name}_form": FORMS for name in SCALES}}
+        for name, known in named.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name in SCALES:
             if not getattr(self, f"{name}_init") > 0:
                 raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
         if self.logit_preconditioning < 0:
@@ -97,7 +114,7 @@ def default_scale(config: NGPTConfig, name: str) -> float:
 
 def learned_scale(config: NGPTConfig, name: str, shape: int | tuple[int, ...]) -> Scale:
     """The learned scale `name` with the init and scale that the config gives it."""
-    return Scale(shape, getattr(config, f"{name}_init"), default_scale(config, name))
+    return Scale(shape, getattr(config, f"{name}_init"), default_scale(config, name), getattr(config, f"{name}_form"))
 
 
 class NGPTBlock(nn.Module):
@@ -106,19 +123,21 @@ class NGPTBlock(nn.Module):
     def __init__(self, config: NGPTConfig) -> None:
         super().__init__()
         d, d_ff = config.d_model, config.d_ff or 4 * config.d_model
-        self.step = STEPS[config.step]
+        self.step, self.sign = STEPS[config.step], SIGNS[config.alpha_sign]
         self.alpha_a, self.alpha_m = learned_scale(config, "alpha", d), learned_scale(config, "alpha", d)
         s_qk = learned_scale(config, "s_qk", (config.n_heads, d // config.n_heads))
         n_kv_heads, rotation = config.n_kv_heads or config.n_heads, ROPES[config.rope].rotation
         self.attention = UnitAttention(d, config.n_heads, n_kv_heads, s_qk, rotation)
+        if not config.qk_norm:
+            self.attention.unit = torch.positive
         self.mlp = UnitFeedForward(d, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
 
     def forward(
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Unit vectors [batch, seq, d_model] -> the same."""
-        h = self.step(h, norm(self.attention(h, table, mask, cache)), self.alpha_a().abs())
-        h = self.step(h, norm(self.mlp(h)), self.alpha_m().abs())
+        h = self.step(h, norm(self.attention(h, table, mask, cache)), self.sign(self.alpha_a()))
+        h = self.step(h, norm(self.mlp(h)), self.sign(self.alpha_m()))
         return h
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: updates made, seconds spent training."""
+    """How far a run has come: updates made, seconds spent training, and where a stream of text goes on (`Batches.state`)."""
 
     step: int
     seconds: float
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -76,7 +77,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: Optimizer, progress:
         save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, part / WEIGHTS)
         save_file({k: v.contiguous() for k, v in _optimizer_tensors(model, optimizer).items()}, part / MOMENTS)
         hashes = {name: _digest(part / name) for name in (WEIGHTS, MOMENTS)}
-        (part / STATE).write_text(json.dumps({"step": progress.step, "seconds": progress.seconds, "sha256": hashes}))
+        (part / STATE).write_text(json.dumps({**vars(progress), "sha256": hashes}))
         for path in (*part.iterdir(), part):
             _sync(path)
         if final.exists():
@@ -147,12 +148,14 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
         name, key = path.split("/")
         # Optimizers keep their step count on the CPU, as a tensor without dimensions.
         optimizer.state[parameters[name]][key] = value if value.ndim == 0 else value.to(parameters[name].device)
-    return Progress(state["step"], state["seconds"])
+    return Progress(state["step"], state["seconds"], state.get("data", {}))
 
 
-def load_model(run: str | Path) -> Decoder:
-    """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in float32 and eval mode.
+def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
 
+    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in float32 all the same. A
+    rounded unit vector stays as it is: a correction of its length would be rounded again (`departure` says how far it is off).
     Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
     """
     path = Path(run)
@@ -166,4 +169,4 @@ def load_model(run: str | Path) -> Decoder:
     _read_state(checkpoint)
     model = build(read_config(run_directory / "config.json").model)
     load_weights(model, checkpoint / WEIGHTS)
-    return model.eval()
+    return model.to(dtype).eval()

@@ -22,7 +22,10 @@ class TrainConfig:
     micro_batch_size: sequences at once in one process, `None` for all; the gradients of the rest accumulate. dtype: of the
     computation; weights are float32 always; "auto" is bfloat16 where the hardware multiplies it fast. eval_every,
     save_every: in updates, 0 for only at the end. eval_windows: sequences of validation text read each time. keep: how many
-    checkpoints stay.
+    checkpoints stay. mask_documents: attention does not cross from one document of a sequence into another.
+    log_to: where records go besides `metrics.jsonl`, by commas. diagnose_every: updates between measurements of updates, or 0.
+    eval_tasks: tasks of the evaluation harness, by commas, scored every eval_tasks_every updates (0: only at the end), on
+    copies of their data in the directory task_data (`None`: downloaded) and the first eval_limit documents (`None`: all).
     """
 
     steps: int
@@ -36,12 +39,19 @@ class TrainConfig:
     eval_windows: int = 64
     save_every: int = 0
     keep: int = 2
+    mask_documents: bool = False
+    log_to: str = ""
+    diagnose_every: int = 0
+    eval_tasks: str = ""
+    eval_tasks_every: int = 0
+    task_data: str | None = None
+    eval_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.dtype not in DTYPES:

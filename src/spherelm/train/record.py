@@ -16,7 +16,13 @@ from typing import Any
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, to_dict
 
-FREE_TO_CHANGE = ("train.save_every", "train.keep", "train.compile")
+FREE_TO_CHANGE = tuple(
+    f"train.{name}"
+    for name in (
+        *("save_every", "keep", "compile", "log_to", "diagnose_every"),
+        *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
+    )
+)
 """What may differ when a run is resumed, since it does not change what is learned."""
 
 

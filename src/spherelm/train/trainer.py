@@ -8,27 +8,28 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from spherelm.data.corpus import shipped_directory
-from spherelm.data.loader import Loader, validation_windows
-from spherelm.data.shards import Tokens, open_tokens
-from spherelm.data.tokenizer import load_tokenizer
-from spherelm.evaluate.perplexity import bits_per_byte, mean_loss
+from spherelm.data.loader import Batches
+from spherelm.evaluate.perplexity import bits_per_byte
+from spherelm.layers.attention import separate_documents
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
+from spherelm.train.batches import open_data, total_loss, validation_losses
 from spherelm.train.checkpoint import Progress, load_checkpoint, save_checkpoint
-from spherelm.train.config import RunConfig
+from spherelm.train.config import RunConfig, to_dict
+from spherelm.train.diagnostics import Diagnosis, Speed, peak_memory_mb
+from spherelm.train.evaluation import task_scorer
 from spherelm.train.metrics import MetricsLog
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.record import open_run
+from spherelm.train.sinks import check_names, open_sinks
 
 
 class Diverged(RuntimeError):
@@ -44,47 +45,6 @@ class Interrupted(RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The text of a run: a loader, fixed validation windows, and how many tokens a validation byte takes."""
-
-    loader: Loader
-    validation: tuple[Tensor, Tensor]
-    tokens_per_byte: float
-    directory: Path
-    identity: dict[str, str]
-
-
-def data_directory(data: str | None) -> Path:
-    """The data directory that a run's `data` names; the shipped text, prepared on first use, for `None`."""
-    return shipped_directory() if data is None else Path(data)
-
-
-def vocabulary_size(data: str | None) -> int:
-    """The number of token ids in the data that a run's `data` names."""
-    return open_tokens(data_directory(data), "train").vocab_size
-
-
-def open_data(config: RunConfig) -> RunData:
-    """Open the text that `config` names; raises `ValueError` if it does not fit the model or the lengths asked for."""
-    directory, train = data_directory(config.data), config.train
-    text, held_out = open_tokens(directory, "train"), open_tokens(directory, "val")
-    if text.vocab_size > config.model.vocab_size:
-        raise ValueError(f"{directory} has {text.vocab_size} token ids, the model only {config.model.vocab_size}")
-    return RunData(
-        loader=Loader(text, train.seq_len, train.batch_size, train.seed),
-        validation=validation_windows(held_out, train.seq_len, train.eval_windows),
-        tokens_per_byte=tokens_per_byte(held_out),
-        directory=directory,
-        identity={"train": text.fingerprint, "val": held_out.fingerprint, "tokenizer": text.tokenizer_fingerprint},
-    )
-
-
-def tokens_per_byte(tokens: Tokens) -> float:
-    """How many tokens a UTF-8 byte of this text takes on average."""
-    return len(tokens) / tokens.bytes_total
 
 
 @contextmanager
@@ -121,10 +81,12 @@ class Trainer:
 
     def __init__(self, config: RunConfig, out: Path, resume: bool = False) -> None:
         self.config, self.out = config, out
+        check_names(config.train.log_to)
         self.data = open_data(config)
+        self.score_tasks = task_scorer(config.train, self.data.tokenizer)
         self.device = best_device()
         checkpoint = open_run(out, config, self.data.identity, resume)
-        load_tokenizer(self.data.directory).save(out)
+        self.data.tokenizer.save(out)
         torch.manual_seed(config.train.seed)
         self.model = build(config.model).to(self.device)
         self.model.set_compute_dtype(resolve_dtype(config.train.dtype, self.device))
@@ -132,7 +94,10 @@ class Trainer:
         self.progress = Progress(0, 0.0)
         if checkpoint is not None:
             self.progress = load_checkpoint(checkpoint, self.model, self.optimizer)
-        self.metrics = MetricsLog(out / "metrics.jsonl", self.progress.step)
+            self.data.loader.restore(self.progress.data)
+        self.speed = Speed(self.model, config.train, self.device)
+        sinks = open_sinks(config.train.log_to, out, to_dict(config))
+        self.metrics = MetricsLog(out / "metrics.jsonl", self.progress.step, sinks)
 
     @property
     def tokens_per_step(self) -> int:
@@ -146,9 +111,7 @@ class Trainer:
         """
         train = self.config.train
         if train.compile:
-            compile_blocks(
-                self.model, lambda: gradients_of_batch(self.model, self.data.loader, 0, train.micro_batch_size)
-            )
+            compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
         bar = tqdm(
             total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show_progress
@@ -162,14 +125,17 @@ class Trainer:
                 step = self.progress.step
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
                     loss = self._validate()
+                if step == train.steps or (train.eval_tasks_every and step % train.eval_tasks_every == 0):
+                    self._score_tasks()
                 if step == train.steps or received or (train.save_every and step % train.save_every == 0):
                     self._save()
                 if received and step < train.steps:
                     name = signal.Signals(received[0]).name
                     raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", received[0])
-        return loss if not math.isnan(loss) else self._validation_loss()
+        return loss if not math.isnan(loss) else total_loss(self.data, self._validation_losses())
 
     def _step(self, bar: Any) -> None:
+        diagnosis = Diagnosis(self.model, self.optimizer) if self._is_diagnosed() else None
         config, step, start = self.config, self.progress.step, time.perf_counter()
         lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
         loss, grad_norm = self._update(step, lr)
@@ -177,20 +143,29 @@ class Trainer:
         self.progress = Progress(step + 1, self.progress.seconds + seconds)
         speed = self.tokens_per_step / seconds
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-        self.metrics.write("train", **self._position(), **record)
+        record |= {"mfu": self.speed.mfu(speed), "memory_mb": peak_memory_mb(self.device)}
+        self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
+
+    def _is_diagnosed(self) -> bool:
+        every = self.config.train.diagnose_every
+        return bool(every) and (self.progress.step + 1) % every == 0
 
     def _update(self, step: int, lr: float) -> tuple[float, float]:
         """One optimizer step; returns the batch's loss and the norm of its gradient before clipping."""
         set_rate(self.optimizer, lr)
-        loss = gradients_of_batch(self.model, self.data.loader, step, self.config.train.micro_batch_size)
+        loss = self._gradients(step)
         grad_norm = clip_gradients(self.model, self.config.optim.grad_clip)
         self._check_finite("loss", loss, step + 1)
         self._check_finite("gradient norm", grad_norm, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, grad_norm
+
+    def _gradients(self, step: int) -> float:
+        size = self.config.train.micro_batch_size
+        return gradients_of_batch(self.model, self.data.loader, step, size, self.data.end_token)
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -203,30 +178,42 @@ class Trainer:
         step = self.progress.step
         return {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.progress.seconds, 4)}
 
-    def _validation_loss(self) -> float:
-        return mean_loss(
-            self.model, *self.data.validation, self.config.train.micro_batch_size or self.config.train.batch_size
+    def _validation_losses(self) -> dict[str, float]:
+        return validation_losses(
+            self.model, self.data, self.config.train.micro_batch_size or self.config.train.batch_size
         )
 
     def _validate(self) -> float:
-        loss = self._validation_loss()
+        losses = self._validation_losses()
+        loss = total_loss(self.data, losses)
         self._check_finite("validation loss", loss, self.progress.step)
-        self.metrics.write(
-            "val", **self._position(), loss=loss, bits_per_byte=bits_per_byte(loss, self.data.tokens_per_byte)
-        )
+        by_source = {"loss_by_source": losses} if len(losses) > 1 else {}
+        in_bits = bits_per_byte(loss, self.data.tokens_per_byte)
+        self.metrics.write("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)
         return loss
 
+    def _score_tasks(self) -> None:
+        if self.score_tasks is not None:
+            self.metrics.write("eval", **self._position(), **self.score_tasks(self.model))
+
     def _save(self) -> None:
+        self.progress = replace(self.progress, data=self.data.loader.state(self.progress.step))
         save_checkpoint(self.out, self.model, self.optimizer, self.progress, self.config.train.keep)
 
 
-def gradients_of_batch(model: Decoder, loader: Loader, step: int, micro_batch_size: int | None) -> float:
-    """Add the gradients of batch number `step` to the parameters, in micro-batches, and return its mean loss in nats."""
+def gradients_of_batch(
+    model: Decoder, loader: Batches, step: int, micro_batch_size: int | None, end_token: int | None = None
+) -> float:
+    """Add the gradients of batch number `step` to the parameters, in micro-batches, and return its mean loss in nats.
+
+    end_token: where given, attention does not cross from one document into another, each ended by this token.
+    """
     tokens, targets = loader.batch(step)
     device = next(model.parameters()).device
     size, total = micro_batch_size or len(tokens), 0.0
     for part, wanted in zip(tokens.split(size), targets.split(size), strict=True):
-        loss = model.loss(part.to(device), wanted.to(device)) * (len(part) / len(tokens))
+        part = part.to(device)
+        loss = model.loss(part, wanted.to(device), *separate_documents(part, end_token)) * (len(part) / len(tokens))
         loss.backward()
         total += loss.item()
     return total

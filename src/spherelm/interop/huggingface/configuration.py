@@ -53,6 +53,13 @@ class SphereLMConfig(PreTrainedConfig):
     s_z_init: float = 1.0
     s_z_scale: float | None = None
     logit_preconditioning: float = 0.0
+    alpha_form: str = "vector"
+    s_qk_form: str = "vector"
+    s_u_form: str = "vector"
+    s_v_form: str = "vector"
+    s_z_form: str = "vector"
+    alpha_sign: str = "positive"
+    qk_norm: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -35,18 +35,19 @@ def recorded_attention(wanted: bool) -> Iterator[list[Tensor] | None]:
 
 
 def eager_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """What `attend` computes, written out: every score exists, the softmax is in float32.
+    """What `attend` computes, written out: every score exists, masked and turned into weights in float32.
 
     A mask may also be added to the scores, as transformers has it: 0 where a query may look, else the lowest number.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-1, -2) * scale
+    # In float16, which ends at 65504, a negative score beside the mask's lowest number would be minus infinity.
+    scores = (q @ k.transpose(-1, -2) * scale).to(torch.promote_types(q.dtype, torch.float32))
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    weights = scores.softmax(-1).to(q.dtype)
     record = _recorded.get()
     if record is not None:
         record.append(weights)
@@ -157,11 +158,32 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         head: nn.Module = self.model.head
         return head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Refused unless nothing changes: rows must be unit, and `s_z` has one entry a row."""
-        if new_num_tokens not in (None, self.config.vocab_size):
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Refused unless it is another of the same kind and shape, which says of itself that its rows are unit."""
+        self._check_kind(self.model.embed, value)
+        self.model.embed = value
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """As `set_input_embeddings`."""
+        self._check_kind(self.get_output_embeddings(), value)
+        self.model.head = value
+
+    @staticmethod
+    def _check_kind(ours: nn.Module, other: nn.Module) -> None:
+        if type(other) is not type(ours) or other.weight.shape != ours.weight.shape:
             raise ValueError(
-                f"the vocabulary of {self.config.vocab_size} cannot be resized to {new_num_tokens}: "
+                f"{other} cannot take the place of {ours}: copy its weight into the old one's and, for an nGPT, retract"
+            )
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """Refused unless nothing changes: rows must be unit, and `s_z` has one entry a row."""
+        wanted, multiple = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        wanted = -(-wanted // multiple) * multiple
+        if wanted != self.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary of {self.config.vocab_size} cannot be resized to {wanted}: "
                 "train with a larger vocab_size, which may leave rows unused"
             )
         return self.model.embed

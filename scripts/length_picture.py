@@ -1,0 +1,77 @@
+"""The picture and the table of docs/evaluation.md from docs/results/length.json, which scripts/evaluate_demo.py made.
+
+python scripts/length_picture.py docs/results/length.json docs/images/length.svg
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spherelm.analysis.length_plots import LengthLine, change_over_length
+from spherelm.analysis.svg import standalone
+
+ARMS, SEEDS = ("gpt", "ngpt"), range(3)
+
+
+def ways(found: dict[str, Any]) -> list[str]:
+    """The ways to place positions that were measured for every run."""
+    names = dict.fromkeys(key.split(", ")[1] for key in found if key.endswith(", disjoint"))
+    return [way for way in names if all(f"{arm}-{seed}, {way}, disjoint" in found for arm in ARMS for seed in SEEDS)]
+
+
+def losses(found: dict[str, Any], arm: str, seed: int, way: str, windows: str = "disjoint") -> np.ndarray:
+    """The loss at each length."""
+    return np.array([row["loss"] for row in found[f"{arm}-{seed}, {way}, {windows}"]["lengths"]])
+
+
+def table(found: dict[str, Any], lengths: list[int]) -> str:
+    """A line an arm and way: the mean over seeds at the first length, and by how much it changes from there as trained."""
+    head = ["arm", "positions", f"loss at {lengths[0]}", *(f"at {length:,}" for length in lengths[1:])]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for arm in ARMS:
+        for way in ways(found):
+            values = np.stack([losses(found, arm, seed, way) for seed in SEEDS])
+            changes = values[:, 1:] - values[:, :1]
+            spread = changes.std(axis=0, ddof=1) / np.sqrt(len(SEEDS))
+            cells = [f"{mean:+.4f} ± {error:.4f}" for mean, error in zip(changes.mean(axis=0), spread, strict=True)]
+            name = {"gpt": "GPT", "ngpt": "nGPT"}[arm]
+            lines.append("| " + " | ".join([name, way, f"{values[:, 0].mean():.4f}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """What the module says."""
+    record, picture = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    found = record["results"]
+    first = next(iter(found.values()))
+    lengths = [row["length"] for row in first["lengths"]]
+    lines = [
+        LengthLine(
+            arm,
+            np.array(lengths, dtype=float),
+            [losses(found, arm, seed, way) - losses(found, arm, seed, "as trained")[0] for seed in SEEDS],
+            way,
+            look,
+        )
+        for arm in ARMS
+        for look, way in enumerate(ways(found))
+    ]
+    drawing = change_over_length(
+        lines,
+        first["trained_length"],
+        "length",
+        "Loss over the length of the window",
+        "By how much the loss on the same tokens differs from that at the trained length, for both arms and each way to place "
+        "positions.",
+    )
+    picture.write_text(standalone(drawing.svg), encoding="utf-8")
+    print(table(found, lengths))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Everything that is measured inside of one model: its weights as they lie there, and what it does with real text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spherelm.analysis import geometry, weights
+from spherelm.analysis.motion import Motion, measure_motion
+from spherelm.analysis.recording import record
+from spherelm.analysis.weights import EMBEDDINGS, WeightReport
+from spherelm.models.decoder import Decoder
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One model in numbers; dictionaries are by "input" and "output" for embeddings, by matrix (Q, ..., W_oMLP) for blocks.
+
+    `weights`: what `spherelm compare` shows. `unit_conditions`: condition numbers of the matrices with their vectors made
+    unit, [n_layers]. `singular`: [n_layers, heads, values], descending. `ranks`: effective rank over the largest possible,
+    median over heads, [n_layers]. `eigenvalues`: of the embedding's covariance over their median, [d_model], ascending.
+    `products`, `cosines`: quantiles at `geometry.LEVELS` of the pairwise products of embedding vectors, taken among
+    `pair_rows` of them. `crowding`: mean cosine of all pairs of embedding vectors. `vector_lengths`: of Q and K in `layer`,
+    ascending. `motion`: what the model does with the text.
+    """
+
+    weights: WeightReport
+    unit_conditions: dict[str, Array]
+    singular: dict[str, Array]
+    ranks: dict[str, Array]
+    eigenvalues: dict[str, Array]
+    products: dict[str, Array]
+    cosines: dict[str, Array]
+    pair_rows: int
+    crowding: dict[str, float]
+    layer: int
+    vector_lengths: dict[str, Array]
+    motion: Motion
+
+
+def look_inside(model: Decoder, tokens: Tensor, layer: int | None = None) -> Inside:
+    """Measure the model and one pass over int64 tokens [batch, seq]; `layer`: of figs. 11 and 12, the middle one by default.
+
+    Raises `ValueError` if a weight or a state holds NaN or Inf: nothing is drawn from such a model.
+    """
+    weights.check_finite(model)
+    singular = weights.singular_values(model)
+    conditions = weights.conditions(singular)
+    report = WeightReport(
+        weights.scales(model), weights.logit_scales(model), weights.embedding_norms(model), conditions
+    )
+    middle = len(weights.blocks_of(model)) // 2 if layer is None else layer
+    tables = {table: geometry.embedding_rows(model, table) for table in EMBEDDINGS}
+    products = {table: geometry.pair_products(rows) for table, rows in tables.items()}
+    return Inside(
+        weights=report,
+        unit_conditions=weights.conditions(weights.singular_values(model, unit=True)),
+        singular=singular,
+        ranks=geometry.ranks_of_heads(singular),
+        eigenvalues={table: geometry.eigenvalues_over_median(rows) for table, rows in tables.items()},
+        products={table: found for table, (found, _) in products.items()},
+        cosines={table: geometry.pair_products(rows, unit=True)[0] for table, rows in tables.items()},
+        pair_rows=products["input"][1],
+        crowding={table: geometry.anisotropy(rows) for table, rows in tables.items()},
+        layer=middle,
+        vector_lengths={name: geometry.vector_lengths(model, name, middle) for name in ("Q", "K")},
+        motion=measure_motion(model, record(model, tokens)),
+    )

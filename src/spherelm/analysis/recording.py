@@ -1,0 +1,114 @@
+"""One forward pass with everything written down: where the hidden state was, what each block proposed, where heads looked.
+
+Nothing of the model is changed: blocks are called through `Decoder.trunk(run=...)`, their parts are watched by hooks, and
+attention is watched through the place where its implementation can be exchanged (`module.attend`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spherelm.models.decoder import Decoder, run_block
+
+SUB_BLOCKS = ("attention", "MLP")
+"""In the order in which a block takes its two steps."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a pass over int64 tokens [batch, seq] was like, in float32; N = batch * seq positions, row after row.
+
+    `stops`: the hidden state after the embedding, then after every attention and every MLP, 2 n_layers + 1 of [N, d_model].
+    `proposals`: what each of these 2 n_layers sub-blocks gave, [N, d_model], before it was scaled or normalized.
+    `entropies`: of attention, in nats, [n_layers, n_heads, batch, seq], the mean that a head's query spreads over keys.
+    """
+
+    tokens: Tensor
+    stops: list[Tensor]
+    proposals: list[Tensor]
+    entropies: Tensor
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks there are."""
+        return len(self.proposals) // 2
+
+
+class _Recorder:
+    """Calls blocks and writes down what they do."""
+
+    def __init__(self) -> None:
+        self.stops: list[Tensor] = []
+        self.proposals: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+
+    def run(self, block: nn.Module, *inputs: object) -> Tensor:
+        """`run_block`, watched."""
+        with self._watched(block):
+            h = run_block(block, *inputs)
+        self.stops.append(_flat(h))
+        return h
+
+    @contextmanager
+    def _watched(self, block: Any) -> Iterator[None]:
+        # The state between both steps is what the MLP reads: in GPT its norm reads it first.
+        reader = getattr(block, "norm_m", block.mlp)
+        attend = block.attention.attend
+        handles = [
+            block.attention.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))),
+            reader.register_forward_pre_hook(lambda _, inputs: self.stops.append(_flat(inputs[0]))),
+            block.mlp.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))),
+        ]
+        block.attention.attend = self._watching(attend)
+        try:
+            yield
+        finally:
+            block.attention.attend = attend
+            for handle in handles:
+                handle.remove()
+
+    def _watching(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watching(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+            self.entropies.append(attention_entropy(q, k, scale))
+            return attend(q, k, v, scale, mask)
+
+        return watching
+
+
+def _flat(h: Tensor) -> Tensor:
+    return h.detach().flatten(0, -2).to(torch.float32)
+
+
+def attention_entropy(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Entropy in nats of causal softmax attention: [batch, n_heads, seq, d_k] queries and keys -> [n_heads, batch, seq].
+
+    Keys may have fewer heads (grouped-query attention). A sequence at a time: scores of one are n_heads * seq^2 numbers.
+    """
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    rows = []
+    for queries, seen in zip(q, keys, strict=True):
+        scores = (queries @ seen.transpose(-1, -2)).to(torch.float32) * scale
+        logs = scores.masked_fill(future, -math.inf).log_softmax(-1)
+        rows.append(-(logs.exp() * logs.masked_fill(future, 0.0)).sum(-1))
+    return torch.stack(rows, dim=1)
+
+
+@torch.no_grad()
+def record(model: Decoder, tokens: Tensor) -> Recording:
+    """Run the model over int64 tokens [batch, seq] and write down what happens.
+
+    The sequences must fit the model's max_seq_len. Kept are (4 n_layers + 1) batch * seq * d_model numbers of 4 bytes.
+    """
+    recorder = _Recorder()
+    h = model.embed(tokens)
+    recorder.stops.append(_flat(h))
+    model.trunk(h, run=recorder.run)
+    return Recording(tokens, recorder.stops, recorder.proposals, torch.stack(recorder.entropies))

@@ -1,0 +1,149 @@
+"""Commands that measure trained models: `eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+
+def eval_(
+    run: Positional[Path],
+    tasks: str | None = None,
+    task_data: Path | None = None,
+    limit: int | None = None,
+    few_shot: int = 0,
+    batch_size: int = 16,
+    perplexity: list[Path] | None = None,
+    lengths: str | None = None,
+    stride: int | None = None,
+    document_tokens: int | None = None,
+    bins: int = 16,
+    rope_base: float | None = None,
+    rope_scaling: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Score a run on downstream tasks, by EleutherAI's evaluation harness, or its perplexity on texts at several lengths.
+
+    Args:
+        run: A run directory, or one of its checkpoints.
+        tasks: Tasks of the harness by commas; the paper's five if left out, or none beside --perplexity.
+        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        limit: Documents of each task, the first ones; all if left out.
+        few_shot: Examples before each document.
+        batch_size: Sequences of a task at once.
+        perplexity: Text files (.txt, .jsonl, .parquet, also compressed) to measure perplexity on instead.
+        lengths: Tokens of a window, by commas, also beyond the length trained on; that length if left out.
+        stride: Windows advance by so many tokens and score only these; windows do not overlap if left out.
+        document_tokens: At most so many tokens of each document are scored; all if left out.
+        bins: Pieces of a window in each of which the loss is given.
+        rope_base: Another base for the rotary embedding than the one trained with.
+        rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
+        json: File to write everything to, as JSON.
+    """
+    if json is not None and json.exists():
+        raise FileExistsError(f"{json} already exists: choose another --json")
+    for flag, value in (("--lengths", lengths), ("--stride", stride), ("--rope-scaling", rope_scaling)):
+        if value is not None and not perplexity:
+            raise ValueError(f"{flag} is for --perplexity: name text files there")
+    from spherelm.train.evaluation import about
+    from spherelm.train.record import write_json
+
+    results: dict[str, Any] = {}
+    if perplexity:
+        results["perplexity"] = measured(
+            run, perplexity, lengths, stride, document_tokens, bins, rope_base, rope_scaling
+        )
+    if tasks is not None or not perplexity:
+        results |= scored(run, tasks, task_data, limit, few_shot, batch_size)
+    if json is not None:
+        write_json(json, about(run) | results)
+    print("\n\n".join(tables(results)))
+
+
+def measured(
+    run: Path,
+    files: list[Path],
+    lengths: str | None,
+    stride: int | None,
+    document_tokens: int | None,
+    bins: int,
+    rope_base: float | None,
+    rope_scaling: str | None,
+) -> dict[str, Any]:
+    """The perplexity at each length."""
+    from spherelm.evaluate.lengths import Plan
+    from spherelm.evaluate.positions import parse_positions
+    from spherelm.train.evaluation import perplexity_of_run, trained_length
+
+    positions = parse_positions(rope_base, rope_scaling)
+    chosen = numbers(lengths) if lengths else (trained_length(run),)
+    return perplexity_of_run(run, files, Plan(chosen, stride, document_tokens, bins), positions)
+
+
+def scored(
+    run: Path, tasks: str | None, data: Path | None, limit: int | None, few_shot: int, batch_size: int
+) -> dict[str, Any]:
+    """The scores on tasks."""
+    from spherelm.evaluate.harness import PAPER_TASKS, TaskSettings
+    from spherelm.train.evaluation import split_names, tasks_of_run
+
+    names = split_names(tasks) if tasks is not None else list(PAPER_TASKS)
+    return tasks_of_run(run, names, TaskSettings(data, limit, few_shot, batch_size))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers by commas, ascending, as `--lengths` has them."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise ValueError(f"--lengths {text} must be whole numbers by commas, such as 256,512,1024") from None
+
+
+def tables(results: dict[str, Any]) -> list[str]:
+    """What was found, to be read."""
+    found = [length_table(results["perplexity"])] if "perplexity" in results else []
+    return found + ([task_table(results)] if "tasks" in results else [])
+
+
+def task_table(results: dict[str, Any]) -> str:
+    """A line for each task and metric, and the paper's average."""
+    lines = [f"{'task':<24} {'metric':<12} {'value':>10} {'stderr':>9} {'chance':>7} {'documents':>10}"]
+    for name, record in results["tasks"].items():
+        for metric, score in record["metrics"].items():
+            chance = record["chance"] if metric.startswith("acc") else None
+            lines.append(f"{name:<24} {metric:<12} {pair(score)} {number(chance, 7, 3)} {record['documents']:>10,}")
+    for metric, score in results.get("average", {}).items():
+        lines.append(f"{'average of the five':<24} {metric:<12} {pair(score)}")
+    return "\n".join(lines)
+
+
+def pair(score: dict[str, float | None]) -> str:
+    """A value and its standard error."""
+    return f"{number(score['value'], 10, 4)} {number(score['stderr'], 9, 4)}"
+
+
+def number(value: float | None, width: int, digits: int) -> str:
+    """A number in a column, a dash for none; without digits behind the point where it is large."""
+    if value is None:
+        return f"{'-':>{width}}"
+    return f"{value:>{width},.{digits}f}" if value < 10_000 else f"{value:>{width}.3g}"
+
+
+def length_table(found: dict[str, Any]) -> str:
+    """A line for each length, under what was read."""
+    windows = "disjoint windows" if found["stride"] is None else f"windows sliding by {found['stride']}"
+    head = (
+        f"{found['tokens']:,} tokens of {found['documents']:,} documents ({found['documents_left_out']:,} too short), the same "
+        f"at each length; {windows}; positions {found['positions']}; standard errors over {found['clusters']}"
+    )
+    lines = [
+        head,
+        f"{'length':>8} {'loss':>8} {'stderr':>8} {'change':>9} {'stderr':>8} {'perplexity':>11} {'bits/byte':>10}",
+    ]
+    for row in found["lengths"]:
+        numbers = (number(row["loss"], 8, 4), number(row["loss_se"], 8, 4), number(row["change"], 9, 4))
+        rest = (number(row["change_se"], 8, 4), number(row["perplexity"], 11, 2), number(row["bits_per_byte"], 10, 4))
+        lines.append(" ".join((f"{row['length']:>8}", *numbers, *rest)))
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""Commands that look at what was trained: `inspect`, `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from spherelm.cli.flags import Flag
+
+
+def inspect(
+    runs: Positional[tuple[Path, ...]],
+    out: Path,
+    text: Path | None = None,
+    sentence: str | None = None,
+    tokens: int = 2048,
+    layer: int | None = None,
+    no_images: Flag = False,
+) -> None:
+    """Look inside trained models, one or several side by side: figures, tables, and the walk on the sphere.
+
+    Args:
+        runs: Run directories, checkpoints, or directories of compare; runs of one arm are taken for seeds of one model.
+        out: Directory to make: index.html, walk.html, figures (SVG, PNG), tables (parquet, or JSON without pyarrow).
+        text: Text file that the models read; the shipped validation text if left out.
+        sentence: Sentence of the walk, at most 40 tokens.
+        tokens: Tokens of the text that are read.
+        layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
+        no_images: Write no PNG files.
+    """
+    from spherelm.compare.inspection import SENTENCE, Request
+    from spherelm.compare.inspection import inspect as run_inspection
+
+    request = Request(text, SENTENCE if sentence is None else sentence, tokens, layer, not no_images)
+    figures = run_inspection(runs, out, request)
+    print(f"{len(figures)} figures, their numbers and the walk on the sphere: {(out / 'index.html').resolve()}")
+
+
+def report(directories: Positional[tuple[Path, ...]], out: Path) -> None:
+    """Draw where many runs ended: loss over token budget and over peak learning rate, tasks over token budget.
+
+    Args:
+        directories: Directories of compare and sweep, or runs; task scores are read from what eval --json left in a run.
+        out: Directory to make: index.html, figures (SVG, PNG), ends.json.
+    """
+    from spherelm.compare.ladder import write_ladder
+
+    figures = write_ladder(directories, out)
+    print(f"{len(figures)} figures: {(out / 'index.html').resolve()}")

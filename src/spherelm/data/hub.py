@@ -1,0 +1,183 @@
+"""Documents streamed by `datasets`: from the Hugging Face hub, or from files on this disk through the same code.
+
+Nothing is downloaded whole and no cache is made. The position in a stream is a small JSON value, so that reading goes
+on where it stopped, even in another process. This module alone imports `datasets`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
+
+_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
+_COMPRESSED = re.compile(r"\.(gz|xz|zst)$")
+
+
+@dataclass(frozen=True)
+class HubRequest:
+    """What to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision), a .parquet or .jsonl file,
+    or a folder of such. `config`, `split`: of the dataset. `column`: the one with the text. `limit`: rows at most.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    limit: int | None = None
+
+
+class HubText:
+    """The documents of one dataset in their order, from any position.
+
+    `identity` (JSON) names what is read: two streams with the same one give the same documents. Raises DocumentError
+    for what cannot be opened, with one line that says why.
+    """
+
+    def __init__(self, request: HubRequest) -> None:
+        if request.limit is not None and request.limit < 1:
+            raise ValueError(f"a limit of {request.limit} rows: give at least 1")
+        self.request = request
+        with _said_in_one_line(request.name):
+            builder = _open_builder(request)
+            stream = builder.as_streaming_dataset(split=request.split)
+        columns = stream.column_names
+        if columns is not None and request.column not in columns:
+            raise DocumentError(
+                f"{request.name} has no column {request.column!r} (it has {', '.join(columns)}): name it with --text-column"
+            )
+        self._stream = stream if columns is None else stream.select_columns([request.column])
+        self.identity = _identity(request, builder)
+        self._start = json.dumps(self._stream.state_dict())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def documents(self, position: dict[str, Any] | None = None) -> Generator[str, None, None]:
+        """The texts from `position` on (the start where None). One such iterator at a time: `position` follows the last."""
+        given = position or {"rows": 0, "stream": json.loads(self._start)}
+        self._rows = int(given["rows"])
+        self._stream.load_state_dict(given["stream"])
+        limit = self.request.limit
+        with _said_in_one_line(self.request.name), closing(iter(self._stream)) as rows:
+            while limit is None or self._rows < limit:
+                row = next(rows, None)
+                if row is None:
+                    return
+                self._rows += 1
+                yield self._text_of(row)
+
+    def position(self) -> dict[str, Any]:
+        """Where the document after the last one given begins (JSON)."""
+        return {"rows": self._rows, "stream": json.loads(json.dumps(self._stream.state_dict()))}
+
+    def blocks(self, after: dict[str, Any] | None, block_size: int = BLOCK_SIZE) -> Generator[Block, None, None]:
+        """The documents in blocks of `block_size` characters, from behind the block whose `after` is given."""
+        read = int(after["characters"]) if after else 0
+        held, texts = 0, list[str]()
+        with closing(self.documents(after)) as documents:
+            for text in documents:
+                texts.append(text)
+                held += len(text)
+                if held >= block_size:
+                    read += held
+                    yield self._block(texts, read)
+                    held, texts = 0, []
+            if texts:
+                yield self._block(texts, read + held)
+
+    def _block(self, texts: list[str], characters: int) -> Block:
+        after = {**self.position(), "characters": characters}
+        return Block(Path(self.request.name), "rows", texts, characters, self._rows - len(texts) + 1, after=after)
+
+    def _text_of(self, row: dict[str, Any]) -> str:
+        text = row.get(self.request.column)
+        if not isinstance(text, str):
+            raise DocumentError(
+                f"{self.request.name}, row {self._rows}: {self.request.column!r} is {type(text).__name__}, not a string; "
+                "drop that row, or name another column with --text-column"
+            )
+        return text
+
+
+def _open_builder(request: HubRequest) -> Any:
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failed attempts end in one line of ours
+    path = Path(request.name).expanduser()
+    if path.is_file():
+        loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
+        if loader is None:
+            raise DocumentError(f"{path}: only .parquet and .jsonl files are streamed; give others with --input")
+        files = [str(path.resolve())]
+        return datasets.load_dataset_builder(loader, data_files={request.split: files})
+    if path.is_dir():
+        return datasets.load_dataset_builder(str(path.resolve()), request.config)
+    name, _, revision = request.name.partition("@")
+    return datasets.load_dataset_builder(name, request.config, revision=revision or None)
+
+
+def _identity(request: HubRequest, builder: Any) -> dict[str, Any]:
+    """What is read: the request, and each file by the sha256 of a local one, by address and version of a remote one."""
+    files = (builder.config.data_files or {}).get(request.split, [])
+    versions = getattr(files, "origin_metadata", [()] * len(files))
+    described = [_version_of(file, version) for file, version in zip(files, versions, strict=True)]
+    local = Path(request.name).expanduser().exists()
+    revisions = {found[1] for file in files if (found := _REVISION.match(str(file)))}
+    return {
+        **asdict(request),
+        "name": None if local else request.name,  # a folder may be moved
+        "config": builder.config.name,
+        "revision": ",".join(sorted(revisions)) or None,
+        "files": len(described),
+        "sha256": hashlib.sha256(json.dumps(described or [builder.hash]).encode()).hexdigest(),
+    }
+
+
+def _version_of(file: str, version: tuple[str, ...]) -> list[str]:
+    path = Path(file)
+    if not path.is_file():
+        return [file, *map(str, version)]
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while data := content.read(1 << 22):
+            digest.update(data)
+    return [digest.hexdigest()]
+
+
+@contextmanager
+def _said_in_one_line(name: str) -> Iterator[None]:
+    """What `datasets` raises, as one line of ours."""
+    try:
+        yield
+    except DocumentError:
+        raise
+    except ConnectionError as error:
+        raise DocumentError(
+            f"cannot reach the Hugging Face hub for {name!r} ({_one_line(error)}): check the name and the network, or give "
+            "a local folder; finished work is kept"
+        ) from error
+    except FileNotFoundError as error:
+        raise DocumentError(f"no dataset {name!r} ({_one_line(error)}): check the name") from error
+    except Exception as error:  # the library raises of every kind: bad config names, damaged files, timeouts
+        raise DocumentError(f"cannot read dataset {name!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    text = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(cause).split())
+    return text if cause is error or not reason else f"{text} {reason}"

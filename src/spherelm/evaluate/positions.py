@@ -1,0 +1,67 @@
+"""Other positions for a trained model: another RoPE base, interpolated positions, YaRN. To compare, at evaluation time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spherelm.layers.attention import Attention, UnitAttention
+from spherelm.layers.rope import interpolated, yarn, yarn_temperature
+from spherelm.models import Decoder
+
+SCALINGS = ("linear", "yarn")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What is different from training: `base` of the rotation's frequencies, and how positions are stretched by `factor`.
+
+    scaling: "linear" (position interpolation, arXiv 2306.15595), "yarn" (arXiv 2309.00071) or "none". A base of `None` is the
+    model's own.
+    """
+
+    base: float | None = None
+    scaling: str = "none"
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.base is not None and not self.base > 1:
+            raise ValueError(f"rope_base must be greater than 1, got {self.base}")
+
+    def __str__(self) -> str:
+        parts = [] if self.base is None else [f"base {self.base:g}"]
+        parts += [] if self.scaling == "none" else [f"{self.scaling}:{self.factor:g}"]
+        return ", ".join(parts) or "as trained"
+
+
+def parse_positions(base: float | None, scaling: str | None) -> Positions:
+    """`Positions` from what the command line takes: scaling "linear:4", "yarn:4", "none" or `None`."""
+    if scaling is None or scaling == "none":
+        return Positions(base)
+    name, _, number = scaling.partition(":")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = 0.0
+    if name not in SCALINGS or not 1 <= factor < float("inf"):
+        raise ValueError(
+            f"{scaling!r} is no way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
+        )
+    return Positions(base, name, factor)
+
+
+def place(model: Decoder, positions: Positions, trained_length: int) -> None:
+    """Give `model`, in place and once, the positions asked for. trained_length: tokens a sequence in its training.
+
+    Raises `ValueError` for YaRN on a model whose rotary embedding is NVIDIA's, which has no frequencies in YaRN's sense.
+    """
+    if positions.base is not None:
+        model.rope_base = positions.base
+    if positions.scaling == "linear":
+        model.rotary_table = interpolated(model.rotary_table, positions.factor)
+    elif positions.scaling == "yarn":
+        if model.config.rope != "standard":
+            raise ValueError(f"yarn needs a model with rope='standard', this one has {model.config.rope!r}: use linear")
+        model.rotary_table = yarn(positions.factor, trained_length)
+        for module in model.modules():
+            if isinstance(module, Attention | UnitAttention):
+                module.softmax_scale *= yarn_temperature(positions.factor)

@@ -1,0 +1,265 @@
+"""The same model for inference: every learned scale and gain inside the matrices, products that share an input joined.
+
+| learned | goes into |
+|---|---|
+| nGPT `s_z` | the rows of the output embedding, which then is a matrix of its own where it was tied |
+| nGPT `s_u`, `s_v` sqrt(d_model) | the rows of the MLP's `u` and `v` |
+| nGPT `alpha` | one vector a sub-block: the sign taken, init and scale multiplied in |
+| nGPT `s_qk` | one vector a layer, squared, and a vector of ones for the keys |
+| GPT's RMSNorm gains | the columns of the matrices that read the normalized state |
+
+`s_qk` cannot go into `W_q`: the query is normalized after the product, which would take a common factor out again and
+let the others change its length; and it acts channel by channel behind the rotation, which mixes channels i and i + d_k/2
+by angles that depend on the position. It costs (n_heads + n_kv_heads) d_k multiplications a layer and token, one pass over
+queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spherelm import sphere
+from spherelm.layers.attention import Attention, UnitAttention, join_heads, split_heads
+from spherelm.layers.cache import LayerCache
+from spherelm.layers.feedforward import FeedForward, UnitFeedForward
+from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, UnitLinear
+from spherelm.layers.readout import Readout
+from spherelm.layers.rope import RotaryTable
+from spherelm.models.decoder import Decoder
+from spherelm.models.gpt import GPT, GPTBlock, RMSNorm
+from spherelm.models.ngpt import NGPT, NGPTBlock, nvidia_step
+
+Transform = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def unit(x: Tensor) -> Tensor:
+    """`sphere.norm` along the last axis without what backward needs, which takes longer than the norm of one token."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(sphere.TINY)).to(x.dtype)
+
+
+def lerp_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """`sphere.step` (nGPT, eqs. 10, 11) without what backward needs; alpha: [d_model], in the dtype that lengths have."""
+    return unit(torch.lerp(h.to(alpha.dtype), target.to(alpha.dtype), alpha)).to(h.dtype)
+
+
+def _nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    return lerp_step(unit(h), target, alpha)
+
+
+STEPS: dict[Step, Step] = {
+    sphere.step: lerp_step,
+    nvidia_step: _nvidia_step,
+    sphere.riemannian_step: sphere.riemannian_step,
+}
+"""What each step on the sphere is in a folded model."""
+
+
+class FoldedFeedForward(nn.Module):
+    """`W_o (u * SiLU(v))`, u and v out of one product with [2 d_ff, d_model]."""
+
+    def __init__(self, u: Tensor, v: Tensor, o: Tensor) -> None:
+        super().__init__()
+        self.uv, self.o = fixed(torch.cat((u, v))), fixed(o)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[batch, seq, d_model] -> the same."""
+        u, v = self.uv(h).chunk(2, dim=-1)
+        return self.o(u * F.silu(v))
+
+
+class UnitScale(nn.Module):
+    """Unit vectors times a scale: [batch, heads, seq, d_k] queries and keys -> the same, scale [heads, 1, d_k]."""
+
+    scale: Tensor
+
+    def __init__(self, unit: Transform, scale: Tensor) -> None:
+        super().__init__()
+        self.unit = unit
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unit(x) * self.scale
+
+
+class FoldedAttention(nn.Module):
+    """The attention of `source`: its queries, keys and values are one product, and `finish` ends queries and keys together.
+
+    qkv: [(n_heads + 2 n_kv_heads) d_k, d_model].
+    """
+
+    def __init__(self, source: Attention | UnitAttention, qkv: Tensor, o: Tensor, finish: nn.Module) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.softmax_scale = source.n_heads, source.n_kv_heads, source.softmax_scale
+        self.rotation, self.attend, self.finish = source.rotation, source.attend, finish
+        self.qkv, self.o = fixed(qkv), fixed(o)
+
+    def forward(
+        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[batch, seq, d_model] -> the same; with a cache, `h` holds only the new positions."""
+        heads = split_heads(self.qkv(h), self.n_heads + 2 * self.n_kv_heads)
+        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=1)
+        q, k = self.finish(self.rotation(qk, table)).split((self.n_heads, self.n_kv_heads), dim=1)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, mask)))
+
+
+class GainlessNorm(nn.Module):
+    """RMSNorm without a gain over the last axis."""
+
+    def __init__(self, source: RMSNorm) -> None:
+        super().__init__()
+        self.shape, self.eps = source.normalized_shape, source.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> the same."""
+        return F.rms_norm(x, self.shape, None, self.eps)
+
+
+class FoldedGPTBlock(nn.Module):
+    """`GPTBlock` with its gains in the matrices."""
+
+    def __init__(self, block: GPTBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        a, m, gain_a, gain_m = block.attention, block.mlp, block.norm_a.weight, block.norm_m.weight
+        self.norm_a, self.norm_m = GainlessNorm(block.norm_a), GainlessNorm(block.norm_m)
+        qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight)) * gain_a
+        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), nn.Identity())
+        u, v = (matrix.weight * gain_m for matrix in (m.u, m.v))
+        self.mlp = FoldedFeedForward(u.to(dtype), v.to(dtype), m.o.weight.to(dtype))
+
+    def forward(
+        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[batch, seq, d_model] -> the same."""
+        h = h + self.attention(self.norm_a(h), table, mask, cache)
+        return h + self.mlp(self.norm_m(h))
+
+
+class FoldedNGPTBlock(nn.Module):
+    """`NGPTBlock` with its scales in the matrices, as far as they can be."""
+
+    alpha_a: Tensor
+    alpha_m: Tensor
+
+    def __init__(self, block: NGPTBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        a, m = block.attention, block.mlp
+        self.step = STEPS[block.step]
+        wide = torch.promote_types(dtype, torch.float32)
+        self.register_buffer("alpha_a", block.sign(block.alpha_a()).to(wide, copy=True))
+        self.register_buffer("alpha_m", block.sign(block.alpha_m()).to(wide, copy=True))
+        s_qk = a.s_qk().square().unsqueeze(1)
+        scale = torch.cat((s_qk, torch.ones_like(s_qk[:1]).expand(a.n_kv_heads, -1, -1)))
+        finish = UnitScale(unit if a.unit is sphere.norm else a.unit, scale.to(dtype))
+        qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight))
+        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), finish)
+        u, v = m.u.scaled_weight(m.s_u()), m.v.scaled_weight(m.s_v() * m.gate_gain)
+        self.mlp = FoldedFeedForward(u.to(dtype), v.to(dtype), m.o.weight.to(dtype))
+
+    def forward(
+        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Unit vectors [batch, seq, d_model] -> the same."""
+        h = self.step(h, unit(self.attention(h, table, mask, cache)), self.alpha_a)
+        return self.step(h, unit(self.mlp(h)), self.alpha_m)
+
+
+class Folded(Decoder):
+    """What `folded` makes: a decoder whose weights are fixed."""
+
+    def __init__(self, source: GPT | NGPT) -> None:
+        super().__init__()
+        self._remember_shape(source.config)
+        dtype = source.embed.compute_dtype or source.embed.weight.dtype
+        with torch.device("meta"):
+            self.embed = Embedding(*source.embed.weight.shape)
+        self.embed.weight = frozen(source.embed.weight.to(dtype))
+        if isinstance(source, GPT):
+            self.blocks = nn.ModuleList(FoldedGPTBlock(block, dtype) for block in source.blocks)  # type: ignore[arg-type]
+            self.norm: nn.Module = GainlessNorm(source.norm)
+            head = source.head.weight * source.norm.weight
+        else:
+            self.blocks = nn.ModuleList(FoldedNGPTBlock(block, dtype) for block in source.blocks)  # type: ignore[arg-type]
+            self.norm = nn.Identity()
+            head = source.head.scaled_weight(source.s_z())
+        self.head = fixed(head.to(dtype))
+        self.eval()
+
+    def init_weights(self) -> NoReturn:
+        self._refuse()
+
+    def readout(self, h: Tensor) -> Readout:
+        return Readout(self.norm(h), self.head.weight)
+
+    def train(self, mode: bool = True) -> Folded:
+        """Refused, unless mode is False."""
+        if mode:
+            self._refuse()
+        super().train(False)
+        return self
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError("a folded model is for inference: train the model that it was made from, and fold that again")
+
+
+def fixed(weight: Tensor) -> Linear:
+    """A matrix product with a copy of `weight` [out_features, in_features], which has no gradient."""
+    with torch.device("meta"):
+        linear = Linear(weight.shape[1], weight.shape[0])
+    linear.weight = frozen(weight)
+    return linear
+
+
+def frozen(weight: Tensor) -> nn.Parameter:
+    """A copy of `weight` as a parameter without a gradient."""
+    return nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+KNOWN: tuple[type[nn.Module], ...] = (
+    *(GPT, GPTBlock, Attention, FeedForward, RMSNorm, Embedding, Linear, nn.ModuleList),
+    *(NGPT, NGPTBlock, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear),
+)
+"""What a foldable model consists of."""
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
+    if type(model) not in (GPT, NGPT):
+        return f"{type(model).__name__} is neither GPT nor NGPT"
+    for name, module in model.named_modules():
+        if type(module) not in KNOWN or "forward" in module.__dict__:
+            return f"{name} is a {type(module).__name__} of another make"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has hooks, which would not be called"
+        if getattr(module, "step", sphere.step) not in STEPS:
+            return f"{name} takes a step on the sphere that is not known here"
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor:
+            return f"{name} is no plain tensor but a {type(parameter.data).__name__}"
+    return None
+
+
+@torch.no_grad()
+def folded(model: Decoder) -> Decoder:
+    """The model that computes what `model` computes, to rounding, and whose learned scales and gains sit in its matrices.
+
+    For inference: it refuses `train()`, none of its weights takes a gradient, none declares a unit axis. It is a copy, as
+    large as the model again, in the dtype that the model computes in, and does not follow when the model changes. A folded
+    model comes back as it is. Raises `ValueError` for a model with parts that are not known here.
+    """
+    if isinstance(model, Folded):
+        return model
+    problem = obstacle(model)
+    if problem is not None:
+        raise ValueError(f"this model cannot be folded: {problem}; use it as it is (fold=False)")
+    assert isinstance(model, GPT | NGPT)
+    return Folded(model)

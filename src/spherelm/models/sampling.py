@@ -1,0 +1,92 @@
+"""From the logits of one position to the token that is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. In this order, each on what the one before it left:
+
+    repetition_penalty: the logit of every token that the row holds already, prompt included, is divided by it where it is
+    positive and multiplied where it is negative (Keskar et al., arXiv 1909.05858); 1 changes nothing.
+    temperature: divides the logits; 0 takes the most probable token, whatever the rest says.
+    top_k: the k most probable tokens. top_p: the fewest whose probabilities reach p, at least one.
+    min_p: the tokens whose probability is at least `min_p` times the largest (Nguyen et al., arXiv 2407.01082).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        allowed = (
+            ("temperature", 0 <= self.temperature < float("inf"), ">= 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, ">= 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0"),
+        )
+        wrong = [f"{name}={getattr(self, name)} ({said})" for name, is_right, said in allowed if not is_right]
+        if wrong:
+            raise ValueError(f"out of range: {', '.join(wrong)}")
+
+
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """`logits` [batch, vocab] with the repetition penalty on the tokens that are True in `seen` [batch, vocab]."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The tokens that may be drawn: their probabilities [batch, n], and their ids [batch, n], `None` for all in order.
+
+    logits: [batch, vocab], penalized already. Nothing is sorted that need not be.
+    """
+    if sampling.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(best, dtype=torch.float32), best
+    scores, ids = logits.float() / sampling.temperature, None
+    if sampling.top_k is not None:
+        scores, ids = scores.topk(min(sampling.top_k, scores.shape[-1]))
+    elif sampling.top_p is not None:
+        scores, ids = scores.sort(-1, descending=True)
+    probabilities = scores.softmax(-1)
+    if sampling.top_p is not None:
+        above = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (above < sampling.top_p)
+    if sampling.min_p is not None:
+        probabilities = probabilities * (probabilities >= sampling.min_p * probabilities.amax(-1, keepdim=True))
+    return probabilities / probabilities.sum(-1, keepdim=True), ids
+
+
+def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What the next token is drawn from: float32 [batch, vocab], rows sum to 1, for logits [batch, vocab]."""
+    probabilities, ids = candidates(logits, sampling)
+    if ids is None:
+        return probabilities
+    return torch.zeros_like(logits, dtype=probabilities.dtype).scatter_(-1, ids, probabilities)
+
+
+def draw(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> Tensor:
+    """One token for each row of `logits` [batch, vocab]: int64 [batch].
+
+    uniforms: one number in [0, 1) for each row; the token is where the summed probabilities pass it.
+    """
+    probabilities, ids = candidates(logits, sampling)
+    if ids is not None and ids.shape[-1] == 1:
+        return ids.squeeze(-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # what Apple's GPUs do not have
+    reached = probabilities.to(wide).cumsum(-1)
+    total = reached[:, -1:]
+    wanted = torch.tensor(uniforms, dtype=wide, device=logits.device).unsqueeze(-1) * total
+    # Rounded up to the total, it would point behind the last token that has a probability.
+    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(reached, wanted, right=True)
+    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)

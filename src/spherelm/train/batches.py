@@ -1,0 +1,192 @@
+"""The text of a run: which data it names, opened as batches and fixed validation windows."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from torch import Tensor
+
+from spherelm.data.corpus import shipped_directory
+from spherelm.data.documents import check_input, read_blocks
+from spherelm.data.hub import HubRequest, HubText
+from spherelm.data.loader import Batches, Loader, validation_windows
+from spherelm.data.mixture import MixtureLoader, shares
+from spherelm.data.shards import Split, Tokens, open_tokens
+from spherelm.data.stream import StreamLoader, held_out_windows
+from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.evaluate.perplexity import mean_loss
+from spherelm.models import Decoder
+from spherelm.train.config import RunConfig
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+_WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation windows of one source of text: tokens, targets int64 [windows, seq]. The weights of all sources sum to 1."""
+
+    name: str
+    weight: float
+    tokens: Tensor
+    targets: Tensor
+    tokens_per_byte: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`."""
+
+    loader: Batches
+    held_out: tuple[HeldOut, ...]
+    tokenizer: Tokenizer
+    identity: dict[str, str]
+    end_token: int | None = None
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """How many tokens a UTF-8 byte of the validation text takes, its sources mixed by their weights."""
+        return 1 / sum(part.weight / part.tokens_per_byte for part in self.held_out)
+
+
+def validation_losses(model: Decoder, data: RunData, batch_size: int) -> dict[str, float]:
+    """The mean loss on each source's validation windows, in nats per token, `batch_size` windows at a time."""
+    return {
+        part.name: mean_loss(model, part.tokens, part.targets, batch_size, data.end_token) for part in data.held_out
+    }
+
+
+def total_loss(data: RunData, losses: dict[str, float]) -> float:
+    """One number for the losses of all sources: their mean by weight."""
+    return sum(part.weight * losses[part.name] for part in data.held_out)
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What `stream:NAME,key=value,...` says. val: the part of the documents that is held out, or a file of validation text."""
+
+    request: HubRequest
+    tokenizer: str = "default"
+    val: str = "0.01"
+
+
+def stream_spec(data: str) -> StreamSpec | None:
+    """The stream that a run's `data` names, `None` if it names none; raises `ValueError` naming an unknown key."""
+    if not data.startswith("stream:"):
+        return None
+    name, *pairs = data.removeprefix("stream:").split(",")
+    given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    known = {"config", "split", "column", "limit", "tokenizer", "val"}
+    if not name or len(given) < len(pairs) or given.keys() - known:
+        raise ValueError(f"{data!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
+    limit = given.pop("limit", None)
+    if limit is not None and not limit.isdecimal():
+        raise ValueError(f"{data!r}: limit={limit} is no number of rows")
+    own = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
+    return StreamSpec(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
+
+
+def sources_of(data: str | None) -> dict[Path, Fraction]:
+    """The data directories that a run's `data` names, with their weights, which sum to 1.
+
+    `None` is the text that ships with spherelm, prepared on first use; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture, unless a
+    directory is called so; all else is one directory.
+    """
+    if data is None:
+        return {shipped_directory(): Fraction(1)}
+    found = [_WEIGHTED.fullmatch(part) for part in data.split(",")]
+    if Path(data).is_dir() or not all(found):
+        return {Path(data): Fraction(1)}
+    pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{data!r} names a directory twice: add its weights up")
+    parts = shares([weight for _, weight in pairs])
+    return {path: Fraction(part, sum(parts)) for (path, _), part in zip(pairs, parts, strict=True)}
+
+
+def vocabulary_size(data: str | None) -> int:
+    """The number of token ids in the data that a run's `data` names."""
+    spec = stream_spec(data or "")
+    if spec is not None:
+        return load_tokenizer(spec.tokenizer).vocab_size
+    return open_tokens(next(iter(sources_of(data))), "train").vocab_size
+
+
+def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
+    """Open the text that `config` names for one process of `world_size`.
+
+    Raises `ValueError` or `FileNotFoundError` if it cannot be read or does not fit the model or the lengths asked for.
+    """
+    spec = stream_spec(config.data or "")
+    data = _open_stream(config, spec, rank, world_size) if spec else _open_directories(config, rank, world_size)
+    size = data.tokenizer.vocab_size
+    if size > config.model.vocab_size:
+        raise ValueError(f"{config.data or 'the text'} has {size} token ids, the model only {config.model.vocab_size}")
+    return data
+
+
+def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
+    sources, train = sources_of(config.data), config.train
+    texts, held_out = ([open_tokens(path, split) for path in sources] for split in SPLITS)
+    loader: Batches
+    if len(texts) == 1:
+        loader = Loader(texts[0], train.seq_len, train.batch_size, train.seed, rank, world_size)
+    else:
+        weights = list(sources.values())
+        loader = MixtureLoader(texts, weights, train.seq_len, train.batch_size, train.seed, rank, world_size)
+    windows = [validation_windows(text, train.seq_len, train.eval_windows) for text in held_out]
+    return RunData(
+        loader=loader,
+        held_out=tuple(
+            HeldOut(str(path), float(weight), *batch, tokens_per_byte(text))
+            for (path, weight), batch, text in zip(sources.items(), windows, held_out, strict=True)
+        ),
+        tokenizer=load_tokenizer(texts[0].directory),
+        identity={
+            "train": ",".join(text.fingerprint for text in texts),
+            "val": ",".join(text.fingerprint for text in held_out),
+            "tokenizer": texts[0].tokenizer_fingerprint,
+        },
+        end_token=texts[0].eos_id if train.mask_documents else None,
+    )
+
+
+def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int) -> RunData:
+    text, tokenizer, train = HubText(spec.request), load_tokenizer(spec.tokenizer), config.train
+    file = Path(spec.val)
+    fraction = None if file.is_file() else _fraction(spec.val)
+    if fraction is None:
+        check_input(file)
+    blocks = read_blocks(file) if fraction is None else text.blocks(None)
+    with closing(blocks):
+        windows, per_byte, fingerprint = held_out_windows(
+            blocks, tokenizer, 1.0 if fraction is None else fraction, train.seq_len, train.eval_windows
+        )
+    part = fraction or 0.0
+    return RunData(
+        loader=StreamLoader(text, tokenizer, train.seq_len, train.batch_size, train.seed, part, rank, world_size),
+        held_out=(HeldOut(spec.request.name, 1.0, *windows, per_byte),),
+        tokenizer=tokenizer,
+        identity={"train": text.fingerprint, "val": fingerprint, "tokenizer": tokenizer.fingerprint},
+        end_token=tokenizer.eos_id if train.mask_documents else None,
+    )
+
+
+def _fraction(value: str) -> float:
+    try:
+        fraction = float(value)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction < 1:
+        raise ValueError(f"val={value} is neither a file nor a part between 0 and 1 of the documents")
+    return fraction
+
+
+def tokens_per_byte(tokens: Tokens) -> float:
+    """How many tokens a UTF-8 byte of this text takes on average."""
+    return len(tokens) / tokens.bytes_total

@@ -1,0 +1,145 @@
+"""What a run tells about itself besides its loss: how far updates turn weights, learned scales, memory, use of the machine."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from spherelm import sphere
+from spherelm.layers.linear import unit_modules
+from spherelm.models import Decoder
+from spherelm.train.config import TrainConfig
+from spherelm.train.counting import flops_per_token
+from spherelm.train.precision import resolve_dtype
+
+
+def local(weight: Tensor) -> Tensor:
+    """`weight`, or of a sharded one the part that this process holds."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class UpdateAngles:
+    """The angles in radians by which an update turned the unit vectors of a model, mean and largest of each role.
+
+    Made before the step, it holds a copy of the unit weights until it is asked. Of sharded weights it measures the vectors
+    of this process, which are whole where the unit axis is not cut.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (getattr(module, "role", "matrix"), module, axis, local(_weight(module)).clone())
+            for _, module, axis in unit_modules(model)
+        ]
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, dict[str, float]]:
+        """`{"angle_mean": {role: radians}, "angle_max": {...}}`; empty for a model without unit weights."""
+        by_role: dict[str, list[Tensor]] = {}
+        for role, module, axis, before in self._before:
+            by_role.setdefault(role, []).append(sphere.angle(before, local(_weight(module)), dim=axis))
+        if not by_role:
+            return {}
+        angles = {role: torch.cat(parts) for role, parts in by_role.items()}
+        return {
+            "angle_mean": {role: found.mean().item() for role, found in angles.items()},
+            "angle_max": {role: found.max().item() for role, found in angles.items()},
+        }
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@torch.no_grad()
+def learned_scales(model: nn.Module) -> dict[str, Any]:
+    """Mean effective `|alpha_A|` and `|alpha_M|` of each layer, and the mean of `s_z`; empty for a model without them."""
+    found: dict[str, Any] = {}
+    for name in ("alpha_a", "alpha_m"):
+        scales = [getattr(block, name) for block in model.blocks if hasattr(block, name)]  # type: ignore[union-attr]
+        if scales:
+            found[name.replace("_a", "_A").replace("_m", "_M")] = [_mean(scale.value, scale) for scale in scales]
+    s_z: Any = getattr(model, "s_z", None)
+    return found if s_z is None else {**found, "s_z": (whole(s_z.value).mean() * s_z.init / s_z.scale).item()}
+
+
+def _mean(value: Tensor, scale: Any) -> float:
+    return (whole(value).abs().mean() * scale.init / scale.scale).item()
+
+
+def whole(value: Tensor) -> Tensor:
+    """`value`, gathered from all processes where it is sharded: every process must ask then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """The present learning rate of each role."""
+    return {group["role"]: group["lr"] for group in optimizer.param_groups}
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far, in MiB: of this process on the CPU, of its tensors on an accelerator."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / 2**20
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@lru_cache
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best of three products of square matrices on `device`, of a size that takes 5 ms or more.
+
+    The peak that a run's `mfu` is a part of. Measured once a process, in about 30 ms. It draws no random numbers.
+    """
+    size, seconds = 128, 0.0
+    while seconds < 5e-3 and size < 8192:
+        size *= 2
+        seconds = _product_seconds(torch.full((size, size), 0.5, device=device, dtype=dtype))
+    return 2 * size**3 / seconds
+
+
+def _product_seconds(a: Tensor) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if a.device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+class Speed:
+    """Turns tokens a second into `mfu`: the part of the measured matmul rate that the model's operations use.
+
+    Operations are those that a dry run counts. devices: how many the tokens are spread over, each with the same rate.
+    """
+
+    def __init__(self, model: Decoder, train: TrainConfig, device: torch.device, devices: int = 1) -> None:
+        self._flops_per_token = flops_per_token(model, train.seq_len)
+        self._peak = matmul_flops(device, resolve_dtype(train.dtype, device)) * devices
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """Of a run that sees so many tokens a second."""
+        return tokens_per_second * self._flops_per_token / self._peak
+
+
+class Diagnosis:
+    """What an update did to a model, with its learned scales and rates; made before the update, asked after it."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer, self._angles = model, optimizer, UpdateAngles(model)
+
+    def measure(self) -> dict[str, Any]:
+        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A` and `alpha_M` by layer, `s_z`; what there is of it."""
+        return {"lr_by_role": rates(self._optimizer), **self._angles.measure(), **learned_scales(self._model)}

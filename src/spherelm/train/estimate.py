@@ -1,0 +1,189 @@
+"""What a run would take, told before it starts: parameters, memory a device, operations, time. `spherelm train --dry-run`.
+
+Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs without
+torch.compile, which holds less). Assumed, and said so: the device's peak, the part of it that is reached, float32 weights,
+gradients and moments, and that sharding splits these evenly and holds two blocks whole at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+
+from spherelm.models import Config, build
+from spherelm.optim.groups import ROLES, parameter_roles
+from spherelm.train.config import RunConfig, to_dict
+from spherelm.train.counting import block_cost, readout_cost, training_flops
+
+H100_TFLOPS = 989.0
+"""Dense bfloat16 matrix products on one NVIDIA H100 SXM, by its data sheet: what `--peak-tflops` is if left out."""
+
+MFU = 0.4
+"""The part of the peak that is assumed to be reached if nothing is said."""
+
+STRATEGIES = ("replicate", "shard", "hybrid")
+MOMENTS = {"adamw": 2, "gated_adamw": 2, "muon": 2}
+"""Numbers that the optimizer keeps for a parameter; Muon keeps one for those of role "matrix"."""
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread: over `world_size` devices, each holding everything (replicate), one part of it (shard), or a
+    part within each group of `shard_size` (hybrid, the groups being replicas). recompute: blocks keep only their input
+    for the backward pass and are computed again in it. Raises `ValueError` naming what does not fit together.
+    """
+
+    world_size: int = 1
+    strategy: str = "replicate"
+    shard_size: int = 8
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"--world-size must be at least 1, got {self.world_size}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.strategy == "hybrid" and self.world_size % self.shard_size:
+            raise ValueError(f"--shard-size {self.shard_size} does not divide --world-size {self.world_size}")
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts weights, gradients and moments are cut."""
+        return {"replicate": 1, "shard": self.world_size, "hybrid": self.shard_size}[self.strategy]
+
+
+def micro_batches(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Sequences of a micro-batch on one device, and how many micro-batches an update takes."""
+    local, rest = divmod(config.train.batch_size, world_size)
+    if rest or not local:
+        raise ValueError(f"batch_size={config.train.batch_size} cannot be shared by --world-size {world_size} devices")
+    size = min(config.train.micro_batch_size or local, local)
+    if local % size:
+        raise ValueError(f"micro_batch_size={size} does not divide the {local} sequences of each device")
+    return size, local // size
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """What a run on an accelerator computes in: "auto" is bfloat16 there."""
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+@lru_cache
+def parameters_by_role(config: Config) -> dict[str, int]:
+    """How many learned numbers the model of `config` has in each role; none of them are allocated."""
+    with torch.device("meta"):
+        model = build(config)
+    roles, counts = parameter_roles(model), dict.fromkeys(ROLES, 0)
+    for name, parameter in model.named_parameters():
+        if name in roles:
+            counts[roles[name]] += parameter.numel()
+    return {role: count for role, count in counts.items() if count}
+
+
+def activation_memory(
+    config: Config, batch_size: int, seq_len: int, dtype: torch.dtype, recompute: bool = False
+) -> dict[str, float]:
+    """Bytes that a micro-batch holds at most, beyond weights and gradients, by kind; their sum is the peak.
+
+    activations: what the blocks keep for the backward pass. logits: the most that the read-out and the loss hold.
+    backward: what the backward pass through a block needs beyond these two, 0 where the loss was the peak.
+    """
+    block = block_cost(config, batch_size, seq_len, dtype)
+    readout = readout_cost(config, batch_size * seq_len, dtype)
+    h = float(batch_size * seq_len * config.d_model * dtype.itemsize)
+    kept = h + config.n_layers * (h if recompute else block.saved)
+    logits = max(readout.forward_peak, readout.backward_peak)
+    in_backward = kept - (0 if recompute else block.saved) + block.backward_peak
+    return {"activations": kept, "logits": logits, "backward": max(0.0, in_backward - kept - logits)}
+
+
+def memory_per_device(config: RunConfig, layout: Layout) -> dict[str, int]:
+    """Bytes on each device by kind, and their "total"."""
+    counts, train = parameters_by_role(config.model), config.train
+    parameters = sum(counts.values())
+    moments = MOMENTS[config.optim.optimizer] * parameters
+    moments -= counts["matrix"] if config.optim.optimizer == "muon" else 0
+    share = {"weights": parameters, "gradients": parameters, "moments": moments}
+    held = {kind: float(ceil(FLOAT32 * numbers / layout.parts)) for kind, numbers in share.items()}
+    if layout.parts > 1:
+        held["gathered"] = FLOAT32 * (2 * counts["matrix"] / config.model.n_layers + counts["output_embedding"])
+    size, _ = micro_batches(config, layout.world_size)
+    held |= activation_memory(config.model, size, train.seq_len, compute_dtype(train.dtype), layout.recompute)
+    whole = {kind: round(value) for kind, value in held.items()}
+    return {**whole, "total": sum(whole.values())}
+
+
+def estimate(
+    config: RunConfig, layout: Layout | None = None, mfu: float = MFU, peak_tflops: float = H100_TFLOPS
+) -> dict[str, Any]:
+    """Everything that a dry run says, as plain JSON values; the configuration is merged in.
+
+    mfu: the part of the peak that is reached. peak_tflops: of one device, in 10^12 operations a second. Time is that of the
+    model's operations alone, as "6N + 12 L d T" counts them. Raises `ValueError` for what cannot be shared by the devices.
+    """
+    layout = layout or Layout()
+    if not 0 < mfu <= 1 or not peak_tflops > 0:
+        raise ValueError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")
+    train, roles = config.train, parameters_by_role(config.model)
+    size, per_update = micro_batches(config, layout.world_size)
+    step_flops = training_flops(config.model, train.batch_size, train.seq_len)
+    step_seconds = step_flops / (layout.world_size * peak_tflops * 1e12 * mfu)
+    return {
+        "parameters": sum(roles.values()),
+        "parameters_by_role": roles,
+        "layout": asdict(layout),
+        "sequences": {"micro_batch": size, "micro_batches_per_update": per_update, "update": train.batch_size},
+        "memory_per_device": memory_per_device(config, layout),
+        "tokens": train.steps * train.batch_size * train.seq_len,
+        "flops_per_token": step_flops / (train.batch_size * train.seq_len),
+        "flops": step_flops * train.steps,
+        "step_seconds": step_seconds,
+        "hours": step_seconds * train.steps / 3600,
+        "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "dtype": str(compute_dtype(train.dtype)).split(".")[1]},
+        **to_dict(config),
+    }
+
+
+def estimate_table(found: dict[str, Any]) -> str:
+    """What `estimate` found, for people."""
+    layout, assumed, sequences = found["layout"], found["assumed"], found["sequences"]
+    rows = [f"{found['arm']} {found['preset']}, recipe {found['recipe']}", "", "parameters"]
+    rows += [_row(role, f"{count:,}") for role, count in found["parameters_by_role"].items()]
+    rows += [_row("total", f"{found['parameters']:,}"), "", f"memory a device, GiB ({_spread(layout)})"]
+    rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
+    rows += [
+        "",
+        f"one update: {sequences['update']} sequences of {found['train']['seq_len']} tokens, on each device "
+        f"{sequences['micro_batches_per_update']} x {sequences['micro_batch']}",
+        "",
+        "the run",
+        _row("updates", f"{found['train']['steps']:,}"),
+        _row("tokens", f"{found['tokens']:,}"),
+        _row("FLOPs a token", f"{found['flops_per_token']:.4g}"),
+        _row("FLOPs", f"{found['flops']:.4g}"),
+        _row("seconds an update", f"{found['step_seconds']:,.4g}"),
+        _row("hours", f"{found['hours']:,.4g}"),
+        f"  assumed: {assumed['peak_tflops']:g} TFLOP/s a device, {100 * assumed['mfu']:g} % of it reached, "
+        f"{assumed['dtype']}, not compiled",
+        "",
+        "configuration",
+    ]
+    for part in ("model", "optim", "schedule", "train"):
+        rows.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in found[part].items()))
+    return "\n".join([*rows, f"  data: {found['data'] or 'the text that ships with spherelm'}"])
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:22}{value:>24}"
+
+
+def _spread(layout: dict[str, Any]) -> str:
+    groups = f" of {layout['shard_size']}" if layout["strategy"] == "hybrid" else ""
+    recomputed = ", blocks recomputed" if layout["recompute"] else ""
+    return f"{layout['world_size']} device(s), {layout['strategy']}{groups}{recomputed}"

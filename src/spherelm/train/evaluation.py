@@ -1,0 +1,122 @@
+"""A trained run, evaluated: its model and tokenizer handed to what measures them, and the record of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
+from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
+from spherelm.evaluate.positions import Positions, place
+from spherelm.models import Decoder, arm_of
+from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
+from spherelm.train.config import TrainConfig, read_config
+from spherelm.train.export import checkpoint_of, tokenizer_definition
+from spherelm.train.precision import best_device
+from spherelm.train.record import command_line, versions
+
+AS_TRAINED, NO_LIMIT = Positions(), 10**9
+
+
+def transformers_tokenizer(directory: Path) -> Any:
+    """The tokenizer saved in a run directory as transformers knows it, which the evaluation harness needs.
+
+    It knows no longest text: the harness cuts what does not fit the model, and is told the length. Raises `ValueError` for
+    SentencePiece, which has no tokenizer.json that is sure to give the same ids, and where transformers is missing.
+    """
+    tokenizer = load_tokenizer(directory)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        raise ValueError(
+            f"tasks need a tokenizer.json, and the run's tokenizer {tokenizer.name} is a SentencePiece model: for this run "
+            "only --perplexity can be had"
+        )
+    try:
+        from spherelm.interop.huggingface.tokenization import fast_tokenizer
+
+        definition = tokenizer_definition(directory)
+    except ImportError as error:
+        raise ValueError("tasks need transformers and lm-eval: pip install 'spherelm[eval]'") from error
+    return fast_tokenizer(definition.json, definition.eos_token, NO_LIMIT)
+
+
+def trained_length(run: Path) -> int:
+    """Tokens a sequence in the training of a run directory or of the run of a checkpoint."""
+    return read_config(run_directory(run) / "config.json").train.seq_len
+
+
+def run_directory(run: Path) -> Path:
+    """The run directory that `run` is or that holds the checkpoint `run`; raises `FileNotFoundError` without a checkpoint."""
+    found = run if NAME.fullmatch(run.name) else latest_checkpoint(run)
+    if found is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint: pass a run directory that spherelm train wrote")
+    return found.parent.parent
+
+
+def about(run: Path) -> dict[str, Any]:
+    """What an evaluation was made of: the run, its arm, the update of its checkpoint, versions and the command."""
+    checkpoint = checkpoint_of(run)
+    step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
+    arm = arm_of(read_config(run_directory(run) / "config.json").model)
+    return {"run": str(run), "arm": arm, "step": step, "versions": versions(), "command": command_line()}
+
+
+def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progress: bool = True) -> dict[str, Any]:
+    """The result of `evaluate_tasks` for a run directory or one of its checkpoints. Raises as that and `load_model` do."""
+    check_harness()  # first, since it imports with less noise than the tokenizer would
+    model = load_model(run).to(best_device())
+    tokenizer = transformers_tokenizer(run_directory(run))
+    return evaluate_tasks(model, tokenizer, names, settings, progress)
+
+
+def perplexity_of_run(
+    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED
+) -> dict[str, Any]:
+    """The result of `perplexity_by_length` for a run directory or one of its checkpoints, with what it was measured on.
+
+    Raises as that, `load_model` and `place` do.
+    """
+    model, trained = load_model(run).to(best_device()), trained_length(run)
+    place(model, positions, trained)
+    found = perplexity_by_length(model, read_documents(files, load_tokenizer(run_directory(run)), plan.needed), plan)
+    return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
+
+
+def task_scorer(train: TrainConfig, tokenizer: Tokenizer) -> Callable[[Decoder], dict[str, Any]] | None:
+    """What scores a model in training on the tasks that `train` names, as one record's values; `None` where it names none.
+
+    Whatever would fail later fails now: the harness, the tokenizer and the tasks' data are tried. A record has `tasks` with
+    each task's metrics and their errors (`acc`, `acc_stderr`, ...), and `average` where the paper's five are among them.
+    """
+    names = split_names(train.eval_tasks)
+    if not names:
+        if train.eval_tasks_every:
+            raise ValueError(f"eval_tasks_every={train.eval_tasks_every} needs tasks: name them with --eval-tasks")
+        return None
+    settings = TaskSettings(None if train.task_data is None else Path(train.task_data), train.eval_limit)
+    check_harness()
+    with tempfile.TemporaryDirectory() as directory, subdued(progress=False):
+        tokenizer.save(Path(directory))
+        converted = transformers_tokenizer(Path(directory))
+        load_tasks(names, settings, Path(directory))
+
+    def score(model: Decoder) -> dict[str, Any]:
+        found = evaluate_tasks(model, converted, names, settings, progress=False)
+        tasks = {name: flat_scores(record["metrics"]) for name, record in found["tasks"].items()}
+        return {"tasks": tasks, **({"average": flat_scores(found["average"])} if "average" in found else {})}
+
+    return score
+
+
+def split_names(tasks: str) -> list[str]:
+    """The names in a list by commas."""
+    return [name.strip() for name in tasks.split(",") if name.strip()]
+
+
+def flat_scores(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Each metric's value under its name, and its error under that and "_stderr", where it has one."""
+    values = {name: score["value"] for name, score in metrics.items()}
+    return values | {f"{name}_stderr": s["stderr"] for name, s in metrics.items() if s["stderr"] is not None}

@@ -1,0 +1,254 @@
+"""`spherelm inspect`: a directory of figures, tables and pages from real runs, and one line for what cannot be inspected."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from commands import make_command
+from safetensors.torch import load_file, save_file
+from synthetic_runs import write_comparison
+
+from spherelm.compare import inspection
+from spherelm.compare.inspection import Request, expand, inspect
+from spherelm.compare.report import write_report
+from spherelm.data.tokenizer import load_tokenizer
+from spherelm.train.checkpoint import WEIGHTS, load_model
+from spherelm.train.trainer import Trainer
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+
+SMALL = Request(sentence="The sea.", positions=64, images=False)
+OF_WEIGHTS = [
+    "alpha",
+    "scales",
+    "sz",
+    "norms",
+    "cond-attention",
+    "cond-mlp",
+    "eigen",
+    "products",
+    "cosines",
+    "query-key",
+    "ranks",
+]
+FIGURES = [
+    *OF_WEIGHTS,
+    "angles",
+    "paths",
+    "to-prediction",
+    "to-state",
+    "state-length",
+    "state-rank",
+    "anisotropy",
+    "entropy",
+    "lens-loss",
+    "lens-agreement",
+    "lens-divergence",
+    "off-sphere",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each arm with three checkpoints, read only, and an nGPT of another size."""
+    place = tmp_path_factory.mktemp("runs")
+    sizes: dict[str, dict[str, Any]] = {"gpt-0": {}, "ngpt-0": {}, "ngpt-wide": {"d_model": 32}}
+    for name, fields in sizes.items():
+        config = tiny.run_config(name.split("-")[0], data, save_every=2, keep=3, **fields)
+        Trainer(config, place / name, False).run()
+    return {name: place / name for name in sizes}
+
+
+@pytest.fixture(scope="module")
+def inspected(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What inspecting both arms wrote, images and all."""
+    out = tmp_path_factory.mktemp("inspected") / "out"
+    inspect([runs["gpt-0"], runs["ngpt-0"]], out, Request(sentence="The sea.", positions=64))
+    return out
+
+
+def test_every_figure_is_there_as_svg_and_as_png(inspected: Path) -> None:
+    assert {path.stem for path in (inspected / "figures").glob("*.svg")} == set(FIGURES)
+    for name in FIGURES:
+        ET.parse(inspected / "figures" / f"{name}.svg")
+        assert (inspected / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_all_figures_and_links_what_is_there(inspected: Path) -> None:
+    page = (inspected / "index.html").read_text("utf-8")
+    assert page.count("<figure>") == len(FIGURES)
+    assert all(f"Figure {i}." in page for i in range(1, len(FIGURES) + 1))
+    links = re.findall(r'href="([^"#]+)"', page)
+    assert "walk.html" in links
+    assert all((inspected / link).is_file() for link in links if not link.startswith("data:"))
+    assert not re.search(r"https?://", page.replace('xmlns="http://www.w3.org/2000/svg"', ""))
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_tables_hold_what_was_measured(inspected: Path, runs: dict[str, Path]) -> None:
+    parquet = pytest.importorskip(
+        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install 'spherelm[data]'"
+    )
+    rows = parquet.read_table(inspected / "tables" / "angles.parquet").to_pylist()
+    assert {row["run"] for row in rows} == {"gpt-0", "ngpt-0"}
+    assert len(rows) == 2 * 4 * 64
+    lengths = parquet.read_table(inspected / "tables" / "stops.parquet").to_pylist()
+    assert all(abs(r["value"] - 1) < 1e-5 for r in lengths if (r["name"], r["arm"]) == ("length", "ngpt"))
+    off = parquet.read_table(inspected / "tables" / "off_sphere.parquet").to_pylist()
+    assert {row["update"] for row in off} == {2, 4, 6}, "every checkpoint that was kept"
+    assert all((row["largest_departure"] < 1e-5) == (row["arm"] == "ngpt") for row in off if row["name"] == "input")
+
+
+def test_the_record_says_what_was_looked_at(inspected: Path) -> None:
+    record = json.loads((inspected / "inspect.json").read_text())
+    assert [run["name"] for run in record["runs"]] == ["gpt-0", "ngpt-0"]
+    assert (record["tokens"], record["pair_rows"], record["sentence"]) == (64, tiny.VOCAB, "The sea.")
+    assert record["text"] == "shipped validation text"
+
+
+def test_seeds_stand_together_and_a_checkpoint_is_inspected_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = runs["ngpt-0"] / "checkpoints" / "step-00000004"
+    figures = inspect([runs["ngpt-0"], checkpoint], tmp_path / "out", SMALL)
+    assert {figure.drawing.key for figure in figures} == set(FIGURES)
+    record = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert [run["name"] for run in record["runs"]] == ["ngpt-0", "ngpt-0 step-00000004"]
+    assert [run["update"] for run in record["runs"]] == [6, 4]
+    assert "GPT" not in re.sub("nGPT|for GPT|GPT’s", "", figures[3].caption), "no word of an arm that is not there"
+
+
+def test_a_gpt_alone_has_no_scales_to_show(runs: dict[str, Path], tmp_path: Path) -> None:
+    figures = inspect([runs["gpt-0"]], tmp_path / "out", SMALL)
+    assert {figure.drawing.key for figure in figures} == set(FIGURES) - {"alpha", "scales", "sz"}
+    assert not list((tmp_path / "out").glob("figures/*.png")), "no images were asked for"
+
+
+def test_text_of_ones_own_is_read_in_whole_sequences(runs: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("abcd" * 9, encoding="utf-8")
+    model, tokenizer = load_model(runs["ngpt-0"]), load_tokenizer("bytes")
+    found = inspection.windows(tokenizer, inspection._text(Request(text=text)), model, 2048)
+    assert tokenizer.decode(found.flatten().tolist()) == "abcd" * 8
+    assert found.shape == (2, 16)
+    assert inspection.windows(tokenizer, "abcdef", model, 5).tolist() == [list(b"abcde")], (
+        "fewer than a sequence are one"
+    )
+    with pytest.raises(ValueError, match="the text has 1 tokens: give at least two"):
+        inspection.windows(tokenizer, "a", model, 2048)
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"mine\.txt is not UTF-8 text"):
+        inspection._text(Request(text=text))
+
+
+def test_a_comparison_stands_for_its_runs(tmp_path: Path) -> None:
+    write_comparison(tmp_path, checkpoint=False)
+    names = [path.name for path in expand(tmp_path)]
+    assert names == ["gpt-0", "gpt-1", "gpt-2", "ngpt-0", "ngpt-1", "ngpt-2"]
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"summary\.json is damaged .*: pass the run directories"):
+        expand(tmp_path)
+
+
+def test_a_comparisons_page_links_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_comparison(tmp_path)
+    for run in ("gpt-0", "ngpt-0"):
+        load_tokenizer("bytes").save(tmp_path / run)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "walk.html" not in page, "96 entries do not hold the bytes of the sentence"
+    assert "spherelm inspect . --out inside" in page
+    monkeypatch.setattr("spherelm.compare.report.write_walk", partial(inspection.write_walk, sentence="A B C"))
+    assert '<a href="walk.html">' in write_report(tmp_path).read_text("utf-8")
+    assert "A B C" in (tmp_path / "walk.html").read_text("utf-8")
+
+
+def test_a_walk_alone_can_be_written(runs: dict[str, Path], tmp_path: Path) -> None:
+    inspection.write_walk([runs["gpt-0"], runs["ngpt-0"]], tmp_path / "walk.html", "The sea.")
+    assert "ngpt-0" in (tmp_path / "walk.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "no run at nowhere: pass run directories that spherelm train wrote"),
+        (["."], "holds no checkpoint: pass run directories that spherelm train wrote"),
+        (["RUN", "--tokens", "1"], "tokens must be at least 2, got 1"),
+        (["RUN", "--layer", "3"], "layer must be 1 to 2 for .*, got 3"),
+        (["RUN", "--sentence", "x" * 41], "the sentence has 41 tokens: give one of 1 to 16"),
+        (["RUN", "--text", "missing.txt"], r"No such file or directory: 'missing\.txt'"),
+        (["RUN", "WIDE"], "are both ngpt and of different sizes, and cannot stand for one model"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_line(
+    words: list[str],
+    said: str,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"RUN": str(runs["ngpt-0"]), "WIDE": str(runs["ngpt-wide"])}
+    command = make_command(monkeypatch, capsys)
+    answer = command("inspect", *(named.get(word, word) for word in words), "--out", "out")
+    assert answer.code == 2
+    assert len(answer.shown) == 1
+    assert re.search(said, answer.shown[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["ngpt-0"], run)
+    checkpoint = run / "checkpoints" / "step-00000006"
+    weights = load_file(checkpoint / WEIGHTS)
+    weights["blocks.1.mlp.o.weight"][0, 0] = torch.nan
+    save_file(weights, checkpoint / WEIGHTS)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["sha256"].pop(WEIGHTS)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert load_model(run) is not None
+    with pytest.raises(ValueError, match=r"run cannot be inspected: blocks\.1\.mlp\.o\.weight holds NaN or Inf"):
+        inspect([run], tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_in_the_directory_stays(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="already holds something: choose another --out"):
+        inspect([runs["ngpt-0"]], tmp_path, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["ngpt-0"], run)
+    for path in run.glob("tokenizer*"):
+        path.unlink()
+    load_tokenizer("default").save(run)
+    with pytest.raises(ValueError, match="its model knows 0 to 256: they do not belong together"):
+        inspect([run], tmp_path / "out", SMALL)
+
+
+def test_without_matplotlib_one_line_says_what_to_install(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ValueError, match=r"pip install 'spherelm\[report\]'"):
+        inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)

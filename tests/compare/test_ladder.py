@@ -1,0 +1,160 @@
+"""`spherelm report`: which runs become which points, and what it says of the others."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spherelm.compare.ladder import write_ladder
+from spherelm.recipes import make_run
+from spherelm.train.config import to_dict
+from spherelm.train.record import write_json
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+
+SHAPE: dict[str, Any] = {"vocab_size": 96, "n_layers": 3, "d_model": 32, "n_heads": 2, "batch_size": 4, "seq_len": 16}
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write(name, arm, loss, **fields)`: a run that ended at that loss, NaN for a diverged one."""
+
+    def make(name: str, arm: str, loss: float, ended: bool = True, text: str = "a", **fields: Any) -> Path:
+        directory = tmp_path / "runs" / name
+        directory.mkdir(parents=True)
+        config = make_run(arm, **{**SHAPE, "steps": 10, "lr": 1e-2, **fields})
+        write_json(directory / "config.json", {**to_dict(config), "data_identity": {"val": text, "tokenizer": "t"}})
+        step = config.train.steps if ended else config.train.steps // 2
+        line = {"kind": "val", "step": step, "tokens": step * 64, "seconds": 1.0, "loss": loss}
+        (directory / "metrics.jsonl").write_text("" if math.isnan(loss) else json.dumps(line) + "\n")
+        if math.isnan(loss):
+            (directory / "diverged.txt").write_text("diverged")
+        return directory
+
+    return make
+
+
+def report(tmp_path: Path) -> tuple[list[Any], dict[str, Any], str]:
+    """The figures, ends.json and the page."""
+    out = tmp_path / "out"
+    figures = write_ladder([tmp_path / "runs"], out)
+    return figures, json.loads((out / "ends.json").read_text()), (out / "index.html").read_text("utf-8")
+
+
+def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What is given to the drawing of each figure, by its key."""
+    from spherelm.compare import ladder
+
+    seen: dict[str, list[Any]] = {}
+    real = ladder.ends_of_runs
+
+    def watch(series: Any, x: str, y: str, tokens: bool, key: str, *rest: Any) -> Any:
+        seen[key] = list(series)
+        return real(series, x, y, tokens, key, *rest)
+
+    monkeypatch.setattr(ladder, "ends_of_runs", watch)
+    return seen
+
+
+def test_each_budget_shows_its_best_choice_over_seeds(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arm, shift in (("gpt", 0.0), ("ngpt", -0.1)):
+        for seed in (0, 1):
+            write(f"{arm}-long-{seed}", arm, 3.0 + shift + seed / 10, steps=20, seed=seed)
+            write(f"{arm}-short-{seed}", arm, 4.0 + shift + seed / 10, steps=10, seed=seed)
+            write(f"{arm}-worse-{seed}", arm, 4.5 + shift, steps=10, lr=2e-2, seed=seed)
+    write("gpt-lucky", "gpt", float("nan"), steps=20, lr=3e-2)
+    seen = lines(monkeypatch)
+    report(tmp_path)
+    gpt, ngpt = seen["budget"]
+    assert (gpt.arm, ngpt.arm) == ("gpt", "ngpt")
+    assert gpt.x.tolist() == [640, 1280]
+    assert [values.tolist() for values in gpt.values] == [[4.0, 4.1], [3.0, 3.1]]
+    assert ngpt.values[1].tolist() == [2.9, 3.0]
+
+
+def test_learning_rates_are_told_apart_by_budget_and_the_edge_is_said(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lr, loss in ((1e-3, 4.2), (2e-3, 4.0), (4e-3, 4.1), (8e-3, float("nan"))):
+        write(f"gpt-{lr}", "gpt", loss, lr=lr)
+        write(f"ngpt-{lr}", "ngpt", 4.0 - lr if math.isfinite(loss) else loss, lr=lr)
+    seen = lines(monkeypatch)
+    figures, _, page = report(tmp_path)
+    assert [figure.drawing.key for figure in figures] == ["rate"]
+    assert seen["rate"][0].x.tolist() == [1e-3, 2e-3, 4e-3], "what diverged is no point"
+    assert "GPT with 640 tokens 0.002 and nGPT with 640 tokens 0.004 (at the edge of what was tried)" in page
+    assert page.count("diverged") == 2
+
+
+def test_the_same_run_twice_is_no_second_seed_and_an_unfinished_one_is_none(write: Write, tmp_path: Path) -> None:
+    write("a", "gpt", 4.0)
+    write("again", "gpt", 4.0)
+    write("seed", "gpt", 4.2, seed=1)
+    write("longer", "gpt", 3.5, steps=20)
+    write("stopped", "gpt", 3.0, ended=False, steps=30)
+    _, record, page = report(tmp_path)
+    assert [end["loss"] for end in record["ends"]] == [4.0, 3.5, 4.2]
+    assert "Left out: 1 that did not come to their end" in page
+    assert "1 that repeat another, seed and all, count once" in page
+    assert "4.100 ± 0.100" in page
+
+
+def test_tasks_are_read_from_what_eval_wrote(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arm, value in (("gpt", 0.3), ("ngpt", 0.4)):
+        for steps in (10, 20):
+            run = write(f"{arm}-{steps}", arm, 4 - steps / 100, steps=steps)
+            metrics = {
+                "acc": {"value": value + steps / 1000, "stderr": 0.01},
+                "acc_norm": {"value": 0.9, "stderr": None},
+            }
+            record = {"tasks": {"arc_easy": {"metrics": metrics, "chance": 0.25}}, "average": {"acc": {"value": value}}}
+            (run / "eval.json").write_text(json.dumps(record))
+            (run / "broken.json").write_text("{")
+    seen = lines(monkeypatch)
+    figures, record, _ = report(tmp_path)
+    assert [figure.title for figure in figures] == ["Final loss over token budget", "arc_easy", "average of the five"]
+    assert [values.tolist() for values in seen["task-arc-easy"][1].values] == [
+        [pytest.approx(0.41)],
+        [pytest.approx(0.42)],
+    ]
+    assert record["ends"][0]["scores"] == pytest.approx({"arc_easy": 0.31, "average of the five": 0.3})
+
+
+def test_sizes_are_lines_of_their_own(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layers in (2, 3):
+        for steps in (10, 20):
+            write(f"ngpt-{layers}-{steps}", "ngpt", 4 - layers / 10 - steps / 100, n_layers=layers, steps=steps)
+    seen = lines(monkeypatch)
+    _, _, page = report(tmp_path)
+    assert [line.label for line in seen["budget"]] == ["2 x 32, context 16", "3 x 32, context 16"]
+    assert not re.search(r"https?://", page.replace('xmlns="http://www.w3.org/2000/svg"', ""))
+
+
+def test_losses_on_different_text_are_not_put_together(write: Write, tmp_path: Path) -> None:
+    write("a", "gpt", 4.0)
+    write("b", "ngpt", 4.0, text="b")
+    with pytest.raises(ValueError, match="were validated on different text or tokens"):
+        report(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_holds_no_run_or_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no run: pass directories of spherelm compare, sweep or train"):
+        write_ladder([tmp_path], tmp_path / "out")
+    run = write("a", "gpt", 4.0, ended=False)
+    with pytest.raises(FileNotFoundError, match="no finished run in"):
+        write_ladder([run], tmp_path / "out")
+    with pytest.raises(FileExistsError, match="already holds something: choose another --out"):
+        write_ladder([run], run)
+    write("b", "gpt", 4.0)
+    write_ladder([tmp_path / "runs"], tmp_path / "out")
+    assert "No two runs differ in budget or learning rate" in (tmp_path / "out" / "index.html").read_text("utf-8")

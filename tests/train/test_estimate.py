@@ -1,0 +1,195 @@
+"""What a dry run says against what a real step does: operations by rule, bytes by the allocator's own account."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from spherelm.layers.loss import linear_cross_entropy
+from spherelm.models import Config, build
+from spherelm.optim import build_optimizer
+from spherelm.recipes import PRESETS, make_run
+from spherelm.train import counting
+from spherelm.train.counting import block_cost, counted_flops, flops_per_token, readout_cost, training_flops
+from spherelm.train.estimate import (
+    Layout,
+    activation_memory,
+    compute_dtype,
+    estimate,
+    estimate_table,
+    memory_per_device,
+    micro_batches,
+    parameters_by_role,
+)
+
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
+PAPER_RUNS = [name for name in PRESETS if name != "demo"]
+SHAPES: list[dict[str, Any]] = [
+    {"n_layers": 3, "d_model": 64, "n_heads": 4, "seq_len": 128, "vocab_size": 512},
+    {"n_layers": 6, "d_model": 64, "n_heads": 4, "seq_len": 128, "vocab_size": 4096},
+    {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 64, "vocab_size": 1000},
+]
+
+
+def model_config(arm: str, **fields: Any) -> Config:
+    return make_run(arm, "demo", lr=1e-3, **fields).model
+
+
+@both_arms
+@pytest.mark.parametrize("fields", SHAPES)
+def test_operations_are_those_of_the_rule(arm: str, fields: dict[str, Any]) -> None:
+    """6N + 12 L d T (Chowdhery et al. 2022, appendix B), where N counts the weights of matrix products."""
+    config, seq = model_config(arm, **fields), fields["seq_len"]
+    d, layers, d_k = config.d_model, config.n_layers, config.d_model // config.n_heads
+    kv = (config.n_kv_heads or config.n_heads) * d_k
+    products = layers * (2 * d * d + 2 * d * kv + 3 * d * 4 * d) + d * config.vocab_size
+    rule = 6 * products + 12 * layers * d * seq
+    assert training_flops(config, 5, seq) == 5 * seq * rule
+    assert flops_per_token(build(config), seq) == rule
+
+
+@both_arms
+def test_operations_are_those_of_a_real_step(arm: str) -> None:
+    """Counted while real numbers are computed, backward too, with the loss that is its own autograd function."""
+    config = model_config(arm, **SHAPES[0])
+    model, tokens = build(config), torch.randint(512, (2, 128))
+    with counted_flops() as counter:
+        model.loss(tokens, tokens).backward()
+    assert counter.get_total_flops() == training_flops(config, 2, 128)
+
+
+def allocated(run: Callable[[], None]) -> int:
+    """The most bytes that `run` holds at once, by the account of torch's allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert live == 0, "a step that adds to gradients leaves nothing behind"
+    return peak
+
+
+@both_arms
+@pytest.mark.parametrize("fields", SHAPES)
+def test_memory_is_what_a_real_step_holds(arm: str, fields: dict[str, Any]) -> None:
+    """Within 2 %: kernels take room of their own, of which nothing is known outside."""
+    config = model_config(arm, **fields)
+    model, tokens = build(config), torch.randint(fields["vocab_size"], (4, fields["seq_len"]))
+
+    def step() -> None:
+        model.loss(tokens, tokens).backward()
+
+    step()
+    expected = sum(activation_memory(config, 4, fields["seq_len"], torch.float32).values())
+    assert expected == pytest.approx(allocated(step), rel=0.02)
+
+
+@both_arms
+def test_recomputed_blocks_hold_what_they_hold(arm: str) -> None:
+    config = model_config(arm, **SHAPES[1])
+    model, tokens = build(config), torch.randint(4096, (4, 128))
+
+    def run(block: Any, *inputs: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def step() -> None:
+        features, weight, pullback = model.readout(model.trunk(model.embed(tokens), run=run))
+        linear_cross_entropy(features.flatten(0, 1), weight, tokens.flatten(), pullback).backward()
+
+    step()
+    expected = sum(activation_memory(config, 4, 128, torch.float32, recompute=True).values())
+    assert expected == pytest.approx(allocated(step), rel=0.05)
+
+
+@both_arms
+def test_the_straight_line_through_two_counts_is_the_count(arm: str) -> None:
+    """Of the read-out, at a number of tokens that is counted whole as well."""
+    config = model_config(arm, n_layers=1, d_model=64, n_heads=4, seq_len=64, vocab_size=32000)
+    tokens = 7 * 131
+    counted = counting._readout_cost(config, tokens, torch.bfloat16)
+    assert vars(readout_cost(config, tokens, torch.bfloat16)) == pytest.approx(vars(counted), rel=1e-3)
+
+
+@both_arms
+@pytest.mark.parametrize("preset", PAPER_RUNS)
+def test_every_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) -> None:
+    config = make_run(arm, preset, "paper")
+    found = estimate(config, Layout(64, "hybrid", recompute=True))
+    assert json.loads(json.dumps(found)) == found
+    assert sum(found["parameters_by_role"].values()) == found["parameters"]
+    size, context = preset.split("-")
+    assert (
+        found["parameters"] // 100_000
+        == {"0.5b": {"gpt": 4682, "ngpt": 4684}, "1b": {"gpt": 10257, "ngpt": 10261}}[size][arm]
+    )
+    assert found["tokens"] == pytest.approx(52e9, rel=1e-3)
+    layers, d = (24, 1024) if size == "0.5b" else (36, 1280)
+    rule = 6 * (16 * d * d * layers + 32000 * d) + 12 * layers * d * config.train.seq_len
+    assert found["flops"] == pytest.approx(rule * found["tokens"])
+    assert found["hours"] == pytest.approx(found["flops"] / (64 * 989e12 * 0.4) / 3600)
+    assert 2 < found["memory_per_device"]["total"] / 2**30 < 25
+    assert f"{found['parameters']:,}" in estimate_table(found)
+    assert context in estimate_table(found)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "gated_adamw", "muon"])
+def test_moments_are_what_the_optimizer_keeps(optimizer: str) -> None:
+    run = make_run("ngpt", "demo", lr=1e-3, optimizer=optimizer, vocab_size=50, seq_len=8, n_layers=2, d_model=16)
+    model = build(run.model)
+    updater = build_optimizer(model, run.optim)
+    model.loss(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
+    updater.step()
+    kept = [v for state in updater.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.ndim]
+    memory = memory_per_device(run, Layout())
+    assert memory["moments"] == sum(v.numel() * v.element_size() for v in kept)
+    assert memory["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert memory["gradients"] == memory["weights"]
+    assert memory["total"] == sum(size for kind, size in memory.items() if kind != "total")
+
+
+def test_spreading_divides_what_it_says() -> None:
+    run = make_run("ngpt", "0.5b-1k", "paper")
+    alone, replicated, sharded, hybrid = (
+        memory_per_device(run, layout)
+        for layout in (Layout(), Layout(64), Layout(64, "shard"), Layout(64, "hybrid", shard_size=8))
+    )
+    assert replicated == alone
+    for kind in ("weights", "gradients", "moments"):
+        assert sharded[kind] == pytest.approx(alone[kind] / 64, abs=1)
+        assert hybrid[kind] == pytest.approx(alone[kind] / 8, abs=1)
+    assert "gathered" not in replicated
+    assert hybrid["gathered"] == sharded["gathered"] > 0
+    assert {m["activations"] for m in (alone, replicated, sharded, hybrid)} == {alone["activations"]}
+    assert micro_batches(run, 64) == (8, 1)
+    assert micro_batches(run, 8) == (8, 8)
+    assert micro_batches(run, 512) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda run: Layout(0), "--world-size must be at least 1, got 0"),
+        (lambda run: Layout(2, "tensor"), "unknown strategy 'tensor': choose one of replicate, shard, hybrid"),
+        (lambda run: Layout(12, "hybrid"), "--shard-size 8 does not divide --world-size 12"),
+        (lambda run: estimate(run, Layout(3)), "batch_size=512 cannot be shared by --world-size 3 devices"),
+        (lambda run: estimate(run, mfu=40), r"--mfu must lie in \(0, 1\].*got 40"),
+    ],
+)
+def test_what_does_not_fit_is_named(make: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(make_run("ngpt", "0.5b-1k", "paper"))
+
+
+def test_counting_costs_no_memory_and_no_randomness() -> None:
+    config, before = model_config("ngpt", **SHAPES[0]), torch.get_rng_state()
+    parameters_by_role(config)
+    block_cost(config, 3, 32, compute_dtype("auto"))
+    assert torch.equal(torch.get_rng_state(), before)
