@@ -124,7 +124,7 @@ def test_a_cache_of_transformers_continues_where_it_stopped(arm: str, variant: s
     wanted = model(tokens)
     static = transformers.StaticCache(config=hf.config, max_cache_len=16)
     for cache in (transformers.DynamicCache(config=hf.config), static):
-        pieces = [hf(part, past_key_values=cache).logits for part in tokens.split([5, 1, 4, 1, 1], 1)]
+        pieces = [hf(part, cache=cache).logits for part in tokens.split([5, 1, 4, 1, 1], 1)]
         close(torch.cat(pieces, 1), wanted)
         assert cache.get_seq_length() == 12
 

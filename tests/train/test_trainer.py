@@ -124,7 +124,11 @@ def test_metrics_hold_what_is_documented(arm: str, trainer: MakeTrainer, tmp_pat
         ("val", 0), ("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4), ("train", 5), ("val", 5),
     ]  # fmt: skip
     for record in records:
-        extra = {"bits_per_byte"} if record["kind"] == "val" else {"lr", "grad_norm", "tokens_per_second", "mfu", "memory_mb"}
+        extra = (
+            {"bits_per_byte"}
+            if record["kind"] == "val"
+            else {"lr", "grad_norm", "tokens_per_second", "mfu", "memory_mb"}
+        )
         assert set(record) == common | extra
         assert record["tokens"] == record["step"] * 4 * 16
         assert all(isinstance(value, int | float) for key, value in record.items() if key != "kind")

@@ -86,7 +86,13 @@ def generate(
     from spherelm.train import samples as texts
 
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, "window": window, "precision": dtype}
+    settings |= {
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "seed": seed,
+        "window": window,
+        "precision": dtype,
+    }
     if interactive:
         converse(texts.Conversation(run, **settings), max_new_tokens)
         return
@@ -102,7 +108,7 @@ def generate(
 
 
 class Writer:
-    """Writes a text to standard output as it comes: the prompt with the first piece, so that a refused request writes nothing."""
+    """Writes a text to standard output as it comes: the prompt with the first piece, so that what is refused writes nothing."""
 
     def __init__(self, prompt: str) -> None:
         self.before = prompt

@@ -45,7 +45,9 @@ def parse_shape(text: str) -> Shape:
     try:
         return Shape(*(int(part) for part in text.split(",")))
     except (TypeError, ValueError):
-        raise ValueError(f"--shape takes six whole numbers L,D,H,T,B,V such as 6,384,6,512,8,8192; got {text!r}") from None
+        raise ValueError(
+            f"--shape takes six whole numbers L,D,H,T,B,V such as 6,384,6,512,8,8192; got {text!r}"
+        ) from None
 
 
 def configs(shape: Shape, dtype: str, compiled: bool) -> dict[str, RunConfig]:
@@ -132,7 +134,9 @@ def bench(shape: Shape, dtype: str = "auto", compiled: bool = True, steps: int =
         "step_time_ratio": cost.ratio,
         "tokens_per_second": {arm: tokens / seconds[arm] for arm in arms},
         "matmul_gflops": rate / 1e9,
-        "mfu": {arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] / rate for arm in arms},
+        "mfu": {
+            arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] / rate for arm in arms
+        },
         "peak_memory_mb": {arm: peak_memory(uncompiled[arm]) for arm in arms},
         "retraction_share": retraction_seconds(uncompiled["ngpt"]) / cost.ngpt_seconds,
     }

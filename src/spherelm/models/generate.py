@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from spherelm.models.folding import folded, obstacle
 from spherelm.models.sampling import Sampling
 
 Rows = Sequence[Sequence[int]]
+Prompt = TypeVar("Prompt", Tensor, Rows)
 
 
 def for_inference(model: Decoder) -> Decoder:
@@ -56,15 +57,9 @@ def _steps(continuation: Continuation, max_new_tokens: int, eos_id: int | None) 
             return
 
 
-@overload
-def generate(model: Decoder, prompt: Tensor, max_new_tokens: int, **settings: Any) -> Tensor: ...
-@overload
-def generate(model: Decoder, prompt: Rows, max_new_tokens: int, **settings: Any) -> list[list[int]]: ...
-
-
 def generate(
     model: Decoder,
-    prompt: Tensor | Rows,
+    prompt: Prompt,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -76,7 +71,7 @@ def generate(
     eos_id: int | None = None,
     window: bool = False,
     fold: bool = True,
-) -> Tensor | list[list[int]]:
+) -> Prompt:
     """Continue every row of `prompt` by up to `max_new_tokens` tokens, each row as if it were alone.
 
     prompt: int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. temperature (0 is greedy), top_k,
@@ -93,11 +88,16 @@ def generate(
         raise ValueError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
     rows: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
     steps = stream(model, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
-    new = list(steps)
+    new: list[Tensor] = list(steps)
     if isinstance(prompt, Tensor):
         return torch.cat((prompt, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
     columns = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
-    return [[*row, *up_to(added, eos_id)] for row, added in zip(rows, columns, strict=True)]
+    return lengthened(rows, columns, eos_id)
+
+
+def lengthened(rows: Rows, added: Rows, eos_id: int | None) -> list[list[int]]:
+    """Each row with its tokens of `added` up to the first `eos_id`."""
+    return [[*row, *up_to(list(new), eos_id)] for row, new in zip(rows, added, strict=True)]
 
 
 def up_to(tokens: list[int], eos_id: int | None) -> list[int]:

@@ -14,7 +14,7 @@ Every matrix starts as N(0, 1/sqrt(d_model)) and is normalized; learned scales s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,7 +95,8 @@ class NGPTConfig:
 
     def __post_init__(self) -> None:
         check_shape(self)
-        named = {"step": STEPS, "alpha_sign": SIGNS, **{f"{name}_form": FORMS for name in SCALES}}
+        named: dict[str, Iterable[str]] = {"step": STEPS, "alpha_sign": SIGNS}
+        named |= {f"{name}_form": FORMS for name in SCALES}
         for name, known in named.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")

@@ -18,7 +18,7 @@ class SphereLMConfig(PreTrainedConfig):
     """
 
     model_type = "spherelm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own way)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own way)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",

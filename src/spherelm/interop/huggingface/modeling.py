@@ -21,6 +21,9 @@ from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What the installed transformers calls the cache of keys and values, in arguments and results."""
+
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("_recorded", default=None)
 
 
@@ -126,7 +129,7 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
     _no_split_modules = ["GPTBlock", "NGPTBlock"]  # noqa: RUF012 (transformers' own way)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
     _input_embed_layer = "embed"
     _supports_sdpa = True
@@ -194,16 +197,19 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments and result as those of transformers' own causal language models.
+
+        cache: also by its older name `past_key_values`; the result has it by the name that the installed transformers uses.
 
         attention_mask: 1 for tokens, 0 for padding on either side, [batch, past + seq]; or ready to use, [batch, 1, seq, past +
         seq]. inputs_embeds: [batch, seq, d_model], taken as they are (rows of an nGPT's embedding are unit).
@@ -211,15 +217,16 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         if "peft_config" in self.__dict__:
             check_adapters(self)
         h = self._embedded(input_ids, inputs_embeds)
-        cache = self._cache_to_use(past_key_values, use_cache)
+        given = past_key_values if cache is None else cache
+        cache = self._cache_to_use(given, use_cache)
         positions = self._positions(h, position_ids, attention_mask, cache)
         # A cache begun here is empty: without it, positions that start anew separate packed sequences.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=h,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: given},
         )
         view = None if cache is None else CacheView(cache, self.config.n_layers)
         states: list[Tensor] = []
@@ -236,7 +243,7 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=(*states, readout.features) if output_hidden_states else None,
             attentions=None if weights is None else tuple(weights),
         )
