@@ -86,13 +86,8 @@ def generate(
     from spherelm.train import samples as texts
 
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    settings |= {
-        "repetition_penalty": repetition_penalty,
-        "stop": stop,
-        "seed": seed,
-        "window": window,
-        "precision": dtype,
-    }
+    settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}
+    settings |= {"window": window, "precision": dtype}
     if interactive:
         converse(texts.Conversation(run, **settings), max_new_tokens)
         return
