@@ -10,6 +10,11 @@ A set of parameters is ``dict[str, Tensor]``:
     embed.weight [V, d]  head.weight [V, d] (absent when tied)  blocks.{i}.attention.{q,k,v,o}.weight
     blocks.{i}.mlp.{u,v,o}.weight                               GPT: blocks.{i}.norm_{a,m}.weight  norm.weight
     nGPT: blocks.{i}.alpha_{a,m}.value  blocks.{i}.attention.s_qk.value  blocks.{i}.mlp.s_{u,v}.value  s_z.value
+
+Encoder-decoders add, to the same names for the decoder:
+
+    encoder.embed.weight (absent when shared)  encoder.blocks.{i}.* as above  blocks.{i}.cross.{q,k,v,o}.weight
+    EncDec: blocks.{i}.norm_c.weight  encoder.norm.weight        NEncDec: blocks.{i}.alpha_c.value  blocks.{i}.cross.s_qk.value
 """
 
 from __future__ import annotations
@@ -17,12 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
-Forward = Callable[[Params, "Shape", Tensor], Tensor]
+Forward = Callable[[Params, "Shape", Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Shape:
     s_u: tuple[float, float] = (1.0, 1.0)
     s_v: tuple[float, float] = (1.0, 1.0)
     s_z: tuple[float, float] = (1.0, 0.0)
+    n_encoder_layers: int = 0
 
     @property
     def d_k(self) -> int:
@@ -101,11 +108,16 @@ def head(weight: Tensor, index: int, d_k: int) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets that are not -100 of ``log sum exp(z) - z[target]``, in nats."""
+    return smoothed_cross_entropy(logits, targets, 0.0)
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Label smoothing (Szegedy et al., arXiv 1512.00567): a target is ``(1 - e) one-hot + e / V``; ``cross_entropy`` at 0."""
     keep = targets != -100
     z, wanted = logits[keep], targets[keep]
     top = z.detach().amax(-1, keepdim=True)
     log_sum = torch.log(torch.exp(z - top).sum(-1)) + top.squeeze(-1)
-    return (log_sum - z[torch.arange(len(wanted)), wanted]).mean()
+    return (log_sum - (1 - smoothing) * z[torch.arange(len(wanted)), wanted] - smoothing * z.mean(-1)).mean()
 
 
 # ---------------------------------------------------------------------------------------------- GPT, eqs. 1-9
@@ -201,6 +213,113 @@ def ngpt(p: Params, shape: Shape, tokens: Tensor) -> Tensor:
     return s_z * (h @ p.get("head.weight", p["embed.weight"]).T)
 
 
+# ---------------------------------------------------------------------------------------------- encoder-decoders
+# No paper writes these down: the Transformer's encoder and decoder (Vaswani et al., arXiv 1706.03762, section 3) with GPT's
+# and nGPT's blocks as above. A source row is [S] ids, negative where there is nothing. Rows are computed one by one, each cut
+# to its real length, so that there is no padding here that could be treated wrongly.
+
+Pairs = tuple[Tensor, Tensor]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over all keys: nothing is hidden."""
+    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def gpt_encoder(p: Params, shape: Shape, source: Tensor) -> Tensor:
+    """States [S, d] of one real source [S], each position attending to every other; RMSNorm at the end."""
+    h, d_k = p.get("encoder.embed.weight", p["embed.weight"])[source], shape.d_k
+    for i in range(shape.n_encoder_layers):
+        b = f"encoder.blocks.{i}."
+        x, heads = rms_norm(h, p[b + "norm_a.weight"], shape.rms_eps), []
+        for j in range(shape.n_heads):
+            q = rope(x @ head(p[b + "attention.q.weight"], j, d_k).T, shape.rope_base)
+            k = rope(
+                x @ head(p[b + "attention.k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T, shape.rope_base
+            )
+            v = x @ head(p[b + "attention.v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+            heads.append(softmax(q @ k.T * gpt_softmax_scale(d_k)) @ v)
+        h = h + torch.cat(heads, -1) @ p[b + "attention.o.weight"].T
+        h = h + gpt_mlp(p, b + "mlp.", shape, rms_norm(h, p[b + "norm_m.weight"], shape.rms_eps))
+    return rms_norm(h, p["encoder.norm.weight"], shape.rms_eps)
+
+
+def gpt_cross(p: Params, prefix: str, shape: Shape, h: Tensor, memory: Tensor) -> Tensor:
+    """Queries from the target's ``h [T, d]``, keys and values from the source's states ``[S, d]``; no rotation."""
+    heads, d_k = [], shape.d_k
+    for j in range(shape.n_heads):
+        q = h @ head(p[prefix + "q.weight"], j, d_k).T
+        k = memory @ head(p[prefix + "k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+        v = memory @ head(p[prefix + "v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+        heads.append(softmax(q @ k.T * gpt_softmax_scale(d_k)) @ v)
+    return torch.cat(heads, -1) @ p[prefix + "o.weight"].T
+
+
+def encdec(p: Params, shape: Shape, pairs: Pairs) -> Tensor:
+    """Logits of the baseline: sources ``[B, S]`` and targets so far ``[B, T]`` to ``[B, T, V]``."""
+    rows = []
+    for source, tokens in zip(*pairs, strict=True):
+        memory = gpt_encoder(p, shape, source[source >= 0])
+        h = p["embed.weight"][tokens]
+        for i in range(shape.n_layers):
+            b = f"blocks.{i}."
+            h = h + gpt_attention(p, b + "attention.", shape, rms_norm(h, p[b + "norm_a.weight"], shape.rms_eps))
+            h = h + gpt_cross(p, b + "cross.", shape, rms_norm(h, p[b + "norm_c.weight"], shape.rms_eps), memory)
+            h = h + gpt_mlp(p, b + "mlp.", shape, rms_norm(h, p[b + "norm_m.weight"], shape.rms_eps))
+        h = rms_norm(h, p["norm.weight"], shape.rms_eps)
+        rows.append(h @ p.get("head.weight", p["embed.weight"]).T)
+    return torch.stack(rows)
+
+
+def encoder(p: Params, shape: Shape, source: Tensor) -> Tensor:
+    """Unit states [S, d] of one real source [S]: eqs. 10 to 21 without the causal mask."""
+    h, d_k = p.get("encoder.embed.weight", p["embed.weight"])[source], shape.d_k
+    for i in range(shape.n_encoder_layers):
+        b = f"encoder.blocks.{i}."
+        s_qk, heads = effective(p[b + "attention.s_qk.value"], shape.s_qk, shape.d_model), []
+        for j in range(shape.n_heads):
+            q = rope(h @ head(p[b + "attention.q.weight"], j, d_k).T, shape.rope_base)
+            k = rope(
+                h @ head(p[b + "attention.k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T, shape.rope_base
+            )
+            v = h @ head(p[b + "attention.v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+            q, k = scale_q_k(q, k, s_qk[j])
+            heads.append(softmax(q @ k.T * softmax_scale(d_k)) @ v)
+        h_a = norm(torch.cat(heads, -1) @ p[b + "attention.o.weight"].T)
+        h = step(h, h_a, eigen_rate(p, b + "alpha_a.value", shape))
+        h = step(h, norm(mlp(p, b + "mlp.", shape, h)), eigen_rate(p, b + "alpha_m.value", shape))
+    return h
+
+
+def cross(p: Params, prefix: str, shape: Shape, h: Tensor, memory: Tensor) -> Tensor:
+    """Eqs. 13, 15, 16 with keys of the source and without rotation; ``s_qk`` is this attention's own."""
+    s_qk, heads, d_k = effective(p[prefix + "s_qk.value"], shape.s_qk, shape.d_model), [], shape.d_k
+    for j in range(shape.n_heads):
+        q = h @ head(p[prefix + "q.weight"], j, d_k).T
+        k = memory @ head(p[prefix + "k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+        v = memory @ head(p[prefix + "v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+        q, k = scale_q_k(q, k, s_qk[j])
+        heads.append(softmax(q @ k.T * softmax_scale(d_k)) @ v)
+    return torch.cat(heads, -1) @ p[prefix + "o.weight"].T
+
+
+def nencdec(p: Params, shape: Shape, pairs: Pairs) -> Tensor:
+    """Logits of the normalized encoder-decoder: three steps on the sphere a decoder layer."""
+    rows = []
+    for source, tokens in zip(*pairs, strict=True):
+        memory = encoder(p, shape, source[source >= 0])
+        h = p["embed.weight"][tokens]
+        for i in range(shape.n_layers):
+            b = f"blocks.{i}."
+            h = step(h, norm(attention(p, b + "attention.", shape, h)), eigen_rate(p, b + "alpha_a.value", shape))
+            h = step(h, norm(cross(p, b + "cross.", shape, h, memory)), eigen_rate(p, b + "alpha_c.value", shape))
+            h = step(h, norm(mlp(p, b + "mlp.", shape, h)), eigen_rate(p, b + "alpha_m.value", shape))
+        s_z = effective(p["s_z.value"], shape.s_z, shape.d_model)
+        rows.append(s_z * (h @ p.get("head.weight", p["embed.weight"]).T))
+    return torch.stack(rows)
+
+
 # ---------------------------------------------------------------------------------------------- unit axes
 
 UNIT_AXIS = {
@@ -210,6 +329,10 @@ UNIT_AXIS = {
     "attention.k.weight": 1,
     "attention.v.weight": 1,
     "attention.o.weight": 0,
+    "cross.q.weight": 1,
+    "cross.k.weight": 1,
+    "cross.v.weight": 1,
+    "cross.o.weight": 0,
     "mlp.u.weight": 1,
     "mlp.v.weight": 1,
     "mlp.o.weight": 0,
@@ -231,7 +354,7 @@ def retract(p: Params) -> Params:
 
 
 def loss_and_gradients(
-    forward: Forward, p: Params, shape: Shape, tokens: Tensor, targets: Tensor
+    forward: Forward, p: Params, shape: Shape, tokens: Any, targets: Tensor
 ) -> tuple[Tensor, Params]:
     """Loss in nats per token and its gradient with respect to every parameter."""
     leaves = {name: w.detach().clone().requires_grad_() for name, w in p.items()}
@@ -289,7 +412,7 @@ def train(
     forward: Forward,
     p: Params,
     shape: Shape,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Tensor]],
     recipe: Recipe,
     factor: Callable[[int], float] = lambda step: 1.0,
 ) -> tuple[list[float], Params]:
@@ -310,7 +433,7 @@ def gpt_decay(name: str) -> float:
 
 def paper_recipe(arm: str, lr: float) -> Recipe:
     """Tables 2 and 3: AdamW for the baseline, Adam and retraction for nGPT."""
-    if arm == "gpt":
+    if arm in ("gpt", "encdec"):
         return Recipe(lambda name: lr, gpt_decay)
     return Recipe(lambda name: lr, lambda name: 0.0, on_sphere=True)
 

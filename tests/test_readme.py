@@ -25,10 +25,11 @@ import spherelm
 from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_optimizer, departure
 from spherelm.cli import main
 from spherelm.compare.jobs import Job, do_job
+from spherelm.compare.record import ARMS as COMPARED
 from spherelm.data.documents import COMPRESSIONS, SUFFIXES
 from spherelm.data.prepare import prepare
 from spherelm.data.tokenizer import load_tokenizer
-from spherelm.models import ARMS
+from spherelm.models import ARMS, EncDec, EncDecConfig, NEncDec, NEncDecConfig
 from spherelm.models.generate import generate
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
@@ -92,7 +93,7 @@ def test_every_command_is_understood(
     """With the floors below the command line taken away, so that nothing is trained."""
 
     def understood_comparison(config: Any, *rest: Any) -> dict[str, Any]:
-        assert {config.run(arm, 4096, seed=0).arm for arm in ARMS} == set(ARMS)
+        assert {config.run(arm, 4096, seed=0).arm for arm in COMPARED} == set(COMPARED)
         return {"speedup": {}, "step_time_ratio": 1.0}
 
     def understood_sweep(choices: Any, *rest: Any, **more: Any) -> list[Any]:
@@ -256,7 +257,8 @@ def small(arm: str, **fields: Any) -> GPT | NGPT:
 @check("Models")
 def models(row: Row) -> None:
     assert row.names == list(ARMS)
-    assert {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, NGPT)} == ARMS
+    language = {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, NGPT)}
+    assert language | {"encdec": (EncDecConfig, EncDec), "nencdec": (NEncDecConfig, NEncDec)} == ARMS
 
 
 def subcommands(arguments: list[str]) -> list[str]:
@@ -312,7 +314,8 @@ def attention(row: Row) -> None:
     for arm in ARMS:
         model = small(arm, n_kv_heads=2)
         assert model.blocks[0].attention.k.weight.shape == (8, 16)
-        assert model.loss(*tokens_and_targets()).isfinite()
+        sources = [tokens_and_targets()[0]] if arm.endswith("encdec") else []
+        assert model.loss(*sources, *tokens_and_targets()).isfinite()
 
 
 @check("Embeddings")

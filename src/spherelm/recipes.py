@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spherelm.models import ARMS
+from spherelm.models import ARMS, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.train.config import RunConfig, TrainConfig
 
@@ -70,9 +70,9 @@ Recipe = Callable[[str, Preset, int], Choices]
 def paper(arm: str, preset: Preset, steps: int) -> Choices:
     """The nGPT paper's recipe, exactly (Tables 2 and 3): every field at its default, cosine to 0.
 
-    GPT warms up over 2000 steps, or over a tenth of a run that is shorter than 20000; nGPT does not warm up.
+    Baselines warm up over 2000 steps, or over a tenth of a run that is shorter than 20000; normalized arms do not warm up.
     """
-    warmup = min(2000, steps // 10) if arm == "gpt" else 0
+    warmup = 0 if is_normalized(arm) else min(2000, steps // 10)
     return Choices({}, {}, ScheduleConfig("cosine", warmup_steps=warmup))
 
 
@@ -85,7 +85,7 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     output embedding learns at half the rate.
     """
     choices = paper(arm, preset, steps)
-    if arm == "gpt":
+    if not is_normalized(arm):
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model)}, {}, choices.schedule)
     model = {"s_z_init": math.sqrt(preset.d_model), "alpha_init": 0.05 * math.sqrt(24 / preset.n_layers)}
     return Choices(model, {"multipliers": RateMultipliers(output_embedding=0.5)}, choices.schedule)

@@ -17,7 +17,7 @@ from spherelm.models.folding import folded
 
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_layers": 2, "d_model": 48, "n_heads": 4, "d_ff": 96, "max_seq_len": 32}
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "grouped": {"n_kv_heads": 2}, "tied": {"tie_embeddings": True}}
-both_arms = pytest.mark.parametrize("arm", list(ARMS))
+both_arms = pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
 
 

@@ -31,6 +31,21 @@ def test_the_loss_and_its_gradients_are_the_papers(
     agree(linear_cross_entropy(h, weight, targets), paper.cross_entropy(h @ weight.T, targets), [h, weight])
 
 
+@pytest.mark.parametrize("chunk_logits", [1, 2**22])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_label_smoothing_is_the_papers(
+    smoothing: float, chunk_logits: int, agree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
+    h, weight, targets = data(300, 11, [3, 7])
+    wanted = paper.smoothed_cross_entropy(h @ weight.T, targets, smoothing)
+    agree(linear_cross_entropy(h, weight, targets, smoothing=smoothing), wanted, [h, weight])
+    with torch.no_grad():
+        assert linear_cross_entropy(h, weight, targets, smoothing=smoothing).item() == pytest.approx(
+            wanted.item(), rel=1e-13
+        )
+
+
 def test_ignored_targets_count_for_nothing(agree: Any) -> None:
     # the whole second half is ignored: a chunk without a single target
     h, weight, targets = data(20, 11, [0, 3, *range(10, 20)])

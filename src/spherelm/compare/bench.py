@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from spherelm.compare.cost import StepCost, TimedSteps, measure_cost
+from spherelm.compare.record import ARMS
 from spherelm.layers.linear import retract
-from spherelm.models import ARMS
 from spherelm.recipes import make_run
 from spherelm.train.config import RunConfig
 from spherelm.train.counting import training_flops

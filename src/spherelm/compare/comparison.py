@@ -12,11 +12,12 @@ import numpy as np
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
+from spherelm.compare.record import ARMS
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, speedup, winner
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
-from spherelm.models import ARMS, parameter_count
+from spherelm.models import parameter_count
 from spherelm.recipes import make_run
 from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint

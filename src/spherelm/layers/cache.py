@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 class LayerCache:
@@ -17,6 +22,7 @@ class LayerCache:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._length = 0
+        self._fixed: Pair | None = None
 
     @property
     def length(self) -> int:
@@ -29,6 +35,18 @@ class LayerCache:
         self._keys = _appended(self._keys, keys, start)
         self._values = _appended(self._values, values, start)
         return self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    def fixed(self, make: Callable[[], Pair]) -> Pair:
+        """The keys and values that `make` computed at the first call, of what does not grow: the source of a translation."""
+        if self._fixed is None:
+            self._fixed = make()
+        return self._fixed
+
+    def select(self, rows: Tensor) -> None:
+        """Make row i of the batch what row `rows[i]` was: int64 [batch]. What is fixed stays where it is."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys[:, :, : self._length].index_select(0, rows)
+            self._values = self._values[:, :, : self._length].index_select(0, rows)
 
     def crop(self, length: int) -> None:
         """Forget what is stored beyond the first `length` positions."""
@@ -68,3 +86,8 @@ class KVCache:
         """Forget every position from `length` on, also what a pass that was broken off left in some of the layers."""
         for layer in self.layers:
             layer.crop(length)
+
+    def select(self, rows: Tensor) -> None:
+        """As `LayerCache.select`, in every layer: how hypotheses of one source change places in a beam search."""
+        for layer in self.layers:
+            layer.select(rows)

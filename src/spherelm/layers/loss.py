@@ -30,7 +30,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy whose backward pass only multiplies gradients that the forward pass computed."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None, smoothing: float
+    ) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         product_weight = weight.to(h.dtype)
         back_weight = product_weight if pullback is None else pullback.to(h.dtype)
@@ -42,39 +44,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             valid = targets[rows] != IGNORED
             safe = targets[rows].masked_fill(~valid, 0).unsqueeze(-1)
-            # In place from here on: the logits become their own gradient, (softmax - one-hot) / count.
+            # In place from here on: the logits become their own gradient, (softmax - smoothed one-hot) / count.
             logits = F.linear(h[rows], product_weight).to(wide)
             wanted, largest = logits.gather(-1, safe), logits.amax(-1, keepdim=True)
+            if smoothing:
+                wanted = (1 - smoothing) * wanted + smoothing * logits.mean(-1, keepdim=True)
             exponentials = logits.sub_(largest).exp_()
             partition = exponentials.sum(-1, keepdim=True)
             total = total + ((partition.log() + largest - wanted).squeeze(-1) * valid).sum()
             share = (valid.to(wide) / count).unsqueeze(-1)
-            grad_logits = exponentials.mul_(share / partition).scatter_add_(-1, safe, -share).to(h.dtype)
+            grad_logits = exponentials.mul_(share / partition).scatter_add_(-1, safe, -(1 - smoothing) * share)
+            if smoothing:
+                grad_logits -= smoothing / weight.shape[0] * share
+            grad_logits = grad_logits.to(h.dtype)
             grad_h[rows] = grad_logits @ back_weight
             grad_weight += grad_logits.T @ h[rows]
         ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_h, grad_weight = ctx.saved_tensors
         (grad,) = grad_outputs
-        return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None, None
+        return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None, None, None
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Mean cross-entropy in nats of the logits `h weight^T` against `targets`, never held whole.
 
     h: [tokens, d] in the dtype of the products; weight: [vocab, d]; targets: int64 [tokens], `IGNORED` (-100) counts for
     nothing. pullback: [vocab, d], what carries the logits' gradient back to h instead of the weight, itself a constant.
+    smoothing: the part of each target's probability, in [0, 1), that is spread over the whole vocabulary (label smoothing,
+    Szegedy et al., arXiv 1512.00567, section 7).
     Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
     """
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
-        return _ChunkedCrossEntropy.apply(h, weight, targets, pullback)
+        return _ChunkedCrossEntropy.apply(h, weight, targets, pullback, smoothing)
     wide = torch.promote_types(h.dtype, torch.float32)
     product_weight, size = weight.to(h.dtype), chunk_rows(h.shape[0], weight.shape[0])
     losses = [
-        F.cross_entropy(F.linear(part, product_weight).to(wide), wanted, ignore_index=IGNORED, reduction="sum")
+        F.cross_entropy(
+            F.linear(part, product_weight).to(wide),
+            wanted,
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=smoothing,
+        )
         for part, wanted in zip(h.split(size), targets.split(size), strict=True)
     ]
     return torch.stack(losses).sum() / (targets != IGNORED).sum().clamp_min(1)

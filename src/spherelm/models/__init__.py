@@ -1,32 +1,68 @@
-"""Complete models: the baseline GPT and the normalized NGPT, built from a config."""
+"""Complete models, built from a config: the baseline of each kind and its normalized twin."""
 
 from __future__ import annotations
 
 import torch
 
-from spherelm.models.decoder import Decoder
+from spherelm.models.decoder import Decoder, LanguageModel
+from spherelm.models.encdec import EncDec, EncDecConfig
+from spherelm.models.encoder_decoder import EncoderDecoder
 from spherelm.models.gpt import GPT, GPTConfig
+from spherelm.models.nencdec import NEncDec, NEncDecConfig
 from spherelm.models.ngpt import NGPT, NGPTConfig
 
-__all__ = ["ARMS", "GPT", "NGPT", "Config", "Decoder", "GPTConfig", "NGPTConfig", "arm_of", "build", "parameter_count"]
+__all__ = [
+    "ARMS",
+    "GPT",
+    "NGPT",
+    "TWINS",
+    "Config",
+    "Decoder",
+    "EncDec",
+    "EncDecConfig",
+    "EncoderDecoder",
+    "GPTConfig",
+    "LanguageModel",
+    "NEncDec",
+    "NEncDecConfig",
+    "NGPTConfig",
+    "arm_of",
+    "build",
+    "is_normalized",
+    "parameter_count",
+]
 
-Config = GPTConfig | NGPTConfig
+Config = GPTConfig | NGPTConfig | EncDecConfig | NEncDecConfig
 
-ARMS: dict[str, tuple[type[Config], type[Decoder]]] = {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, NGPT)}
+ARMS: dict[str, tuple[type[Config], type[Decoder]]] = {
+    "gpt": (GPTConfig, GPT),
+    "ngpt": (NGPTConfig, NGPT),
+    "encdec": (EncDecConfig, EncDec),
+    "nencdec": (NEncDecConfig, NEncDec),
+}
 """The config and the model of each arm, by the name that the command line and run directories use."""
+
+TWINS = {"ngpt": "gpt", "nencdec": "encdec"}
+"""The baseline of each normalized arm."""
 
 
 def build(config: Config) -> Decoder:
     """The model that `config` describes, freshly initialized from torch's global random state, in float32."""
     for config_class, model_class in ARMS.values():
-        if isinstance(config, config_class):
+        if type(config) is config_class:
             return model_class(config)
-    raise ValueError(f"no model is built from a {type(config).__name__}: pass one of GPTConfig, NGPTConfig")
+    names = ", ".join(config_class.__name__ for config_class, _ in ARMS.values())
+    raise ValueError(f"no model is built from a {type(config).__name__}: pass one of {names}")
 
 
 def arm_of(config: Config) -> str:
-    """The name of the arm that `config` belongs to: "gpt" or "ngpt"."""
-    return next(arm for arm, (config_class, _) in ARMS.items() if isinstance(config, config_class))
+    """The name of the arm that `config` belongs to, a key of `ARMS`."""
+    return next(arm for arm, (config_class, _) in ARMS.items() if type(config) is config_class)
+
+
+def is_normalized(arm: str) -> bool:
+    """Whether the weights of `arm` live on the sphere."""
+    return arm in TWINS
 
 
 def parameter_count(config: Config) -> int:

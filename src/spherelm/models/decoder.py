@@ -1,10 +1,10 @@
-"""What both arms share: tokens in, blocks in order, one read-out. GPT and NGPT say what is different."""
+"""What all models share: tokens in, blocks in order, one read-out. GPT, NGPT and the others say what is different."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,11 @@ def check_shape(config: DecoderConfig) -> None:
         raise ValueError(f"unknown rope {config.rope!r}: choose one of {', '.join(ROPES)}")
 
 
+Rows = Sequence[Sequence[int]]
+"""Token ids, a row a text."""
+
 RunBlock = Callable[..., Tensor]
-"""(block, h, table, mask, cache) -> h."""
+"""(block, h, table, mask, cache, *context) -> h."""
 
 
 def run_block(block: nn.Module, *inputs: object) -> Tensor:
@@ -73,9 +76,10 @@ def run_block(block: nn.Module, *inputs: object) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A causal language model: `embed`, `blocks`, and a read-out given by the subclass.
+    """What writes tokens from left to right: `embed`, `blocks`, and a read-out given by the subclass.
 
-    int64 tokens [batch, seq] -> logits [batch, seq, vocab]. The hidden state is computed in `embed.compute_dtype`.
+    The hidden state is computed in `embed.compute_dtype`. What else a model reads besides the tokens before is its own
+    business: `loss` takes what a batch of its data holds, `conditioned` the prompts of a text that is to be written.
     """
 
     config: DecoderConfig
@@ -97,12 +101,14 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         run: RunBlock = run_block,
+        context: tuple[object, ...] = (),
     ) -> Tensor:
         """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds.
 
         mask: bool [batch, 1, seq, past + seq], True where a query may look; by default everything up to itself.
         positions: [seq], or [batch, seq] where sequences start at different ones; by default they go on from the cache.
         run: calls a block with its arguments; a caller who must recompute or record what blocks do passes another.
+        context: what every block is given besides.
         """
         past, seq = 0 if cache is None else cache.length, h.shape[1]
         if mask is None and past and seq > 1:
@@ -114,22 +120,27 @@ class Decoder(nn.Module):
         wide = torch.promote_types(h.dtype, torch.float32)
         table = self.rotary_table(positions.to(wide), self.d_k, self.rope_base)
         for i, block in enumerate(self.blocks):
-            h = run(block, h, table, mask, None if cache is None else cache.layers[i])
+            h = run(block, h, table, mask, None if cache is None else cache.layers[i], *context)
         return h
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
-        return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
+    @abstractmethod
+    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Mean cross-entropy in nats of the targets of a batch, the last of `args`, where -100 is ignored."""
 
-    def loss(
-        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
-        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole.
+    @abstractmethod
+    def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
+        """What writes the texts that `prompts` (token ids, one row a text) ask for, and the rows that it goes on from.
 
-        mask, positions: as for `trunk`.
+        end_token: ends every text, `None` where the model needs to know of none.
         """
-        features, weight, pullback = self.readout(self.trunk(self.embed(tokens), mask=mask, positions=positions))
-        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback)
+
+    def read_loss(self, h: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model]; never holds all logits.
+
+        smoothing: as for `linear_cross_entropy`.
+        """
+        features, weight, pullback = self.readout(h)
+        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback, smoothing)
 
     def new_cache(self) -> KVCache:
         """An empty cache of keys and values, to be passed to `forward` with the prompt and then with each new token."""
@@ -143,3 +154,30 @@ class Decoder(nn.Module):
         self.config = config
         self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
         self.rotary_table = ROPES[config.rope].table
+
+
+class LanguageModel(Decoder):
+    """A causal language model: int64 tokens [batch, seq] -> logits [batch, seq, vocab] of every next token."""
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
+        return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        smoothing: float = 0.0,
+    ) -> Tensor:
+        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole.
+
+        mask, positions: as for `trunk`. smoothing: as for `read_loss`.
+        """
+        return self.read_loss(self.trunk(self.embed(tokens), mask=mask, positions=positions), targets, smoothing)
+
+    def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
+        """This model: it goes on from the prompts themselves."""
+        return self, prompts

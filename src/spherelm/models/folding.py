@@ -30,7 +30,7 @@ from spherelm.layers.feedforward import FeedForward, UnitFeedForward
 from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, UnitLinear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rope import RotaryTable
-from spherelm.models.decoder import Decoder
+from spherelm.models.decoder import Decoder, LanguageModel
 from spherelm.models.gpt import GPT, GPTBlock, RMSNorm
 from spherelm.models.ngpt import NGPT, NGPTBlock, nvidia_step
 
@@ -173,7 +173,7 @@ class FoldedNGPTBlock(nn.Module):
         return self.step(h, unit(self.mlp(h)), self.alpha_m)
 
 
-class Folded(Decoder):
+class Folded(LanguageModel):
     """What `folded` makes: a decoder whose weights are fixed."""
 
     def __init__(self, source: GPT | NGPT) -> None:

@@ -21,7 +21,7 @@ from spherelm.layers.feedforward import FeedForward
 from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rope import ROPES, RotaryTable
-from spherelm.models.decoder import Decoder, check_shape
+from spherelm.models.decoder import LanguageModel, check_shape
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class GPTBlock(nn.Module):
         return h
 
 
-class GPT(Decoder):
+class GPT(LanguageModel):
     """The baseline: logits `z = RMSNorm(h) E_out^T` (eq. 3)."""
 
     def __init__(self, config: GPTConfig) -> None:

@@ -27,7 +27,7 @@ from spherelm.layers.feedforward import UnitFeedForward
 from spherelm.layers.linear import FORMS, Linear, Scale, UnitEmbedding, UnitLinear, retract
 from spherelm.layers.readout import Readout, preconditioned, scaled
 from spherelm.layers.rope import ROPES, RotaryTable
-from spherelm.models.decoder import Decoder, check_shape
+from spherelm.models.decoder import LanguageModel, check_shape
 from spherelm.sphere import norm, riemannian_step, step
 
 
@@ -142,7 +142,7 @@ class NGPTBlock(nn.Module):
         return h
 
 
-class NGPT(Decoder):
+class NGPT(LanguageModel):
     """nGPT: logits `z = s_z (h E_out^T)`, cosines with one learned scale per vocabulary entry (eq. 3)."""
 
     def __init__(self, config: NGPTConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from spherelm.models import ARMS, Config, arm_of
+from spherelm.models import ARMS, Config, LanguageModel, arm_of
 
 
 class SphereLMConfig(PreTrainedConfig):
@@ -74,8 +74,9 @@ class SphereLMConfig(PreTrainedConfig):
 
     def arm_config(self) -> Config:
         """The `GPTConfig` or `NGPTConfig` that this describes."""
-        if self.arm not in ARMS:
-            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
+        known = [arm for arm, (_, model_class) in ARMS.items() if issubclass(model_class, LanguageModel)]
+        if self.arm not in known:
+            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(known)}")
         config_class, _ = ARMS[self.arm]
         return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})
 

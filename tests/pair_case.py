@@ -1,0 +1,79 @@
+"""Small float64 encoder-decoders, the same weights for the oracle, and one batch of padded pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import paper
+import torch
+from conftest import TINY, oracle_shape
+from torch import Tensor
+
+from spherelm.models import EncDecConfig, EncoderDecoder, NEncDecConfig, build
+
+ARMS = ("encdec", "nencdec")
+CONFIGS = {"encdec": EncDecConfig, "nencdec": NEncDecConfig}
+ORACLES = {"encdec": paper.encdec, "nencdec": paper.nencdec}
+LENGTHS = (5, 8, 1)
+"""Real tokens of each source of the batch, which is 8 wide."""
+
+
+@dataclass
+class PairCase:
+    """A model, its weights for the oracle, and a batch in which sources are padded and some targets are ignored."""
+
+    arm: str
+    model: EncoderDecoder
+    weights: paper.Params
+    shape: paper.Shape
+    source: Tensor
+    tokens: Tensor
+    targets: Tensor
+
+    @property
+    def forward(self) -> paper.Forward:
+        return ORACLES[self.arm]
+
+    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``count`` different batches: the targets' positions rolled."""
+        for i in range(count):
+            yield self.source, self.tokens.roll(i, 1), self.targets.roll(i, 1)
+
+
+def pair_config(arm: str, **fields: Any) -> EncDecConfig | NEncDecConfig:
+    """A decoder of two layers behind an encoder of three, unless ``fields`` say otherwise."""
+    config_class: Any = CONFIGS[arm]
+    config: EncDecConfig | NEncDecConfig = config_class(**{**TINY, "n_encoder_layers": 3, **fields})
+    return config
+
+
+def make_pair_case(arm: str, **fields: Any) -> PairCase:
+    """The same case at every call. All gains and scales differ and some alphas are negative, so that nothing cancels."""
+    config = pair_config(arm, **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build(config).double()
+    assert isinstance(model, EncoderDecoder)
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            axis = paper.unit_axis(name)
+            if axis is None:
+                parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+            if "alpha" in name:
+                parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+            if arm == "encdec" and parameter.ndim == 2:
+                parameter.mul_(5)
+            if arm == "nencdec" and axis is not None:
+                parameter.copy_(paper.norm(parameter, axis))
+    source = torch.randint(config.vocab_size, (3, max(LENGTHS)), generator=noise)
+    for row, length in zip(source, LENGTHS, strict=True):
+        row[length:] = -100
+    tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
+    targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
+    targets[0, :3] = targets[2, 5] = -100
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    shape = replace(oracle_shape(config), n_encoder_layers=config.n_encoder_layers or config.n_layers)
+    return PairCase(arm, model, weights, shape, source, tokens, targets)
