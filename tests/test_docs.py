@@ -237,8 +237,19 @@ def test_the_licence_is_apache_2() -> None:
     assert "\nlicense: Apache-2.0\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_ci_runs_what_users_run() -> None:
-    script = ROOT / ".ci" / "run"
-    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    assert lines == ["set -eu", 'cd "$(dirname "$0")/.."', "exec make test"]
-    assert os.access(script, os.X_OK)
+@pytest.mark.parametrize("user", [0, 1000])
+@pytest.mark.parametrize("offline", [False, True])
+def test_ci_runs_what_users_run(user: int, offline: bool, tmp_path: Path) -> None:
+    """`make test`, whether or not the browser can be installed, which is tried as root only."""
+    programs = {"id": f"echo {user}", "make": "echo make $*", "timeout": "shift; exec $*"}
+    programs |= {"sh": f"echo $* >>{tmp_path}/installed; exit {int(offline)}", "apt-get": "exit 1"}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname") or "")
+    done = subprocess.run(
+        [ROOT / ".ci" / "run"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "make test"
+    assert (tmp_path / "installed").exists() == (user == 0)
+    assert ("will skip" in done.stderr) == (user == 0 and offline)

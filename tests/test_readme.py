@@ -108,6 +108,12 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])
     monkeypatch.setattr("spherelm.train.export.export", lambda *rest, **more: None)
+    monkeypatch.setattr("spherelm.train.evaluation.about", lambda *rest: {})
+    monkeypatch.setattr("spherelm.train.evaluation.tasks_of_run", lambda *rest: {})
+    monkeypatch.setattr("spherelm.train.evaluation.perplexity_of_run", lambda *rest: {})
+    monkeypatch.setattr("spherelm.cli.evaluation.tables", lambda results: [])
+    monkeypatch.setattr("spherelm.compare.inspection.inspect", lambda *rest: [])
+    monkeypatch.setattr("spherelm.compare.ladder.write_ladder", lambda *rest: [])
     monkeypatch.setattr("spherelm.train.imported.import_nvidia", lambda *rest, **more: torch.nn.Linear(1, 1))
     monkeypatch.chdir(tmp_path)
     run_command(words)
@@ -231,6 +237,20 @@ TESTED_ELSEWHERE = {
         "data/test_tokenizer.py:test_hugging_face_name",
     ),
     "Generation": ("models/test_generate.py:test_greedy_generation_is_argmax_of_the_full_forward_pass",),
+    "Downstream tasks": (
+        "evaluate/test_harness.py:test_requests_are_the_harnesss_own",
+        "evaluate/test_harness.py:test_an_untrained_model_guesses",
+        "evaluate/test_eval_command.py:test_tasks_are_scored_in_training",
+    ),
+    "Perplexity over length": (
+        "evaluate/test_lengths.py:test_all_lengths_score_the_same_tokens_once",
+        "evaluate/test_positions.py:test_gpt_computes_what_llama_does",
+    ),
+    "Inside the models": (
+        "compare/test_inspection.py:test_every_figure_is_there_as_svg_and_as_png",
+        "analysis/test_walk.py:test_the_slider_walks_from_stop_to_stop",
+        "compare/test_ladder.py:test_tasks_are_read_from_what_eval_wrote",
+    ),
     "Report": ("compare/test_report.py:test_the_page_stands_alone",),
     "NVIDIA/ngpt checkpoints": (
         "interop/test_nvidia.py:test_logits_loss_and_every_gradient",

@@ -148,6 +148,8 @@ def test_losses_on_different_text_are_not_put_together(write: Write, tmp_path: P
 
 
 def test_what_holds_no_run_or_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run is named: give directories of spherelm train or compare"):
+        write_ladder([], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="holds no run: pass directories of spherelm compare, sweep or train"):
         write_ladder([tmp_path], tmp_path / "out")
     run = write("a", "gpt", 4.0, ended=False)

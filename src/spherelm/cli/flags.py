@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 Flag = Annotated[bool, FlagCreatePairsOff]
 """A switch: absent or `--name`, without a `--no-name` beside it."""
+
+Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
+"""One directory or more."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 

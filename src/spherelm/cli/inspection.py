@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from spherelm.cli.flags import Flag
+from spherelm.cli.flags import Flag, Runs
 
 
 def inspect(
-    runs: Positional[tuple[Path, ...]],
+    runs: Runs,
     out: Path,
     text: Path | None = None,
     sentence: str | None = None,
@@ -25,7 +23,7 @@ def inspect(
         out: Directory to make: index.html, walk.html, figures (SVG, PNG), tables (parquet, or JSON without pyarrow).
         text: Text file that the models read; the shipped validation text if left out.
         sentence: Sentence of the walk, at most 40 tokens.
-        tokens: Tokens of the text that are read.
+        tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
         layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
         no_images: Write no PNG files.
     """
@@ -37,7 +35,7 @@ def inspect(
     print(f"{len(figures)} figures, their numbers and the walk on the sphere: {(out / 'index.html').resolve()}")
 
 
-def report(directories: Positional[tuple[Path, ...]], out: Path) -> None:
+def report(directories: Runs, out: Path) -> None:
     """Draw where many runs ended: loss over token budget and over peak learning rate, tasks over token budget.
 
     Args:

@@ -67,9 +67,10 @@ def training_section(distances: Distances) -> list[Figure]:
     several = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     caption = (
         "The largest departure of any vector along d<sub>model</sub> from length 1, at each checkpoint that the runs kept "
-        f"({several} a run): in the end {_each(last, '.2g')}. GPT&rsquo;s vectors need not be unit; its line says how far they "
-        "are from where nGPT&rsquo;s live."
+        f"({several} a run): in the end {_each(last, '.2g')}."
     )
+    if "gpt" in distances:
+        caption += " GPT&rsquo;s vectors need not be unit; its line says how far they are from where nGPT&rsquo;s live."
     axis = Axis("updates", "largest | ||w|| − 1 |")
     return [Figure(depth_plots.over_training(lines, axis, "off-sphere", title, caption_text(caption)), title, caption)]
 
@@ -186,8 +187,8 @@ def _angles(found: Found) -> Figure:
     }
     caption = (
         "By how many degrees attention and MLP turn the hidden state, mean over positions; bands hold half of the positions. "
-        f"All steps of a position together, in degrees: {_each(total, '.0f')}. Of GPT&rsquo;s states the direction counts. "
-        "Not in the paper."
+        f"All steps of a position together, in degrees: {_each(total, '.0f')}. "
+        f"{'Of GPT&rsquo;s states the direction counts. ' if 'gpt' in found else ''}Not in the paper."
     )
     axis = Axis("layer", "angle moved (degrees)", zero=True)
     return Figure(depth_plots.over_depth(lines, axis, "angles", title, caption_text(caption)), title, caption)
@@ -280,8 +281,9 @@ def _lens_loss(found: Found) -> Figure:
     lines = _stop_lines(found, lambda motion: motion.lens.loss)
     ends = {arm: _mean(models, lambda motion: float(motion.lens.loss[-1])) for arm, models in found.items()}
     caption = (
-        "Cross-entropy of the next token if the output matrix read the state at this depth: on the sphere as it is, in GPT "
-        f"behind its final norm. On this text the models end at {_each(ends, '.2f')} nats per token. Not in the paper."
+        "Cross-entropy of the next token if the output matrix read the state at this depth"
+        f"{', in GPT behind its final norm' if 'gpt' in found else ''}. On this text the models end, in nats per token, "
+        f"at {_each(ends, '.2f')}. Not in the paper."
     )
     axis = Axis("layers behind it", "loss (nats per token)")
     return Figure(depth_plots.over_depth(lines, axis, "lens-loss", title, caption_text(caption)), title, caption)

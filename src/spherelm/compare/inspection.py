@@ -75,6 +75,8 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     one arm are drawn as seeds of one model and must have one shape. Raises, before anything is written, FileNotFoundError for a
     missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or for no matplotlib.
     """
+    if not runs:
+        raise ValueError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} already holds something: choose another --out")

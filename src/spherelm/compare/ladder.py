@@ -77,6 +77,8 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
     --json RUN/NAME.json` left them. Raises FileNotFoundError for a directory without finished runs, FileExistsError where
     `out` holds something, ValueError for runs that were validated on different text.
     """
+    if not directories:
+        raise ValueError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} already holds something: choose another --out")
