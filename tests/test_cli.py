@@ -22,7 +22,7 @@ from spherelm.compare import comparison
 from spherelm.compare import sweep as sweep_module
 from spherelm.compare.jobs import Job
 from spherelm.models import parameter_count
-from spherelm.recipes import make_run
+from spherelm.recipes import RECIPES, WAYS, make_run
 from spherelm.train import trainer
 from spherelm.train.config import from_dict
 from spherelm.train.metrics import read_metrics
@@ -187,6 +187,45 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
     assert f"{record['parameters']:,}" in table.out
     assert f"{record['tokens']:,}" in table.out
     assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_shows_what_a_recipe_decides(
+    recipe: str, command: commands.Command, data: Path, tmp_path: Path
+) -> None:
+    words = ["--out", tmp_path / "run", "--data", data, "--recipe", recipe, "--dry-run"]
+    for arm in tiny.ARMS if recipe in WAYS else ("ngpt",):
+        answer = command("train", "--arm", arm, *words, "--json")
+        assert answer.code == 0, answer.err
+        record = json.loads(answer.out)
+        assert from_dict(record) == make_run(arm, "demo", recipe, vocab_size=tiny.VOCAB, data=str(data), seed=0)
+        table = command("train", "--arm", arm, *words).out
+        for part in ("model", "optim", "schedule"):
+            assert all(f"{name}={value}" in table for name, value in record[part].items())
+
+
+def test_train_takes_single_fields(command: commands.Command, tmp_path: Path) -> None:
+    words = ["--out", tmp_path / "run", "--preset", "0.5b-1k", "--dry-run", "--json", "--arm", "ngpt"]
+    fields = [
+        "schedule=log",
+        "rho=0.05",
+        "optimizer=gated_adamw",
+        "max_angle=0.2",
+        "logit_preconditioning=1",
+        "matrix_rate=2",
+    ]
+    record = json.loads(command("train", *words, "--set", *fields).out)
+    assert (record["schedule"]["kind"], record["schedule"]["rho"]) == ("log", 0.05)
+    assert (record["optim"]["optimizer"], record["optim"]["max_angle"]) == ("gated_adamw", 0.2)
+    assert (record["model"]["logit_preconditioning"], record["optim"]["multipliers"]["matrix"]) == (1, 2)
+    for wrong, line in (
+        ("rho", "cannot read 'rho'"),
+        ("rho=1,2", "gives rho 2 values"),
+        ("zeal=1", "no field is called zeal"),
+    ):
+        answer = command("train", *words, "--set", wrong)
+        assert answer.code == 2
+        assert line in answer.err
 
 
 def test_train_passes_on_what_was_asked(

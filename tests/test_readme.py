@@ -33,7 +33,7 @@ from spherelm.models import ARMS, EncDec, EncDecConfig, NEncDec, NEncDecConfig
 from spherelm.models.generate import generate
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
-from spherelm.recipes import PRESETS, RECIPES, make_run
+from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
 from spherelm.train.config import DTYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -300,7 +300,8 @@ def commands(row: Row) -> None:
 
 @check("Recipes")
 def recipes(row: Row) -> None:
-    assert row.names == list(RECIPES)
+    assert row.names == list(WAYS)
+    assert f" {len(ABLATIONS)} ablations" in ROWS["Recipes"]
 
 
 @check("Sizes")

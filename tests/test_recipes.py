@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
 from spherelm import recipes
-from spherelm.models import parameter_count
+from spherelm.models import NGPTConfig, parameter_count
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
-from spherelm.recipes import PRESETS, RECIPES, Choices, Preset, make_run
+from spherelm.optim.transfer import BaseShape
+from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, make_run, recipe_names
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 
@@ -83,10 +86,12 @@ def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
 
 @both_arms
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", WAYS)
 def test_every_named_run_can_be_made_with_its_own_rate(arm: str, preset: str, recipe: str) -> None:
-    run = make_run(arm, preset, recipe, vocab_size=PRESETS[preset].vocab_size or 4096)
-    assert run.optim.lr == PRESETS[preset].rates[recipe, arm]
+    size = PRESETS[preset]
+    run = make_run(arm, preset, recipe, vocab_size=size.vocab_size or 4096)
+    same_as_default = (recipe, arm) == ("nugpt", "gpt")
+    assert run.optim.lr == size.rates["default" if same_as_default else recipe, arm]
     assert (run.arm, run.preset, run.recipe) == (arm, preset, recipe)
     assert run.model.max_seq_len == run.train.seq_len
 
@@ -157,3 +162,147 @@ def test_a_recipe_is_a_function_and_needs_a_rate(monkeypatch: pytest.MonkeyPatch
     assert (run.model.rope_base, run.optim.eps, run.schedule.warmup_steps, run.recipe) == (5e5, 1e-9, 5, "warm")
     with pytest.raises(ValueError, match="no learning rate was tuned for gpt at 'demo' by 'warm': give --lr"):
         make_run("gpt", recipe="warm", vocab_size=9)
+
+
+def test_nugpt_at_its_base() -> None:
+    """Alpha from 0.05 at ten layers, scales stored at 0.03, cosine to a tenth, eps 1e-16, half a rate for the output."""
+    run = make_run("ngpt", "demo", "nugpt", vocab_size=9)
+    model: Any = run.model
+    assert model.alpha_init == pytest.approx(0.05 * 10 / 4)
+    assert model.s_z_init == pytest.approx(math.sqrt(128))
+    assert (model.alpha_scale, model.s_qk_scale, model.s_z_scale) == (0.03, 0.03, 0.03)
+    assert (model.s_u_scale, model.s_v_scale, model.s_qk_init) == (1, 1, 1)
+    assert run.schedule == ScheduleConfig("cosine", warmup_steps=0, final=0.1)
+    assert run.optim == OptimConfig(run.optim.lr, eps=1e-16, multipliers=RateMultipliers(output_embedding=0.5))
+
+
+def test_nugpt_carries_one_rate_to_four_times_the_width_twice_the_depth_and_eight_times_the_length() -> None:
+    """m_width 4, m_depth 2, m_data 8, worked out by hand; `lr` itself stays the base's."""
+    base, run = (
+        make_run("ngpt", "demo", "nugpt", vocab_size=9, lr=0.02, **fields)
+        for fields in ({}, {"d_model": 512, "n_heads": 8, "n_layers": 8, "steps": 8 * 240})  # type: ignore[arg-type]
+    )
+    model, start = run.model, base.model
+    assert isinstance(model, NGPTConfig)
+    assert isinstance(start, NGPTConfig)
+    assert run.optim.lr == 0.02
+    rates = run.optim.multipliers
+    assert rates.scale == pytest.approx(1 / 2)  # 8^(-1/3)
+    assert rates.input_embedding == pytest.approx(1 / 2 / 2)  # and 4^(-1/2)
+    assert rates.matrix == pytest.approx(1 / 2 * 4**-0.75)
+    assert rates.output_embedding == pytest.approx(1 / 2 * 4**-0.75 / 2)
+    assert model.alpha_init == pytest.approx(start.alpha_init / 2)
+    assert model.s_z_init == pytest.approx(start.s_z_init * 2)
+    assert model.s_z_scale == start.s_z_scale == 0.03
+
+
+def test_another_base_can_be_given_and_a_preset_without_one_is_its_own() -> None:
+    base = BaseShape(d_model=32, n_layers=4, steps=240)
+    rates = make_run("ngpt", "demo", "nugpt", vocab_size=9, base=base).optim.multipliers
+    assert rates.input_embedding == pytest.approx(1 / 2)
+    assert Preset(2, 8, 2, 4, 1, 5, {}).base is None
+    sizes = {"n_layers": 3, "d_model": 30, "n_heads": 3}
+    alone = make_run("ngpt", "demo", "nugpt", vocab_size=9, base=BaseShape(30, 3, 240), **sizes)  # type: ignore[arg-type]
+    assert alone.optim.multipliers == RateMultipliers(output_embedding=0.5)
+
+
+@both_arms
+def test_muon_is_the_default_recipe_with_muon(arm: str) -> None:
+    muon, default = (make_run(arm, "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("muon", "default"))
+    assert differences(muon, default) == {"recipe", "optim"}
+    assert differences(muon.optim, default.optim) == {"optimizer", "multipliers"}
+    assert muon.optim.optimizer == "muon"
+    assert differences(muon.optim.multipliers, default.optim.multipliers) == {"matrix"}
+
+
+def test_training_ngpt_is_four_choices() -> None:
+    new, default = (make_run("ngpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "default"))
+    assert differences(new.model, default.model) == {"logit_preconditioning"}
+    assert differences(new.optim, default.optim) == {
+        "optimizer",
+        "eps",
+        "eps_gate",
+        "max_angle",
+        "angle_follows_lr",
+    } - {name for name in ("eps_gate",) if new.optim.eps_gate == default.optim.eps_gate}
+    assert (new.optim.optimizer, new.optim.gate_sharpness, new.optim.angle_follows_lr) == ("gated_adamw", 0.5, True)
+    assert (new.schedule.kind, new.schedule.warmup_steps) == ("log", 24)
+    gpt, plain = (make_run("gpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "default"))
+    assert differences(gpt, plain) == {"recipe", "schedule"}
+
+
+def test_each_choice_of_a_recipe_is_a_field_too() -> None:
+    fields = {
+        "logit_preconditioning": 1.0, "schedule": "log", "warmup_steps": 24, "rho": 0.1, "optimizer": "gated_adamw",
+        "eps": 1e-16, "eps_gate": make_run("ngpt", "demo", "training-ngpt", vocab_size=9).optim.eps_gate,
+        "max_angle": 0.1, "angle_follows_lr": True,
+    }  # fmt: skip
+    by_field = make_run("ngpt", "demo", "default", vocab_size=9, lr=0.01, **fields)  # type: ignore[arg-type]
+    by_name = make_run("ngpt", "demo", "training-ngpt", vocab_size=9, lr=0.01)
+    assert differences(by_field, by_name) == {"recipe"}
+    run = make_run("ngpt", vocab_size=9, matrix_rate=3.0, output_embedding_rate=0.25, final=0.2, decay_fraction=0.5)
+    assert run.optim.multipliers == RateMultipliers(matrix=3.0, output_embedding=0.25)
+    assert (run.schedule.final, run.schedule.decay_fraction) == (0.2, 0.5)
+
+
+R = 1 / math.sqrt(128)
+WANTED: dict[str, dict[str, Any]] = {
+    "s_qk-from-1-at-1": {"s_qk_scale": 1},
+    "s_qk-from-0.33-at-rsqrt": {"s_qk_init": 0.33},
+    "s_qk-from-0.33-at-1": {"s_qk_init": 0.33, "s_qk_scale": 1},
+    "s_qk-from-0.05-at-rsqrt": {"s_qk_init": 0.05},
+    "s_qk-from-0.05-at-1": {"s_qk_init": 0.05, "s_qk_scale": 1},
+    "s_uv-from-1-at-rsqrt": {"s_u_scale": R, "s_v_scale": R},
+    "s_uv-from-rsqrt-at-rsqrt": {"s_u_init": R, "s_v_init": R, "s_u_scale": R, "s_v_scale": R},
+    "s_uv-from-rsqrt-at-1": {"s_u_init": R, "s_v_init": R},
+    "s_z-from-1-at-1": {"s_z_scale": 1},
+    "s_z-from-sqrt-at-rsqrt": {"s_z_init": math.sqrt(128)},
+    "s_z-from-sqrt-at-1": {"s_z_init": math.sqrt(128), "s_z_scale": 1},
+    "s_qk-scalar": {"s_qk_form": "scalar"},
+    "s_qk-fixed": {"s_qk_form": "fixed"},
+    "s_uv-scalar": {"s_u_form": "scalar", "s_v_form": "scalar"},
+    "s_uv-fixed": {"s_u_form": "fixed", "s_v_form": "fixed"},
+    "s_z-scalar": {"s_z_form": "scalar"},
+    "s_z-fixed": {"s_z_form": "fixed"},
+    "alpha-scalar": {"alpha_form": "scalar"},
+    "alpha-fixed": {"alpha_form": "fixed"},
+    "no-qk-norm": {"qk_norm": False},
+    "alpha-free": {"alpha_sign": "free"},
+    "riemannian": {"step": "riemannian"},
+}
+"""Tables 4 to 6 of the nGPT paper at 128 channels: what differs from its base, whose scales start at 1 and are stored at
+1/sqrt(d_model), those of u and v at 1."""
+
+
+def test_every_ablation_of_the_paper_has_a_name() -> None:
+    assert set(ABLATIONS) == set(WANTED)
+    assert set(RECIPES) == set(WAYS) | set(ABLATIONS)
+
+
+def test_all_ablations_go_by_one_name() -> None:
+    assert recipe_names(["default", "ablations", "paper", "riemannian"]) == ["default", "paper", *ABLATIONS]
+    assert recipe_names(["riemannian"]) == ["riemannian"]
+
+
+def test_the_page_about_recipes_names_every_one() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`([^`]+)`", "".join(line for line in page.splitlines() if line.startswith("|")))
+    assert set(RECIPES) <= set(listed)
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_an_ablation_is_the_papers_recipe_with_one_change(name: str) -> None:
+    """Said with the numbers themselves, which `None` fields of the config stand for."""
+    run, base = (make_run("ngpt", "demo", recipe, vocab_size=9) for recipe in (name, "paper"))
+    assert differences(run, base) == {"recipe", "model"}
+    unsaid = {f"{scale}_scale": R for scale in ("alpha", "s_qk", "s_z")}
+    plain, paper = (
+        {k: unsaid[k] if v is None and k in unsaid else v for k, v in vars(r.model).items()} for r in (run, base)
+    )
+    found = {k: v for k, v in plain.items() if v != paper[k]}
+    assert found == (pytest.approx(WANTED[name]) if _numeric(name) else WANTED[name])
+    assert make_run("gpt", "demo", name, vocab_size=9).model == make_run("gpt", "demo", "paper", vocab_size=9).model
+
+
+def _numeric(name: str) -> bool:
+    return all(isinstance(value, int | float) for value in WANTED[name].values())

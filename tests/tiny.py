@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spherelm.data.prepare import prepare
-from spherelm.recipes import Preset, make_run
+from spherelm.recipes import WAYS, Preset, make_run
 from spherelm.train.config import RunConfig
 from spherelm.train.metrics import MEASURED, read_metrics
 
@@ -23,7 +23,7 @@ PRESET = Preset(
     seq_len=16,
     batch_size=4,
     steps=6,
-    rates={(recipe, arm): 1e-2 for recipe in ("default", "paper") for arm in ARMS},
+    rates={(recipe, arm): 1e-2 for recipe in WAYS for arm in ARMS},
     eval_every=2,
     eval_windows=6,
     compile=False,

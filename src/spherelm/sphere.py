@@ -6,6 +6,7 @@ the dtype of the input: bfloat16 lengths compound over dozens of layers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -153,6 +154,5 @@ def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Te
     along = (start * end).sum(dim, keepdim=True)
     across = end - along * start
     length = torch.linalg.vector_norm(across, dim=dim, keepdim=True)
-    limit = torch.as_tensor(max_angle, dtype=start.dtype, device=start.device)
-    landed = limit.cos() * start + limit.sin() * across / length.clamp_min(TINY)
-    return torch.where(torch.atan2(length, along) > limit, landed, end).to(new.dtype)
+    landed = math.cos(max_angle) * start + math.sin(max_angle) * across / length.clamp_min(TINY)
+    return torch.where(torch.atan2(length, along) > max_angle, landed, end).to(new.dtype)

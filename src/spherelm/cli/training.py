@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from spherelm.cli.flags import DryRun, DryRunFlags, Dtype, Flag, LogFlags, Logs, TaskFlags, TrainingTasks
 
@@ -35,7 +37,7 @@ def compare(
         out: Directory for both arms' runs, summary.json and report.html.
         data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
         preset: Size and length of the models' runs.
-        recipe: How each arm is trained: "default" or "paper".
+        recipe: How each arm is trained: default, paper, nugpt, muon, training-ngpt, or an ablation (docs/recipes.md).
         steps: Updates of a full run; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
@@ -88,6 +90,7 @@ def train(
     save_every: int | None = None,
     keep: int | None = None,
     mask_documents: Flag = False,
+    fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
     resume: Flag = False,
     logs: LogFlags = Logs(),
     scores: TaskFlags = TrainingTasks(),
@@ -100,7 +103,7 @@ def train(
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
-        recipe: How the arm is trained: "default" or "paper".
+        recipe: How the arm is trained: default, paper, nugpt, muon, training-ngpt, or an ablation (docs/recipes.md).
         steps: Updates; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
@@ -113,8 +116,10 @@ def train(
         save_every: Updates between checkpoints, 0 for one at the end.
         keep: Checkpoints that stay.
         mask_documents: Keep attention within a document where a sequence holds several.
+        fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
         resume: Go on with the run in `out` from its last checkpoint.
     """
+    from spherelm.compare.sweep import parse_fields
     from spherelm.recipes import make_run
     from spherelm.train.trainer import train as run_training
 
@@ -124,7 +129,8 @@ def train(
     habits |= {"mask_documents": mask_documents or None, **vars(logs)}
     habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
     size = vocabulary(path, preset, dry_run.dry_run)
-    config = make_run(arm, preset, recipe, vocab_size=size, data=path, lr=lr, seed=seed, dtype=dtype, **sizes, **habits)
+    asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits, **parse_fields(fields)}
+    config = make_run(arm, preset, recipe, vocab_size=size, data=path, **asked)
     if dry_run.dry_run:
         describe(config, dry_run)
         return
@@ -170,7 +176,7 @@ def sweep(
         lr: Peak learning rates; the tuned one if left out.
         vary: Fields and their values, such as alpha_init=0.05,0.25 or batch_size=4,8.
         preset: Size and length of the runs.
-        recipe: How the arms are trained, one or several.
+        recipe: How the arms are trained, one or several; ablations stands for the paper's recipe and all of its ablations.
         steps: Updates; the preset's if left out.
         data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
         seeds: Runs a combination.
@@ -178,10 +184,11 @@ def sweep(
     """
     from spherelm.compare.sweep import grid, parse_axis, table
     from spherelm.compare.sweep import sweep as run_sweep
+    from spherelm.recipes import recipe_names
     from spherelm.train.batches import vocabulary_size
 
     path = None if data is None else str(data)
-    axes = {"arm": arms, "preset": (preset,), "recipe": recipe, **dict(parse_axis(text) for text in vary)}
+    axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **dict(parse_axis(text) for text in vary)}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
     rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)

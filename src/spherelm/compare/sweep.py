@@ -55,6 +55,17 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     return field, [_value(value) for value in values.split(",")]
 
 
+def parse_fields(words: Sequence[str]) -> dict[str, Any]:
+    """`["schedule=log", "rho=0.05"]` as a mapping; raises `ValueError` for what is no field with one value."""
+    fields = {}
+    for text in words:
+        field, values = parse_axis(text)
+        if len(values) > 1:
+            raise ValueError(f"{text!r} gives {field} {len(values)} values: a run has one")
+        fields[field] = values[0]
+    return fields
+
+
 def _value(text: str) -> Any:
     """A JSON value where it is one, else the text itself."""
     try:

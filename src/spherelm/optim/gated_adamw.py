@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ def gate(d: Tensor, eps_gate: float, a: float) -> Tensor:
 
     d: positive, any shape; eps_gate: in the units of a gradient; a: how sharply it opens.
     """
-    return torch.sigmoid(a * (d.log() - torch.as_tensor(eps_gate, dtype=d.dtype, device=d.device).log()))
+    return torch.sigmoid(a * (d.log() - math.log(eps_gate)))
 
 
 def gated_direction(m_hat: Tensor, v_hat: Tensor, eps: float, eps_gate: float, a: float) -> Tensor:

@@ -1,0 +1,76 @@
+"""Two processes that train a sharded model, and what one process does with the same gradients; run by `test_sharded.py`."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from spherelm.layers.linear import retract
+from spherelm.models import NGPTConfig, build
+from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.optim.groups import set_rate
+
+CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
+CAP: dict[str, Any] = {"max_angle": 0.03, "angle_follows_lr": True}
+OPTIMS = {
+    "adamw": OptimConfig(lr=0.1, **CAP),
+    "gated": OptimConfig(lr=0.1, optimizer="gated_adamw", eps_gate=0.5, **CAP),
+    "muon": OptimConfig(lr=0.01, optimizer="muon", matrix_lr=0.05),
+    "muon, tangent, capped": OptimConfig(lr=0.01, optimizer="muon", matrix_lr=0.05, tangent=True, **CAP),
+}
+STEPS = 3
+
+
+def gradient(step: int, index: int, shape: torch.Size) -> torch.Tensor:
+    """The same on every process."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + index))
+
+
+def weights_after(optim: OptimConfig, shard: bool) -> list[torch.Tensor]:
+    """Whole weights after a few optimizer steps by made-up gradients."""
+    torch.manual_seed(0)
+    model = build(CONFIG)
+    if shard:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = build_optimizer(model, optim)
+    for step in range(STEPS):
+        set_rate(optimizer, optim.lr / (step + 1))
+        for index, p in enumerate(model.parameters()):
+            g = gradient(step, index, p.shape)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        optimizer.step()
+    before = [whole(p).clone() for p in model.parameters()]
+    retract(model)
+    assert all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True)), "retracted already"
+    return before
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+
+
+def work(rank: int, world_size: int, meeting: str, out: str) -> None:
+    """One process: for each optimizer, the largest difference of any weight from that of one process, into a file."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    found = {}
+    for name, optim in OPTIMS.items():
+        pairs = zip(weights_after(optim, shard=True), weights_after(optim, shard=False), strict=True)
+        found[name] = [(a - b).abs().max().item() for a, b in pairs]
+    if rank == 0:
+        torch.save(found, Path(out))
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
