@@ -121,7 +121,6 @@ def train(
     """
     from spherelm.compare.sweep import parse_fields
     from spherelm.recipes import make_run
-    from spherelm.train.trainer import train as run_training
 
     path, compiled = None if data is None else str(data), False if no_compile else None
     sizes = {"steps": steps, "seq_len": seq_len, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
@@ -131,6 +130,13 @@ def train(
     size = vocabulary(path, preset, dry_run.dry_run)
     asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits, **parse_fields(fields)}
     config = make_run(arm, preset, recipe, vocab_size=size, data=path, **asked)
+    carry_out(config, out, resume, dry_run)
+
+
+def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> None:
+    """Train by `config` in `out`, or say what that would take."""
+    from spherelm.train.trainer import train as run_training
+
     if dry_run.dry_run:
         describe(config, dry_run)
         return
