@@ -35,6 +35,7 @@ from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
 from spherelm.train.config import DTYPES
+from spherelm.train.samples import PRECISIONS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -236,7 +237,6 @@ TESTED_ELSEWHERE = {
         "data/test_tokenizer.py:test_sentencepiece_against_the_library",
         "data/test_tokenizer.py:test_hugging_face_name",
     ),
-    "Generation": ("models/test_generate.py:test_greedy_generation_is_argmax_of_the_full_forward_pass",),
     "Downstream tasks": (
         "evaluate/test_harness.py:test_requests_are_the_harnesss_own",
         "evaluate/test_harness.py:test_an_untrained_model_guesses",
@@ -250,6 +250,21 @@ TESTED_ELSEWHERE = {
         "compare/test_inspection.py:test_every_figure_is_there_as_svg_and_as_png",
         "analysis/test_walk.py:test_the_slider_walks_from_stop_to_stop",
         "compare/test_ladder.py:test_tasks_are_read_from_what_eval_wrote",
+    ),
+    "Generation": (
+        "models/test_generate.py:test_greedy_generation_is_argmax_of_the_full_forward_pass",
+        "models/test_folding.py:test_in_float32_folded_is_unfolded_within_1e_5",
+        "models/test_sampling.py:test_filters_keep_what_their_definitions_say",
+        "models/test_continuation.py:test_rows_of_any_lengths_are_computed_as_if_alone",
+        "models/test_continuation.py:test_a_sliding_window_goes_on_from_the_last_half",
+        "train/test_samples.py:test_text_ends_before_a_stop_string",
+        "train/test_samples.py:test_a_prompt_streams_to_the_terminal",
+        "train/test_samples.py:test_a_file_of_prompts_as_json_lines",
+        "train/test_samples.py:test_a_conversation_on_the_terminal",
+    ),
+    "Number formats for inference": (
+        "train/test_samples.py:test_every_precision_writes_and_reports_its_departure",
+        "interop/test_quantization.py:test_each_vector_is_rounded_to_steps_of_its_own",
     ),
     "Report": ("compare/test_report.py:test_the_page_stands_alone",),
     "NVIDIA/ngpt checkpoints": (
@@ -394,6 +409,11 @@ def tokenizers(row: Row) -> None:
 def generation(row: Row) -> None:
     prompt, model = tokens_and_targets()[0], small("ngpt")
     assert generate(model, prompt, 4, temperature=0.7, top_k=9, top_p=0.9, seed=0).shape == (2, 12)
+
+
+@check("Number formats for inference")
+def inference_formats(row: Row) -> None:
+    assert set(PRECISIONS) <= set(row.names)
 
 
 @check("Platforms")

@@ -117,8 +117,10 @@ def row_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False) -> None:
-    """Raise `ValueError` if a row is empty, holds what is no token, or leaves no room for `max_new_tokens`."""
+    """Raise `ValueError` if there is no row, one is empty, holds what is no token, or leaves no room for `max_new_tokens`."""
     limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
+    if not len(rows):
+        raise ValueError("there is no prompt: give at least one row")
     for row in rows:
         if not len(row):
             raise ValueError("a prompt is empty: give at least one token")
