@@ -86,16 +86,15 @@ def generate(
     from spherelm.train import samples as texts
 
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}
-    settings |= {"window": window, "precision": dtype}
+    settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, "window": window}
     if interactive:
-        converse(texts.Conversation(run, **settings), max_new_tokens)
+        converse(texts.Conversation(run, precision=dtype, **settings), max_new_tokens)
         return
     given = texts.read_prompts(prompts) if prompts is not None else [prompt or ""]
     alone = len(given) * samples == 1 and not json
     if alone:
         settings["write"] = Writer(given[0]).write
-    written = texts.continuations(run, given, samples, max_new_tokens, **settings)
+    written = texts.continuations(run, given, samples, max_new_tokens, precision=dtype, **settings)
     if alone:
         print()
     else:
