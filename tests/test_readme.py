@@ -41,7 +41,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SHORT = ["--steps", "2", "--seq-len", "128", "--batch-size", "2", "--dtype", "float32"]
 TINY = {
-    "compare": ["--data", "data/mine", *SHORT, "--seeds", "1", "--quick", "--workers", "1"],
+    "compare": ["--data", "data/mine", *SHORT, "--no-compile", "--seeds", "1", "--quick", "--workers", "1"],
     "sweep": ["--data", "data/mine", "--steps", "2", "--seeds", "1", "--workers", "1"],
     "train": ["--data", "data/mine", "--preset", "demo", *SHORT, "--no-compile"],
     "data": ["--workers", "1"],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from spherelm.compare import length_figures
 from spherelm.compare.ladder import write_ladder
 from spherelm.recipes import make_run
 from spherelm.train.config import to_dict
@@ -127,6 +128,39 @@ def test_tasks_are_read_from_what_eval_wrote(write: Write, tmp_path: Path, monke
         [pytest.approx(0.42)],
     ]
     assert record["ends"][0]["scores"] == pytest.approx({"arc_easy": 0.31, "average of the five": 0.3})
+
+
+def test_perplexities_over_length_are_read_too(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one text one figure, whose lines are arms and ways to place positions, with a dot a seed."""
+
+    def record(shift: float, positions: str = "as trained", file: str = "books.txt") -> dict[str, Any]:
+        rows = [{"length": length, "perplexity": length / 16 + shift} for length in (16, 32)]
+        part = {"stride": None, "files": [f"some/{file}"], "tokens": 64, "documents": 2, "positions": positions}
+        return {"perplexity": {**part, "trained_length": 16, "lengths": rows}}
+
+    for arm in ("gpt", "ngpt"):
+        for seed in (0, 1):
+            run = write(f"{arm}-{seed}", arm, 4.0, seed=seed)
+            write_json(run / "lengths.json", record(10.0 * seed))
+            write_json(run / "other-text.json", record(0.0, file="wiki.txt"))
+    write_json(run / "yarn.json", record(5.0, "yarn:2"))
+    seen: dict[str, Any] = {}
+    real = length_figures.ends_of_runs
+
+    def watch(series: Any, x: str, y: str, tokens: bool, key: str, *rest: Any) -> Any:
+        seen[key] = [(line.arm, line.label, line.x.tolist(), [v.tolist() for v in line.values]) for line in series]
+        return real(series, x, y, tokens, key, *rest)
+
+    monkeypatch.setattr(length_figures, "ends_of_runs", watch)
+    figures, _, page = report(tmp_path)
+    assert [figure.drawing.key for figure in figures] == ["length-0", "length-1"]
+    lengths = [16.0, 32.0]
+    assert seen["length-0"] == [
+        ("gpt", "as trained", lengths, [[1.0, 11.0], [2.0, 12.0]]),
+        ("ngpt", "as trained", lengths, [[1.0, 11.0], [2.0, 12.0]]),
+        ("ngpt", "yarn:2", lengths, [[6.0], [7.0]]),
+    ]
+    assert "On 64 tokens of 2 documents of books.txt, disjoint windows: at each length the same tokens" in page
 
 
 def test_sizes_are_lines_of_their_own(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

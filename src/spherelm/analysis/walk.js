@@ -50,10 +50,12 @@ function about(axis, angle) {
   return axis === "x" ? [[1, 0, 0], [0, c, -s], [0, s, c]] : [[c, 0, s], [0, 1, 0], [-s, 0, c]];
 }
 
-// Turned so that the middle of all stops is in front, a little to the upper left of where one looks.
+// Turned so that the middle of all stops is in front, the chosen token's counting for half; a little to the upper left of
+// where one looks.
 function firstView() {
   let middle = [0, 0, 0];
-  for (const stop of run().points) for (const p of stop) middle = middle.map((m, i) => m + p[i]);
+  for (const stop of run().points)
+    stop.forEach((p, t) => { middle = middle.map((m, i) => m + p[i] * (t === seen.token ? stop.length : 1)); });
   const z = unit(middle), help = Math.abs(z[1]) < 0.9 ? [0, 1, 0] : [1, 0, 0];
   const x = unit([help[1] * z[2] - help[2] * z[1], help[2] * z[0] - help[0] * z[2], help[0] * z[1] - help[1] * z[0]]);
   const y = [z[1] * x[2] - z[2] * x[1], z[2] * x[0] - z[0] * x[2], z[0] * x[1] - z[1] * x[0]];
@@ -398,7 +400,7 @@ function explain() {
     (gpt
       ? "This is a GPT: its states have any length, and for this picture each was divided by its length, so that only directions are shown. "
       : "This is an nGPT: its states are unit vectors, and live on a sphere by themselves. ") +
-    "That sphere has " + r.dimensions + " dimensions, this one three. The places were chosen so that the angles between any two stops of any tokens, and as much again those between the successive stops of one token, are as near as possible to the true ones: spherical multidimensional scaling by gradient descent, started from the first three principal directions, made unit. Between stops the way is a great circle.";
+    "That sphere lies in " + r.dimensions + " dimensions, this one in three. The places were chosen so that the angles between any two stops of any tokens, and as much again those between the successive stops of one token, are as near as possible to the true ones: spherical multidimensional scaling by gradient descent, started from the first three principal directions, made unit. Between stops the way is a great circle.";
   get("lost").textContent =
     "The drawn angle is off by " + r.lost.step.toFixed(1) + "° on average over the steps, by " + r.lost.error.toFixed(1) + "° over all pairs of stops (correlation of drawn and true angles: " + r.lost.correlation.toFixed(2) +
     "). So the length of a step can be trusted; how near two paths come to each other is roughly right only. All numbers and the nearest entries, which are the most probable next tokens if the output matrix read the state there, come from the true space.";

@@ -36,10 +36,10 @@ def inspect(
 
 
 def report(directories: Runs, out: Path) -> None:
-    """Draw where many runs ended: loss over token budget and over peak learning rate, tasks over token budget.
+    """Draw where many runs ended: loss over token budget and peak learning rate, tasks over budget, perplexity over length.
 
     Args:
-        directories: Directories of compare and sweep, or runs; task scores are read from what eval --json left in a run.
+        directories: Directories of compare and sweep, or runs; what eval --json left in a run is read too.
         out: Directory to make: index.html, figures (SVG, PNG), ends.json.
     """
     from spherelm.compare.ladder import write_ladder

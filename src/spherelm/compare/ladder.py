@@ -1,7 +1,7 @@
 """`spherelm report`: where many runs ended, over token budget and over peak learning rate, from their directories.
 
-What the paper draws as figures 2, 3, 7 and 8. Every run is one point, at the end of its own schedule; seeds of one choice are
-averaged; of several choices with the same budget, or the same budget and learning rate, the best is drawn.
+What the paper draws as figures 2, 3, 7, 8 and 13. Every run is one point, at the end of its own schedule; seeds of one choice
+are averaged; of several choices with the same budget, or the same budget and learning rate, the best is drawn.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from spherelm.analysis.ladder_plots import Series, ends_of_runs
 from spherelm.analysis.svg import standalone
 from spherelm.compare.figures import Figure
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
+from spherelm.compare.length_figures import Measured, evaluations, length_figures, read_lengths
 from spherelm.compare.record import Run, read_run
 from spherelm.compare.wording import NAMES, listed, si
 from spherelm.train.config import RunConfig, read_config
@@ -30,12 +31,16 @@ from spherelm.train.record import command_line, git_commit, versions, write_json
 
 @dataclass(frozen=True)
 class End:
-    """Where one run ended: `loss` in nats per token, NaN if it diverged; `scores` by task, `{"arc_easy": (value, chance)}`."""
+    """Where one run ended: `loss` in nats per token, NaN if it diverged; `scores` by task, `{"arc_easy": (value, chance)}`.
+
+    `lengths`: what was measured of its perplexity over length.
+    """
 
     name: str
     config: RunConfig
     loss: float
     scores: Mapping[str, tuple[float, float | None]]
+    lengths: Sequence[Measured]
 
     @property
     def budget(self) -> int:
@@ -46,8 +51,7 @@ class End:
     @property
     def size(self) -> str:
         """Its shape and context, in words."""
-        model = self.config.model
-        return f"{model.n_layers} x {model.d_model}, context {self.config.train.seq_len}"
+        return size_of(self.config)
 
     @property
     def choice(self) -> str:
@@ -55,6 +59,11 @@ class End:
         plain = dataclasses.asdict(self.config)
         plain["train"] |= {"seed": 0, "log_to": "", "save_every": 0, "keep": 0, "compile": False}
         return json.dumps(plain, sort_keys=True, default=str)
+
+
+def size_of(config: RunConfig) -> str:
+    """Shape and context of a run, in words."""
+    return f"{config.model.n_layers} x {config.model.d_model}, context {config.train.seq_len}"
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,9 @@ class Point:
 def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
     """Write `out`: index.html, figures/, ends.json; returns the figures.
 
-    directories: of `spherelm compare` and `spherelm sweep`, or single runs. Task scores are read where `spherelm eval RUN
-    --json RUN/NAME.json` left them. Raises FileNotFoundError for a directory without finished runs, FileExistsError where
-    `out` holds something, ValueError for runs that were validated on different text.
+    directories: of `spherelm compare` and `spherelm sweep`, or single runs. Task scores and perplexities over length are read
+    where `spherelm eval RUN --json RUN/NAME.json` left them. Raises FileNotFoundError for a directory without finished runs,
+    FileExistsError where `out` holds something, ValueError for runs that were validated on different text.
     """
     if not directories:
         raise ValueError("no run is named: give directories of spherelm train or compare")
@@ -92,6 +101,7 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
         ("Loss over token budget", "", _budget_figures(ends)),
         ("Loss over peak learning rate", "", _rate_figures(ends)),
         ("Tasks over token budget", "", _task_figures(ends)),
+        ("Beyond the length trained on", "", length_figures([one for end in ends for one in end.lengths])),
     ]
     (out / "figures").mkdir(parents=True, exist_ok=True)
     figures = [figure for _, _, group in sections for figure in group]
@@ -138,18 +148,15 @@ def read_end(directory: Path) -> End | None:
         return None
     if not run.diverged and run.steps[-1] < config.train.steps:
         return None
-    return End(directory.name, config, run.final_loss, read_scores(directory))
+    lengths = read_lengths(directory, config.arm, size_of(config))
+    return End(directory.name, config, run.final_loss, read_scores(directory), lengths)
 
 
 def read_scores(run: Path) -> dict[str, tuple[float, float | None]]:
     """Accuracies (or what a task has first) from the files that `spherelm eval --json` wrote into the run directory."""
     scores: dict[str, tuple[float, float | None]] = {}
-    for path in sorted(run.glob("*.json")):
-        try:
-            record = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            continue
-        tasks = record.get("tasks") if isinstance(record, dict) else None
+    for record in evaluations(run):
+        tasks = record.get("tasks")
         for name, task in (tasks or {}).items():
             metrics = task.get("metrics") or {}
             if metrics:
