@@ -165,7 +165,7 @@ blocked = set(json.loads(sys.argv[1]))
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
-            raise ImportError(f"{name} is blocked")
+            raise ModuleNotFoundError(f"{name} is blocked")
 
 
 sys.meta_path.insert(0, Blocker())

@@ -25,8 +25,9 @@ from spherelm.models import parameter_count
 from spherelm.recipes import RECIPES, WAYS, make_run
 from spherelm.train import trainer
 from spherelm.train.config import from_dict
+from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
-from spherelm.train.trainer import Diverged, Interrupted
+from spherelm.train.signals import Interrupted
 
 PINNED = {
     "compare": "--out --data --preset --steps --seq-len --seeds --quick",

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from spherelm.data.prepare import prepare
 from spherelm.recipes import WAYS, Preset, make_run
+from spherelm.train.checkpoint import MOMENTS, WEIGHTS
 from spherelm.train.config import RunConfig
 from spherelm.train.metrics import MEASURED, read_metrics
 
@@ -58,6 +67,39 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run without what differs between equal runs: times and speeds."""
     records = read_metrics(run / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
+
+
+def full_disk(after: int) -> Callable[..., AbstractContextManager[Any]]:
+    """In place of `FileSystem.create_stream`: from file number `after` on, half a file is written and the disk is full."""
+    files = iter(range(1000))
+
+    @contextmanager
+    def create_stream(self: Any, path: Path, mode: str) -> Iterator[Any]:
+        is_full = next(files) >= after
+
+        class Stream(io.FileIO):
+            def write(self, content: Any) -> int:
+                if not is_full:
+                    return super().write(content)
+                super().write(content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with Stream(path, "wb") as stream:
+            yield stream
+
+    return create_stream
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything in a checkpoint that one process wrote. (The bytes differ: safetensors orders its metadata at random.)"""
+    return {**load_file(checkpoint / WEIGHTS), **load_file(checkpoint / MOMENTS)}
+
+
+def assert_bitwise(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same bits."""
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 def read_json(path: Path) -> Any:

@@ -21,7 +21,8 @@ from spherelm.compare import jobs as module
 from spherelm.compare.jobs import Job, default_workers, do_job, final_loss, run_jobs, steps_done
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.metrics import read_metrics
-from spherelm.train.trainer import Interrupted, train
+from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import train
 
 PATIENCE = 300
 """Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""

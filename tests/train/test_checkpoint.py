@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import tiny
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from spherelm import load_model
 from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
@@ -24,6 +23,7 @@ from spherelm.train.checkpoint import (
     MOMENTS,
     STATE,
     WEIGHTS,
+    CheckpointWriter,
     Progress,
     latest_checkpoint,
     load_checkpoint,
@@ -120,19 +120,6 @@ def test_a_leftover_of_a_crash_is_ignored_and_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in new.iterdir()) == [WEIGHTS, MOMENTS, STATE]
 
 
-def full_disk(after: int) -> Callable[..., None]:
-    """A `save_file` that leaves half a file and reports a full disk from its call number `after` on."""
-    calls = iter(range(100))
-
-    def save(tensors: dict[str, Tensor], path: Path) -> None:
-        if next(calls) < after:
-            return save_file(tensors, path)
-        Path(path).write_bytes(b"half a file")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    return save
-
-
 @pytest.mark.parametrize("after", [0, 1], ids=["in the weights", "in the moments"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,7 +129,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     good = save_checkpoint(tmp_path, model, optimizer, Progress(2, 0.0), keep=1)
     with torch.no_grad():
         model.embed.weight.add_(1)
-    monkeypatch.setattr(module, "save_file", full_disk(after))
+    monkeypatch.setattr(FileSystem, "create_stream", tiny.full_disk(after))
     with pytest.raises(OSError, match="No space left") as error:
         save_checkpoint(tmp_path, model, optimizer, Progress(3, 0.0), keep=1)
     message = str(error.value)
@@ -155,14 +142,47 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert_equal(state_of(model, optimizer), before)
 
 
-def test_safetensors_own_error_for_a_full_disk_is_told_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_beyond_the_files_is_told_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(module, "save_file", refuse)
+    monkeypatch.setattr(module.os, "rename", refuse)
     model, optimizer = trained("gpt")
-    with pytest.raises(OSError, match=r"No space left on device.*there is no earlier checkpoint: free some space"):
+    with pytest.raises(OSError, match=r"Permission denied.*there is no earlier checkpoint: free some space"):
         save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_every_mth_checkpoint_stays(tmp_path: Path) -> None:
+    model, optimizer = trained("gpt")
+    writer = CheckpointWriter(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 12):
+        writer.save(model, optimizer, Progress(step, 0.0))
+    writer.close()
+    steps = [int(path.name.removeprefix("step-")) for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert steps == [4, 8, 10, 11]
+
+
+def test_what_training_does_meanwhile_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written beside the training: it holds what was there when it was asked for."""
+    model, optimizer = trained("ngpt")
+    before, may_write, write = state_of(model, optimizer), threading.Event(), module.save
+
+    def late(*arguments: Any, **more: Any) -> None:
+        assert may_write.wait(60)
+        write(*arguments, **more)
+
+    monkeypatch.setattr(module, "save", late)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    path = writer.save(model, optimizer, Progress(2, 0.0))
+    tokens = torch.randint(11, (2, 8))
+    model.loss(tokens, tokens).backward()
+    optimizer.step()
+    assert latest_checkpoint(tmp_path) is None
+    may_write.set()
+    writer.close()
+    load_checkpoint(path, model, optimizer)
+    assert_equal(state_of(model, optimizer), before)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, MOMENTS])
@@ -195,13 +215,13 @@ def test_an_incomplete_checkpoint_is_refused(damage: str, tmp_path: Path) -> Non
 
 def test_weights_of_another_model_are_refused_by_name_or_shape(tmp_path: Path) -> None:
     model, optimizer = trained("ngpt")
-    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1) / WEIGHTS
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
     with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.alpha_a\.value"):
         load_weights(build(GPTConfig(**SHAPE)), path)
     with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.u\.weight is \(12, 8\) there, \(20, 8\)"):
         load_weights(build(NGPTConfig(**{**SHAPE, "d_ff": 20})), path)
-    path.write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    (path / WEIGHTS).write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="holds a file that is not safetensors"):
         load_weights(build(NGPTConfig(**SHAPE)), path)
 
 

@@ -168,9 +168,9 @@ def test_spreading_divides_what_it_says() -> None:
     assert "gathered" not in replicated
     assert hybrid["gathered"] == sharded["gathered"] > 0
     assert {m["activations"] for m in (alone, replicated, sharded, hybrid)} == {alone["activations"]}
-    assert micro_batches(run, 64) == (8, 1)
-    assert micro_batches(run, 8) == (8, 8)
-    assert micro_batches(run, 512) == (1, 1)
+    assert micro_batches(run.train, 64) == (8, 1)
+    assert micro_batches(run.train, 8) == (8, 8)
+    assert micro_batches(run.train, 512) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_spreading_divides_what_it_says() -> None:
         (lambda run: Layout(0), "--world-size must be at least 1, got 0"),
         (lambda run: Layout(2, "tensor"), "unknown strategy 'tensor': choose one of replicate, shard, hybrid"),
         (lambda run: Layout(12, "hybrid"), "--shard-size 8 does not divide --world-size 12"),
-        (lambda run: estimate(run, Layout(3)), "batch_size=512 cannot be shared by --world-size 3 devices"),
+        (lambda run: estimate(run, Layout(3)), "batch_size=512 cannot be shared by 3 processes"),
         (lambda run: estimate(run, mfu=40), r"--mfu must lie in \(0, 1\].*got 40"),
     ],
 )

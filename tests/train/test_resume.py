@@ -12,8 +12,9 @@ import tiny
 
 from spherelm.data.prepare import prepare
 from spherelm.train import trainer as module
-from spherelm.train.checkpoint import MOMENTS, WEIGHTS, latest_checkpoint
-from spherelm.train.trainer import Interrupted, Trainer, train
+from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import Trainer, train
 
 MakeTrainer = Callable[..., Trainer]
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
@@ -25,8 +26,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert ours is not None
     assert theirs is not None
     assert ours.name == theirs.name
-    for name in (WEIGHTS, MOMENTS):
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    tiny.assert_bitwise(ours, theirs)
     assert tiny.metrics(run) == tiny.metrics(reference)
 
 

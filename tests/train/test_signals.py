@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from spherelm.recipes import make_run
-from spherelm.train.checkpoint import MOMENTS, WEIGHTS, latest_checkpoint
-from spherelm.train.trainer import Interrupted, Trainer
+from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import Trainer
 
 SIZES: dict[str, Any] = {"steps": 10**6, "seq_len": 8, "batch_size": 1}
 PATIENCE = 300
@@ -76,8 +78,7 @@ def test_a_stopped_command_saves_and_goes_on_bitwise(number: signal.Signals, dat
     ours, theirs = latest_checkpoint(run), latest_checkpoint(tmp_path / "uninterrupted")
     assert ours is not None
     assert theirs is not None
-    for name in (WEIGHTS, MOMENTS):
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    tiny.assert_bitwise(ours, theirs)
 
 
 def test_handlers_are_put_back(data: Path, tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.train import trainer as module
 from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
+from spherelm.train.parallel import Group, spread
 from spherelm.train.precision import compile_blocks, resolve_dtype
-from spherelm.train.trainer import Diverged, Interrupted, Trainer, clip_gradients, gradients_of_batch, train
+from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import Trainer, clip_gradients, gradients_of_batch, train
 
 MakeTrainer = Callable[..., Trainer]
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
@@ -31,7 +34,8 @@ def gradients(arm: str, data: Path, micro_batch_size: int | None, dtype: torch.d
     """Loss and all gradients of the first batch, in one row."""
     torch.manual_seed(0)
     model = build(tiny.run_config(arm, data).model).to(dtype)
-    loss = gradients_of_batch(model, Loader(open_tokens(data, "train"), 16, 4, seed=0), 0, micro_batch_size)
+    loader = Loader(open_tokens(data, "train"), 16, 4, seed=0)
+    loss = gradients_of_batch(spread(model, Group()), loader, 0, micro_batch_size)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

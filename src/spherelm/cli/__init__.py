@@ -13,6 +13,9 @@ import tyro
 
 from spherelm.cli import evaluation, inspection, text, trained, training
 
+RANK_LOST = 3
+"""Exit code of a run whose other processes no longer answer."""
+
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 import_app = tyro.extras.SubcommandApp()
@@ -39,7 +42,11 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 128 + n signal n."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 3 processes of the run no longer answer,
+    128 + n stopped by signal n.
+    """
     try:
         app.cli(prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline.")
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
@@ -53,13 +60,21 @@ def main() -> None:
         code = exit_code(error)
         if code is None:
             raise
+        if code == RANK_LOST:  # whichever process notices must say so, and wait for nobody
+            print(f"spherelm: {error}", file=sys.stderr, flush=True)
+            os._exit(code)
+        if os.environ.get("RANK", "0") != "0":  # all processes of the run end so, and one says why
+            raise SystemExit(code) from None
         stop(str(error), code)
 
 
 def exit_code(error: RuntimeError) -> int | None:
     """The exit code of an error that training raises on purpose, `None` for any other."""
-    from spherelm.train.trainer import Diverged, Interrupted
+    from spherelm.train.guard import Diverged
+    from spherelm.train.parallel import ElsewhereFailed, RankLost
+    from spherelm.train.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return 128 + error.signal_number
-    return 1 if isinstance(error, Diverged) else None
+    codes = {Diverged: 1, ElsewhereFailed: 2, RankLost: RANK_LOST}
+    return codes.get(type(error))

@@ -25,9 +25,6 @@ class DryRun:
         dry_run: Print parameters, memory a device, operations, time and the resolved configuration, and stop.
         json: Print what a dry run says as JSON.
         world_size: Devices that the dry run spreads the run over.
-        strategy: How the dry run spreads it: whole copies, one part a device, or copies of groups that hold parts.
-        shard_size: Devices of a group that holds parts, for the strategy hybrid.
-        recompute: Blocks keep only their input in the dry run, and are computed again for the backward pass.
         mfu: Part of the peak that the dry run assumes to be reached.
         peak_tflops: Peak of a device in the dry run, in 10^12 operations a second; an H100's in bfloat16 if left out.
     """
@@ -35,11 +32,57 @@ class DryRun:
     dry_run: Flag = False
     json: Flag = False
     world_size: int = 1
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How often a run validates and saves.
+
+    Attributes:
+        eval_every: Updates between validations; the preset's if left out.
+        save_every: Updates between checkpoints, 0 for only one at the end.
+        keep: Checkpoints that stay, the newest ones.
+        keep_every: Checkpoints of every so many updates stay as well, 0 for none.
+    """
+
+    eval_every: int | None = None
+    save_every: int = 0
+    keep: int = 2
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class Spreading:
+    """How several processes, started by torchrun, share a run.
+
+    Attributes:
+        strategy: replicate: each process has the whole model; shard: a part of it; hybrid: groups share one, as replicas.
+        shard_size: Processes of a group, for the strategy hybrid.
+        recompute: Blocks keep only their input, and are computed again for the backward pass: less memory, more time.
+        timeout: Seconds that processes wait for one another before the run ends.
+    """
+
     strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
     shard_size: int = 8
     recompute: Flag = False
-    mfu: float = 0.4
-    peak_tflops: float = 989.0
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class BadSteps:
+    """What becomes of an update that went wrong.
+
+    Attributes:
+        on_bad_step: stop or skip: where the loss or gradient is no number, or the gradient norm leaps.
+        skip_budget: Updates that may be skipped in a run.
+        spike_factor: The norm leaps if it is so many times its running average; 0: it may.
+    """
+
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    skip_budget: int = 10
+    spike_factor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,4 +118,7 @@ class TrainingTasks:
 DryRunFlags = Annotated[DryRun, OmitArgPrefixes]
 LogFlags = Annotated[Logs, OmitArgPrefixes]
 TaskFlags = Annotated[TrainingTasks, OmitArgPrefixes]
+SpreadFlags = Annotated[Spreading, OmitArgPrefixes]
+RhythmFlags = Annotated[Rhythm, OmitArgPrefixes]
+BadStepFlags = Annotated[BadSteps, OmitArgPrefixes]
 """Flags that stand among a command's own."""

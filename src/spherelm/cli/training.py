@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from spherelm.cli.flags import DryRun, DryRunFlags, Dtype, Flag, LogFlags, Logs, TaskFlags, TrainingTasks
+from spherelm.cli.flags import (
+    BadStepFlags,
+    BadSteps,
+    DryRun,
+    DryRunFlags,
+    Dtype,
+    Flag,
+    LogFlags,
+    Logs,
+    Rhythm,
+    RhythmFlags,
+    SpreadFlags,
+    Spreading,
+    TaskFlags,
+    TrainingTasks,
+)
 
 if TYPE_CHECKING:
     from spherelm.train.config import RunConfig
@@ -86,12 +101,12 @@ def train(
     seed: int = 0,
     dtype: Dtype = "auto",
     no_compile: Flag = False,
-    eval_every: int | None = None,
-    save_every: int | None = None,
-    keep: int | None = None,
     mask_documents: Flag = False,
     fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
     resume: Flag = False,
+    rhythm: RhythmFlags = Rhythm(),
+    spreading: SpreadFlags = Spreading(),
+    bad_steps: BadStepFlags = BadSteps(),
     logs: LogFlags = Logs(),
     scores: TaskFlags = TrainingTasks(),
     dry_run: DryRunFlags = DryRun(),
@@ -112,9 +127,6 @@ def train(
         seed: Of the weights' start and of the order of the text.
         dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
         no_compile: Do not use torch.compile.
-        eval_every: Updates between validations.
-        save_every: Updates between checkpoints, 0 for one at the end.
-        keep: Checkpoints that stay.
         mask_documents: Keep attention within a document where a sequence holds several.
         fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
         resume: Go on with the run in `out` from its last checkpoint.
@@ -124,8 +136,8 @@ def train(
 
     path, compiled = None if data is None else str(data), False if no_compile else None
     sizes = {"steps": steps, "seq_len": seq_len, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
-    habits: dict[str, Any] = {"eval_every": eval_every, "save_every": save_every, "keep": keep, "compile": compiled}
-    habits |= {"mask_documents": mask_documents or None, **vars(logs)}
+    habits: dict[str, Any] = {"compile": compiled, "mask_documents": mask_documents or None}
+    habits |= {**vars(rhythm), **vars(logs), **vars(spreading), **vars(bad_steps)}
     habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
     size = vocabulary(path, preset, dry_run.dry_run)
     asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits, **parse_fields(fields)}
@@ -157,7 +169,8 @@ def describe(config: RunConfig, asked: DryRun) -> None:
     """Print what the run of `config` would take, spread as asked."""
     from spherelm.train.estimate import Layout, estimate, estimate_table
 
-    layout = Layout(asked.world_size, asked.strategy, asked.shard_size, asked.recompute)
+    train = config.train
+    layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
     found = estimate(config, layout, asked.mfu, asked.peak_tflops)
     print(json.dumps(found, indent=2) if asked.json else estimate_table(found))
 

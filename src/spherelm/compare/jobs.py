@@ -23,9 +23,11 @@ import torch
 from tqdm import tqdm
 
 from spherelm.train.config import RunConfig, to_dict
+from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claim_directory
-from spherelm.train.trainer import Diverged, Interrupted, train
+from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import train
 
 POLL_SECONDS = 0.5
 

@@ -13,9 +13,17 @@ from spherelm.layers.loss import chunk_rows
 from spherelm.models import Decoder
 
 
-@torch.no_grad()
 def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, end_token: int | None = None) -> float:
-    """The mean cross-entropy of `model` over all windows, in nats per token.
+    """The mean cross-entropy of `model` over all windows, in nats per token. Arguments as for `summed_loss`."""
+    total, count = summed_loss(model, tokens, targets, batch_size, end_token)
+    return total / count
+
+
+@torch.no_grad()
+def summed_loss(
+    model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, end_token: int | None = None
+) -> tuple[float, int]:
+    """The summed cross-entropy of `model` over all windows in nats, and of how many targets.
 
     tokens, targets: int64 [windows, seq], read `batch_size` windows at a time; -100 among the targets counts for nothing.
     end_token: where given, documents, each ended by it, do not see one another.
@@ -30,7 +38,7 @@ def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, 
         total += model.loss(part, wanted.to(device), *separate_documents(part, end_token)).item() * counted
         count += counted
     model.train(model_was_training)
-    return total / count
+    return total, count
 
 
 @torch.no_grad()

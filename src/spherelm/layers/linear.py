@@ -8,7 +8,7 @@ do not, which is why the declaration lives on the module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +122,20 @@ def retract(model: nn.Module) -> None:
     a model without unit weights is left as it is.
     """
     for _, module, axis in unit_modules(model):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = own_vectors(module.weight, axis)
         weight.copy_(sphere.retracted(weight, dim=axis))
+
+
+def own_vectors(weight: Any, axis: int) -> Tensor:
+    """The whole vectors along `axis` that this process holds of `weight`, as a plain tensor that shares its memory.
+
+    Where a sharded weight is cut across its vectors, the weight itself: what is computed of it is computed by all processes.
+    """
+    # Of a DTensor, whose class would take a second to import.
+    placements = getattr(weight, "placements", ())
+    cut = any(placement.is_shard(axis) for placement in placements)
+    own: Tensor = weight.to_local() if placements and not cut else weight
+    return own
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     embed: Embedding
     blocks: nn.ModuleList
+    run: RunBlock
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -100,14 +101,14 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        run: RunBlock = run_block,
+        run: RunBlock | None = None,
         context: tuple[object, ...] = (),
     ) -> Tensor:
         """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds.
 
         mask: bool [batch, 1, seq, past + seq], True where a query may look; by default everything up to itself.
         positions: [seq], or [batch, seq] where sequences start at different ones; by default they go on from the cache.
-        run: calls a block with its arguments; a caller who must recompute or record what blocks do passes another.
+        run: calls a block with its arguments, `self.run` by default; whoever must record what blocks do passes another.
         context: what every block is given besides.
         """
         past, seq = 0 if cache is None else cache.length, h.shape[1]
@@ -119,6 +120,7 @@ class Decoder(nn.Module):
             positions = positions.unsqueeze(1)
         wide = torch.promote_types(h.dtype, torch.float32)
         table = self.rotary_table(positions.to(wide), self.d_k, self.rope_base)
+        run = run or self.run
         for i, block in enumerate(self.blocks):
             h = run(block, h, table, mask, None if cache is None else cache.layers[i], *context)
         return h
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
         self.embed.compute_dtype = dtype
 
     def _remember_shape(self, config: DecoderConfig) -> None:
-        self.config = config
+        self.config, self.run = config, run_block
         self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
         self.rotary_table = ROPES[config.rope].table
 

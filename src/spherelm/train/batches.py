@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from spherelm.data.corpus import shipped_directory
@@ -19,9 +20,11 @@ from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.evaluate.perplexity import mean_loss
+from spherelm.evaluate.perplexity import summed_loss
+from spherelm.layers.loss import IGNORED
 from spherelm.models import Decoder
 from spherelm.train.config import RunConfig
+from spherelm.train.parallel import Group
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 _WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
@@ -54,11 +57,25 @@ class RunData:
         return 1 / sum(part.weight / part.tokens_per_byte for part in self.held_out)
 
 
-def validation_losses(model: Decoder, data: RunData, batch_size: int) -> dict[str, float]:
-    """The mean loss on each source's validation windows, in nats per token, `batch_size` windows at a time."""
-    return {
-        part.name: mean_loss(model, part.tokens, part.targets, batch_size, data.end_token) for part in data.held_out
-    }
+def validation_losses(model: Decoder, data: RunData, batch_size: int, group: Group | None = None) -> dict[str, float]:
+    """The mean loss on each source's validation windows, in nats per token, `batch_size` windows at a time.
+
+    The processes of `group` share the windows, and must all call.
+    """
+    group = group or Group()
+    losses: dict[str, float] = {}
+    for part in data.held_out:
+        own = share(part.tokens, 0, group), share(part.targets, IGNORED, group)
+        sums = group.gather([float(x) for x in summed_loss(model, *own, batch_size, data.end_token)])
+        losses[part.name] = sum(total for total, _ in sums) / sum(count for _, count in sums)
+    return losses
+
+
+def share(windows: Tensor, filling: int, group: Group) -> Tensor:
+    """This process's part of int64 `windows` [n, seq], as many for each process, with windows of `filling` where n runs out."""
+    each = -(-len(windows) // group.world_size)
+    padded = F.pad(windows, (0, 0, 0, each * group.world_size - len(windows)), value=filling)
+    return padded[group.rank :: group.world_size]
 
 
 def total_loss(data: RunData, losses: dict[str, float]) -> float:

@@ -12,6 +12,8 @@ from spherelm.models import ARMS, Config
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
+STRATEGIES = ("replicate", "shard", "hybrid")
+ON_BAD_STEP = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class TrainConfig:
     log_to: where records go besides `metrics.jsonl`, by commas. diagnose_every: updates between measurements of updates, or 0.
     eval_tasks: tasks of the evaluation harness, by commas, scored every eval_tasks_every updates (0: only at the end), on
     copies of their data in the directory task_data (`None`: downloaded) and the first eval_limit documents (`None`: all).
+    keep_every: checkpoints of every so many updates stay for good, 0 for none. strategy: how several processes share a model:
+    "replicate" (each has all of it), "shard" (each has a part), "hybrid" (groups of shard_size share one, and are
+    replicas). recompute: blocks keep only their input, and are computed again for the backward pass. timeout: seconds that
+    processes wait for one another. on_bad_step: "stop" or "skip" an update whose loss or gradient is no number, or whose
+    gradient norm is more than spike_factor times its running average (0: any is let through); at most skip_budget in a run.
     """
 
     steps: int
@@ -46,16 +53,31 @@ class TrainConfig:
     eval_tasks_every: int = 0
     task_data: str | None = None
     eval_limit: int | None = None
+    keep_every: int = 0
+    strategy: str = "replicate"
+    shard_size: int = 8
+    recompute: bool = False
+    timeout: float = 600.0
+    on_bad_step: str = "stop"
+    skip_budget: int = 10
+    spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every"):
+        counts = ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every", "keep_every", "skip_budget")
+        for name in (*counts, "spike_factor"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        for name, known in (("dtype", DTYPES), ("strategy", STRATEGIES), ("on_bad_step", ON_BAD_STEP)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name in ("shard_size", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
 
@@ -81,6 +103,22 @@ class RunConfig:
             raise ValueError(
                 f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
             )
+
+
+def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Sequences of a micro-batch in each of `world_size` processes, and how many micro-batches an update takes.
+
+    Raises `ValueError` where a batch cannot be shared so.
+    """
+    local, rest = divmod(train.batch_size, world_size)
+    if rest or not local:
+        raise ValueError(
+            f"batch_size={train.batch_size} cannot be shared by {world_size} processes: choose a multiple of {world_size}"
+        )
+    size = min(train.micro_batch_size or local, local)
+    if local % size:
+        raise ValueError(f"micro_batch_size={size} does not divide the {local} sequences of each process")
+    return size, local // size
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

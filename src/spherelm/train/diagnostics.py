@@ -18,12 +18,8 @@ from spherelm.layers.linear import unit_modules
 from spherelm.models import Decoder
 from spherelm.train.config import TrainConfig
 from spherelm.train.counting import flops_per_token
+from spherelm.train.parallel import own_part
 from spherelm.train.precision import resolve_dtype
-
-
-def local(weight: Tensor) -> Tensor:
-    """`weight`, or of a sharded one the part that this process holds."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class UpdateAngles:
@@ -36,7 +32,7 @@ class UpdateAngles:
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         self._before = [
-            (getattr(module, "role", "matrix"), module, axis, local(_weight(module)).clone())
+            (getattr(module, "role", "matrix"), module, axis, own_part(_weight(module)).clone())
             for _, module, axis in unit_modules(model)
         ]
 
@@ -45,7 +41,7 @@ class UpdateAngles:
         """`{"angle_mean": {role: radians}, "angle_max": {...}}`; empty for a model without unit weights."""
         by_role: dict[str, list[Tensor]] = {}
         for role, module, axis, before in self._before:
-            by_role.setdefault(role, []).append(sphere.angle(before, local(_weight(module)), dim=axis))
+            by_role.setdefault(role, []).append(sphere.angle(before, own_part(_weight(module)), dim=axis))
         if not by_role:
             return {}
         angles = {role: torch.cat(parts) for role, parts in by_role.items()}

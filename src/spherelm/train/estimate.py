@@ -16,7 +16,7 @@ import torch
 
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
-from spherelm.train.config import RunConfig, to_dict
+from spherelm.train.config import STRATEGIES, RunConfig, micro_batches, to_dict
 from spherelm.train.counting import block_cost, readout_cost, training_flops
 
 H100_TFLOPS = 989.0
@@ -25,7 +25,6 @@ H100_TFLOPS = 989.0
 MFU = 0.4
 """The part of the peak that is assumed to be reached if nothing is said."""
 
-STRATEGIES = ("replicate", "shard", "hybrid")
 MOMENTS = {"adamw": 2, "gated_adamw": 2, "muon": 2}
 """Numbers that the optimizer keeps for a parameter; Muon keeps one for those of role "matrix"."""
 
@@ -56,17 +55,6 @@ class Layout:
     def parts(self) -> int:
         """Into how many parts weights, gradients and moments are cut."""
         return {"replicate": 1, "shard": self.world_size, "hybrid": self.shard_size}[self.strategy]
-
-
-def micro_batches(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Sequences of a micro-batch on one device, and how many micro-batches an update takes."""
-    local, rest = divmod(config.train.batch_size, world_size)
-    if rest or not local:
-        raise ValueError(f"batch_size={config.train.batch_size} cannot be shared by --world-size {world_size} devices")
-    size = min(config.train.micro_batch_size or local, local)
-    if local % size:
-        raise ValueError(f"micro_batch_size={size} does not divide the {local} sequences of each device")
-    return size, local // size
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -113,7 +101,7 @@ def memory_per_device(config: RunConfig, layout: Layout) -> dict[str, int]:
     held = {kind: float(ceil(FLOAT32 * numbers / layout.parts)) for kind, numbers in share.items()}
     if layout.parts > 1:
         held["gathered"] = FLOAT32 * (2 * counts["matrix"] / config.model.n_layers + counts["output_embedding"])
-    size, _ = micro_batches(config, layout.world_size)
+    size, _ = micro_batches(config.train, layout.world_size)
     held |= activation_memory(config.model, size, train.seq_len, compute_dtype(train.dtype), layout.recompute)
     whole = {kind: round(value) for kind, value in held.items()}
     return {**whole, "total": sum(whole.values())}
@@ -131,7 +119,7 @@ def estimate(
     if not 0 < mfu <= 1 or not peak_tflops > 0:
         raise ValueError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")
     train, roles = config.train, parameters_by_role(config.model)
-    size, per_update = micro_batches(config, layout.world_size)
+    size, per_update = micro_batches(config.train, layout.world_size)
     step_flops = training_flops(config.model, train.batch_size, train.seq_len)
     step_seconds = step_flops / (layout.world_size * peak_tflops * 1e12 * mfu)
     return {

@@ -35,7 +35,10 @@ class MetricsLog:
             self._tell(record, [sink for sink in sinks if sink.new])
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record: `kind` is "train", "val" or "eval". Raises `OSError` naming the file if it cannot be written."""
+        """Append one record; raises `OSError` naming the file if it cannot be written.
+
+        kind: "train", "val" or "eval"; "skip" for an update that was left out, "stop" for one that ended the run.
+        """
         record = {"kind": kind, **values}
         line = (json.dumps(record) + "\n").encode()
         try:
@@ -50,12 +53,29 @@ class MetricsLog:
         for sink in sinks:
             sink.write(record["step"], numbers(record))
 
+    def flush(self) -> None:
+        """Have every record on the disk, before a checkpoint says that they are there."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush to the disk and close, the sinks too."""
         os.fsync(self._file.fileno())
         self._file.close()
         for sink in self._sinks:
             sink.close()
+
+
+class NoLog:
+    """What the other processes of a run have in place of the first one's `MetricsLog`."""
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from spherelm.train.config import RunConfig, to_dict
 FREE_TO_CHANGE = tuple(
     f"train.{name}"
     for name in (
-        *("save_every", "keep", "compile", "log_to", "diagnose_every"),
+        *("save_every", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
+        *("strategy", "shard_size", "recompute", "timeout", "on_bad_step", "skip_budget", "spike_factor"),
         *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
     )
 )

@@ -1,0 +1,283 @@
+"""Many processes as one run: where they meet, how a model is spread over them, and the few numbers they agree on.
+
+The engines are torch's: torchrun starts the processes, `DistributedDataParallel` sums the gradients of whole copies,
+`fully_shard` (FSDP2) cuts weights, gradients and moments into parts. A run of one process has a `Group` of one, for which
+everything here does nothing, so that there is one training loop and not two.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from spherelm.layers.linear import unit_modules
+from spherelm.models import Decoder
+from spherelm.train.config import TrainConfig
+
+T = TypeVar("T")
+ANSWER_SECONDS = 10.0
+"""How long ranks wait for one another's sign of life after a collective operation failed."""
+
+
+class RankLost(RuntimeError):
+    """Some processes of the run no longer answer."""
+
+
+class ElsewhereFailed(RuntimeError):
+    """What all ranks were to do failed on another rank, which says why."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run, seen from one of them.
+
+    mesh: [replicas, parts] or [parts] for sharded strategies, else `None`. store: where ranks leave signs of life.
+    saving: the ranks again, for writing checkpoints beside the training.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    store: Any = None
+    saving: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what only one may write."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no others."""
+        return self.world_size == 1
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The `values` of every rank, in the order of ranks; all must call, with equally many."""
+        if self.is_alone:
+            return [values]
+        parts = torch.empty(self.world_size, len(values), dtype=torch.float64)
+        dist.all_gather_into_tensor(parts.view(-1), torch.tensor(values, dtype=torch.float64))
+        found: list[list[float]] = parts.tolist()
+        return found
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do `action` on every rank; where it fails on any, it fails on all.
+
+        What it raises is raised where it is raised; the other ranks raise `ElsewhereFailed`.
+        """
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        failed = [rank for rank, (flag,) in enumerate(self.gather([float(failure is not None)])) if flag]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise ElsewhereFailed(f"rank {failed[0]} says why")
+        return result
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Have the first rank do `action`, and return its result on every rank. Fails as `together` does."""
+        box: list[Any] = [self.together(action if self.is_first else lambda: None)]
+        if not self.is_alone:
+            dist.broadcast_object_list(box, src=0)
+        result: T = box[0]
+        return result
+
+    @torch.no_grad()
+    def strangers(self, model: nn.Module) -> list[int]:
+        """The ranks whose weights differ from those of the first rank that should hold the same; all must call."""
+        if self.is_alone:
+            return []
+        parts = 1 if self.mesh is None else self.mesh.size(-1)
+        own = sum((own_part(p).double().sum() for p in model.parameters()), torch.zeros((), dtype=torch.float64))
+        sums = [value for (value,) in self.gather([float(own)])]
+        return [rank for rank, value in enumerate(sums) if math.isfinite(value) and value != sums[rank % parts]]
+
+    def silent_ranks(self) -> list[int]:
+        """Which ranks give no sign of life after a collective operation failed, having waited a while for them."""
+        waiting = set(range(self.world_size))
+        try:
+            self.store.set(f"alive/{self.rank}", "1")
+            end = time.monotonic() + ANSWER_SECONDS
+            while waiting and time.monotonic() < end:
+                waiting = {rank for rank in waiting if not self.store.check([f"alive/{rank}"])}
+                time.sleep(0.1)
+        except RuntimeError:  # the store itself is gone, and with it the process that kept it
+            return [0]
+        return sorted(waiting)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Turn the failure of a collective operation into `RankLost`, which names the ranks that do not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_alone or not is_communication(error):
+                raise
+            silent = self.silent_ranks()
+            names = ", ".join(map(str, silent)) or "none, so that it is the network"
+            raise RankLost(
+                f"rank {self.rank} could not reach the others ({str(error).splitlines()[0][:200]}); ranks that no longer "
+                f"answer (killed, hung, or their machine lost): {names}; the run goes on from its last checkpoint with --resume"
+            ) from error
+
+
+def is_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from processes that do not reach each other."""
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Timed out")
+    )
+
+
+@contextmanager
+def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
+    """Meet the other processes that torchrun started, for as long as the context lasts; alone without torchrun.
+
+    device: the kind to compute on; each process of a machine takes the one of its number. Leave nothing of the model alive
+    in the caller: parts must be gone before the processes part, or some of them abort when all work is done.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Group(device=device)
+        return
+    if device.type != "cpu":
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device)
+    patience = timedelta(seconds=train.timeout)
+    store, rank, _ = next(rendezvous("env://", timeout=patience))
+    # A restarted run must not read what the one before it left.
+    store = PrefixStore(f"spherelm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = (
+        "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    group = Group(
+        rank,
+        world_size,
+        device,
+        mesh_of(train, world_size, device),
+        store,
+        dist.new_group(backend="gloo", timeout=patience),
+    )
+    yield group
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def mesh_of(train: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
+    """The arrangement of processes that the strategy asks for, `None` for whole copies.
+
+    Raises `ValueError` where `shard_size` does not divide the number of processes.
+    """
+    if train.strategy == "replicate":
+        return None
+    if train.strategy == "shard":
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    if world_size % train.shard_size:
+        raise ValueError(
+            f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor"
+        )
+    shape = (world_size // train.shard_size, train.shard_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+Loss = Callable[..., Tensor]
+"""(tokens, targets, mask, positions) -> mean loss of one process's micro-batch, as `Decoder.loss`."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A model over its group.
+
+    loss: what to differentiate. device: where it wants its tokens. last: a context in which gradients are summed over the
+    processes or, for all micro-batches of an update but the last, are not. rest: lets go of weights that were gathered for a
+    forward pass without a backward pass, after which `model.parameters()` are this process's own again.
+    """
+
+    loss: Loss
+    device: torch.device
+    last: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
+    rest: Callable[[], None] = lambda: None
+
+
+def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
+    """Lay `model`, the same on every process, over `group`; recompute: blocks keep only their input for the backward pass.
+
+    The order is recomputation, then compilation (the caller's, of blocks), then distribution, each around the one before.
+    A weight whose vectors are columns is cut between columns, so that its lengths need no communication.
+    """
+    if recompute:
+        model.run = recompute_block
+    if group.is_alone:
+        return Spread(model.loss, group.device)
+    if group.mesh is None:
+        whole = DistributedDataParallel(_Loss(model), device_ids=None if group.device.type == "cpu" else [group.device])
+        return Spread(whole, group.device, lambda is_last: nullcontext() if is_last else whole.no_sync())
+    return _sharded(model, group.device, group.mesh)
+
+
+def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh) -> Spread:
+    parts = mesh.size(-1)
+    weights: list[Any] = [module.weight for _, module, axis in unit_modules(model) if axis == 0]
+    columns = {id(weight) for weight in weights if weight.shape[1] % parts == 0}
+
+    def place(parameter: nn.Parameter) -> Shard:
+        """Between whole vectors: columns where they are unit and divide evenly (FSDP's condition), else rows."""
+        return Shard(1 if id(parameter) in columns else 0)
+
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, shard_placement_fn=place)
+    register_fsdp_forward_method(model, "loss")
+    root: Any = model  # an `FSDPModule` by now
+    return Spread(model.loss, device, partial(_synchronized, root), root.reshard)
+
+
+@contextmanager
+def _synchronized(model: FSDPModule, is_last: bool) -> Iterator[None]:
+    model.set_requires_gradient_sync(is_last)
+    yield
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """`tensor`, or of a sharded one the part that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _Loss(nn.Module):
+    """`Decoder.loss` as a forward pass, which is what `DistributedDataParallel` wraps."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.model.loss(*batch)
+
+
+def recompute_block(block: nn.Module, *arguments: object) -> Tensor:
+    """Call a block that keeps only its arguments, and is called again in the backward pass."""
+    h: Tensor = recomputed(block, *arguments, use_reentrant=False)
+    return h
