@@ -123,7 +123,7 @@ class Conditioned(LanguageModel):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        run: RunBlock = run_block,
+        run: RunBlock | None = None,
         context: tuple[object, ...] = (),
     ) -> Tensor:
         """As in `Decoder`; every block is given the source."""

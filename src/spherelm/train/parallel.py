@@ -248,7 +248,10 @@ def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh) -> Spread:
         """Between whole vectors: columns where they are unit and divide evenly (FSDP's condition), else rows."""
         return Shard(1 if id(parameter) in columns else 0)
 
-    for module in (*model.blocks, model):
+    blocks = [
+        block for name, part in model.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
+    ]
+    for module in (*blocks, model):
         fully_shard(module, mesh=mesh, shard_placement_fn=place)
     register_fsdp_forward_method(model, "loss")
     root: Any = model  # an `FSDPModule` by now
