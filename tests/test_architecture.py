@@ -163,7 +163,7 @@ blocked = set(json.loads(sys.argv[1]))
 
 
 class Without:
-    """A finder that does not find what is blocked, as where it is not installed."""
+    # Does not find what is blocked, as where it is not installed.
 
     def __init__(self, finder):
         self.finder = finder
