@@ -312,6 +312,7 @@ def test_sweep_passes_on_what_was_asked(
         return [2.5] * len(jobs)
 
     monkeypatch.setattr(sweep_module, "run_jobs", record)
+    monkeypatch.setattr(sweep_module, "write_page", lambda *_: None)
     words = [
         "--arms",
         "ngpt",
@@ -336,7 +337,7 @@ def test_sweep_passes_on_what_was_asked(
     }
     assert {(j.config.train.steps, j.config.train.seq_len, j.config.data) for j in seen} == {(9, 16, str(data))}
     assert len(answer.out.splitlines()) == 2 + 8
-    assert "| ngpt | demo | default | 0.1 | 16 | 0.1 | 9 | 2.5000 | 0.0000 | 2 |" in answer.out.splitlines()
+    assert "| ngpt | demo | default | 0.1 | 16 | 0.1 | 9 | 2.5000 | 0.0000 |  | 2 |" in answer.out.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import tiny
 
 from spherelm.compare import sweep as module
 from spherelm.compare.jobs import Job
-from spherelm.compare.sweep import Row, grid, name_of, parse_axis, sweep, table
+from spherelm.compare.sweep import UNTRAINED, against_base, grid, name_of, parse_axis, parse_fields, sweep, table
+from spherelm.compare.sweep_page import Row, label, varying
 from spherelm.train.metrics import read_metrics
 
 
@@ -62,13 +63,45 @@ def test_a_row_knows_its_mean_and_error() -> None:
     assert math.isnan(Row({}, [3.0, math.nan]).mean)
 
 
+def test_a_row_is_compared_with_the_first_of_its_arm_seed_by_seed() -> None:
+    choices = [("gpt", [3.0, 3.4]), ("ngpt", [2.0, 2.2]), ("ngpt", [2.1, 2.4]), ("gpt", [math.nan, 3.0])]
+    rows = against_base([Row({"arm": arm}, losses) for arm, losses in choices])
+    assert [row.base for row in rows] == [None, None, [2.0, 2.2], [3.0, 3.4]]
+    assert (rows[0].difference, rows[0].difference_error) == (None, None)
+    assert rows[2].difference == pytest.approx(0.15)
+    # Differences of 0.1 and 0.2: their mean's error is half of what is between them.
+    assert rows[2].difference_error == pytest.approx(0.05)
+    assert rows[3].difference is not None
+    assert math.isnan(rows[3].difference)
+
+
+def test_a_label_says_what_differs_and_no_more() -> None:
+    choices = [
+        {"arm": "ngpt", "recipe": "paper", "lr": 0.02, "steps": 5},
+        {"arm": "ngpt", "recipe": "riemannian", "lr": 0.02},
+    ]
+    rows = [Row(choice, [1.0]) for choice in choices]
+    assert varying(rows) == ["recipe", "steps"]
+    assert [label(row, varying(rows)) for row in rows] == ["paper, steps 5", "riemannian"]
+    assert label(rows[0], ["lr"]) == "lr 0.02"
+    assert label(rows[0], []) == "the only choice"
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [(["schedule=log", "rho=0.05"], {"schedule": "log", "rho": 0.05}), ([], {}), (["d_ff=null"], {"d_ff": None})],
+)
+def test_fields_are_read_from_words(words: list[str], fields: dict[str, Any]) -> None:
+    assert parse_fields(words) == fields
+
+
 def test_the_table_is_markdown() -> None:
     rows = [Row({"arm": "gpt", "lr": 0.1}, [3.0, 3.2]), Row({"arm": "ngpt", "lr": 0.2}, [math.nan])]
     assert table(rows).splitlines() == [
-        "| arm | lr | validation loss | s.e. | seeds |",
-        "|---|---|---|---|---|",
-        "| gpt | 0.1 | 3.1000 | 0.1000 | 2 |",
-        "| ngpt | 0.2 | diverged |  | 1 |",
+        "| arm | lr | validation loss | s.e. | against base | seeds |",
+        "|---|---|---|---|---|---|",
+        "| gpt | 0.1 | 3.1000 | 0.1000 |  | 2 |",
+        "| ngpt | 0.2 | diverged |  |  | 1 |",
     ]
 
 
@@ -81,12 +114,20 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
     record = tiny.read_json(tmp_path / "sweep.json")
     assert set(record) == {"rows", "command", "git_commit", "versions"}
     for row, stored in zip(rows, record["rows"], strict=True):
-        assert set(stored) == {"choice", "losses", "mean", "standard_error"}
+        assert set(stored) == {
+            "choice", "losses", "runs", "mean", "standard_error", "difference", "difference_error"
+        }  # fmt: skip
         assert stored["choice"] == row.choice
+        assert stored["runs"] == [name_of(row.choice, seed) for seed in (0, 1)]
         for seed, loss in enumerate(stored["losses"]):
             run = tmp_path / name_of(row.choice, seed)
             assert tiny.read_json(run / "config.json")["optim"]["lr"] == row.choice["lr"]
             assert loss == (None if row.choice["lr"] == 1e30 else read_metrics(run / "metrics.jsonl")[-1]["loss"])
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2, "one figure an arm"
+    assert "2 of 2 diverged" in page
+    assert f"{rows[0].mean:.4f} ± {rows[0].standard_error:.4f}" in page
+    assert "base" in page
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
     again = sweep(choices, 2, tmp_path, vocab_size=tiny.VOCAB, data=str(data))
     assert [row.choice for row in again] == [row.choice for row in rows]
@@ -101,6 +142,7 @@ def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pyte
         return [1.0] * len(jobs)
 
     monkeypatch.setattr(module, "run_jobs", record)
+    monkeypatch.setattr(module, "write_page", lambda *_: None)
     choice = {"arm": "ngpt", "alpha_init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
     sweep([choice], 2, tmp_path, vocab_size=99, data="d", workers=3)
     for seed, job in enumerate(seen):
@@ -108,6 +150,19 @@ def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pyte
         assert (config.model.alpha_init, config.model.d_model, config.model.vocab_size) == (0.3, 64, 99)  # type: ignore[union-attr]
         assert (config.train.batch_size, config.train.seed, config.data) == (8, seed, "d")
         assert (config.optim.grad_clip, config.optim.lr) == (0.5, 0.02)
+        assert config.train.stop_above == pytest.approx(math.log(99) + UNTRAINED)
+
+
+def test_a_run_that_rises_far_above_the_untrained_loss_is_stopped(
+    data: Path, tmp_path: Path, jobs_done: list[str]
+) -> None:
+    """Not only one whose numbers overflow: this one would have gone on for 400 updates."""
+    choice = {"arm": "gpt", "preset": "tiny", "lr": 30.0, "steps": 400, "eval_every": 5, "grad_clip": None}
+    (row,) = sweep([choice], 1, tmp_path, vocab_size=tiny.VOCAB, data=str(data))
+    assert math.isnan(row.mean)
+    run = tmp_path / name_of(choice, 0)
+    assert "is above 6.549" in (run / "diverged.txt").read_text(encoding="utf-8")
+    assert max(r["step"] for r in read_metrics(run / "metrics.jsonl")) < 400
 
 
 def test_no_seeds_are_refused(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def sweep(
     """Train every combination of arms, recipes, learning rates and varied fields; resumable by giving the command again.
 
     Args:
-        out: Directory for the runs and sweep.json.
+        out: Directory for the runs, sweep.json and the page index.html.
         arms: Which arms.
         lr: Peak learning rates; the tuned one if left out.
         vary: Fields and their values, such as alpha_init=0.05,0.25 or batch_size=4,8.

@@ -24,6 +24,7 @@ from spherelm.compare.figures import Figure
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.length_figures import Measured, evaluations, length_figures, read_lengths
 from spherelm.compare.record import Run, read_run
+from spherelm.compare.robustness import TOLERANCE, tolerated
 from spherelm.compare.wording import NAMES, listed, si
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
@@ -222,7 +223,7 @@ def _rate_figures(ends: Sequence[End]) -> list[Figure]:
     groups = _grouped(ends, lambda end: (end.size, end.budget))
     found = {group: _best(points, lambda end: end.config.optim.lr) for group, points in groups.items()}
     kinds = list(dict.fromkeys(kind for (_, kind), best in found.items() if len(best) > 1))
-    series, optima = [], []
+    series, optima, near = [], [], []
     for (arm, (size, budget)), best in found.items():
         if len(best) > 1:
             label = f"{size}, {si(budget)} tokens" if len(kinds) > 1 else ""
@@ -230,12 +231,14 @@ def _rate_figures(ends: Sequence[End]) -> list[Figure]:
             at = min(best, key=lambda pair: pair[1].loss)[0]
             edge = " (at the edge of what was tried)" if at in (best[0][0], best[-1][0]) else ""
             optima.append(f"{NAMES[arm]} with {si(budget)} tokens {at:g}{edge}")
+            near.append(f"{NAMES[arm]}{f' ({label})' if label else ''} {tolerated([(x, p.loss) for x, p in best])}")
     if not series:
         return []
     title = "Final loss over peak learning rate"
     alone = f" of {si(kinds[0][1])} tokens ({kinds[0][0]})" if len(kinds) == 1 else ""
     caption = (
         f"Ends of whole schedules{alone}, means over seeds (small dots). The lowest: {listed(optima)}. "
+        f"Within {100 * TOLERANCE:g} % of its own best: {listed(near)}. "
         "Corresponds to figure 7 of the paper."
     )
     drawing = ends_of_runs(

@@ -6,33 +6,18 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.jobs import Job, run_jobs
+from spherelm.compare.sweep_page import Row, write_page
 from spherelm.recipes import make_run
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration of a sweep: what was chosen, and the final validation losses (nats per token) of its seeds."""
-
-    choice: dict[str, Any]
-    losses: list[float]
-
-    @property
-    def mean(self) -> float:
-        """The mean over seeds; NaN if any seed diverged."""
-        return float(np.mean(self.losses))
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of the mean over seeds; `None` for one seed."""
-        return float(np.std(self.losses, ddof=1) / math.sqrt(len(self.losses))) if len(self.losses) > 1 else None
+UNTRAINED = 1.0
+"""How far above the loss of an even guess, ln(vocab_size) nats, a validation may come out before a run counts as diverged."""
 
 
 def name_of(choice: Mapping[str, Any], seed: int) -> str:
@@ -85,32 +70,48 @@ def sweep(
 ) -> list[Row]:
     """Train every choice (keywords of `recipes.make_run`, "arm" among them) with every seed; resumable by calling again.
 
-    Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `mean`, `standard_error`; and the command, commit and
-    versions) and returns its rows, best mean first, diverged ones last.
+    Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `runs`, `mean`, `standard_error`, `difference` from the
+    first choice of the arm; and the command, commit and versions) and the page `out/index.html`, and returns its rows, best
+    mean first, diverged ones last. A run whose validation loss rises far above an untrained model's counts as diverged.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    require_matplotlib()  # the page comes last: do not train for it in vain
+    limit = {"stop_above": math.log(vocab_size) + UNTRAINED}
     jobs = [
-        Job(make_run(**choice, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
+        Job(make_run(**{**limit, **choice}, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
         for choice in choices
         for seed in range(seeds)
     ]
     losses = iter(run_jobs(jobs, workers, "sweep"))
-    rows = [Row(dict(choice), [next(losses) for _ in range(seeds)]) for choice in choices]
+    rows = [
+        Row(choice, [next(losses) for _ in range(seeds)], [name_of(choice, seed) for seed in range(seeds)])
+        for choice in choices
+    ]
+    rows = against_base(rows)
     rows.sort(key=lambda row: (math.isnan(row.mean), row.mean))
-    record = [{**vars(row), "mean": row.mean, "standard_error": row.standard_error} for row in rows]
     about = {"command": command_line(), "git_commit": git_commit(), "versions": versions()}
-    write_json(out / "sweep.json", {"rows": record, **about})
+    write_json(out / "sweep.json", {"rows": [row.record() for row in rows], **about})
+    write_page(rows, out)
     return rows
+
+
+def against_base(rows: Sequence[Row]) -> list[Row]:
+    """Each row with the losses of the first of its arm to be compared with."""
+    first: dict[Any, Row] = {}
+    for row in rows:
+        first.setdefault(row.choice["arm"], row)
+    return [replace(row, base=None if (base := first[row.choice["arm"]]) is row else base.losses) for row in rows]
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     keys = list(dict.fromkeys(key for row in rows for key in row.choice))
-    lines = [f"| {' | '.join(keys)} | validation loss | s.e. | seeds |", "|" + "---|" * (len(keys) + 3)]
+    lines = [f"| {' | '.join(keys)} | validation loss | s.e. | against base | seeds |", "|" + "---|" * (len(keys) + 4)]
     for row in rows:
-        error = row.standard_error
+        error, difference = row.standard_error, row.difference
         cells = [str(row.choice.get(key, "")) for key in keys]
         cells += ["diverged" if math.isnan(row.mean) else f"{row.mean:.4f}", "" if error is None else f"{error:.4f}"]
+        cells += ["" if difference is None or math.isnan(difference) else f"{difference:+.4f}"]
         lines.append(f"| {' | '.join(cells)} | {len(row.losses)} |")
     return "\n".join(lines)

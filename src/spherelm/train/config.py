@@ -33,6 +33,7 @@ class TrainConfig:
     replicas). recompute: blocks keep only their input, and are computed again for the backward pass. timeout: seconds that
     processes wait for one another. on_bad_step: "stop" or "skip" an update whose loss or gradient is no number, or whose
     gradient norm is more than spike_factor times its running average (0: any is let through); at most skip_budget in a run.
+    stop_above: a validation loss after the start that is higher ends the run as diverged, `None` for no such limit.
     """
 
     steps: int
@@ -61,6 +62,7 @@ class TrainConfig:
     on_bad_step: str = "stop"
     skip_budget: int = 10
     spike_factor: float = 0.0
+    stop_above: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):

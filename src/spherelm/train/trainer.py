@@ -202,6 +202,9 @@ class Trainer:
             )
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss} at step {step}")
+        limit = self.config.train.stop_above
+        if limit is not None and step and loss > limit:
+            raise self._diverged(f"the validation loss {loss:.3f} at step {step} is above {limit:.3f}")
         by_source = {"loss_by_source": losses} if len(losses) > 1 else {}
         in_bits = bits_per_byte(loss, self.data.tokens_per_byte)
         self.metrics.write("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)

@@ -1,0 +1,59 @@
+"""How much a learning rate may be off: over which range an arm stays near its own best. Pure functions on final losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Tolerated:
+    """The peak learning rates from `low` to `high`, over which the final loss is within a tolerance of the best.
+
+    open_low, open_high: the loss was still within it at the lowest or highest rate that was tried: the range goes on there.
+    """
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+
+    @property
+    def times(self) -> float:
+        """The range as a factor: high / low."""
+        return self.high / self.low
+
+    def __str__(self) -> str:
+        least = "at least " if self.open_low or self.open_high else ""
+        return f"{least}{self.times:.3g}x ({self.low:.2g} to {self.high:.2g})"
+
+
+def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANCE) -> Tolerated | None:
+    """The range around the best of `points`, (peak learning rate, final loss), within `1 + tolerance` times its loss.
+
+    Between two rates the loss is interpolated linearly in the logarithm of the rate; up to one that diverged (a loss that is
+    not finite) nothing is known, and the range ends at the last one that did not. `None` for fewer than two finite losses.
+    """
+    ordered = sorted(points)
+    finite = [index for index, (_, loss) in enumerate(ordered) if math.isfinite(loss)]
+    if len(finite) < 2:
+        return None
+    best = min(finite, key=lambda index: ordered[index][1])
+    limit = (1 + tolerance) * ordered[best][1]
+    low, open_low = _edge(ordered[best::-1], limit)
+    high, open_high = _edge(ordered[best:], limit)
+    return Tolerated(low, high, open_low, open_high)
+
+
+def _edge(points: Sequence[tuple[float, float]], limit: float) -> tuple[float, bool]:
+    """How far one gets from the first of `points` until the loss crosses `limit`; and whether it never does."""
+    for (rate, loss), (next_rate, next_loss) in itertools.pairwise(points):
+        if not math.isfinite(next_loss):
+            return rate, False
+        if next_loss > limit:
+            return rate * (next_rate / rate) ** ((limit - loss) / (next_loss - loss)), False
+    return points[-1][0], True

@@ -1,0 +1,127 @@
+"""The page of a sweep: every choice against the base of its arm, and the curve of every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spherelm.analysis.sweep_plots import Curve, Panel, small_multiples
+from spherelm.compare.figures import Figure
+from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
+from spherelm.compare.record import read_run, standard_error
+from spherelm.compare.wording import NAMES
+from spherelm.train.record import command_line
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a sweep: what was chosen, its run directories, and their final validation losses, seed by seed.
+
+    losses: nats per token, NaN for a run that diverged. base: the losses of the first choice of the same arm, `None` where
+    this is it.
+    """
+
+    choice: Mapping[str, Any]
+    losses: Sequence[float]
+    runs: Sequence[str] = ()
+    base: Sequence[float] | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds; NaN if any seed diverged."""
+        return float(np.mean(self.losses))
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean over seeds; `None` for one seed."""
+        return standard_error(self.losses)
+
+    @property
+    def difference(self) -> float | None:
+        """The mean over seeds of this loss minus the base's with the same seed; `None` for the base itself."""
+        return None if self.base is None else float(np.mean(np.subtract(self.losses, self.base)))
+
+    @property
+    def difference_error(self) -> float | None:
+        """The standard error of `difference`, of seeds in pairs: what a seed does to both is not in it."""
+        return None if self.base is None else standard_error(np.subtract(self.losses, self.base).tolist())
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        derived = ("mean", "standard_error", "difference", "difference_error")
+        whole = {"choice": dict(self.choice), "losses": list(self.losses), "runs": list(self.runs)}
+        return {**whole, **{name: getattr(self, name) for name in derived}}
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """The keys in which the choices differ, the arm aside."""
+    keys = dict.fromkeys(key for row in rows for key in row.choice if key != "arm")
+    return [key for key in keys if len({json.dumps(row.choice.get(key)) for row in rows}) > 1]
+
+
+def label(row: Row, keys: Sequence[str]) -> str:
+    """What tells this choice from the others, in few words."""
+    values = [row.choice[key] for key in keys if key in row.choice]
+    named = [str(value) if isinstance(value, str) else f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+             for key, value in zip((key for key in keys if key in row.choice), values, strict=True)]  # fmt: skip
+    return ", ".join(named) or "the only choice"
+
+
+def write_page(rows: Sequence[Row], out: Path) -> None:
+    """Write `out/index.html` on the sweep in `out`; rows: best first, or in any other order that the table shall have."""
+    keys = varying(rows)
+    sections = [(f"Every run of {NAMES[arm]}", "", [figure]) for arm, figure in _figures(rows, keys, out)]
+    command = f"<section><h2>Reproduce</h2><pre><code>{escape(command_line())}</code></pre></section>"
+    body = f"<section><h2>All choices</h2>{_table(rows, keys)}</section>\n{figure_sections(sections)}\n{command}"
+    count = sum(len(row.losses) for row in rows)
+    page = plain_page("spherelm sweep", "How the choices ended", f"{len(rows)} choices, {count} runs", body)
+    (out / "index.html").write_text(page, encoding="utf-8")
+
+
+def _table(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    shown = []
+    for row in rows:
+        difference = "base" if row.base is None else _with_error(row.difference, row.difference_error, signed=True)
+        cells = [NAMES[str(row.choice["arm"])], *(str(row.choice.get(key, "")) for key in keys)]
+        diverged = sum(math.isnan(loss) for loss in row.losses)
+        end = f"{diverged} of {len(row.losses)} diverged" if diverged else _with_error(row.mean, row.standard_error)
+        shown.append((*cells, str(len(row.losses)), end, difference))
+    caption = (
+        "Final validation loss, nats per token: mean over seeds ± standard error, and the mean difference from the base, the "
+        "first choice of the arm, seed by seed. A run whose validation loss rises far above an untrained model's is stopped."
+    )
+    return plain_table(caption, ["Arm", *keys, "Seeds", "Final loss", "Against the base"], shown)
+
+
+def _with_error(value: float | None, error: float | None, signed: bool = False) -> str:
+    if value is None or math.isnan(value):
+        return "unknown"
+    return f"{value:{'+' if signed else ''}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _figures(rows: Sequence[Row], keys: Sequence[str], out: Path) -> list[tuple[str, Figure]]:
+    figures = []
+    for arm in dict.fromkeys(str(row.choice["arm"]) for row in rows):
+        own = [row for row in rows if row.choice["arm"] == arm]
+        base = next(row for row in own if row.base is None)
+        behind = [_curve(out / run) for run in base.runs]
+        panels = [
+            Panel(label(row, keys), arm, [_curve(out / run) for run in row.runs], () if row is base else behind)
+            for row in own
+        ]
+        title = f"Validation loss of every run of {NAMES[arm]}"
+        caption = f"A panel for each choice, a line for each seed; grey: the base ({label(base, keys)})."
+        figures.append((arm, Figure(small_multiples(panels, f"sweep-{arm}", title, caption), title, escape(caption))))
+    return figures
+
+
+def _curve(run: Path) -> Curve:
+    found = read_run(run)
+    return found.tokens, found.loss
