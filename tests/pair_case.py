@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import paper
 import torch
-from conftest import TINY, oracle_shape
 from torch import Tensor
 
 from spherelm.models import EncDecConfig, EncoderDecoder, NEncDecConfig, build
 
+TINY: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 16}
 ARMS = ("encdec", "nencdec")
 CONFIGS = {"encdec": EncDecConfig, "nencdec": NEncDecConfig}
 ORACLES = {"encdec": paper.encdec, "nencdec": paper.nencdec}
@@ -36,10 +36,15 @@ class PairCase:
     def forward(self) -> paper.Forward:
         return ORACLES[self.arm]
 
-    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    @property
+    def joined(self) -> Tensor:
+        """The source and behind it the target's tokens, as the loss takes them."""
+        return torch.cat((self.source, self.tokens), 1)
+
+    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``count`` different batches: the targets' positions rolled."""
         for i in range(count):
-            yield self.source, self.tokens.roll(i, 1), self.targets.roll(i, 1)
+            yield torch.cat((self.source, self.tokens.roll(i, 1)), 1), self.targets.roll(i, 1)
 
 
 def pair_config(arm: str, **fields: Any) -> EncDecConfig | NEncDecConfig:
@@ -75,5 +80,18 @@ def make_pair_case(arm: str, **fields: Any) -> PairCase:
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    shape = replace(oracle_shape(config), n_encoder_layers=config.n_encoder_layers or config.n_layers)
-    return PairCase(arm, model, weights, shape, source, tokens, targets)
+    return PairCase(arm, model, weights, pair_shape(config), source, tokens, targets)
+
+
+def pair_shape(config: EncDecConfig | NEncDecConfig) -> paper.Shape:
+    """What the oracle needs to know of ``config``."""
+    names = ("alpha", "s_qk", "s_u", "s_v", "s_z") if isinstance(config, NEncDecConfig) else ()
+    return paper.Shape(
+        config.n_layers,
+        config.d_model,
+        config.n_heads,
+        config.n_kv_heads or config.n_heads,
+        config.rope_base,
+        n_encoder_layers=config.n_encoder_layers or config.n_layers,
+        **{n: (getattr(config, f"{n}_init"), getattr(config, f"{n}_scale") or 0.0) for n in names},
+    )

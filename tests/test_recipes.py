@@ -84,9 +84,11 @@ def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
     assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
 
 
-@both_arms
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("recipe", WAYS)
+OF_PAIRS = {("encdec", "pairs", "default"), ("nencdec", "pairs", "default")}
+NAMED = sorted({(arm, p, r) for arm in tiny.ARMS for p in PRESETS if p != "pairs" for r in WAYS} | OF_PAIRS)
+
+
+@pytest.mark.parametrize(("arm", "preset", "recipe"), NAMED)
 def test_every_named_run_can_be_made_with_its_own_rate(arm: str, preset: str, recipe: str) -> None:
     size = PRESETS[preset]
     run = make_run(arm, preset, recipe, vocab_size=size.vocab_size or 4096)
@@ -130,7 +132,7 @@ def test_an_explicit_init_beats_the_recipes() -> None:
     ("arm", "preset", "recipe", "fields", "message"),
     [
         ("bert", "demo", "default", {}, "unknown arm 'bert': choose one of gpt, ngpt"),
-        ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, 0.5b-1k"),
+        ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, pairs, 0.5b-1k"),
         ("gpt", "demo", "secret", {}, "unknown recipe 'secret': choose one of default, paper"),
         ("gpt", "demo", "default", {"colour": "red", "zeal": 1}, "no field is called colour, zeal"),
         ("gpt", "demo", "default", {"alpha_init": 0.1}, "no field is called alpha_init"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spherelm.models import ARMS, is_normalized
+from spherelm.models import ARMS, EncoderDecoder, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, BaseShape, transfer
@@ -24,7 +24,8 @@ class Preset:
 
     rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
-    of the recipe "nugpt" was tuned, `None` for the preset's own.
+    of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
+    batch_size the pairs of an update.
     """
 
     n_layers: int
@@ -40,6 +41,7 @@ class Preset:
     compile: bool = True
     vocab_size: int | None = field(default=None)
     base: BaseShape | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
@@ -87,12 +89,13 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     GPT: the paper's 0.02 is the right spread of weights at 1024 channels; narrower models want it wider, so it goes with
     1/sqrt(d_model). nGPT: eigen learning rates start at the paper's 0.05 for 24 layers and higher for fewer, as
     1/sqrt(n_layers); the logits' scale starts at sqrt(d_model), since under Adam it cannot grow there in a short run; the
-    output embedding learns at half the rate.
+    output embedding learns at half the rate. Encoder-decoders: source and target share their input embedding.
     """
     choices = paper(arm, preset, steps)
+    own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
-        return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model)}, {}, choices.schedule)
-    model = {"s_z_init": math.sqrt(preset.d_model), "alpha_init": 0.05 * math.sqrt(24 / preset.n_layers)}
+        return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, {}, choices.schedule)
+    model = {**own, "s_z_init": math.sqrt(preset.d_model), "alpha_init": 0.05 * math.sqrt(24 / preset.n_layers)}
     return Choices(model, {"multipliers": RateMultipliers(output_embedding=0.5)}, choices.schedule)
 
 
@@ -104,7 +107,7 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
     default recipe. The rule for length stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and
     the batch size of the base. GPT has no such rules: it is the default recipe's.
     """
-    if arm == "gpt":
+    if not is_normalized(arm):
         return default(arm, preset, steps)
     base = preset.base or BaseShape(preset.d_model, preset.n_layers, preset.steps)
     rules = transfer(base, preset.d_model, preset.n_layers, steps)
@@ -121,12 +124,15 @@ def muon(arm: str, preset: Preset, steps: int) -> Choices:
     """The default recipe with Muon for block matrices, in both arms; their rate is a fixed multiple of Adam's, tuned here."""
     choices = default(arm, preset, steps)
     multipliers = choices.optim.get("multipliers", RateMultipliers())
-    optim = {"optimizer": "muon", "multipliers": dataclasses.replace(multipliers, matrix=MUON_TO_ADAM[arm])}
+    optim = {
+        "optimizer": "muon",
+        "multipliers": dataclasses.replace(multipliers, matrix=MUON_TO_ADAM[is_normalized(arm)]),
+    }
     return Choices(choices.model, {**choices.optim, **optim}, choices.schedule)
 
 
-MUON_TO_ADAM = {"gpt": 2.5, "ngpt": 4.0}
-"""Muon's rate over Adam's; on the sphere Muon's is an angle."""
+MUON_TO_ADAM = {False: 2.5, True: 4.0}
+"""Muon's rate over Adam's, for baselines and for normalized arms; on the sphere Muon's is an angle."""
 
 
 def training_ngpt(arm: str, preset: Preset, steps: int) -> Choices:
@@ -138,7 +144,7 @@ def training_ngpt(arm: str, preset: Preset, steps: int) -> Choices:
     """
     choices = default(arm, preset, steps)
     schedule = ScheduleConfig("log", warmup_steps=steps // 10, rho=0.1)
-    if arm == "gpt":
+    if not is_normalized(arm):
         return dataclasses.replace(choices, schedule=schedule)
     optim = {"optimizer": "gated_adamw", "eps": 1e-16, "eps_gate": 1e-8, "max_angle": 0.1, "angle_follows_lr": True}
     return Choices({**choices.model, "logit_preconditioning": 1.0}, {**choices.optim, **optim}, schedule)
@@ -178,7 +184,7 @@ def ablation(name: str) -> Recipe:
 
     def recipe(arm: str, preset: Preset, steps: int) -> Choices:
         choices = paper(arm, preset, steps)
-        if arm == "gpt":
+        if not is_normalized(arm):
             return choices
         fields = start_fields(*STARTS[name], preset.d_model) if name in STARTS else FIELDS[name]
         return dataclasses.replace(choices, model={**choices.model, **fields})
@@ -242,6 +248,22 @@ PRESETS: dict[str, Preset] = {
         compile=False,
         base=BaseShape(128, 4, 240),
     ),
+    "pairs": Preset(
+        n_layers=2,
+        d_model=128,
+        n_heads=4,
+        seq_len=64,
+        batch_size=32,
+        steps=1000,
+        rates={
+            ("default", "encdec"): 4e-3,
+            ("default", "nencdec"): 1.6e-2,
+        },
+        eval_every=100,
+        eval_windows=512,
+        compile=False,
+        label_smoothing=0.1,
+    ),
     "0.5b-1k": paper_size(24, 1024, 16, 1024),
     "0.5b-4k": paper_size(24, 1024, 16, 4096),
     "0.5b-8k": paper_size(24, 1024, 16, 8192),
@@ -286,7 +308,10 @@ def make_run(
     optim = {"lr": rate, **choices.optim, **_take(given, OptimConfig)}
     optim["multipliers"] = _multipliers(optim.get("multipliers", RateMultipliers()), given)
     train = {"steps": size.steps, "seq_len": size.seq_len, "batch_size": size.batch_size}
-    train |= {name: getattr(size, name) for name in ("micro_batch_size", "eval_every", "eval_windows", "compile")}
+    train |= {
+        name: getattr(size, name)
+        for name in ("micro_batch_size", "eval_every", "eval_windows", "compile", "label_smoothing")
+    }
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
     model = {"vocab_size": vocab_size or size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
     config = RunConfig(

@@ -41,7 +41,7 @@ def test_logits_loss_and_every_gradient(arm: str, name: str) -> None:
     pairs = (c.source, c.tokens)
     assert_near(c.model(*pairs), c.forward(c.weights, c.shape, pairs), 1e-12)
     loss, gradients = paper.loss_and_gradients(c.forward, c.weights, c.shape, pairs, c.targets)
-    ours = c.model.loss(c.source, c.tokens, c.targets)
+    ours = c.model.loss(c.joined, c.targets)
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
     parameters = dict(c.model.named_parameters())
@@ -54,8 +54,10 @@ def test_logits_loss_and_every_gradient(arm: str, name: str) -> None:
 def test_the_smoothed_loss(arm: str) -> None:
     c = make_pair_case(arm)
     wanted = paper.smoothed_cross_entropy(c.forward(c.weights, c.shape, (c.source, c.tokens)), c.targets, 0.1)
-    ours = c.model.loss(c.source, c.tokens, c.targets, smoothing=0.1)
-    assert ours.item() == pytest.approx(wanted.item(), rel=1e-13)
+    c.model.label_smoothing = 0.1
+    assert c.model.loss(c.joined, c.targets).item() == pytest.approx(wanted.item(), rel=1e-13)
+    plain = paper.cross_entropy(c.model(c.source, c.tokens), c.targets)
+    assert c.model.eval().loss(c.joined, c.targets).item() == pytest.approx(plain.item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -70,7 +72,8 @@ def test_training_is_the_oracles(arm: str, fields: dict[str, Any]) -> None:
         torch.nn.utils.clip_grad_norm_(c.model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    batches = (((source, tokens), targets) for source, tokens, targets in c.batches(10))
+    width = c.source.shape[1]
+    batches = (((tokens[:, :width], tokens[:, width:]), targets) for tokens, targets in c.batches(10))
     wanted, weights = paper.train(c.forward, c.weights, c.shape, batches, paper.paper_recipe(arm, LR))
     assert losses == pytest.approx(wanted, rel=1e-9)
     for name, p in c.model.named_parameters():

@@ -32,6 +32,7 @@ app.command(trained.export)
 app.command(data_app, name="data", help="Turn text into token shards.")
 app.command(import_app, name="import", help="Turn a checkpoint of another program into a run directory.")
 data_app.command(text.prepare)
+data_app.command(text.pairs)
 import_app.command(name="nvidia")(trained.import_nvidia)
 
 

@@ -1,4 +1,4 @@
-"""Commands that turn text into training data: `data prepare`."""
+"""Commands that turn text into training data: `data prepare`, `data pairs`."""
 
 from __future__ import annotations
 
@@ -51,3 +51,37 @@ def prepare(
     left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
     if deduplicate:
         print(f"{left_out:,} duplicates left out")
+
+
+def pairs(
+    source: Path,
+    target: Path,
+    val_source: Path,
+    val_target: Path,
+    out: Path,
+    vocab_size: int = 8000,
+    tokenizer: str | None = None,
+    max_tokens: int = 256,
+) -> None:
+    """Turn parallel text, a line a text and line i belonging to line i, into a data directory for encoder-decoders.
+
+    Args:
+        source: What is read; a text file of any name, also .gz, .xz, .zst.
+        target: What is to be written.
+        val_source: Validation texts to read.
+        val_target: Validation texts to write.
+        out: The data directory to make.
+        vocab_size: Entries of the BPE that is learned from both sides of the training pairs.
+        tokenizer: Instead of learning one: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
+        max_tokens: Training pairs with a longer side, its end token included, are left out.
+    """
+    from spherelm.data.pairs import PairFiles, prepare_pairs
+
+    train, val = PairFiles(source, target), PairFiles(val_source, val_target)
+    manifest = prepare_pairs(train, out, val, vocab_size=vocab_size, tokenizer=tokenizer, max_tokens=max_tokens)
+    for split, counts in manifest["splits"].items():
+        out_of = counts["left_out"]
+        print(
+            f"{split}: {counts['pairs']:,} pairs, {counts['source_tokens']:,} and {counts['target_tokens']:,} tokens, the "
+            f"longest text {counts['longest']}; left out: {out_of['blank']:,} blank, {out_of['too_long']:,} too long"
+        )

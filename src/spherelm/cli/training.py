@@ -88,7 +88,7 @@ def compare(
 
 
 def train(
-    arm: Literal["gpt", "ngpt"],
+    arm: Literal["gpt", "ngpt", "encdec", "nencdec"],
     out: Path,
     data: Path | None = None,
     preset: str = "demo",
@@ -114,7 +114,7 @@ def train(
     """Train one model.
 
     Args:
-        arm: The baseline (gpt) or the normalized Transformer (ngpt).
+        arm: The baseline (gpt) or the normalized Transformer (ngpt); encdec or nencdec for pairs of texts.
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
@@ -177,7 +177,7 @@ def describe(config: RunConfig, asked: DryRun) -> None:
 
 def sweep(
     out: Path,
-    arms: tuple[Literal["gpt", "ngpt"], ...] = ("gpt", "ngpt"),
+    arms: tuple[Literal["gpt", "ngpt", "encdec", "nencdec"], ...] = ("gpt", "ngpt"),
     lr: tuple[float, ...] = (),
     vary: tuple[str, ...] = (),
     preset: str = "demo",

@@ -233,6 +233,19 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
         raise _not_utf8(path, fed - waiting + error.start) from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of any name, which may be compressed, without what ends them; only a newline ends a line.
+
+    Raises FileNotFoundError, or DocumentError for a directory, damage, or what is not UTF-8.
+    """
+    if path.is_dir():
+        raise DocumentError(f"{path} is a directory: name a file with a text a line")
+    if not path.is_file():
+        raise FileNotFoundError(f"no input file {path}: check the path")
+    lines = "".join(text for text, _ in _decoded(path)).split("\n")
+    return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
 def _not_utf8(path: Path, offset: int) -> DocumentError:
     return DocumentError(
         f"{path} is not UTF-8 (byte {offset}): convert it, for example iconv -f LATIN1 -t UTF-8 {path.name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,14 +78,16 @@ def run_block(block: nn.Module, *inputs: object) -> Tensor:
 class Decoder(nn.Module):
     """What writes tokens from left to right: `embed`, `blocks`, and a read-out given by the subclass.
 
-    The hidden state is computed in `embed.compute_dtype`. What else a model reads besides the tokens before is its own
-    business: `loss` takes what a batch of its data holds, `conditioned` the prompts of a text that is to be written.
+    The hidden state is computed in `embed.compute_dtype`. What a model reads besides the tokens before is its own business:
+    `loss` takes a batch of the data that it is for, `conditioned` the prompts of texts that are to be written.
+    label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode there is none.
     """
 
     config: DecoderConfig
     embed: Embedding
     blocks: nn.ModuleList
     run: RunBlock
+    label_smoothing: float
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -126,8 +128,10 @@ class Decoder(nn.Module):
         return h
 
     @abstractmethod
-    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Mean cross-entropy in nats of the targets of a batch, the last of `args`, where -100 is ignored."""
+    def loss(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats of int64 `targets` [batch, seq], where -100 is ignored; logits are never held whole."""
 
     @abstractmethod
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
@@ -136,11 +140,9 @@ class Decoder(nn.Module):
         end_token: ends every text, `None` where the model needs to know of none.
         """
 
-    def read_loss(self, h: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model]; never holds all logits.
-
-        smoothing: as for `linear_cross_entropy`.
-        """
+    def read_loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model]."""
+        smoothing = self.label_smoothing if self.training else 0.0
         features, weight, pullback = self.readout(h)
         return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback, smoothing)
 
@@ -153,7 +155,7 @@ class Decoder(nn.Module):
         self.embed.compute_dtype = dtype
 
     def _remember_shape(self, config: DecoderConfig) -> None:
-        self.config, self.run = config, run_block
+        self.config, self.run, self.label_smoothing = config, run_block, 0.0
         self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
         self.rotary_table = ROPES[config.rope].table
 
@@ -166,20 +168,18 @@ class LanguageModel(Decoder):
         return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
 
     def loss(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        *,
-        smoothing: float = 0.0,
+        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole.
 
-        mask, positions: as for `trunk`. smoothing: as for `read_loss`.
+        mask, positions: as for `trunk`.
         """
-        return self.read_loss(self.trunk(self.embed(tokens), mask=mask, positions=positions), targets, smoothing)
+        return self.read_loss(self.trunk(self.embed(tokens), mask=mask, positions=positions), targets)
 
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
         """This model: it goes on from the prompts themselves."""
         return self, prompts
+
+    def repeated(self, count: int) -> LanguageModel:
+        """The model of a batch in which every row stands `count` times, one copy beside the other: the same for all rows."""
+        return self

@@ -70,19 +70,24 @@ class EncoderDecoder(Decoder):
         source: int64 [batch, source], negative where padded on the right; tokens: int64 [batch, target], from the token on that
         begins every target. With a cache the source is read again: to write a text, use `given`.
         """
-        h = self.trunk(self.embed(tokens), cache, context=(self.encoder(source),))
+        h = self.trunk(self.embed(tokens), cache, context=(self.encoder(source, self.run),))
         return read_logits(self.readout(h))
 
-    def loss(self, source: Tensor, tokens: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats of `targets` int64 [batch, target], -100 ignored; source, tokens: as for `forward`.
+    def loss(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats of `targets` int64 [batch, target], where -100 is ignored; logits are never held whole.
 
-        smoothing: as for `read_loss`.
+        tokens: int64 [batch, source + target], the source as for `forward` and behind it the tokens of the target, so that a
+        batch is two tensors as it is for a language model. mask, positions: of the target, as for `trunk`.
         """
-        return self.read_loss(self.trunk(self.embed(tokens), context=(self.encoder(source),)), targets, smoothing)
+        source, written = tokens.split((tokens.shape[1] - targets.shape[1], targets.shape[1]), dim=1)
+        h = self.trunk(self.embed(written), mask=mask, positions=positions, context=(self.encoder(source, self.run),))
+        return self.read_loss(h, targets)
 
     def given(self, source: Tensor) -> Conditioned:
         """The language model of the targets of `source` int64 [batch, source], row by row; it shares all weights."""
-        return Conditioned(self, self.encoder(source))
+        return Conditioned(self, self.encoder(source, self.run))
 
     @torch.no_grad()
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:

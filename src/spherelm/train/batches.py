@@ -17,12 +17,14 @@ from spherelm.data.documents import check_input, read_blocks
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.mixture import MixtureLoader, shares
+from spherelm.data.pair_loader import PairLoader, held_out_pairs
+from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.evaluate.perplexity import summed_loss
 from spherelm.layers.loss import IGNORED
-from spherelm.models import Decoder
+from spherelm.models import ARMS, Decoder, EncoderDecoder
 from spherelm.train.config import RunConfig
 from spherelm.train.parallel import Group
 
@@ -43,13 +45,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class RunData:
-    """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`."""
+    """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`.
+
+    tokens_per_update: where updates have another number of tokens than batch_size sequences of seq_len, that on average.
+    """
 
     loader: Batches
     held_out: tuple[HeldOut, ...]
     tokenizer: Tokenizer
     identity: dict[str, str]
     end_token: int | None = None
+    tokens_per_update: int | None = None
 
     @property
     def tokens_per_byte(self) -> float:
@@ -131,6 +137,9 @@ def vocabulary_size(data: str | None) -> int:
     spec = stream_spec(data or "")
     if spec is not None:
         return load_tokenizer(spec.tokenizer).vocab_size
+    if data is not None and holds_pairs(Path(data)):
+        size: int = read_pairs_manifest(Path(data))["tokenizer"]["vocab_size"]
+        return size
     return open_tokens(next(iter(sources_of(data))), "train").vocab_size
 
 
@@ -140,7 +149,12 @@ def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
     Raises `ValueError` or `FileNotFoundError` if it cannot be read or does not fit the model or the lengths asked for.
     """
     spec = stream_spec(config.data or "")
-    data = _open_stream(config, spec, rank, world_size) if spec else _open_directories(config, rank, world_size)
+    if issubclass(ARMS[config.arm][1], EncoderDecoder):
+        data = _open_pairs(config, rank, world_size)
+    elif config.data is not None and holds_pairs(Path(config.data)):
+        raise ValueError(f"{config.data} holds pairs, which {config.arm} does not read: give an arm with an encoder")
+    else:
+        data = _open_stream(config, spec, rank, world_size) if spec else _open_directories(config, rank, world_size)
     size = data.tokenizer.vocab_size
     if size > config.model.vocab_size:
         raise ValueError(f"{config.data or 'the text'} has {size} token ids, the model only {config.model.vocab_size}")
@@ -170,6 +184,35 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
             "tokenizer": texts[0].tokenizer_fingerprint,
         },
         end_token=texts[0].eos_id if train.mask_documents else None,
+    )
+
+
+def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
+    if config.data is None or not holds_pairs(Path(config.data)):
+        raise ValueError(
+            f"{config.arm} learns from pairs and {config.data or 'the shipped text'} holds none: make them with spherelm data "
+            "pairs and name them with --data"
+        )
+    directory, train = Path(config.data), config.train
+    if train.mask_documents:
+        raise ValueError("--mask-documents is for running text: pairs are apart anyway")
+    manifest, tokenizer = read_pairs_manifest(directory), load_tokenizer(directory)
+    longest = max(split["longest"] for split in manifest["splits"].values())
+    if longest > train.seq_len:
+        raise ValueError(
+            f"{directory} has texts of up to {longest} tokens, the run is for seq_len={train.seq_len}: give --seq-len "
+            f"{longest}, or prepare the pairs with --max-tokens {train.seq_len}"
+        )
+    pairs, val = (open_pairs(directory, split) for split in SPLITS)
+    held_out, counts = held_out_pairs(val, train.eval_windows, tokenizer.eos_id), manifest["splits"]["val"]
+    per_byte = (counts["target_tokens"] + counts["pairs"]) / counts["target_bytes"]
+    loader = PairLoader(pairs, tokenizer.eos_id, train.batch_size, train.seed, rank, world_size)
+    return RunData(
+        loader=loader,
+        held_out=(HeldOut(str(directory), 1.0, *held_out, per_byte),),
+        tokenizer=tokenizer,
+        identity={"train": pairs.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.fingerprint},
+        tokens_per_update=loader.tokens_per_update,
     )
 
 

@@ -34,6 +34,7 @@ class TrainConfig:
     processes wait for one another. on_bad_step: "stop" or "skip" an update whose loss or gradient is no number, or whose
     gradient norm is more than spike_factor times its running average (0: any is let through); at most skip_budget in a run.
     stop_above: a validation loss after the start that is higher ends the run as diverged, `None` for no such limit.
+    label_smoothing: the part of a target's probability that the training loss spreads over the vocabulary; validation has none.
     """
 
     steps: int
@@ -63,6 +64,7 @@ class TrainConfig:
     skip_budget: int = 10
     spike_factor: float = 0.0
     stop_above: float | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
@@ -80,6 +82,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if 0 < self.spike_factor <= 1:
             raise ValueError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
 

@@ -51,6 +51,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
         model.set_compute_dtype(resolve_dtype(train.dtype, self.device))
+        model.label_smoothing = train.label_smoothing
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim)
@@ -87,7 +88,7 @@ class Trainer:
     @property
     def tokens_per_step(self) -> int:
         """How many tokens an update sees."""
-        return self.config.train.seq_len * self.config.train.batch_size
+        return self.data.tokens_per_update or self.config.train.seq_len * self.config.train.batch_size
 
     def run(self, show_progress: bool = True) -> float:
         """Train to the last step and return the final validation loss in nats per token.

@@ -1,0 +1,82 @@
+"""Pairs as batches of similar length, a pure function of (seed, step, rank, world size) as all batches here.
+
+A batch is two tensors, as a language model's is: tokens int64 [pairs, source + target], the sources (padded on the right with
+`PADDING`) and behind them the targets' tokens, which begin with the end token; targets int64 [pairs, target], the same moved by
+one, which end with it, and -100 at padding. So `targets` says how wide the second part of `tokens` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spherelm.data.loader import Batch, StatelessBatches, check_share
+from spherelm.data.pairs import Pairs
+
+PADDING = -100
+"""Behind the end of a source, and of what is to be predicted."""
+
+
+class PairLoader(StatelessBatches):
+    """Batches of `batch_size` pairs, each pair once an epoch but for a rest that fills no batch, another one every epoch.
+
+    The pairs of a batch are about equally long, so that little is padded: an epoch draws a random order, sorts by length, which
+    leaves equally long ones in that order, cuts it into batches and shuffles these. `rank` of `world_size` gets every
+    `world_size`-th pair of a batch. Raises ValueError for fewer pairs than a batch or a batch that the processes cannot share.
+    """
+
+    def __init__(
+        self, pairs: Pairs, eos_id: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        check_share(batch_size, rank, world_size)
+        if len(pairs) < batch_size:
+            raise ValueError(f"there are {len(pairs)} training pairs, fewer than batch_size={batch_size}: lower it")
+        self.pairs, self.eos_id, self.batch_size, self.seed = pairs, eos_id, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.batches = len(pairs) // batch_size
+        source, target = pairs.lengths()
+        self._length = source + target
+        self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Target tokens of a batch, their ends among them, on average and rounded."""
+        return round(self.batch_size * (len(self.pairs.target) / len(self.pairs) + 1))
+
+    def batch(self, step: int) -> Batch:
+        """(tokens, targets) of `step` (from 0) for this rank."""
+        epoch, number = divmod(step, self.batches)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._draw(epoch)
+        return pair_batch(self.pairs, self._order[number][self.rank :: self.world_size], self.eos_id)
+
+    def _draw(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The pairs of each batch of an epoch: [batches, batch_size]."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.pairs))[: self.batches * self.batch_size]
+        order = order[np.argsort(self._length[order], kind="stable")].reshape(self.batches, self.batch_size)
+        random.shuffle(order)
+        return order
+
+
+def pair_batch(pairs: Pairs, rows: npt.NDArray[np.int64] | Sequence[int], eos_id: int) -> Batch:
+    """The pairs numbered `rows` as a batch, no wider than their longest source and target."""
+    read = [pairs.row(int(index)) for index in rows]
+    source = np.full((len(read), max(len(s) for s, _ in read) + 1), PADDING, dtype=np.int64)
+    written = np.full((len(read), max(len(t) for _, t in read) + 1), eos_id, dtype=np.int64)
+    targets = np.full_like(written, PADDING)
+    for i, (s, t) in enumerate(read):
+        source[i, : len(s)], source[i, len(s)] = s, eos_id
+        written[i, 1 : len(t) + 1] = t
+        targets[i, : len(t)], targets[i, len(t)] = t, eos_id
+    return torch.from_numpy(np.concatenate((source, written), axis=1)), torch.from_numpy(targets)
+
+
+def held_out_pairs(pairs: Pairs, count: int, eos_id: int) -> Batch:
+    """`count` validation pairs, or all there are, spread evenly over the file, in the order of their lengths, as a batch."""
+    rows = np.unique(np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(np.int64))
+    source, target = pairs.lengths()
+    return pair_batch(pairs, rows[np.argsort((source + target)[rows], kind="stable")], eos_id)

@@ -1,0 +1,102 @@
+"""Encoder-decoders through the trainer that language models go through: learning, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_pairs
+import torch
+from pair_case import ARMS
+
+from spherelm.layers.linear import departure
+from spherelm.models import EncoderDecoder
+from spherelm.train.checkpoint import load_model
+from spherelm.train.config import TrainConfig, read_config
+from spherelm.train.trainer import Trainer, train
+
+both_arms = pytest.mark.parametrize("arm", ARMS)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tiny_pairs.make_pairs(tmp_path)
+
+
+@both_arms
+def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = tiny_pairs.run_config(arm, data, steps=40, diagnose_every=20, label_smoothing=0.0)
+    loss = train(config, out, show_progress=False)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first = next(r for r in records if r["kind"] == "val")
+    assert loss < 0.75 * first["loss"]
+    tokens = [r["tokens"] for r in records if r["kind"] == "val"]
+    counts = json.loads((data / "pairs.json").read_text())["splits"]["train"]
+    assert tokens[-1] == 40 * round(4 * (counts["target_tokens"] / counts["pairs"] + 1))
+    model = load_model(out)
+    assert isinstance(model, EncoderDecoder)
+    assert model.encoder.embed is model.embed, "the default recipe shares source and target embeddings"
+    assert departure(model) < 1e-6
+    assert read_config(out / "config.json") == config
+
+
+@both_arms
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arm: str, data: Path, tmp_path: Path) -> None:
+    config = tiny_pairs.run_config(arm, data, steps=20, save_every=9)
+    train(config, tmp_path / "whole", show_progress=False)
+    train(config, tmp_path / "broken", show_progress=False)
+    checkpoints = sorted((tmp_path / "broken" / "checkpoints").iterdir())
+    for late in checkpoints[1:]:
+        for file in late.iterdir():
+            file.unlink()
+        late.rmdir()
+    train(config, tmp_path / "broken", resume=True, show_progress=False)
+    one, other = (dict(load_model(tmp_path / name).named_parameters()) for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
+
+
+@both_arms
+def test_labels_are_smoothed_in_training_and_not_in_validation(arm: str, data: Path, tmp_path: Path) -> None:
+    plain, smooth = (
+        Trainer(tiny_pairs.run_config(arm, data, label_smoothing=s), tmp_path / str(s)) for s in (0.0, 0.5)
+    )
+    assert plain._validation_losses() == smooth._validation_losses()
+    assert plain._gradients(0) != smooth._gradients(0)
+    for run in (plain, smooth):
+        run.metrics.close()
+    assert tiny_pairs.run_config(arm, data).train.label_smoothing == 0.1, "the preset's"
+
+
+def test_micro_batches_give_the_gradient_of_their_mean(data: Path, tmp_path: Path) -> None:
+    run = Trainer(tiny_pairs.run_config("nencdec", data, micro_batch_size=2, label_smoothing=0.0), tmp_path / "run")
+    loss = run._gradients(0)
+    tokens, targets = run.data.loader.batch(0)
+    losses = [run.model.loss(t, y).item() for t, y in zip(tokens.split(2), targets.split(2), strict=True)]
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+    run.metrics.close()
+
+
+def test_arms_and_data_must_belong_together(data: Path, tmp_path: Path) -> None:
+    text = tiny.make_data(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"encdec learns from pairs and .* holds none: make them with spherelm data pairs"
+    ):
+        Trainer(replace(tiny_pairs.run_config("encdec", data), data=str(text)), tmp_path / "a")
+    with pytest.raises(ValueError, match="holds pairs, which gpt does not read: give an arm with an encoder"):
+        Trainer(tiny.run_config("gpt", data), tmp_path / "b")
+    with pytest.raises(ValueError, match="has texts of up to 15 tokens, the run is for seq_len=12: give --seq-len 15"):
+        Trainer(tiny_pairs.run_config("encdec", data, seq_len=12), tmp_path / "c")
+    with pytest.raises(ValueError, match="pairs are apart anyway"):
+        Trainer(tiny_pairs.run_config("encdec", data, mask_documents=True), tmp_path / "d")
+    assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_bad_smoothing_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got"):
+        TrainConfig(1, 1, 1, label_smoothing=value)
