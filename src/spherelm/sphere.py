@@ -54,12 +54,20 @@ class _Step(torch.autograd.Function):
         h, target, alpha, inverse, out = ctx.saved_tensors
         grad_moved = _across(out, grad_outputs[0], -1) * inverse
         grad_target = grad_moved * alpha
-        grad_alpha = (grad_moved * (target - h)).sum_to_size(alpha.shape)
+        grad_alpha = _summed_to(grad_moved * (target - h), alpha.shape)
         return grad_moved - grad_target, grad_target, grad_alpha
 
 
 def _inverse_length(x: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(TINY).reciprocal()
+
+
+def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """`x.sum_to_size(shape)`; down to [d] as a product with ones: a compiled column sum on a CPU is ten times as slow."""
+    if shape != x.shape[-1:]:
+        return x.sum_to_size(shape)
+    rows = x.flatten(0, -2)
+    return rows.new_ones(1, len(rows)).mm(rows).squeeze(0)
 
 
 def _across(out: Tensor, g: Tensor, dim: int) -> Tensor:

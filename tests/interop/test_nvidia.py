@@ -747,7 +747,7 @@ def test_import_that_fails_half_way_leaves_nothing(
     def full(*arguments: Any, **settings: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(saved, "save_file", full)
+    monkeypatch.setattr(saved.CheckpointWriter, "_write", full)
     code, printed = command("import", "nvidia", save(their_content()), tmp_path / "run")
     assert (code, "No space left on device" in printed) == (2, True)
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,17 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from spherelm.layers.rope import MakeTable, interpolated, nvidia_table, rotary_table, rotate, yarn, yarn_temperature
+from spherelm.layers.rope import (
+    ROPES,
+    MakeTable,
+    interpolated,
+    nvidia_table,
+    rotary_table,
+    rotate,
+    yarn,
+    yarn_temperature,
+)
+from spherelm.sphere import norm
 
 
 @pytest.mark.parametrize("d_k", [2, 8, 10])
@@ -99,3 +109,12 @@ def test_interpolated_positions_are_the_trained_ones(table: MakeTable) -> None:
     stretched = interpolated(table, 4)(torch.arange(32.0, dtype=torch.float64), 8, 10000.0)
     for one, other in zip(trained, stretched, strict=True):
         assert torch.equal(one, other[::4])
+
+
+def test_nvidias_formula_of_directions_is_the_direction_of_its_vectors() -> None:
+    """Normalizing first changes nothing that is left when normalizing last: the formula is linear."""
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    for rope in ROPES.values():
+        table = rope.table(torch.arange(5.0, dtype=torch.float64), 8, 10000.0)
+        wanted = norm(rope.rotation(x, table))
+        torch.testing.assert_close(rope.unit_rotation(norm(x), table), wanted, rtol=1e-12, atol=1e-14)

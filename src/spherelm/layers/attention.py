@@ -92,7 +92,8 @@ class UnitAttention(nn.Module):
 
     Shapes as in `Attention`. Unit rows of `q`, `k`, `v`; unit columns of `o`. The softmax scale is sqrt(d_k). Both q and k
     carry `s_qk` [n_heads, d_k] in the paper; only the product counts, so it enters here once, squared, on q, which
-    spares a pass over k and gives each query head its own scale where heads share keys.
+    spares a pass over k and gives each query head its own scale where heads share keys. A rotation keeps lengths, so
+    `RoPE(Norm(x))` is `Norm(RoPE(x))`, and one pass over memory normalizes and rotates; `rotation` keeps unit vectors unit.
     """
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale, rotation: Rotation = rotate) -> None:
@@ -112,8 +113,8 @@ class UnitAttention(nn.Module):
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
-        q = self.unit(self.rotation(split_heads(self.q(h), self.n_heads), table))
-        k = self.unit(self.rotation(split_heads(self.k(h), self.n_kv_heads), table))
+        q = self.rotation(self.unit(split_heads(self.q(h), self.n_heads)), table)
+        k = self.rotation(self.unit(split_heads(self.k(h), self.n_kv_heads)), table)
         v = split_heads(self.v(h), self.n_kv_heads)
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         if cache is not None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spherelm.sphere import norm
+
 RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, each [seq, d_k/2] (or [batch, 1, seq, d_k/2] where sequences start at different positions)."""
 
@@ -71,15 +73,27 @@ def nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
     return torch.stack((-wide[..., 1::2] * cos, wide[..., ::2] * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
+def nvidia_rotate_unit(x: Tensor, table: RotaryTable) -> Tensor:
+    """`Norm(nvidia_rotate(x))`: of unit vectors, since the formula is linear, what it is of vectors of any length."""
+    return norm(nvidia_rotate(x, table))
+
+
 @dataclass(frozen=True)
 class Rope:
-    """A way to put positions into queries and keys: what is computed once a pass, and what is done with it."""
+    """A way to put positions into queries and keys: what is computed once a pass, and what is done with it.
+
+    unit_rotation: `Norm(rotation(x))` for x, or for Norm(x), which comes to the same.
+    """
 
     table: MakeTable
     rotation: Rotation
+    unit_rotation: Rotation
 
 
-ROPES = {"standard": Rope(rotary_table, rotate), "nvidia": Rope(nvidia_table, nvidia_rotate)}
+ROPES = {
+    "standard": Rope(rotary_table, rotate, rotate),
+    "nvidia": Rope(nvidia_table, nvidia_rotate, nvidia_rotate_unit),
+}
 """By the name that a config's field `rope` has."""
 
 
