@@ -15,13 +15,18 @@ import numpy as np
 from spherelm.analysis.length_plots import LengthLine, change_over_length
 from spherelm.analysis.svg import standalone
 
-ARMS, SEEDS = ("gpt", "ngpt"), range(3)
+ARMS = ("gpt", "ngpt")
 
 
 def ways(found: dict[str, Any]) -> list[str]:
-    """The ways to place positions that were measured for every run."""
-    names = dict.fromkeys(key.split(", ")[1] for key in found if key.endswith(", disjoint"))
-    return [way for way in names if all(f"{arm}-{seed}, {way}, disjoint" in found for arm in ARMS for seed in SEEDS)]
+    """The ways to place positions that were measured."""
+    return list(dict.fromkeys(key.split(", ")[1] for key in found if key.endswith(", disjoint")))
+
+
+def seeds(found: dict[str, Any]) -> list[int]:
+    """The seeds of which both arms were measured in every way."""
+    numbers = sorted({int(key.split(", ")[0].split("-")[1]) for key in found})
+    return [n for n in numbers if all(f"{arm}-{n}, {way}, disjoint" in found for arm in ARMS for way in ways(found))]
 
 
 def losses(found: dict[str, Any], arm: str, seed: int, way: str, windows: str = "disjoint") -> np.ndarray:
@@ -35,9 +40,9 @@ def table(found: dict[str, Any], lengths: list[int]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in ARMS:
         for way in ways(found):
-            values = np.stack([losses(found, arm, seed, way) for seed in SEEDS])
+            values = np.stack([losses(found, arm, seed, way) for seed in seeds(found)])
             changes = values[:, 1:] - values[:, :1]
-            spread = changes.std(axis=0, ddof=1) / np.sqrt(len(SEEDS))
+            spread = changes.std(axis=0, ddof=1) / np.sqrt(len(values))
             cells = [f"{mean:+.4f} ± {error:.4f}" for mean, error in zip(changes.mean(axis=0), spread, strict=True)]
             name = {"gpt": "GPT", "ngpt": "nGPT"}[arm]
             lines.append("| " + " | ".join([name, way, f"{values[:, 0].mean():.4f}", *cells]) + " |")
@@ -54,7 +59,7 @@ def main() -> None:
         LengthLine(
             arm,
             np.array(lengths, dtype=float),
-            [losses(found, arm, seed, way) - losses(found, arm, seed, "as trained")[0] for seed in SEEDS],
+            [losses(found, arm, seed, way) - losses(found, arm, seed, "as trained")[0] for seed in seeds(found)],
             way,
             look,
         )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from test_docs import PAGES, ROOT, exists, name_of
 import spherelm
 from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_optimizer, departure
 from spherelm.cli import main
+from spherelm.compare.cost import measure_cost
 from spherelm.compare.jobs import Job, do_job
 from spherelm.compare.record import ARMS as COMPARED
 from spherelm.data.documents import COMPRESSIONS, SUFFIXES
@@ -148,6 +150,7 @@ def test_every_block_runs(
     monkeypatch.chdir(tmp_path)
     for module in ("comparison", "sweep"):
         monkeypatch.setattr(f"spherelm.compare.{module}.run_jobs", run_jobs_here)
+    monkeypatch.setattr("spherelm.compare.comparison.measure_cost", partial(measure_cost, steps=1, warmup=1))
     write_inputs(tmp_path)
     commands = [words for kind, text in BLOCKS if kind == "sh" for words in commands_in(text)]
     commands.sort(key=lambda words: words[1] != "data")
