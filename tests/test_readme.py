@@ -120,6 +120,8 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.compare.ladder.write_ladder", lambda *rest: [])
     monkeypatch.setattr("spherelm.train.imported.import_nvidia", lambda *rest, **more: torch.nn.Linear(1, 1))
     monkeypatch.chdir(tmp_path)
+    if words[1] == "eval" and "--json" in words:
+        Path(words[words.index("--json") + 1]).parent.mkdir(parents=True, exist_ok=True)
     run_command(words)
 
 

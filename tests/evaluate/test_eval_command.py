@@ -121,6 +121,7 @@ def test_what_cannot_be_is_one_line(
     run = runs["ngpt"]
     cases = [
         ([run, "--perplexity", text, "--json", taken], "taken.json already exists: choose another --json"),
+        ([run, "--json", tmp_path / "no" / "a.json"], "no for --json: make it, or choose another"),
         ([run, "--lengths", "16"], "--lengths is for --perplexity: name text files there"),
         ([run, "--perplexity", text, "--lengths", "a,b"], "--lengths a,b must be whole numbers by commas"),
         ([run, "--perplexity", text, "--lengths", "24,64"], "lengths 24 does not divide 64"),

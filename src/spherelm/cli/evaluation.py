@@ -44,6 +44,8 @@ def eval_(
     """
     if json is not None and json.exists():
         raise FileExistsError(f"{json} already exists: choose another --json")
+    if json is not None and not json.parent.is_dir():
+        raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
     for flag, value in (("--lengths", lengths), ("--stride", stride), ("--rope-scaling", rope_scaling)):
         if value is not None and not perplexity:
             raise ValueError(f"{flag} is for --perplexity: name text files there")
