@@ -31,7 +31,9 @@ from spherelm.compare.record import ARMS as COMPARED
 from spherelm.data.documents import COMPRESSIONS, SUFFIXES
 from spherelm.data.prepare import prepare
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.evaluate.translation import translation_scores
 from spherelm.models import ARMS, EncDec, EncDecConfig, NEncDec, NEncDecConfig
+from spherelm.models.beam import BeamSettings, beam_search
 from spherelm.models.generate import generate
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
@@ -110,6 +112,8 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
+    monkeypatch.setattr("spherelm.train.samples.continues", lambda run: True)
+    monkeypatch.setattr("spherelm.train.evaluation.translation_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])
     monkeypatch.setattr("spherelm.train.export.export", lambda *rest, **more: None)
     monkeypatch.setattr("spherelm.train.evaluation.about", lambda *rest: {})
@@ -419,6 +423,15 @@ def tokenizers(row: Row) -> None:
 def generation(row: Row) -> None:
     prompt, model = tokens_and_targets()[0], small("ngpt")
     assert generate(model, prompt, 4, temperature=0.7, top_k=9, top_p=0.9, seed=0).shape == (2, 12)
+
+
+@check("Translation")
+def translation(row: Row) -> None:
+    model = small("nencdec")
+    found = beam_search(model, [[1, 2], [3]], 6, 256, BeamSettings(2))
+    scores = translation_scores(["a b c d"], [["a b c d"]])
+    assert [len(hypotheses) for hypotheses in found] == [2, 2]
+    assert {"bleu", "chrf", "word_error_rate"} < scores.keys()
 
 
 @check("Number formats for inference")

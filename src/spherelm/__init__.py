@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spherelm.layers.linear import departure, retract
-    from spherelm.models import GPT, NGPT, GPTConfig, NGPTConfig, build
+    from spherelm.models import (
+        GPT,
+        NGPT,
+        EncDec,
+        EncDecConfig,
+        GPTConfig,
+        NEncDec,
+        NEncDecConfig,
+        NGPTConfig,
+        build,
+    )
     from spherelm.models.generate import generate
     from spherelm.optim import OptimConfig, attach_retraction, build_optimizer
     from spherelm.train.checkpoint import load_model
@@ -20,7 +30,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "NGPT",
+    "EncDec",
+    "EncDecConfig",
     "GPTConfig",
+    "NEncDec",
+    "NEncDecConfig",
     "NGPTConfig",
     "OptimConfig",
     "attach_retraction",
@@ -33,7 +47,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EncDec": "spherelm.models",
+    "EncDecConfig": "spherelm.models",
     "GPT": "spherelm.models",
+    "NEncDec": "spherelm.models",
+    "NEncDecConfig": "spherelm.models",
     "NGPT": "spherelm.models",
     "GPTConfig": "spherelm.models",
     "NGPTConfig": "spherelm.models",

@@ -254,10 +254,10 @@ PRESETS: dict[str, Preset] = {
         n_heads=4,
         seq_len=64,
         batch_size=32,
-        steps=1000,
+        steps=600,
         rates={
             ("default", "encdec"): 4e-3,
-            ("default", "nencdec"): 1.6e-2,
+            ("default", "nencdec"): 1e-2,
         },
         eval_every=100,
         eval_windows=512,

@@ -7,6 +7,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from spherelm.cli.flags import Translation, TranslationFlags
+
 
 def eval_(
     run: Positional[Path],
@@ -22,13 +24,14 @@ def eval_(
     bins: int = 16,
     rope_base: float | None = None,
     rope_scaling: str | None = None,
+    texts: TranslationFlags = Translation(),
     json: Path | None = None,
 ) -> None:
-    """Score a run on downstream tasks, by EleutherAI's evaluation harness, or its perplexity on texts at several lengths.
+    """Score a run on tasks of the evaluation harness, its perplexity on texts at several lengths, or what it translates.
 
     Args:
         run: A run directory, or one of its checkpoints.
-        tasks: Tasks of the harness by commas; the paper's five if left out, or none beside --perplexity.
+        tasks: Tasks of the harness by commas; the paper's five if left out, or none beside --perplexity and --translate.
         task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
         limit: Documents of each task, the first ones; all if left out.
         few_shot: Examples before each document.
@@ -52,16 +55,29 @@ def eval_(
     from spherelm.train.evaluation import about
     from spherelm.train.record import write_json
 
-    results: dict[str, Any] = {}
+    results = translated(run, texts)
     if perplexity:
         results["perplexity"] = measured(
             run, perplexity, lengths, stride, document_tokens, bins, rope_base, rope_scaling
         )
-    if tasks is not None or not perplexity:
+    if tasks is not None or not (perplexity or results):
         results |= scored(run, tasks, task_data, limit, few_shot, batch_size)
     if json is not None:
         write_json(json, about(run) | results)
     print("\n\n".join(tables(results)))
+
+
+def translated(run: Path, texts: Translation) -> dict[str, Any]:
+    """The scores of translations, under that name; nothing where none are asked for."""
+    if (texts.translate is None) != (not texts.reference):
+        raise ValueError("--translate and --reference belong together: give both")
+    if texts.translate is None:
+        return {}
+    from spherelm.models.beam import BeamSettings
+    from spherelm.train.evaluation import translation_of_run
+
+    settings = BeamSettings(texts.beams, texts.length_penalty)
+    return {"translation": translation_of_run(run, texts.translate, texts.reference, settings, texts.write)}
 
 
 def measured(
@@ -106,6 +122,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def tables(results: dict[str, Any]) -> list[str]:
     """What was found, to be read."""
     found = [length_table(results["perplexity"])] if "perplexity" in results else []
+    found += [translation_table(results["translation"])] if "translation" in results else []
     return found + ([task_table(results)] if "tasks" in results else [])
 
 
@@ -118,6 +135,18 @@ def task_table(results: dict[str, Any]) -> str:
             lines.append(f"{name:<24} {metric:<12} {pair(score)} {number(chance, 7, 3)} {record['documents']:>10,}")
     for metric, score in results.get("average", {}).items():
         lines.append(f"{'average of the five':<24} {metric:<12} {pair(score)}")
+    return "\n".join(lines)
+
+
+def translation_table(found: dict[str, Any]) -> str:
+    """A line for each score, under what was scored."""
+    search = f"{found['beams']} beams, length penalty {found['length_penalty']:g}"
+    lines = [f"{found['texts']:,} texts of {found['source']}; {search}; intervals of 95 % over texts"]
+    for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+        score = found[name]
+        lines.append(f"{label:<16} {score['value']:>7.2f} ± {score['interval']:.2f}  {score['signature']}")
+    for name in ("word_error_rate", "text_error_rate"):
+        lines.append(f"{name.replace('_', ' '):<16} {100 * found[name]:>7.2f} %")
     return "\n".join(lines)
 
 

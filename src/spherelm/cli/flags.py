@@ -115,10 +115,44 @@ class TrainingTasks:
     eval_limit: int | None = None
 
 
+@dataclass(frozen=True)
+class BeamSearch:
+    """A search instead of a draw.
+
+    Attributes:
+        beams: Search for the most probable texts with so many at a time, instead of drawing; then --samples are the best.
+        length_penalty: Of that search: a text counts as its log probability over its length to this power.
+    """
+
+    beams: int | None = None
+    length_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Texts that a run shall write and what they are compared with.
+
+    Attributes:
+        translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
+        reference: Files of what should be written, a line for each line of --translate.
+        write: A file to be made of what was written.
+        beams: Texts that are pursued at a time.
+        length_penalty: A text counts as its log probability over its length to this power.
+    """
+
+    translate: Path | None = None
+    reference: tuple[Path, ...] = ()
+    write: Path | None = None
+    beams: int = 5
+    length_penalty: float = 1.0
+
+
 DryRunFlags = Annotated[DryRun, OmitArgPrefixes]
 LogFlags = Annotated[Logs, OmitArgPrefixes]
 TaskFlags = Annotated[TrainingTasks, OmitArgPrefixes]
 SpreadFlags = Annotated[Spreading, OmitArgPrefixes]
 RhythmFlags = Annotated[Rhythm, OmitArgPrefixes]
 BadStepFlags = Annotated[BadSteps, OmitArgPrefixes]
+TranslationFlags = Annotated[Translation, OmitArgPrefixes]
+BeamFlags = Annotated[BeamSearch, OmitArgPrefixes]
 """Flags that stand among a command's own."""

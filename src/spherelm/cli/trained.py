@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from spherelm.cli.flags import Flag
+from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
 
 if TYPE_CHECKING:
     from spherelm.train.samples import Conversation
@@ -54,10 +54,13 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     window: Flag = False,
+    search: BeamFlags = BeamSearch(),
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     json: Flag = False,
 ) -> None:
-    """Continue a text, many texts, or one in turn with you. Give one of --prompt, --prompts, --interactive.
+    """Continue a text, many texts, or one in turn with you; an encoder-decoder reads a text and writes another.
+
+    Give one of --prompt, --prompts, --interactive.
 
     Args:
         run: A run directory, or one of its checkpoints.
@@ -83,6 +86,7 @@ def generate(
         raise ValueError("--interactive writes one plain text: leave out --json and --samples")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    from spherelm.models.beam import BeamSettings
     from spherelm.train import samples as texts
 
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -90,15 +94,30 @@ def generate(
     if interactive:
         converse(texts.Conversation(run, precision=dtype, **settings), max_new_tokens)
         return
+    if search.beams is not None:
+        settings["beams"] = BeamSettings(search.beams, search.length_penalty)
     given = texts.read_prompts(prompts) if prompts is not None else [prompt or ""]
-    alone = len(given) * samples == 1 and not json
-    if alone:
-        settings["write"] = Writer(given[0]).write
-    written = texts.continuations(run, given, samples, max_new_tokens, precision=dtype, **settings)
-    if alone:
+    write_texts(run, given, samples, max_new_tokens, json, precision=dtype, **settings)
+
+
+def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, as_json: bool, **settings: Any) -> None:
+    """Print the texts that `continuations` gives: one as it comes, several in full, with --- between those that go on."""
+    from spherelm.train.samples import continuations, continues
+
+    goes_on = continues(run)
+    asked = [(prompt, i) for prompt in given for i in range(samples)]
+    if len(asked) == 1 and not as_json:
+        continuations(run, given, 1, max_new_tokens, write=Writer(given[0] if goes_on else "").write, **settings)
         print()
-    else:
-        show([(begin, i) for begin in given for i in range(samples)], written, seed, json)
+        return
+    written = continuations(run, given, samples, max_new_tokens, **settings)
+    if not as_json:
+        whole = [prompt + text if goes_on else text for (prompt, _), text in zip(asked, written, strict=False)]
+        print(("\n---\n" if goes_on else "\n").join(whole))
+        return
+    for i, ((prompt, sample), text) in enumerate(zip(asked, written, strict=False)):
+        record = {"prompt": prompt, "sample": sample, "seed": settings["seed"] + i, "text": text}
+        print(encode_json(record, ensure_ascii=False))
 
 
 class Writer:
@@ -111,16 +130,6 @@ class Writer:
         """Write `piece` at once."""
         print(self.before + piece, end="", flush=True)
         self.before = ""
-
-
-def show(asked: list[tuple[str, int]], written: list[str], seed: int, as_json: bool) -> None:
-    """Print finished texts, asked for as (prompt, sample): one JSON object a line, or plain text with --- in between."""
-    if not as_json:
-        print("\n---\n".join(prompt + text for (prompt, _), text in zip(asked, written, strict=False)))
-        return
-    for i, ((prompt, sample), text) in enumerate(zip(asked, written, strict=False)):
-        record = {"prompt": prompt, "sample": sample, "seed": seed + i, "text": text}
-        print(encode_json(record, ensure_ascii=False))
 
 
 def converse(text: Conversation, max_new_tokens: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,11 @@ class Decoder(nn.Module):
 
     The hidden state is computed in `embed.compute_dtype`. What a model reads besides the tokens before is its own business:
     `loss` takes a batch of the data that it is for, `conditioned` the prompts of texts that are to be written.
+    continues: whether the texts that it writes begin with their prompts.
     label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode there is none.
     """
 
+    continues: ClassVar[bool]
     config: DecoderConfig
     embed: Embedding
     blocks: nn.ModuleList
@@ -140,6 +142,10 @@ class Decoder(nn.Module):
         end_token: ends every text, `None` where the model needs to know of none.
         """
 
+    @abstractmethod
+    def places(self, prompt: Sequence[int]) -> int:
+        """How many of the max_seq_len positions of a text its prompt takes; `ValueError` for a prompt that cannot be read."""
+
     def read_loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model]."""
         smoothing = self.label_smoothing if self.training else 0.0
@@ -163,6 +169,8 @@ class Decoder(nn.Module):
 class LanguageModel(Decoder):
     """A causal language model: int64 tokens [batch, seq] -> logits [batch, seq, vocab] of every next token."""
 
+    continues = True
+
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
         return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
@@ -179,6 +187,10 @@ class LanguageModel(Decoder):
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
         """This model: it goes on from the prompts themselves."""
         return self, prompts
+
+    def places(self, prompt: Sequence[int]) -> int:
+        """All of its tokens."""
+        return len(prompt)
 
     def repeated(self, count: int) -> LanguageModel:
         """The model of a batch in which every row stands `count` times, one copy beside the other: the same for all rows."""

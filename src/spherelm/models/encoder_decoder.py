@@ -6,7 +6,7 @@ p(y | x): `given` returns it as one, so that whatever reads or writes with a lan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -62,6 +62,7 @@ class Encoder(nn.Module):
 class EncoderDecoder(Decoder):
     """An `encoder`, and a decoder whose blocks attend to what it made of the source."""
 
+    continues = False
     encoder: Encoder
 
     def forward(self, source: Tensor, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -96,6 +97,15 @@ class EncoderDecoder(Decoder):
             raise ValueError("an encoder-decoder begins and ends its targets with the end token: give eos_id")
         source = padded([[*prompt, end_token] for prompt in prompts], self.embed.weight.device)
         return self.given(source), [[end_token] for _ in prompts]
+
+    def places(self, prompt: Sequence[int]) -> int:
+        """One, for the token that begins the target: the prompt is the source, which has max_seq_len positions of its own."""
+        limit = self.config.max_seq_len
+        if len(prompt) + 1 > limit:
+            raise ValueError(
+                f"a text to read has {len(prompt)} tokens and its end, the model's max_seq_len is {limit}: cut it up"
+            )
+        return 1
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         self.embed.compute_dtype = self.encoder.embed.compute_dtype = dtype

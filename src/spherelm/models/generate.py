@@ -42,7 +42,8 @@ def stream(
     seeds = row_seeds(seed, len(prompts))
     if fold and max_new_tokens > 0:
         model = for_inference(model)
-    return _steps(Continuation(model, prompts, sampling or Sampling(), seeds, window), max_new_tokens, eos_id)
+    ready, rows = model.conditioned(prompts, eos_id)
+    return _steps(Continuation(ready, rows, sampling or Sampling(), seeds, window), max_new_tokens, eos_id)
 
 
 def _steps(continuation: Continuation, max_new_tokens: int, eos_id: int | None) -> Iterator[Tensor]:
@@ -74,7 +75,8 @@ def generate(
 ) -> Prompt:
     """Continue every row of `prompt` by up to `max_new_tokens` tokens, each row as if it were alone.
 
-    prompt: int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. temperature (0 is greedy), top_k,
+    prompt: int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an encoder-decoder the rows are the
+    sources, without an end, and what is continued is `eos_id`, which it needs. temperature (0 is greedy), top_k,
     top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or with
     seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id` is filled with it;
     generation ends when all have. window: go on past the model's max_seq_len as `Continuation` says. fold: compute with
@@ -86,11 +88,14 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if isinstance(prompt, Tensor) and (prompt.ndim != 2 or prompt.shape[1] < 1):
         raise ValueError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
-    rows: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-    steps = stream(model, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
+    given: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    check(model, given, max_new_tokens, window)
+    ready, rows = model.conditioned(given, eos_id)
+    steps = stream(ready, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
     new: list[Tensor] = list(steps)
     if isinstance(prompt, Tensor):
-        return torch.cat((prompt, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
+        begun = torch.tensor(rows, device=prompt.device)
+        return torch.cat((begun, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
     columns = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
     return lengthened(rows, columns, eos_id)
 
@@ -128,9 +133,10 @@ def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False)
             raise ValueError(
                 f"a prompt holds tokens from {min(row)} to {max(row)}, the model has 0 to {vocab_size - 1}"
             )
-        if max_new_tokens < 0 or (len(row) + max_new_tokens > limit and not window):
+        taken = model.places(row)
+        if max_new_tokens < 0 or (taken + max_new_tokens > limit and not window):
             raise ValueError(
-                f"{len(row)} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
-                f"max_seq_len={limit}: ask for 0 to {max(0, limit - len(row))} new tokens or shorten the prompt, "
+                f"{taken} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+                f"max_seq_len={limit}: ask for 0 to {max(0, limit - taken)} new tokens or shorten the prompt, "
                 "or let the window slide (window=True, --window)"
             )

@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spherelm.data.documents import read_lines
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
+from spherelm.evaluate.translation import check_references, translation_scores
 from spherelm.models import Decoder, arm_of
+from spherelm.models.beam import BeamSettings
 from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
 from spherelm.train.config import TrainConfig, read_config
 from spherelm.train.export import checkpoint_of, tokenizer_definition
 from spherelm.train.precision import best_device
 from spherelm.train.record import command_line, versions
+from spherelm.train.samples import encode_prompt, load_for_inference, searched
 
 AS_TRAINED, NO_LIMIT = Positions(), 10**9
 
@@ -83,6 +87,34 @@ def perplexity_of_run(
     place(model, positions, trained)
     found = perplexity_by_length(model, read_documents(files, load_tokenizer(run_directory(run)), plan.needed), plan)
     return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
+
+
+def translation_of_run(
+    run: Path, source: Path, references: Sequence[Path], beams: BeamSettings, written: Path | None = None
+) -> dict[str, Any]:
+    """The result of `translation_scores` for what a run writes, by beam search, for every line of `source`.
+
+    references: files of as many lines. written: a file to be made, of the texts written, one a line. Each may be as long as the
+    model allows. Raises as `continuations` and `translation_scores` do, the latter before anything is written.
+    """
+    texts, wanted = read_lines(source), [read_lines(path) for path in references]
+    check_references(texts, wanted)
+    if written is not None and written.exists():
+        raise FileExistsError(f"{written} already exists: choose another --write")
+    model, tokenizer = load_for_inference(run)
+    model.to(best_device())
+    prompts = [encode_prompt(tokenizer, text, f"line {i} of {source}") for i, text in enumerate(texts, 1)]
+    room = model.config.max_seq_len - max(model.places(prompt) for prompt in prompts)
+    found = [clean(text) for text in searched(model, tokenizer, prompts, 1, room, beams)]
+    if written is not None:
+        written.write_text("".join(f"{text}\n" for text in found), encoding="utf-8")
+    about_search = {"source": str(source), "references": [str(path) for path in references], **vars(beams)}
+    return {**about_search, **translation_scores(found, wanted)}
+
+
+def clean(text: str) -> str:
+    """A text on one line, without white space around it."""
+    return " ".join(text.split())
 
 
 def task_scorer(train: TrainConfig, tokenizer: Tokenizer) -> Callable[[Decoder], dict[str, Any]] | None:

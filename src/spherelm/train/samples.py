@@ -13,11 +13,14 @@ import torch
 from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.layers.linear import departure
+from spherelm.models import ARMS
+from spherelm.models.beam import BeamSettings, beam_search
 from spherelm.models.continuation import Continuation
-from spherelm.models.decoder import Decoder
+from spherelm.models.decoder import Decoder, Rows
 from spherelm.models.generate import check, for_inference, row_seeds, stream
 from spherelm.models.sampling import Sampling
 from spherelm.train.checkpoint import NAME, load_model
+from spherelm.train.config import read_config
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 """What the weights of a loaded model may be."""
@@ -37,10 +40,13 @@ def continuations(
     window: bool = False,
     write: Callable[[str], None] | None = None,
     precision: str = "float32",
+    beams: BeamSettings | None = None,
     **settings: Any,
 ) -> list[str]:
     """`count` texts by which the model of `run` (a run directory or a checkpoint) continues each prompt, prompt by prompt.
 
+    An encoder-decoder's prompts are what it reads, its texts whole: see `continues`. beams: the best `count` texts that a beam
+    search finds, instead of drawn ones; neither seed nor settings count then, and write is given whole texts.
     settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be alone.
     A text ends where the model ends the document, and before the first `stop` string. window: as for `Continuation`. write: is
     given every piece of text that is certain, as soon as it is, of one text after the other. precision: as for
@@ -59,16 +65,48 @@ def continuations(
     ]
     rows = [ids for ids in encoded for _ in range(count)]
     check(model, rows, max_new_tokens, window)
+    if beams is not None:
+        return searched(model, tokenizer, encoded, count, max_new_tokens, beams, stop, write)
     seeds, size = row_seeds(seed, len(rows)), BATCH if write is None else 1
     texts: list[str] = []
     for i in range(0, len(rows), size):
         batch = rows[i : i + size]
-        streams = [TextStream(tokenizer.decode, row, stop) for row in batch]
+        ready, begun = model.conditioned(batch, tokenizer.eos_id)
+        streams = [TextStream(tokenizer.decode, row, stop) for row in begun]
         steps = stream(
-            model, batch, max_new_tokens, sampling, seed=seeds[i : i + size], eos_id=tokenizer.eos_id, window=window
+            ready, begun, max_new_tokens, sampling, seed=seeds[i : i + size], eos_id=tokenizer.eos_id, window=window
         )
         texts += collect((step.tolist() for step in steps), streams, tokenizer.eos_id, write)
     return texts
+
+
+def searched(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Rows,
+    count: int,
+    max_new_tokens: int,
+    beams: BeamSettings,
+    stop: Sequence[str] = (),
+    write: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The `count` best texts of a beam search for each prompt, as `continuations` has them."""
+    if count > beams.beams:
+        raise ValueError(f"{beams.beams} beams find no {count} texts: ask for at most as many samples as beams")
+    texts = []
+    found = beam_search(model, prompts, max_new_tokens, tokenizer.eos_id, beams)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        read = list(prompt) if model.continues else []
+        for hypothesis in hypotheses[:count]:
+            steps = ([token] for token in hypothesis.tokens)
+            texts += collect(steps, [TextStream(tokenizer.decode, read, stop)], tokenizer.eos_id, write)
+    return texts
+
+
+def continues(run: Path) -> bool:
+    """Whether the texts of a run's model begin with their prompts, as a language model's do and a translation does not."""
+    directory = run.parent.parent if NAME.fullmatch(run.name) else run
+    return ARMS[read_config(directory / "config.json").arm][1].continues
 
 
 def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, Tokenizer]:
@@ -167,6 +205,10 @@ class Conversation:
         self._sampling, self._stop, self._seed, self._window = Sampling(**settings), tuple(stop), seed, window
         TextStream(lambda tokens: "", stops=stop)
         self._model, self._tokenizer = load_for_inference(run, precision)
+        if not self._model.continues:
+            raise ValueError(
+                f"{run} holds an encoder-decoder, which writes one text for one: give --prompt or --prompts"
+            )
         self._text: Continuation | None = None
 
     @property
