@@ -61,6 +61,34 @@ def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Prese
     return Preset(n_layers, d_model, n_heads, context, 512, steps, rates, 8, 1000, vocab_size=32000, base=base)
 
 
+SMALLEST = BaseShape(64, 4, 320)
+"""Where the rates of the small sizes were tuned (docs/evidence.md): 262 thousand block parameters, 328 thousand tokens."""
+
+RATES_OF_SMALLEST = {
+    ("default", "gpt"): 8e-3,
+    ("default", "ngpt"): 2e-2,
+    ("paper", "gpt"): 8e-3,
+    ("paper", "ngpt"): 4e-2,
+    ("muon", "gpt"): 8e-3,
+    ("muon", "ngpt"): 1.4e-2,
+    ("training-ngpt", "gpt"): 8e-3,
+    ("training-ngpt", "ngpt"): 2e-2,
+}
+
+
+def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
+    """A size of the ladder in docs/evidence.md: heads of 64, 1024 tokens an update, 5 tokens for each block parameter.
+
+    Rates are carried over from `SMALLEST` with (width ratio)^(-3/4) (length ratio)^(-1/3), a rule that is nuGPT's for block
+    matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none.
+    """
+    steps = round(5 * 16 * n_layers * d_model**2 / 1024)
+    ratio = (d_model / SMALLEST.d_model) ** -0.75 * (steps / SMALLEST.steps) ** (-1 / 3)
+    rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
+    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["default", "ngpt"]
+    return Preset(n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST)
+
+
 @dataclass(frozen=True)
 class Choices:
     """What a recipe decides for one arm at one size and length: fields of the model's config, optimizer and schedule."""
@@ -219,7 +247,7 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
     """The peak learning rate that was tuned for this; where a recipe changes nothing that it hangs on, another's."""
     if recipe in ABLATIONS:
         recipe = "paper"
-    elif arm == "gpt" and recipe == "nugpt":
+    elif recipe == "nugpt" and not is_normalized(arm):
         recipe = "default"
     return preset.rates.get((recipe, arm))
 
@@ -264,6 +292,10 @@ PRESETS: dict[str, Preset] = {
         compile=False,
         label_smoothing=0.1,
     ),
+    "0.3m": small_size(4, 64, 1),
+    "1m": small_size(4, 128, 2),
+    "4m": small_size(6, 192, 3),
+    "12m": small_size(7, 320, 5),
     "0.5b-1k": paper_size(24, 1024, 16, 1024),
     "0.5b-4k": paper_size(24, 1024, 16, 4096),
     "0.5b-8k": paper_size(24, 1024, 16, 8192),

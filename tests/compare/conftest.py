@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from spherelm.compare import comparison, sweep
+from spherelm.compare import comparison, evidence, sweep
 from spherelm.compare.jobs import Job, do_job
 from spherelm.recipes import PRESETS
 
@@ -30,4 +30,5 @@ def jobs_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(PRESETS, "tiny", tiny.PRESET)
     monkeypatch.setattr(comparison, "run_jobs", run_here)
     monkeypatch.setattr(sweep, "run_jobs", run_here)
+    monkeypatch.setattr(evidence, "run_jobs", run_here)
     return done

@@ -212,3 +212,35 @@ def sweep(
     axes |= {} if steps is None else {"steps": (steps,)}
     rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
     print(table(rows))
+
+
+def evidence(
+    out: Path,
+    data: Path,
+    test: Path,
+    sizes: tuple[str, ...] = ("0.3m",),
+    contexts: tuple[int, ...] = (256,),
+    budgets: tuple[float, ...] = (5.0, 10.0),
+    contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon"),
+    seeds: int = 3,
+    workers: int | None = None,
+    minutes: float | None = None,
+) -> None:
+    """Measure how many tokens nGPT saves over sizes, contexts and budgets, every contender tuned at each; resumable.
+
+    Args:
+        out: Directory for the runs and evidence.json; the same command again goes on with it.
+        data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.
+        test: Data directory made with the same tokenizer, whose validation text is used at the end only.
+        sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
+        contexts: Tokens a sequence; an update has 1024 tokens at each.
+        budgets: Tokens for each block parameter.
+        contenders: Among gpt-adamw, gpt-muon, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
+        seeds: Runs at the learning rate that was found.
+        workers: Runs at once; one a core if left out.
+        minutes: Save what is under way and stop after so long; no limit if left out.
+    """
+    from spherelm.compare.evidence import Grid, climb, table
+
+    grid = Grid(str(data), str(test), sizes, contexts, budgets, contenders, seeds)
+    print(table(climb(grid, out, workers, minutes)))

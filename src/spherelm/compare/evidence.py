@@ -1,0 +1,348 @@
+"""`spherelm evidence`: how many tokens each way of training saves, over sizes, contexts and budgets, every arm tuned at each.
+
+At every point (a size, a context, a budget) each contender searches its own peak learning rate on validation text, the best
+rate is run with all seeds, and those runs are judged on test text that nothing was chosen on. The speedup at a budget is how
+many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at that budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spherelm.compare.jobs import Job, run_jobs
+from spherelm.compare.record import standard_error
+from spherelm.compare.speedup import interval, mean_curve, tokens_to_reach
+from spherelm.compare.sweep import UNTRAINED, name_of
+from spherelm.data.loader import validation_windows
+from spherelm.data.shards import open_tokens
+from spherelm.evaluate.perplexity import mean_loss
+from spherelm.models import is_normalized
+from spherelm.recipes import PRESETS, Preset, make_run
+from spherelm.train.checkpoint import load_model
+from spherelm.train.precision import best_device
+from spherelm.train.record import command_line, git_commit, versions, write_json
+
+CONTENDERS = {
+    "gpt-adamw": ("gpt", "default"),
+    "gpt-muon": ("gpt", "muon"),
+    "ngpt-adam": ("ngpt", "default"),
+    "ngpt-muon": ("ngpt", "muon"),
+    "nugpt": ("ngpt", "nugpt"),
+    "training-ngpt": ("ngpt", "training-ngpt"),
+}
+"""(arm, recipe) of each contender."""
+
+STEP = 2.0
+"""Neighbouring learning rates of a search are this far apart."""
+
+PATIENCE = 8
+"""After so many rates that diverged, and none that did not, a search gives up."""
+
+TOKENS_AN_UPDATE = 1024
+"""The same at every point, as nuGPT's rules ask for."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: sizes (presets), contexts in tokens, budgets in tokens for each block parameter, contenders, seeds.
+
+    data: a data directory; test: another with the same tokenizer, whose validation text decides, `test_windows` of it.
+    """
+
+    data: str
+    test: str
+    sizes: tuple[str, ...] = ("0.3m",)
+    contexts: tuple[int, ...] = (256,)
+    budgets: tuple[float, ...] = (5.0, 10.0)
+    contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon")
+    seeds: int = 3
+    test_windows: int = 256
+
+    def __post_init__(self) -> None:
+        for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
+            unknown = [value for value in getattr(self, name) if value not in known]
+            if unknown:
+                raise ValueError(f"unknown {name[:-1]} {unknown[0]!r}: choose among {', '.join(known)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        for context in self.contexts:
+            if context < 1 or TOKENS_AN_UPDATE % context:
+                raise ValueError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
+        if not all(budget > 0 for budget in self.budgets):
+            raise ValueError(f"budgets must be positive, got {self.budgets}")
+
+    def points(self) -> list[Point]:
+        """Cheapest budgets first, so that what a short time allows is whole."""
+        found = [Point(*what) for what in itertools.product(self.sizes, self.contexts, sorted(self.budgets))]
+        return sorted(found, key=lambda point: point.cost)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size, context and budget (tokens for each block parameter)."""
+
+    size: str
+    context: int
+    budget: float
+
+    @property
+    def preset(self) -> Preset:
+        """The size's layers, width and heads."""
+        return PRESETS[self.size]
+
+    @property
+    def block_parameters(self) -> int:
+        """Of attention and MLP matrices, embeddings and scales not counted."""
+        return 16 * self.preset.n_layers * self.preset.d_model**2
+
+    @property
+    def steps(self) -> int:
+        """Updates of a whole run."""
+        return max(1, round(self.budget * self.block_parameters / TOKENS_AN_UPDATE))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole run."""
+        return self.steps * TOKENS_AN_UPDATE
+
+    @property
+    def cost(self) -> float:
+        """Roughly the operations of a run, to order points by."""
+        return float(self.tokens * self.block_parameters)
+
+
+class Ladder:
+    """A grid being worked through in the directory `out`; what is done there already is taken as it is."""
+
+    def __init__(self, grid: Grid, out: Path, workers: int | None = None) -> None:
+        self.grid, self.out, self.workers = grid, out, workers
+        train, self.test = open_tokens(Path(grid.data), "train"), open_tokens(Path(grid.test), "val")
+        if train.tokenizer_fingerprint != self.test.tokenizer_fingerprint:
+            raise ValueError(
+                f"{grid.test} was made with another tokenizer than {grid.data}: prepare it with the same one"
+            )
+        self.vocab_size = train.vocab_size
+
+    def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
+        """A run; its directory is named after all that was chosen."""
+        arm, recipe = CONTENDERS[contender]
+        choice = {
+            "arm": arm,
+            "recipe": recipe,
+            "size": point.size,
+            "context": point.context,
+            "steps": point.steps,
+            "lr": lr,
+        }
+        config = make_run(
+            arm, point.size, recipe, vocab_size=self.vocab_size, data=self.grid.data, lr=lr, steps=point.steps,
+            seq_len=point.context, batch_size=TOKENS_AN_UPDATE // point.context, seed=seed, compile=False,
+            eval_every=max(1, point.steps // 8), stop_above=math.log(self.vocab_size) + UNTRAINED,
+        )  # fmt: skip
+        return Job(config, self.out / name_of(choice, seed))
+
+    def run(self, contender: str, point: Point, rates: Sequence[float], seeds: Sequence[int]) -> list[float]:
+        """Final validation losses of every rate and seed, rate by rate."""
+        jobs = [self.job(contender, point, lr, seed) for lr in rates for seed in seeds]
+        title = f"{contender} {point.size} {point.context} {point.budget:g}"
+        return run_jobs(jobs, self.workers, title)
+
+    def tune(self, contender: str, point: Point) -> dict[float, float]:
+        """Seed 0's losses by learning rate, from the carried-over rate outwards until the best lies between two worse."""
+        found: dict[float, float] = {}
+        pending = [self.first_rate(contender, point) * STEP**k for k in (0, -1, 1)]
+        while pending:
+            rates = [round_rate(rate) for rate in pending]
+            found |= dict(zip(rates, self.run(contender, point, rates, [0]), strict=True))
+            pending = beyond(found)
+        return found
+
+    def first_rate(self, contender: str, point: Point) -> float:
+        """Where the search begins: the preset's rate, carried over from its length to this one as steps^(-1/3)."""
+        arm, recipe = CONTENDERS[contender]
+        config = make_run(arm, point.size, recipe, vocab_size=self.vocab_size)
+        own = 1.0 if recipe == "nugpt" else (point.steps / config.train.steps) ** (-1 / 3)
+        return config.optim.lr * own
+
+    def measure(self, contender: str, point: Point) -> dict[str, Any]:
+        """Tune, run all seeds at the best rate, and judge them on the test text."""
+        rates = self.tune(contender, point)
+        lr = best_rate(rates)
+        seeds = list(range(self.grid.seeds))
+        val = self.run(contender, point, [lr], seeds)
+        runs = [self.job(contender, point, lr, seed).out for seed in seeds]
+        test = [self.test_loss(run, loss, point.context) for run, loss in zip(runs, val, strict=True)]
+        return {
+            **asdict(point), "contender": contender, "arm": CONTENDERS[contender][0], "recipe": CONTENDERS[contender][1],
+            "block_parameters": point.block_parameters, "steps": point.steps, "tokens": point.tokens,
+            "rates": {f"{rate:g}": loss for rate, loss in sorted(rates.items())}, "lr": lr, "validation": val, "test": test,
+            "test_mean": float(np.mean(test)), "test_error": standard_error(test), "runs": [run.name for run in runs],
+        }  # fmt: skip
+
+    def test_loss(self, run: Path, val: float, context: int) -> float:
+        """The loss of a finished run on the test windows, nats per token; NaN if it diverged."""
+        if math.isnan(val):
+            return math.nan
+        windows = validation_windows(self.test, context, self.grid.test_windows)
+        return mean_loss(load_model(run).to(best_device()), *windows, batch_size=max(1, 4096 // context))
+
+
+def round_rate(rate: float) -> float:
+    """To three digits, so that a directory's name is the rate."""
+    return float(f"{rate:.3g}")
+
+
+def best_rate(found: Mapping[float, float]) -> float:
+    """The rate with the lowest loss; diverged runs (NaN) lose."""
+    return min(found, key=lambda rate: math.inf if math.isnan(found[rate]) else found[rate])
+
+
+def beyond(found: Mapping[float, float]) -> list[float]:
+    """The next rates of a search: one further where the best stands at an edge of what was tried, none where it does not.
+
+    Where everything diverged, a lower one, until `PATIENCE` rates have.
+    """
+    if not any(map(math.isfinite, found.values())):
+        return [min(found) / STEP] if len(found) < PATIENCE else []
+    best = best_rate(found)
+    edges = {min(found): best / STEP, max(found): best * STEP}
+    return [edges[best]] if best in edges else []
+
+
+def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | None = None) -> dict[str, Any]:
+    """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
+
+    minutes: after which runs under way save themselves and `Interrupted` is raised, to go on by calling again.
+    """
+    ladder, measured = Ladder(grid, out, workers), []
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {}
+    with time_limit(minutes):
+        for point in grid.points():
+            for contender in grid.contenders:
+                measured.append(ladder.measure(contender, point))
+                record = summary(grid, measured)
+                write_json(out / "evidence.json", record)
+    return record
+
+
+def summary(grid: Grid, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `evidence.json` holds: every measurement, the speedups between them, how they grow, and how it was made."""
+    speedups = list(all_speedups(measured))
+    about = {"command": command_line(), "git_commit": git_commit(), "versions": versions()}
+    return {"grid": asdict(grid), "measured": list(measured), "speedups": speedups, "growth": growth(speedups), **about}
+
+
+def all_speedups(measured: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """For each point, each baseline and each normalized contender, how many fewer tokens the latter needs.
+
+    It is looked for among the ends of the contender's own whole schedules at all budgets of that size and context. `bound`: the
+    ratio is only known to be "at least" or "at most" that, because those budgets do not reach far enough.
+    """
+    for baseline in measured:
+        if is_normalized(baseline["arm"]) or any(math.isnan(loss) for loss in baseline["test"]):
+            continue
+        place = {key: baseline[key] for key in ("size", "context")}
+        rungs = [m for m in measured if is_normalized(m["arm"]) and all(m[key] == place[key] for key in place)]
+        for contender in dict.fromkeys(rung["contender"] for rung in rungs):
+            own = [rung for rung in rungs if rung["contender"] == contender]
+            yield {**place, **{key: baseline[key] for key in ("budget", "tokens", "block_parameters")},
+                   "baseline": baseline["contender"], "contender": contender, **one_speedup(baseline, own)}  # fmt: skip
+
+
+def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The ratio of tokens, its 95 % interval over seeds where every seed's crossing is bracketed, and its bound."""
+    curves = [[(rung["tokens"], rung["test"][seed]) for rung in own] for seed in range(len(baseline["test"]))]
+    if any(math.isnan(loss) for curve in curves for _, loss in curve):
+        return {"speedup": None, "bound": None, "interval": None}
+    reach = tokens_to_reach(mean_curve(curves), float(np.mean(baseline["test"])))
+    seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, baseline["test"], strict=True)]
+    ratios = [baseline["tokens"] / seed.tokens for seed in seeds if seed.bound is None]
+    bound = {"at most": "at least", "at least": "at most"}.get(reach.bound or "")
+    whole = len(ratios) == len(seeds)
+    return {
+        "speedup": baseline["tokens"] / reach.tokens,
+        "bound": bound,
+        "interval": interval(ratios) if whole else None,
+    }
+
+
+def growth(speedups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By pair of baseline and contender, the powers of budget, size and context with which the speedup grows.
+
+    Least squares on logarithms over the points whose speedup is known exactly; a power is `None` where the points do not
+    differ in it or are too few to tell. `error`: standard errors, `None` where there are no points to spare.
+    """
+    fits = {}
+    for pair in dict.fromkeys((row["baseline"], row["contender"]) for row in speedups):
+        rows = [row for row in speedups if (row["baseline"], row["contender"]) == pair]
+        known = [row for row in rows if row["speedup"] is not None and row["bound"] is None]
+        fits[" -> ".join(pair)] = {"points": len(known), "left_out": len(rows) - len(known), **powers(known)}
+    return fits
+
+
+def powers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fit of `growth` on `rows`: `power` and `error`, by "budget", "block_parameters" and "context"."""
+    names = ("budget", "block_parameters", "context")
+    varied = [name for name in names if len({row[name] for row in rows}) > 1]
+    spare = len(rows) - len(varied) - 1
+    if not varied or spare < 0:
+        return {"power": dict.fromkeys(names), "error": dict.fromkeys(names)}
+    columns = [np.ones(len(rows)), *(np.log([row[name] for row in rows]) for name in varied)]
+    x, y = np.stack(columns, axis=1), np.log([row["speedup"] for row in rows])
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return {"power": dict.fromkeys(names), "error": dict.fromkeys(names)}
+    solution = np.linalg.lstsq(x, y, rcond=None)[0]
+    noise = float(((y - x @ solution) ** 2).sum()) / spare if spare else None
+    errors = [None] * len(solution) if noise is None else np.sqrt(noise * np.diag(np.linalg.inv(x.T @ x))).tolist()
+    at = {name: index for index, name in enumerate(varied, 1)}
+    return {
+        "power": {name: float(solution[at[name]]) if name in at else None for name in names},
+        "error": {name: errors[at[name]] if name in at else None for name in names},
+    }
+
+
+@contextmanager
+def time_limit(minutes: float | None) -> Iterator[None]:
+    """Send this process SIGTERM after so many minutes, which runs take as the order to save themselves; `None`: never."""
+    if minutes is None:
+        yield
+        return
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The measurements and speedups as two Markdown tables."""
+    lines = ["| size | context | tokens | contender | peak rate | test loss | seeds |", "|---|---|---|---|---|---|---|"]
+    for row in record["measured"]:
+        error = f" ± {row['test_error']:.3f}" if row["test_error"] is not None else ""
+        place = f"| {row['size']} | {row['context']} | {row['tokens']:,} | {row['contender']} | {row['lr']:g} "
+        lines.append(f"{place}| {row['test_mean']:.3f}{error} | {len(row['test'])} |")
+    lines += [
+        "",
+        "| size | context | tokens | baseline | contender | fewer tokens, times | 95 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["speedups"]:
+        edges = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}" if row["interval"] else ""
+        value = "unknown" if row["speedup"] is None else f"{row['bound'] or ''} {row['speedup']:.2f}".strip()
+        place = f"| {row['size']} | {row['context']} | {row['tokens']:,} | {row['baseline']} | {row['contender']} "
+        lines.append(f"{place}| {value} | {edges} |")
+    return "\n".join(lines)
