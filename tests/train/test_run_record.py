@@ -121,7 +121,7 @@ def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("arm", tiny.ARMS)
 def test_every_configuration_survives_json(arm: str, preset: str, recipe: str) -> None:
-    config = make_run(arm, preset, recipe, vocab_size=4096, data="some/where")
+    config = make_run(arm, preset, recipe, vocab_size=4096, data="some/where", lr=1e-3)
     plain = json.loads(json.dumps(to_dict(config)))
     assert from_dict(plain) == config
     assert from_dict({**plain, "versions": {}, "command": "of no concern"}) == config
