@@ -108,6 +108,7 @@ def test_every_command_is_understood(
 
     monkeypatch.setattr("spherelm.compare.comparison.compare", understood_comparison)
     monkeypatch.setattr("spherelm.compare.sweep.sweep", understood_sweep)
+    monkeypatch.setattr("spherelm.compare.evidence.climb", lambda *_: {"measured": [], "speedups": []})
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
     monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
