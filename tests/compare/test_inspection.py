@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_pairs
 import torch
 from commands import make_command
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from spherelm.compare.inspection import Request, expand, inspect
 from spherelm.compare.report import write_report
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.train.checkpoint import WEIGHTS, load_model
+from spherelm.train.evaluation import load_decoder
 from spherelm.train.trainer import Trainer
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
@@ -250,6 +252,15 @@ def test_what_cannot_be_inspected_is_one_line(
     assert len(answer.shown) == 1
     assert re.search(said, answer.shown[0])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer(tiny_pairs.run_config("nencdec", tiny_pairs.make_pairs(tmp_path), steps=1), run, False).run()
+    with pytest.raises(ValueError, match="run is of arm nencdec, which cannot be inspected: pass runs of gpt and ngpt"):
+        inspect([run], tmp_path / "out", SMALL)
+    with pytest.raises(ValueError, match="run is an encoder-decoder, which cannot be evaluated on text"):
+        load_decoder(run)
 
 
 def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: Path) -> None:

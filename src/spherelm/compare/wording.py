@@ -8,7 +8,7 @@ from typing import Any
 
 from spherelm.compare.record import Comparison
 
-NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
+NAMES = {"gpt": "GPT", "ngpt": "nGPT", "encdec": "EncDec", "nencdec": "NEncDec"}
 
 
 def si(value: float) -> str:

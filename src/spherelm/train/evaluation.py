@@ -14,7 +14,7 @@ from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_task
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
-from spherelm.models import Decoder, arm_of
+from spherelm.models import Decoder, EncoderDecoder, arm_of
 from spherelm.models.beam import BeamSettings
 from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
 from spherelm.train.config import TrainConfig, read_config
@@ -68,10 +68,18 @@ def about(run: Path) -> dict[str, Any]:
     return {"run": str(run), "arm": arm, "step": step, "versions": versions(), "command": command_line()}
 
 
+def load_decoder(run: Path) -> Decoder:
+    """The model of a run or a checkpoint on the best device. Raises as `load_model`, `ValueError` for an encoder-decoder."""
+    model = load_model(run).to(best_device())
+    if isinstance(model, EncoderDecoder):
+        raise ValueError(f"{run} is an encoder-decoder, which cannot be evaluated on text: pass a run of gpt or ngpt")
+    return model
+
+
 def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progress: bool = True) -> dict[str, Any]:
     """The result of `evaluate_tasks` for a run directory or one of its checkpoints. Raises as that and `load_model` do."""
     check_harness()  # first, since it imports with less noise than the tokenizer would
-    model = load_model(run).to(best_device())
+    model = load_decoder(run)
     tokenizer = transformers_tokenizer(run_directory(run))
     return evaluate_tasks(model, tokenizer, names, settings, progress)
 
@@ -83,7 +91,7 @@ def perplexity_of_run(
 
     Raises as that, `load_model` and `place` do.
     """
-    model, trained = load_model(run).to(best_device()), trained_length(run)
+    model, trained = load_decoder(run), trained_length(run)
     place(model, positions, trained)
     found = perplexity_by_length(model, read_documents(files, load_tokenizer(run_directory(run)), plan.needed), plan)
     return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
