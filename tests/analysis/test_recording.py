@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spherelm.analysis import motion
+from spherelm.analysis import motion, weights
 from spherelm.analysis.inside import look_inside
 from spherelm.analysis.recording import Recording, attention_entropy, record
 from spherelm.layers.attention import attend
@@ -183,6 +183,8 @@ def test_all_is_measured_at_once_and_agrees_with_its_parts(arm: str) -> None:
     assert inside.pair_rows == 37
     assert inside.singular["Q"].shape == (4, 3, 8)
     assert inside.weights.condition_numbers["V"].shape == inside.unit_conditions["V"].shape == (4,)
+    for name, values in weights.conditions(weights.singular_values(model, unit=True)).items():
+        assert inside.unit_conditions[name] == pytest.approx(values, rel=1e-4), "also where it is not computed again"
     assert (inside.weights.s_z is None) == (arm == "gpt")
     assert all(0 < value <= 1 for ranks in inside.ranks.values() for value in ranks)
     assert look_inside(model, tokens(), layer=0).layer == 0

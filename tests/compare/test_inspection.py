@@ -259,7 +259,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     Trainer(tiny_pairs.run_config("nencdec", tiny_pairs.make_pairs(tmp_path), steps=1), run, False).run()
     with pytest.raises(ValueError, match="run is of arm nencdec, which cannot be inspected: pass runs of gpt and ngpt"):
         inspect([run], tmp_path / "out", SMALL)
-    with pytest.raises(ValueError, match="run is an encoder-decoder, which cannot be evaluated on text"):
+    with pytest.raises(ValueError, match="run is an encoder-decoder, which is measured by --translate"):
         load_decoder(run)
 
 

@@ -72,7 +72,9 @@ def load_decoder(run: Path) -> Decoder:
     """The model of a run or a checkpoint on the best device. Raises as `load_model`, `ValueError` for an encoder-decoder."""
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
-        raise ValueError(f"{run} is an encoder-decoder, which cannot be evaluated on text: pass a run of gpt or ngpt")
+        raise ValueError(
+            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of gpt or ngpt"
+        )
     return model
 
 
