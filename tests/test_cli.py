@@ -36,6 +36,7 @@ PINNED = {
     "data prepare": "--input --out --tokenizer --val --val-fraction",
     "generate": "--prompt",
     "sweep": "--out",
+    "bench": "--shape --json",
 }
 """The commands and flags that the design pins; more of both are free."""
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import tyro
 
-from spherelm.cli import evaluation, inspection, text, trained, training
+from spherelm.cli import evaluation, inspection, text, timing, trained, training
 
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
@@ -30,6 +30,7 @@ app.command(inspection.inspect)
 app.command(inspection.report)
 app.command(trained.generate)
 app.command(trained.export)
+app.command(timing.bench)
 app.command(data_app, name="data", help="Turn text into token shards.")
 app.command(import_app, name="import", help="Turn a checkpoint of another program into a run directory.")
 data_app.command(text.prepare)

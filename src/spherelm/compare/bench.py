@@ -42,12 +42,10 @@ class Shape:
 
 def parse_shape(text: str) -> Shape:
     """`Shape` from "layers,d_model,heads,sequence,batch,vocabulary"; raises `ValueError` for anything else."""
-    try:
-        return Shape(*(int(part) for part in text.split(",")))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"--shape takes six whole numbers L,D,H,T,B,V such as 6,384,6,512,8,8192; got {text!r}"
-        ) from None
+    parts = text.split(",")
+    if len(parts) != 6 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--shape takes six whole numbers L,D,H,T,B,V such as 6,384,6,512,8,8192; got {text!r}")
+    return Shape(*map(int, parts))
 
 
 def configs(shape: Shape, dtype: str, compiled: bool) -> dict[str, RunConfig]:
@@ -84,7 +82,14 @@ def _set_threads(threads: int) -> None:
 
 
 def _resident() -> float:
-    """The most memory that this process has had resident so far, in MiB (Linux counts KiB, macOS bytes)."""
+    """The most memory that this process has had resident so far, in MiB (Linux counts KiB, macOS bytes).
+
+    On Linux not from `getrusage`, where a new process starts at the peak of the one that made it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / (1 << 10)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
@@ -183,7 +188,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write the result as JSON; raises `FileExistsError` rather than overwrite."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another --json")
+    """Write the result as JSON."""
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

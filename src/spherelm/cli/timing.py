@@ -1,0 +1,41 @@
+"""Commands that measure what training costs: `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spherelm.cli.flags import Dtype, Flag
+
+
+def bench(
+    shape: str = "6,384,6,512,8,8192",
+    steps: int = 15,
+    dtype: Dtype = "auto",
+    no_compile: Flag = False,
+    json: Path | None = None,
+    profile: Flag = False,
+) -> None:
+    """Time training steps of nGPT and GPT in turn on this machine, with their memory and their part of its peak.
+
+    Args:
+        shape: Layers, d_model, heads, tokens a sequence, sequences, vocabulary.
+        steps: Steps of each arm that count, after 3 that do not.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        no_compile: Do not use torch.compile.
+        json: File to write the result to, as JSON.
+        profile: Show the operations that take the time, of each arm, by torch's profiler.
+    """
+    from spherelm.compare import bench as module
+
+    what = module.parse_shape(shape)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if json is not None and json.exists():
+        raise FileExistsError(f"{json} exists already: choose another --json")
+    result = module.bench(what, dtype, not no_compile, steps)
+    print(module.table(result))
+    if json is not None:
+        module.write_result(result, json)
+    if profile:
+        for arm, config in module.configs(what, dtype, not no_compile).items():
+            print(f"\nWhere three steps of {arm} spend their time:\n{module.profile(config)}")
