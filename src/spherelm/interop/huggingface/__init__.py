@@ -5,30 +5,46 @@ from __future__ import annotations
 import torch
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )
 except ImportError as error:
     raise ImportError("spherelm.interop.huggingface needs transformers: pip install 'spherelm[hf]'") from error
 
-from spherelm.interop.huggingface.configuration import SphereLMConfig
-from spherelm.interop.huggingface.modeling import SphereLMForCausalLM
+from spherelm.interop.huggingface.configuration import SphereLMConfig, SphereSeq2SeqConfig
+from spherelm.interop.huggingface.modeling import SphereLMForCausalLM, SphereModel
+from spherelm.interop.huggingface.seq2seq import SphereSeq2SeqLM
 from spherelm.models import Config, Decoder
 
-__all__ = ["SphereLMConfig", "SphereLMForCausalLM", "to_hf"]
+__all__ = ["SphereLMConfig", "SphereLMForCausalLM", "SphereSeq2SeqConfig", "SphereSeq2SeqLM", "to_hf"]
 
-AutoConfig.register(SphereLMConfig.model_type, SphereLMConfig, exist_ok=True)
+WRAPPERS: tuple[tuple[type[SphereLMConfig], type[SphereModel]], ...] = (
+    (SphereLMConfig, SphereLMForCausalLM),
+    (SphereSeq2SeqConfig, SphereSeq2SeqLM),
+)
+"""The config and the model of each kind of ours."""
+
+for config_class, _ in WRAPPERS:
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoTokenizer.register(config_class, tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 AutoModelForCausalLM.register(SphereLMConfig, SphereLMForCausalLM, exist_ok=True)
-AutoTokenizer.register(SphereLMConfig, tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+AutoModelForSeq2SeqLM.register(SphereSeq2SeqConfig, SphereSeq2SeqLM, exist_ok=True)
 
 
-def to_hf(model: Decoder) -> SphereLMForCausalLM:
-    """`model` as a `PreTrainedModel`: `save_pretrained`, `generate`, `Trainer`.
+def to_hf(model: Decoder) -> SphereModel:
+    """`model` as a `PreTrainedModel`, causal or sequence-to-sequence: `save_pretrained`, `generate`, `Trainer`.
 
     The two share their parameters: training one trains the other. To keep them apart, pass `copy.deepcopy(model)`.
     """
     config = model.config
     assert isinstance(config, Config)
+    config_class, wrapper = next((c, w) for c, w in WRAPPERS if isinstance(model, c.kind))
     with torch.device("meta"):
-        wrapped = SphereLMForCausalLM(SphereLMConfig.of(config))
+        wrapped = wrapper(config_class.of(config))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         setattr(wrapped.model.get_submodule(owner), leaf, parameter)

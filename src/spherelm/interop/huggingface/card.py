@@ -9,7 +9,39 @@ from typing import Any
 ARM_NAMES = {
     "gpt": "GPT (pre-norm, RMSNorm, rotary embedding, SwiGLU), the baseline of the nGPT paper",
     "ngpt": "nGPT, the normalized Transformer (arXiv 2410.01131): weights and hidden states are unit vectors",
+    "encdec": "encoder-decoder of the GPT baseline's blocks (pre-norm, RMSNorm, rotary embedding, SwiGLU)",
+    "nencdec": "normalized encoder-decoder of nGPT's blocks: weights and hidden states are unit vectors",
 }
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a kind of model is for. auto: the class that loads it. prompt, settings: of the example in its card."""
+
+    auto: str
+    pipeline: str
+    summary: str
+    prompt: str
+    settings: str
+
+
+WRITES_ON = Purpose(
+    "AutoModelForCausalLM",
+    "text-generation",
+    "A language model trained by spherelm. It continues text; it was not taught to follow instructions, and what it "
+    "writes need not be true or kind.",
+    "It was",
+    "max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50",
+)
+READS_AND_WRITES = Purpose(
+    "AutoModelForSeq2SeqLM",
+    "text2text-generation",
+    "An encoder-decoder trained by spherelm on pairs of texts. It reads a text like those it was trained on and writes "
+    "another, which need not be right.",
+    "A text to read.",
+    "max_new_tokens=40, num_beams=5, do_sample=False",
+)
+PURPOSES = {"gpt": WRITES_ON, "ngpt": WRITES_ON, "encdec": READS_AND_WRITES, "nencdec": READS_AND_WRITES}
 
 
 @dataclass(frozen=True)
@@ -25,6 +57,11 @@ class Facts:
     standalone: bool
     has_tokenizer: bool
 
+    @property
+    def purpose(self) -> Purpose:
+        """What the model is for."""
+        return PURPOSES[self.config["arm"]]
+
 
 def table(rows: Iterable[tuple[str, object]]) -> str:
     """A Markdown table of two columns; rows whose value is `None` are left out."""
@@ -39,7 +76,11 @@ def from_shipped_text(facts: Facts) -> bool:
 
 def front_matter(facts: Facts) -> str:
     """What the Hugging Face hub reads. No licence: that is for whoever publishes the weights to say."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [spherelm, {facts.config['arm']}]"]
+    lines = [
+        "library_name: transformers",
+        f"pipeline_tag: {facts.purpose.pipeline}",
+        f"tags: [spherelm, {facts.config['arm']}]",
+    ]
     if from_shipped_text(facts):
         lines.append("language: [en]")
     return "\n".join(["---", *lines, "---"])
@@ -50,15 +91,15 @@ def loading(facts: Facts) -> str:
     trust = ", trust_remote_code=True" if facts.standalone else ""
     lines = [
         *([] if facts.standalone else ["import spherelm.interop.huggingface  # pip install 'spherelm[hf]'"]),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {facts.purpose.auto}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+        f'model = {facts.purpose.auto}.from_pretrained("PATH"{trust})',
     ]
     if facts.has_tokenizer:
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
-            'inputs = tokenizer("It was", return_tensors="pt")',
-            "output = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50)",
+            f'inputs = tokenizer("{facts.purpose.prompt}", return_tensors="pt")',
+            f"output = model.generate(**inputs, {facts.purpose.settings})",
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
     return "\n".join(lines)
@@ -69,9 +110,12 @@ def result_rows(facts: Facts) -> list[tuple[str, object]]:
     train = facts.config["train"]
     if "imported" in facts.config:
         return [("updates", f"{facts.step:,}")]
+    seen = facts.step * train["batch_size"] * train["seq_len"]
+    if facts.validation is not None and facts.validation["step"] == facts.step:
+        seen = facts.validation.get("tokens", seen)
     rows: list[tuple[str, object]] = [
         ("updates", f"{facts.step:,} of {train['steps']:,}"),
-        ("tokens seen", f"{facts.step * train['batch_size'] * train['seq_len']:,}"),
+        ("tokens seen", f"{seen:,}"),
     ]
     if facts.validation is not None:
         rows += [
@@ -140,15 +184,14 @@ def model_card(facts: Facts) -> str:
         [
             front_matter(facts),
             f"# {facts.name}",
-            "A language model trained by spherelm. It continues text; it was not taught to follow instructions, and what it "
-            "writes need not be true or kind.",
+            facts.purpose.summary,
             "## The model",
             table([*shape, *result_rows(facts)]),
             "## Loading it",
             f"```python\n{loading(facts)}\n```",
             *(
                 ["On further training, `spherelm.attach_retraction(optimizer, model)` keeps the weights on the sphere."]
-                if arm == "ngpt"
+                if arm in ("ngpt", "nencdec")
                 else []
             ),
             "## How it came about",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from spherelm.models import ARMS, Config, LanguageModel, arm_of
+from spherelm.models import ARMS, Config, EncoderDecoder, LanguageModel, arm_of
 
 
 class SphereLMConfig(PreTrainedConfig):
@@ -18,6 +18,7 @@ class SphereLMConfig(PreTrainedConfig):
     """
 
     model_type = "spherelm"
+    kind: ClassVar[Any] = LanguageModel
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own way)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
@@ -73,8 +74,8 @@ class SphereLMConfig(PreTrainedConfig):
         self.arm_config()
 
     def arm_config(self) -> Config:
-        """The `GPTConfig` or `NGPTConfig` that this describes."""
-        known = [arm for arm, (_, model_class) in ARMS.items() if issubclass(model_class, LanguageModel)]
+        """The config of ours that this describes."""
+        known = [arm for arm, (_, model_class) in ARMS.items() if issubclass(model_class, self.kind)]
         if self.arm not in known:
             raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(known)}")
         config_class, _ = ARMS[self.arm]
@@ -93,5 +94,22 @@ class SphereLMConfig(PreTrainedConfig):
         described: dict[str, Any] = super().to_diff_dict()
         if self._auto_class is None:
             described.pop("auto_map", None)
-        model_fields = [name for name in SphereLMConfig.__annotations__ if not name.endswith("_token_id")]
+        annotated = {**SphereLMConfig.__annotations__, **type(self).__annotations__}
+        model_fields = [name for name in annotated if name != "kind" and not name.endswith("_token_id")]
         return described | {name: getattr(self, name) for name in model_fields}
+
+
+class SphereSeq2SeqConfig(SphereLMConfig):
+    """`arm` ("encdec" or "nencdec") and the fields of `EncDecConfig` and `NEncDecConfig` under their own names.
+
+    decoder_start_token_id: begins every target, where trained here the end token. The rest is as in `SphereLMConfig`.
+    """
+
+    model_type = "spherelm-seq2seq"
+    kind: ClassVar[Any] = EncoderDecoder
+
+    arm: str = "nencdec"
+    n_encoder_layers: int | None = None
+    share_embeddings: bool = False
+    is_encoder_decoder: bool = True
+    decoder_start_token_id: int | None = None

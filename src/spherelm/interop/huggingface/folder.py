@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from spherelm.interop.huggingface import to_hf
-from spherelm.interop.huggingface.standalone import AUTO_MAP, FILE, standalone_source
+from spherelm.interop.huggingface.standalone import AUTO_MAPS, FILE, standalone_source
 from spherelm.interop.huggingface.tokenization import fast_tokenizer
 from spherelm.models import Decoder
 
@@ -35,8 +35,11 @@ def save_folder(
     wrapped = to_hf(model.to(dtype))
     wrapped.config.dtype = dtype
     if tokenizer is not None:
-        fast = fast_tokenizer(tokenizer.json, tokenizer.eos_token, model.config.max_seq_len)
+        pairs = wrapped.config.is_encoder_decoder
+        fast = fast_tokenizer(tokenizer.json, tokenizer.eos_token, model.config.max_seq_len, ends=pairs)
         wrapped.config.eos_token_id = wrapped.config.pad_token_id = fast.eos_token_id
+        if pairs:
+            wrapped.config.decoder_start_token_id = fast.eos_token_id
         wrapped.generation_config = GenerationConfig.from_model_config(wrapped.config)
         fast.save_pretrained(out)
     wrapped.save_pretrained(out)
@@ -49,5 +52,6 @@ def ride_along(out: Path) -> None:
     """Put the modeling code into the saved folder `out`, and say in its config.json where the Auto classes find it."""
     (out / FILE).write_text(standalone_source(), encoding="utf-8")
     path = out / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"auto_map": AUTO_MAPS[config["model_type"]]}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

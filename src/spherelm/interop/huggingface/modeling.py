@@ -117,18 +117,16 @@ def check_adapters(model: nn.Module) -> None:
             raise ValueError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
 
 
-class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `GPT` or `NGPT` (attribute `model`) that transformers can save, load, train and generate with.
+class SphereModel(PreTrainedModel, GenerationMixin):
+    """One of our models (attribute `model`), which transformers can save, load, train and generate with.
 
-    The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted here, -100 ignored.
-    Under any optimizer, `attach_retraction(optimizer, this)` keeps the weights of an nGPT on the sphere.
+    Under any optimizer, `attach_retraction(optimizer, this)` keeps the weights of a normalized one on the sphere.
     """
 
-    config_class = SphereLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
-    _no_split_modules = ["GPTBlock", "NGPTBlock"]  # noqa: RUF012 (transformers' own way)
+    _no_split_modules = ["GPTBlock", "NGPTBlock", "EncDecBlock", "NEncDecBlock"]  # noqa: RUF012 (transformers' own way)
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
     _input_embed_layer = "embed"
@@ -191,6 +189,49 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return self.model.embed
 
+    def _positions(
+        self, h: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Positions [batch or 1, seq] of the tokens in `h`: as given, else counted from the first token that is no padding."""
+        if position_ids is not None:
+            return position_ids
+        past, seq = 0 if cache is None else int(cache.get_seq_length()), h.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counted = attention_mask.long().cumsum(-1) - 1
+            return counted.clamp_min(0)[:, past : past + seq]
+        return torch.arange(past, past + seq, device=h.device).unsqueeze(0)
+
+    def _wants_hidden(self, asked: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if asked is None else asked)
+
+    def _wants_attentions(self, asked: bool | None) -> bool:
+        wanted = bool(self.config.output_attentions if asked is None else asked)
+        if wanted and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions needs attn_implementation='eager': the fused attention has no weights to show"
+            )
+        return wanted
+
+    def _run_recording(self, states: list[Tensor]) -> Callable[..., Tensor]:
+        """What calls a block: notes its input in `states`, and recomputes it in the backward pass if that was enabled."""
+
+        def run(block: nn.Module, h: Tensor, *rest: object) -> Tensor:
+            states.append(h)
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(block.__call__, h, *rest)
+            return run_block(block, h, *rest)
+
+        return run
+
+
+class SphereLMForCausalLM(SphereModel):
+    """A `GPT` or `NGPT`, as transformers has causal language models.
+
+    The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted here, -100 ignored.
+    """
+
+    config_class = SphereLMConfig
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -238,13 +279,11 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             **{CACHE: cache},
-            hidden_states=(*states, readout.features) if output_hidden_states else None,
+            hidden_states=(*states, readout.features) if self._wants_hidden(output_hidden_states) else None,
             attentions=None if weights is None else tuple(weights),
         )
 
@@ -260,34 +299,3 @@ class SphereLMForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return DynamicCache(config=self.config) if wanted and given is None else given
-
-    def _positions(
-        self, h: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        """Positions [batch or 1, seq] of the tokens in `h`: as given, else counted from the first token that is no padding."""
-        if position_ids is not None:
-            return position_ids
-        past, seq = 0 if cache is None else int(cache.get_seq_length()), h.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            counted = attention_mask.long().cumsum(-1) - 1
-            return counted.clamp_min(0)[:, past : past + seq]
-        return torch.arange(past, past + seq, device=h.device).unsqueeze(0)
-
-    def _wants_attentions(self, asked: bool | None) -> bool:
-        wanted = bool(self.config.output_attentions if asked is None else asked)
-        if wanted and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "output_attentions needs attn_implementation='eager': the fused attention has no weights to show"
-            )
-        return wanted
-
-    def _run_recording(self, states: list[Tensor]) -> Callable[..., Tensor]:
-        """What calls a block: notes its input in `states`, and recomputes it in the backward pass if that was enabled."""
-
-        def run(block: nn.Module, h: Tensor, *rest: object) -> Tensor:
-            states.append(h)
-            if self.gradient_checkpointing and self.training:
-                return self._gradient_checkpointing_func(block.__call__, h, *rest)
-            return run_block(block, h, *rest)
-
-        return run

@@ -9,11 +9,17 @@ import ast
 from importlib import metadata, resources
 
 FILE = "modeling_spherelm.py"
-AUTO_MAP = {
-    "AutoConfig": "modeling_spherelm.SphereLMConfig",
-    "AutoModelForCausalLM": "modeling_spherelm.SphereLMForCausalLM",
+AUTO_MAPS = {
+    "spherelm": {
+        "AutoConfig": "modeling_spherelm.SphereLMConfig",
+        "AutoModelForCausalLM": "modeling_spherelm.SphereLMForCausalLM",
+    },
+    "spherelm-seq2seq": {
+        "AutoConfig": "modeling_spherelm.SphereSeq2SeqConfig",
+        "AutoModelForSeq2SeqLM": "modeling_spherelm.SphereSeq2SeqLM",
+    },
 }
-"""What config.json says so that the Auto classes find the file."""
+"""What config.json says so that the Auto classes find the file, by `model_type`."""
 
 MODULES = (
     "sphere",
@@ -34,6 +40,7 @@ MODULES = (
     "models",
     "interop.huggingface.configuration",
     "interop.huggingface.modeling",
+    "interop.huggingface.seq2seq",
 )
 """What the file is made of, each after what it imports."""
 

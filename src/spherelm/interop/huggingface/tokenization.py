@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -27,11 +27,11 @@ def byte_definition() -> str:
     return definition
 
 
-def fast_tokenizer(definition: str, eos_token: str, max_seq_len: int) -> PreTrainedTokenizerFast:
+def fast_tokenizer(definition: str, eos_token: str, max_seq_len: int, ends: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer that the `tokenizer.json` in `definition` describes, to be used as spherelm uses it.
 
     Nothing is put before or after a text, and the spelling of a special token inside it is ordinary text; batches are
-    padded on the left, with the end token.
+    padded on the left, with the end token. ends: as encoder-decoders read, each text with its end, padded on the right.
     """
     tokenizer = tokenizers.Tokenizer.from_str(definition)
     tokenizer.add_special_tokens([tokenizers.AddedToken(eos_token, special=True, normalized=False)])
@@ -39,12 +39,15 @@ def fast_tokenizer(definition: str, eos_token: str, max_seq_len: int) -> PreTrai
     tokenizer.no_padding()
     if tokenizer.num_special_tokens_to_add(False):
         tokenizer.post_processor = None
+    if ends:
+        end = (eos_token, tokenizer.token_to_id(eos_token))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {eos_token}", special_tokens=[end])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=eos_token,
         pad_token=eos_token,
         model_max_length=max_seq_len,
-        padding_side="left",
+        padding_side="right" if ends else "left",
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
