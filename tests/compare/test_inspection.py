@@ -22,6 +22,7 @@ from synthetic_runs import write_comparison
 
 from spherelm.analysis import sphere_map
 from spherelm.analysis.drawing import Drawing
+from spherelm.analysis.recording import record
 from spherelm.compare import inspection
 from spherelm.compare.figures import Figure
 from spherelm.compare.inspection import Request, expand, inspect
@@ -254,13 +255,21 @@ def test_what_cannot_be_inspected_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    Trainer(tiny_pairs.run_config("nencdec", tiny_pairs.make_pairs(tmp_path), steps=1), run, False).run()
-    with pytest.raises(ValueError, match="run is of arm nencdec, which cannot be inspected: pass runs of gpt and ngpt"):
-        inspect([run], tmp_path / "out", SMALL)
-    with pytest.raises(ValueError, match="run is an encoder-decoder, which is measured by --translate"):
-        load_decoder(run)
+def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path: Path) -> None:
+    data = tiny_pairs.make_pairs(tmp_path)
+    runs = [tmp_path / arm for arm in ("encdec", "nencdec")]
+    for run in runs:
+        Trainer(tiny_pairs.run_config(run.name, data, steps=1), run, False).run(show_progress=False)
+    figures = inspect(runs, tmp_path / "out", Request(sentence="bada ki", positions=32, images=False))
+    assert len(figures) > 10
+    assert (tmp_path / "out" / "walk.html").is_file()
+    model, tokens = load_model(runs[1]), torch.randint(256, (2, 9))
+    stops = record(model, tokens).stops
+    h = model.trunk(model.embed(tokens), context=(model.encoder(tokens),))
+    torch.testing.assert_close(stops[-1], h.detach().flatten(0, 1))
+    assert len(stops) == 2 * len(model.blocks) + 1
+    with pytest.raises(ValueError, match="nencdec is an encoder-decoder"):
+        load_decoder(runs[1])
 
 
 def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -105,10 +105,12 @@ def attention_entropy(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def record(model: Decoder, tokens: Tensor) -> Recording:
     """Run the model over int64 tokens [batch, seq] and write down what happens.
 
-    The sequences must fit the model's max_seq_len. Kept are (4 n_layers + 1) batch * seq * d_model numbers of 4 bytes.
+    An encoder-decoder has read the same tokens as its source; of its layers, the step named attention is both attentions, from
+    the layer's input to what the MLP reads, and proposal and entropy are those of self-attention. The sequences must fit the
+    model's max_seq_len. Kept are (4 n_layers + 1) batch * seq * d_model numbers of 4 bytes.
     """
-    recorder = _Recorder()
-    h = model.embed(tokens)
+    recorder, reader = _Recorder(), model.reader(tokens)
+    h = reader.embed(tokens)
     recorder.stops.append(_flat(h))
-    model.trunk(h, run=recorder.run)
+    reader.trunk(h, run=recorder.run)
     return Recording(tokens, recorder.stops, recorder.proposals, torch.stack(recorder.entropies))

@@ -115,14 +115,12 @@ def run_directory(path: Path) -> Path:
 
 
 def check_shapes(paths: Sequence[Path]) -> None:
-    """`ValueError` if two runs of one arm have different shapes, or one is an encoder-decoder."""
+    """`ValueError` if two runs of one arm have different shapes."""
     shapes: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in paths:
         if latest_checkpoint(run_directory(path)) is None:
             raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
         config = read_config(run_directory(path) / "config.json")
-        if config.arm not in ("gpt", "ngpt"):
-            raise ValueError(f"{path} is of arm {config.arm}, which cannot be inspected: pass runs of gpt and ngpt")
         model = config.model
         shape = (model.n_layers, model.d_model, model.n_heads, model.n_kv_heads or 0, model.d_ff or 0, model.vocab_size)
         first, known = shapes.setdefault(config.arm, (path, shape))

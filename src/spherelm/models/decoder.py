@@ -143,6 +143,10 @@ class Decoder(nn.Module):
         """
 
     @abstractmethod
+    def reader(self, tokens: Tensor) -> LanguageModel:
+        """What reads int64 `tokens` [batch, seq] for someone to look on: a language model with this model's blocks."""
+
+    @abstractmethod
     def places(self, prompt: Sequence[int]) -> int:
         """How many of the max_seq_len positions of a text its prompt takes; `ValueError` for a prompt that cannot be read."""
 
@@ -187,6 +191,10 @@ class LanguageModel(Decoder):
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
         """This model: it goes on from the prompts themselves."""
         return self, prompts
+
+    def reader(self, tokens: Tensor) -> LanguageModel:
+        """This model."""
+        return self
 
     def places(self, prompt: Sequence[int]) -> int:
         """All of its tokens."""

@@ -98,6 +98,10 @@ class EncoderDecoder(Decoder):
         source = padded([[*prompt, end_token] for prompt in prompts], self.embed.weight.device)
         return self.given(source), [[end_token] for _ in prompts]
 
+    def reader(self, tokens: Tensor) -> LanguageModel:
+        """The decoder, given the same tokens as their source."""
+        return self.given(tokens)
+
     def places(self, prompt: Sequence[int]) -> int:
         """One, for the token that begins the target: the prompt is the source, which has max_seq_len positions of its own."""
         limit = self.config.max_seq_len
