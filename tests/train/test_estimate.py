@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,19 @@ def test_operations_are_those_of_a_real_step(arm: str) -> None:
     with counted_flops() as counter:
         model.loss(tokens, tokens).backward()
     assert counter.get_total_flops() == training_flops(config, 2, 128)
+
+
+@pytest.mark.parametrize("arm", ["encdec", "nencdec"])
+def test_operations_of_an_encoder_decoder_are_those_of_a_real_step(arm: str) -> None:
+    """Of sources and targets of one length."""
+    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4}
+    config = make_run(arm, "pairs", vocab_size=512, lr=1e-3, seq_len=64, **shape).model
+    model, tokens, targets = build(config), torch.randint(512, (2, 128)), torch.randint(512, (2, 64))
+    with counted_flops() as counter:
+        model.loss(tokens, targets).backward()
+    assert counter.get_total_flops() == training_flops(config, 2, 64)
+    with pytest.raises(ValueError, match="counted where n_encoder_layers is n_layers"):
+        training_flops(dataclasses.replace(config, n_encoder_layers=3), 2, 64)
 
 
 def allocated(run: Callable[[], None]) -> int:

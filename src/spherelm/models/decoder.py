@@ -13,7 +13,7 @@ from spherelm.layers.cache import KVCache
 from spherelm.layers.linear import Embedding
 from spherelm.layers.loss import linear_cross_entropy
 from spherelm.layers.readout import Readout, read_logits
-from spherelm.layers.rope import ROPES
+from spherelm.layers.rope import ROPES, RotaryTable
 
 
 class DecoderConfig(Protocol):
@@ -141,6 +141,10 @@ class Decoder(nn.Module):
 
         end_token: ends every text, `None` where the model needs to know of none.
         """
+
+    def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
+        """The first layer alone, which stands for all where their cost is counted: [batch, seq, d_model] -> the same."""
+        return run_block(self.blocks[0], h, table)
 
     @abstractmethod
     def reader(self, tokens: Tensor) -> LanguageModel:

@@ -16,7 +16,7 @@ from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.linear import Embedding
 from spherelm.layers.readout import Readout, read_logits
-from spherelm.layers.rope import ROPES
+from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import Decoder, DecoderConfig, LanguageModel, Rows, RunBlock, run_block
 
 PADDING = -100
@@ -97,6 +97,17 @@ class EncoderDecoder(Decoder):
             raise ValueError("an encoder-decoder begins and ends its targets with the end token: give eos_id")
         source = padded([[*prompt, end_token] for prompt in prompts], self.embed.weight.device)
         return self.given(source), [[end_token] for _ in prompts]
+
+    def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
+        """The first layer of the encoder and that of the decoder, for a source and a target of one length.
+
+        Raises `ValueError` where there is not one of the encoder for each of the decoder.
+        """
+        if len(self.encoder.blocks) != len(self.blocks):
+            raise ValueError("what an encoder-decoder costs is counted where n_encoder_layers is n_layers, or None")
+        mask = torch.ones(h.shape[0], 1, 1, h.shape[1], dtype=torch.bool, device=h.device)
+        memory = Memory(run_block(self.encoder.blocks[0], h, table, mask, None), mask)
+        return run_block(self.blocks[0], h, table, None, None, memory)
 
     def reader(self, tokens: Tensor) -> LanguageModel:
         """The decoder, given the same tokens as their source."""

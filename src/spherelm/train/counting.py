@@ -128,8 +128,8 @@ def block_cost(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype
         h = torch.empty(batch_size, seq_len, config.d_model, dtype=dtype, requires_grad=True)
         h.grad = torch.zeros_like(h)
         table = model.rotary_table(torch.arange(seq_len, dtype=torch.float32), model.d_k, model.rope_base)
-        block = model.blocks[0]
-        return _cost(lambda: block(h, table), block.parameters())
+        layers = (parameter for name, parameter in model.named_parameters() if "blocks." in name)
+        return _cost(lambda: model.layer(h, table), layers)
 
 
 @lru_cache
