@@ -22,7 +22,8 @@ DEMO_OUT = runs/demo
 DEMO_FLAGS = --seeds 3
 
 # A test process a core, each of a few hundred megabytes, hence at most eight.
-PYTEST_FLAGS = -n auto --maxprocesses 8
+# Tests that share runs of several processes stay together in one of them.
+PYTEST_FLAGS = -n auto --maxprocesses 8 --dist loadgroup
 
 BIN = $(VENV)/bin
 DEMO_READY = $(VENV)/.installed-report

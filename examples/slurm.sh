@@ -22,7 +22,7 @@ if [ -e "$OUT/config.json" ]; then
     RESUME=(--resume)
 fi
 
-# Slurm sends USR1 120 seconds before the time is up; srun passes it on to every process.
+# Slurm sends USR1 120 seconds before the time is up, to torchrun, which passes on to its processes what it is told to.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" \
     --nproc-per-node=8 \
@@ -30,6 +30,7 @@ srun --kill-on-bad-exit=1 torchrun \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$HEAD:29500" \
     --max-restarts=3 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m spherelm train \
-    --arm ngpt --preset 1b-4k --recipe paper --micro-batch-size 2 --dtype bfloat16 \
+    --arm ngpt --preset 1b-4k --recipe paper --micro-batch-size 2 --dtype bfloat16 --strategy hybrid \
     --data "$DATA" --out "$OUT" --save-every 500 "${RESUME[@]}"

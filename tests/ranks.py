@@ -6,29 +6,33 @@ from this file's last line and ends as any Python program does, which is what th
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-PATIENCE = 300
-"""Seconds until ranks that do not end are killed: a busy machine may be a hundred times slower than a free one."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A spherelm command for `processes` ranks. before: Python that each of them runs first, with its rank as `rank`."""
+    """A spherelm command for `processes` ranks.
+
+    before: Python that each of them runs first, with its rank as `rank`. prepare: Python that is run before any of them
+    starts. kill_after: seconds until all are killed.
+    """
 
     processes: int
     arguments: list[str]
     before: str = ""
+    prepare: str = ""
+    kill_after: float = 300.0  # ranks that do not end are stuck, even on a busy machine
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,10 @@ def _become_rank(rank: int, job: dict[str, Any], port: int, err: Path) -> None:
     exec(job["before"], {"rank": rank})
 
 
-def _wait(pids: list[int]) -> list[int]:
-    """The exit codes of forked ranks; those that outlast `PATIENCE` are killed."""
+def _wait(pids: list[int], seconds: float) -> list[int]:
+    """The exit codes of forked ranks; those that take longer are killed."""
     codes: dict[int, int] = {}
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + seconds
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
@@ -91,11 +95,25 @@ def _wait(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
+USED = (
+    "spherelm.train.trainer",
+    "spherelm.compare.sweep",
+    "spherelm.cli",
+    "torch._dynamo",
+    "torch.distributed._composable",
+)
+"""What is imported before forking, so that ranks find it imported."""
+
+
 def _fork_all(directory: Path) -> bool:
     """Run the jobs on stdin; True in a rank, which has then to run its command."""
-
+    for name in USED:
+        import_module(name)
+    gc.collect()
+    gc.freeze()  # so that ranks need not look through all of it
     jobs, codes = json.load(sys.stdin), []
     for number, job in enumerate(jobs):
+        exec(job["prepare"], {})
         port, pids = free_port(), []
         for rank in range(job["processes"]):
             pid = os.fork()
@@ -103,14 +121,9 @@ def _fork_all(directory: Path) -> bool:
                 _become_rank(rank, job, port, directory / f"{number}-{rank}.err")
                 return True
             pids.append(pid)
-        codes.append(_wait(pids))
+        codes.append(_wait(pids, job["kill_after"]))
     print(json.dumps(codes))
     return False
-
-
-def directory_for_ranks() -> Path:
-    """A new directory for what ranks write."""
-    return Path(tempfile.mkdtemp(prefix="ranks-"))
 
 
 if __name__ == "__main__" and _fork_all(Path(sys.argv[1])):

@@ -243,7 +243,31 @@ TESTED_ELSEWHERE = {
     ),
     "Batches larger than memory": ("train/test_trainer.py:test_a_run_with_accumulation_is_the_run_without",),
     "Loss": ("layers/test_loss.py:test_the_logits_of_all_tokens_never_exist_at_once",),
+    "Many processes": (
+        "train/test_parallel.py:test_the_curve_is_that_of_one_process",
+        "train/test_parallel.py:test_a_run_goes_on_over_other_numbers_of_processes",
+        "train/test_parallel.py:test_a_process_that_is_lost_is_named",
+        "train/test_kills.py:test_torchrun_restarts_a_run_that_lost_a_process",
+    ),
+    "Logs": (
+        "train/test_sinks.py:test_a_resumed_run_is_told_whole_and_once",
+        "train/test_sinks.py:test_a_process_with_sinks_ends_well_and_calls_nobody",
+    ),
+    "Data at scale": (
+        "data/test_hub.py:test_workers_do_not_change_a_byte",
+        "data/test_hub.py:test_resumed_equals_uninterrupted",
+        "data/test_large_shards.py:test_reading_takes_no_memory",
+        "data/test_mixture.py:test_ranks_together_are_one_process",
+        "data/test_deduplication.py:test_only_the_first_of_equal_documents_stays",
+        "models/test_document_mask.py:test_a_window_is_worth_its_documents",
+    ),
+    "Dry runs": (
+        "train/test_estimate.py:test_memory_is_what_a_real_step_holds",
+        "train/test_estimate.py:test_every_run_of_the_paper_can_be_told_beforehand",
+    ),
     "Interruption": (
+        "train/test_kills.py:test_killed_at_any_moment",
+        "train/test_parallel.py:test_bad_updates_are_skipped_within_the_budget",
         "train/test_resume.py:test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing",
         "train/test_signals.py:test_a_stopped_command_saves_and_goes_on_bitwise",
     ),

@@ -75,10 +75,9 @@ class Group:
         """The `values` of every rank, in the order of ranks; all must call, with equally many."""
         if self.is_alone:
             return [values]
-        parts = torch.empty(self.world_size, len(values), dtype=torch.float64)
-        dist.all_gather_into_tensor(parts.view(-1), torch.tensor(values, dtype=torch.float64))
-        found: list[list[float]] = parts.tolist()
-        return found
+        parts = [torch.empty(len(values), dtype=torch.float64) for _ in range(self.world_size)]
+        dist.all_gather(parts, torch.tensor(values, dtype=torch.float64))
+        return [part.tolist() for part in parts]
 
     def together(self, action: Callable[[], T]) -> T:
         """Do `action` on every rank; where it fails on any, it fails on all.

@@ -1,0 +1,267 @@
+"""One run over several processes is the run over one, ends well, and says which process it lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+
+from spherelm import departure, load_model
+from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.config import TrainConfig
+from spherelm.train.metrics import read_metrics
+
+SPREADS = {
+    "replicate-2": (2, ("--strategy", "replicate")),
+    "replicate-4": (4, ("--strategy", "replicate")),
+    "shard-2": (2, ("--strategy", "shard", "--recompute")),
+    "shard-4": (4, ("--strategy", "shard", "--micro-batch-size", "1")),
+    "hybrid-4": (4, ("--strategy", "hybrid", "--shard-size", "2")),
+}
+STEPS = 30
+pytestmark = pytest.mark.xdist_group("ranks")
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
+
+
+def arguments(arm: str, out: Path, data: Path, *more: str, steps: int = STEPS) -> list[str]:
+    """A tiny run, at a rate at which both arms learn without leaping."""
+    text = ["train", "--arm", arm, "--out", str(out), "--data", str(data), "--steps", str(steps), "--seq-len", "16"]
+    text += ["--batch-size", "8", "--no-compile", "--lr", "0.002", "--eval-every", "10", "--keep", "9"]
+    shape = ["--set", "n_layers=2", "d_model=16", "n_heads=2", "d_ff=24", "eval_windows=7"]
+    return [*text, *(() if "--dtype" in more else ("--dtype", "float32")), *more, *shape]
+
+
+AT_STEP = """
+import os, signal, time
+from spherelm.train import parallel, trainer
+
+parallel.ANSWER_SECONDS = 1.0
+gradients = trainer.gradients_of_batch
+
+def at_step(model, loader, step, *rest):
+    loss = gradients(model, loader, step, *rest)
+    if rank == 1 and step + 1 in {steps}:
+        {action}
+    return loss
+
+trainer.gradients_of_batch = at_step
+"""
+DROP = """
+import pathlib, shutil
+for checkpoint in pathlib.Path({run!r}, "checkpoints").iterdir():
+    if int(checkpoint.name.removeprefix("step-")) > {last}:
+        shutil.rmtree(checkpoint)
+"""
+"""As if a run had been cut off before its later checkpoints."""
+
+SKIPPING = ("--on-bad-step", "skip", "--skip-budget", "2")
+NAN = "loss = float('nan')"
+REFUSED = {
+    "uneven": ("--batch-size", "7"),
+    "three": ("--strategy", "hybrid", "--shard-size", "3"),
+    "no-text": ("--data", "/nowhere"),
+    "tasks": ("--eval-tasks", "arc_easy", "--task-data", "/nowhere"),
+}
+
+
+def spread_jobs(arm: str, root: Path, data: Path) -> dict[str, ranks.Job]:
+    """One run over each number of processes, in float32, and over two in bfloat16."""
+    jobs = {f"{arm}-alone": ranks.Job(1, arguments(arm, root / f"{arm}-alone", data))}
+    for name, (processes, flags) in SPREADS.items():
+        jobs[f"{arm}-{name}"] = ranks.Job(processes, arguments(arm, root / f"{arm}-{name}", data, *flags))
+    for name, processes, flags in (("one", 1, ()), ("two", 2, ("--strategy", "shard"))):
+        given = arguments(arm, root / f"{arm}-bf16-{name}", data, "--dtype", "bfloat16", *flags, steps=10)
+        jobs[f"{arm}-bf16-{name}"] = ranks.Job(processes, given)
+    return jobs
+
+
+def moved_jobs(arm: str, root: Path, data: Path) -> dict[str, ranks.Job]:
+    """A run over one process, cut off, gone on with over two, cut off again, and over one."""
+    run, flags = root / f"{arm}-moved", ("--save-every", "4", "--strategy", "shard", "--resume")
+    given = arguments(arm, run, data, *flags, steps=STEPS)
+    jobs = {f"{arm}-moved": ranks.Job(1, given)}
+    for processes, last in ((2, 8), (1, 20)):
+        jobs[f"{arm}-moved-{processes}"] = ranks.Job(processes, given, prepare=DROP.format(run=str(run), last=last))
+    return jobs
+
+
+def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
+    """Two processes, of which the second does something after computing gradients."""
+
+    def job(name: str, action: str, *flags: str, steps: tuple[int, ...] = (3,)) -> ranks.Job:
+        given = arguments("ngpt", root / name, data, "--save-every", "2", *flags, steps=6)
+        return ranks.Job(2, given, AT_STEP.format(action=action, steps=steps))
+
+    lost = {"killed": "os.kill(os.getpid(), signal.SIGKILL)", "hung": "time.sleep(12); os._exit(9)"}
+    jobs = {name: job(name, action, "--timeout", "4", steps=(5,)) for name, action in lost.items()}
+    jobs |= {name: job(name, f"signal.raise_signal(signal.{name})") for name in ("SIGUSR1", "SIGTERM")}
+    jobs |= {"nan": job("nan", NAN), "skipped": job("skipped", NAN, *SKIPPING, steps=(3, 5))}
+    jobs["over"] = job("over", NAN, *SKIPPING, steps=(3, 4, 5))
+    for name, flags in REFUSED.items():
+        jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags])
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs are."""
+    return tmp_path_factory.mktemp("spread")
+
+
+@pytest.fixture(scope="module")
+def ended(data: Path, root: Path) -> dict[str, list[ranks.Ended]]:
+    """What became of every run of this file, by name."""
+    jobs = disturbed_jobs(root, data)
+    for arm in tiny.ARMS:
+        jobs |= spread_jobs(arm, root, data) | moved_jobs(arm, root, data)
+        for strategy in ("replicate", "shard"):
+            names = [f"{arm}-{strategy}-short-{i}" for i in range(5)]
+            flags = ("--strategy", strategy)
+            jobs |= {name: ranks.Job(2, arguments(arm, root / name, data, *flags, steps=1)) for name in names}
+    return dict(zip(jobs, ranks.run_ranks(list(jobs.values()), root / "err"), strict=True))
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    return [(record["kind"], record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
+    """The same records, and losses within `tolerance` relative."""
+    one, other = losses(ours), losses(theirs)
+    assert [record[:2] for record in one] == [record[:2] for record in other]
+    assert [record[2] for record in one] == pytest.approx([record[2] for record in other], rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def runs(ended: dict[str, list[ranks.Ended]], root: Path) -> Path:
+    """Where the runs are, all of which must have ended well that nobody disturbed."""
+    for name, of_job in ended.items():
+        if name.startswith(tiny.ARMS):
+            assert [rank.code for rank in of_job] == [0] * len(of_job), (name, [rank.err for rank in of_job])
+    return root
+
+
+@both_arms
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_curve_is_that_of_one_process(arm: str, spread: str, runs: Path) -> None:
+    """In training and validation, whose 7 windows no number of processes here divides."""
+    assert_close(runs / f"{arm}-{spread}", runs / f"{arm}-alone", 1e-5)
+
+
+@both_arms
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_weights_are_those_of_one_process(arm: str, spread: str, runs: Path) -> None:
+    """Read by one process, whatever number wrote them."""
+    ours, theirs = load_model(runs / f"{arm}-{spread}"), load_model(runs / f"{arm}-alone")
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-3 * max(1.0, float(b.detach().abs().max())), name
+    assert departure(ours) < 1e-6
+
+
+def test_every_process_writes_its_part(runs: Path) -> None:
+    checkpoint = latest_checkpoint(runs / "ngpt-shard-4")
+    assert checkpoint is not None
+    names = {path.name for path in checkpoint.iterdir()}
+    expected = {f"{part}-0000{rank}-of-00004.safetensors" for part in ("model", "optimizer") for rank in (1, 2, 3, 4)}
+    assert names == {*expected, "state.json"}
+    sizes = [(checkpoint / name).stat().st_size for name in expected if name.startswith("optimizer")]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@both_arms
+def test_bfloat16_is_close(arm: str, runs: Path) -> None:
+    """Weights and sums over processes are float32 there too; what differs is how rounded products add up."""
+    assert_close(runs / f"{arm}-bf16-two", runs / f"{arm}-bf16-one", 2e-3)
+
+
+@both_arms
+def test_a_run_goes_on_over_other_numbers_of_processes(arm: str, runs: Path) -> None:
+    """One, two, one: model, moments, place in the text and metrics go with it."""
+    assert_close(runs / f"{arm}-moved", runs / f"{arm}-alone", 1e-5)
+
+
+def test_twenty_short_runs_end_with_code_zero(ended: dict[str, list[ranks.Ended]]) -> None:
+    """Processes that part in the wrong order abort when all their work is done, some of the time."""
+    short = {name: [rank.code for rank in of_job] for name, of_job in ended.items() if "short" in name}
+    assert len(short) == 20
+    assert {name: codes for name, codes in short.items() if codes != [0, 0]} == {}
+
+
+@pytest.mark.parametrize(("name", "code"), [("killed", -9), ("hung", 9)])
+def test_a_process_that_is_lost_is_named(name: str, code: int, ended: dict[str, list[ranks.Ended]], root: Path) -> None:
+    """The others do not wait forever."""
+    first, second = ended[name]
+    assert second.code == code
+    assert first.code == 3, first.err
+    assert "rank 0 could not reach the others" in first.err
+    assert "ranks that no longer answer (killed, hung, or their machine lost): 1;" in first.err
+    assert "Traceback" not in first.err
+    saved = latest_checkpoint(root / name)
+    assert saved is not None, "the one that was being written when another was begun"
+
+
+def test_a_process_whose_loss_is_no_number_is_named(ended: dict[str, list[ranks.Ended]]) -> None:
+    first, second = ended["nan"]
+    assert (first.code, second.code) == (1, 1)
+    assert "the loss is nan at step 3 on rank 1 (peak learning rate 0.002)" in first.err
+    assert "the loss is" not in second.err, "one says why"
+
+
+def test_bad_updates_are_skipped_within_the_budget(ended: dict[str, list[ranks.Ended]], root: Path) -> None:
+    assert [rank.code for rank in ended["skipped"]] == [0, 0], ended["skipped"][0].err
+    records = read_metrics(root / "skipped" / "metrics.jsonl")
+    assert [(r["kind"], r["step"]) for r in records if r["kind"] in ("train", "skip")] == [
+        *(("train", 1), ("train", 2), ("skip", 3), ("train", 4), ("skip", 5), ("train", 6)),
+    ]
+    assert next(r["reason"] for r in records if r["kind"] == "skip") == "the loss is nan at step 3 on rank 1"
+    assert [rank.code for rank in ended["over"]] == [1, 1]
+    assert "at step 5 on rank 1, and the 2 updates that may be skipped were" in ended["over"][0].err
+    assert read_metrics(root / "over" / "metrics.jsonl")[-1]["kind"] == "stop"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 138), ("SIGTERM", 143)])
+def test_a_signal_to_one_saves_and_ends_all(
+    name: str, code: int, ended: dict[str, list[ranks.Ended]], root: Path
+) -> None:
+    first, second = ended[name]
+    assert [first.code, second.code] == [code, code]
+    saved = latest_checkpoint(root / name)
+    assert saved is not None
+    assert saved.name == "step-00000003"
+    assert f"spherelm: {name}: saved {root / name} at step 3; go on with --resume" in first.err
+    assert "spherelm:" not in second.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("uneven", "batch_size=7 cannot be shared by 2 processes: choose a multiple of 2"),
+        ("three", "--shard-size 3 does not divide the 2 processes"),
+        ("no-text", "/nowhere"),
+        ("tasks", "/nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said(name: str, message: str, ended: dict[str, list[ranks.Ended]], root: Path) -> None:
+    assert [rank.code for rank in ended[name]] == [2, 2], [rank.err for rank in ended[name]]
+    said = [line for rank in ended[name] for line in rank.err.splitlines() if line.startswith("spherelm:")]
+    assert said
+    assert all(message in line for line in said)
+    assert not (root / name / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strategy": "tensor"}, "unknown strategy 'tensor': choose one of replicate, shard, hybrid"),
+        ({"on_bad_step": "ignore"}, "unknown on_bad_step 'ignore': choose one of stop, skip"),
+        ({"spike_factor": 0.5}, "spike_factor must be 0 or more than 1, got 0.5"),
+        ({"timeout": 0.0}, "timeout must be positive, got 0.0"),
+        ({"keep_every": -1}, "keep_every must not be negative, got -1"),
+    ],
+)
+def test_settings_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(steps=1, seq_len=1, batch_size=1, **fields)
