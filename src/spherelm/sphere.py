@@ -84,15 +84,20 @@ def norm(x: Tensor, dim: int = -1) -> Tensor:
     return unit.to(x.dtype)
 
 
-def retracted(w: Tensor, dim: int) -> Tensor:
-    """`norm`, except that a vector which is unit up to rounding comes back bit for bit, so that twice is once.
+def retraction_factor(w: Tensor, dim: int) -> Tensor:
+    """What each vector along `dim` is multiplied by to be unit, 1 where it is that up to rounding: so twice is once.
 
-    "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves.
+    "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves. Result: float32
+    (float64 for that), the size of `dim` is 1.
     """
     wide = _wide(w)
-    square = wide.square().sum(dim, keepdim=True)
+    # Torch's norm is one pass and accurate along rows; along columns it is slow and adds up errors, and a sum is neither.
+    if dim % w.ndim == w.ndim - 1:
+        square = torch.linalg.vector_norm(wide, dim=dim, keepdim=True).square()
+    else:
+        square = wide.square().sum(dim, keepdim=True)
     is_unit = (square - 1).abs() <= 8 * torch.finfo(wide.dtype).eps
-    return (wide * square.clamp_min(TINY**2).rsqrt().masked_fill(is_unit, 1.0)).to(w.dtype)
+    return square.clamp_min(TINY**2).rsqrt().masked_fill(is_unit, 1.0)
 
 
 def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:

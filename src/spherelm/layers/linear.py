@@ -123,7 +123,7 @@ def retract(model: nn.Module) -> None:
     """
     for _, module, axis in unit_modules(model):
         weight = own_vectors(module.weight, axis)
-        weight.copy_(sphere.retracted(weight, dim=axis))
+        weight.mul_(sphere.retraction_factor(weight, dim=axis))
 
 
 def own_vectors(weight: Any, axis: int) -> Tensor:
