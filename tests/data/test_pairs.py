@@ -160,6 +160,10 @@ def test_processes_share_a_batch(data: Path) -> None:
     whole = parts(PairLoader(pairs, 256, 4, seed=1).batch(9))
     halves = [parts(PairLoader(pairs, 256, 4, 1, rank, 2).batch(9)) for rank in range(2)]
     assert sorted(halves[0] + halves[1]) == sorted(whole)
+    counts = [sum(len(target) + 1 for _, target in half) for half in halves]
+    weights = [PairLoader(pairs, 256, 4, 1, rank, 2).weight(9) for rank in range(2)]
+    assert weights == [2 * count / sum(counts) for count in counts]
+    assert PairLoader(pairs, 256, 4, seed=1).weight(9) == 1
     with pytest.raises(ValueError, match="fewer than batch_size=61"):
         PairLoader(pairs, 256, 61, 0)
 

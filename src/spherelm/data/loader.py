@@ -24,6 +24,10 @@ class Batches(Protocol):
         """(tokens, targets) of `step` (from 0) for this rank: int64 `[batch_size / world_size, seq_len]` each."""
         ...
 
+    def weight(self, step: int) -> float:
+        """What the mean over this rank's targets of `step` counts beside those of the others; 1 where all have equally many."""
+        ...
+
     def state(self, step: int) -> dict[str, Any]:
         """What another process needs besides the number `step` to go on with it (JSON), the same for every rank."""
         ...
@@ -34,7 +38,11 @@ class Batches(Protocol):
 
 
 class StatelessBatches:
-    """Batches whose whole position is the step."""
+    """Batches whose whole position is the step, of as many targets for every rank."""
+
+    def weight(self, step: int) -> float:
+        """One."""
+        return 1.0
 
     def state(self, step: int) -> dict[str, Any]:
         """Nothing."""

@@ -38,7 +38,7 @@ class PairLoader(StatelessBatches):
         self.rank, self.world_size = rank, world_size
         self.batches = len(pairs) // batch_size
         source, target = pairs.lengths()
-        self._length = source + target
+        self._length, self._targets = source + target, target + 1
         self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
 
     @property
@@ -48,10 +48,20 @@ class PairLoader(StatelessBatches):
 
     def batch(self, step: int) -> Batch:
         """(tokens, targets) of `step` (from 0) for this rank."""
+        return pair_batch(self.pairs, self._rows(step)[self.rank :: self.world_size], self.eos_id)
+
+    def weight(self, step: int) -> float:
+        """This rank's targets, ends among them, over the mean of all ranks."""
+        counts = self._targets[self._rows(step)]
+        return float(self.world_size * counts[self.rank :: self.world_size].sum() / counts.sum())
+
+    def _rows(self, step: int) -> npt.NDArray[np.int64]:
+        """The pairs of the whole batch of `step`."""
         epoch, number = divmod(step, self.batches)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._draw(epoch)
-        return pair_batch(self.pairs, self._order[number][self.rank :: self.world_size], self.eos_id)
+        rows: npt.NDArray[np.int64] = self._order[number]
+        return rows
 
     def _draw(self, epoch: int) -> npt.NDArray[np.int64]:
         """The pairs of each batch of an epoch: [batches, batch_size]."""

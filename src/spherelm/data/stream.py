@@ -66,6 +66,10 @@ class StreamLoader:
         first = step * self.batch_size + self.rank * share
         return stack(self._window(number) for number in range(first, first + share))
 
+    def weight(self, step: int) -> float:
+        """One: every rank has as many targets."""
+        return 1.0
+
     def state(self, step: int) -> dict[str, Any]:
         """What a loader needs to go on with `step`, the next one to be asked for or the last one (JSON)."""
         number = step * self.batch_size // self.windows

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from spherelm.data.loader import Batches
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
+from spherelm.layers.loss import IGNORED
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
@@ -227,16 +228,20 @@ def gradients_of_batch(
 ) -> float:
     """Add the gradients of batch number `step` to the parameters, in micro-batches, and return its mean loss in nats.
 
-    Of several processes each reads its own part of the batch; the gradients are the mean over all, the loss is its own.
+    Of several processes each reads its own part of the batch; the gradients are the mean over all, the loss is its own, times
+    the weight that makes the mean over processes one over targets.
     end_token: where given, attention does not cross from one document into another, each ended by this token.
     """
     tokens, targets = loader.batch(step)
     parts = list(zip(*(x.split(micro_batch_size or len(tokens)) for x in (tokens, targets)), strict=True))
-    total = 0.0
+    # Pairs of texts have different numbers of targets, and the mean is over targets.
+    counts = [int((wanted != IGNORED).sum()) for _, wanted in parts]
+    weight, total = loader.weight(step) / sum(counts), 0.0
     for number, (part, wanted) in enumerate(parts, 1):
         part = part.to(model.device)
         with model.last(number == len(parts)):
-            loss = model.loss(part, wanted.to(model.device), *separate_documents(part, end_token)) / len(parts)
+            loss = model.loss(part, wanted.to(model.device), *separate_documents(part, end_token))
+            loss = loss * (counts[number - 1] * weight)
             loss.backward()
         total += loss.item()
     return total
