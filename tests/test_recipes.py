@@ -247,6 +247,19 @@ def test_each_choice_of_a_recipe_is_a_field_too() -> None:
     assert (run.schedule.final, run.schedule.decay_fraction) == (0.2, 0.5)
 
 
+def test_heads_of_one_width_follow_the_model() -> None:
+    for d_model, n_heads in ((64, 1), (128, 2), (320, 5)):
+        assert make_run("ngpt", vocab_size=9, d_model=d_model, d_k=64).model.n_heads == n_heads
+    for fields in (
+        {"d_k": 64},
+        {"d_k": 48, "d_model": 64},
+        {"d_k": 0, "d_model": 64},
+        {"d_k": 8, "d_model": 64, "n_heads": 8},
+    ):
+        with pytest.raises(ValueError, match=r"d_k=\d+ needs a d_model that it divides"):
+            make_run("ngpt", vocab_size=9, **fields)  # type: ignore[arg-type]
+
+
 R = 1 / math.sqrt(128)
 WANTED: dict[str, dict[str, Any]] = {
     "s_qk-from-1-at-1": {"s_qk_scale": 1},

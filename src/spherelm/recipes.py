@@ -326,12 +326,13 @@ def make_run(
     vocab_size: that of the data; by default the preset's. lr: the peak learning rate, by default the tuned one.
     overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha_init`, ...), of
     the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
-    like; `None` leaves a field as it is. Raises `ValueError` naming an unknown arm, preset, recipe or field.
+    like; `d_k`, the width of a head, makes n_heads follow d_model; `None` leaves a field as it is. Raises `ValueError` naming an unknown arm, preset, recipe or field.
     """
     config_class, _ = _look_up("arm", arm, ARMS)
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = {key: value for key, value in overrides.items() if value is not None}
+    given |= _heads(given)
     size = dataclasses.replace(size, **_take(given, Preset))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
@@ -364,6 +365,16 @@ def make_run(
 def _take(given: dict[str, Any], owner: Any) -> dict[str, Any]:
     """Remove from `given` the fields of the dataclass `owner` and return them."""
     return {f.name: given.pop(f.name) for f in dataclasses.fields(owner) if f.name in given}
+
+
+def _heads(given: dict[str, Any]) -> dict[str, int]:
+    """Remove `d_k` from `given`; the number of heads that it makes of the `d_model` that is there."""
+    if "d_k" not in given:
+        return {}
+    d_k = given.pop("d_k")
+    if "d_model" not in given or "n_heads" in given or not d_k > 0 or given["d_model"] % d_k:
+        raise ValueError(f"d_k={d_k} needs a d_model that it divides, and no n_heads beside it")
+    return {"n_heads": given["d_model"] // d_k}
 
 
 def _multipliers(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
