@@ -326,7 +326,8 @@ def make_run(
     vocab_size: that of the data; by default the preset's. lr: the peak learning rate, by default the tuned one.
     overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha_init`, ...), of
     the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
-    like; `d_k`, the width of a head, makes n_heads follow d_model; `None` leaves a field as it is. Raises `ValueError` naming an unknown arm, preset, recipe or field.
+    like; `d_k`, the width of a head, makes n_heads follow d_model; `None` leaves a field as it is. Raises `ValueError` naming
+    an unknown arm, preset, recipe or field.
     """
     config_class, _ = _look_up("arm", arm, ARMS)
     size: Preset = _look_up("preset", preset, PRESETS)
