@@ -56,7 +56,7 @@ TINY = {
 
 def commands_in(text: str) -> list[list[str]]:
     """The command lines of a shell block or of an indented one, as words, comments left out."""
-    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     return [words for words in lines if words]
 
 

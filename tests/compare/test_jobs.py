@@ -225,7 +225,7 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
         assert saved is not None, run
         assert saved.name == f"step-{steps_done(run):08d}", "saved where it stood"
     if code != -9:
-        line = "spherelm: stopped; every run under way saved itself; go on with --resume"
+        line = "spherelm: stopped; every run under way saved itself; the same command goes on, compare with --resume"
         assert err.splitlines()[-1] == line
 
 

@@ -153,7 +153,9 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         except KeyboardInterrupt as error:
             _stop(pool)
             number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
-            raise Interrupted("stopped; every run under way saved itself; go on with --resume", number) from error
+            raise Interrupted(
+                "stopped; every run under way saved itself; the same command goes on, compare with --resume", number
+            ) from error
         except BaseException:
             _stop(pool)
             raise
