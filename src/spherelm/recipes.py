@@ -72,7 +72,7 @@ RATES_OF_SMALLEST = {
     ("default", "ngpt"): 2e-2,
     ("paper", "gpt"): 8e-3,
     ("paper", "ngpt"): 4e-2,
-    ("muon", "gpt"): 1.6e-2,
+    ("muon", "gpt"): 3.2e-2,
     ("muon", "ngpt"): 2.4e-2,
     ("training-ngpt", "gpt"): 8e-3,
     ("training-ngpt", "ngpt"): 2e-2,
@@ -162,7 +162,7 @@ def muon(arm: str, preset: Preset, steps: int) -> Choices:
     return Choices(choices.model, {**choices.optim, **optim}, choices.schedule)
 
 
-MUON_TO_ADAM = {False: 1.25, True: 2.0}
+MUON_TO_ADAM = {False: 0.625, True: 2.0}
 """Muon's rate over Adam's, for baselines and for normalized arms; on the sphere Muon's is an angle."""
 
 
@@ -269,7 +269,7 @@ PRESETS: dict[str, Preset] = {
             ("paper", "gpt"): 4e-3,
             ("paper", "ngpt"): 3.2e-2,
             ("nugpt", "ngpt"): 1.6e-2,
-            ("muon", "gpt"): 1e-2,
+            ("muon", "gpt"): 2e-2,
             ("muon", "ngpt"): 1.6e-2,
             ("training-ngpt", "gpt"): 4e-3,
             ("training-ngpt", "ngpt"): 1.6e-2,
