@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV = .venv
 
-# pip's constraints. "auto" takes constraints-cpu.txt, the version of torch that spherelm is developed and tested on,
+# pip's constraints. "auto" takes constraints-cpu.txt, the versions that spherelm is developed and tested on,
 # unless nvidia-smi is there: then pip chooses among the versions that pyproject.toml allows.
 # A file's name is taken as it is, and `make demo CONSTRAINTS=` constrains nothing.
 CONSTRAINTS = auto
