@@ -22,8 +22,8 @@ DEMO_OUT = runs/demo
 DEMO_FLAGS = --seeds 3
 
 # A test process a core, each of a few hundred megabytes, hence at most eight.
-# Tests that share runs of several processes stay together in one of them.
-PYTEST_FLAGS = -n auto --maxprocesses 8 --dist loadgroup
+# The tests of a file stay in one process, and share what is expensive to make.
+PYTEST_FLAGS = -n auto --maxprocesses 8 --dist loadfile
 
 BIN = $(VENV)/bin
 DEMO_READY = $(VENV)/.installed-report

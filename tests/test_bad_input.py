@@ -60,7 +60,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
     ("flags", "message"),
     [
         (["--recipe", "secret"], "unknown recipe 'secret': choose one of default, paper"),
-        (["--preset", "huge"], "unknown preset 'huge': choose one of demo, 0.5b-1k, "),
+        (["--preset", "huge"], "unknown preset 'huge': choose one of demo, pairs, "),
         (["--seq-len", 100_000], "sequence length 100000 needs 100001 tokens, but the train text in "),
         (["--steps", 0], "steps must be a positive whole number, got 0"),
         (["--batch-size", -4], "batch_size must be a positive whole number, got -4"),

@@ -22,7 +22,6 @@ SPREADS = {
     "hybrid-4": (4, ("--strategy", "hybrid", "--shard-size", "2")),
 }
 STEPS = 30
-pytestmark = pytest.mark.xdist_group("ranks")
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 
 

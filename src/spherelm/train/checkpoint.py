@@ -231,6 +231,24 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_of(run: str | Path) -> Path:
+    """The checkpoint that `run` is, or the newest one of the run directory `run`.
+
+    Raises `FileNotFoundError` if there is none.
+    """
+    path = Path(run)
+    is_one = NAME.fullmatch(path.name) and path.parent.name == "checkpoints"
+    found = path if is_one else latest_checkpoint(path)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+    return found
+
+
+def run_directory(run: str | Path) -> Path:
+    """The run directory that `run` is or that holds the checkpoint `run`. Raises as `checkpoint_of` does."""
+    return checkpoint_of(run).parent.parent
+
+
 def _read_state(checkpoint: Path, group: Group = ALONE) -> dict[str, Any]:
     """`state.json` of a checkpoint whose files are what they were when written; else a `ValueError` that says what is not.
 
@@ -316,15 +334,8 @@ def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     rounded unit vector stays as it is: a correction of its length would be rounded again (`departure` says how far it is off).
     Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
     """
-    path = Path(run)
-    if NAME.fullmatch(path.name) and path.parent.name == "checkpoints":
-        checkpoint, run_directory = path, path.parent.parent
-    else:
-        latest, run_directory = latest_checkpoint(path), path
-        if latest is None:
-            raise FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
-        checkpoint = latest
+    checkpoint = checkpoint_of(run)
     _read_state(checkpoint)
-    model = build(read_config(run_directory / "config.json").model)
+    model = build(read_config(checkpoint.parent.parent / "config.json").model)
     load_weights(model, checkpoint)
     return model.to(dtype).eval()

@@ -16,9 +16,9 @@ from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
 from spherelm.models import Decoder, EncoderDecoder, arm_of
 from spherelm.models.beam import BeamSettings
-from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
+from spherelm.train.checkpoint import STATE, checkpoint_of, load_model, run_directory
 from spherelm.train.config import TrainConfig, read_config
-from spherelm.train.export import checkpoint_of, tokenizer_definition
+from spherelm.train.export import tokenizer_definition
 from spherelm.train.precision import best_device
 from spherelm.train.record import command_line, versions
 from spherelm.train.samples import encode_prompt, load_for_inference, searched
@@ -50,14 +50,6 @@ def transformers_tokenizer(directory: Path) -> Any:
 def trained_length(run: Path) -> int:
     """Tokens a sequence in the training of a run directory or of the run of a checkpoint."""
     return read_config(run_directory(run) / "config.json").train.seq_len
-
-
-def run_directory(run: Path) -> Path:
-    """The run directory that `run` is or that holds the checkpoint `run`; raises `FileNotFoundError` without a checkpoint."""
-    found = run if NAME.fullmatch(run.name) else latest_checkpoint(run)
-    if found is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: pass a run directory that spherelm train wrote")
-    return found.parent.parent
 
 
 def about(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
-from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
+from spherelm.train.checkpoint import STATE, checkpoint_of, load_model
 from spherelm.train.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -55,13 +55,6 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
         os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def checkpoint_of(run: Path) -> Path:
-    """The checkpoint that `load_model(run)` reads."""
-    checkpoint = run if NAME.fullmatch(run.name) and run.parent.name == "checkpoints" else latest_checkpoint(run)
-    assert checkpoint is not None, "load_model would have raised"
-    return checkpoint
 
 
 def last_validation(run: Path, step: int) -> dict[str, Any] | None:

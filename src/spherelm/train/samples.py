@@ -19,7 +19,7 @@ from spherelm.models.continuation import Continuation
 from spherelm.models.decoder import Decoder, Rows
 from spherelm.models.generate import check, for_inference, row_seeds, stream
 from spherelm.models.sampling import Sampling
-from spherelm.train.checkpoint import NAME, load_model
+from spherelm.train.checkpoint import load_model, run_directory
 from spherelm.train.config import read_config
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
@@ -105,8 +105,7 @@ def searched(
 
 def continues(run: Path) -> bool:
     """Whether the texts of a run's model begin with their prompts, as a language model's do and a translation does not."""
-    directory = run.parent.parent if NAME.fullmatch(run.name) else run
-    return ARMS[read_config(directory / "config.json").arm][1].continues
+    return ARMS[read_config(run_directory(run) / "config.json").arm][1].continues
 
 
 def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, Tokenizer]:
@@ -125,7 +124,7 @@ def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, 
         model = load_model(run, getattr(torch, precision))
     if precision != "float32":
         print(f"spherelm: weights in {precision}, departure from the sphere {departure(model):.1e}", file=sys.stderr)
-    return for_inference(model), load_tokenizer(run.parent.parent if NAME.fullmatch(run.name) else run)
+    return for_inference(model), load_tokenizer(run_directory(run))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> list[int]:
