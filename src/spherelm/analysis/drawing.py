@@ -80,16 +80,28 @@ class Drawing:
     def svg(self) -> str:
         """One `<svg>` element for a page, light or dark as the page is."""
         with _style(self.key):
+            from matplotlib.backends.backend_svg import FigureCanvasSVG
+
             buffer = io.StringIO()
             metadata: Mapping[str, None] = {"Date": None}
-            self._drawn().savefig(buffer, format="svg", transparent=True, metadata=metadata)
+            figure = self._drawn()
+            for patch in (figure.patch, *(ax.patch for ax in figure.axes)):
+                patch.set_facecolor("none")
+                patch.set_edgecolor("none")
+            # Not by `savefig`, which draws everything once more, to see where it will be.
+            FigureCanvasSVG(figure).print_svg(buffer, metadata=metadata)
         return inline(buffer.getvalue(), self.key, self.title, self.description)
 
     def png(self, dots_per_inch: int = 160) -> bytes:
         """The file of an image in light colours."""
         with _style(self.key), _daylight():
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+
             buffer = io.BytesIO()
-            self._drawn().savefig(buffer, format="png", dpi=dots_per_inch, facecolor=BACKGROUND)
+            figure = self._drawn()
+            figure.set_facecolor(BACKGROUND)
+            figure.set_dpi(dots_per_inch)
+            FigureCanvasAgg(figure).print_png(buffer)
         return buffer.getvalue()
 
     def _drawn(self) -> Figure:
