@@ -42,6 +42,8 @@ Decode = Callable[[Tensor], Iterator[None]]
 
 @dataclass(frozen=True)
 class Shape:
+    """Of the models that are timed: both of ours and the Llama."""
+
     n_layers: int
     d_model: int
     n_heads: int

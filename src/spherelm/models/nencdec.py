@@ -20,20 +20,18 @@ Not normalized: `alpha_a`, `alpha_c`, `alpha_m` [d_model], `s_qk` [n_heads, d_k]
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.cross_attention import Memory, UnitCrossAttention
-from spherelm.layers.linear import Scale, UnitEmbedding, UnitLinear, retract
-from spherelm.layers.readout import Readout, preconditioned, scaled
+from spherelm.layers.linear import UnitEmbedding, UnitLinear
+from spherelm.layers.readout import Readout
 from spherelm.layers.rope import RotaryTable
 from spherelm.models.encoder_decoder import Encoder, EncoderDecoder, check_encoder
-from spherelm.models.ngpt import NGPTBlock, NGPTConfig, Reading, learned_scale
+from spherelm.models.ngpt import NGPTBlock, NGPTConfig, draw_on_sphere, learned_scale, reading_of
 from spherelm.sphere import norm
 
 
@@ -87,20 +85,14 @@ class NEncDec(EncoderDecoder):
         self.blocks = nn.ModuleList(NEncDecBlock(config) for _ in range(config.n_layers))
         self.head = UnitLinear(d, vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", vocab_size)
-        q = config.logit_preconditioning
-        self.reading: Reading = partial(preconditioned, q=q) if q else scaled
+        self.reading = reading_of(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draw every matrix anew and put it on the sphere; set the learned scales to their start."""
-        for module in self.modules():
-            if isinstance(module, Scale):
-                module.reset_parameters()
-            elif isinstance(module, UnitLinear | UnitEmbedding):
-                nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.d_model))
-        retract(self)
+        draw_on_sphere(self, self.config.d_model)
 
     def readout(self, h: Tensor) -> Readout:
         return self.reading(h, self.head, self.s_z())

@@ -118,6 +118,22 @@ def learned_scale(config: NGPTConfig, name: str, shape: int | tuple[int, ...]) -
     return Scale(shape, getattr(config, f"{name}_init"), default_scale(config, name), getattr(config, f"{name}_form"))
 
 
+def reading_of(config: NGPTConfig) -> Reading:
+    """How the logits are read, and their gradients come back: as the config's `logit_preconditioning` says."""
+    q = config.logit_preconditioning
+    return partial(preconditioned, q=q) if q else scaled
+
+
+def draw_on_sphere(model: nn.Module, d_model: int) -> None:
+    """Draw every unit matrix of `model` anew, N(0, 1/sqrt(d_model)) and normalized; set its learned scales to their start."""
+    for module in model.modules():
+        if isinstance(module, Scale):
+            module.reset_parameters()
+        elif isinstance(module, UnitLinear | UnitEmbedding):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(d_model))
+    retract(model)
+
+
 class NGPTBlock(nn.Module):
     """`h <- Norm(h + alpha_A (Norm(ATTN(h)) - h))`, then the same with the MLP and `alpha_M` (eqs. 10, 11)."""
 
@@ -153,20 +169,14 @@ class NGPT(LanguageModel):
         self.blocks = nn.ModuleList(NGPTBlock(config) for _ in range(config.n_layers))
         self.head = UnitLinear(config.d_model, config.vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", config.vocab_size)
-        q = config.logit_preconditioning
-        self.reading: Reading = partial(preconditioned, q=q) if q else scaled
+        self.reading = reading_of(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draw every matrix anew and put it on the sphere; set the learned scales to their start."""
-        for module in self.modules():
-            if isinstance(module, Scale):
-                module.reset_parameters()
-            elif isinstance(module, UnitLinear | UnitEmbedding):
-                nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.d_model))
-        retract(self)
+        draw_on_sphere(self, self.config.d_model)
 
     def readout(self, h: Tensor) -> Readout:
         return self.reading(h, self.head, self.s_z())
