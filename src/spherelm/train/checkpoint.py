@@ -99,11 +99,13 @@ class CheckpointWriter:
     """Writes the checkpoints of a run beside its training, one at a time.
 
     `run/checkpoints/step-XXXXXXXX` are written under another name, flushed to the disk and renamed, so a crash or a full disk
-    leaves the earlier ones as they were. The newest `keep` stay, and those of every `keep_every`-th step (0: none).
+    leaves the earlier ones as they were. The newest `keep` stay, and those of every `keep_every`-th step (0: none). Every
+    process of the group makes one; what a process that was killed had not finished is removed then.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int = 0, group: Group = ALONE) -> None:
         self.run, self.keep, self.keep_every, self.group = run, keep, keep_every, group
+        group.first(lambda: drop_unfinished(run))  # before any process begins to write
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -140,8 +142,6 @@ class CheckpointWriter:
     def _write(self, final: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress) -> None:
         part = final.with_name(f".{final.name}.part")
         try:
-            if self.group.is_first:  # before anybody writes: that begins when all have planned what to write
-                shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True, exist_ok=True)
             files = dict.fromkeys(weights, 1) | dict.fromkeys(moments, 2)
             writer = HuggingFaceStorageWriter(str(part), files, save_distributed=True)
