@@ -7,6 +7,7 @@ do not, which is why the declaration lives on the module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
+from spherelm.layers.grouped import grouped_product
 
 
 class Linear(nn.Linear):
@@ -45,6 +47,42 @@ class UnitLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, unit_axis: Literal[0, 1], role: str = "matrix") -> None:
         super().__init__(in_features, out_features, role)
+        self.unit_axis = unit_axis
+
+
+class ExpertLinear(nn.Module):
+    """A matrix for each of `n_experts`, as one weight [n_experts, out_features, in_features], without bias.
+
+    It keeps its own dtype and is cast to that of the input for the product, as in `Linear`.
+    """
+
+    role = "matrix"
+
+    def __init__(self, n_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every expert's matrix as `nn.Linear` draws it."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, rows: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[rows, in_features] -> [rows, out_features]: the rows of each expert, which end at `ends`, times its matrix.
+
+        ends: int32 [n_experts], as for `grouped_product`. scale [n_experts, out_features] multiplies the results, folded into
+        the weight.
+        """
+        weight = self.weight if scale is None else self.weight * scale.unsqueeze(-1)
+        return grouped_product(rows, weight.to(rows.dtype), ends)
+
+
+class UnitExpertLinear(ExpertLinear):
+    """An `ExpertLinear` whose vectors along `unit_axis` are unit: 2 for each expert's rows, 1 for its columns."""
+
+    def __init__(self, n_experts: int, in_features: int, out_features: int, unit_axis: Literal[1, 2]) -> None:
+        super().__init__(n_experts, in_features, out_features)
         self.unit_axis = unit_axis
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from spherelm.layers.attention import UnitAttention
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import UnitFeedForward
-from spherelm.layers.linear import FORMS, Linear, Scale, UnitEmbedding, UnitLinear, retract
+from spherelm.layers.linear import FORMS, Linear, Scale, UnitEmbedding, UnitExpertLinear, UnitLinear, retract
+from spherelm.layers.moe import Router
 from spherelm.layers.readout import Readout, preconditioned, scaled
 from spherelm.layers.rope import ROPES, RotaryTable
 from spherelm.models.decoder import LanguageModel, check_shape
@@ -125,12 +126,17 @@ def reading_of(config: NGPTConfig) -> Reading:
 
 
 def draw_on_sphere(model: nn.Module, d_model: int) -> None:
-    """Draw every unit matrix of `model` anew, N(0, 1/sqrt(d_model)) and normalized; set its learned scales to their start."""
+    """Draw every matrix of `model` anew, N(0, 1/sqrt(d_model)); set its learned scales to their start.
+
+    The unit matrices are normalized; a router's is drawn like them and is not.
+    """
     for module in model.modules():
         if isinstance(module, Scale):
             module.reset_parameters()
-        elif isinstance(module, UnitLinear | UnitEmbedding):
+        elif isinstance(module, UnitLinear | UnitEmbedding | UnitExpertLinear | Router):
             nn.init.normal_(module.weight, std=1 / math.sqrt(d_model))
+        if isinstance(module, Router):
+            module.reset_balance()
     retract(model)
 
 
