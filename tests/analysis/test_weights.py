@@ -50,6 +50,19 @@ def test_a_matrix_without_full_rank_has_an_infinite_condition_number() -> None:
     assert weights.condition_numbers(model)["W_u"][0] == np.inf
 
 
+@pytest.mark.parametrize("condition", [1e1, 9e3, 1.1e4, 1e6])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_singular_values_are_those_a_matrix_was_made_of(condition: float, shape: tuple[int, int]) -> None:
+    """On both sides of the condition number up to which a Gram matrix serves."""
+    random = np.random.default_rng(0)
+    left, right = (np.linalg.qr(random.standard_normal((n, 12)))[0] for n in shape)
+    values = np.geomspace(3.0, 3.0 / condition, 12)
+    pair = np.stack(((left * values) @ right.T, random.standard_normal(shape)))
+    found = weights._singular(pair)
+    assert np.allclose(found[0], values, rtol=1e-7, atol=0)
+    assert np.allclose(found[1], np.linalg.svd(pair[1], compute_uv=False), rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_embedding_norms_are_sorted_row_norms(arm: str) -> None:
     model = perturbed(arm)

@@ -20,7 +20,7 @@ from spherelm.models.decoder import Decoder
 
 Array = NDArray[np.float64]
 
-CHUNK = 256
+CHUNK = 1024
 """Positions whose logits are held at once."""
 
 
