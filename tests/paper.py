@@ -336,6 +336,9 @@ UNIT_AXIS = {
     "mlp.u.weight": 1,
     "mlp.v.weight": 1,
     "mlp.o.weight": 0,
+    # the layers of hybrids, whose equations are in paper_hybrid.py
+    **{f"layer.{matrix}.weight": 1 for matrix in ("q", "k", "v", "u", "in_proj")},
+    **{f"layer.{matrix}.weight": 0 for matrix in ("o", "out_proj")},
 }
 
 
@@ -427,13 +430,13 @@ def train(
 
 
 def gpt_decay(name: str) -> float:
-    """A.5: 0.1 on matrices, the embeddings among them; gains are left alone."""
-    return 0.0 if "norm" in name else 0.1
+    """A.5: 0.1 on matrices, the embeddings among them; gains, and what a state space learns, are left alone."""
+    return 0.0 if "norm" in name or ".ssm." in name else 0.1
 
 
 def paper_recipe(arm: str, lr: float) -> Recipe:
     """Tables 2 and 3: AdamW for the baseline, Adam and retraction for nGPT."""
-    if arm in ("gpt", "encdec"):
+    if arm in ("gpt", "encdec", "hybrid"):
         return Recipe(lambda name: lr, gpt_decay)
     return Recipe(lambda name: lr, lambda name: 0.0, on_sphere=True)
 

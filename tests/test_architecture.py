@@ -27,6 +27,7 @@ OWNERS = {
     "transformers": {"data/tokenizer", "interop/huggingface"},
     "peft": {"interop/huggingface"},
     "lm_eval": {"evaluate/harness"},
+    "mamba_ssm": {"layers/mamba_kernel"},
     "sacrebleu": {"evaluate/translation"},
     "torchao": {"interop/quantization"},
     "wandb": {"train/sinks/wandb"},

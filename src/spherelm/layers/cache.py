@@ -1,8 +1,8 @@
-"""Keys and values of the tokens already read, so that decoding a token costs one token."""
+"""What layers remember of the tokens already read, so that decoding a token costs one token: keys and values, or a state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -71,16 +71,67 @@ def _appended(stored: Tensor | None, new: Tensor, start: int) -> Tensor:
     return stored
 
 
-class KVCache:
-    """One `LayerCache` for each of the model's `n_layers` attention layers."""
+class StateCache(LayerCache):
+    """What a recurrent layer remembers, as much after a million tokens as after one.
 
-    def __init__(self, n_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(n_layers)]
+    Stored are the last inputs of its convolution [batch, width - 1, channels] and its state [batch, heads, d_head, d_state],
+    now and before the last update: `crop` can undo one pass, and no more, for a state does not say what it came from.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now: Pair | None = None
+        self._earlier: tuple[Pair | None, int] = (None, 0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was read."""
+        return self._now is None
+
+    def read(self) -> Pair:
+        """The last inputs of the convolution, and the state."""
+        assert self._now is not None, "nothing was read yet"
+        return self._now
+
+    def write(self, inputs: Tensor, state: Tensor, count: int) -> None:
+        """Remember what is left after `count` more positions."""
+        self._earlier = (self._now, self._length)
+        self._now, self._length = (inputs, state), self._length + count
+
+    def select(self, rows: Tensor) -> None:
+        earlier, length = self._earlier
+        self._now, self._earlier = _selected(self._now, rows), (_selected(earlier, rows), length)
+
+    def crop(self, length: int) -> None:
+        """Undo the last pass, or forget everything. Raises `ValueError` for any other length below the present one."""
+        if length >= self._length:
+            return
+        if length not in (0, self._earlier[1]):
+            raise ValueError(
+                f"a recurrent state of {self._length} positions cannot be taken back to {length}, only to "
+                f"{self._earlier[1]} or 0: begin with a new cache and read the first {length} again"
+            )
+        self._now, self._length = (None, 0) if length == 0 else self._earlier
+        self._earlier = (None, 0)
+
+
+def _selected(pair: Pair | None, rows: Tensor) -> Pair | None:
+    return None if pair is None else (pair[0].index_select(0, rows), pair[1].index_select(0, rows))
+
+
+class KVCache:
+    """A `LayerCache` for each of the model's layers: of so many attention layers, or those that are given.
+
+    A layer that remembers nothing, such as an MLP, has one that stays empty.
+    """
+
+    def __init__(self, layers: int | Iterable[LayerCache]) -> None:
+        self.layers = [LayerCache() for _ in range(layers)] if isinstance(layers, int) else list(layers)
 
     @property
     def length(self) -> int:
         """How many positions have been read."""
-        return self.layers[0].length
+        return max(layer.length for layer in self.layers)
 
     def crop(self, length: int) -> None:
         """Forget every position from `length` on, also what a pass that was broken off left in some of the layers."""

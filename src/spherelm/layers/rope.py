@@ -1,7 +1,7 @@
 """Rotary position embedding: channel i is paired with channel i + d_k/2, as Llama does in Hugging Face transformers.
 
-Beside it the formula of NVIDIA/ngpt's code, which is not a rotation: what its checkpoints were trained with. Which of the
-two a model uses is decided where it is built, by a name in `ROPES`.
+Beside it the formula of NVIDIA/ngpt's code, which is not a rotation: what its checkpoints were trained with; and no
+rotation at all. Which of them a model uses is decided where it is built, by a name in `ROPES`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,16 @@ def nvidia_rotate_unit(x: Tensor, table: RotaryTable) -> Tensor:
     return norm(nvidia_rotate(x, table))
 
 
+def no_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
+    """In place of a table where there is no rotation; arguments as in `rotary_table`."""
+    return positions, positions
+
+
+def unrotated(x: Tensor, table: RotaryTable) -> Tensor:
+    """`x`: no position is put into it. Attention then knows of order only what the causal mask and other layers tell."""
+    return x
+
+
 @dataclass(frozen=True)
 class Rope:
     """A way to put positions into queries and keys: what is computed once a pass, and what is done with it.
@@ -93,6 +103,7 @@ class Rope:
 ROPES = {
     "standard": Rope(rotary_table, rotate, rotate),
     "nvidia": Rope(nvidia_table, nvidia_rotate, nvidia_rotate_unit),
+    "none": Rope(no_table, unrotated, unrotated),
 }
 """By the name that a config's field `rope` has."""
 

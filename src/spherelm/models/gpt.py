@@ -28,7 +28,7 @@ from spherelm.models.decoder import LanguageModel, check_shape
 class GPTConfig:
     """The shape of a `GPT`. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model.
 
-    rope: "standard", or "nvidia" for the formula that NVIDIA/ngpt's checkpoints were trained with.
+    rope: "standard", "nvidia" for the formula that NVIDIA/ngpt's checkpoints were trained with, or "none" for no positions.
     """
 
     vocab_size: int
