@@ -6,25 +6,34 @@ import torch
 
 from spherelm.models.decoder import Decoder, LanguageModel
 from spherelm.models.encdec import EncDec, EncDecConfig
+from spherelm.models.encoder import Encoder, EncoderConfig
 from spherelm.models.encoder_decoder import EncoderDecoder
 from spherelm.models.gpt import GPT, GPTConfig
+from spherelm.models.masked import MaskedModel
 from spherelm.models.nencdec import NEncDec, NEncDecConfig
+from spherelm.models.nencoder import NEncoder, NEncoderConfig
 from spherelm.models.ngpt import NGPT, NGPTConfig
 
 __all__ = [
     "ARMS",
     "GPT",
+    "MASKED_CONFIGS",
     "NGPT",
     "TWINS",
     "Config",
     "Decoder",
     "EncDec",
     "EncDecConfig",
+    "Encoder",
+    "EncoderConfig",
     "EncoderDecoder",
     "GPTConfig",
     "LanguageModel",
+    "MaskedModel",
     "NEncDec",
     "NEncDecConfig",
+    "NEncoder",
+    "NEncoderConfig",
     "NGPTConfig",
     "arm_of",
     "build",
@@ -32,17 +41,22 @@ __all__ = [
     "parameter_count",
 ]
 
-Config = GPTConfig | NGPTConfig | EncDecConfig | NEncDecConfig
+Config = GPTConfig | NGPTConfig | EncDecConfig | NEncDecConfig | EncoderConfig | NEncoderConfig
+
+MASKED_CONFIGS = (EncoderConfig, NEncoderConfig)
+"""Of models that fill in what is hidden in a text."""
 
 ARMS: dict[str, tuple[type[Config], type[Decoder]]] = {
     "gpt": (GPTConfig, GPT),
     "ngpt": (NGPTConfig, NGPT),
     "encdec": (EncDecConfig, EncDec),
     "nencdec": (NEncDecConfig, NEncDec),
+    "encoder": (EncoderConfig, Encoder),
+    "nencoder": (NEncoderConfig, NEncoder),
 }
 """The config and the model of each arm, by the name that the command line and run directories use."""
 
-TWINS = {"ngpt": "gpt", "nencdec": "encdec"}
+TWINS = {"ngpt": "gpt", "nencdec": "encdec", "nencoder": "encoder"}
 """The baseline of each normalized arm."""
 
 

@@ -147,8 +147,8 @@ class Decoder(nn.Module):
         return run_block(self.blocks[0], h, table)
 
     @abstractmethod
-    def reader(self, tokens: Tensor) -> LanguageModel:
-        """What reads int64 `tokens` [batch, seq] for someone to look on: a language model with this model's blocks."""
+    def reader(self, tokens: Tensor) -> Decoder:
+        """What reads int64 `tokens` [batch, seq] for someone to look on: a model of one sequence with this model's blocks."""
 
     @abstractmethod
     def places(self, prompt: Sequence[int]) -> int:

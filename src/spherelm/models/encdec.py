@@ -1,6 +1,6 @@
 """The baseline encoder-decoder: the GPT of `gpt.py` with a source. Read beside `nencdec.py`.
 
-Encoder blocks are GPT's, without the causal mask; decoder blocks have cross-attention between attention and MLP.
+SourceEncoder blocks are GPT's, without the causal mask; decoder blocks have cross-attention between attention and MLP.
 
 | weight | starts as |
 |---|---|
@@ -24,7 +24,7 @@ from spherelm.layers.feedforward import FeedForward
 from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rope import ROPES, RotaryTable
-from spherelm.models.encoder_decoder import Encoder, EncoderDecoder, check_encoder
+from spherelm.models.encoder_decoder import SourceEncoder, EncoderDecoder, check_encoder
 from spherelm.models.gpt import GPTBlock, GPTConfig, RMSNorm
 
 
@@ -74,7 +74,7 @@ class EncDec(EncoderDecoder):
         d, vocab_size, depth = config.d_model, config.vocab_size, config.n_encoder_layers or config.n_layers
         self.embed = Embedding(vocab_size, d)
         source = self.embed if config.share_embeddings else Embedding(vocab_size, d)
-        self.encoder = Encoder(config, source, (GPTBlock(config) for _ in range(depth)), RMSNorm(d, eps=1e-6))
+        self.encoder = SourceEncoder(config, source, (GPTBlock(config) for _ in range(depth)), RMSNorm(d, eps=1e-6))
         self.blocks = nn.ModuleList(EncDecBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(d, eps=1e-6)
         self.head = Linear(d, vocab_size, role="output_embedding")

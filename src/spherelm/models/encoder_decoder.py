@@ -37,7 +37,7 @@ def check_encoder(config: EncoderDecoderConfig) -> None:
         raise ValueError(f"n_encoder_layers must be a positive whole number or None, got {layers!r}")
 
 
-class Encoder(nn.Module):
+class SourceEncoder(nn.Module):
     """Reads a sequence in both directions: the blocks of a language model, none of whose positions is hidden from another.
 
     Padding is seen by nobody, so that a row is read as it would be alone. `norm` is what the last state goes through.
@@ -63,7 +63,7 @@ class EncoderDecoder(Decoder):
     """An `encoder`, and a decoder whose blocks attend to what it made of the source."""
 
     continues = False
-    encoder: Encoder
+    encoder: SourceEncoder
 
     def forward(self, source: Tensor, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, target, vocab] of every target position's next token.

@@ -59,6 +59,15 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def draw_plain(model: nn.Module, std: float, added: int) -> None:
+    """Draw every matrix of `model` anew, N(0, std), those whose results are among the `added` of the sum with std / sqrt(added)."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=std / math.sqrt(added) if name.endswith(".o.weight") else std)
+
+
 class GPTBlock(nn.Module):
     """`h <- h + ATTN(RMSNorm(h))`, then `h <- h + MLP(RMSNorm(h))` (eqs. 4, 5)."""
 
@@ -96,12 +105,7 @@ class GPT(LanguageModel):
 
     def init_weights(self) -> None:
         """Draw every weight anew from the distributions in this module's docstring."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                shrink = math.sqrt(2 * len(self.blocks)) if name.endswith(".o.weight") else 1
-                nn.init.normal_(parameter, std=self.init_std / shrink)
+        draw_plain(self, self.init_std, 2 * len(self.blocks))
 
     def readout(self, h: Tensor) -> Readout:
         return Readout(self.norm(h), self.head.scaled_weight())

@@ -1,6 +1,6 @@
 """The normalized encoder-decoder: the NGPT of `ngpt.py` with a source. Read beside `encdec.py`.
 
-The nGPT paper calls the extension straightforward; this is how it is done here. Encoder blocks are nGPT's, without the causal
+The nGPT paper calls the extension straightforward; this is how it is done here. SourceEncoder blocks are nGPT's, without the causal
 mask. A decoder block takes three steps on the sphere, each with its own alpha: towards attention, towards cross-attention,
 towards the MLP. The encoder's last states are unit vectors already and are read as they are.
 
@@ -30,7 +30,7 @@ from spherelm.layers.cross_attention import Memory, UnitCrossAttention
 from spherelm.layers.linear import UnitEmbedding, UnitLinear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rope import RotaryTable
-from spherelm.models.encoder_decoder import Encoder, EncoderDecoder, check_encoder
+from spherelm.models.encoder_decoder import SourceEncoder, EncoderDecoder, check_encoder
 from spherelm.models.ngpt import NGPTBlock, NGPTConfig, draw_on_sphere, learned_scale, reading_of
 from spherelm.sphere import norm
 
@@ -81,7 +81,7 @@ class NEncDec(EncoderDecoder):
         d, vocab_size, depth = config.d_model, config.vocab_size, config.n_encoder_layers or config.n_layers
         self.embed = UnitEmbedding(vocab_size, d)
         source = self.embed if config.share_embeddings else UnitEmbedding(vocab_size, d)
-        self.encoder = Encoder(config, source, (NGPTBlock(config) for _ in range(depth)), nn.Identity())
+        self.encoder = SourceEncoder(config, source, (NGPTBlock(config) for _ in range(depth)), nn.Identity())
         self.blocks = nn.ModuleList(NEncDecBlock(config) for _ in range(config.n_layers))
         self.head = UnitLinear(d, vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from spherelm.data.corpus import shipped_directory
 from spherelm.data.documents import check_input, read_blocks
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.loader import Batches, Loader, validation_windows
+from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
@@ -24,7 +25,7 @@ from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.evaluate.perplexity import summed_loss
 from spherelm.layers.loss import IGNORED
-from spherelm.models import ARMS, Decoder, EncoderDecoder
+from spherelm.models import ARMS, MASKED_CONFIGS, Decoder, EncoderDecoder
 from spherelm.train.config import RunConfig
 from spherelm.train.parallel import Group
 
@@ -152,9 +153,11 @@ def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
     if issubclass(ARMS[config.arm][1], EncoderDecoder):
         data = _open_pairs(config, rank, world_size)
     elif config.data is not None and holds_pairs(Path(config.data)):
-        raise ValueError(f"{config.data} holds pairs, which {config.arm} does not read: give an arm with an encoder")
+        raise ValueError(f"{config.data} holds pairs, which {config.arm} does not read: give encdec or nencdec")
     else:
         data = _open_stream(config, spec, rank, world_size) if spec else _open_directories(config, rank, world_size)
+    if isinstance(config.model, MASKED_CONFIGS):
+        data = _masked(data, config, rank)
     size = data.tokenizer.vocab_size
     if size > config.model.vocab_size:
         raise ValueError(f"{config.data or 'the text'} has {size} token ids, the model only {config.model.vocab_size}")
@@ -185,6 +188,20 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
         },
         end_token=texts[0].eos_id if train.mask_documents else None,
     )
+
+
+def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
+    """The same text with tokens hidden in it, in the validation windows always the same ones."""
+    if data.end_token is not None:
+        raise ValueError("--mask-documents is for models that write: an encoder reads a window as one text")
+    assert isinstance(config.model, MASKED_CONFIGS)
+    size, part, seed = config.model.vocab_size, config.model.hidden_part, config.train.seed
+    held_out = tuple(
+        replace(one, tokens=tokens, targets=targets)
+        for one in data.held_out
+        for tokens, targets in (hidden(one.tokens, size, part, 0),)
+    )
+    return replace(data, loader=MaskedBatches(data.loader, size, part, seed, rank), held_out=held_out)
 
 
 def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:

@@ -1,0 +1,99 @@
+"""What both encoders share: a text is read in both directions, and tokens that are hidden in it are filled in.
+
+Masked language modelling (Devlin et al., arXiv 1810.04805). `Encoder` and `NEncoder` say what is different; their blocks are
+GPT's and nGPT's, whose queries look at every position instead of at those before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from spherelm.layers.cache import KVCache
+from spherelm.layers.readout import read_logits
+from spherelm.layers.rope import RotaryTable
+from spherelm.models.decoder import Decoder, DecoderConfig, Rows, RunBlock, run_block
+
+
+class MaskedConfig(DecoderConfig, Protocol):
+    """The fields that configs of encoders share."""
+
+    @property
+    def tie_embeddings(self) -> bool: ...
+    @property
+    def hidden_part(self) -> float: ...
+
+
+def check_masked(config: MaskedConfig) -> None:
+    """Raise `ValueError`, naming the value and the fix, for what no encoder can be made of."""
+    if not 0 < config.hidden_part < 1:
+        raise ValueError(f"hidden_part must lie between 0 and 1, got {config.hidden_part}")
+    if config.tie_embeddings:
+        raise ValueError("an encoder's embeddings cannot be tied: the input has a row more, that of hidden tokens")
+
+
+class MaskedModel(Decoder):
+    """int64 tokens [batch, seq] -> logits [batch, seq, vocab] of the token at every position, seen or hidden.
+
+    A hidden token is `mask_token`, the last row of the input embedding, which has vocab_size + 1 rows; it is never predicted.
+    Training hides the part `hidden_part` of the tokens (`data.masking`) and predicts those.
+    """
+
+    continues = False
+    config: MaskedConfig
+
+    @property
+    def mask_token(self) -> int:
+        """The id that stands for a hidden token: vocab_size."""
+        return self.config.vocab_size
+
+    @property
+    def hidden_part(self) -> float:
+        """The part of the tokens that training hides."""
+        return self.config.hidden_part
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, seq, vocab] of what stands at each position, for int64 tokens [batch, seq]."""
+        return read_logits(self.readout(self.trunk(self.embed(tokens))))
+
+    def trunk(
+        self,
+        h: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        run: RunBlock | None = None,
+        context: tuple[object, ...] = (),
+    ) -> Tensor:
+        """As in `Decoder`; without a mask every position sees every other."""
+        mask = everywhere(h) if mask is None else mask
+        return super().trunk(h, cache, mask, positions, run, context)
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats of `targets` int64 [batch, seq], the tokens that were hidden, -100 elsewhere."""
+        return self.read_loss(self.trunk(self.embed(tokens), mask=mask, positions=positions), targets)
+
+    def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
+        return run_block(self.blocks[0], h, table, everywhere(h), None)
+
+    def reader(self, tokens: Tensor) -> Decoder:
+        """This model."""
+        return self
+
+    def conditioned(self, prompts: Rows, end_token: int | None) -> NoReturn:
+        """Raises `ValueError`: it does not write."""
+        raise ValueError("an encoder fills in hidden tokens and writes no text: give a run of another arm")
+
+    def places(self, prompt: Sequence[int]) -> NoReturn:
+        """Raises `ValueError`: it does not write."""
+        self.conditioned((), None)
+
+
+def everywhere(h: Tensor) -> Tensor:
+    """The mask that lets every position of `h` [batch, seq, d_model] be seen: bool [1, 1, 1, seq]."""
+    return torch.ones(1, 1, 1, h.shape[1], dtype=torch.bool, device=h.device)
