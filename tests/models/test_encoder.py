@@ -111,7 +111,10 @@ def test_it_writes_nothing(arm: str) -> None:
 @pytest.mark.parametrize("arm", CONFIGS)
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({"hidden_part": 0.0}, "hidden_part must lie between 0 and 1, got 0.0"), ({"tie_embeddings": True}, "cannot be tied")],
+    [
+        ({"hidden_part": 0.0}, "hidden_part must lie between 0 and 1, got 0.0"),
+        ({"tie_embeddings": True}, "cannot be tied"),
+    ],
 )
 def test_what_no_encoder_can_be_made_of_is_refused(arm: str, fields: dict[str, Any], said: str) -> None:
     assert ARMS[arm][0] is CONFIGS[arm]

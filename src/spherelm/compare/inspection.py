@@ -26,6 +26,7 @@ from spherelm.compare.inspect_page import figure_sections, plain_page, plain_tab
 from spherelm.compare.wording import NAMES, si
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.models import MASKED_CONFIGS
 from spherelm.models.decoder import Decoder
 from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
 from spherelm.train.config import read_config
@@ -122,6 +123,8 @@ def check_shapes(paths: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
         config = read_config(run_directory(path) / "config.json")
         model = config.model
+        if isinstance(model, MASKED_CONFIGS):
+            raise ValueError(f"{path} is an encoder: what is drawn here is of models that predict the next token")
         shape = (model.n_layers, model.d_model, model.n_heads, model.n_kv_heads or 0, model.d_ff or 0, model.vocab_size)
         first, known = shapes.setdefault(config.arm, (path, shape))
         if shape != known:

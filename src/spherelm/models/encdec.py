@@ -1,6 +1,6 @@
 """The baseline encoder-decoder: the GPT of `gpt.py` with a source. Read beside `nencdec.py`.
 
-SourceEncoder blocks are GPT's, without the causal mask; decoder blocks have cross-attention between attention and MLP.
+Encoder blocks are GPT's, without the causal mask; decoder blocks have cross-attention between attention and MLP.
 
 | weight | starts as |
 |---|---|
@@ -24,7 +24,7 @@ from spherelm.layers.feedforward import FeedForward
 from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rope import ROPES, RotaryTable
-from spherelm.models.encoder_decoder import SourceEncoder, EncoderDecoder, check_encoder
+from spherelm.models.encoder_decoder import EncoderDecoder, SourceEncoder, check_encoder
 from spherelm.models.gpt import GPTBlock, GPTConfig, RMSNorm
 
 

@@ -60,7 +60,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def draw_plain(model: nn.Module, std: float, added: int) -> None:
-    """Draw every matrix of `model` anew, N(0, std), those whose results are among the `added` of the sum with std / sqrt(added)."""
+    """Draw every matrix of `model` anew, N(0, std), and with std / sqrt(added) those whose results go into the residual."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             nn.init.ones_(parameter)

@@ -1,6 +1,6 @@
 """The normalized encoder-decoder: the NGPT of `ngpt.py` with a source. Read beside `encdec.py`.
 
-The nGPT paper calls the extension straightforward; this is how it is done here. SourceEncoder blocks are nGPT's, without the causal
+The nGPT paper calls the extension straightforward; this is how it is done here. Encoder blocks are nGPT's, without the causal
 mask. A decoder block takes three steps on the sphere, each with its own alpha: towards attention, towards cross-attention,
 towards the MLP. The encoder's last states are unit vectors already and are read as they are.
 
@@ -30,7 +30,7 @@ from spherelm.layers.cross_attention import Memory, UnitCrossAttention
 from spherelm.layers.linear import UnitEmbedding, UnitLinear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rope import RotaryTable
-from spherelm.models.encoder_decoder import SourceEncoder, EncoderDecoder, check_encoder
+from spherelm.models.encoder_decoder import EncoderDecoder, SourceEncoder, check_encoder
 from spherelm.models.ngpt import NGPTBlock, NGPTConfig, draw_on_sphere, learned_scale, reading_of
 from spherelm.sphere import norm
 

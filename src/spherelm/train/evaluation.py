@@ -14,7 +14,7 @@ from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_task
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
-from spherelm.models import Decoder, EncoderDecoder, arm_of
+from spherelm.models import Decoder, EncoderDecoder, MaskedModel, arm_of
 from spherelm.models.beam import BeamSettings
 from spherelm.train.checkpoint import STATE, checkpoint_of, load_model, run_directory
 from spherelm.train.config import TrainConfig, read_config
@@ -61,12 +61,14 @@ def about(run: Path) -> dict[str, Any]:
 
 
 def load_decoder(run: Path) -> Decoder:
-    """The model of a run or a checkpoint on the best device. Raises as `load_model`, `ValueError` for an encoder-decoder."""
+    """The model of a run or a checkpoint on the best device. Raises as `load_model`, `ValueError` for what has an encoder."""
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
         raise ValueError(
             f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of gpt or ngpt"
         )
+    if isinstance(model, MaskedModel):
+        raise ValueError(f"{run} is an encoder, which predicts no next token: pass a run of gpt or ngpt")
     return model
 
 

@@ -24,16 +24,18 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
     dtype: "float32", "bfloat16" or "float16", of the weights. standalone: put the modeling code beside them, for loading
     with `trust_remote_code=True` where spherelm is not installed. The directory appears whole or not at all.
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
-    transformers is missing or the run's tokenizer cannot be had as a tokenizer.json.
+    transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} already holds something: choose another directory for the export")
     try:
+        from spherelm.interop.huggingface import classes_of
         from spherelm.interop.huggingface.card import Facts, model_card
         from spherelm.interop.huggingface.folder import save_folder
     except ImportError as error:
         raise ValueError(f"cannot export: {error}") from error
     model, checkpoint = load_model(run), checkpoint_of(run)
+    classes_of(model)
     directory = checkpoint.parent.parent
     tokenizer = tokenizer_definition(directory) if with_tokenizer else None
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]

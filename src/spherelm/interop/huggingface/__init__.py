@@ -35,14 +35,23 @@ AutoModelForCausalLM.register(SphereLMConfig, SphereLMForCausalLM, exist_ok=True
 AutoModelForSeq2SeqLM.register(SphereSeq2SeqConfig, SphereSeq2SeqLM, exist_ok=True)
 
 
+def classes_of(model: Decoder) -> tuple[type[SphereLMConfig], type[SphereModel]]:
+    """The config and the class that wrap `model`; `ValueError` for a kind that has none."""
+    found = next(((c, w) for c, w in WRAPPERS if isinstance(model, c.kind)), None)
+    if found is None:
+        raise ValueError(f"there is no Hugging Face class for {type(model).__name__}: use spherelm.load_model")
+    return found
+
+
 def to_hf(model: Decoder) -> SphereModel:
     """`model` as a `PreTrainedModel`, causal or sequence-to-sequence: `save_pretrained`, `generate`, `Trainer`.
 
     The two share their parameters: training one trains the other. To keep them apart, pass `copy.deepcopy(model)`.
+    Raises as `classes_of` does.
     """
     config = model.config
     assert isinstance(config, Config)
-    config_class, wrapper = next((c, w) for c, w in WRAPPERS if isinstance(model, c.kind))
+    config_class, wrapper = classes_of(model)
     with torch.device("meta"):
         wrapped = wrapper(config_class.of(config))
     for name, parameter in model.named_parameters(remove_duplicate=False):

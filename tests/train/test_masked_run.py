@@ -1,0 +1,98 @@
+"""Encoders through the trainer that language models go through, and what the commands for models that write say to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from commands import make_command
+
+from spherelm.layers.linear import departure
+from spherelm.models import MaskedModel
+from spherelm.train.batches import open_data
+from spherelm.train.checkpoint import load_model
+from spherelm.train.trainer import Trainer, train
+
+ARMS = ("encoder", "nencoder")
+both_arms = pytest.mark.parametrize("arm", ARMS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_data(tmp_path_factory.mktemp("data"))
+
+
+@both_arms
+def test_a_run_learns_and_goes_on_bitwise(arm: str, data: Path, tmp_path: Path) -> None:
+    config = tiny.run_config(arm, data, steps=40, save_every=30, eval_every=20, hidden_part=0.25)
+    loss = train(config, tmp_path / "whole", show_progress=False)
+    first = next(r for r in tiny.metrics(tmp_path / "whole") if r["kind"] == "val")
+    assert loss < 0.85 * first["loss"]
+    train(config, tmp_path / "broken", show_progress=False)
+    last = max((tmp_path / "broken" / "checkpoints").iterdir())
+    (last / "state.json").unlink()
+    train(config, tmp_path / "broken", resume=True, show_progress=False)
+    tiny.assert_bitwise(*(tmp_path / name / "checkpoints" / "step-00000040" for name in ("whole", "broken")))
+    assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
+    model = load_model(tmp_path / "whole")
+    assert isinstance(model, MaskedModel)
+    if arm == "nencoder":
+        assert departure(model) < 1e-6
+
+
+@both_arms
+def test_micro_batches_give_the_gradient_of_the_whole_batch(arm: str, data: Path, tmp_path: Path) -> None:
+    norms = []
+    for size in (1, 4):
+        run = Trainer(tiny.run_config(arm, data, micro_batch_size=size), tmp_path / str(size))
+        norms.append(run._gradients(0))
+        run.metrics.close()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_validation_hides_the_same_at_every_seed(data: Path) -> None:
+    one, other = (open_data(tiny.run_config("encoder", data, seed=seed)) for seed in (0, 1))
+    for part, same in zip(one.held_out, other.held_out, strict=True):
+        assert torch.equal(part.tokens, same.tokens)
+        assert torch.equal(part.targets, same.targets)
+    assert not torch.equal(one.loader.batch(0)[0], other.loader.batch(0)[0])
+
+
+def test_separate_documents_are_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="--mask-documents is for models that write"):
+        open_data(tiny.run_config("nencoder", data, mask_documents=True))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "nencoder"
+    train(tiny.run_config("nencoder", data, steps=1), out, show_progress=False)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("generate", "RUN", "--prompt", "a"), "writes no text"),
+        (("eval", "RUN", "--perplexity", __file__, "--lengths", "8"), "predicts no next token"),
+        (("inspect", "RUN", "--out", "OUT"), "is an encoder"),
+        (("export", "RUN", "OUT"), "no Hugging Face class for NEncoder"),
+    ],
+)
+def test_commands_about_models_that_write_say_so_in_one_line(
+    words: tuple[str, ...],
+    said: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = make_command(monkeypatch, capsys)
+    names = {"RUN": run, "OUT": tmp_path / "out"}
+    answer = command(*(names.get(word, word) for word in words))
+    assert answer.code == 2
+    assert len(answer.err.strip().splitlines()) == 1
+    assert said in answer.err
+    assert not (tmp_path / "out").exists()
