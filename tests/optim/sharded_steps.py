@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from moe_case import model_with_experts
+
 from spherelm.layers.linear import retract
 from spherelm.models import NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
 from spherelm.optim.groups import set_rate
+from spherelm.train.parallel import Group, spread
 
 CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
 CAP: dict[str, Any] = {"max_angle": 0.03, "angle_follows_lr": True}
@@ -26,6 +32,10 @@ OPTIMS = {
     "muon": OptimConfig(lr=0.01, optimizer="muon", matrix_lr=0.05),
     "muon, tangent, capped": OptimConfig(lr=0.01, optimizer="muon", matrix_lr=0.05, tangent=True, **CAP),
 }
+EXPERTS = {f"experts, {name}": OPTIMS[name] for name in ("adamw", "muon, tangent, capped")}
+"""With a mixture of experts in place of each MLP: six are cut between experts, of five with d_ff even each expert is."""
+SPREADS = ("replicate", "shard", "shard, recompute", "shard, loss")
+"""How two processes train a model with experts on a batch that one process sees whole."""
 STEPS = 3
 
 
@@ -34,12 +44,14 @@ def gradient(step: int, index: int, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + index))
 
 
-def weights_after(optim: OptimConfig, shard: bool) -> list[torch.Tensor]:
+def weights_after(optim: OptimConfig, shard: bool, n_experts: int = 0) -> list[torch.Tensor]:
     """Whole weights after a few optimizer steps by made-up gradients."""
     torch.manual_seed(0)
-    model = build(CONFIG)
-    if shard:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = model_with_experts(n_experts=n_experts) if n_experts else build(CONFIG)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if shard and n_experts:
+        spread(model, Group(dist.get_rank(), dist.get_world_size(), mesh=mesh))
+    elif shard:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -56,6 +68,26 @@ def weights_after(optim: OptimConfig, shard: bool) -> list[torch.Tensor]:
     return before
 
 
+def trained(how: str, alone: bool) -> dict[str, torch.Tensor]:
+    """Weights, biases of routers and what they counted, after a few updates of a model with experts."""
+    torch.manual_seed(0)
+    rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    mesh = None if alone or how == "replicate" else init_device_mesh("cpu", (world_size,))
+    group = Group(rank, world_size, mesh=mesh)
+    model = model_with_experts(balance="loss" if "loss" in how else "bias", coefficient=0.0)
+    laid = spread(model, group, recompute="recompute" in how)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, balance_rate=0.02), group.summed)
+    tokens = torch.randint(23, (4, 9), generator=torch.Generator().manual_seed(1))[rank::world_size]
+    for _ in range(STEPS):
+        for number, part in enumerate(tokens.split(1)):
+            with laid.last(number == len(tokens) - 1):
+                (laid.loss(part[:, :-1], part[:, 1:]) / len(tokens)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {name: whole(p) for name, p in model.named_parameters()}
+    return found | {name: buffer.double() for name, buffer in model.named_buffers()}
+
+
 def whole(p: torch.Tensor) -> torch.Tensor:
     return p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
 
@@ -69,6 +101,15 @@ def work(rank: int, world_size: int, meeting: str, out: str) -> None:
     for name, optim in OPTIMS.items():
         pairs = zip(weights_after(optim, shard=True), weights_after(optim, shard=False), strict=True)
         found[name] = [(a - b).abs().max().item() for a, b in pairs]
+    for name, optim in EXPERTS.items():
+        for n in (6, 5):
+            pairs = zip(weights_after(optim, True, n), weights_after(optim, False, n), strict=True)
+            found[f"{n} {name}"] = [(a - b).abs().max().item() for a, b in pairs]
+    for how in SPREADS:
+        ours, theirs = trained(how, alone=False), trained(how, alone=True)
+        assert ours.keys() == theirs.keys()
+        assert all(load.sum() == 2 * 4 * 8 for name, load in ours.items() if name.endswith("seen")), "all choices"
+        found[how] = [(ours[name] - theirs[name]).abs().max().item() for name in ours]
     if rank == 0:
         torch.save(found, Path(out))
     gc.collect()

@@ -39,6 +39,15 @@ def test_zero_stays_zero() -> None:
     assert orthogonalized(torch.zeros(3, 4), torch.float32).equal(torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 7), (3, 7, 4)])
+def test_each_matrix_of_a_bank_is_orthogonalized_by_itself(shape: tuple[int, int, int]) -> None:
+    bank = torch.randn(shape, dtype=torch.float64) * torch.logspace(-3, 3, shape[0], dtype=torch.float64)[:, None, None]
+    apart = torch.stack([orthogonalized(matrix, torch.float64) for matrix in bank])
+    torch.testing.assert_close(orthogonalized(bank, torch.float64), apart)
+    for bank_axis, axis in ((1, 0), (2, 1), (None, None)):
+        assert step_size(torch.Size(shape), bank_axis) == step_size(torch.Size(shape[1:]), axis)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
 def test_a_plain_matrix_moves_as_with_torchs_muon(shape: tuple[int, int]) -> None:
     """Torch computes the iteration in bfloat16: that is what the tolerance is for."""

@@ -9,9 +9,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import moe_case
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -87,6 +89,39 @@ def test_training_goes_on_from_a_checkpoint_bitwise(arm: str, tmp_path: Path) ->
         each.loss(tokens, tokens.roll(1)).backward()
         its_optimizer.step()
     assert_equal(state_of(model, optimizer), state_of(other, fresh))
+
+
+@both_arms
+def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, tmp_path: Path) -> None:
+    """What was counted since the last update is not saved: there is an update before every checkpoint."""
+    tokens = torch.randint(11, (2, 8))
+
+    def updated(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        model.loss(tokens, tokens.roll(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {**state_of(model, optimizer), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+    model, other = (moe_case.model_with_experts(arm) for _ in range(2))
+    optimizer, fresh = (build_optimizer(each, OptimConfig(lr=1e-2)) for each in (model, other))
+    before = updated(model, optimizer)
+    assert before["blocks.0.mlp.router.score_bias"].abs().max() > 0
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
+    names = set(load_file(path / WEIGHTS))
+    assert {name for name in names if "router" in name} == {
+        f"blocks.{i}.mlp.router.{part}" for i in (0, 1) for part in ("weight", "score_bias")
+    }
+    load_checkpoint(path, other, fresh)
+    assert_equal(updated(other, fresh), updated(model, optimizer))
+
+
+def test_a_checkpoint_without_the_biases_is_refused(tmp_path: Path) -> None:
+    model = moe_case.model_with_experts()
+    path = save_checkpoint(tmp_path, model, build_optimizer(model, OptimConfig(lr=1e-2)), Progress(1, 0.0), keep=1)
+    for block in model.blocks:
+        del block.mlp.router.score_bias
+    with pytest.raises(ValueError, match=r"only the checkpoint has blocks\.0\.mlp\.router\.score_bias"):
+        load_weights(model, path)
 
 
 def test_the_newest_keep_checkpoints_stay_and_strangers_are_left_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import moe_case
 import pytest
 import tiny
 import torch
@@ -81,6 +82,20 @@ def test_operations_of_an_encoder_decoder_are_those_of_a_real_step(arm: str) -> 
     assert counter.get_total_flops() == training_flops(config, 2, 64)
     with pytest.raises(ValueError, match="counted where n_encoder_layers is n_layers"):
         training_flops(dataclasses.replace(config, n_encoder_layers=3), 2, 64)
+
+
+@both_arms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_experts_those_count_that_a_token_meets(arm: str, dtype: torch.dtype) -> None:
+    """Whether torch's kernel multiplies their matrices, or the loop."""
+    model, tokens = moe_case.model_with_experts(arm, top_k=2).to(dtype), torch.randint(23, (2, 8))
+    with counted_flops() as counter:
+        model.loss(tokens, tokens).backward()
+    d, d_ff, n_experts, layers, vocab = 16, moe_case.D_FF, moe_case.E, 2, 23
+    products = layers * (4 * d * d + 2 * 3 * d * d_ff + n_experts * d) + d * vocab
+    rule = 6 * products + 12 * layers * d * 8
+    assert flops_per_token(model, 8) == rule
+    assert counter.get_total_flops() == 16 * (rule + (4 * layers * d if arm == "ngpt" else 0))
 
 
 def allocated(run: Callable[[], None]) -> int:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import ranks
 import tiny
+import torch
 
 from spherelm import departure, load_model
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import TrainConfig
 from spherelm.train.metrics import read_metrics
+from spherelm.train.parallel import place
 
 SPREADS = {
     "replicate-2": (2, ("--strategy", "replicate")),
@@ -249,6 +251,29 @@ def test_what_cannot_be_is_said(name: str, message: str, ended: dict[str, list[r
     assert said
     assert all(message in line for line in said)
     assert not (root / name / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "unit_axis", "parts", "axis"),
+    [
+        ((8, 6), 1, 2, 0),
+        ((7, 6), 1, 2, 0),
+        ((8, 6), 0, 2, 1),
+        ((8, 7), 0, 2, 0),
+        ((8, 6), None, 2, 0),
+        ((4, 10, 6), 2, 2, 0),
+        ((4, 6, 10), 1, 2, 0),
+        ((5, 10, 6), 2, 2, 1),
+        ((5, 6, 10), 1, 2, 2),
+        ((5, 9, 6), 2, 2, 0),
+        ((5, 6), None, 2, 0),
+    ],
+)
+def test_weights_are_cut_between_unit_vectors(
+    shape: tuple[int, ...], unit_axis: int | None, parts: int, axis: int
+) -> None:
+    """Rows, columns, banks of rows and of columns; where nothing divides evenly, along the first axis, as torch wants it."""
+    assert place(torch.Size(shape), unit_axis, parts) == axis
 
 
 @pytest.mark.parametrize(

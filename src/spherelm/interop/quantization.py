@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spherelm import sphere
 from spherelm.layers.linear import Embedding, Linear
+from spherelm.layers.moe import Router
 from spherelm.layers.readout import scaled
 from spherelm.models import NGPT, Decoder
 from spherelm.models.folding import Folded
@@ -119,7 +120,9 @@ class Int8Embedding(Int8Matrix):
 
 @torch.no_grad()
 def quantized(model: Decoder, renormalize: bool = True) -> Decoder:
-    """A copy of `model` for inference whose matrices and embeddings are int8; vectors of one dimension stay as they are.
+    """A copy of `model` for inference whose matrices and embeddings are int8.
+
+    Vectors of one dimension stay as they are, and so do banks of experts and the routers that choose among them.
 
     renormalize: make every vector with a unit axis unit again, to the rounding of float32 (`departure` says how far). Quantize
     the model as it was trained: learned scales of rows join the step sizes, so folding them first saves nothing. Computes in
@@ -133,7 +136,7 @@ def quantized(model: Decoder, renormalize: bool = True) -> Decoder:
         copied.reading = scaled  # preconditioning is about gradients; the logits are these
     for name, module in list(copied.named_modules()):
         owner, _, leaf = name.rpartition(".")
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and not isinstance(module, Router):
             setattr(copied.get_submodule(owner), leaf, Int8Linear(module, renormalize))
         elif isinstance(module, Embedding):
             setattr(copied.get_submodule(owner), leaf, Int8Embedding(module, renormalize))

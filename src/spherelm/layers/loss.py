@@ -8,6 +8,7 @@ long as this where both were timed, see docs/performance.md, and torch.compile l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,6 +68,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_h, grad_weight = ctx.saved_tensors
         (grad,) = grad_outputs
         return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None, None, None
+
+
+def with_gradients_of(loss: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """A scalar with the value of `loss` and the gradient of `loss` and the `others` together."""
+    for other in others:
+        loss = loss + (other - other.detach()).to(loss.dtype)
+    return loss
 
 
 def linear_cross_entropy(

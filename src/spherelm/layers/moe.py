@@ -257,21 +257,23 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 
 def pending_losses(model: nn.Module) -> list[Tensor]:
     """The auxiliary losses of the forward pass just made, each once: they are not pending any more."""
-    found = [router.pending for _, router in routers(model) if router.pending is not None]
+    found = []
     for _, router in routers(model):
-        router.pending = None
+        if router.pending is not None:
+            found.append(router.pending)
+            router.pending = None
     return found
 
 
-def idle_weights(model: nn.Module) -> int:
-    """How many learned numbers of `model` a token does not meet: the matrices and scales of experts that are not picked."""
+def idle_weights(model: nn.Module, kinds: type | tuple[type, ...] = (ExpertLinear, Scale)) -> int:
+    """How many learned numbers of `model` a token does not meet: those of experts that are not picked for it.
+
+    kinds: of modules that count, here the experts' matrices and their scales.
+    """
     idle = 0
     for module in model.modules():
         if isinstance(module, Mixture):
             n_experts, top_k = module.router.out_features, module.router.top_k
-            banks = (
-                p for part in module.children() if isinstance(part, ExpertLinear | Scale) for p in part.parameters()
-            )
-            of_experts = sum(bank.numel() for bank in banks if len(bank) == n_experts)
-            idle += of_experts * (n_experts - top_k) // n_experts
+            banks = (p for part in module.children() if isinstance(part, kinds) for p in part.parameters())
+            idle += sum(p.numel() for p in banks if len(p) == n_experts) * (n_experts - top_k) // n_experts
     return idle

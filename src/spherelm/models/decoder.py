@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spherelm.layers.cache import KVCache
 from spherelm.layers.linear import Embedding
-from spherelm.layers.loss import linear_cross_entropy
+from spherelm.layers.loss import linear_cross_entropy, with_gradients_of
+from spherelm.layers.moe import pending_losses
 from spherelm.layers.readout import Readout, read_logits
 from spherelm.layers.rope import ROPES, RotaryTable
 
@@ -155,10 +156,14 @@ class Decoder(nn.Module):
         """How many of the max_seq_len positions of a text its prompt takes; `ValueError` for a prompt that cannot be read."""
 
     def read_loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model]."""
+        """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model].
+
+        What routers of experts have pending is in its gradient and not in its value.
+        """
         smoothing = self.label_smoothing if self.training else 0.0
         features, weight, pullback = self.readout(h)
-        return linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback, smoothing)
+        loss = linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback, smoothing)
+        return with_gradients_of(loss, pending_losses(self))
 
     def new_cache(self) -> KVCache:
         """An empty cache of keys and values, to be passed to `forward` with the prompt and then with each new token."""

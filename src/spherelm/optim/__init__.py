@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spherelm.optim.balancing import attach_balancing
 from spherelm.optim.groups import OptimConfig, RateMultipliers, build_optimizer, parameter_roles
 from spherelm.optim.retraction import attach_retraction
 from spherelm.optim.schedule import ScheduleConfig, factor
@@ -10,6 +11,7 @@ __all__ = [
     "OptimConfig",
     "RateMultipliers",
     "ScheduleConfig",
+    "attach_balancing",
     "attach_retraction",
     "build_optimizer",
     "factor",

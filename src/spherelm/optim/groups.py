@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from spherelm.layers.linear import unit_modules
+from spherelm.layers.moe import routers
+from spherelm.optim.balancing import Summed, attach_balancing
 from spherelm.optim.gated_adamw import GatedAdamW
 from spherelm.optim.muon import MuonAdamW
 from spherelm.optim.retraction import AngleCap, attach_retraction
 
-DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix")
+DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 """Weight decay acts on these; never on gains and learned scales (nGPT paper, A.5)."""
 
 
@@ -26,6 +29,7 @@ class RateMultipliers:
     input_embedding: float = 1.0
     output_embedding: float = 1.0
     matrix: float = 1.0
+    router: float = 1.0
     scale: float = 1.0
     gain: float = 1.0
 
@@ -47,6 +51,7 @@ class OptimConfig:
     matrix_lr: the peak rate of the block matrices, where it is not lr times their multiplier. momentum, tangent: Muon's;
     tangent projects the gradients of unit vectors first. max_angle: radians by which one update may turn a unit vector
     of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the rate does.
+    balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
     """
 
     lr: float
@@ -64,14 +69,17 @@ class OptimConfig:
     tangent: bool = False
     max_angle: float | None = None
     angle_follows_lr: bool = False
+    balance_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"the learning rate must be a positive number, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if self.weight_decay is not None and self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "balance_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         for name in ("grad_clip", "matrix_lr", "max_angle"):
@@ -138,9 +146,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return groups
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torch.positive) -> Optimizer:
     """The optimizer that `config` names over the groups of `model`, retraction attached if any weight lives on the sphere.
 
+    So is the balancing of experts where there are any; summed: as for `attach_balancing`.
     With weight decay 0, as on the sphere, AdamW is Adam. The learning rate of a group is `lr * lr_multiplier`; a schedule
     sets it to `factor * lr * lr_multiplier` before each step.
     """
@@ -158,11 +167,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         if config.max_angle is not None:
             AngleCap(optimizer, model, angle_limit(optimizer, config, config.max_angle))
         attach_retraction(optimizer, model)
+    if next(routers(model), None) is not None:
+        attach_balancing(optimizer, model, config.balance_rate, summed)
     return optimizer
 
 
 def with_muon(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> list[dict[str, Any]]:
-    """`groups`, the block matrices among them marked for Muon, each with its unit axis or `None`."""
+    """`groups`, the block matrices among them marked for Muon, each with its unit axis or `None`.
+
+    A bank of experts is as many matrices as it has experts. Routers are left to Adam, as embeddings are.
+    """
     axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
     for group in groups:
         if group["role"] == "matrix":

@@ -32,37 +32,48 @@ def product_dtype(device: torch.device) -> torch.dtype:
 def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
     """Near `U V^T` for `g = U S V^T`: singular values between about 0.7 and 1.2, by `steps` Newton-Schulz steps in `dtype`.
 
-    g: [rows, columns]; the result has its shape, in `dtype`. A zero matrix stays zero.
+    g: [rows, columns] or [matrices, rows, columns]; the result has its shape, in `dtype`. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
-    x = (g if g.shape[0] <= g.shape[1] else g.T).to(dtype)
-    x = x / torch.linalg.matrix_norm(x).clamp_min(1e-7)
+    wide = g.shape[-2] <= g.shape[-1]
+    x = (g if wide else g.mT).to(dtype)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
+    add_product = torch.addmm if g.ndim == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if g.shape[0] <= g.shape[1] else x.T
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
 
 
 def step_size(shape: torch.Size, unit_axis: int | None) -> float:
-    """What the rate is multiplied by for an orthogonalized update of this shape.
+    """What the rate is multiplied by for an orthogonalized update of this shape, [rows, columns] or a bank of such.
 
     Unit rows or columns: so that the rate is the root mean square angle, in radians, by which a vector turns (an orthogonal
     matrix has unit vectors along its shorter side only). Without a unit axis: `sqrt(max(1, rows/columns))` (Jordan et al.).
     """
-    rows, columns = shape
-    return math.sqrt(max(1.0, columns / rows if unit_axis == 0 else rows / columns))
+    rows, columns = shape[-2:]
+    return math.sqrt(max(1.0, columns / rows if unit_axis == len(shape) - 2 else rows / columns))
 
 
-def whole(x: Tensor) -> Tensor:
-    """`x`, gathered from all processes where it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def whole_matrices(x: Tensor) -> Tensor:
+    """`x`, gathered from all processes where it is sharded; of a bank that is cut between its matrices, this process's own."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.to_local() if is_cut_between_matrices(x) else x.full_tensor()
+
+
+def is_cut_between_matrices(x: DTensor) -> bool:
+    """Whether every process that holds some of a bank [matrices, rows, columns] holds whole matrices."""
+    return x.ndim == 3 and not any(placement.is_shard(axis) for placement in x.placements for axis in (1, 2))
 
 
 def sharded_as(x: Tensor, like: Tensor) -> Tensor:
-    """This process's part of the whole matrix `x`, where `like` is sharded."""
+    """`x` as `whole_matrices(like)` is, of whole matrices, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return x
     mesh, placements = like.device_mesh, like.placements
+    if is_cut_between_matrices(like):
+        return DTensor.from_local(x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
     return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, placements)
 
 
@@ -70,9 +81,10 @@ class MuonAdamW(Optimizer):
     """Muon for the groups with `"muon": True`, torch's AdamW for the others, behind the interface of one optimizer.
 
     Both see the very groups and state of this object, so a schedule, a checkpoint or a hook needs to know nothing of it.
-    A muon group holds matrices only, and besides `lr` and `weight_decay` has `momentum`, `unit_axes` (one for each of its
-    parameters, `None` for a plain matrix) and `tangent`: whether the gradient is projected onto the tangent space of
-    the unit vectors before it enters the momentum. Under sharding every process gathers a matrix to orthogonalize it.
+    A muon group holds matrices and banks of them only. Besides `lr` and `weight_decay` it has `momentum`, `unit_axes` (one for
+    each of its parameters, `None` for a plain matrix) and `tangent`: whether the gradient is projected onto the tangent space
+    of the unit vectors before it enters the momentum. Each matrix of a bank is orthogonalized by itself. Under sharding every
+    process gathers a matrix to orthogonalize it; of a bank each does its own.
     """
 
     def __init__(
@@ -82,7 +94,7 @@ class MuonAdamW(Optimizer):
         rest = [group for group in self.param_groups if not group["muon"]]
         self._adam = AdamW(rest, lr=lr, betas=betas, eps=eps, fused=fused) if rest else None
         for group in self.param_groups:
-            if group["muon"] and any(p.ndim != 2 for p in group["params"]):
+            if group["muon"] and any(p.ndim not in (2, 3) for p in group["params"]):
                 raise ValueError("Muon takes matrices only: leave its other parameters to Adam")
         self._share()
 
@@ -120,7 +132,7 @@ class MuonAdamW(Optimizer):
         if axis is not None and group["tangent"]:
             gradient = sphere.tangent(parameter, gradient, dim=axis)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = whole(gradient.lerp(average, momentum))  # Nesterov
+        update = whole_matrices(gradient.lerp(average, momentum))  # Nesterov
         turned = orthogonalized(update, product_dtype(update.device)).to(parameter.dtype)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(sharded_as(turned, parameter), alpha=-group["lr"] * step_size(parameter.shape, axis))

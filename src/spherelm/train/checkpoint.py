@@ -57,6 +57,13 @@ class Progress:
     norm: float = 0.0
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a model is: its parameters, each once, and what else its state dict holds, such as the biases of routers."""
+    state = model.state_dict(keep_vars=True)
+    buffers = {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: `blocks.0.mlp.u.weight/exp_avg`, and torch's random state."""
     tensors = {RANDOM_STATE: torch.get_rng_state()}
@@ -115,7 +122,7 @@ class CheckpointWriter:
         Waits for the one before, and raises what `wait` does.
         """
         self.wait()
-        weights = {name: _copied(parameter) for name, parameter in model.named_parameters()}
+        weights = {name: _copied(tensor) for name, tensor in _weights(model).items()}
         moments = {name: _copied(value) for name, value in _optimizer_tensors(model, optimizer).items()}
         final = self.run / "checkpoints" / f"step-{progress.step:08d}"
         self._pending = self._pool.submit(self._write, final, weights, moments, progress)
@@ -291,17 +298,17 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
     Raises `ValueError` naming what does not.
     """
     shapes = {n: s for n, s in _headers(checkpoint).items() if "/" not in n and n != RANDOM_STATE}
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() ^ shapes.keys()):
-        where = "the model" if name in parameters else "the checkpoint"
+    weights = _weights(model)
+    for name in sorted(weights.keys() ^ shapes.keys()):
+        where = "the model" if name in weights else "the checkpoint"
         raise ValueError(f"{checkpoint} belongs to another model: only {where} has {name}")
-    for name, parameter in parameters.items():
-        if parameter.shape != shapes[name]:
+    for name, weight in weights.items():
+        if weight.shape != shapes[name]:
             raise ValueError(
                 f"{checkpoint} belongs to another config: {name} is {tuple(shapes[name])} there, "
-                f"{tuple(parameter.shape)} in the model"
+                f"{tuple(weight.shape)} in the model"
             )
-    _read(checkpoint, {name: parameter.detach() for name, parameter in parameters.items()}, group)
+    _read(checkpoint, {name: weight.detach() for name, weight in weights.items()}, group)
 
 
 @torch.no_grad()

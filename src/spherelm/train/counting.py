@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from spherelm.layers.linear import ExpertLinear
 from spherelm.layers.loss import chunk_rows, linear_cross_entropy
+from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, Decoder, build
 
 aten: Any = torch.ops.aten
@@ -86,17 +88,29 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any,
     return 2 * _attention_forward(query, key, value)
 
 
-ATTENTION = {
+def _grouped_forward(rows: Any, weight: Any, *rest: Any, **more: Any) -> int:
+    """Each of the rows [rows, in] meets one matrix of [groups, out, in]."""
+    return 2 * rows[0] * weight[1] * weight[2]
+
+
+def _grouped_backward(grad: Any, rows: Any, weight: Any, *rest: Any, **more: Any) -> int:
+    """Twice the forward pass."""
+    return 2 * _grouped_forward(rows, weight)
+
+
+UNCOUNTED = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.spherelm.grouped_product: _grouped_forward,
+    torch.ops.spherelm.grouped_product_backward: _grouped_backward,
 }
-"""Torch counts attention on CUDA only; on the CPU the kernel is the same algorithm and holds the same tensors."""
+"""What torch does not count: attention but on CUDA (on the CPU it is the same algorithm, with the same tensors), and ours."""
 
 
 @contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
     """Count the operations of what runs inside, as `Cost.flops` says."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         yield counter
 
 
@@ -168,7 +182,11 @@ def training_flops(config: Config, batch_size: int, seq_len: int) -> float:
 
 
 def flops_per_token(model: Decoder, seq_len: int) -> int:
-    """The same by rule, at once: 6 for each weight of a matrix product, and 12 L d T for attention (PaLM, appendix B)."""
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    """The same by rule, at once: 6 for each weight of a matrix product, and 12 L d T for attention (PaLM, appendix B).
+
+    Of experts, those count that a token meets.
+    """
+    matrices = [module for module in model.modules() if isinstance(module, nn.Linear | ExpertLinear)]
+    weights = sum(module.weight.numel() for module in matrices) - idle_weights(model, ExpertLinear)
     width = model.config.n_heads * model.d_k
     return 6 * weights + 12 * len(model.blocks) * width * seq_len

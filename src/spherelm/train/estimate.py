@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
 from spherelm.train.config import STRATEGIES, RunConfig, micro_batches, to_dict
@@ -60,6 +61,14 @@ class Layout:
 def compute_dtype(name: str) -> torch.dtype:
     """What a run on an accelerator computes in: "auto" is bfloat16 there."""
     return torch.float32 if name == "float32" else torch.bfloat16
+
+
+@lru_cache
+def active_parameters(config: Config) -> int:
+    """How many learned numbers a token meets: all of them but those of experts that are not picked for it."""
+    with torch.device("meta"):
+        model = build(config)
+    return sum(parameter.numel() for parameter in model.parameters()) - idle_weights(model)
 
 
 @lru_cache
@@ -124,6 +133,7 @@ def estimate(
     step_seconds = step_flops / (layout.world_size * peak_tflops * 1e12 * mfu)
     return {
         "parameters": sum(roles.values()),
+        "parameters_active": active_parameters(config.model),
         "parameters_by_role": roles,
         "layout": asdict(layout),
         "sequences": {"micro_batch": size, "micro_batches_per_update": per_update, "update": train.batch_size},
@@ -143,7 +153,10 @@ def estimate_table(found: dict[str, Any]) -> str:
     layout, assumed, sequences = found["layout"], found["assumed"], found["sequences"]
     rows = [f"{found['arm']} {found['preset']}, recipe {found['recipe']}", "", "parameters"]
     rows += [_row(role, f"{count:,}") for role, count in found["parameters_by_role"].items()]
-    rows += [_row("total", f"{found['parameters']:,}"), "", f"memory a device, GiB ({_spread(layout)})"]
+    rows += [_row("total", f"{found['parameters']:,}")]
+    if found["parameters_active"] != found["parameters"]:
+        rows += [_row("met by a token", f"{found['parameters_active']:,}")]
+    rows += ["", f"memory a device, GiB ({_spread(layout)})"]
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [
         "",

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from spherelm.layers.linear import unit_modules
+from spherelm.layers.moe import uncounted
 from spherelm.models import Decoder
 from spherelm.train.config import TrainConfig
 
@@ -78,6 +79,12 @@ class Group:
         parts = [torch.empty(len(values), dtype=torch.float64) for _ in range(self.world_size)]
         dist.all_gather(parts, torch.tensor(values, dtype=torch.float64))
         return [part.tolist() for part in parts]
+
+    def summed(self, counts: Tensor) -> Tensor:
+        """The sum of the `counts` of every rank; all must call, with one shape."""
+        if not self.is_alone:
+            dist.all_reduce(counts := counts.clone())
+        return counts
 
     def together(self, action: Callable[[], T]) -> T:
         """Do `action` on every rank; where it fails on any, it fails on all.
@@ -226,35 +233,44 @@ def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
     """Lay `model`, the same on every process, over `group`; recompute: blocks keep only their input for the backward pass.
 
     The order is recomputation, then compilation (the caller's, of blocks), then distribution, each around the one before.
-    A weight whose vectors are columns is cut between columns, so that its lengths need no communication.
+    Weights are cut between unit vectors, so that their lengths need no communication; see `place`.
     """
     if recompute:
         model.run = recompute_block
     if group.is_alone:
         return Spread(model.loss, group.device)
     if group.mesh is None:
-        whole = DistributedDataParallel(_Loss(model), device_ids=None if group.device.type == "cpu" else [group.device])
+        devices = None if group.device.type == "cpu" else [group.device]
+        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them.
+        whole = DistributedDataParallel(_Loss(model), device_ids=devices, broadcast_buffers=False)
         return Spread(whole, group.device, lambda is_last: nullcontext() if is_last else whole.no_sync())
     return _sharded(model, group.device, group.mesh)
 
 
 def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh) -> Spread:
-    parts = mesh.size(-1)
-    weights: list[Any] = [module.weight for _, module, axis in unit_modules(model) if axis == 0]
-    columns = {id(weight) for weight in weights if weight.shape[1] % parts == 0}
+    axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
 
-    def place(parameter: nn.Parameter) -> Shard:
-        """Between whole vectors: columns where they are unit and divide evenly (FSDP's condition), else rows."""
-        return Shard(1 if id(parameter) in columns else 0)
+    def place_of(parameter: nn.Parameter) -> Shard:
+        return Shard(place(parameter.shape, axes.get(id(parameter)), mesh.size(-1)))
 
     blocks = [
         block for name, part in model.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
     ]
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, shard_placement_fn=place)
+        fully_shard(module, mesh=mesh, shard_placement_fn=place_of)
     register_fsdp_forward_method(model, "loss")
     root: Any = model  # an `FSDPModule` by now
     return Spread(model.loss, device, partial(_synchronized, root), root.reshard)
+
+
+def place(shape: torch.Size, unit_axis: int | None, parts: int) -> int:
+    """Along which axis a weight is cut into so many parts: between whole unit vectors where that can be.
+
+    The first axis that is not the unit one and divides evenly, which is FSDP's condition for all but axis 0: columns between
+    columns, a bank between its experts. Else axis 0.
+    """
+    between = (axis for axis in range(len(shape)) if axis != unit_axis and shape[axis] % parts == 0)
+    return 0 if unit_axis is None else next(between, 0)
 
 
 @contextmanager
@@ -279,7 +295,12 @@ class _Loss(nn.Module):
         return self.model.loss(*batch)
 
 
+def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), uncounted(block)
+
+
 def recompute_block(block: nn.Module, *arguments: object) -> Tensor:
-    """Call a block that keeps only its arguments, and is called again in the backward pass."""
-    h: Tensor = recomputed(block, *arguments, use_reentrant=False)
+    """Call a block that keeps only its arguments, and is called again in the backward pass, where nothing is counted."""
+    contexts = partial(_first_and_second, block)
+    h: Tensor = recomputed(block, *arguments, use_reentrant=False, context_fn=contexts)
     return h

@@ -21,6 +21,7 @@ from spherelm.data.loader import Batches
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
+from spherelm.layers.moe import clear_loads
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
@@ -55,7 +56,7 @@ class Trainer:
         model.label_smoothing = train.label_smoothing
         self.model = model
         self.spread = spread(model, group, train.recompute)
-        self.optimizer = build_optimizer(model, config.optim)
+        self.optimizer = build_optimizer(model, config.optim, group.summed)
         self.progress = Progress(0, 0.0)
         if checkpoint is not None:
             self.progress = load_checkpoint(checkpoint, model, self.optimizer, group)
@@ -101,6 +102,7 @@ class Trainer:
         if train.compile:
             compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
+            clear_loads(self.model)
         bar = tqdm(total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show)
         with closing(self.metrics), signals_noted() as self._received, bar, closing(self.checkpoints):
             try:
@@ -163,6 +165,7 @@ class Trainer:
             self.optimizer.step()
         else:
             norm = None
+            clear_loads(self.model)
             self._leave_out(fault, step)
         self.optimizer.zero_grad()
         return sum(losses) / len(losses), norm

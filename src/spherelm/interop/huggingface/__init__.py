@@ -57,6 +57,9 @@ def to_hf(model: Decoder) -> SphereModel:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         setattr(wrapped.model.get_submodule(owner), leaf, parameter)
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(wrapped.model.get_submodule(owner), leaf, buffer)
     wrapped.config.dtype = model.embed.weight.dtype
     wrapped.model.set_compute_dtype(model.embed.compute_dtype)
     return wrapped.train(model.training)
