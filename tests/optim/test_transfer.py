@@ -20,6 +20,7 @@ def test_the_base_itself_only_halves_the_output_rate() -> None:
         "matrix": 1,
         "scale": 1,
         "gain": 1,
+        "router": 1,
     }
 
 

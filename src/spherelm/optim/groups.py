@@ -29,9 +29,9 @@ class RateMultipliers:
     input_embedding: float = 1.0
     output_embedding: float = 1.0
     matrix: float = 1.0
-    router: float = 1.0
     scale: float = 1.0
     gain: float = 1.0
+    router: float = 1.0
 
 
 ROLES = tuple(f.name for f in fields(RateMultipliers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from spherelm import sphere
 from spherelm.layers.linear import unit_modules
+from spherelm.layers.moe import routers
 from spherelm.models import Decoder
 from spherelm.train.config import TrainConfig
 from spherelm.train.counting import flops_per_token
@@ -67,6 +69,35 @@ def learned_scales(model: nn.Module) -> dict[str, Any]:
             found[name.replace("_a", "_A").replace("_m", "_M")] = [_mean(scale.value, scale) for scale in scales]
     s_z: Any = getattr(model, "s_z", None)
     return found if s_z is None else {**found, "s_z": (whole(s_z.value).mean() * s_z.init / s_z.scale).item()}
+
+
+@torch.no_grad()
+def load_by_layer(model: nn.Module) -> dict[str, list[float]]:
+    """How evenly each mixture's experts were picked for the last update, mixture by mixture; empty for a model without them.
+
+    load_max_by_layer: choices that fell on the busiest over the mean, 1 where all are alike. load_entropy_by_layer: entropy of
+    the load over its largest, 1 where all are alike, 0 where one has everything. bias_range_by_layer: the largest bias less
+    the smallest, in units of scores.
+    """
+    found: dict[str, list[float]] = {}
+    for _, router in routers(model):
+        load = router.seen.to("cpu", torch.float64)
+        part = load / load.sum().clamp_min(1)
+        entropy = -torch.special.xlogy(part, part).sum() / math.log(max(len(part), 2))
+        spread = router.score_bias.max() - router.score_bias.min()
+        measured = {"load_max": part.max() * len(part), "load_entropy": entropy, "bias_range": spread}
+        for name, value in measured.items():
+            found.setdefault(f"{name}_by_layer", []).append(float(value))
+    return found
+
+
+def load_of_experts(model: nn.Module) -> dict[str, float]:
+    """`load_max` of the worst mixture and the mean `load_entropy`, as in `load_by_layer`."""
+    by_layer = load_by_layer(model)
+    if not by_layer:
+        return {}
+    largest, entropies = by_layer["load_max_by_layer"], by_layer["load_entropy_by_layer"]
+    return {"load_max": max(largest), "load_entropy": sum(entropies) / len(entropies)}
 
 
 def _mean(value: Tensor, scale: Any) -> float:
@@ -137,5 +168,9 @@ class Diagnosis:
         self._model, self._optimizer, self._angles = model, optimizer, UpdateAngles(model)
 
     def measure(self) -> dict[str, Any]:
-        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A` and `alpha_M` by layer, `s_z`; what there is of it."""
-        return {"lr_by_role": rates(self._optimizer), **self._angles.measure(), **learned_scales(self._model)}
+        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A` and `alpha_M` by layer, `s_z`, what `load_by_layer` says.
+
+        What there is of it.
+        """
+        found = {"lr_by_role": rates(self._optimizer), **self._angles.measure(), **learned_scales(self._model)}
+        return found | load_by_layer(self._model)

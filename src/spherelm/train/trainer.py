@@ -28,7 +28,7 @@ from spherelm.optim.groups import set_rate
 from spherelm.train.batches import open_data, total_loss, validation_losses
 from spherelm.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.train.config import RunConfig, micro_batches, to_dict
-from spherelm.train.diagnostics import Diagnosis, Speed, peak_memory_mb, whole
+from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import Diverged, Guard
 from spherelm.train.metrics import MetricsLog, NoLog
@@ -142,6 +142,7 @@ class Trainer:
         if grad_norm is not None:
             record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
             record |= {"mfu": self.speed.mfu(speed), "memory_mb": peak_memory_mb(self.device)}
+            record |= load_of_experts(self.model)
             self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
