@@ -96,7 +96,7 @@ def test_attention_entropy_is_that_of_the_weights(n_kv_heads: int) -> None:
 def test_equal_keys_spread_attention_as_far_as_it_goes() -> None:
     found = attention_entropy(torch.randn(1, 1, 9, 4), torch.ones(1, 1, 9, 4), 1.0)
     torch.testing.assert_close(found[0, 0], torch.arange(1, 10.0).log(), atol=1e-5, rtol=0)
-    recording = Recording(torch.zeros(1, 9, dtype=torch.int64), [], [], found.unsqueeze(0))
+    recording = Recording(torch.zeros(1, 9, dtype=torch.int64), [], [], found.unsqueeze(0), [(1, "attention")])
     _, spread = motion.attention_spread(recording)
     assert spread == pytest.approx(1.0, abs=1e-5)
 

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DASHES = ("-", "--", ":")
-MARKERS = ("o", "s", "^")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of one arm: `values` at `x`, one array a seed; `band`: (low, high) around their mean; `look`: 0, 1 or 2."""
+    """One line of one arm: `values` at `x`, one array a seed; `band`: (low, high) around their mean; `look`: 0 to 3."""
 
     arm: str
     x: Array
@@ -101,26 +101,67 @@ def _draw_line(ax: Axes, line: Line) -> None:
             markerfacecolor=BACKGROUND if line.look else colour)  # fmt: skip
 
 
-def head_spread(spread: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> Drawing:
-    """One dot a head and layer: attention entropy as a part of the largest, `{"gpt": [[n_layers, heads] a seed]}`."""
+@dataclass(frozen=True)
+class Dots:
+    """What several things of a layer have, of one arm: `values` [layers, things], one array a seed; `x`: numbers of layers."""
+
+    arm: str
+    x: Array
+    values: Sequence[Array]
+
+
+def dots_over_depth(
+    dots: Sequence[Dots],
+    y_label: str,
+    key: str,
+    title: str,
+    description: str,
+    limits: tuple[float, float | None] = (0.0, None),
+) -> Drawing:
+    """One dot a thing and layer, and a line through their medians; limits: of the y axis."""
 
     def draw(figure: Figure) -> None:
         ax = figure.add_subplot()
-        for i, (arm, seeds) in enumerate(spread.items()):
-            values = np.concatenate(list(seeds), axis=1)
-            layers = np.arange(1, len(values) + 1) + 0.12 * (2 * i - 1) * (len(spread) > 1)
-            x = np.repeat(layers, values.shape[1])
-            ax.plot(x, values.ravel(), color=COLOURS[arm], linestyle="", marker="o", markersize=3.2, alpha=0.5)
-            ax.plot(
-                layers, np.median(values, axis=1), color=COLOURS[arm], linewidth=1.3, label=f"{LABELS[arm]}, median"
-            )
+        for i, of_arm in enumerate(dots):
+            values = np.concatenate(list(of_arm.values), axis=1)
+            layers = of_arm.x + 0.12 * (2 * i - 1) * (len(dots) > 1)
+            colour, x = COLOURS[of_arm.arm], np.repeat(layers, values.shape[1])
+            ax.plot(x, values.ravel(), color=colour, linestyle="", marker="o", markersize=3.2, alpha=0.5)
+            label = f"{LABELS[of_arm.arm]}, median"
+            ax.plot(layers, np.median(values, axis=1), color=colour, linewidth=1.3, label=label)
         ax.set_xlabel("layer")
-        ax.set_ylabel("attention entropy over its largest")
-        ax.set_ylim(0, 1.02)
-        deepest = max(len(seed) for seeds in spread.values() for seed in seeds)
+        ax.set_ylabel(y_label)
+        ax.set_ylim(*limits)
+        deepest = int(max(of_arm.x.max() for of_arm in dots))
         integer_layers(ax, deepest)
         ax.set_xlim(0.7, deepest + 0.3)
         legend_above(figure, ax, columns=2)
+
+    return Drawing(draw, key, title, description)
+
+
+def square_panels(
+    panels: Sequence[tuple[str, Array]], bar_label: str, key: str, title: str, description: str
+) -> Drawing:
+    """Square arrays side by side on one scale of grey, each with its title; what is NaN is left blank."""
+
+    def draw(figure: Figure) -> None:
+        from matplotlib import colormaps
+
+        greys = colormaps["Greys"].resampled(9)
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        low, high = (float(pick([pick(values) for _, values in panels])) for pick in (np.nanmin, np.nanmax))
+        for ax, (name, values) in zip(axes, panels, strict=True):
+            numbers = np.arange(1, len(values) + 1)
+            image = ax.pcolormesh(numbers, numbers, values, cmap=greys, vmin=low, vmax=high)
+            ax.set_aspect("equal")
+            ax.invert_yaxis()
+            ax.set_title(name)
+            ax.set_xlabel("expert")
+            ax.grid(False)
+        axes[0].set_ylabel("expert")
+        bar = figure.colorbar(image, ax=list(axes), label=bar_label, shrink=0.8)
+        bar.solids.set_rasterized(False)
 
     return Drawing(draw, key, title, description)
 

@@ -120,10 +120,15 @@ def require_matplotlib() -> None:
         raise ValueError("figures need matplotlib, which is not installed: pip install 'spherelm[report]'") from None
 
 
-def seeds_and_mean(ax: Axes, seeds: Sequence[Array], colour: str, marker: str, dashes: str, label: str) -> None:
-    """Every seed thin, their mean thick with markers, over layers numbered from 1; what is not finite leaves a gap."""
+def seeds_and_mean(
+    ax: Axes, seeds: Sequence[Array], colour: str, marker: str, dashes: str, label: str, layers: Array | None = None
+) -> None:
+    """Every seed thin, their mean thick with markers, over layers; what is not finite leaves a gap.
+
+    layers: their numbers, all from 1 on if left out.
+    """
     stack = np.where(np.isfinite(np.stack(list(seeds))), np.stack(list(seeds)), np.nan)
-    layers = np.arange(1, stack.shape[1] + 1)
+    layers = np.arange(1, stack.shape[1] + 1) if layers is None else layers
     for seed in stack if len(stack) > 1 else ():
         ax.plot(layers, seed, color=colour, linewidth=0.6, alpha=0.45)
     ax.plot(layers, stack.mean(axis=0), color=colour, linestyle=dashes, marker=marker, markersize=3.6, label=label)

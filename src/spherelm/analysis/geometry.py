@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from spherelm.analysis.parts import layers_with
 from spherelm.analysis.weights import (
-    ATTENTION_MATRICES,
     EMBEDDINGS,
-    MLP_MATRICES,
-    blocks_of,
+    MATRICES,
+    WRITTEN,
     head_parts,
     weight_of,
 )
@@ -103,7 +103,10 @@ def ranks_of_heads(singular: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def vector_lengths(model: nn.Module, name: str, layer: int) -> Array:
-    """Lengths of the vectors along d_model of the matrix `name` in one layer, ascending (figs. 11, 12)."""
+    """Lengths of the vectors along d_model of the matrix `name`, ascending (figs. 11, 12).
+
+    layer: counted from 0, among those that have it.
+    """
     parts = list(head_parts(model, name))[layer]
     return np.sort(np.linalg.norm(parts, axis=-1).ravel())
 
@@ -116,9 +119,10 @@ def off_sphere(model: nn.Module) -> dict[str, float]:
     which no vector need be unit, it is how far its vectors are from the sphere that nGPT's live on.
     """
     found = {table: _worst(weight_of(model, path), axis=1) for table, path in EMBEDDINGS.items()}
-    for name, path in {**ATTENTION_MATRICES, **MLP_MATRICES}.items():
-        axis = 0 if name in ("W_o", "W_oMLP") else 1
-        found[name] = max(_worst(weight_of(block, path), axis) for block in blocks_of(model))
+    for part, matrices in MATRICES.items():
+        owners = layers_with(model, part).values()
+        for name, path in matrices.items() if owners else ():
+            found[name] = max(_worst(weight_of(owner, path), axis=-2 if name in WRITTEN else -1) for owner in owners)
     return found
 
 

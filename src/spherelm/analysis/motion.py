@@ -41,16 +41,18 @@ class Lens:
 
 @dataclass(frozen=True)
 class Motion:
-    """A recorded pass in numbers; "steps" are the 2 n_layers sub-blocks, "stops" what lies before, between and after them.
+    """A recorded pass in numbers; "steps" are the parts of layers, "stops" what lies before, between and after them.
 
+    `steps`: (number of the layer, from 1; its part) of each.
     `angles`: degrees that each step turned each position's state, [steps, N]. `chords`: degrees from the first to the last
     stop, [N]. `lengths`: mean length of the states, [stops]. `to_state`, `to_prediction`: mean cosine of each step's proposal
     with the last state, and with the output vector of the token that the model finds most probable, [steps].
     `rank`: effective rank of the unit states, not centred, [stops]. `anisotropy`: mean cosine between the states of different
-    positions, [stops]. `entropies`: attention entropy in nats, mean over queries, [n_layers, n_heads]; `spread`: the same as a
-    part of the most that each query could have.
+    positions, [stops]. `entropies`: attention entropy in nats, mean over queries, [layers that have it, n_heads]; `spread`: the
+    same as a part of the most that each query could have.
     """
 
+    steps: list[tuple[int, str]]
     angles: Array
     chords: Array
     lengths: Array
@@ -61,6 +63,18 @@ class Motion:
     entropies: Array
     spread: Array
     lens: Lens
+
+    def of_part(self, part: str) -> tuple[Array, list[int]]:
+        """The numbers of the layers that have such a part, and which steps are theirs."""
+        found = [(number, i) for i, (number, name) in enumerate(self.steps) if name == part]
+        return np.array([number for number, _ in found], dtype=np.float64), [i for _, i in found]
+
+    @property
+    def depths(self) -> Array:
+        """How many layers lie behind each stop, [stops]: whole behind a layer's last part, fractions between its parts."""
+        numbers = [number for number, _ in self.steps]
+        inside = [numbers[: i + 1].count(number) / numbers.count(number) for i, number in enumerate(numbers)]
+        return np.array([0.0, *(number - 1 + part for number, part in zip(numbers, inside, strict=True))])
 
 
 @torch.no_grad()
@@ -78,6 +92,7 @@ def measure_motion(model: Decoder, recording: Recording) -> Motion:
     wanted = output_directions(model)[predictions(model, stops[-1])]
     entropies, spread = attention_spread(recording)
     return Motion(
+        steps=recording.steps,
         angles=_array(angles),
         chords=_array(sphere.angle(unit[0], unit[-1]).rad2deg()),
         lengths=np.array([stop.norm(dim=-1).mean().item() for stop in stops]),
@@ -92,7 +107,7 @@ def measure_motion(model: Decoder, recording: Recording) -> Motion:
 
 
 def attention_spread(recording: Recording) -> tuple[Array, Array]:
-    """Mean entropy in nats, [n_layers, n_heads], and as a part of log(keys in sight).
+    """Mean entropy in nats, [layers, n_heads], and as a part of log(keys in sight).
 
     The first position of a sequence sees one key, has no choice, and is left out.
     """

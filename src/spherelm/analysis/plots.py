@@ -13,6 +13,7 @@ from spherelm.analysis.drawing import (
     BACKGROUND,
     COLOURS,
     FG,
+    GPT,
     LABELS,
     NGPT,
     SECOND,
@@ -30,6 +31,8 @@ from spherelm.analysis.drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+NOWHERE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,39 @@ def loss_curves(plot: LossPlot, key: str, title: str, description: str) -> Drawi
     return Drawing(draw, key, title, description)
 
 
-def eigen_learning_rates(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> Drawing:
-    """Mean |alpha_A| and |alpha_M| per layer, `{"alpha_A": [one array [n_layers] per seed], "alpha_M": ...}`."""
+Places = Mapping[str, Array]
+"""The numbers of the layers that have a scale or a matrix, by its name; for a name that is missing, all from 1 on."""
+
+
+def eigen_learning_rates(
+    scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str, places: Places = NOWHERE
+) -> Drawing:
+    """Mean |alpha_A| and |alpha_M| per layer, `{"alpha_A": [one array [n_layers] per seed], "alpha_M": ...}`.
+
+    Of layers that are one step each, mean |alpha| as "alpha".
+    """
     lines = [
         ("alpha_A", r"$|\alpha_A|$, attention", NGPT, "o", "-"),
         ("alpha_M", r"$|\alpha_M|$, MLP", SECOND, "s", "--"),
+        ("alpha", r"$|\alpha|$", NGPT, "o", "-"),
     ]
-    return _per_layer(scales, lines, "mean eigen learning rate", key, title, description)
+    return _per_layer(scales, lines, "mean eigen learning rate", key, title, description, places)
 
 
-def layer_scales(scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str) -> Drawing:
-    """Mean s_qk, s_u and s_v per layer, `{"s_qk": [one array [n_layers] per seed], ...}`."""
+def layer_scales(
+    scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str, places: Places = NOWHERE
+) -> Drawing:
+    """Mean s_qk, s_u, s_v and others per layer, `{"s_qk": [one array [n_layers] per seed], ...}`."""
     lines = [
         ("s_qk", r"$s_{qk}$", NGPT, "o", "-"),
         ("s_u", r"$s_u$", SECOND, "s", "--"),
         ("s_v", r"$s_v$", THIRD, "^", ":"),
+        ("s_u of experts", r"$s_u$, experts", SECOND, "x", "--"),
+        ("s_v of experts", r"$s_v$, experts", THIRD, "+", ":"),
+        ("s_moe", r"$s_{moe}$", FG, "D", "-."),
+        ("s_mamba", r"$s_{mamba}$", GPT, "v", "-."),
     ]
-    return _per_layer(scales, lines, "mean scale", key, title, description)
+    return _per_layer(scales, lines, "mean scale", key, title, description, places)
 
 
 def logit_scales(values: Sequence[Array], key: str, title: str, description: str, bins: int = 60) -> Drawing:
@@ -170,12 +189,13 @@ def condition_numbers(
     title: str,
     description: str,
     dotted: Mapping[str, Mapping[str, Sequence[Array]]] | None = None,
+    places: Mapping[str, Places] = NOWHERE,
 ) -> Drawing:
     """Small panels, one per matrix in `names`: condition number per layer, `{"gpt": {"Q": [array [n_layers] per seed]}}`.
 
-    `dotted`: the same once more, of which the means over seeds are drawn dotted.
+    `dotted`: the same once more, of which the means over seeds are drawn dotted. `places`: by arm.
     """
-    return matrix_panels(numbers, names, "condition number", key, title, description, dotted, log=True)
+    return matrix_panels(numbers, names, "condition number", key, title, description, dotted, places, log=True)
 
 
 def matrix_panels(
@@ -186,20 +206,25 @@ def matrix_panels(
     title: str,
     description: str,
     dotted: Mapping[str, Mapping[str, Sequence[Array]]] | None = None,
+    places: Mapping[str, Places] = NOWHERE,
     log: bool = False,
 ) -> Drawing:
-    """What `condition_numbers` draws, of any number that each matrix has in each layer."""
+    """What `condition_numbers` draws, of any number that each matrix has in each layer that has it."""
+
+    def layers(arm: str, name: str, count: int) -> Array:
+        return places.get(arm, NOWHERE).get(name, np.arange(1.0, count + 1))
 
     def draw(figure: Figure) -> None:
         rows = (len(names) + 1) // 2
         axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
         for panel, name in zip(axes.flat, names, strict=False):
-            for arm, matrices in numbers.items():
-                seeds_and_mean(panel, matrices[name], COLOURS[arm], "o" if arm == "ngpt" else "s", "-", LABELS[arm])
-            for arm, matrices in (dotted or {}).items():
-                mean = np.mean(np.stack(list(matrices[name])), axis=0)
+            for arm, seeds in ((arm, matrices[name]) for arm, matrices in numbers.items() if name in matrices):
+                x, marker = layers(arm, name, len(seeds[0])), "o" if COLOURS[arm] == NGPT else "s"
+                seeds_and_mean(panel, seeds, COLOURS[arm], marker, "-", LABELS[arm], x)
+            for arm, seeds in ((arm, matrices[name]) for arm, matrices in (dotted or {}).items() if name in matrices):
+                mean = np.mean(np.stack(list(seeds)), axis=0)
                 panel.plot(
-                    np.arange(1, mean.size + 1), mean, color=COLOURS[arm], linestyle=(0, (1, 1.6)), linewidth=1.3
+                    layers(arm, name, mean.size), mean, color=COLOURS[arm], linestyle=(0, (1, 1.6)), linewidth=1.3
                 )
             panel.set_title(_MATRIX_LABELS[name])
             if log:
@@ -209,7 +234,8 @@ def matrix_panels(
         for panel in axes.flat[len(names) :]:
             panel.set_axis_off()
         legend_above(figure, axes.flat[0], columns=2)
-        integer_layers(axes.flat[0], max(len(s) for m in numbers.values() for v in m.values() for s in v))
+        deepest = (layers(arm, name, len(v[0])).max() for arm, m in numbers.items() for name, v in m.items())
+        integer_layers(axes.flat[0], int(max(deepest)))
         figure.supxlabel("layer", fontsize=8.5)
         figure.supylabel(y_label, fontsize=8.5)
 
@@ -219,6 +245,8 @@ def matrix_panels(
 _MATRIX_LABELS = {
     "Q": r"$Q$", "K": r"$K$", "V": r"$V$", "W_o": r"$W_o$",
     "W_u": r"$W_u$", "W_v": r"$W_v$", "W_oMLP": r"$W_{oMLP}$",
+    "E_u": r"$W_u$ of experts", "E_v": r"$W_v$ of experts", "E_o": r"$W_o$ of experts",
+    "W_in": r"$W_{in}$", "W_out": r"$W_{out}$",
 }  # fmt: skip
 
 
@@ -229,19 +257,22 @@ def _per_layer(
     key: str,
     title: str,
     description: str,
+    places: Places,
 ) -> Drawing:
+    present = [line for line in lines if scales.get(line[0])]
+    layers = {line[0]: places.get(line[0], np.arange(1.0, len(scales[line[0]][0]) + 1)) for line in present}
+
     def draw(figure: Figure) -> None:
         ax = figure.add_subplot()
-        present = [line for line in lines if scales.get(line[0])]
         for name, label, colour, marker, dashes in present:
-            seeds_and_mean(ax, scales[name], colour, marker, dashes, label)
+            seeds_and_mean(ax, scales[name], colour, marker, dashes, label, layers[name])
         ax.set_xlabel("layer")
         ax.set_ylabel(y_label)
         ax.margins(y=0.12)
         low, high = ax.get_ylim()
         ax.set_ylim(min(0.0, low), high)
-        integer_layers(ax, max(len(seed) for line in present for seed in scales[line[0]]))
-        legend_above(figure, ax, columns=len(present))
+        integer_layers(ax, int(max(numbers.max() for numbers in layers.values())))
+        legend_above(figure, ax, columns=min(len(present), 3))
 
     return Drawing(draw, key, title, description)
 

@@ -15,36 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spherelm.analysis.parts import parts_of
 from spherelm.models.decoder import Decoder, run_block
-
-SUB_BLOCKS = ("attention", "MLP")
-"""In the order in which a block takes its two steps."""
 
 
 @dataclass(frozen=True)
 class Recording:
     """What a pass over int64 tokens [batch, seq] was like, in float32; N = batch * seq positions, row after row.
 
-    `stops`: the hidden state after the embedding, then after every attention and every MLP, 2 n_layers + 1 of [N, d_model].
-    `proposals`: what each of these 2 n_layers sub-blocks gave, [N, d_model], before it was scaled or normalized.
-    `entropies`: of attention, in nats, [n_layers, n_heads, batch, seq], the mean that a head's query spreads over keys.
+    `steps`: (number of the layer, from 1; its part), in turn: attention and MLP of each layer in a GPT, one part a layer in a
+    hybrid. `stops`: the hidden state after the embedding, then after every step, of [N, d_model]. `proposals`: what each
+    step's part gave, [N, d_model], before it was scaled or normalized. `entropies`: of attention, in nats, [layers that have
+    it, n_heads, batch, seq], the mean that a head's query spreads over keys.
     """
 
     tokens: Tensor
     stops: list[Tensor]
     proposals: list[Tensor]
     entropies: Tensor
+    steps: list[tuple[int, str]]
 
     @property
     def n_layers(self) -> int:
-        """How many blocks there are."""
-        return len(self.proposals) // 2
+        """How many layers there are."""
+        return self.steps[-1][0]
 
 
 class _Recorder:
     """Calls blocks and writes down what they do."""
 
     def __init__(self) -> None:
+        self.steps: list[tuple[int, str]] = []
         self.stops: list[Tensor] = []
         self.proposals: list[Tensor] = []
         self.entropies: list[Tensor] = []
@@ -58,21 +59,33 @@ class _Recorder:
 
     @contextmanager
     def _watched(self, block: Any) -> Iterator[None]:
-        # The state between both steps is what the MLP reads: in GPT its norm reads it first.
-        reader = getattr(block, "norm_m", block.mlp)
-        attend = block.attention.attend
+        parts, number = parts_of(block), self.steps[-1][0] + 1 if self.steps else 1
+        self.steps += [(number, name) for name in parts]
         handles = [
-            block.attention.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))),
-            reader.register_forward_pre_hook(lambda _, inputs: self.stops.append(_flat(inputs[0]))),
-            block.mlp.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))),
+            part.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))) for part in parts.values()
         ]
-        block.attention.attend = self._watching(attend)
+        for second in list(parts.values())[1:]:
+            # The state between both steps is what the second part reads: in GPT its norm reads it first.
+            reader = getattr(block, "norm_m", second)
+            handles.append(reader.register_forward_pre_hook(lambda _, inputs: self.stops.append(_flat(inputs[0]))))
+        with self._attention_watched(parts.get("attention")):
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextmanager
+    def _attention_watched(self, attention: Any) -> Iterator[None]:
+        if attention is None:
+            yield
+            return
+        attend = attention.attend
+        attention.attend = self._watching(attend)
         try:
             yield
         finally:
-            block.attention.attend = attend
-            for handle in handles:
-                handle.remove()
+            attention.attend = attend
 
     def _watching(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def watching(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -107,10 +120,12 @@ def record(model: Decoder, tokens: Tensor) -> Recording:
 
     An encoder-decoder has read the same tokens as its source; of its layers, the step named attention is both attentions, from
     the layer's input to what the MLP reads, and proposal and entropy are those of self-attention. The sequences must fit the
-    model's max_seq_len. Kept are (4 n_layers + 1) batch * seq * d_model numbers of 4 bytes.
+    model's max_seq_len. Kept are (2 steps + 1) batch * seq * d_model numbers of 4 bytes.
     """
     recorder, reader = _Recorder(), model.reader(tokens)
     h = reader.embed(tokens)
     recorder.stops.append(_flat(h))
     reader.trunk(h, run=recorder.run)
-    return Recording(tokens, recorder.stops, recorder.proposals, torch.stack(recorder.entropies))
+    nothing = torch.zeros(0, model.config.n_heads, *tokens.shape)  # where no layer has attention
+    entropies = torch.stack(recorder.entropies) if recorder.entropies else nothing
+    return Recording(tokens, recorder.stops, recorder.proposals, entropies, recorder.steps)

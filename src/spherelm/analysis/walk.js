@@ -14,15 +14,23 @@ let wanted = false; // a frame is asked for
 const run = () => data.runs[seen.run];
 const last = () => run().points.length - 1;
 const here = () => Math.floor(seen.time + 1e-6);
-const kind = step => (step % 2 ? "mlp" : "attention");
+// Two colours: for what looks at other positions, and for what does not.
+const kind = step => (["MLP", "experts"].includes(run().steps[step][1]) ? "mlp" : "attention");
 const percent = p => (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %";
+
+const parts = look => [...new Set(data.runs.flatMap(r => r.steps.map(step => step[1])))].filter(part => ["MLP", "experts"].includes(part) === (look === "mlp"));
+for (const look of ["attention", "mlp"]) {
+  document.querySelector("#legend ." + look).textContent = "step by " + parts(look).join(" or ");
+  document.querySelector("#legend ." + look).hidden = !parts(look).length;
+}
 
 function stopName(stop) {
   if (stop === 0) return "embedding";
-  return (stop % 2 ? "attention" : "MLP") + " of layer " + Math.ceil(stop / 2);
+  const [layer, part] = run().steps[stop - 1];
+  return part + " of layer " + layer;
 }
 
-const shortName = stop => (stop === 0 ? "embedding" : (stop % 2 ? "attention " : "MLP ") + Math.ceil(stop / 2));
+const shortName = stop => (stop === 0 ? "embedding" : run().steps[stop - 1][1] + " " + run().steps[stop - 1][0]);
 
 // Geometry -----------------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,9 @@ NEAREST = 5
 
 @dataclass(frozen=True)
 class Walk:
-    """One model's walk over a sentence of T tokens, with S = 2 n_layers + 1 stops.
+    """One model's walk over a sentence of T tokens, with S stops: at the embedding and after each step.
 
+    `steps`: what each step is, (number of the layer, from 1; its part), [S - 1].
     `dimensions`: d_model. `tokens`: their texts. `map`: places of the stops, [S * T, 3], stop by stop. `moved`: degrees
     between a token's successive stops, [S - 1, T]. `lengths`: of the states, [S, T], 1 for nGPT. `entries`, `probabilities`,
     `angles`: the most probable next tokens at each stop, their probabilities, and the degrees between the state and their
@@ -53,6 +54,7 @@ class Walk:
     probabilities: Array
     angles: Array
     words: dict[int, str]
+    steps: list[tuple[int, str]]
 
 
 @torch.no_grad()
@@ -80,6 +82,7 @@ def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -
         probabilities=probabilities.double().numpy(),
         angles=angles.double().numpy(),
         words={i: readable(tokenizer.decode([i])) for i in entries.unique().tolist()},
+        steps=recording.steps,
     )
 
 
@@ -142,6 +145,7 @@ def _plain(walk: Walk) -> dict[str, Any]:
         "dimensions": walk.dimensions,
         "tokens": walk.tokens,
         "points": walk.map.points.reshape(stops, tokens, 3).round(4).tolist(),
+        "steps": walk.steps,
         "moved": walk.moved.round(2).tolist(),
         "lengths": walk.lengths.round(3).tolist(),
         "words": list(walk.words.values()),

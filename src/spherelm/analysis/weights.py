@@ -1,14 +1,14 @@
 """Measurements of a model's weights, as the nGPT paper shows them (sec. 3.2, figs. 4 to 6): numbers in, numbers out.
 
-Every function takes a `GPT` or an `NGPT` (or anything with the same module names) on any device and in any dtype, computes
-in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN or Inf. A state dict is measured through
-`from_state`.
+Every function takes a `GPT`, an `NGPT` or anything else whose `blocks` have such parts (`analysis/parts.py`), on any device
+and in any dtype, computes in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN or Inf. A state dict
+is measured through `from_state`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spherelm.analysis.parts import layers_with
 from spherelm.models import Config, build
 
 Array = NDArray[np.float64]
 
-ATTENTION_MATRICES = {"Q": "attention.q", "K": "attention.k", "V": "attention.v", "W_o": "attention.o"}
-MLP_MATRICES = {"W_u": "mlp.u", "W_v": "mlp.v", "W_oMLP": "mlp.o"}
-SCALES = {
-    "alpha_A": "alpha_a",
-    "alpha_M": "alpha_m",
-    "s_qk": "attention.s_qk",
-    "s_u": "mlp.s_u",
-    "s_v": "mlp.s_v",
+ATTENTION_MATRICES = {"Q": "q", "K": "k", "V": "v", "W_o": "o"}
+MLP_MATRICES = {"W_u": "u", "W_v": "v", "W_oMLP": "o"}
+EXPERT_MATRICES = {"E_u": "u", "E_v": "v", "E_o": "o"}
+MIXER_MATRICES = {"W_in": "in_proj", "W_out": "out_proj"}
+MATRICES = {
+    "attention": ATTENTION_MATRICES,
+    "MLP": MLP_MATRICES,
+    "experts": EXPERT_MATRICES,
+    "mixer": MIXER_MATRICES,
 }
+"""By part of a layer, the names of its matrices, and where in the part they are."""
+
+WRITTEN = ("W_o", "W_oMLP", "E_o", "W_out")
+"""Matrices whose columns are vectors of the residual stream; of the others, the rows."""
+
+SCALES = {
+    "alpha_A": ("", "alpha_a"),
+    "alpha_M": ("", "alpha_m"),
+    "alpha": ("", "alpha"),
+    "s_qk": ("attention", "s_qk"),
+    "s_u": ("MLP", "s_u"),
+    "s_v": ("MLP", "s_v"),
+    "s_u of experts": ("experts", "s_u"),
+    "s_v of experts": ("experts", "s_v"),
+    "s_moe": ("experts", "s_moe"),
+    "s_mamba": ("mixer", "s_mamba"),
+}
+"""Learned scales: whose they are, "" for the layer itself, and where."""
+
 EMBEDDINGS = {"input": "embed", "output": "head"}
 LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -40,6 +61,8 @@ GRAM_CONDITION = 1e4
 class WeightReport:
     """All measurements of one model; arrays are float64.
 
+    n_layers is the number of layers that have such a scale or matrix: all of a GPT's, some of a hybrid's; `places`: their
+    numbers, from 1, by the name of the scale or matrix.
     `scales`: mean per layer of each learned scale, `{"alpha_A": [n_layers], ...}`, empty for a GPT.
     `s_z`: effective logit scales in ascending order [vocab_size], or None for a GPT.
     `embedding_norms`: row norms in ascending order, `{"input": [vocab_size], "output": [vocab_size]}`.
@@ -50,12 +73,15 @@ class WeightReport:
     s_z: Array | None
     embedding_norms: dict[str, Array]
     condition_numbers: dict[str, Array]
+    places: dict[str, Array] = field(default_factory=dict)
 
 
 def measure(model: nn.Module) -> WeightReport:
     """Everything below of one model; `ValueError` if any of its parameters holds NaN or Inf."""
     check_finite(model)
-    return WeightReport(scales(model), logit_scales(model), embedding_norms(model), condition_numbers(model))
+    return WeightReport(
+        scales(model), logit_scales(model), embedding_norms(model), condition_numbers(model), places(model)
+    )
 
 
 def check_finite(model: nn.Module) -> None:
@@ -73,18 +99,26 @@ def from_state(config: Config, state: Mapping[str, Tensor]) -> WeightReport:
 
 
 def scales(model: nn.Module) -> dict[str, Array]:
-    """Mean of each learned scale per layer, `{name: [n_layers]}` (fig. 6); names that no layer has are left out.
+    """Mean of each learned scale per layer that has it, `{name: [n_layers]}` (fig. 6); names that no layer has are left out.
 
     Effective values, `value * init / scale`; of `alpha_A` and `alpha_M` the absolute value, as the forward pass uses it.
     Dimensionless. `s_v` is without its constant factor sqrt(d_model).
     """
     means = {}
-    for name, path in SCALES.items():
-        layers = [_effective(block, path) for block in blocks_of(model)]
+    for name, (part, path) in SCALES.items():
+        layers = [_effective(owner, path) for owner in layers_with(model, part).values()]
         if layers and all(layer is not None for layer in layers):
             values = [np.abs(layer) if name.startswith("alpha") else layer for layer in layers if layer is not None]
             means[name] = np.array([value.mean() for value in values])
     return means
+
+
+def places(model: nn.Module) -> dict[str, Array]:
+    """The numbers, from 1, of the layers that have each learned scale and each matrix, by its name."""
+    parts = {name: part for name, (part, _) in SCALES.items()}
+    parts |= {name: part for part, names in MATRICES.items() for name in names}
+    found = {part: np.array(list(layers_with(model, part)), dtype=np.float64) for part in {*parts.values()}}
+    return {name: found[part] for name, part in parts.items()}
 
 
 def logit_scales(model: nn.Module) -> Array | None:
@@ -123,10 +157,12 @@ def conditions(singular: Mapping[str, Array]) -> dict[str, Array]:
 def singular_values(model: nn.Module, unit: bool = False) -> dict[str, Array]:
     """Singular values per layer and head, descending: `{matrix: [n_layers, heads, values]}`; an MLP matrix has one "head".
 
-    A head's part are rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time. unit: of the matrix whose vectors
+    A head's part are rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time; of a bank of experts, an expert's.
+    Matrices that no layer has are left out. unit: of the matrix whose vectors
     along d_model were first made unit, as the paper's dotted lines have it (fig. 5).
     """
-    return {name: _singular_values_of(model, name, unit) for name in (*ATTENTION_MATRICES, *MLP_MATRICES)}
+    names = (name for part, names in MATRICES.items() if layers_with(model, part) for name in names)
+    return {name: _singular_values_of(model, name, unit) for name in names}
 
 
 def _singular_values_of(model: nn.Module, name: str, unit: bool) -> Array:
@@ -138,14 +174,13 @@ def _singular_values_of(model: nn.Module, name: str, unit: bool) -> Array:
 
 
 def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
-    """Of each layer the matrix `name` by heads, [heads, rows, d_model], every row a vector of the residual stream."""
-    attention = name in ATTENTION_MATRICES
-    path = {**ATTENTION_MATRICES, **MLP_MATRICES}[name]
-    for block in blocks_of(model):
-        weight = weight_of(block, path)
-        rows = weight.T if name in ("W_o", "W_oMLP") else weight
-        d_model = rows.shape[1]
-        yield rows.reshape(-1, d_model // _n_heads(model) if attention else rows.shape[0], d_model)
+    """Of each layer that has it the matrix `name` by heads, [heads, rows, d_model]: rows are vectors of the residual stream."""
+    part = next(part for part, names in MATRICES.items() if name in names)
+    for owner in layers_with(model, part).values():
+        weight = weight_of(owner, MATRICES[part][name])
+        rows = weight.swapaxes(-1, -2) if name in WRITTEN else weight
+        d_model = rows.shape[-1]
+        yield rows.reshape(-1, d_model // _n_heads(model) if part == "attention" else rows.shape[-2], d_model)
 
 
 def _singular(matrices: Array) -> Array:
@@ -160,14 +195,6 @@ def _singular(matrices: Array) -> Array:
     if poor.any():
         values[poor] = torch.linalg.svdvals(tall[poor])
     return np.asarray(values.numpy())
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder; `ValueError` for what has none."""
-    blocks = getattr(model, "blocks", None)
-    if blocks is None:
-        raise ValueError(f"cannot measure a {type(model).__name__}: it has no `blocks`; pass a GPT or an NGPT")
-    return list(blocks)
 
 
 def _n_heads(model: nn.Module) -> int:

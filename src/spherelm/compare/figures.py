@@ -11,13 +11,23 @@ import numpy as np
 
 from spherelm.analysis import plots
 from spherelm.analysis.drawing import Drawing
-from spherelm.analysis.weights import ATTENTION_MATRICES, MLP_MATRICES, WeightReport
+from spherelm.analysis.weights import MATRICES, WeightReport
 from spherelm.compare.record import Arm, Comparison
 from spherelm.compare.wording import NAMES, bound_on_tokens, listed, loss_text, si
+from spherelm.models import is_normalized
 
 Weights = Mapping[str, Sequence[WeightReport]]
 Numbers = Mapping[str, Mapping[str, Sequence[Any]]]
-SCALE_NAMES = {"s_qk": "s<sub>qk</sub>", "s_u": "s<sub>u</sub>", "s_v": "s<sub>v</sub>"}
+ALPHA_NAMES = {"alpha_A": "|α<sub>A</sub>|", "alpha_M": "|α<sub>M</sub>|", "alpha": "|α|"}
+SCALE_NAMES = {
+    "s_qk": "s<sub>qk</sub>",
+    "s_u": "s<sub>u</sub>",
+    "s_v": "s<sub>v</sub>",
+    "s_u of experts": "s<sub>u</sub> of experts",
+    "s_v of experts": "s<sub>v</sub> of experts",
+    "s_moe": "s<sub>moe</sub>",
+    "s_mamba": "s<sub>mamba</sub>",
+}
 
 
 @dataclass(frozen=True)
@@ -45,21 +55,23 @@ def weight_figures(weights: Weights, unit_conditions: Numbers | None = None) -> 
     unit_conditions: condition numbers of the same matrices with their vectors made unit, drawn dotted,
     `{"gpt": {"Q": [array [n_layers] per seed], ...}}`.
     """
-    ngpt = weights.get("ngpt", ())
+    sphere = next((reports for arm, reports in weights.items() if is_normalized(arm)), ())
     figures = []
-    scales = _by_name([report.scales for report in ngpt])
-    if {"alpha_A", "alpha_M"} & scales.keys():
-        figures.append(_alpha_figure(scales))
+    scales = _by_name([report.scales for report in sphere])
+    places = {arm: reports[0].places for arm, reports in weights.items() if reports}
+    if ALPHA_NAMES.keys() & scales.keys():
+        figures.append(_alpha_figure(scales, sphere[0].places))
     if SCALE_NAMES.keys() & scales.keys():
-        figures.append(_scales_figure(scales))
-    logit_scales = [report.s_z for report in ngpt if report.s_z is not None]
+        figures.append(_scales_figure(scales, sphere[0].places))
+    logit_scales = [report.s_z for report in sphere if report.s_z is not None]
     if logit_scales:
         figures.append(_logit_scale_figure(logit_scales))
     norms = {arm: _by_name([report.embedding_norms for report in reports]) for arm, reports in weights.items()}
     conditions = {arm: _by_name([report.condition_numbers for report in reports]) for arm, reports in weights.items()}
     figures.append(_norm_figure(norms))
-    figures.append(_condition_figure(conditions, tuple(ATTENTION_MATRICES), "attention", unit_conditions))
-    figures.append(_condition_figure(conditions, tuple(MLP_MATRICES), "MLP", unit_conditions))
+    for part, names in MATRICES.items():
+        if any(name in matrices for name in names for matrices in conditions.values()):
+            figures.append(_condition_figure(conditions, part, unit_conditions, places))
     return figures
 
 
@@ -135,25 +147,25 @@ def _loss_caption(comparison: Comparison, unit: str, crossed: bool) -> str:
     return f"{seen}The steep beginning is cut off. Corresponds to figures 1 and 2 of the paper."
 
 
-def _alpha_figure(scales: dict[str, list[Any]]) -> Figure:
+def _alpha_figure(scales: dict[str, list[Any]], places: Mapping[str, Any]) -> Figure:
     title = "Eigen learning rates per layer"
-    spans = [f"|α<sub>{name[-1]}</sub>| {_span(scales[name])}" for name in ("alpha_A", "alpha_M") if name in scales]
+    spans = [f"{markup} {_span(scales[name])}" for name, markup in ALPHA_NAMES.items() if name in scales]
     caption = (
         f"How far each block moves the hidden state towards its proposal, averaged over channels: {listed(spans)}. "
         "Corresponds to figure 6 of the paper."
     )
-    description = "Mean absolute alpha of the attention and MLP blocks of nGPT, by layer."
-    return Figure(plots.eigen_learning_rates(scales, "alpha", title, description), title, caption)
+    description = "Mean absolute alpha of the steps of the normalized model, by layer."
+    return Figure(plots.eigen_learning_rates(scales, "alpha", title, description, places), title, caption)
 
 
-def _scales_figure(scales: dict[str, list[Any]]) -> Figure:
+def _scales_figure(scales: dict[str, list[Any]], places: Mapping[str, Any]) -> Figure:
     title = "Learned scales per layer"
     spans = [f"{markup} {_span(scales[name])}" for name, markup in SCALE_NAMES.items() if name in scales]
     caption = (
         f"Effective values, averaged over heads and channels: {listed(spans)}. Corresponds to figure 6 of the paper."
     )
-    description = "Mean effective s_qk, s_u and s_v of nGPT, by layer."
-    return Figure(plots.layer_scales(scales, "scales", title, description), title, caption)
+    description = "Mean effective learned scales of the normalized model, by layer."
+    return Figure(plots.layer_scales(scales, "scales", title, description, places), title, caption)
 
 
 def _logit_scale_figure(values: Sequence[Any]) -> Figure:
@@ -189,23 +201,24 @@ def _all_unit(tables: Mapping[str, Sequence[Any]]) -> bool:
 
 
 def _condition_figure(
-    numbers: Mapping[str, dict[str, list[Any]]], names: tuple[str, ...], part: str, dotted: Numbers | None
+    numbers: Mapping[str, dict[str, list[Any]]], part: str, dotted: Numbers | None, places: Mapping[str, Any]
 ) -> Figure:
-    title = f"Condition numbers, {part} matrices"
+    title, names = f"Condition numbers, {part} matrices", tuple(MATRICES[part])
+    having = {arm: matrices for arm, matrices in numbers.items() if names[0] in matrices}
     medians = {
         arm: float(np.median([value for name in names for seed in matrices[name] for value in seed]))
-        for arm, matrices in numbers.items()
+        for arm, matrices in having.items()
     }
-    heads = ", median over heads" if part == "attention" else ""
+    heads = {"attention": ", median over heads", "experts": ", median over experts"}.get(part, "")
     found = listed([f"{median:.3g} for {NAMES[arm]}" for arm, median in medians.items()])
     also = " Dotted: the same with every vector along d<sub>model</sub> made unit." if dotted else ""
     caption = (
         f"Largest over smallest singular value per layer{heads}, logarithmic. Over all panels the median is {found}.{also} "
-        "Corresponds to figure 5 of the paper."
+        f"{'Corresponds to figure 5 of the' if part in ('attention', 'MLP') else 'Not in the'} paper."
     )
     description = f"Condition numbers of {', '.join(names)} by layer, both arms."
     key = f"cond-{part.lower()}"
-    return Figure(plots.condition_numbers(numbers, names, key, title, description, dotted), title, caption)
+    return Figure(plots.condition_numbers(having, names, key, title, description, dotted, places), title, caption)
 
 
 def _by_name(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -19,6 +19,7 @@ from spherelm.analysis.inside import Inside, look_inside
 from spherelm.analysis.svg import standalone
 from spherelm.analysis.walk import Walk, trace_walk, walk_page
 from spherelm.analysis.weights import check_finite
+from spherelm.compare.expert_figures import expert_section
 from spherelm.compare.figures import Figure
 from spherelm.compare.inside_figures import lens_section, motion_section, training_section, weight_section
 from spherelm.compare.inside_tables import write_tables
@@ -33,6 +34,9 @@ from spherelm.train.config import read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
 SENTENCE = "The old man looked out over the sea and thought of home."
+
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "pattern", "n_experts", "d_expert")
+"""The fields of a config that runs must agree in to be drawn as one model; not every config has all."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def run_directory(path: Path) -> Path:
 
 def check_shapes(paths: Sequence[Path]) -> None:
     """`ValueError` if two runs of one arm have different shapes."""
-    shapes: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    shapes: dict[str, tuple[Path, tuple[Any, ...]]] = {}
     for path in paths:
         if latest_checkpoint(run_directory(path)) is None:
             raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
@@ -125,7 +129,7 @@ def check_shapes(paths: Sequence[Path]) -> None:
         model = config.model
         if isinstance(model, MASKED_CONFIGS):
             raise ValueError(f"{path} is an encoder: what is drawn here is of models that predict the next token")
-        shape = (model.n_layers, model.d_model, model.n_heads, model.n_kv_heads or 0, model.d_ff or 0, model.vocab_size)
+        shape = tuple(getattr(model, name, None) for name in SHAPE)
         first, known = shapes.setdefault(config.arm, (path, shape))
         if shape != known:
             raise ValueError(
@@ -221,6 +225,7 @@ def _sections(inspected: Sequence[Inspected]) -> list[tuple[str, str, list[Figur
     return [
         ("In the weights", "", weight_section(found)),
         ("On the way through the model", "", motion_section(found)),
+        ("Experts", "", expert_section(found)),
         ("What each layer would predict", "", lens_section(found)),
         ("Over training", "", training_section(distances)),
     ]

@@ -168,9 +168,9 @@ class Diagnosis:
         self._model, self._optimizer, self._angles = model, optimizer, UpdateAngles(model)
 
     def measure(self) -> dict[str, Any]:
-        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A` and `alpha_M` by layer, `s_z`, what `load_by_layer` says.
+        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A` and `alpha_M` by layer, `s_z`; what there is of it.
 
-        What there is of it.
+        Of experts what `load_by_layer` says.
         """
         found = {"lr_by_role": rates(self._optimizer), **self._angles.measure(), **learned_scales(self._model)}
         return found | load_by_layer(self._model)
