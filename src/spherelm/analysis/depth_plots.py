@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -160,8 +160,8 @@ def square_panels(
             ax.set_xlabel("expert")
             ax.grid(False)
         axes[0].set_ylabel("expert")
-        bar = figure.colorbar(image, ax=list(axes), label=bar_label, shrink=0.8)
-        bar.solids.set_rasterized(False)
+        solids: Any = figure.colorbar(image, ax=list(axes), label=bar_label, shrink=0.8).solids
+        solids.set_rasterized(False)
 
     return Drawing(draw, key, title, description)
 
