@@ -144,8 +144,7 @@ def test_it_computes_in_the_dtype_of_its_input_and_routes_in_float32(make: Any) 
     torch.testing.assert_close(out.float(), module(h.bfloat16().float()), rtol=0.05, atol=0.05)
 
 
-@both
-@pytest.mark.parametrize("balance", ["bias", "loss"])
+@pytest.mark.parametrize(("make", "balance"), [(baseline, "bias"), (on_sphere, "loss")])
 # Of the compiler, at any autograd function that it meets.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 def test_traced_is_eager(make: Any, balance: str) -> None:

@@ -168,7 +168,8 @@ def _ranks(found: Found) -> Figure:
     places = {arm: models[0].weights.places for arm, models in found.items()}
     of_experts = ", of experts that over experts" if "E_u" in names else ""
     medians = {
-        arm: float(np.median([seed for seeds in values.values() for seed in seeds])) for arm, values in ranks.items()
+        arm: float(np.median(np.concatenate([seed for seeds in values.values() for seed in seeds])))
+        for arm, values in ranks.items()
     }
     caption = (
         "exp of the entropy of the singular values, as a part of the largest that the matrix could have; of attention matrices "

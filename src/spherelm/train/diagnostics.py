@@ -43,7 +43,7 @@ class UpdateAngles:
         """`{"angle_mean": {role: radians}, "angle_max": {...}}`; empty for a model without unit weights."""
         by_role: dict[str, list[Tensor]] = {}
         for role, module, axis, before in self._before:
-            by_role.setdefault(role, []).append(sphere.angle(before, own_part(_weight(module)), dim=axis))
+            by_role.setdefault(role, []).append(sphere.angle(before, own_part(_weight(module)), dim=axis).flatten())
         if not by_role:
             return {}
         angles = {role: torch.cat(parts) for role, parts in by_role.items()}
