@@ -336,9 +336,12 @@ UNIT_AXIS = {
     "mlp.u.weight": 1,
     "mlp.v.weight": 1,
     "mlp.o.weight": 0,
-    # the layers of hybrids, whose equations are in paper_hybrid.py
-    **{f"layer.{matrix}.weight": 1 for matrix in ("q", "k", "v", "u", "in_proj")},
-    **{f"layer.{matrix}.weight": 0 for matrix in ("o", "out_proj")},
+    "mamba.in_proj.weight": 1,
+    "mamba.out_proj.weight": 0,
+    **{f"experts.{matrix}.weight": 2 for matrix in "uv"},
+    **{f"shared.0.{matrix}.weight": 1 for matrix in "uv"},
+    "experts.o.weight": 1,
+    "shared.0.o.weight": 0,
 }
 
 

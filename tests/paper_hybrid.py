@@ -3,7 +3,8 @@
 The recurrence of a state space is written as it is defined (Mamba-2, arXiv 2405.21060, section 2): no chunks, no dual form, one
 head and one row of the batch at a time. Parameters by name:
 
-    blocks.{i}.layer.*                          an attention or MLP as in ``paper.py``; or a mixer:
+    blocks.{i}.attention.* or blocks.{i}.mlp.* as in ``paper.py``; or blocks.{i}.experts.* as in ``paper_moe.py``, with a score
+    bias of 0; or blocks.{i}.mamba.*:
     in_proj.weight [projected, d]  out_proj.weight [d, inner]
     ssm.conv_weight [channels, width]  ssm.conv_bias [channels]  ssm.{A_log,D,dt_bias} [heads]
     Hybrid: blocks.{i}.norm.weight, mixers' norm.weight [inner]  NHybrid: blocks.{i}.alpha.value, mixers' s_mamba.value [1]
@@ -15,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 import paper
+import paper_moe
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class Shape(paper.Shape):
     d_state: int = 1
     groups: int = 1
     s_mamba: tuple[float, float] = (1.0, 1.0)
+    experts: paper_moe.Experts | None = None
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -97,16 +100,44 @@ def unit_mamba2(p: paper.Params, prefix: str, shape: Shape, h: Tensor) -> Tensor
     return torch.stack(rows)
 
 
-BASELINE = {"M": mamba2, "A": paper.gpt_attention, "-": paper.gpt_mlp}
-ON_SPHERE = {"M": unit_mamba2, "A": paper.attention, "-": paper.mlp}
+def unbiased(p: paper.Params, prefix: str) -> paper.Params:
+    """Beside the parameters the bias by which a router picks, as it is before any update."""
+    return {**p, prefix + "router.score_bias": torch.zeros(len(p[prefix + "router.weight"]), dtype=torch.float64)}
+
+
+def experts_of(shape: Shape) -> paper_moe.Experts:
+    assert shape.experts is not None
+    return shape.experts
+
+
+def experts(p: paper.Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
+    return paper_moe.gpt_moe(unbiased(p, prefix), prefix, shape, experts_of(shape), h)
+
+
+def unit_experts(p: paper.Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
+    return paper_moe.moe(unbiased(p, prefix), prefix, shape, experts_of(shape), h)
+
+
+BASELINE = {
+    "M": ("mamba", mamba2),
+    "A": ("attention", paper.gpt_attention),
+    "-": ("mlp", paper.gpt_mlp),
+    "O": ("experts", experts),
+}
+ON_SPHERE = {
+    "M": ("mamba", unit_mamba2),
+    "A": ("attention", paper.attention),
+    "-": ("mlp", paper.mlp),
+    "O": ("experts", unit_experts),
+}
 
 
 def hybrid(p: paper.Params, shape: Shape, tokens: Tensor) -> Tensor:
     """Logits of the baseline: a pre-norm residual layer for each letter."""
     h = p["embed.weight"][tokens]
     for i, letter in enumerate(shape.pattern):
-        b = f"blocks.{i}."
-        h = h + BASELINE[letter](p, b + "layer.", shape, paper.rms_norm(h, p[b + "norm.weight"], shape.rms_eps))
+        b, (name, layer) = f"blocks.{i}.", BASELINE[letter]
+        h = h + layer(p, f"{b}{name}.", shape, paper.rms_norm(h, p[b + "norm.weight"], shape.rms_eps))
     return paper.rms_norm(h, p["norm.weight"], shape.rms_eps) @ p.get("head.weight", p["embed.weight"]).T
 
 
@@ -114,7 +145,8 @@ def nhybrid(p: paper.Params, shape: Shape, tokens: Tensor) -> Tensor:
     """Logits of the normalized hybrid: one step on the sphere (eqs. 10, 11) for each letter."""
     h = p["embed.weight"][tokens]
     for i, letter in enumerate(shape.pattern):
-        proposal = paper.norm(ON_SPHERE[letter](p, f"blocks.{i}.layer.", shape, h))
-        h = paper.step(h, proposal, paper.eigen_rate(p, f"blocks.{i}.alpha.value", shape))
+        b, (name, layer) = f"blocks.{i}.", ON_SPHERE[letter]
+        proposal = paper.norm(layer(p, f"{b}{name}.", shape, h))
+        h = paper.step(h, proposal, paper.eigen_rate(p, b + "alpha.value", shape))
     s_z = paper.effective(p["s_z.value"], shape.s_z, shape.d_model)
     return s_z * (h @ p.get("head.weight", p["embed.weight"]).T)

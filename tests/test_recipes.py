@@ -85,7 +85,10 @@ def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
 
 
 OF_PAIRS = {("encdec", "pairs", "default"), ("nencdec", "pairs", "default")}
-NAMED = sorted({(arm, p, r) for arm in tiny.ARMS for p in PRESETS if p != "pairs" for r in WAYS} | OF_PAIRS)
+HYBRIDS = [name for name, preset in PRESETS.items() if preset.pattern is not None]
+OF_HYBRIDS = {(arm, preset, "default") for arm in ("hybrid", "nhybrid") for preset in HYBRIDS}
+OF_DECODERS = {(arm, p, r) for arm in tiny.ARMS for p in PRESETS if p not in ("pairs", *HYBRIDS) for r in WAYS}
+NAMED = sorted(OF_DECODERS | OF_PAIRS | OF_HYBRIDS)
 
 
 @pytest.mark.parametrize(("arm", "preset", "recipe"), NAMED)

@@ -1,6 +1,6 @@
-"""Named runs: sizes (presets) and ways to train (recipes). A recipe is a function; an ablation is a one-field change.
+"""Named runs: sizes (`presets`) and ways to train (recipes). A recipe is a function; an ablation is a one-field change.
 
-`make_run("ngpt", "demo", "default")` puts them together. Sizes, lengths and tuned learning rates stand here and nowhere else.
+`make_run("ngpt", "demo", "default")` puts them together.
 """
 
 from __future__ import annotations
@@ -8,88 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from spherelm.models import ARMS, EncoderDecoder, is_normalized
+from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, BaseShape, transfer
+from spherelm.presets import PRESETS, Preset
 from spherelm.train.config import RunConfig, TrainConfig
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A size, a length and the peak learning rates tuned for them.
-
-    rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
-    compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
-    of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
-    batch_size the pairs of an update.
-    """
-
-    n_layers: int
-    d_model: int
-    n_heads: int
-    seq_len: int
-    batch_size: int
-    steps: int
-    rates: Mapping[tuple[str, str], float]
-    micro_batch_size: int | None = None
-    eval_every: int = 100
-    eval_windows: int = 64
-    compile: bool = True
-    vocab_size: int | None = field(default=None)
-    base: BaseShape | None = None
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-
-
-def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:
-    """A run of the nGPT paper: 512 sequences a batch, LLaMA-2's 32000 tokens, 52 billion tokens.
-
-    The rate 1e-3 is that of the paper's ablations at 0.5B; each run of the paper had its own tuned one.
-    """
-    rates = {(recipe, arm): 1e-3 for recipe in WAYS for arm in ARMS}
-    steps = round(52e9 / (512 * context))
-    base = BaseShape(1020, 10, steps)  # nuGPT's own, at the same length
-    return Preset(n_layers, d_model, n_heads, context, 512, steps, rates, 8, 1000, vocab_size=32000, base=base)
-
-
-SMALLEST = BaseShape(64, 4, 320)
-"""Where the rates of the small sizes come from (docs/evidence.md): 262 thousand block parameters, 328 thousand tokens.
-
-Those of "default" and "muon" were tuned there with one seed; those of "paper" and "training-ngpt" were not.
-"""
-
-RATES_OF_SMALLEST = {
-    ("default", "gpt"): 8e-3,
-    ("default", "ngpt"): 2e-2,
-    ("paper", "gpt"): 8e-3,
-    ("paper", "ngpt"): 4e-2,
-    ("muon", "gpt"): 3.2e-2,
-    ("muon", "ngpt"): 2.4e-2,
-    ("training-ngpt", "gpt"): 8e-3,
-    ("training-ngpt", "ngpt"): 2e-2,
-}
-
-
-def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
-    """A size of the ladder in docs/evidence.md: heads of 64, 1024 tokens an update, 5 tokens for each block parameter.
-
-    Rates are carried over from `SMALLEST` with (width ratio)^(-3/4) (length ratio)^(-1/3), a rule that is nuGPT's for block
-    matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none.
-    """
-    steps = round(5 * 16 * n_layers * d_model**2 / 1024)
-    ratio = (d_model / SMALLEST.d_model) ** -0.75 * (steps / SMALLEST.steps) ** (-1 / 3)
-    rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
-    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["default", "ngpt"]
-    return Preset(n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST)
 
 
 @dataclass(frozen=True)
@@ -120,14 +47,24 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     GPT: the paper's 0.02 is the right spread of weights at 1024 channels; narrower models want it wider, so it goes with
     1/sqrt(d_model). nGPT: eigen learning rates start at the paper's 0.05 for 24 layers and higher for fewer, as
     1/sqrt(n_layers); the logits' scale starts at sqrt(d_model), since under Adam it cannot grow there in a short run; the
-    output embedding learns at half the rate. Encoder-decoders: source and target share their input embedding.
+    output embedding learns at half the rate. Encoder-decoders: source and target share their input embedding. Hybrids: two of
+    their layers are one of GPT's.
     """
     choices = paper(arm, preset, steps)
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, {}, choices.schedule)
-    model = {**own, "s_z_init": math.sqrt(preset.d_model), "alpha_init": 0.05 * math.sqrt(24 / preset.n_layers)}
+    model = {
+        **own,
+        "s_z_init": math.sqrt(preset.d_model),
+        "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
+    }
     return Choices(model, {"multipliers": RateMultipliers(output_embedding=0.5)}, choices.schedule)
+
+
+def depth(arm: str, n_layers: int) -> float:
+    """How many layers of GPT, each of two steps, as many layers of `arm` are."""
+    return n_layers / 2 if issubclass(ARMS[arm][1], PatternModel) else n_layers
 
 
 def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
@@ -143,7 +80,7 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
     base = preset.base or BaseShape(preset.d_model, preset.n_layers, preset.steps)
     rules = transfer(base, preset.d_model, preset.n_layers, steps)
     model = {
-        "alpha_init": 0.05 * 10 / base.n_layers * rules.alpha_init,
+        "alpha_init": 0.05 * 10 / depth(arm, base.n_layers) * rules.alpha_init,
         "s_z_init": math.sqrt(base.d_model) * rules.s_z_init,
         **{f"{name}_scale": SCALE for name in ("alpha", "s_qk", "s_z")},
     }
@@ -255,59 +192,6 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
     return preset.rates.get((recipe, arm))
 
 
-PRESETS: dict[str, Preset] = {
-    "demo": Preset(
-        n_layers=4,
-        d_model=128,
-        n_heads=2,
-        seq_len=256,
-        batch_size=4,
-        steps=240,
-        rates={
-            ("default", "gpt"): 4e-3,
-            ("default", "ngpt"): 1.6e-2,
-            ("paper", "gpt"): 4e-3,
-            ("paper", "ngpt"): 3.2e-2,
-            ("nugpt", "ngpt"): 1.6e-2,
-            ("muon", "gpt"): 2e-2,
-            ("muon", "ngpt"): 1.6e-2,
-            ("training-ngpt", "gpt"): 4e-3,
-            ("training-ngpt", "ngpt"): 1.6e-2,
-        },
-        eval_every=40,
-        eval_windows=32,
-        compile=False,
-        base=BaseShape(128, 4, 240),
-    ),
-    "pairs": Preset(
-        n_layers=2,
-        d_model=128,
-        n_heads=4,
-        seq_len=64,
-        batch_size=32,
-        steps=600,
-        rates={
-            ("default", "encdec"): 4e-3,
-            ("default", "nencdec"): 1e-2,
-        },
-        eval_every=100,
-        eval_windows=512,
-        compile=False,
-        label_smoothing=0.1,
-    ),
-    "0.3m": small_size(4, 64, 1),
-    "1m": small_size(4, 128, 2),
-    "4m": small_size(6, 192, 3),
-    "12m": small_size(7, 320, 5),
-    "0.5b-1k": paper_size(24, 1024, 16, 1024),
-    "0.5b-4k": paper_size(24, 1024, 16, 4096),
-    "0.5b-8k": paper_size(24, 1024, 16, 8192),
-    "1b-1k": paper_size(36, 1280, 20, 1024),
-    "1b-4k": paper_size(36, 1280, 20, 4096),
-    "1b-8k": paper_size(36, 1280, 20, 8192),
-}
-
-
 def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     if name not in among:
         raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(among)}")
@@ -329,15 +213,16 @@ def make_run(
     vocab_size: that of the data; by default the preset's. lr: the peak learning rate, by default the tuned one.
     overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha_init`, ...), of
     the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
-    like; `d_k`, the width of a head, makes n_heads follow d_model; `None` leaves a field as it is. Raises `ValueError` naming
-    an unknown arm, preset, recipe or field.
+    like; `d_k`, the width of a head, makes n_heads follow d_model, a hybrid's `pattern` its n_layers; `None` leaves a field as
+    it is. Raises `ValueError` naming an unknown arm, preset, recipe or field.
     """
-    config_class, _ = _look_up("arm", arm, ARMS)
+    config_class, model_class = _look_up("arm", arm, ARMS)
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = {key: value for key, value in overrides.items() if value is not None}
     given |= _heads(given)
-    size = dataclasses.replace(size, **_take(given, Preset))
+    layers = _layers(given, preset, size) if issubclass(model_class, PatternModel) else {}
+    size = dataclasses.replace(size, **_take(given, Preset, but="pattern"))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
@@ -350,7 +235,13 @@ def make_run(
         for name in ("micro_batch_size", "eval_every", "eval_windows", "compile", "label_smoothing")
     }
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
-    model = {"vocab_size": vocab_size or size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
+    model = {
+        "vocab_size": vocab_size or size.vocab_size,
+        "max_seq_len": size.seq_len,
+        **shape,
+        **layers,
+        **choices.model,
+    }
     config = RunConfig(
         arm=arm,
         recipe=recipe,
@@ -366,9 +257,10 @@ def make_run(
     return config
 
 
-def _take(given: dict[str, Any], owner: Any) -> dict[str, Any]:
-    """Remove from `given` the fields of the dataclass `owner` and return them."""
-    return {f.name: given.pop(f.name) for f in dataclasses.fields(owner) if f.name in given}
+def _take(given: dict[str, Any], owner: Any, but: str | None = None) -> dict[str, Any]:
+    """Remove from `given` the fields of the dataclass `owner`, all but one if so wanted, and return them."""
+    names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name != but]
+    return {name: given.pop(name) for name in names}
 
 
 def _heads(given: dict[str, Any]) -> dict[str, int]:
@@ -379,6 +271,18 @@ def _heads(given: dict[str, Any]) -> dict[str, int]:
     if "d_model" not in given or "n_heads" in given or not d_k > 0 or given["d_model"] % d_k:
         raise ValueError(f"d_k={d_k} needs a d_model that it divides, and no n_heads beside it")
     return {"n_heads": given["d_model"] // d_k}
+
+
+def _layers(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
+    """Remove the pattern from `given` and make n_layers follow it: the one asked for, or that of the preset."""
+    pattern = given.pop("pattern", size.pattern)
+    if pattern is None:
+        named = ", ".join(name for name, other in PRESETS.items() if other.pattern is not None)
+        raise ValueError(f"preset {preset!r} has no pattern of layers: give one (--set pattern=MAM-), or take {named}")
+    if given.get("n_layers", len(pattern)) != len(pattern):
+        raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
+    given["n_layers"] = len(pattern)
+    return {"pattern": pattern}
 
 
 def _multipliers(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:

@@ -66,8 +66,20 @@ def test_the_figures_follow_from_the_times() -> None:
     lines = table(result).splitlines()
     assert lines[0].startswith("2 layers, d 16, 2 heads, sequence 16, batch 4, vocabulary 61; float32, not compiled, ")
     assert "A step of nGPT takes 1.500 times as long as one of GPT." in lines
-    assert "Retraction: 1.00 % of an nGPT step." in lines
+    assert "Retraction: 1.00 % of a step of nGPT." in lines
     assert ["step", "2.000", "3.000", "s"] in [line.split() for line in lines]
+
+
+@pytest.mark.usefixtures("timed")
+def test_hybrids_are_timed_by_their_pattern() -> None:
+    shape = Shape(n_layers=9, d_model=32, n_heads=2, seq_len=16, batch_size=4, vocab_size=61)
+    result = bench(shape, "float32", compiled=False, pattern="MA-")
+    assert result["step_seconds"] == {"hybrid": 2.0, "nhybrid": 3.0}
+    assert (result["pattern"], result["shape"]["n_layers"]) == ("MA-", 3)
+    lines = table(result).splitlines()
+    assert lines[0].startswith("3 layers MA-, d 32, ")
+    assert lines[1].split() == ["Hybrid", "NHybrid"]
+    assert "A step of NHybrid takes 1.500 times as long as one of Hybrid." in lines
 
 
 def test_the_rate_is_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:

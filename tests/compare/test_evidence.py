@@ -16,7 +16,8 @@ from spherelm.compare import evidence
 from spherelm.compare.evidence import Grid, Point, beyond, climb, growth, one_speedup, table, time_limit
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
-from spherelm.recipes import PRESETS, SMALLEST, make_run
+from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
+from spherelm.recipes import make_run
 from spherelm.train.checkpoint import load_model
 
 
@@ -45,8 +46,6 @@ def test_rates_of_sizes_are_carried_over_from_the_smallest() -> None:
 
 
 def recipes_rate(arm: str) -> float:
-    from spherelm.recipes import RATES_OF_SMALLEST
-
     return RATES_OF_SMALLEST["default", arm]
 
 

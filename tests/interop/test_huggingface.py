@@ -338,9 +338,10 @@ def test_the_config_speaks_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"arm": "rnn"}, "unknown arm 'rnn': choose one of gpt, ngpt"),
+        ({"arm": "rnn"}, "unknown arm 'rnn': choose one of gpt, ngpt, hybrid, nhybrid"),
         ({"d_model": 30, "n_heads": 4}, "n_heads=4 does not divide d_model=30"),
-        ({"rope": "none"}, "unknown rope 'none'"),
+        ({"rope": "spiral"}, "unknown rope 'spiral'"),
+        ({"arm": "nhybrid"}, "pattern must be a text with a letter for each layer, such as 'MAM-', got None"),
     ],
 )
 def test_configs_that_make_no_model_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from spherelm.models import Config, build
 from spherelm.optim import build_optimizer
 from spherelm.recipes import PRESETS, make_run
 from spherelm.train import counting
-from spherelm.train.counting import block_cost, counted_flops, flops_per_token, readout_cost, training_flops
+from spherelm.train.counting import block_costs, counted_flops, flops_per_token, readout_cost, training_flops
 from spherelm.train.estimate import (
     Layout,
     activation_memory,
@@ -225,5 +225,5 @@ def test_what_does_not_fit_is_named(make: Callable[[Any], Any], message: str) ->
 def test_counting_costs_no_memory_and_no_randomness() -> None:
     config, before = model_config("ngpt", **SHAPES[0]), torch.get_rng_state()
     parameters_by_role(config)
-    block_cost(config, 3, 32, compute_dtype("auto"))
+    block_costs(config, 3, 32, compute_dtype("auto"))
     assert torch.equal(torch.get_rng_state(), before)

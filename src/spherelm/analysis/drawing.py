@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 FG, MUTED, GRID, GPT, NGPT, SECOND, THIRD, BACKGROUND = VARIABLES
-COLOURS = {"gpt": GPT, "ngpt": NGPT, "encdec": GPT, "nencdec": NGPT}
-LABELS = {"gpt": "GPT", "ngpt": "nGPT", "encdec": "EncDec", "nencdec": "NEncDec"}
+COLOURS = {"gpt": GPT, "ngpt": NGPT, "encdec": GPT, "nencdec": NGPT, "hybrid": GPT, "nhybrid": NGPT}
+LABELS = {
+    "gpt": "GPT",
+    "ngpt": "nGPT",
+    "encdec": "EncDec",
+    "nencdec": "NEncDec",
+    "hybrid": "Hybrid",
+    "nhybrid": "NHybrid",
+}
 SIZE = (4.9, 3.3)  # inches: read at its own size beside a second figure, and still legible on a phone
 POINTS = 240  # of a long curve, which no screen shows more of
 

@@ -14,6 +14,7 @@ def bench(
     no_compile: Flag = False,
     json: Path | None = None,
     profile: Flag = False,
+    pattern: str | None = None,
 ) -> None:
     """Time training steps of nGPT and GPT in turn on this machine, with their memory and their part of its peak.
 
@@ -24,6 +25,7 @@ def bench(
         no_compile: Do not use torch.compile.
         json: File to write the result to, as JSON.
         profile: Show the operations that take the time, of each arm, by torch's profiler.
+        pattern: Time both hybrids of these layers, such as MAM-MAM-, in place of both transformers; it says how many there are.
     """
     from spherelm.compare import bench as module
 
@@ -32,10 +34,10 @@ def bench(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if json is not None and json.exists():
         raise FileExistsError(f"{json} exists already: choose another --json")
-    result = module.bench(what, dtype, not no_compile, steps)
+    result = module.bench(what, dtype, not no_compile, steps, pattern)
     print(module.table(result))
     if json is not None:
         module.write_result(result, json)
     if profile:
-        for arm, config in module.configs(what, dtype, not no_compile).items():
+        for arm, config in module.configs(what, dtype, not no_compile, pattern).items():
             print(f"\nWhere three steps of {arm} spend their time:\n{module.profile(config)}")

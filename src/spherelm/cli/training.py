@@ -89,7 +89,7 @@ def compare(
 
 
 def train(
-    arm: Literal["gpt", "ngpt", "encdec", "nencdec"],
+    arm: Literal["gpt", "ngpt", "encdec", "nencdec", "encoder", "nencoder", "hybrid", "nhybrid"],
     out: Path,
     data: Path | None = None,
     preset: str = "demo",
@@ -115,7 +115,7 @@ def train(
     """Train one model.
 
     Args:
-        arm: The baseline (gpt) or the normalized Transformer (ngpt); encdec or nencdec for pairs of texts.
+        arm: Baseline or normalized (n...): Transformer, encoder-decoder for pairs of texts, encoder for hidden tokens, hybrid.
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
@@ -160,7 +160,7 @@ def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> No
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     """How many token ids the data has; a size that names its own vocabulary needs no data to be described."""
-    from spherelm.recipes import PRESETS
+    from spherelm.presets import PRESETS
     from spherelm.train.batches import vocabulary_size
 
     known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
@@ -179,7 +179,10 @@ def describe(config: RunConfig, asked: DryRun) -> None:
 
 def sweep(
     out: Path,
-    arms: tuple[Literal["gpt", "ngpt", "encdec", "nencdec"], ...] = ("gpt", "ngpt"),
+    arms: tuple[Literal["gpt", "ngpt", "encdec", "nencdec", "encoder", "nencoder", "hybrid", "nhybrid"], ...] = (
+        "gpt",
+        "ngpt",
+    ),
     lr: tuple[float, ...] = (),
     vary: tuple[str, ...] = (),
     preset: str = "demo",

@@ -1,4 +1,4 @@
-"""What a training step costs on this machine: nGPT against GPT, and both against what the hardware can do."""
+"""What a training step costs on this machine: a normalized model against its baseline, and both against the hardware."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 
 from spherelm.compare.cost import StepCost, TimedSteps, measure_cost
 from spherelm.compare.record import ARMS
+from spherelm.compare.wording import NAMES
 from spherelm.layers.linear import retract
 from spherelm.recipes import make_run
 from spherelm.train.config import RunConfig
@@ -48,10 +49,16 @@ def parse_shape(text: str) -> Shape:
     return Shape(*map(int, parts))
 
 
-def configs(shape: Shape, dtype: str, compiled: bool) -> dict[str, RunConfig]:
-    """A run of each arm at `shape`; nothing of it matters to a step's cost but the shape, the format and compilation."""
-    sizes = {**asdict(shape), "steps": 1, "dtype": dtype, "compile": compiled}
-    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in ARMS}
+def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None) -> dict[str, RunConfig]:
+    """A run of GPT and of nGPT at `shape`, or of both hybrids with the layers of `pattern`, the baseline first.
+
+    Nothing of it matters to a step's cost but the shape, the format and compilation.
+    """
+    sizes: dict[str, Any] = {**asdict(shape), "steps": 1, "dtype": dtype, "compile": compiled}
+    arms = ARMS
+    if pattern is not None:
+        arms, sizes = ("hybrid", "nhybrid"), {**sizes, "n_layers": None, "pattern": pattern}
+    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in arms}
 
 
 def matmul_rate(dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 3) -> float:
@@ -117,20 +124,25 @@ def retraction_seconds(config: RunConfig, repeats: int = 9) -> float:
     return median_seconds(lambda: retract(model), repeats)
 
 
-def bench(shape: Shape, dtype: str = "auto", compiled: bool = True, steps: int = 15) -> dict[str, Any]:
+def bench(
+    shape: Shape, dtype: str = "auto", compiled: bool = True, steps: int = 15, pattern: str | None = None
+) -> dict[str, Any]:
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
-    step_time_ratio: nGPT / GPT, the median over neighbouring steps. tokens_per_second, mfu (model FLOPs per second over the
-    measured rate of a large matrix product in the same number format), peak_memory_mb: by arm. retraction_share: of an
-    nGPT step. All figures are of this process's number of threads.
+    step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model FLOPs per
+    second over the measured rate of a large matrix product in the same number format), peak_memory_mb: by arm.
+    retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as for
+    `configs`.
     """
-    arms, device = configs(shape, dtype, compiled), best_device()
-    cost: StepCost = measure_cost(arms["gpt"], arms["ngpt"], steps)
-    seconds = {"gpt": cost.gpt_seconds, "ngpt": cost.ngpt_seconds}
+    arms, device = configs(shape, dtype, compiled, pattern), best_device()
+    baseline, normalized = arms
+    cost: StepCost = measure_cost(arms[baseline], arms[normalized], steps)
+    seconds = {baseline: cost.gpt_seconds, normalized: cost.ngpt_seconds}
     rate, tokens = matmul_rate(resolve_dtype(dtype, device)), shape.batch_size * shape.seq_len
-    uncompiled = configs(shape, dtype, compiled=False)
+    uncompiled = configs(shape, dtype, compiled=False, pattern=pattern)
     return {
-        "shape": asdict(shape),
+        "shape": {**asdict(shape), "n_layers": arms[baseline].model.n_layers},
+        "pattern": pattern,
         "dtype": str(resolve_dtype(dtype, device)).removeprefix("torch."),
         "compiled": compiled,
         "device": device.type,
@@ -143,7 +155,7 @@ def bench(shape: Shape, dtype: str = "auto", compiled: bool = True, steps: int =
             arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] / rate for arm in arms
         },
         "peak_memory_mb": {arm: peak_memory(uncompiled[arm]) for arm in arms},
-        "retraction_share": retraction_seconds(uncompiled["ngpt"]) / cost.ngpt_seconds,
+        "retraction_share": retraction_seconds(uncompiled[normalized]) / cost.ngpt_seconds,
     }
 
 
@@ -164,12 +176,14 @@ def profile(config: RunConfig, rows: int = 25) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result of `bench` for people."""
-    shape = result["shape"]
+    shape, arms = result["shape"], list(result["step_seconds"])
+    baseline, normalized = (NAMES[arm] for arm in arms)
+    layers = "" if result["pattern"] is None else f" {result['pattern']}"
     lines = [
-        f"{shape['n_layers']} layers, d {shape['d_model']}, {shape['n_heads']} heads, sequence {shape['seq_len']}, "
+        f"{shape['n_layers']} layers{layers}, d {shape['d_model']}, {shape['n_heads']} heads, sequence {shape['seq_len']}, "
         f"batch {shape['batch_size']}, vocabulary {shape['vocab_size']}; {result['dtype']}, "
         f"{'compiled' if result['compiled'] else 'not compiled'}, {result['device']}, {result['threads']} threads",
-        f"{'':24}{'GPT':>12}{'nGPT':>12}",
+        f"{'':24}{baseline:>12}{normalized:>12}",
     ]
     for name, key, unit, digits in (
         ("step", "step_seconds", "s", 3),
@@ -177,12 +191,12 @@ def table(result: dict[str, Any]) -> str:
         ("of the peak", "mfu", "", 3),
         ("peak memory", "peak_memory_mb", "MiB", 0),
     ):
-        values = result[key]
-        lines.append(f"{name:24}{values['gpt']:12,.{digits}f}{values['ngpt']:12,.{digits}f} {unit}".rstrip())
+        first, second = (result[key][arm] for arm in arms)
+        lines.append(f"{name:24}{first:12,.{digits}f}{second:12,.{digits}f} {unit}".rstrip())
     lines += [
-        f"A step of nGPT takes {result['step_time_ratio']:.3f} times as long as one of GPT.",
+        f"A step of {normalized} takes {result['step_time_ratio']:.3f} times as long as one of {baseline}.",
         f"Peak: {result['matmul_gflops']:,.0f} GFLOP/s, a product of two {MATMUL_SIZE} x {MATMUL_SIZE} matrices.",
-        f"Retraction: {100 * result['retraction_share']:.2f} % of an nGPT step.",
+        f"Retraction: {100 * result['retraction_share']:.2f} % of a step of {normalized}.",
     ]
     return "\n".join(lines)
 

@@ -28,7 +28,8 @@ from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.models import is_normalized
-from spherelm.recipes import PRESETS, Preset, make_run
+from spherelm.presets import PRESETS, Preset
+from spherelm.recipes import make_run
 from spherelm.train.checkpoint import load_model
 from spherelm.train.precision import best_device
 from spherelm.train.record import command_line, git_commit, versions, write_json

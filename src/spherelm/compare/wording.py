@@ -8,7 +8,14 @@ from typing import Any
 
 from spherelm.compare.record import Comparison
 
-NAMES = {"gpt": "GPT", "ngpt": "nGPT", "encdec": "EncDec", "nencdec": "NEncDec"}
+NAMES = {
+    "gpt": "GPT",
+    "ngpt": "nGPT",
+    "encdec": "EncDec",
+    "nencdec": "NEncDec",
+    "hybrid": "Hybrid",
+    "nhybrid": "NHybrid",
+}
 
 
 def si(value: float) -> str:

@@ -52,8 +52,11 @@ def parse_positions(base: float | None, scaling: str | None) -> Positions:
 def place(model: Decoder, positions: Positions, trained_length: int) -> None:
     """Give `model`, in place and once, the positions asked for. trained_length: tokens a sequence in its training.
 
-    Raises `ValueError` for YaRN on a model whose rotary embedding is NVIDIA's, which has no frequencies in YaRN's sense.
+    Raises `ValueError` for YaRN on a model whose rotary embedding is NVIDIA's, which has no frequencies in YaRN's sense, and
+    for anything on a model without a rotary embedding.
     """
+    if model.config.rope == "none" and positions != Positions():
+        raise ValueError(f"{positions} is about a rotary embedding, and this model has none: leave it out")
     if positions.base is not None:
         model.rope_base = positions.base
     if positions.scaling == "linear":

@@ -9,10 +9,13 @@ from spherelm.models.encdec import EncDec, EncDecConfig
 from spherelm.models.encoder import Encoder, EncoderConfig
 from spherelm.models.encoder_decoder import EncoderDecoder
 from spherelm.models.gpt import GPT, GPTConfig
+from spherelm.models.hybrid import Hybrid, HybridConfig
 from spherelm.models.masked import MaskedModel
 from spherelm.models.nencdec import NEncDec, NEncDecConfig
 from spherelm.models.nencoder import NEncoder, NEncoderConfig
 from spherelm.models.ngpt import NGPT, NGPTConfig
+from spherelm.models.nhybrid import NHybrid, NHybridConfig
+from spherelm.models.pattern import PatternModel
 
 __all__ = [
     "ARMS",
@@ -28,6 +31,8 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "GPTConfig",
+    "Hybrid",
+    "HybridConfig",
     "LanguageModel",
     "MaskedModel",
     "NEncDec",
@@ -35,13 +40,25 @@ __all__ = [
     "NEncoder",
     "NEncoderConfig",
     "NGPTConfig",
+    "NHybrid",
+    "NHybridConfig",
+    "PatternModel",
     "arm_of",
     "build",
     "is_normalized",
     "parameter_count",
 ]
 
-Config = GPTConfig | NGPTConfig | EncDecConfig | NEncDecConfig | EncoderConfig | NEncoderConfig
+Config = (
+    GPTConfig
+    | NGPTConfig
+    | EncDecConfig
+    | NEncDecConfig
+    | EncoderConfig
+    | NEncoderConfig
+    | HybridConfig
+    | NHybridConfig
+)
 
 MASKED_CONFIGS = (EncoderConfig, NEncoderConfig)
 """Of models that fill in what is hidden in a text."""
@@ -53,10 +70,12 @@ ARMS: dict[str, tuple[type[Config], type[Decoder]]] = {
     "nencdec": (NEncDecConfig, NEncDec),
     "encoder": (EncoderConfig, Encoder),
     "nencoder": (NEncoderConfig, NEncoder),
+    "hybrid": (HybridConfig, Hybrid),
+    "nhybrid": (NHybridConfig, NHybrid),
 }
 """The config and the model of each arm, by the name that the command line and run directories use."""
 
-TWINS = {"ngpt": "gpt", "nencdec": "encdec", "nencoder": "encoder"}
+TWINS = {"ngpt": "gpt", "nencdec": "encdec", "nencoder": "encoder", "nhybrid": "hybrid"}
 """The baseline of each normalized arm."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,11 @@ class Decoder(nn.Module):
     blocks: nn.ModuleList
     run: RunBlock
     label_smoothing: float
+
+    @classmethod
+    def single_layers(cls, config: Any) -> dict[Any, int]:
+        """Configs of one layer each, and how many such layers the model of `config` has: what is counted once for all alike."""
+        return {replace(config, n_layers=1): config.n_layers}
 
     @abstractmethod
     def init_weights(self) -> None:

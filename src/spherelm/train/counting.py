@@ -1,7 +1,7 @@
 """What a training step computes and holds, counted op by op on tensors that have shapes and no data.
 
 Torch runs the model's own code, forward and backward, on fake tensors: what comes out is counted and not a rule of thumb.
-Blocks are alike, so one is counted; the read-out works in chunks that are alike, so a few are counted. That takes a
+Of blocks that are alike, one is counted; the read-out works in chunks that are alike, so a few are counted. That takes a
 second for a model of any size.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spherelm.layers.linear import ExpertLinear
 from spherelm.layers.loss import chunk_rows, linear_cross_entropy
 from spherelm.layers.moe import idle_weights
-from spherelm.models import Config, Decoder, build
+from spherelm.models import ARMS, Config, Decoder, arm_of, build
 
 aten: Any = torch.ops.aten
 
@@ -129,14 +129,24 @@ def _cost(forward: Callable[[], Tensor], parameters: Iterator[nn.Parameter]) -> 
 
 def _fake_model(config: Config, dtype: torch.dtype) -> Decoder:
     """A model of one block, without data; call it under `FakeTensorMode`."""
-    model = build(replace(config, n_layers=1))
+    model = build(next(iter(single_layers(config))))
     model.set_compute_dtype(dtype)
     return model
 
 
+def single_layers(config: Config) -> dict[Config, int]:
+    """`Decoder.single_layers` of the config's model."""
+    return ARMS[arm_of(config)][1].single_layers(config)
+
+
+def block_costs(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype) -> list[tuple[int, Cost]]:
+    """How many blocks there are of each kind, and what one costs: `batch_size` sequences of `seq_len` tokens at once."""
+    return [(count, _block_cost(one, batch_size, seq_len, dtype)) for one, count in single_layers(config).items()]
+
+
 @lru_cache
-def block_cost(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype) -> Cost:
-    """What one block costs a micro-batch of `batch_size` sequences of `seq_len` tokens."""
+def _block_cost(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype) -> Cost:
+    """What the block of a config of one layer costs."""
     with FakeTensorMode():
         model = _fake_model(config, dtype)
         h = torch.empty(batch_size, seq_len, config.d_model, dtype=dtype, requires_grad=True)
@@ -177,16 +187,16 @@ def _readout_cost(config: Config, tokens: int, dtype: torch.dtype) -> Cost:
 
 def training_flops(config: Config, batch_size: int, seq_len: int) -> float:
     """Floating point operations of the forward and backward pass of `batch_size` sequences, as in `Cost.flops`."""
-    block = block_cost(config, 1, seq_len, torch.float32).flops
-    return batch_size * (config.n_layers * block + readout_cost(config, seq_len, torch.float32).flops)
+    blocks = sum(count * block.flops for count, block in block_costs(config, 1, seq_len, torch.float32))
+    return batch_size * (blocks + readout_cost(config, seq_len, torch.float32).flops)
 
 
 def flops_per_token(model: Decoder, seq_len: int) -> int:
     """The same by rule, at once: 6 for each weight of a matrix product, and 12 L d T for attention (PaLM, appendix B).
 
-    Of experts, those count that a token meets.
+    Of experts, those count that a token meets; of a hybrid's layers, L are those with attention.
     """
     matrices = [module for module in model.modules() if isinstance(module, nn.Linear | ExpertLinear)]
     weights = sum(module.weight.numel() for module in matrices) - idle_weights(model, ExpertLinear)
-    width = model.config.n_heads * model.d_k
-    return 6 * weights + 12 * len(model.blocks) * width * seq_len
+    width, pattern = model.config.n_heads * model.d_k, getattr(model, "pattern", "A" * len(model.blocks))
+    return 6 * weights + 12 * pattern.count("A") * width * seq_len

@@ -61,9 +61,12 @@ def _weight(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def learned_scales(model: nn.Module) -> dict[str, Any]:
-    """Mean effective `|alpha_A|` and `|alpha_M|` of each layer, and the mean of `s_z`; empty for a model without them."""
+    """Mean effective `|alpha_A|` and `|alpha_M|` of each layer, and the mean of `s_z`; empty for a model without them.
+
+    A layer of a hybrid has one `alpha`.
+    """
     found: dict[str, Any] = {}
-    for name in ("alpha_a", "alpha_m"):
+    for name in ("alpha_a", "alpha_m", "alpha"):
         scales = [getattr(block, name) for block in model.blocks if hasattr(block, name)]  # type: ignore[union-attr]
         if scales:
             found[name.replace("_a", "_A").replace("_m", "_M")] = [_mean(scale.value, scale) for scale in scales]

@@ -18,7 +18,7 @@ from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
 from spherelm.train.config import STRATEGIES, RunConfig, micro_batches, to_dict
-from spherelm.train.counting import block_cost, readout_cost, training_flops
+from spherelm.train.counting import block_costs, readout_cost, training_flops
 
 H100_TFLOPS = 989.0
 """Dense bfloat16 matrix products on one NVIDIA H100 SXM, by its data sheet: what `--peak-tflops` is if left out."""
@@ -91,12 +91,13 @@ def activation_memory(
     activations: what the blocks keep for the backward pass. logits: the most that the read-out and the loss hold.
     backward: what the backward pass through a block needs beyond these two, 0 where the loss was the peak.
     """
-    block = block_cost(config, batch_size, seq_len, dtype)
+    blocks = block_costs(config, batch_size, seq_len, dtype)
     readout = readout_cost(config, batch_size * seq_len, dtype)
     h = float(batch_size * seq_len * config.d_model * dtype.itemsize)
-    kept = h + config.n_layers * (h if recompute else block.saved)
+    kept = h + sum(count * (h if recompute else block.saved) for count, block in blocks)
     logits = max(readout.forward_peak, readout.backward_peak)
-    in_backward = kept - (0 if recompute else block.saved) + block.backward_peak
+    # At the most: where the block that needs most is the last, whose backward pass comes first.
+    in_backward = kept + max(block.backward_peak - (0 if recompute else block.saved) for _, block in blocks)
     return {"activations": kept, "logits": logits, "backward": max(0.0, in_backward - kept - logits)}
 
 

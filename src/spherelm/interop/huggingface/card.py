@@ -6,11 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spherelm.models import is_normalized
+
 ARM_NAMES = {
     "gpt": "GPT (pre-norm, RMSNorm, rotary embedding, SwiGLU), the baseline of the nGPT paper",
     "ngpt": "nGPT, the normalized Transformer (arXiv 2410.01131): weights and hidden states are unit vectors",
     "encdec": "encoder-decoder of the GPT baseline's blocks (pre-norm, RMSNorm, rotary embedding, SwiGLU)",
     "nencdec": "normalized encoder-decoder of nGPT's blocks: weights and hidden states are unit vectors",
+    "hybrid": "hybrid of Mamba-2, attention, MLP and experts (pre-norm, RMSNorm), the baseline of nGPT's hybrid",
+    "nhybrid": "normalized hybrid of Mamba-2, attention, MLP and experts (arXiv 2608.01284): every layer a step on the sphere",
 }
 
 
@@ -41,7 +45,10 @@ READS_AND_WRITES = Purpose(
     "A text to read.",
     "max_new_tokens=40, num_beams=5, do_sample=False",
 )
-PURPOSES = {"gpt": WRITES_ON, "ngpt": WRITES_ON, "encdec": READS_AND_WRITES, "nencdec": READS_AND_WRITES}
+PURPOSES = {
+    **dict.fromkeys(("gpt", "ngpt", "hybrid", "nhybrid"), WRITES_ON),
+    **dict.fromkeys(("encdec", "nencdec"), READS_AND_WRITES),
+}
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ def model_card(facts: Facts) -> str:
         ("architecture", ARM_NAMES[arm]),
         ("parameters", f"{facts.parameters:,}, stored as {facts.dtype}"),
         ("layers, width, heads", f"{model['n_layers']}, {model['d_model']}, {model['n_heads']}"),
+        ("pattern of layers", f"`{model['pattern']}`" if "pattern" in model else None),
         ("vocabulary", f"{model['vocab_size']:,}"),
         ("longest sequence", f"{model['max_seq_len']:,} tokens"),
     ]
@@ -191,7 +199,7 @@ def model_card(facts: Facts) -> str:
             f"```python\n{loading(facts)}\n```",
             *(
                 ["On further training, `spherelm.attach_retraction(optimizer, model)` keeps the weights on the sphere."]
-                if arm in ("ngpt", "nencdec")
+                if is_normalized(arm)
                 else []
             ),
             "## How it came about",

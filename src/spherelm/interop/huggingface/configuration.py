@@ -11,7 +11,7 @@ from spherelm.models import ARMS, Config, EncoderDecoder, LanguageModel, arm_of
 
 
 class SphereLMConfig(PreTrainedConfig):
-    """`arm` ("gpt" or "ngpt") and the fields of `GPTConfig` and `NGPTConfig` under their own names.
+    """`arm` ("gpt", "ngpt", "hybrid", "nhybrid") and the fields of `GPTConfig`, `NGPTConfig` and both hybrids by their names.
 
     What transformers calls otherwise (hidden_size, num_hidden_layers, ...) is understood too; the fields of the other arm are
     ignored. Raises `ValueError`, as our configs do, for sizes that make no model.
@@ -61,6 +61,23 @@ class SphereLMConfig(PreTrainedConfig):
     s_z_form: str = "vector"
     alpha_sign: str = "positive"
     qk_norm: bool = True
+    pattern: str | None = None
+    mamba_expand: int = 2
+    mamba_d_head: int = 64
+    mamba_d_state: int = 64
+    mamba_groups: int = 1
+    mamba_conv: int = 4
+    mamba_chunk: int = 64
+    n_experts: int = 8
+    experts_per_token: int = 2
+    n_shared_experts: int = 0
+    d_expert: int | None = None
+    router_score: str = "sigmoid"
+    balance: str = "bias"
+    s_mamba_init: float = 1.0
+    s_mamba_scale: float = 1.0
+    s_moe_init: float = 1.0
+    s_moe_scale: float = 1.0
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

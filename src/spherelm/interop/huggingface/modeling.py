@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from spherelm.interop.huggingface.configuration import SphereLMConfig
+from spherelm.interop.huggingface.states import CountView, views
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
 from spherelm.layers.readout import read_logits
@@ -90,13 +91,19 @@ class LayerView(LayerCache):
 
 
 class CacheView(KVCache):
-    """A cache of transformers (dynamic, static, quantized, ...), with the methods of ours.
+    """A cache of transformers (dynamic, static, quantized, ...; of hybrids dynamic), with the methods of ours.
 
-    Keys enter it rotated and, in nGPT, normalized; queries alone carry `s_qk`.
+    Keys enter it rotated and, in nGPT, normalized; queries alone carry `s_qk`. pattern: the model's layers, a letter each.
     """
 
-    def __init__(self, cache: Cache, n_layers: int) -> None:
-        self.layers = [LayerView(cache, layer) for layer in range(n_layers)]
+    def __init__(self, cache: Cache, pattern: str) -> None:
+        self.layers = views(cache, pattern, LayerView)
+
+    def passed(self, h: Tensor) -> None:
+        """Note that `h` [batch, seq, d_model] has gone through all layers."""
+        for layer in self.layers:
+            if isinstance(layer, CountView):
+                layer.passed(h)
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -126,7 +133,9 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
-    _no_split_modules = ["GPTBlock", "NGPTBlock", "EncDecBlock", "NEncDecBlock"]  # noqa: RUF012 (transformers' own way)
+    _no_split_modules = [  # noqa: RUF012 (transformers' own way)
+        *("GPTBlock", "NGPTBlock", "EncDecBlock", "NEncDecBlock", "HybridBlock", "NHybridBlock")
+    ]
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
     _input_embed_layer = "embed"
@@ -225,7 +234,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
 
 
 class SphereLMForCausalLM(SphereModel):
-    """A `GPT` or `NGPT`, as transformers has causal language models.
+    """A `GPT`, `NGPT`, `Hybrid` or `NHybrid`, as transformers has causal language models.
 
     The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted here, -100 ignored.
     """
@@ -269,10 +278,12 @@ class SphereLMForCausalLM(SphereModel):
             position_ids=position_ids,
             **{CACHE: given},
         )
-        view = None if cache is None else CacheView(cache, self.config.n_layers)
+        view = None if cache is None else CacheView(cache, self.config.pattern or "A" * self.config.n_layers)
         states: list[Tensor] = []
         with recorded_attention(self._wants_attentions(output_attentions)) as weights:
             h = self.model.trunk(h, view, mask, positions, self._run_recording(states))
+        if view is not None:
+            view.passed(h)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         readout = self.model.readout(h)
         logits = read_logits(readout._replace(features=readout.features[:, kept]))

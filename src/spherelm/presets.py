@@ -1,0 +1,149 @@
+"""Sizes of runs, their lengths, and the peak learning rates tuned for them: here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from spherelm.models import ARMS
+from spherelm.optim.transfer import BaseShape
+
+WAYS = ("default", "paper", "nugpt", "muon", "training-ngpt")
+"""The recipes that rates are tuned for, by name; `recipes.WAYS` says what they are."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size, a length and the peak learning rates tuned for them.
+
+    rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
+    compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
+    of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
+    batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    seq_len: int
+    batch_size: int
+    steps: int
+    rates: Mapping[tuple[str, str], float]
+    micro_batch_size: int | None = None
+    eval_every: int = 100
+    eval_windows: int = 64
+    compile: bool = True
+    vocab_size: int | None = field(default=None)
+    base: BaseShape | None = None
+    label_smoothing: float = 0.0
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+
+def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:
+    """A run of the nGPT paper: 512 sequences a batch, LLaMA-2's 32000 tokens, 52 billion tokens.
+
+    The rate 1e-3 is that of the paper's ablations at 0.5B; each run of the paper had its own tuned one.
+    """
+    rates = {(recipe, arm): 1e-3 for recipe in WAYS for arm in ARMS}
+    steps = round(52e9 / (512 * context))
+    base = BaseShape(1020, 10, steps)  # nuGPT's own, at the same length
+    return Preset(n_layers, d_model, n_heads, context, 512, steps, rates, 8, 1000, vocab_size=32000, base=base)
+
+
+SMALLEST = BaseShape(64, 4, 320)
+"""Where the rates of the small sizes come from (docs/evidence.md): 262 thousand block parameters, 328 thousand tokens.
+
+Those of "default" and "muon" were tuned there with one seed; those of "paper" and "training-ngpt" were not.
+"""
+
+RATES_OF_SMALLEST = {
+    ("default", "gpt"): 8e-3,
+    ("default", "ngpt"): 2e-2,
+    ("paper", "gpt"): 8e-3,
+    ("paper", "ngpt"): 4e-2,
+    ("muon", "gpt"): 3.2e-2,
+    ("muon", "ngpt"): 2.4e-2,
+    ("training-ngpt", "gpt"): 8e-3,
+    ("training-ngpt", "ngpt"): 2e-2,
+}
+
+
+def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
+    """A size of the ladder in docs/evidence.md: heads of 64, 1024 tokens an update, 5 tokens for each block parameter.
+
+    Rates are carried over from `SMALLEST` with (width ratio)^(-3/4) (length ratio)^(-1/3), a rule that is nuGPT's for block
+    matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none.
+    """
+    steps = round(5 * 16 * n_layers * d_model**2 / 1024)
+    ratio = (d_model / SMALLEST.d_model) ** -0.75 * (steps / SMALLEST.steps) ** (-1 / 3)
+    rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
+    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["default", "ngpt"]
+    return Preset(n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST)
+
+
+def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
+    """The layers of `pattern` at the demo's width, length and number of tokens, and the rates of both arms."""
+    rates = {("default", "hybrid"): baseline, ("default", "nhybrid"): normalized}
+    return Preset(len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern)
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(
+        n_layers=4,
+        d_model=128,
+        n_heads=2,
+        seq_len=256,
+        batch_size=4,
+        steps=240,
+        rates={
+            ("default", "gpt"): 4e-3,
+            ("default", "ngpt"): 1.6e-2,
+            ("paper", "gpt"): 4e-3,
+            ("paper", "ngpt"): 3.2e-2,
+            ("nugpt", "ngpt"): 1.6e-2,
+            ("muon", "gpt"): 2e-2,
+            ("muon", "ngpt"): 1.6e-2,
+            ("training-ngpt", "gpt"): 4e-3,
+            ("training-ngpt", "ngpt"): 1.6e-2,
+        },
+        eval_every=40,
+        eval_windows=32,
+        compile=False,
+        base=BaseShape(128, 4, 240),
+    ),
+    "pairs": Preset(
+        n_layers=2,
+        d_model=128,
+        n_heads=4,
+        seq_len=64,
+        batch_size=32,
+        steps=600,
+        rates={
+            ("default", "encdec"): 4e-3,
+            ("default", "nencdec"): 1e-2,
+        },
+        eval_every=100,
+        eval_windows=512,
+        compile=False,
+        label_smoothing=0.1,
+    ),
+    "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),
+    "hybrid": demo_hybrid("MAM-MAM-", 4e-3, 1.6e-2),
+    "hybrid-moe": demo_hybrid("MAMOMAMO", 4e-3, 1.6e-2),
+    "0.3m": small_size(4, 64, 1),
+    "1m": small_size(4, 128, 2),
+    "4m": small_size(6, 192, 3),
+    "12m": small_size(7, 320, 5),
+    "0.5b-1k": paper_size(24, 1024, 16, 1024),
+    "0.5b-4k": paper_size(24, 1024, 16, 4096),
+    "0.5b-8k": paper_size(24, 1024, 16, 8192),
+    "1b-1k": paper_size(36, 1280, 20, 1024),
+    "1b-4k": paper_size(36, 1280, 20, 4096),
+    "1b-8k": paper_size(36, 1280, 20, 8192),
+}

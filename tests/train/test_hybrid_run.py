@@ -1,0 +1,121 @@
+"""Hybrids through the trainer that all models go through: learning, resuming, several processes, compilation, counting."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hybrid_case import ARMS
+
+from spherelm import departure, load_model
+from spherelm.data.loader import Loader
+from spherelm.data.shards import open_tokens
+from spherelm.models import PatternModel, build
+from spherelm.recipes import make_run
+from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.config import RunConfig, read_config
+from spherelm.train.counting import counted_flops, flops_per_token, training_flops
+from spherelm.train.estimate import activation_memory, estimate
+from spherelm.train.metrics import read_metrics
+from spherelm.train.parallel import Group, spread
+from spherelm.train.precision import compile_blocks
+from spherelm.train.trainer import gradients_of_batch, train
+
+PATTERN = "MA-"
+MIXER = {"mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk": 8}
+both_arms = pytest.mark.parametrize("arm", ARMS)
+
+
+def run_config(arm: str, data: Path | None, pattern: str = PATTERN, **overrides: Any) -> RunConfig:
+    """A run of six steps in float32."""
+    sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "seq_len": 16, "batch_size": 4, "steps": 6, **MIXER}
+    rest = {"eval_every": 2, "eval_windows": 6, "compile": False, "dtype": "float32", "lr": 5e-3}
+    where = None if data is None else str(data)
+    given = {**sizes, **rest, "pattern": pattern, **overrides}
+    return make_run(arm, "hybrid", vocab_size=tiny.VOCAB, data=where, **given)
+
+
+@both_arms
+def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path: Path) -> None:
+    config = run_config(arm, data, steps=30, diagnose_every=10, mask_documents=True)
+    loss = train(config, tmp_path / "run", show_progress=False)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert loss < 0.8 * next(r["loss"] for r in records if r["kind"] == "val")
+    model = load_model(tmp_path / "run")
+    assert isinstance(model, PatternModel)
+    assert model.pattern == PATTERN
+    assert departure(model) < 1e-6
+    assert read_config(tmp_path / "run" / "config.json") == config
+    alphas = [r["alpha"] for r in records if "alpha" in r]
+    assert bool(alphas) == (arm == "nhybrid")
+    assert all(len(alpha) == 3 for alpha in alphas)
+
+
+@both_arms
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arm: str, data: Path, tmp_path: Path) -> None:
+    config = run_config(arm, data, save_every=2)
+    train(config, tmp_path / "whole", show_progress=False)
+    train(config, tmp_path / "broken", show_progress=False)
+    for late in sorted((tmp_path / "broken" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(late)
+    train(config, tmp_path / "broken", resume=True, show_progress=False)
+    ours, theirs = (latest_checkpoint(tmp_path / name) for name in ("broken", "whole"))
+    assert ours is not None
+    assert theirs is not None
+    tiny.assert_bitwise(ours, theirs)
+    assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
+
+
+@both_arms
+def test_operations_are_those_of_a_real_step(arm: str) -> None:
+    """Layers of one letter are counted once; the rule leaves out what a state space computes between its matrices."""
+    config = run_config(arm, None, "MAM-").model
+    model, tokens = build(config), torch.randint(257, (2, 16))
+    with counted_flops() as counter:
+        model.loss(tokens, tokens).backward()
+    assert counter.get_total_flops() == training_flops(config, 2, 16)
+    attention = 12 * 16 * 16
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert flops_per_token(model, 16) == 6 * matrices + attention
+    assert 1 < training_flops(config, 2, 16) / (2 * 16 * flops_per_token(model, 16)) < 2
+
+
+@both_arms
+def test_a_dry_run_tells_what_layers_of_several_kinds_take(arm: str) -> None:
+    config = run_config(arm, None)
+    found = estimate(config)
+    assert found["parameters"] == sum(p.numel() for p in build(config.model).parameters())
+    one, two = (
+        activation_memory(run_config(arm, None, pattern).model, 4, 16, torch.float32)["activations"]
+        for pattern in ("MA-", "MA-MA-")
+    )
+    h = 4 * 16 * 16 * 4
+    assert two - h == 2 * (one - h)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here")
+def test_a_compiled_mixer_has_the_gradients_of_an_eager_one(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torch._inductor import config as inductor
+
+    model = build(run_config("nhybrid", data, "M").model)
+    loader = Loader(open_tokens(data, "train"), seq_len=16, batch_size=4, seed=0)
+    losses, found = [], []
+    for compiled in (False, True):
+        with inductor.patch(compile_threads=1):
+            if compiled:
+                compile_blocks(model, lambda: gradients_of_batch(spread(model, Group()), loader, 0))
+            model.zero_grad()
+            losses.append(gradients_of_batch(spread(model, Group()), loader, 1))
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.compiler.reset()
+    assert capsys.readouterr().err == "", "it did compile"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-8, name

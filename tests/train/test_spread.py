@@ -1,0 +1,45 @@
+"""What is not a plain decoder, over two processes: cut up by FSDP2 and recomputed, or in copies, as over one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny_pairs
+
+from spherelm import departure, load_model
+from spherelm.train.metrics import read_metrics
+
+SPREADS = {
+    "alone": (1, ()),
+    "shard": (2, ("--strategy", "shard", "--recompute")),
+    "replicate": (2, ("--strategy", "replicate")),
+}
+SHAPE = ["eval_windows=7", "d_model=16", "n_heads=2", "d_ff=24"]
+FIELDS = {
+    "nhybrid": ["pattern=MA-O", "mamba_d_head=8", "mamba_d_state=4", "mamba_chunk=8", "n_experts=4"],
+    "nencdec": ["n_layers=2", "n_encoder_layers=2"],
+}
+PRESETS = {"nhybrid": "hybrid", "nencdec": "pairs"}
+
+
+def test_two_processes_train_the_model_that_one_does(data: Path, tmp_path: Path) -> None:
+    """Mixers have parts that are single numbers, and experts matrices with three axes; an encoder-decoder has two towers."""
+    given = {"nhybrid": data, "nencdec": tiny_pairs.make_pairs(tmp_path)}
+    jobs = {}
+    for arm, fields in FIELDS.items():
+        text = ["train", "--arm", arm, "--preset", PRESETS[arm], "--data", str(given[arm]), "--steps", "6"]
+        text += ["--seq-len", "16", "--batch-size", "8", "--no-compile", "--lr", "0.002", "--dtype", "float32"]
+        for name, (processes, flags) in SPREADS.items():
+            out = ["--out", str(tmp_path / f"{arm}-{name}"), "--eval-every", "3", *flags, "--set", *SHAPE, *fields]
+            jobs[arm, name] = ranks.Job(processes, [*text, *out])
+    for (arm, name), of_job in zip(jobs, ranks.run_ranks(list(jobs.values()), tmp_path / "err"), strict=True):
+        assert [rank.code for rank in of_job] == [0] * len(of_job), (arm, name, [rank.err for rank in of_job])
+        run, alone = tmp_path / f"{arm}-{name}", tmp_path / f"{arm}-alone"
+        found, wanted = ([r["loss"] for r in read_metrics(path / "metrics.jsonl")] for path in (run, alone))
+        assert found == pytest.approx(wanted, rel=1e-5), (arm, name)
+        model, same = load_model(run), load_model(alone)
+        assert departure(model) < 1e-6
+        for (key, a), b in zip(model.named_parameters(), same.parameters(), strict=True):
+            assert (a - b).abs().max() < 1e-3 * max(1.0, float(b.detach().abs().max())), (arm, name, key)
