@@ -64,24 +64,38 @@ def differences(one: Any, other: Any) -> set[str]:
 def test_the_default_recipe_differs_from_the_papers_only_where_it_says(preset: str) -> None:
     runs = {recipe: make_run("ngpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper")}
     default, paper = runs["default"], runs["paper"]
-    assert differences(default, paper) == {"recipe", "model", "optim"}
-    assert differences(default.model, paper.model) <= {"s_z_init", "alpha_init"}
+    assert differences(default, paper) == {"recipe", "model"}
+    assert differences(default.model, paper.model) <= {"s_z_init", "s_z_scale", "alpha_init"}
     model: Any = default.model
     assert model.s_z_init == pytest.approx(math.sqrt(model.d_model))
     assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
-    assert differences(default.optim, paper.optim) == {"multipliers"}
-    assert default.optim.multipliers == RateMultipliers(output_embedding=0.5)
-    assert paper.optim.multipliers == RateMultipliers()
+    assert default.optim.multipliers == paper.optim.multipliers == RateMultipliers()
+
+
+def test_one_update_moves_the_logits_scale_of_the_default_recipe_by_a_small_part_of_itself() -> None:
+    """Adam's first step moves a stored scale by the rate; what is stored at `scale` stands for `init`."""
+    model: Any = make_run("ngpt", vocab_size=9).model
+    moved = make_run("ngpt", vocab_size=9).optim.lr * model.s_z_init / model.s_z_scale
+    assert moved < 0.02 * model.s_z_init
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
-    """GPT differs from the paper's in its weights' spread only, which is the paper's at the paper's 1024 channels."""
+    """GPT's weights are spread as the paper's at its 1024 channels; its matrices learn at the rate that was asked for."""
     default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper"))
-    assert differences(default, paper) <= {"recipe", "model"}
+    assert differences(default, paper) <= {"recipe", "model", "optim"}
     assert differences(default.model, paper.model) <= {"init_std"}
+    assert differences(default.optim, paper.optim) == {"multipliers"}
+    assert default.optim.multipliers.matrix == 1
     model: Any = default.model
     assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
+
+
+@pytest.mark.parametrize(("arm", "output"), [("encdec", 1.0), ("nencdec", 0.5)])
+def test_encoder_decoders_keep_the_rates_they_were_tuned_with(arm: str, output: float) -> None:
+    run = make_run(arm, "pairs", vocab_size=9)
+    assert run.optim.multipliers == RateMultipliers(output_embedding=output)
+    assert getattr(run.model, "s_z_scale", None) is None
 
 
 OF_PAIRS = {("encdec", "pairs", "default"), ("nencdec", "pairs", "default")}
@@ -217,7 +231,7 @@ def test_muon_is_the_default_recipe_with_muon(arm: str) -> None:
     assert differences(muon, default) == {"recipe", "optim"}
     assert differences(muon.optim, default.optim) == {"optimizer", "multipliers"}
     assert muon.optim.optimizer == "muon"
-    assert differences(muon.optim.multipliers, default.optim.multipliers) == {"matrix"}
+    assert muon.optim.multipliers.input_embedding == muon.optim.multipliers.gain == 1, "the rate is that of Adam"
 
 
 def test_training_ngpt_is_four_choices() -> None:
