@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import tiny_pairs
@@ -20,7 +21,8 @@ from commands import make_command
 from safetensors.torch import load_file, save_file
 from synthetic_runs import write_comparison
 
-from spherelm.analysis import sphere_map
+from spherelm import sphere
+from spherelm.analysis import sphere_map, weights
 from spherelm.analysis.drawing import Drawing
 from spherelm.analysis.recording import record
 from spherelm.compare import inspection
@@ -264,10 +266,24 @@ def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path
     assert len(figures) > 10
     assert (tmp_path / "out" / "walk.html").is_file()
     model, tokens = load_model(runs[1]), torch.randint(256, (2, 9))
-    stops = record(model, tokens).stops
+    seen = record(model, tokens)
     h = model.trunk(model.embed(tokens), context=(model.encoder(tokens),))
-    torch.testing.assert_close(stops[-1], h.detach().flatten(0, 1))
-    assert len(stops) == 2 * len(model.blocks) + 1
+    torch.testing.assert_close(seen.stops[-1], h.detach().flatten(0, 1))
+    kinds = {"attention": "alpha_a", "cross-attention": "alpha_c", "MLP": "alpha_m"}
+    assert seen.steps == [(layer, kind) for layer in range(1, len(model.blocks) + 1) for kind in kinds]
+    for (layer, kind), before, proposal, after in zip(
+        seen.steps, seen.stops, seen.proposals, seen.stops[1:], strict=False
+    ):
+        alpha = getattr(model.blocks[layer - 1], kinds[kind])().abs().detach()
+        torch.testing.assert_close(after, sphere.step(before, sphere.norm(proposal), alpha), msg=kind)
+    encoders, cross = model.encoder.blocks, [block.cross for block in model.blocks]
+    measured = weights.condition_numbers(model)
+    for name, owners in (("W_u of the encoder", [b.mlp.u for b in encoders]), ("C_o", [c.o for c in cross])):
+        heads = 1 if name.startswith("W_u") else model.config.n_heads
+        for layer, owner in enumerate(owners):
+            parts = np.split(owner.weight.detach().double().numpy(), heads, axis=1)
+            wanted = np.median([np.linalg.cond(part) for part in parts])
+            assert measured[name][layer] == pytest.approx(wanted, rel=1e-6)
     with pytest.raises(ValueError, match="nencdec is an encoder-decoder"):
         load_decoder(runs[1])
 
@@ -276,9 +292,9 @@ def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: P
     run = tmp_path / "run"
     shutil.copytree(runs["ngpt-0"], run)
     checkpoint = run / "checkpoints" / "step-00000006"
-    weights = load_file(checkpoint / WEIGHTS)
-    weights["blocks.1.mlp.o.weight"][0, 0] = torch.nan
-    save_file(weights, checkpoint / WEIGHTS)
+    stored = load_file(checkpoint / WEIGHTS)
+    stored["blocks.1.mlp.o.weight"][0, 0] = torch.nan
+    save_file(stored, checkpoint / WEIGHTS)
     state = json.loads((checkpoint / "state.json").read_text())
     state["sha256"].pop(WEIGHTS)
     (checkpoint / "state.json").write_text(json.dumps(state))

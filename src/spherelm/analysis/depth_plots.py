@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
+DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of one arm: `values` at `x`, one array a seed; `band`: (low, high) around their mean; `look`: 0 to 3."""
+    """One line of one arm: `values` at `x`, one array a seed; `band`: (low, high) around their mean; `look`: 0 to 4."""
 
     arm: str
     x: Array

@@ -27,6 +27,7 @@ from spherelm.analysis.drawing import (
     seeds_and_mean,
     thin,
 )
+from spherelm.analysis.weights import OF_ENCODER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +100,10 @@ def eigen_learning_rates(
     """
     lines = [
         ("alpha_A", r"$|\alpha_A|$, attention", NGPT, "o", "-"),
+        ("alpha_C", r"$|\alpha_C|$, cross-attention", THIRD, "^", ":"),
         ("alpha_M", r"$|\alpha_M|$, MLP", SECOND, "s", "--"),
+        ("alpha_A of the encoder", r"$|\alpha_A|$, encoder", NGPT, "x", "-."),
+        ("alpha_M of the encoder", r"$|\alpha_M|$, encoder", SECOND, "+", "-."),
         ("alpha", r"$|\alpha|$", NGPT, "o", "-"),
     ]
     return _per_layer(scales, lines, "mean eigen learning rate", key, title, description, places)
@@ -111,6 +115,7 @@ def layer_scales(
     """Mean s_qk, s_u, s_v and others per layer, `{"s_qk": [one array [n_layers] per seed], ...}`."""
     lines = [
         ("s_qk", r"$s_{qk}$", NGPT, "o", "-"),
+        ("s_qk of cross-attention", r"$s_{qk}$, cross-attention", NGPT, "x", "-."),
         ("s_u", r"$s_u$", SECOND, "s", "--"),
         ("s_v", r"$s_v$", THIRD, "^", ":"),
         ("s_u of experts", r"$s_u$, experts", SECOND, "x", "--"),
@@ -242,9 +247,14 @@ def matrix_panels(
     return Drawing(draw, key, title, description, size=(SIZE[0], 1.2 + 1.3 * ((len(names) + 1) // 2)))
 
 
-_MATRIX_LABELS = {
+_DENSE_LABELS = {
     "Q": r"$Q$", "K": r"$K$", "V": r"$V$", "W_o": r"$W_o$",
     "W_u": r"$W_u$", "W_v": r"$W_v$", "W_oMLP": r"$W_{oMLP}$",
+}  # fmt: skip
+_MATRIX_LABELS = {
+    **_DENSE_LABELS,
+    **{name + OF_ENCODER: f"{label}, encoder" for name, label in _DENSE_LABELS.items()},
+    "C_q": r"$Q$, cross", "C_k": r"$K$, cross", "C_v": r"$V$, cross", "C_o": r"$W_o$, cross",
     "E_u": r"$W_u$ of experts", "E_v": r"$W_v$ of experts", "E_o": r"$W_o$ of experts",
     "W_in": r"$W_{in}$", "W_out": r"$W_{out}$",
 }  # fmt: skip

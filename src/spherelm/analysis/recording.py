@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from spherelm.analysis.parts import parts_of
 from spherelm.models.decoder import Decoder, run_block
 
+NORMS = {"cross-attention": "norm_c", "MLP": "norm_m"}
+"""What a baseline normalizes its state with ahead of the second and third part of a layer."""
+
 
 @dataclass(frozen=True)
 class Recording:
     """What a pass over int64 tokens [batch, seq] was like, in float32; N = batch * seq positions, row after row.
 
-    `steps`: (number of the layer, from 1; its part), in turn: attention and MLP of each layer in a GPT, one part a layer in a
-    hybrid. `stops`: the hidden state after the embedding, then after every step, of [N, d_model]. `proposals`: what each
-    step's part gave, [N, d_model], before it was scaled or normalized. `entropies`: of attention, in nats, [layers that have
-    it, n_heads, batch, seq], the mean that a head's query spreads over keys.
+    `steps`: (number of the layer, from 1; its part), in turn: attention and MLP of each layer in a GPT, cross-attention
+    between them in an encoder-decoder, one part a layer in a hybrid. `stops`: the hidden state after the embedding, then after
+    every step, of [N, d_model]. `proposals`: what each step's part gave, [N, d_model], before it was scaled or normalized.
+    `entropies`: of attention, in nats, [layers that have it, n_heads, batch, seq], the mean that a head's query spreads over
+    keys.
     """
 
     tokens: Tensor
@@ -64,9 +68,9 @@ class _Recorder:
         handles = [
             part.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))) for part in parts.values()
         ]
-        for second in list(parts.values())[1:]:
-            # The state between both steps is what the second part reads: in GPT its norm reads it first.
-            reader = getattr(block, "norm_m", second)
+        for name, part in list(parts.items())[1:]:
+            # The state between two steps is what the next part reads: in a baseline its norm reads it first.
+            reader = getattr(block, NORMS[name], part)
             handles.append(reader.register_forward_pre_hook(lambda _, inputs: self.stops.append(_flat(inputs[0]))))
         with self._attention_watched(parts.get("attention")):
             try:
@@ -118,9 +122,8 @@ def attention_entropy(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def record(model: Decoder, tokens: Tensor) -> Recording:
     """Run the model over int64 tokens [batch, seq] and write down what happens.
 
-    An encoder-decoder has read the same tokens as its source; of its layers, the step named attention is both attentions, from
-    the layer's input to what the MLP reads, and proposal and entropy are those of self-attention. The sequences must fit the
-    model's max_seq_len. Kept are (2 steps + 1) batch * seq * d_model numbers of 4 bytes.
+    An encoder-decoder has read the same tokens as its source; entropies are those of its decoder's self-attention. The
+    sequences must fit the model's max_seq_len. Kept are (2 steps + 1) batch * seq * d_model numbers of 4 bytes.
     """
     recorder, reader = _Recorder(), model.reader(tokens)
     h = reader.embed(tokens)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spherelm.analysis.parts import layers_with
+from spherelm.analysis.parts import ENCODERS, layers_with
 from spherelm.models import Config, build
 
 Array = NDArray[np.float64]
@@ -25,28 +25,42 @@ ATTENTION_MATRICES = {"Q": "q", "K": "k", "V": "v", "W_o": "o"}
 MLP_MATRICES = {"W_u": "u", "W_v": "v", "W_oMLP": "o"}
 EXPERT_MATRICES = {"E_u": "u", "E_v": "v", "E_o": "o"}
 MIXER_MATRICES = {"W_in": "in_proj", "W_out": "out_proj"}
+CROSS_MATRICES = {"C_q": "q", "C_k": "k", "C_v": "v", "C_o": "o"}
+OF_ENCODER = " of the encoder"
 MATRICES = {
     "attention": ATTENTION_MATRICES,
+    "cross-attention": CROSS_MATRICES,
     "MLP": MLP_MATRICES,
     "experts": EXPERT_MATRICES,
     "mixer": MIXER_MATRICES,
+    **{
+        ENCODERS + part: {name + OF_ENCODER: path for name, path in matrices.items()}
+        for part, matrices in (("attention", ATTENTION_MATRICES), ("MLP", MLP_MATRICES))
+    },
 }
 """By part of a layer, the names of its matrices, and where in the part they are."""
 
-WRITTEN = ("W_o", "W_oMLP", "E_o", "W_out")
+WRITTEN = ("W_o", "C_o", "W_oMLP", "E_o", "W_out", "W_o" + OF_ENCODER, "W_oMLP" + OF_ENCODER)
 """Matrices whose columns are vectors of the residual stream; of the others, the rows."""
 
 SCALES = {
     "alpha_A": ("", "alpha_a"),
+    "alpha_C": ("", "alpha_c"),
     "alpha_M": ("", "alpha_m"),
     "alpha": ("", "alpha"),
     "s_qk": ("attention", "s_qk"),
+    "s_qk of cross-attention": ("cross-attention", "s_qk"),
     "s_u": ("MLP", "s_u"),
     "s_v": ("MLP", "s_v"),
     "s_u of experts": ("experts", "s_u"),
     "s_v of experts": ("experts", "s_v"),
     "s_moe": ("experts", "s_moe"),
     "s_mamba": ("mixer", "s_mamba"),
+    "alpha_A of the encoder": (ENCODERS, "alpha_a"),
+    "alpha_M of the encoder": (ENCODERS, "alpha_m"),
+    "s_qk of the encoder": (ENCODERS + "attention", "s_qk"),
+    "s_u of the encoder": (ENCODERS + "MLP", "s_u"),
+    "s_v of the encoder": (ENCODERS + "MLP", "s_v"),
 }
 """Learned scales: whose they are, "" for the layer itself, and where."""
 
@@ -180,7 +194,7 @@ def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
         weight = weight_of(owner, MATRICES[part][name])
         rows = weight.swapaxes(-1, -2) if name in WRITTEN else weight
         d_model = rows.shape[-1]
-        yield rows.reshape(-1, d_model // _n_heads(model) if part == "attention" else rows.shape[-2], d_model)
+        yield rows.reshape(-1, d_model // _n_heads(model) if part.endswith("attention") else rows.shape[-2], d_model)
 
 
 def _singular(matrices: Array) -> Array:

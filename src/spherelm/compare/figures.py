@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,17 @@ from spherelm.models import is_normalized
 
 Weights = Mapping[str, Sequence[WeightReport]]
 Numbers = Mapping[str, Mapping[str, Sequence[Any]]]
-ALPHA_NAMES = {"alpha_A": "|α<sub>A</sub>|", "alpha_M": "|α<sub>M</sub>|", "alpha": "|α|"}
+ALPHA_NAMES = {
+    "alpha_A": "|α<sub>A</sub>|",
+    "alpha_C": "|α<sub>C</sub>|",
+    "alpha_M": "|α<sub>M</sub>|",
+    "alpha": "|α|",
+    "alpha_A of the encoder": "|α<sub>A</sub>| of the encoder",
+    "alpha_M of the encoder": "|α<sub>M</sub>| of the encoder",
+}
 SCALE_NAMES = {
     "s_qk": "s<sub>qk</sub>",
+    "s_qk of cross-attention": "s<sub>qk</sub> of cross-attention",
     "s_u": "s<sub>u</sub>",
     "s_v": "s<sub>v</sub>",
     "s_u of experts": "s<sub>u</sub> of experts",
@@ -209,7 +218,7 @@ def _condition_figure(
         arm: float(np.median([value for name in names for seed in matrices[name] for value in seed]))
         for arm, matrices in having.items()
     }
-    heads = {"attention": ", median over heads", "experts": ", median over experts"}.get(part, "")
+    heads = ", median over heads" if part.endswith("attention") else {"experts": ", median over experts"}.get(part, "")
     found = listed([f"{median:.3g} for {NAMES[arm]}" for arm, median in medians.items()])
     also = " Dotted: the same with every vector along d<sub>model</sub> made unit." if dotted else ""
     caption = (
@@ -217,7 +226,7 @@ def _condition_figure(
         f"{'Corresponds to figure 5 of the' if part in ('attention', 'MLP') else 'Not in the'} paper."
     )
     description = f"Condition numbers of {', '.join(names)} by layer, both arms."
-    key = f"cond-{part.lower()}"
+    key = f"cond-{re.sub('[^a-z]+', '-', part.lower())}"
     return Figure(plots.condition_numbers(having, names, key, title, description, dotted, places), title, caption)
 
 

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 Found = Mapping[str, Sequence[Inside]]
 """By arm, one an inspected run."""
 
-LOOKS = ("attention", "MLP", "mixer", "experts")
+LOOKS = ("attention", "MLP", "mixer", "experts", "cross-attention")
 """Parts of layers, in the order of their looks."""
 
 Distances = Mapping[str, Sequence[tuple[Array, Array]]]
