@@ -25,12 +25,17 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 FG, MUTED, GRID, GPT, NGPT, SECOND, THIRD, BACKGROUND = VARIABLES
-COLOURS = {"gpt": GPT, "ngpt": NGPT, "encdec": GPT, "nencdec": NGPT, "hybrid": GPT, "nhybrid": NGPT}
+COLOURS = {
+    **dict.fromkeys(("gpt", "encdec", "encoder", "hybrid"), GPT),
+    **dict.fromkeys(("ngpt", "nencdec", "nencoder", "nhybrid"), NGPT),
+}
 LABELS = {
     "gpt": "GPT",
     "ngpt": "nGPT",
     "encdec": "EncDec",
     "nencdec": "NEncDec",
+    "encoder": "Encoder",
+    "nencoder": "NEncoder",
     "hybrid": "Hybrid",
     "nhybrid": "NHybrid",
 }

@@ -13,6 +13,8 @@ NAMES = {
     "ngpt": "nGPT",
     "encdec": "EncDec",
     "nencdec": "NEncDec",
+    "encoder": "Encoder",
+    "nencoder": "NEncoder",
     "hybrid": "Hybrid",
     "nhybrid": "NHybrid",
 }
