@@ -83,8 +83,9 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
 
     Its rules are `optim.transfer`; here are its constants: alpha from 0.05 at its 10 layers, the scales stored at 0.03, no
     warm-up, cosine to a tenth, eps 1e-16. Ours is the start of s_z at the base, sqrt(d_model) instead of 1, as in the
-    default recipe. The rule for length stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and
-    the batch size of the base. GPT has no such rules: it is the default recipe's.
+    default recipe; it is stored at as many times more, so that an update moves it as far as the paper's. The rule for length
+    stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and the batch size of the base. GPT has no
+    such rules: it is the default recipe's.
     """
     if not is_normalized(arm):
         return default(arm, preset, steps)
@@ -93,7 +94,8 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
     model = {
         "alpha_init": 0.05 * 10 / depth(arm, base.n_layers) * rules.alpha_init,
         "s_z_init": math.sqrt(base.d_model) * rules.s_z_init,
-        **{f"{name}_scale": SCALE for name in ("alpha", "s_qk", "s_z")},
+        **{f"{name}_scale": SCALE for name in ("alpha", "s_qk")},
+        "s_z_scale": SCALE * math.sqrt(base.d_model),
     }
     multipliers = RateMultipliers(**{role: rules.rate * getattr(rules.multipliers, role) for role in ROLES})
     return Choices(model, {"eps": 1e-16, "multipliers": multipliers}, ScheduleConfig("cosine", final=0.1))
