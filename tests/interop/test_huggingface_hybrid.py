@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from spherelm.models.generate import generate
 
 transformers = pytest.importorskip("transformers")
 from spherelm.interop.huggingface import to_hf  # noqa: E402
-from spherelm.interop.huggingface.folder import save_folder  # noqa: E402
+from spherelm.interop.huggingface.standalone import standalone_source  # noqa: E402
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
 every_pattern = pytest.mark.parametrize("pattern", ["MA-M", "-MA", "AO", "M"])
@@ -113,18 +112,14 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, tmp_path: Path) -> None:
     assert torch.equal(again(tokens).logits, hf(tokens).logits)
 
 
-def test_one_file_loads_it_where_spherelm_is_not(tmp_path: Path) -> None:
-    model, tokens = make_model("nhybrid", "MA-"), torch.arange(1, 12).reshape(1, -1)
-    wanted = model(tokens)
-    save_folder(model, tmp_path, None, "card", standalone=True)
-    program = f"""
-import sys
-sys.modules["spherelm"] = None
-import torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
-torch.save(model(torch.arange(1, 12).reshape(1, -1)).logits, {str(tmp_path / "logits.pt")!r})
-"""
-    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **cache})
-    assert done.returncode == 0, done.stderr
-    close(torch.load(tmp_path / "logits.pt", weights_only=True), wanted)
+def test_the_standalone_file_holds_all_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run here as a module of its own; `test_huggingface_export.py` loads such a file where spherelm is not."""
+    model, tokens = make_model("nhybrid", "MA-O"), some_tokens(1, 11)
+    module = ModuleType("modeling_spherelm")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(standalone_source(), "modeling_spherelm.py", "exec"), module.__dict__)
+    config = to_hf(model).config
+    theirs = module.SphereLMForCausalLM(module.SphereLMConfig(**config.to_diff_dict())).eval()
+    assert type(theirs.model) is module.NHybrid
+    theirs.model.load_state_dict(model.state_dict())
+    close(theirs(tokens).logits, model(tokens))
