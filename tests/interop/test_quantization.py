@@ -170,3 +170,15 @@ def test_a_wrapped_model_generates_in_8_bits() -> None:
     torch.testing.assert_close(hf(tokens).logits, quantized(model)(tokens))
     written = hf.generate(tokens, max_new_tokens=4, do_sample=False)
     assert written.equal(generate(quantized(model), tokens, 4, temperature=0))
+
+
+@pytest.mark.parametrize("arm", ["hybrid", "nhybrid"])
+def test_a_hybrid_computes_with_the_weights_that_its_numbers_mean(arm: str) -> None:
+    """Mixers and all; with gradients of the logits preconditioned, which reads them in another way."""
+    more: dict[str, Any] = {"logit_preconditioning": 1.0} if arm == "nhybrid" else {}
+    model = make_model(arm, pattern="MA-O", n_layers=4, mamba_d_head=24, mamba_d_state=8, d_expert=32, **more)
+    packed, tokens = quantized(model), make_tokens(2, 9)
+    wanted = with_dequantized_weights(model, packed)(tokens)
+    assert (packed(tokens) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert isinstance(packed.get_submodule("blocks.0.mamba.in_proj"), Int8Linear)
+    assert departure(packed) < 1e-6

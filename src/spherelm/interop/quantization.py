@@ -20,7 +20,7 @@ from spherelm import sphere
 from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.moe import Router
 from spherelm.layers.readout import scaled
-from spherelm.models import NGPT, Decoder
+from spherelm.models import Decoder
 from spherelm.models.folding import Folded
 
 
@@ -132,8 +132,8 @@ def quantized(model: Decoder, renormalize: bool = True) -> Decoder:
     if isinstance(model, Folded):
         raise ValueError("a folded model has lost its unit vectors: quantize the model that it was made from")
     copied = copy.deepcopy(model).requires_grad_(False).eval()
-    if isinstance(copied, NGPT):
-        copied.reading = scaled  # preconditioning is about gradients; the logits are these
+    if hasattr(copied, "reading"):
+        copied.reading = scaled  # type: ignore[assignment] # preconditioning is about gradients
     for name, module in list(copied.named_modules()):
         owner, _, leaf = name.rpartition(".")
         if isinstance(module, Linear) and not isinstance(module, Router):
