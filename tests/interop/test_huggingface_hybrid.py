@@ -56,6 +56,18 @@ def test_logits_and_every_cache_are_those_of_the_bare_model(arm: str, pattern: s
 
 
 @both_arms
+def test_the_biases_of_routers_go_with_the_weights(arm: str, tmp_path: Path) -> None:
+    model, tokens = make_model(arm, "AO"), some_tokens(2, 12)
+    router = model.get_submodule("blocks.1.experts.router")
+    router.score_bias.copy_(torch.randn(4))  # type: ignore[operator, union-attr]
+    to_hf(model).save_pretrained(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    close(read(tokens).logits, model(tokens))
+    read.train()(tokens)
+    assert read.get_submodule("model.blocks.1.experts.router").load.sum() == 2 * tokens.numel(), "counted from 0 on"
+
+
+@both_arms
 def test_padding_on_either_side_changes_nothing(arm: str) -> None:
     model, tokens = make_model(arm, "MAM-"), some_tokens(2, 9)
     mask, padded = torch.ones(2, 12, dtype=torch.int64), torch.zeros(2, 12, dtype=torch.int64)

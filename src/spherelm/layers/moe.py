@@ -140,7 +140,8 @@ class _Taken(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (place,) = ctx.saved_tensors
         taken = grad_outputs[0].index_select(0, place)
-        return taken.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+        summed = taken if ctx.copies == 1 else taken.unflatten(0, (-1, ctx.copies)).sum(1)
+        return summed, None, None, None
 
 
 def mixed(h: Tensor, routing: Routing, n_experts: int, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

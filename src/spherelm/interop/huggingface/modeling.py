@@ -156,13 +156,13 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         Called for each module that lacks a parameter. The first call does it for all, since only the whole model knows
         how each matrix starts, and marks them as done, as transformers marks what it has loaded.
         """
-        parameters = list(self.model.parameters())
-        loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
+        tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
+        loaded = [(t, t.clone()) for t in tensors if getattr(t, "_is_hf_initialized", False)]
         self.model.init_weights()
-        for parameter, value in loaded:
-            parameter.copy_(value)
-        for parameter in parameters:
-            parameter._is_hf_initialized = True
+        for tensor, value in loaded:
+            tensor.copy_(value)
+        for tensor in tensors:
+            tensor._is_hf_initialized = True
 
     def get_output_embeddings(self) -> nn.Module:
         head: nn.Module = self.model.head
