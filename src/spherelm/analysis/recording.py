@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spherelm.analysis.parts import parts_of
 from spherelm.models.decoder import Decoder, run_block
 
-NORMS = {"cross-attention": "norm_c", "MLP": "norm_m"}
+NORMS = {"cross-attention": "norm_c", "MLP": "norm_m", "experts": "norm_m"}
 """What a baseline normalizes its state with ahead of the second and third part of a layer."""
 
 
