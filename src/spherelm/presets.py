@@ -88,7 +88,10 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
 
 
 def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
-    """The layers of `pattern` at the demo's width, length and number of tokens, and the rates of both arms."""
+    """The layers of `pattern` at the demo's width, length and number of tokens.
+
+    The peak rates of both arms were the demo's, one for all roles of the baseline; they were not tuned here.
+    """
     rates = {("default", "hybrid"): baseline, ("default", "nhybrid"): normalized}
     return Preset(len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern)
 
