@@ -42,8 +42,8 @@ Jobs = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 def lengths(runs: Path, books: Path) -> Jobs:
     """Disjoint windows for every run and way to place positions; sliding ones for the first seed as it was trained."""
-    for name in RUNS:
-        for label, positions in POSITIONS.items():
+    for label, positions in POSITIONS.items():
+        for name in RUNS:
             yield (
                 f"{name}, {label}, disjoint",
                 lambda name=name, positions=positions: perplexity_of_run(
