@@ -17,9 +17,9 @@ SPREADS = {
     "shard": (2, ("--strategy", "shard", "--recompute")),
     "replicate": (2, ("--strategy", "replicate")),
 }
-SHAPE = ["eval_windows=7", "d_model=16", "n_heads=2", "d_ff=24"]
+SHAPE = ["eval_windows=3", "d_model=16", "n_heads=2", "d_ff=24"]
 FIELDS = {
-    "nhybrid": ["pattern=MA-O", "mamba_d_head=8", "mamba_d_state=4", "mamba_chunk=8", "n_experts=4"],
+    "nhybrid": ["pattern=MAO", "mamba_d_head=8", "mamba_d_state=4", "mamba_chunk=8", "n_experts=4"],
     "nencdec": ["n_layers=2", "n_encoder_layers=2"],
 }
 PRESETS = {"nhybrid": "hybrid", "nencdec": "pairs"}
@@ -30,10 +30,10 @@ def test_two_processes_train_the_model_that_one_does(data: Path, tmp_path: Path)
     given = {"nhybrid": data, "nencdec": tiny_pairs.make_pairs(tmp_path)}
     jobs = {}
     for arm, fields in FIELDS.items():
-        text = ["train", "--arm", arm, "--preset", PRESETS[arm], "--data", str(given[arm]), "--steps", "6"]
+        text = ["train", "--arm", arm, "--preset", PRESETS[arm], "--data", str(given[arm]), "--steps", "4"]
         text += ["--seq-len", "16", "--batch-size", "8", "--no-compile", "--lr", "0.002", "--dtype", "float32"]
         for name, (processes, flags) in SPREADS.items():
-            out = ["--out", str(tmp_path / f"{arm}-{name}"), "--eval-every", "3", *flags, "--set", *SHAPE, *fields]
+            out = ["--out", str(tmp_path / f"{arm}-{name}"), "--eval-every", "4", *flags, "--set", *SHAPE, *fields]
             jobs[arm, name] = ranks.Job(processes, [*text, *out])
     for (arm, name), of_job in zip(jobs, ranks.run_ranks(list(jobs.values()), tmp_path / "err"), strict=True):
         assert [rank.code for rank in of_job] == [0] * len(of_job), (arm, name, [rank.err for rank in of_job])
