@@ -39,6 +39,7 @@ from spherelm.compare.cost import TimedSteps
 from spherelm.layers.linear import retract
 from spherelm.train.counting import training_flops
 
+PRODUCT = "4096-cube product"
 Clock = Callable[[], float]
 Step = Callable[[], object]
 
@@ -113,7 +114,8 @@ def nvidia(path: Path, normalized: bool, shape: Shape, dtype: torch.dtype, compi
 
 
 def lucidrains(shape: Shape) -> Step:
-    import nGPT_pytorch.nGPT as package  # type: ignore[import-not-found]
+    # The package has a class under the name of its module.
+    package = importlib.import_module("nGPT_pytorch.nGPT")
 
     for value in vars(package).values():  # classes with __eq__ and no __hash__, which torch cannot keep in a set
         if isinstance(value, type) and issubclass(value, nn.Module) and value.__hash__ is None:
@@ -157,6 +159,12 @@ def seconds(step: Step, clock: Clock) -> float:
     return clock() - start
 
 
+def product(dtype: torch.dtype) -> Step:
+    """What is taken for the machine's peak: a product of two 4096 x 4096 matrices."""
+    a, b = torch.randn(2, 4096, 4096).to(dtype).unbind()
+    return lambda: a @ b
+
+
 def rounds(steps: dict[str, Step], count: int, clock: Clock) -> dict[str, list[float]]:
     """The seconds of `count` steps of each, after two that do not count; who begins changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -181,11 +189,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     shape = parse_shape(arguments.shape)
-    a, b = torch.randn(2, 4096, 4096).to(getattr(torch, arguments.dtype)).unbind()
-    peak = 2 * 4096**3 / min(seconds(lambda: a @ b, clock) for _ in range(3))
-    times = rounds(contestants(arguments, shape), arguments.rounds, clock)
+    steps = contestants(arguments, shape) | {PRODUCT: product(getattr(torch, arguments.dtype))}
+    times = rounds(steps, arguments.rounds, clock)
     medians = {name: statistics.median(values) for name, values in times.items()}
     pairs = {name: [a / b for a, b in zip(values, times["ngpt"], strict=True)] for name, values in times.items()}
+    ratios = sorted(b / a for a, b in zip(times["gpt"], times["ngpt"], strict=True))
+    over_product = {arm: [a / b for a, b in zip(times[arm], times[PRODUCT], strict=True)] for arm in ("gpt", "ngpt")}
     flops = {
         arm: training_flops(config.model, shape.batch_size, shape.seq_len)
         for arm, config in configs(shape, arguments.dtype, compiled=False).items()
@@ -198,10 +207,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in ("dtype", "threads", "rounds", "no_compile")},
         "step_seconds": medians,
         "all_seconds": times,
-        "ngpt_over_gpt": statistics.median(b / a for a, b in zip(times["gpt"], times["ngpt"], strict=True)),
+        "ngpt_over_gpt": statistics.median(ratios),
+        "ngpt_over_gpt_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
         "over_our_ngpt": {name: statistics.median(values) for name, values in pairs.items()},
-        "matmul_gflops": peak / 1e9,
+        "matmul_gflops": 2 * 4096**3 / medians[PRODUCT] / 1e9,
         "gflops": {arm: flops[arm] / medians[arm] / 1e9 for arm in flops},
+        "mfu": {arm: flops[arm] / (2 * 4096**3) / statistics.median(over_product[arm]) for arm in flops},
         "retraction_share": retraction_ratio(shape, arguments.dtype, medians["ngpt"], clock),
     }
 

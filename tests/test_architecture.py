@@ -30,6 +30,7 @@ OWNERS = {
     "mamba_ssm": {"layers/mamba_kernel"},
     "sacrebleu": {"evaluate/translation"},
     "torchao": {"interop/quantization"},
+    "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},
     "trackio": {"train/sinks/trackio"},
 }
@@ -194,13 +195,15 @@ print(json.dumps(result))
 
 
 def test_every_module_needs_the_core_only() -> None:
-    """But `interop.huggingface`, which is nothing without transformers and says what to install."""
+    """But `interop.huggingface`, which is nothing without transformers, and the Triton kernels; both say what to install."""
     answer = subprocess.run(
         [sys.executable, "-c", BLOCKED, json.dumps(OPTIONAL)], capture_output=True, text=True, check=True
     )
     result = json.loads(answer.stdout)
     assert result["light"], "import spherelm costs nothing"
     assert len(result["imported"]) > 40
+    kernels = result["said"].pop("spherelm.layers.triton_sphere")
+    assert kernels == "spherelm.layers.triton_sphere needs triton: pip install 'spherelm[triton]'"
     expected = "spherelm.interop.huggingface needs transformers: pip install 'spherelm[hf]'"
     assert {name: said for name, said in result["said"].items() if said != expected} == {}
     assert all(name.startswith("spherelm.interop.huggingface") for name in result["said"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import runpy
@@ -65,6 +66,21 @@ def all_commands() -> list[str]:
     for name in cli.app._subcommands:
         names += [f"{name} {inner}" for inner in groups[name]._subcommands] if name in groups else [name]
     return names
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"], ["no-such-command"], []])
+def test_a_page_is_the_same_without_the_parsers_of_commands_that_nobody_asked_for(
+    arguments: list[str], command: commands.Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = command(*arguments)
+    monkeypatch.setattr(cli, "program", lambda asked: cli.app)
+    assert command(*arguments) == short
+
+
+def test_only_the_command_that_is_asked_for_gets_a_parser() -> None:
+    commands = cli.program("train")._subcommands
+    assert list(commands) == list(cli.app._subcommands)
+    assert {name for name, command in commands.items() if inspect.signature(command.target).parameters} == {"train"}
 
 
 @pytest.mark.parametrize("name", sorted({*all_commands(), *PINNED}))

@@ -129,3 +129,20 @@ def test_the_logits_of_all_tokens_never_exist_at_once(rows: int, grad: bool, mon
         if grad:
             value.backward()
     assert seen.largest <= max(min(rows // 2, 128) * 500, rows * 6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 129, 4096, 10_000])
+@pytest.mark.parametrize("vocab", [11, 8192, 32000])
+def test_chunks_are_equal_to_a_row_or_so_and_bounded(rows: int, vocab: int) -> None:
+    size = loss.chunk_rows(rows, vocab)
+    count = -(-rows // size)
+    assert size * vocab <= max(loss.CHUNK_LOGITS, 128 * vocab)
+    assert size * count - rows < count, "no chunk is much shorter than the others"
+    assert count > 1 or rows == 1
+
+
+def test_a_sure_answer_keeps_the_digits_of_its_small_gradient() -> None:
+    logits = torch.tensor([[12.0, 0.0, 1.0]], dtype=torch.bfloat16)
+    gradient = loss.score(logits.clone(), torch.tensor([0]), torch.tensor(1), 0.0)[1]
+    expected = logits.double().softmax(-1) - torch.tensor([[1.0, 0.0, 0.0]])
+    torch.testing.assert_close(gradient.double(), expected, rtol=2**-8, atol=0)

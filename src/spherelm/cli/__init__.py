@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import tyro
 
@@ -16,26 +17,57 @@ from spherelm.cli import evaluation, inspection, text, timing, trained, training
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
 
-app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
-import_app = tyro.extras.SubcommandApp()
-
-# In the order in which `--help` lists them.
-app.command(training.compare)
-app.command(training.train)
-app.command(training.sweep)
-app.command(training.evidence)
-app.command(name="eval")(evaluation.eval_)
-app.command(inspection.inspect)
-app.command(inspection.report)
-app.command(trained.generate)
-app.command(trained.export)
-app.command(timing.bench)
-app.command(data_app, name="data", help="Turn text into token shards.")
-app.command(import_app, name="import", help="Turn a checkpoint of another program into a run directory.")
 data_app.command(text.prepare)
 data_app.command(text.pairs)
+import_app = tyro.extras.SubcommandApp()
 import_app.command(name="nvidia")(trained.import_nvidia)
+
+COMMANDS: dict[str, Any] = {
+    "compare": training.compare,
+    "train": training.train,
+    "sweep": training.sweep,
+    "evidence": training.evidence,
+    "eval": evaluation.eval_,
+    "inspect": inspection.inspect,
+    "report": inspection.report,
+    "generate": trained.generate,
+    "export": trained.export,
+    "bench": timing.bench,
+    "data": data_app,
+    "import": import_app,
+}
+"""In the order in which `--help` lists them."""
+
+GROUPS = {
+    "data": "Turn text into token shards.",
+    "import": "Turn a checkpoint of another program into a run directory.",
+}
+"""What the commands that have commands are for."""
+
+
+def program(asked: str | None = None) -> tyro.extras.SubcommandApp:
+    """The command line; of every command but `asked`, if that is given, name and description only.
+
+    A parser is built for every flag of every command, which takes longer than all else that `--help` does.
+    """
+    app = tyro.extras.SubcommandApp()
+    for name, command in COMMANDS.items():
+        chosen = command if asked in (None, name) else outline(command)
+        app.command(chosen, name=name, help=GROUPS.get(name))  # type: ignore[arg-type]
+    return app
+
+
+def outline(command: Any) -> Callable[[], None]:
+    """A command without flags that is described as `command` is."""
+
+    def nothing() -> None: ...
+
+    nothing.__doc__ = command.__doc__
+    return nothing
+
+
+app = program()
 
 
 def stop(message: str, code: int) -> NoReturn:
@@ -51,7 +83,10 @@ def main() -> None:
     128 + n stopped by signal n.
     """
     try:
-        app.cli(prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline.")
+        asked = sys.argv[1] if len(sys.argv) > 1 else ""
+        program(asked).cli(
+            prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
+        )
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer
 from spherelm.train.config import RunConfig
+from spherelm.train.heap import keep_freed_memory
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.trainer import clip_gradients
 
@@ -30,6 +31,7 @@ class TimedSteps:
 
     def __init__(self, config: RunConfig) -> None:
         device, train = best_device(), config.train
+        keep_freed_memory()
         self.model: Decoder = build(config.model).to(device)
         self.model.set_compute_dtype(resolve_dtype(train.dtype, device))
         self.optimizer = build_optimizer(self.model, config.optim)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
+from spherelm.layers import causal_backward
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.linear import Linear, Scale, UnitLinear
 from spherelm.layers.rope import RotaryTable, Rotation, rotate
@@ -32,6 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     may look, broadcastable to [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups
     (grouped-query attention).
     """
+    if causal_backward.fits(q, k, v, mask):
+        return causal_backward.attend(q, k, v, scale)
     groups = q.shape[1] != k.shape[1]
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups)

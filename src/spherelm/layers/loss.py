@@ -8,7 +8,7 @@ long as this where both were timed, see docs/performance.md, and torch.compile l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,37 @@ CHUNK_LOGITS = 2**22
 
 
 def chunk_rows(rows: int, vocab_size: int) -> int:
-    """How many tokens to read out at once: at most half of them, and `CHUNK_LOGITS` logits if 128 tokens allow."""
-    return max(1, min((rows + 1) // 2, max(128, CHUNK_LOGITS // vocab_size)))
+    """How many tokens to read out at once: `rows` in equal parts, two or more, of `CHUNK_LOGITS` logits if 128 tokens allow."""
+    most = max(1, min((rows + 1) // 2, max(128, CHUNK_LOGITS // vocab_size)))
+    return max(1, -(-rows // -(-rows // most)))
+
+
+def score(logits: Tensor, targets: Tensor, count: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of logits [tokens, vocab], and their gradients over `count`, in the logits' dtype.
+
+    targets: int64 [tokens]. The logits may be overwritten by their gradients: (softmax - smoothed one-hot) / count.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    dtype, vocab_size = logits.dtype, logits.shape[1]
+    valid = targets != IGNORED
+    safe = targets.masked_fill(~valid, 0).unsqueeze(-1)
+    logits, share = logits.to(wide), (valid.to(wide) / count).unsqueeze(-1)
+    chosen, largest = logits.gather(-1, safe), logits.amax(-1, keepdim=True)
+    wanted = (1 - smoothing) * chosen + smoothing * logits.mean(-1, keepdim=True) if smoothing else chosen
+    exponentials = logits.sub_(largest).exp_()
+    partition = exponentials.sum(-1, keepdim=True)
+    total = ((partition.log() + largest - wanted).squeeze(-1) * valid).sum()
+    gradients = exponentials.mul_(share / partition)
+    at_target = ((chosen - largest).exp() / partition - (1 - smoothing)) * share
+    if smoothing:
+        spread = smoothing / vocab_size * share
+        gradients, at_target = gradients.sub_(spread), at_target - spread
+    # The target's own entry is set behind the rounding, of which a difference near 0 keeps nothing.
+    return total, gradients.to(dtype).scatter_(-1, safe, at_target.to(dtype))
+
+
+Score = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""`score`, or what a compiler makes of it."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -32,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None, smoothing: float
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None, smoothing: float, score: Score
     ) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         product_weight = weight.to(h.dtype)
@@ -43,31 +72,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = chunk_rows(h.shape[0], weight.shape[0])
         for start in range(0, h.shape[0], size):
             rows = slice(start, start + size)
-            valid = targets[rows] != IGNORED
-            safe = targets[rows].masked_fill(~valid, 0).unsqueeze(-1)
-            # In place from here on: the logits become their own gradient, (softmax - smoothed one-hot) / count.
-            logits = F.linear(h[rows], product_weight).to(wide)
-            wanted, largest = logits.gather(-1, safe), logits.amax(-1, keepdim=True)
-            if smoothing:
-                wanted = (1 - smoothing) * wanted + smoothing * logits.mean(-1, keepdim=True)
-            exponentials = logits.sub_(largest).exp_()
-            partition = exponentials.sum(-1, keepdim=True)
-            total = total + ((partition.log() + largest - wanted).squeeze(-1) * valid).sum()
-            share = (valid.to(wide) / count).unsqueeze(-1)
-            grad_logits = exponentials.mul_(share / partition).scatter_add_(-1, safe, -(1 - smoothing) * share)
-            if smoothing:
-                grad_logits -= smoothing / weight.shape[0] * share
-            grad_logits = grad_logits.to(h.dtype)
+            part, grad_logits = score(F.linear(h[rows], product_weight), targets[rows], count, smoothing)
+            total += part
             grad_h[rows] = grad_logits @ back_weight
             grad_weight += grad_logits.T @ h[rows]
         ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_h, grad_weight = ctx.saved_tensors
         (grad,) = grad_outputs
-        return grad_h * grad.to(grad_h.dtype), grad_weight * grad, None, None, None
+        return grad_h * grad.to(grad_h.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None, None
 
 
 def with_gradients_of(loss: Tensor, others: Iterable[Tensor]) -> Tensor:
@@ -78,18 +94,24 @@ def with_gradients_of(loss: Tensor, others: Iterable[Tensor]) -> Tensor:
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None = None, smoothing: float = 0.0
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    pullback: Tensor | None = None,
+    smoothing: float = 0.0,
+    score: Score = score,
 ) -> Tensor:
     """Mean cross-entropy in nats of the logits `h weight^T` against `targets`, never held whole.
 
     h: [tokens, d] in the dtype of the products; weight: [vocab, d]; targets: int64 [tokens], `IGNORED` (-100) counts for
     nothing. pullback: [vocab, d], what carries the logits' gradient back to h instead of the weight, itself a constant.
+    score: `score`, or that compiled.
     smoothing: the part of each target's probability, in [0, 1), that is spread over the whole vocabulary (label smoothing,
     Szegedy et al., arXiv 1512.00567, section 7).
     Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
     """
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
-        return _ChunkedCrossEntropy.apply(h, weight, targets, pullback, smoothing)
+        return _ChunkedCrossEntropy.apply(h, weight, targets, pullback, smoothing, score)
     wide = torch.promote_types(h.dtype, torch.float32)
     product_weight, size = weight.to(h.dtype), chunk_rows(h.shape[0], weight.shape[0])
     losses = [

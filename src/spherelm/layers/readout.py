@@ -63,7 +63,7 @@ class _PreconditionedRows(Function):
 
 def scaled(features: Tensor, head: Linear, s_z: Tensor) -> Readout:
     """Logits `z = s_z (h E_out^T)` (nGPT, eq. 3): the scale [vocab] is folded into the rows of the matrix."""
-    return Readout(features, head.scaled_weight(s_z))
+    return Readout(features, head.scaled_weight(s_z).to(features.dtype))
 
 
 def preconditioner(s_z: Tensor, q: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spherelm.layers.cache import KVCache
 from spherelm.layers.linear import Embedding
-from spherelm.layers.loss import linear_cross_entropy, with_gradients_of
+from spherelm.layers.loss import Score, linear_cross_entropy, score, with_gradients_of
 from spherelm.layers.moe import pending_losses
 from spherelm.layers.readout import Readout, read_logits
 from spherelm.layers.rope import ROPES, RotaryTable
@@ -84,6 +84,7 @@ class Decoder(nn.Module):
     `loss` takes a batch of the data that it is for, `conditioned` the prompts of texts that are to be written.
     continues: whether the texts that it writes begin with their prompts.
     label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode there is none.
+    score: what a chunk of logits costs, and their gradients: of `layers.loss`, compiled where blocks are.
     """
 
     continues: ClassVar[bool]
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
     blocks: nn.ModuleList
     run: RunBlock
     label_smoothing: float
+    score: Score
 
     @classmethod
     def single_layers(cls, config: Any) -> dict[Any, int]:
@@ -168,7 +170,8 @@ class Decoder(nn.Module):
         """
         smoothing = self.label_smoothing if self.training else 0.0
         features, weight, pullback = self.readout(h)
-        loss = linear_cross_entropy(features.flatten(0, 1), weight, targets.flatten(), pullback, smoothing)
+        features = features.flatten(0, 1)
+        loss = linear_cross_entropy(features, weight, targets.flatten(), pullback, smoothing, self.score)
         return with_gradients_of(loss, pending_losses(self))
 
     def new_cache(self) -> KVCache:
@@ -180,7 +183,7 @@ class Decoder(nn.Module):
         self.embed.compute_dtype = dtype
 
     def _remember_shape(self, config: DecoderConfig) -> None:
-        self.config, self.run, self.label_smoothing = config, run_block, 0.0
+        self.config, self.run, self.label_smoothing, self.score = config, run_block, 0.0, score
         self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
         self.rotary_table = ROPES[config.rope].table
 

@@ -108,4 +108,4 @@ class GPT(LanguageModel):
         draw_plain(self, self.init_std, 2 * len(self.blocks))
 
     def readout(self, h: Tensor) -> Readout:
-        return Readout(self.norm(h), self.head.scaled_weight())
+        return Readout(self.norm(h), self.head.scaled_weight().to(h.dtype))

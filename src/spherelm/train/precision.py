@@ -31,7 +31,7 @@ def best_device() -> torch.device:
 
 
 def compile_blocks(model: nn.Module, trial: Callable[[], object]) -> None:
-    """Compile each block of `model` in place: they share one compilation, a fraction of the whole model's time.
+    """Compile each block of `model` in place, and its read-out: blocks share one compilation, a fraction of the whole's time.
 
     trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the process
     goes on without compilation.
@@ -39,6 +39,8 @@ def compile_blocks(model: nn.Module, trial: Callable[[], object]) -> None:
     try:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()
+        for name in ("readout", "score"):
+            setattr(model, name, torch.compile(getattr(model, name)))
         trial()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

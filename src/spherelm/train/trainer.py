@@ -31,6 +31,7 @@ from spherelm.train.config import RunConfig, micro_batches, to_dict
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import Diverged, Guard
+from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics import MetricsLog, NoLog
 from spherelm.train.parallel import Group, RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
@@ -50,6 +51,7 @@ class Trainer:
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
         checkpoint = group.together(lambda: self._prepare(resume))
+        keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
         model.set_compute_dtype(resolve_dtype(train.dtype, self.device))
