@@ -275,6 +275,7 @@ def test_the_trial_of_compilation_leaves_no_trace(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     losses = [
         train(tiny.run_config("ngpt", data, compile=compile), tmp_path / str(compile), show_progress=False)
         for compile in (False, True)
