@@ -41,7 +41,10 @@ Jobs = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 def lengths(runs: Path, books: Path) -> Jobs:
-    """Disjoint windows for every run and way to place positions; sliding ones for the first seed as it was trained."""
+    """Sliding windows for the first seed as it was trained; disjoint ones for every run and way to place positions."""
+    for name in RUNS[:2]:
+        plan = Plan(LENGTHS, stride=LENGTHS[0], tokens_each=LENGTHS[-1])
+        yield f"{name}, as trained, sliding", lambda name=name, plan=plan: perplexity_of_run(runs / name, [books], plan)
     for label, positions in POSITIONS.items():
         for name in RUNS:
             yield (
@@ -50,9 +53,6 @@ def lengths(runs: Path, books: Path) -> Jobs:
                     runs / name, [books], Plan(LENGTHS, tokens_each=2 * LENGTHS[-1]), positions
                 ),
             )
-    for name in RUNS[:2]:
-        plan = Plan(LENGTHS, stride=LENGTHS[0], tokens_each=LENGTHS[-1])
-        yield f"{name}, as trained, sliding", lambda name=name, plan=plan: perplexity_of_run(runs / name, [books], plan)
 
 
 def untrained(run: Path, settings: TaskSettings) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_arms_and_data_must_belong_together(data: Path, tmp_path: Path) -> None:
         ValueError, match=r"encdec learns from pairs and .* holds none: make them with spherelm data pairs"
     ):
         Trainer(replace(tiny_pairs.run_config("encdec", data), data=str(text)), tmp_path / "a")
-    with pytest.raises(ValueError, match="holds pairs, which gpt does not read: give an arm with an encoder"):
+    with pytest.raises(ValueError, match="holds pairs, which gpt does not read: give encdec or nencdec"):
         Trainer(tiny.run_config("gpt", data), tmp_path / "b")
     with pytest.raises(ValueError, match="has texts of up to 15 tokens, the run is for seq_len=12: give --seq-len 15"):
         Trainer(tiny_pairs.run_config("encdec", data, seq_len=12), tmp_path / "c")

@@ -17,6 +17,7 @@ from spherelm.data.loader import Loader, validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
+from spherelm.recipes import S_Z_SCALE
 from spherelm.train import trainer as module
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.guard import Diverged
@@ -290,7 +291,8 @@ def test_the_run_directory_explains_itself(trainer: MakeTrainer, data: Path, tmp
     record = tiny.read_json(tmp_path / "run" / "config.json")
     assert record["arm"] == "ngpt"
     assert record["model"]["s_z_init"] == 4.0
-    assert record["optim"]["multipliers"]["output_embedding"] == 0.5
+    assert record["model"]["s_z_scale"] == S_Z_SCALE
+    assert record["optim"]["multipliers"]["output_embedding"] == 1.0
     assert record["data"] == str(data)
     assert record["data_identity"]["train"] == open_tokens(data, "train").fingerprint
     assert {"python", "torch", "spherelm", "numpy"} <= set(record["versions"])

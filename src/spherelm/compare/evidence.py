@@ -271,11 +271,11 @@ def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -
     seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, baseline["test"], strict=True)]
     ratios = [baseline["tokens"] / seed.tokens for seed in seeds if seed.bound is None]
     bound = {"at most": "at least", "at least": "at most"}.get(reach.bound or "")
-    whole = len(ratios) == len(seeds)
+    bounds = interval(ratios) if len(ratios) == len(seeds) else None
     return {
         "speedup": baseline["tokens"] / reach.tokens,
         "bound": bound,
-        "interval": interval(ratios) if whole else None,
+        "interval": None if bounds is None else list(bounds),  # as JSON gives it back
     }
 
 
