@@ -142,19 +142,23 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
     workers = workers or default_workers(len(jobs))
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
-    with _terminable(), ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share) as pool:
+    pool_of_workers = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share)
+    with _noted_interrupts() as asked, pool_of_workers as pool:
         try:
             with _interrupts_ignored():
                 futures = [pool.submit(_work, job) for job in jobs]
             _watch(jobs, futures, description)
             return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise OSError("a training process was killed (out of memory?): use fewer --workers and --resume") from error
-        except KeyboardInterrupt as error:
+        except (BrokenProcessPool, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenProcessPool) and not asked:
+                raise OSError(
+                    "a training process was killed (out of memory?): use fewer --workers and --resume"
+                ) from error
+            # Ctrl-C reaches workers too, and one that has ended may be noticed here before the signal is.
             _stop(pool)
-            number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
             raise Interrupted(
-                "stopped; every run under way saved itself; the same command goes on, compare with --resume", number
+                "stopped; every run under way saved itself; the same command goes on, compare with --resume",
+                asked[0] if asked else signal.SIGINT,
             ) from error
         except BaseException:
             _stop(pool)
@@ -168,19 +172,18 @@ def _stop(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is."""
-
-
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM raise `_Terminated`."""
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Have SIGTERM raise `KeyboardInterrupt` as Ctrl-C does, and collect both in the list given."""
+    asked: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
-        raise _Terminated
+        asked.append(number)
+        raise KeyboardInterrupt
 
-    with _handled(signal.SIGTERM, interrupt):
-        yield
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as nohup has it
+    with _handled(signal.SIGTERM, interrupt), _handled(signal.SIGINT, signal.SIG_IGN if ignored else interrupt):
+        yield asked
 
 
 @contextmanager
