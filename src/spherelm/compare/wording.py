@@ -6,18 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from spherelm.analysis.drawing import LABELS
 from spherelm.compare.record import Comparison
 
-NAMES = {
-    "gpt": "GPT",
-    "ngpt": "nGPT",
-    "encdec": "EncDec",
-    "nencdec": "NEncDec",
-    "encoder": "Encoder",
-    "nencoder": "NEncoder",
-    "hybrid": "Hybrid",
-    "nhybrid": "NHybrid",
-}
+NAMES = LABELS
+"""What each arm is called in a text, as in a figure."""
 
 
 def si(value: float) -> str:
