@@ -32,7 +32,9 @@ def test_gradients_are_those_of_the_formula(seq: int) -> None:
     out, logsumexp = plain(q, k, v, 0.3)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, (q, k, v), grad)
-    got = causal_backward.gradients(q.detach(), k.detach(), v.detach(), out.detach(), logsumexp.detach(), grad, 0.3)
+    got = causal_backward.attention_gradients(
+        q.detach(), k.detach(), v.detach(), out.detach(), logsumexp.detach(), grad, 0.3
+    )
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
 
 
@@ -62,12 +64,12 @@ def test_a_compiled_training_step_in_bfloat16_takes_it_and_is_right_to_rounding(
 
 def test_everything_else_stays_with_torch() -> None:
     q, k, v = inputs(256, torch.bfloat16)
-    assert not causal_backward.fits(q, k, v, None), "not compiled"
+    assert not causal_backward.products_are_faster(q, k, v, None), "not compiled"
     with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
-        assert causal_backward.fits(q, k, v, None)
-        assert not causal_backward.fits(q, k, v, torch.ones(256, 256).bool()), "a mask"
-        assert not causal_backward.fits(q, k[:, :1], v[:, :1], None), "heads that share keys"
-        assert not causal_backward.fits(*(x[:, :, :100] for x in (q, k, v)), None), "short"
-        assert not causal_backward.fits(*(x.float() for x in (q, k, v)), None), "float32"
+        assert causal_backward.products_are_faster(q, k, v, None)
+        assert not causal_backward.products_are_faster(q, k, v, torch.ones(256, 256).bool()), "a mask"
+        assert not causal_backward.products_are_faster(q, k[:, :1], v[:, :1], None), "heads that share keys"
+        assert not causal_backward.products_are_faster(*(x[:, :, :100] for x in (q, k, v)), None), "short"
+        assert not causal_backward.products_are_faster(*(x.float() for x in (q, k, v)), None), "float32"
         with torch.no_grad():
-            assert not causal_backward.fits(q, k, v, None), "no gradient"
+            assert not causal_backward.products_are_faster(q, k, v, None), "no gradient"

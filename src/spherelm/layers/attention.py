@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
-from spherelm.layers import causal_backward
 from spherelm.layers.cache import LayerCache
+from spherelm.layers.causal_backward import attend_by_products, products_are_faster
 from spherelm.layers.linear import Linear, Scale, UnitLinear
 from spherelm.layers.rope import RotaryTable, Rotation, rotate
 
@@ -33,8 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     may look, broadcastable to [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups
     (grouped-query attention).
     """
-    if causal_backward.fits(q, k, v, mask):
-        return causal_backward.attend(q, k, v, scale)
+    if products_are_faster(q, k, v, mask):
+        return attend_by_products(q, k, v, scale)
     groups = q.shape[1] != k.shape[1]
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups)

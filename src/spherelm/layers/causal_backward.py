@@ -13,27 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST_BLOCK = 128
+SMALLEST_KEY_BLOCK = 128
 """Of keys; longer sequences are cut into four blocks, of which what lies behind the diagonal is left out."""
 
-LONGEST = 2048
+LONGEST_BY_PRODUCTS = 2048
 """Beyond it the blocks no longer fit the caches and torch's kernel is as fast (docs/performance.md)."""
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attend` here is faster than torch's: compiled, in training, in bfloat16 on a CPU, causal, without groups."""
+def products_are_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attend_by_products` beats torch: compiled, in training, in bfloat16 on a CPU, causal, without groups."""
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    alike = mask is None and q.shape == k.shape == v.shape and 2 * SMALLEST_BLOCK <= q.shape[2] <= LONGEST
+    alike = (
+        mask is None and q.shape == k.shape == v.shape and 2 * SMALLEST_KEY_BLOCK <= q.shape[2] <= LONGEST_BY_PRODUCTS
+    )
     return alike and training and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.compiler.is_compiling()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal softmax attention of [batch, heads, seq, d_k], each query on all keys up to its own position."""
-    out: Tensor = _Attention.apply(q, k, v, scale)
+    out: Tensor = _ProductAttention.apply(q, k, v, scale)
     return out
 
 
-class _Attention(torch.autograd.Function):
+class _ProductAttention(torch.autograd.Function):
     """Keeps its arguments, its result, and the logarithm of each row's sum, as torch's own does."""
 
     @staticmethod
@@ -48,10 +50,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grad_outputs
         q, k, v, out, logsumexp = ctx.saved_tensors
-        return *gradients(q, k, v, out, logsumexp, grad, ctx.scale), None
+        return *attention_gradients(q, k, v, out, logsumexp, grad, ctx.scale), None
 
 
-def gradients(
+def attention_gradients(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, each [batch, heads, seq, d_k]; logsumexp: float32 [batch, heads, seq].
@@ -65,7 +67,7 @@ def gradients(
     along = (grad.to(wide) * out.to(wide)).sum(-1).flatten(0, 1).unsqueeze(1) * scale
     logsumexp = logsumexp.flatten(0, 1).unsqueeze(1)
     q, k, v, grad = (x.flatten(0, 1) for x in (q, k, v, grad))
-    size = max(SMALLEST_BLOCK, seq // 4)
+    size = max(SMALLEST_KEY_BLOCK, seq // 4)
     grad_k, grad_v = [], []
     grad_q: list[list[Tensor]] = [[] for _ in range(0, seq, size)]
     for start in range(0, seq, size):

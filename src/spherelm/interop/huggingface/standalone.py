@@ -27,6 +27,7 @@ MODULES = (
     "layers.linear",
     "layers.rope",
     "layers.cache",
+    "layers.causal_backward",
     "layers.attention",
     "layers.cross_attention",
     "layers.feedforward",
