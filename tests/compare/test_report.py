@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from synthetic_runs import SHAPE, write_comparison
 
-from spherelm.compare.record import Comparison, read_comparison
+from spherelm.compare.record import Arm, Comparison, read_comparison
 from spherelm.compare.report import write_report
 from spherelm.compare.wording import caveats, verdict
 
@@ -174,6 +174,16 @@ def test_one_seed_has_no_interval(build: Build) -> None:
     _, page = build(seeds=1)
     assert "one seed, so no interval" in page.text
     assert "±" not in page.text
+
+
+@pytest.mark.parametrize(("apart", "tie"), [(0.004, True), (0.2, False)])
+def test_no_arm_is_ahead_where_seeds_differ_by_more_than_the_arms(
+    build: Build, apart: float, tie: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = read_comparison(build(seeds=3)[0])
+    losses = {"gpt": [5.27, 5.25, 5.29], "ngpt": [loss - apart for loss in (5.26, 5.27, 5.28)]}
+    monkeypatch.setattr(Arm, "final_losses", property(lambda arm: losses[arm.name]))
+    assert ("No arm is ahead here" in verdict(comparison)) == tie
 
 
 def test_gpt_winning_is_said(build: Build) -> None:

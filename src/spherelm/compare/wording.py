@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spherelm.analysis.drawing import LABELS
-from spherelm.compare.record import Comparison
+from spherelm.compare.record import Arm, Comparison, standard_error
 
 NAMES = LABELS
 """What each arm is called in a text, as in a figure."""
@@ -44,6 +44,8 @@ def verdict(comparison: Comparison) -> str:
     if any(run.diverged for run in (*winner.runs, *loser.runs)):
         gone = listed([run.name for run in (*winner.runs, *loser.runs) if run.diverged])
         return f"There is no speedup to report, since {gone} diverged: lower that arm’s learning rate."
+    if tie := _tie(winner, loser):
+        return tie
     level = f"{other}’s final validation loss ({loss_text(loser.final_loss)} nats per token)"
     if not factor:
         return f"{name} did not reach {level} within {si(winner.tokens)} tokens, so there is no speedup to report."
@@ -57,6 +59,18 @@ def verdict(comparison: Comparison) -> str:
         f"{name} reaches {level} with {_bound(_bound_on_factor(comparison))}{times:.2f}× fewer tokens{spread}{counts}."
     )
     return f"GPT wins here. {sentence}" if inverse else sentence
+
+
+def _tie(winner: Arm, loser: Arm) -> str:
+    """That no arm is ahead, where the means differ by no more than the standard error of their difference; else nothing."""
+    errors = [standard_error(arm.final_losses) for arm in (winner, loser)]
+    if None in errors or loser.final_loss - winner.final_loss > math.hypot(*(error or 0.0 for error in errors)):
+        return ""
+    ends = [
+        f"{NAMES[arm.name]} ends at {loss_text(arm.final_loss)} ± {number(error, '.3f')}"
+        for arm, error in zip((winner, loser), errors, strict=True)
+    ]
+    return f"No arm is ahead here, as far as these seeds can tell: {listed(ends)} nats per token."
 
 
 def caveats(comparison: Comparison) -> list[str]:
