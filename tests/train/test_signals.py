@@ -15,7 +15,7 @@ import tiny
 
 from spherelm.recipes import make_run
 from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.signals import Interrupted
+from spherelm.train.signals import Interrupted, signals_noted
 from spherelm.train.trainer import Trainer
 
 SIZES: dict[str, Any] = {"steps": 10**6, "seq_len": 8, "batch_size": 1}
@@ -102,3 +102,13 @@ def test_a_second_interrupt_ends_at_once(data: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.run(show_progress=False)
     assert latest_checkpoint(tmp_path / "run") is None
+
+
+def test_ctrl_c_after_another_signal_is_still_a_first_one() -> None:
+    """A sweep's parent sends SIGTERM for the Ctrl-C that its workers get as well, and theirs may be noticed last."""
+    with signals_noted() as received:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert received == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

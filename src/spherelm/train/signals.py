@@ -36,7 +36,7 @@ def signals_noted() -> Iterator[list[int]]:
     before = {number: signal.getsignal(number) for number in NOTED}
 
     def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 
