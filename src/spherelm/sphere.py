@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TINY = 1e-12
 """Lengths below this are taken as this, so that a zero vector stays zero instead of becoming NaN."""
@@ -22,20 +23,23 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """`x / ||x||`, whose backward pass is two passes over memory: `(g - o (o . g)) / ||x||` for the result o."""
+    """`x / ||x||`, whose backward pass is `(g - o (o . g)) / ||x||` for the result o, which it keeps as it is given back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        inverse = _inverse_length(x, dim)
-        out = x * inverse
+        wide = _wide(x)
+        inverse = inverse_length(wide, dim)
+        out = (wide * inverse).to(x.dtype)
         ctx.dim = dim
         ctx.save_for_backward(out, inverse)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         out, inverse = ctx.saved_tensors
-        return _across(out, grad_outputs[0], ctx.dim) * inverse, None
+        (grad,) = grad_outputs
+        return (tangent(out, _wide(grad), ctx.dim) * inverse).to(grad.dtype), None
 
 
 class _Step(torch.autograd.Function):
@@ -43,22 +47,26 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-        moved = torch.addcmul(h, target - h, alpha)
-        inverse = _inverse_length(moved, -1)
-        out = moved.mul_(inverse)
+        start = _wide(h)
+        moved = torch.addcmul(start, _wide(target) - start, alpha)
+        inverse = inverse_length(moved, -1)
+        out = moved.mul_(inverse).to(h.dtype)
         ctx.save_for_backward(h, target, alpha, inverse, out)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, target, alpha, inverse, out = ctx.saved_tensors
-        grad_moved = _across(out, grad_outputs[0], -1) * inverse
+        grad_moved = tangent(out, _wide(grad_outputs[0])) * inverse
         grad_target = grad_moved * alpha
-        grad_alpha = _summed_to(grad_moved * (target - h), alpha.shape)
-        return grad_moved - grad_target, grad_target, grad_alpha
+        # Narrow factors are widened within the products: a compiler would keep a copy that has the name of its own.
+        grad_alpha = _summed_to(grad_moved * target - grad_moved * h, alpha.shape)
+        return (grad_moved - grad_target).to(h.dtype), grad_target.to(target.dtype), grad_alpha
 
 
-def _inverse_length(x: Tensor, dim: int) -> Tensor:
+def inverse_length(x: Tensor, dim: int = -1) -> Tensor:
+    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; no more than `1 / TINY`."""
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(TINY).reciprocal()
 
 
@@ -70,18 +78,13 @@ def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     return rows.new_ones(1, len(rows)).mm(rows).squeeze(0)
 
 
-def _across(out: Tensor, g: Tensor, dim: int) -> Tensor:
-    """The part of `g` that is tangent to the sphere at the unit vectors `out`."""
-    return torch.addcmul(g, out, (out * g).sum(dim, keepdim=True), value=-1)
-
-
 def norm(x: Tensor, dim: int = -1) -> Tensor:
     """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
 
     x: any shape and floating dtype; the result has the same. A zero vector stays zero.
     """
-    unit: Tensor = _Norm.apply(_wide(x), dim)
-    return unit.to(x.dtype)
+    unit: Tensor = _Norm.apply(x, dim)
+    return unit
 
 
 def retraction_factor(w: Tensor, dim: int) -> Tensor:
@@ -106,8 +109,8 @@ def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     h, target: [..., d] unit vectors; alpha: broadcastable, [d] in the paper, non-negative. Linear interpolation followed
     by normalization approximates `slerp` for small angles (nGPT, eqs. 6-9). Result: [..., d], unit.
     """
-    moved: Tensor = _Step.apply(_wide(h), _wide(target), alpha)
-    return moved.to(h.dtype)
+    moved: Tensor = _Step.apply(h, target, alpha)
+    return moved
 
 
 def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
@@ -137,10 +140,10 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
 def tangent(w: Tensor, g: Tensor, dim: int = -1) -> Tensor:
     """The part of `g` that is tangent to the sphere at the unit vectors `w` along `dim`: `g - (w . g) w`.
 
-    Result: the shape of `g`, orthogonal to `w` along `dim`.
+    Result: the shape and dtype of `g`, orthogonal to `w` along `dim`.
     """
-    wide = _wide(w)
-    return (_wide(g) - (wide * _wide(g)).sum(dim, keepdim=True) * wide).to(g.dtype)
+    wide = _wide(g)
+    return (wide - w * (w * wide).sum(dim, keepdim=True)).to(g.dtype)
 
 
 def angle(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spherelm import sphere
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.causal_backward import attend_by_products, products_are_faster
 from spherelm.layers.linear import Linear, Scale, UnitLinear
-from spherelm.layers.rope import RotaryTable, Rotation, rotate
+from spherelm.layers.rope import ROPES, Rope, RotaryTable, Rotation, rotate
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -95,17 +94,25 @@ class UnitAttention(nn.Module):
 
     Shapes as in `Attention`. Unit rows of `q`, `k`, `v`; unit columns of `o`. The softmax scale is sqrt(d_k). Both q and k
     carry `s_qk` [n_heads, d_k] in the paper; only the product counts, so it enters here once, squared, on q, which
-    spares a pass over k and gives each query head its own scale where heads share keys. A rotation keeps lengths, so
-    `RoPE(Norm(x))` is `Norm(RoPE(x))`, and one pass over memory normalizes and rotates; `rotation` keeps unit vectors unit.
+    spares a pass over k and gives each query head its own scale where heads share keys. Without qk_norm queries and keys
+    are not normalized.
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale, rotation: Rotation = rotate) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        s_qk: Scale,
+        rope: Rope = ROPES["standard"],
+        qk_norm: bool = True,
+    ) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
-        self.rotation = rotation
+        self.rope, self.qk_norm = rope, qk_norm
+        self.rotation = rope.unit_rotation if qk_norm else rope.rotation
         self.attend: Attend = attend
-        self.unit: Callable[[Tensor], Tensor] = sphere.norm
         self.q = UnitLinear(d_model, n_heads * d_k, unit_axis=1)
         self.k = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
         self.v = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
@@ -116,8 +123,8 @@ class UnitAttention(nn.Module):
         self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
-        q = self.rotation(self.unit(split_heads(self.q(h), self.n_heads)), table)
-        k = self.rotation(self.unit(split_heads(self.k(h), self.n_kv_heads)), table)
+        q = self.rotation(split_heads(self.q(h), self.n_heads), table)
+        k = self.rotation(split_heads(self.k(h), self.n_kv_heads), table)
         v = split_heads(self.v(h), self.n_kv_heads)
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         if cache is not None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from spherelm.sphere import norm
+from spherelm.sphere import inverse_length, norm, tangent
 
 RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, each [seq, d_k/2] (or [batch, 1, seq, d_k/2] where sequences start at different positions)."""
 
 Rotation = Callable[[Tensor, RotaryTable], Tensor]
-"""What puts positions into queries and keys [batch, heads, seq, d_k]: `rotate` or `nvidia_rotate`."""
+"""What puts positions into queries and keys [batch, heads, seq, d_k]: `rotate`, for instance."""
 
 MakeTable = Callable[[Tensor, int, float], RotaryTable]
 """(positions, d_k, base) -> table: what a model calls once a pass."""
@@ -51,6 +53,32 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+class _UnitRotation(torch.autograd.Function):
+    """`rotate(Norm(x))` in one pass; keeps its result, which attention keeps anyway, and one length a vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = x.to(cos.dtype)
+        inverse = inverse_length(wide)
+        out = (rotate(wide, (cos, sin)) * inverse).to(x.dtype)
+        ctx.save_for_backward(out, inverse, cos, sin)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        out, inverse, cos, sin = ctx.saved_tensors
+        (grad,) = grad_outputs
+        turned_back = rotate(tangent(out, grad.to(cos.dtype)) * inverse, (cos, -sin))
+        return turned_back.to(grad.dtype), None, None
+
+
+def unit_rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """`rotate(Norm(x))`, which is `Norm(rotate(x))`: a rotation keeps lengths. Shapes and dtypes as in `rotate`."""
+    out: Tensor = _UnitRotation.apply(x, *table)
+    return out
+
+
 def nvidia_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
     """What NVIDIA/ngpt takes for cosines and sines, arguments and shapes as in `rotary_table`.
 
@@ -73,8 +101,8 @@ def nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
     return torch.stack((-wide[..., 1::2] * cos, wide[..., ::2] * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def nvidia_rotate_unit(x: Tensor, table: RotaryTable) -> Tensor:
-    """`Norm(nvidia_rotate(x))`: of unit vectors, since the formula is linear, what it is of vectors of any length."""
+def unit_nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """`Norm(nvidia_rotate(x))`: since the formula is linear, what it is of `Norm(x)` as well."""
     return norm(nvidia_rotate(x, table))
 
 
@@ -88,11 +116,16 @@ def unrotated(x: Tensor, table: RotaryTable) -> Tensor:
     return x
 
 
+def unit_unrotated(x: Tensor, table: RotaryTable) -> Tensor:
+    """`Norm(x)`."""
+    return norm(x)
+
+
 @dataclass(frozen=True)
 class Rope:
     """A way to put positions into queries and keys: what is computed once a pass, and what is done with it.
 
-    unit_rotation: `Norm(rotation(x))` for x, or for Norm(x), which comes to the same.
+    unit_rotation: `Norm(rotation(x))`.
     """
 
     table: MakeTable
@@ -101,9 +134,9 @@ class Rope:
 
 
 ROPES = {
-    "standard": Rope(rotary_table, rotate, rotate),
-    "nvidia": Rope(nvidia_table, nvidia_rotate, nvidia_rotate_unit),
-    "none": Rope(no_table, unrotated, unrotated),
+    "standard": Rope(rotary_table, rotate, unit_rotate),
+    "nvidia": Rope(nvidia_table, nvidia_rotate, unit_nvidia_rotate),
+    "none": Rope(no_table, unrotated, unit_unrotated),
 }
 """By the name that a config's field `rope` has."""
 

@@ -29,7 +29,7 @@ from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import FeedForward, UnitFeedForward
 from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, UnitLinear
 from spherelm.layers.readout import Readout
-from spherelm.layers.rope import RotaryTable
+from spherelm.layers.rope import RotaryTable, Rotation
 from spherelm.models.decoder import Decoder, LanguageModel
 from spherelm.models.gpt import GPT, GPTBlock, RMSNorm
 from spherelm.models.ngpt import NGPT, NGPTBlock, nvidia_step
@@ -94,10 +94,12 @@ class FoldedAttention(nn.Module):
     qkv: [(n_heads + 2 n_kv_heads) d_k, d_model].
     """
 
-    def __init__(self, source: Attention | UnitAttention, qkv: Tensor, o: Tensor, finish: nn.Module) -> None:
+    def __init__(
+        self, source: Attention | UnitAttention, qkv: Tensor, o: Tensor, rotation: Rotation, finish: nn.Module
+    ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.softmax_scale = source.n_heads, source.n_kv_heads, source.softmax_scale
-        self.rotation, self.attend, self.finish = source.rotation, source.attend, finish
+        self.rotation, self.attend, self.finish = rotation, source.attend, finish
         self.qkv, self.o = fixed(qkv), fixed(o)
 
     def forward(
@@ -132,7 +134,7 @@ class FoldedGPTBlock(nn.Module):
         a, m, gain_a, gain_m = block.attention, block.mlp, block.norm_a.weight, block.norm_m.weight
         self.norm_a, self.norm_m = GainlessNorm(block.norm_a), GainlessNorm(block.norm_m)
         qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight)) * gain_a
-        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), nn.Identity())
+        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), a.rotation, nn.Identity())
         u, v = (matrix.weight * gain_m for matrix in (m.u, m.v))
         self.mlp = FoldedFeedForward(u.to(dtype), v.to(dtype), m.o.weight.to(dtype))
 
@@ -159,9 +161,9 @@ class FoldedNGPTBlock(nn.Module):
         self.register_buffer("alpha_m", block.sign(block.alpha_m()).to(wide, copy=True))
         s_qk = a.s_qk().square().unsqueeze(1)
         scale = torch.cat((s_qk, torch.ones_like(s_qk[:1]).expand(a.n_kv_heads, -1, -1)))
-        finish = UnitScale(unit if a.unit is sphere.norm else a.unit, scale.to(dtype))
+        finish = UnitScale(unit if a.qk_norm else torch.positive, scale.to(dtype))
         qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight))
-        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), finish)
+        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), a.rope.rotation, finish)
         u, v = m.u.scaled_weight(m.s_u()), m.v.scaled_weight(m.s_v() * m.gate_gain)
         self.mlp = FoldedFeedForward(u.to(dtype), v.to(dtype), m.o.weight.to(dtype))
 

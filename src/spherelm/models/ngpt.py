@@ -150,10 +150,7 @@ class NGPTBlock(nn.Module):
         self.alpha_a, self.alpha_m = learned_scale(config, "alpha", d), learned_scale(config, "alpha", d)
         s_qk = learned_scale(config, "s_qk", (config.n_heads, d // config.n_heads))
         n_kv_heads, rope = config.n_kv_heads or config.n_heads, ROPES[config.rope]
-        rotation = rope.unit_rotation if config.qk_norm else rope.rotation
-        self.attention = UnitAttention(d, config.n_heads, n_kv_heads, s_qk, rotation)
-        if not config.qk_norm:
-            self.attention.unit = torch.positive
+        self.attention = UnitAttention(d, config.n_heads, n_kv_heads, s_qk, rope, config.qk_norm)
         self.mlp = UnitFeedForward(d, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
 
     def forward(

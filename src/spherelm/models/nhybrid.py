@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from spherelm.layers.attention import UnitAttention
@@ -72,13 +71,9 @@ class NHybridConfig(PatternFields, NGPTConfig):
 
 def unit_attention_layer(config: NHybridConfig) -> nn.Module:
     """The layer A."""
-    s_qk = learned_scale(config, "s_qk", (config.n_heads, config.d_model // config.n_heads))
-    rope = ROPES[config.rope]
-    rotation = rope.unit_rotation if config.qk_norm else rope.rotation
-    attention = UnitAttention(config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, s_qk, rotation)
-    if not config.qk_norm:
-        attention.unit = torch.positive
-    return attention
+    d, n_heads = config.d_model, config.n_heads
+    s_qk = learned_scale(config, "s_qk", (n_heads, d // n_heads))
+    return UnitAttention(d, n_heads, config.n_kv_heads or n_heads, s_qk, ROPES[config.rope], config.qk_norm)
 
 
 def unit_mamba_layer(config: NHybridConfig) -> nn.Module:
