@@ -191,3 +191,30 @@ def test_lengths_that_half_precision_cannot_add_up() -> None:
     assert torch.equal(sphere.norm(ones), ones / 64)
     large = torch.full((1, 4), 1000.0, dtype=torch.float16)  # squares beyond the range of float16
     assert torch.equal(sphere.norm(large), torch.full((1, 4), 0.5, dtype=torch.float16))
+
+
+def kept(out: Tensor) -> list[Tensor]:
+    """What the backward pass of `out` keeps of its last operation."""
+    assert out.grad_fn is not None
+    return list(out.grad_fn.saved_tensors)  # type: ignore[attr-defined]
+
+
+def test_nothing_is_kept_widened() -> None:
+    """Of bfloat16 vectors the backward pass keeps bfloat16 vectors, and one float32 length each."""
+    h, target = (sphere.norm(torch.randn(5, 64)).bfloat16().requires_grad_() for _ in range(2))
+    alpha = torch.full((64,), 0.1, requires_grad=True)
+    for out in (sphere.norm(h), sphere.step(h, target, alpha)):
+        assert out.dtype == torch.bfloat16
+        assert {(t.shape, t.dtype) for t in kept(out)} <= {
+            (h.shape, torch.bfloat16),
+            ((5, 1), torch.float32),
+            (alpha.shape, torch.float32),
+        }
+        assert any(t.data_ptr() == out.data_ptr() for t in kept(out)), "the result, which the next layer keeps as well"
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(sphere.norm(x)[:, 0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()

@@ -119,3 +119,17 @@ def test_nvidias_formula_of_directions_is_the_direction_of_its_vectors() -> None
         wanted = norm(rope.rotation(x, table))
         for given in (x, norm(x)):
             torch.testing.assert_close(rope.unit_rotation(given, table), wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("by_sequence", [False, True])
+def test_gradients_of_the_rotated_directions_are_those_of_the_two_parts(name: str, by_sequence: bool) -> None:
+    """Against autograd's own through a division and the rotation; positions alike in all sequences, or not."""
+    positions = torch.arange(10.0, dtype=torch.float64).view(2, 1, 5) if by_sequence else torch.arange(5.0).double()
+    rope, x = ROPES[name], torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    table = rope.table(positions, 8, 10000.0)
+    rotated = rope.rotation(x, table)
+    wanted = rotated / rotated.square().sum(-1, keepdim=True).sqrt()
+    direction = torch.randn_like(x)
+    gradients = [torch.autograd.grad((out * direction).sum(), x)[0] for out in (rope.unit_rotation(x, table), wanted)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-13)
