@@ -47,30 +47,34 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     GPT: the paper's 0.02 is the right spread of weights at 1024 channels; narrower models want it wider, so it goes with
     1/sqrt(d_model); embeddings and gains learn faster than matrices (`GPT_RATES`). nGPT: eigen learning rates start at the
     paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale starts at sqrt(d_model), since
-    under Adam it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Other arms' rates were tuned with one for
-    everything, half of it for a normalized output embedding. Encoder-decoders: source and target share their input
-    embedding. Hybrids: two of their layers are one of GPT's.
+    under Adam it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Hybrids: as GPT and nGPT; two of their layers
+    are one of GPT's. Other arms' rates were tuned with one for everything, half of it for a normalized output embedding.
+    Encoder-decoders: source and target share their input embedding.
     """
     choices = paper(arm, preset, steps)
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
-        rates = {"multipliers": GPT_RATES} if arm == "gpt" else {}
+        rates = {"multipliers": GPT_RATES} if arm in DECODERS else {}
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, rates, choices.schedule)
     model = {
         **own,
         "s_z_init": math.sqrt(preset.d_model),
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
     }
-    if arm == "ngpt":
+    if arm in DECODERS:
         return Choices({**model, "s_z_scale": S_Z_SCALE}, {}, choices.schedule)
     return Choices(model, {"multipliers": RateMultipliers(output_embedding=0.5)}, choices.schedule)
 
 
+DECODERS = ("gpt", "ngpt", "hybrid", "nhybrid")
+"""The arms whose rates were tuned role by role."""
+
 GPT_RATES = RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0)
-"""Of GPT in the recipe "default", whose peak rate is that of the block matrices. Found at 128 channels and 240 updates."""
+"""Of GPT and the plain hybrids in the recipe "default"; the peak rate is that of the block matrices. Found with GPT at 128
+channels and 240 updates."""
 
 S_Z_SCALE = 1.4
-"""What nGPT's s_z is stored at in the recipe "default", at every width. Found at 128 channels; the paper's is 0.088 there."""
+"""What s_z is stored at in the recipe "default", at every width. Found at 128 channels; the paper's is 0.088 there."""
 
 
 def depth(arm: str, n_layers: int) -> float:
@@ -102,14 +106,20 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
 
 
 def muon(arm: str, preset: Preset, steps: int) -> Choices:
-    """The default recipe with Muon for block matrices, in both arms; their rate is a fixed multiple of Adam's, tuned here."""
+    """The default recipe with Muon for block matrices, in both arms; Adam's rates by role beside it are tuned here."""
     choices = default(arm, preset, steps)
     optim = {"optimizer": "muon", "multipliers": MUON_RATES[is_normalized(arm)]}
     return Choices(choices.model, {**choices.optim, **optim}, choices.schedule)
 
 
-MUON_RATES = {False: RateMultipliers(matrix=0.625), True: RateMultipliers(matrix=2.0, output_embedding=0.5)}
-"""For baselines and normalized arms, Muon's rate over Adam's among them; on the sphere Muon's is an angle."""
+MUON_RATES = {
+    False: RateMultipliers(input_embedding=6.4, output_embedding=3.2, gain=1.6),
+    True: RateMultipliers(matrix=2.5),
+}
+"""For baselines, whose peak rate is Muon's, and for normalized arms, where Muon's is an angle and the peak rate Adam's.
+
+Found with GPT and nGPT at 128 channels and 240 updates and at 64 channels and 1280 (docs/results/muon-tuning.json).
+"""
 
 
 def training_ngpt(arm: str, preset: Preset, steps: int) -> Choices:
