@@ -233,7 +233,9 @@ def test_muon_is_the_default_recipe_with_muon(arm: str) -> None:
     assert differences(muon.optim, default.optim) == {"optimizer", "multipliers"}
     assert muon.optim.optimizer == "muon"
     rates = muon.optim.multipliers
-    assert (rates.matrix if arm == "gpt" else rates.input_embedding) == 1, "the peak rate is GPT's matrices', nGPT's Adam's"
+    assert (rates.matrix if arm == "gpt" else rates.input_embedding) == 1, (
+        "the peak rate is GPT's matrices', nGPT's Adam's"
+    )
 
 
 def test_training_ngpt_is_four_choices() -> None:
