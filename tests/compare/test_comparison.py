@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,9 @@ import tiny
 
 from spherelm.compare import comparison as module
 from spherelm.compare.comparison import CompareConfig, compare, samples
+from spherelm.compare.record import read_comparison
 from spherelm.data.shards import open_tokens
+from spherelm.presets import PRESETS
 from spherelm.train.batches import tokens_per_byte
 from spherelm.train.metrics import read_metrics
 from spherelm.train.trainer import train
@@ -37,6 +40,29 @@ def config(data: Path, **fields: Any) -> CompareConfig:
 def final(run: Path) -> float:
     loss: float = read_metrics(run / "metrics.jsonl")[-1]["loss"]
     return loss
+
+
+def test_hybrids_are_compared_where_the_preset_has_a_pattern(
+    data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page and the summary speak of them, and of the baseline as the baseline, whoever is ahead."""
+    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    rates = {("default", "hybrid"): 2e-3, ("default", "nhybrid"): 1e-2}
+    pattern = dataclasses.replace(tiny.PRESET, n_layers=3, d_model=32, pattern="M-A", rates=rates)
+    monkeypatch.setitem(PRESETS, "tiny", pattern)
+    out = tmp_path / "out"
+    summary = compare(config(data, seeds=1, quick=True), out)
+    assert jobs_done == ["hybrid-0", "nhybrid-0"]
+    assert [summary["arms"][arm]["lr"] for arm in ("hybrid", "nhybrid")] == [2e-3, 1e-2]
+    losses = {arm: summary["arms"][arm]["final_loss"] for arm in ("hybrid", "nhybrid")}
+    assert summary["speedup"]["winner"] == min(losses, key=lambda arm: losses[arm])
+    read = read_comparison(out)
+    assert (read.baseline, read.normalized) == ("hybrid", "nhybrid")
+    assert {read.winner, read.loser} == set(losses)
+    page = (out / "report.html").read_text()
+    assert "<title>Hybrid and NHybrid side by side" in page
+    assert "final loss, NHybrid less Hybrid" in page
+    assert "GPT" not in page.split("<body", 1)[1].split("Corresponds to figure", 1)[0]
 
 
 def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:

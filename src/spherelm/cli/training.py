@@ -47,7 +47,9 @@ def compare(
     workers: int | None = None,
     resume: Flag = False,
 ) -> None:
-    """Train GPT and nGPT side by side and write a page that says how many fewer tokens the better one needs.
+    """Train a baseline and its normalized twin, and write a page that says how many fewer tokens the better one needs.
+
+    GPT and nGPT, or hybrids of several kinds of layers where the preset has a pattern of them (hybrid, moe, hybrid-moe).
 
     Args:
         out: Directory for both arms' runs, summary.json and report.html.
@@ -57,8 +59,8 @@ def compare(
         steps: Updates of a full run; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
-        lr_gpt: GPT's peak learning rate; the one tuned for the preset if left out.
-        lr_ngpt: nGPT's peak learning rate; the one tuned for the preset if left out.
+        lr_gpt: The baseline's peak learning rate; the one tuned for the preset if left out.
+        lr_ngpt: The normalized arm's peak learning rate; the one tuned for the preset if left out.
         seeds: Runs an arm; with 2 or more the speedup gets an interval.
         quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
         dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.

@@ -12,12 +12,13 @@ import numpy as np
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
-from spherelm.compare.record import ARMS
+from spherelm.compare.record import PAIRS
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, speedup, winner
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import parameter_count
+from spherelm.presets import PRESETS
 from spherelm.recipes import make_run
 from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
@@ -37,6 +38,7 @@ PROMPT = "The old man looked out over the sea, and"
 class CompareConfig:
     """What is compared: a preset, a recipe, seeds, and what shall differ from the preset (`None`: nothing).
 
+    lr_gpt, lr_ngpt: peak learning rates of the baseline and of the normalized arm, also where these are hybrids.
     quick: read the speedup off the curve within the full runs instead of training at shorter budgets as well.
     """
 
@@ -57,6 +59,12 @@ class CompareConfig:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
+    @property
+    def arms(self) -> tuple[str, str]:
+        """The baseline and the normalized arm: hybrids where the preset has a pattern of layers."""
+        preset = PRESETS.get(self.preset)
+        return PAIRS[preset is not None and preset.pattern is not None]
+
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
         return make_run(
@@ -65,7 +73,7 @@ class CompareConfig:
             self.recipe,
             vocab_size=vocab_size,
             data=self.data,
-            lr=self.lr_gpt if arm == "gpt" else self.lr_ngpt,
+            lr=self.lr_gpt if arm == self.arms[0] else self.lr_ngpt,
             steps=steps or self.steps,
             seq_len=self.seq_len,
             batch_size=self.batch_size,
@@ -83,8 +91,9 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     start = time.perf_counter()
     require_matplotlib()  # the page comes last: do not train for it in vain
     vocab_size = vocabulary_size(config.data)
-    full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
-    data = open_data(full["gpt"][0])
+    full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in config.arms}
+    baseline, normalized = config.arms
+    data = open_data(full[baseline][0])
     claim_directory(out, {**vars(config), "data_identity": data.identity}, resume)
     jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
     # Seed by seed, so that both arms of a pair run side by side.
@@ -92,10 +101,10 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
     final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
     best = winner(final)
-    targets = final["gpt" if best == "ngpt" else "ngpt"]
+    targets = final[baseline if best == normalized else normalized]
     ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
     with threads(threads_each(workers or default_workers(len(in_order)))):
-        cost = measure_cost(full["gpt"][0], full["ngpt"][0])
+        cost = measure_cost(full[baseline][0], full[normalized][0])
         drawn = samples({arm: jobs[arm][0].out for arm in jobs})
     summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
     summary["wall_seconds"] = time.perf_counter() - start
@@ -147,7 +156,7 @@ def summarize(
     rate: float,
 ) -> dict[str, Any]:
     """What `summary.json` says; rate: tokens a byte of the validation text."""
-    best, first = winner(final), jobs["gpt"][0].config
+    best, first = winner(final), jobs[config.arms[0]][0].config
     if config.quick:
         curves, method = [in_run_curve(job.out) for job in jobs[best]], "in-run"
     else:
@@ -156,7 +165,7 @@ def summarize(
         for job, loss in shorter:
             ends[job.config.train.seed].append((float(tokens_of(job.config)), loss))
         curves, method = list(ends.values()), "schedule-ends"
-    seconds = {"gpt": cost.gpt_seconds, "ngpt": cost.ngpt_seconds}
+    seconds = dict(zip(config.arms, (cost.gpt_seconds, cost.ngpt_seconds), strict=True))
     micro = (first.train.micro_batch_size or first.train.batch_size) * first.train.seq_len
     return {
         "arms": {
@@ -171,7 +180,7 @@ def summarize(
                 "parameters": parameter_count(jobs[arm][0].config.model),
                 "runs": [job.out.name for job in jobs[arm]],
             }
-            for arm in ARMS
+            for arm in config.arms
         },
         "short_runs": [
             {

@@ -196,7 +196,7 @@ def _norm_figure(norms: Mapping[str, dict[str, list[Any]]]) -> Figure:
     }
     unit = "are 1 by construction, so its two lines coincide"
     said = [
-        f"{NAMES[arm]}&rsquo;s {unit if arm == 'ngpt' and _all_unit(tables) else f'go {spans[arm]}'}"
+        f"{NAMES[arm]}&rsquo;s {unit if is_normalized(arm) and _all_unit(tables) else f'go {spans[arm]}'}"
         for arm, tables in norms.items()
     ]
     caption = f"Lengths of the embedding vectors, sorted. {'; '.join(said)}. Corresponds to figure 4 of the paper."

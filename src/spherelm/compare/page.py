@@ -12,10 +12,8 @@ from typing import Any
 
 from spherelm.analysis import svg
 from spherelm.compare.figures import Figure
-from spherelm.compare.record import ARMS, Comparison, standard_error
+from spherelm.compare.record import Comparison, standard_error
 from spherelm.compare.wording import NAMES, caveats, number, si, verdict
-
-TITLE = "GPT and nGPT side by side"
 
 
 def page(
@@ -35,7 +33,7 @@ def page(
     template = Template(resources.joinpath("report.html").read_text("utf-8"))
     weights = figure_list(weight_figures, 1 + len(loss_figures)) if weight_figures else _missing(weights_missing)
     return template.substitute(
-        title=TITLE,
+        title=" and ".join(NAMES[arm] for arm in comparison.arms) + " side by side",
         subtitle=_subtitle(comparison),
         palette=svg.palette(":root", ':root[data-theme="dark"]', ':root:not([data-theme="light"])'),
         css=resources.joinpath("report.css").read_text("utf-8").strip(),
@@ -47,7 +45,7 @@ def page(
         end_table=_end_table(comparison),
         loss_figures=figure_list(loss_figures, 1),
         weight_figures=weights + _inside(walk),
-        samples=_samples(samples),
+        samples=_samples(samples, list(comparison.arms)),
         reproduce=_reproduce(comparison, run_configs),
     )
 
@@ -64,15 +62,16 @@ def _subtitle(comparison: Comparison) -> str:
 
 
 def _key_numbers(comparison: Comparison) -> str:
-    speedup, arms = comparison.speedup, comparison.arms
+    speedup, (baseline, normalized) = comparison.speedup, comparison.arms.values()
+    one, other = NAMES[baseline.name], NAMES[normalized.name]
     sign = {"at least": "≥ ", "at most": "≤ "}.get(str(speedup.get("bound")), "")
     items = [
-        (f"{sign}{number(speedup.get('tokens'), '.2f')}×", "nGPT’s speedup in tokens"),
-        (f"{sign}{number(speedup.get('seconds'), '.2f')}×", "nGPT’s speedup in seconds"),
-        (f"{number(comparison.summary.get('step_time_ratio'), '.2f')}×", "time of one step, nGPT over GPT"),
+        (f"{sign}{number(speedup.get('tokens'), '.2f')}×", f"{other}’s speedup in tokens"),
+        (f"{sign}{number(speedup.get('seconds'), '.2f')}×", f"{other}’s speedup in seconds"),
+        (f"{number(comparison.summary.get('step_time_ratio'), '.2f')}×", f"time of one step, {other} over {one}"),
         (
-            number(arms["ngpt"].final_loss - arms["gpt"].final_loss, "+.3f").replace("-", "−"),
-            "final loss, nGPT less GPT, nats per token",
+            number(normalized.final_loss - baseline.final_loss, "+.3f").replace("-", "−"),
+            f"final loss, {other} less {one}, nats per token",
         ),
     ]
     cells = (f"<div><dt>{escape(text)}</dt><dd>{escape(value.replace('–×', '–'))}</dd></div>" for value, text in items)
@@ -93,7 +92,7 @@ def _arm_table(comparison: Comparison) -> str:
     ]
     body = "".join(
         f"<tr><td>{label} <span class='unit'>{unit}</span></td>"
-        + "".join(f"<td>{escape(value(comparison.arms[arm]))}</td>" for arm in ARMS)
+        + "".join(f"<td>{escape(value(arm))}</td>" for arm in comparison.arms.values())
         + "</tr>"
         for label, unit, value in rows
         if label or several
@@ -103,7 +102,9 @@ def _arm_table(comparison: Comparison) -> str:
         if several
         else "One seed: no spread can be given."
     )
-    return _table(f"<b>Table 1.</b> Both arms at the end of their full schedules. {spread}", ["", *ARMS], body)
+    return _table(
+        f"<b>Table 1.</b> Both arms at the end of their full schedules. {spread}", ["", *comparison.arms], body
+    )
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
@@ -148,12 +149,12 @@ def figure_list(figures: Sequence[Figure], first: int) -> str:
     return f'<div class="figures">{"".join(items)}</div>'
 
 
-def _samples(samples: Mapping[str, Any] | None) -> str:
-    if not samples or not any(samples.get(arm) for arm in ARMS):
+def _samples(samples: Mapping[str, Any] | None, arms: Sequence[str]) -> str:
+    if not samples or not any(samples.get(arm) for arm in arms):
         return _missing("No text samples were written for this comparison.")
     prompt = str(samples.get("prompt", ""))
     columns = ""
-    for arm in ARMS:
+    for arm in arms:
         texts = samples.get(arm) or []
         quotes = "".join(_quote(prompt, str(text)) for text in texts) or _missing("No sample.")
         columns += f'<section><h3 class="{arm}">{NAMES[arm]}</h3>{quotes}</section>'

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from spherelm.train.metrics import read_metrics
 
 Array = NDArray[np.float64]
-ARMS = ("gpt", "ngpt")
+PAIRS = (("gpt", "ngpt"), ("hybrid", "nhybrid"))
+"""What is compared with what: a baseline and its normalized twin."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class End:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison: both arms, the winner's shorter schedules (shortest first), and `summary.json` as it is."""
+    """One comparison: both arms, the baseline first, the winner's shorter schedules, shortest first, and `summary.json`."""
 
     directory: Path
     arms: Mapping[str, Arm]
@@ -142,7 +143,7 @@ class Comparison:
 
     @property
     def winner(self) -> str:
-        """The arm that ended lower, "gpt" or "ngpt"; it is its curve on which the other's final loss is looked for."""
+        """The arm that ended lower; it is its curve on which the other's final loss is looked for."""
         losses = {name: arm.final_loss for name, arm in self.arms.items()}
         best = min(losses, key=lambda name: math.inf if math.isnan(losses[name]) else losses[name])
         return str(self.speedup.get("winner") or best)
@@ -150,12 +151,22 @@ class Comparison:
     @property
     def loser(self) -> str:
         """The other arm."""
-        return "gpt" if self.winner == "ngpt" else "ngpt"
+        return self.baseline if self.winner == self.normalized else self.normalized
+
+    @property
+    def baseline(self) -> str:
+        """The arm that is not on the sphere."""
+        return next(iter(self.arms))
+
+    @property
+    def normalized(self) -> str:
+        """The arm that is."""
+        return list(self.arms)[1]
 
     @property
     def seeds(self) -> int:
         """Runs per arm."""
-        return len(self.arms["gpt"].runs)
+        return len(self.arms[self.baseline].runs)
 
     @property
     def quick(self) -> bool:
@@ -175,7 +186,7 @@ def read_comparison(directory: Path) -> Comparison:
     """
     summary = _read_json(directory / "summary.json")
     _require(summary, directory / "summary.json")
-    arms = {name: _read_arm(directory, name, summary["arms"][name]) for name in ARMS}
+    arms = {name: _read_arm(directory, name, summary["arms"][name]) for name in _pair(summary)}
     ends = _read_ends(directory, summary.get("short_runs") or [])
     return Comparison(directory, arms, ends, summary, _disagreements(arms, summary))
 
@@ -232,9 +243,15 @@ def _require(summary: Mapping[str, Any], path: Path) -> None:
     """ValueError that names what the report cannot do without."""
     if not isinstance(summary.get("speedup"), dict):
         raise ValueError(f"{path} has no `speedup`: it was not written by `spherelm compare`, run that again")
-    for arm in ARMS:
+    for arm in _pair(summary):
         if not (summary.get("arms") or {}).get(arm, {}).get("runs"):
             raise ValueError(f"{path} names no runs in `arms.{arm}.runs`: run `spherelm compare` again")
+
+
+def _pair(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The arms that `summary.json` is about; GPT and nGPT where it does not say."""
+    named = set(summary.get("arms") or {})
+    return next((pair for pair in PAIRS if named & set(pair)), PAIRS[0])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -250,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_samples(directory: Path) -> dict[str, Any] | None:
-    """`samples.json` ({"prompt": str, "gpt": [str], "ngpt": [str]}), or None if there is none."""
+    """`samples.json` ({"prompt": str, "gpt": [str], "ngpt": [str]}, or the arms compared), or None if there is none."""
     path = directory / "samples.json"
     return _read_json(path) if path.is_file() else None
 

@@ -11,7 +11,7 @@ from spherelm.analysis.weights import WeightReport, measure
 from spherelm.compare.figures import Figure, loss_figures, weight_figures
 from spherelm.compare.inspection import write_walk
 from spherelm.compare.page import page
-from spherelm.compare.record import ARMS, Comparison, read_comparison, read_samples
+from spherelm.compare.record import Comparison, read_comparison, read_samples
 from spherelm.train.checkpoint import load_model
 
 
@@ -36,7 +36,7 @@ def _weight_figures(comparison: Comparison) -> tuple[list[Figure], str]:
     """The weight figures, or none and the reason."""
     weights: dict[str, list[WeightReport]] = {}
     try:
-        for arm in ARMS:
+        for arm in comparison.arms:
             weights[arm] = [measure(load_model(comparison.directory / run.name)) for run in comparison.arms[arm].runs]
     except (FileNotFoundError, ValueError) as error:
         return [], f"The weights cannot be shown: {error}."
@@ -45,7 +45,7 @@ def _weight_figures(comparison: Comparison) -> tuple[list[Figure], str]:
 
 def _walk(comparison: Comparison) -> str | None:
     """Write walk.html, the hidden states of each arm's first seed, beside the page; its name, or None if it cannot be made."""
-    first = [comparison.directory / comparison.arms[arm].runs[0].name for arm in ARMS]
+    first = [comparison.directory / comparison.arms[arm].runs[0].name for arm in comparison.arms]
     try:
         write_walk(first, comparison.directory / "walk.html")
     except (FileNotFoundError, ValueError):
@@ -55,7 +55,7 @@ def _walk(comparison: Comparison) -> str | None:
 
 def _run_configs(comparison: Comparison) -> dict[str, Any]:
     """`config.json` of the first run of each arm, by the path it was read from."""
-    paths = [Path(comparison.arms[arm].runs[0].name) / "config.json" for arm in ARMS]
+    paths = [Path(comparison.arms[arm].runs[0].name) / "config.json" for arm in comparison.arms]
     found = [path for path in paths if (comparison.directory / path).is_file()]
     return {
         f"Configuration of {path.as_posix()}": json.loads((comparison.directory / path).read_text("utf-8"))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from spherelm.models import is_normalized
+
 Point = tuple[float, float]
 """(tokens, validation loss in nats per token)."""
 
@@ -65,18 +67,19 @@ def speedup(
 ) -> dict[str, Any]:
     """The `speedup` of `summary.json`.
 
-    final_losses: by arm ("gpt", "ngpt") and seed; tokens: of a full run; curves: the winning arm's (tokens, loss), one a
-    seed, the full run's end among them; step_time_ratio: seconds of an nGPT step over those of a GPT step; method: where
-    the curves come from, "schedule-ends" or "in-run".
+    final_losses: by arm, a baseline and its normalized twin, and seed; tokens: of a full run; curves: the winning arm's
+    (tokens, loss), one a seed, the full run's end among them; step_time_ratio: seconds of a normalized step over those of a
+    baseline's; method: where the curves come from, "schedule-ends" or "in-run".
 
-    `tokens` is GPT's tokens over nGPT's to the same loss, which is the final mean loss of the arm that ends higher: above 1
-    nGPT needs fewer, below 1 GPT does. `bound` says that the ratio is only known to be "at least" or "at most" so much.
+    `tokens` is the baseline's tokens over the normalized arm's to the same loss, which is the final mean loss of the arm that
+    ends higher: above 1 the normalized one needs fewer, below 1 the baseline does. `bound` says that the ratio is only known to
+    be "at least" or "at most" so much.
     """
     best = winner(final_losses)
-    losing = final_losses["gpt" if best == "ngpt" else "ngpt"]
+    (losing,) = (losses for arm, losses in final_losses.items() if arm != best)
 
     def ratio(reach: Reach) -> float:
-        return tokens / reach.tokens if best == "ngpt" else reach.tokens / tokens
+        return tokens / reach.tokens if is_normalized(best) else reach.tokens / tokens
 
     if math.isnan(float(np.mean(losing))):
         reach: Reach | None = None
@@ -89,7 +92,7 @@ def speedup(
     bounds = interval(known) if len(known) == len(by_seed) else None
     value = ratio(reach) if reach else None
     bound = reach.bound if reach else None
-    if bound and best == "ngpt":
+    if bound and is_normalized(best):
         # The fewer the tokens, the larger the ratio: at most so many tokens is a speedup of at least so much.
         bound = {"at most": "at least", "at least": "at most"}[bound]
     return {

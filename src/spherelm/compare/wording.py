@@ -49,7 +49,7 @@ def verdict(comparison: Comparison) -> str:
     level = f"{other}’s final validation loss ({loss_text(loser.final_loss)} nats per token)"
     if not factor:
         return f"{name} did not reach {level} within {si(winner.tokens)} tokens, so there is no speedup to report."
-    inverse = winner.name == "gpt"
+    inverse = winner.name == comparison.baseline
     times = 1 / factor if inverse else factor
     spread = _interval(comparison, "tokens_interval", inverse)
     counts = (
@@ -58,7 +58,7 @@ def verdict(comparison: Comparison) -> str:
     sentence = (
         f"{name} reaches {level} with {_bound(_bound_on_factor(comparison))}{times:.2f}× fewer tokens{spread}{counts}."
     )
-    return f"GPT wins here. {sentence}" if inverse else sentence
+    return f"{name} wins here. {sentence}" if inverse else sentence
 
 
 def _tie(winner: Arm, loser: Arm) -> str:
@@ -87,11 +87,16 @@ REACH = (
 
 def _time(comparison: Comparison) -> str:
     factor, ratio = comparison.speedup.get("seconds"), comparison.summary.get("step_time_ratio")
-    cost = "" if ratio is None else f"One nGPT step takes {ratio:.2f}× as long as a GPT step on this machine. "
+    baseline, normalized = NAMES[comparison.baseline], NAMES[comparison.normalized]
+    cost = (
+        ""
+        if ratio is None
+        else f"One {normalized} step takes {ratio:.2f}× as long as a {baseline} step on this machine. "
+    )
     if not factor:
         return cost.strip()
     bound, inverse = comparison.speedup.get("bound"), factor < 1
-    name, times = ("GPT", 1 / factor) if inverse else ("nGPT", factor)
+    name, times = (baseline, 1 / factor) if inverse else (normalized, factor)
     spread = _interval(comparison, "seconds_interval", inverse) if comparison.speedup.get("seconds_interval") else ""
     qualifier = _bound(_flip(bound) if inverse else bound)
     return f"{cost}Counted in seconds, {name} gets there {qualifier}{times:.2f}× faster{spread}."
@@ -119,8 +124,8 @@ def _method(comparison: Comparison) -> str:
 def bound_on_tokens(comparison: Comparison) -> str | None:
     """What is known of the tokens that the winner needs: "at most", "at least", or None where they are known."""
     bound = comparison.speedup.get("bound")
-    # summary.json bounds GPT's tokens over nGPT's: with nGPT's tokens below the line, the bound on them is the other one.
-    return _flip(bound) if comparison.winner == "ngpt" else bound
+    # summary.json bounds the baseline's tokens over the other's: with those below the line, the bound on them is the other one.
+    return _flip(bound) if comparison.winner == comparison.normalized else bound
 
 
 def _bound_on_factor(comparison: Comparison) -> str | None:
