@@ -45,7 +45,7 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     """What learns fastest where users start (docs/experiments.md), the paper's recipe at the paper's own 0.5B shape.
 
     GPT: the paper's 0.02 is the right spread of weights at 1024 channels; narrower models want it wider, so it goes with
-    1/sqrt(d_model); embeddings and gains learn faster than matrices (`GPT_RATES`). nGPT: eigen learning rates start at the
+    1/sqrt(d_model); embeddings and gains learn faster than matrices (`RATES`). nGPT: eigen learning rates start at the
     paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale starts at sqrt(d_model), since
     under Adam it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Hybrids: as GPT and nGPT; two of their layers
     are one of GPT's. Other arms' rates were tuned with one for everything, half of it for a normalized output embedding.
@@ -54,24 +54,26 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     choices = paper(arm, preset, steps)
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
-        rates = {"multipliers": GPT_RATES} if arm in DECODERS else {}
+        rates = {"multipliers": RATES[arm]} if arm in RATES else {}
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, rates, choices.schedule)
     model = {
         **own,
         "s_z_init": math.sqrt(preset.d_model),
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
     }
-    if arm in DECODERS:
+    if arm in ("ngpt", "nhybrid"):
         return Choices({**model, "s_z_scale": S_Z_SCALE}, {}, choices.schedule)
     return Choices(model, {"multipliers": RateMultipliers(output_embedding=0.5)}, choices.schedule)
 
 
-DECODERS = ("gpt", "ngpt", "hybrid", "nhybrid")
-"""The arms whose rates were tuned role by role."""
+RATES = {
+    "gpt": RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0),
+    "hybrid": RateMultipliers(input_embedding=128.0, output_embedding=16.0, gain=16.0),
+}
+"""Of the baselines that were tuned role by role in the recipe "default", whose peak rate is that of the block matrices.
 
-GPT_RATES = RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0)
-"""Of GPT and the plain hybrids in the recipe "default"; the peak rate is that of the block matrices. Found with GPT at 128
-channels and 240 updates."""
+Found at 128 channels and 240 updates, the hybrid's with the pattern "MAM-MAM-".
+"""
 
 S_Z_SCALE = 1.4
 """What s_z is stored at in the recipe "default", at every width. Found at 128 channels; the paper's is 0.088 there."""
