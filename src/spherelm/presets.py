@@ -90,7 +90,7 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
 def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
     """The layers of `pattern` at the demo's width, length and number of tokens.
 
-    The peak rates were tuned here, one seed (docs/experiments.md); the baseline's is that of its matrices.
+    The peak rates were tuned with "MAM-MAM-", one seed (docs/experiments.md); the baseline's is that of its matrices.
     """
     rates = {("default", "hybrid"): baseline, ("default", "nhybrid"): normalized}
     return Preset(len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern)
