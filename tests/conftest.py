@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ settings.register_profile(
     "spherelm", deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=UNHEEDED
 )
 settings.load_profile("spherelm")
+
+# A script that puts the tests into the background has them ignore Ctrl-C, and with them every process that they start and stop.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tensors here are tiny: a second thread costs more than it brings, much more when several tests run at once.
 torch.set_num_threads(1)

@@ -154,7 +154,7 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
                 raise OSError(
                     "a training process was killed (out of memory?): use fewer --workers and --resume"
                 ) from error
-            # Ctrl-C reaches workers too, and one that has ended may be noticed here before the signal is.
+            # A worker that has ended after a signal to the whole group may be noticed here before the signal is.
             _stop(pool)
             raise Interrupted(
                 "stopped; every run under way saved itself; the same command goes on, compare with --resume",
@@ -188,7 +188,7 @@ def _noted_interrupts() -> Iterator[list[int]]:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Have processes that start now ignore Ctrl-C, which reaches them too, until they train: the parent stops them."""
+    """Have processes that start now ignore Ctrl-C, which reaches them too: the parent stops them."""
     with _handled(signal.SIGINT, signal.SIG_IGN):
         yield
 

@@ -27,13 +27,14 @@ class Interrupted(RuntimeError):
 def signals_noted() -> Iterator[list[int]]:
     """Collect the `NOTED` signals in the list given instead of dying of them; a second SIGINT is let through.
 
-    Outside of the main thread, where Python allows no handlers, the list stays empty.
+    One that is ignored stays so: SIGINT is in the workers of a sweep, whose parent tells them by SIGTERM, and in what a script
+    puts into the background. Outside of the main thread, where Python allows no handlers, the list stays empty.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.getsignal(number) for number in NOTED}
+    before = {number: signal.getsignal(number) for number in NOTED if signal.getsignal(number) != signal.SIG_IGN}
 
     def note(number: int, frame: Any) -> None:
         if number == signal.SIGINT and number in received:
