@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from spherelm.compare.cost import StepCost, TimedSteps, measure_cost
-from spherelm.compare.record import PAIRS
+from spherelm.compare.record import pair_for
 from spherelm.compare.wording import NAMES
 from spherelm.layers.linear import retract
 from spherelm.recipes import make_run
@@ -55,10 +55,9 @@ def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None
     Nothing of it matters to a step's cost but the shape, the format and compilation.
     """
     sizes: dict[str, Any] = {**asdict(shape), "steps": 1, "dtype": dtype, "compile": compiled}
-    arms = PAIRS[0]
     if pattern is not None:
-        arms, sizes = PAIRS[1], {**sizes, "n_layers": None, "pattern": pattern}
-    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in arms}
+        sizes |= {"n_layers": None, "pattern": pattern}
+    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in pair_for(pattern)}
 
 
 def matmul_rate(dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 3) -> float:

@@ -12,9 +12,9 @@ import numpy as np
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
-from spherelm.compare.record import PAIRS
+from spherelm.compare.record import pair_for
 from spherelm.compare.report import write_report
-from spherelm.compare.speedup import Point, speedup, winner
+from spherelm.compare.speedup import Point, losing_losses, speedup, winner
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import parameter_count
@@ -63,7 +63,7 @@ class CompareConfig:
     def arms(self) -> tuple[str, str]:
         """The baseline and the normalized arm: hybrids where the preset has a pattern of layers."""
         preset = PRESETS.get(self.preset)
-        return PAIRS[preset is not None and preset.pattern is not None]
+        return pair_for(None if preset is None else preset.pattern)
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
@@ -101,7 +101,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
     final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
     best = winner(final)
-    targets = final[baseline if best == normalized else normalized]
+    targets = losing_losses(final, best)
     ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
     with threads(threads_each(workers or default_workers(len(in_order)))):
         cost = measure_cost(full[baseline][0], full[normalized][0])

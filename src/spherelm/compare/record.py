@@ -24,6 +24,11 @@ PAIRS = (("gpt", "ngpt"), ("hybrid", "nhybrid"))
 """What is compared with what: a baseline and its normalized twin."""
 
 
+def pair_for(pattern: str | None) -> tuple[str, str]:
+    """The baseline and the normalized arm of models with this pattern of layers: hybrids where there is one."""
+    return PAIRS[0] if pattern is None else PAIRS[1]
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's validations, in the order of their steps; arrays of one length, float64, empty if it diverged before any.
@@ -151,7 +156,7 @@ class Comparison:
     @property
     def loser(self) -> str:
         """The other arm."""
-        return self.baseline if self.winner == self.normalized else self.normalized
+        return next(arm for arm in self.arms if arm != self.winner)
 
     @property
     def baseline(self) -> str:

@@ -62,6 +62,12 @@ def winner(final_losses: dict[str, list[float]]) -> str:
     return min(means, key=lambda arm: math.inf if math.isnan(means[arm]) else means[arm])
 
 
+def losing_losses(final_losses: dict[str, list[float]], best: str) -> list[float]:
+    """The final losses, by seed, of the arm that is not `best`: what `best` has to reach."""
+    (losing,) = (losses for arm, losses in final_losses.items() if arm != best)
+    return losing
+
+
 def speedup(
     final_losses: dict[str, list[float]], tokens: int, curves: list[list[Point]], step_time_ratio: float, method: str
 ) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def speedup(
     be "at least" or "at most" so much.
     """
     best = winner(final_losses)
-    (losing,) = (losses for arm, losses in final_losses.items() if arm != best)
+    losing = losing_losses(final_losses, best)
 
     def ratio(reach: Reach) -> float:
         return tokens / reach.tokens if is_normalized(best) else reach.tokens / tokens

@@ -97,6 +97,7 @@ class StateSpace(nn.Module):
             y, state = scan(x, dt, rate, b, c, state, shape.chunk_size, begins)
         if cache is not None:
             cache.write(torch.cat((before, xbc), dim=1)[:, 1 - shape.conv_width :], state, xbc.shape[1])
+        # Channel by channel, as the convolution leaves x, is what compiled code must not get to read (`train.precision`).
         return (y + x * self.D.to(x.dtype).unsqueeze(-1)).flatten(2).contiguous()
 
     def _start(self, xbc: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
