@@ -7,7 +7,7 @@ counted without data, whichever it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,61 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     ends: int32 [groups], ascending, where each group's rows end; the last is the number of rows. A group may be empty. rows and
     weight have one dtype, and so has the result.
     """
-    return kernel_product(rows, weight, ends) if has_kernel(rows, weight) else looped_product(rows, weight, ends)
+    product = kernel_product if has_kernel(rows, weight) else looped_product
+    if not wants_few_lengths(rows):
+        return product(rows, weight, ends)
+    room = Room.around(ends)
+    return product(room.put(rows), weight, room.ends)[room.place]
 
 
 @torch.library.custom_op("spherelm::grouped_product_backward", mutates_args=())
 def grouped_product_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `rows` and `weight` from `grad`, that of `grouped_product`'s result."""
     backward = kernel_backward if has_kernel(rows, weight) else looped_backward
-    return backward(grad.contiguous(), rows, weight, ends)
+    if not wants_few_lengths(rows):
+        return backward(grad.contiguous(), rows, weight, ends)
+    room = Room.around(ends)
+    of_rows, of_weight = backward(room.put(grad), room.put(rows), weight, room.ends)
+    return of_rows[room.place], of_weight
+
+
+def wants_few_lengths(rows: Tensor) -> bool:
+    """Whether the product is slow for every new length of a group.
+
+    16-bit products on a processor are oneDNN's, which compiles code for each length that it has not met and keeps the last
+    1024. A router's groups have new lengths at every step: the compilation took ten times as long as the products
+    (`benchmarks/grouped.py`).
+    """
+    return rows.device.type == "cpu" and rows.element_size() == 2
+
+
+def rounded_up(counts: Tensor) -> Tensor:
+    """Whole numbers `counts` rounded up to one of eight to an octave, by less than an eighth; below 64 to a multiple of 8."""
+    unit = 2 ** (counts.clamp(min=64).log2().floor().long() - 3)
+    return (counts + unit - 1) // unit * unit
+
+
+class Room(NamedTuple):
+    """Groups with rows of zeros at the end of each, such that their lengths are few (`rounded_up`).
+
+    ends: int32 [groups], as `grouped_product` has them, with the zeros. place: int64 [rows], where each row is now.
+    """
+
+    ends: Tensor
+    place: Tensor
+
+    @classmethod
+    def around(cls, ends: Tensor) -> Room:
+        """Room for groups that end at `ends`."""
+        counts = ends.diff(prepend=ends.new_zeros(1)).long()
+        wide = rounded_up(counts).cumsum(0)
+        moved = (wide - ends).roll(1)
+        moved[0] = 0
+        return cls(wide.int(), torch.arange(int(ends[-1])) + moved.repeat_interleave(counts))
+
+    def put(self, rows: Tensor) -> Tensor:
+        """`rows` [rows, width] with the zeros between them."""
+        return rows.new_zeros(int(self.ends[-1]), rows.shape[1]).index_copy_(0, self.place, rows)
 
 
 def has_kernel(rows: Tensor, weight: Tensor) -> bool:
