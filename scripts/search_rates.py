@@ -39,8 +39,8 @@ class Search:
                 return math.inf
             choice = {"arm": self.asked.arm, "preset": self.asked.preset, **self.fixed, **values}
             run = make_run(
-                **choice, vocab_size=self.vocab_size, data=str(self.asked.data), seed=self.asked.seed, eval_every=0,
-                eval_windows=96, stop_above=math.log(self.vocab_size) + UNTRAINED, compile=True,
+                **{"eval_every": 0, "eval_windows": 96, "compile": True, **choice}, vocab_size=self.vocab_size,
+                data=str(self.asked.data), seed=self.asked.seed, stop_above=math.log(self.vocab_size) + UNTRAINED,
             )  # fmt: skip
             loss = do_job(Job(run, self.asked.out / name_of(choice, self.asked.seed)))
             self.losses[key] = math.inf if math.isnan(loss) else loss

@@ -98,6 +98,18 @@ def test_encoder_decoders_keep_the_rates_they_were_tuned_with(arm: str, output: 
     assert getattr(run.model, "s_z_scale", None) is None
 
 
+@pytest.mark.parametrize("preset", ["moe", "hybrid"])
+def test_a_hybrids_rates_are_those_of_the_layers_it_has(preset: str) -> None:
+    """Of those asked for, not of the preset's: with mixers the embedding wants more than with attention alone."""
+    made = {
+        pattern: make_run("hybrid", preset, vocab_size=9, lr=1e-3, pattern=pattern).optim.multipliers
+        for pattern in ("AOA-", "A-", "MAMO", "M")
+    }
+    assert made["AOA-"] == made["A-"] != made["MAMO"] == made["M"]
+    assert made["MAMO"].input_embedding > made["A-"].input_embedding
+    assert {rates.matrix for rates in made.values()} == {1}
+
+
 OF_PAIRS = {("encdec", "pairs", "default"), ("nencdec", "pairs", "default")}
 HYBRIDS = [name for name, preset in PRESETS.items() if preset.pattern is not None]
 OF_HYBRIDS = {(arm, preset, "default") for arm in ("hybrid", "nhybrid") for preset in HYBRIDS}

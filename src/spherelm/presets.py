@@ -90,7 +90,7 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
 def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
     """The layers of `pattern` at the demo's width, length and number of tokens.
 
-    The peak rates were tuned with "MAM-MAM-", one seed (docs/experiments.md); the baseline's is that of its matrices.
+    The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices.
     """
     rates = {("default", "hybrid"): baseline, ("default", "nhybrid"): normalized}
     return Preset(len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern)
@@ -136,7 +136,7 @@ PRESETS: dict[str, Preset] = {
         compile=False,
         label_smoothing=0.1,
     ),
-    "moe": demo_hybrid("AOAOAOAO", 2e-3, 1.6e-2),
+    "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),
     "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2),
     "hybrid-moe": demo_hybrid("MAMOMAMO", 2e-3, 1.6e-2),
     "0.3m": small_size(4, 64, 1),

@@ -54,7 +54,8 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
     choices = paper(arm, preset, steps)
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
-        rates = {"multipliers": RATES[arm]} if arm in RATES else {}
+        kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
+        rates = {"multipliers": RATES[kind]} if kind in RATES else {}
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, rates, choices.schedule)
     model = {
         **own,
@@ -69,10 +70,12 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
 RATES = {
     "gpt": RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0),
     "hybrid": RateMultipliers(input_embedding=128.0, output_embedding=16.0, gain=16.0),
+    "experts": RateMultipliers(input_embedding=32.0, output_embedding=32.0, gain=4.0),
 }
 """Of the baselines that were tuned role by role in the recipe "default", whose peak rate is that of the block matrices.
 
-Found at 128 channels and 240 updates, the hybrid's with the pattern "MAM-MAM-".
+Found at 128 channels and 240 updates, the hybrid's with the pattern "MAM-MAM-", that of "experts", hybrids without Mamba
+mixers, with "AOAOAOAO".
 """
 
 S_Z_SCALE = 1.4
@@ -243,7 +246,7 @@ def make_run(
     given = {key: value for key, value in overrides.items() if value is not None}
     given |= _heads(given)
     layers = _layers(given, preset, size) if issubclass(model_class, PatternModel) else {}
-    size = dataclasses.replace(size, **_take(given, Preset, but="pattern"))
+    size = dataclasses.replace(size, **_take(given, Preset, but="pattern"), **layers)
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
