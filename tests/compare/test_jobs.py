@@ -128,8 +128,22 @@ def test_a_process_a_core_and_one_in_all_beside_an_accelerator(monkeypatch: pyte
         assert [default_workers(jobs) for jobs in (1, 3, 9)] == workers
 
 
+@pytest.mark.parametrize(
+    ("allowed", "threads"),
+    [("1", [1, 1]), ("3", [3, 2]), ("16", [8, 2]), ("", [8, 2]), ("0", [8, 2]), ("many", [8, 2])],
+)
+def test_processes_take_no_more_threads_than_the_user_allows(
+    allowed: str, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two spinning threads a process beside other work cost ten times the processor time."""
+    monkeypatch.setattr(module, "cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    assert [module.threads_each(workers) for workers in (1, 4)] == threads
+
+
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [module.threads_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     before = torch.get_num_threads()
     with module.threads(before + 1):

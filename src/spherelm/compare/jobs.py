@@ -51,8 +51,10 @@ def default_workers(jobs: int) -> int:
 
 
 def threads_each(workers: int) -> int:
-    """The processor threads of each of `workers` processes."""
-    return max(1, cores() // workers)
+    """The processor threads of each of `workers` processes: a part of the cores, and no more than OMP_NUM_THREADS allows."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    share = max(1, cores() // workers)
+    return min(share, int(allowed)) if allowed.isdecimal() and int(allowed) else share
 
 
 @contextmanager
