@@ -67,7 +67,7 @@ def test_the_default_recipe_differs_from_the_papers_only_where_it_says(preset: s
     assert differences(default, paper) == {"recipe", "model"}
     assert differences(default.model, paper.model) <= {"s_z_init", "s_z_scale", "alpha_init"}
     model: Any = default.model
-    assert model.s_z_init == pytest.approx(math.sqrt(model.d_model))
+    assert model.s_z_init == pytest.approx(PRESETS[preset].logit_scale or math.sqrt(model.d_model))
     assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
     assert default.optim.multipliers == paper.optim.multipliers == RateMultipliers()
 
@@ -91,11 +91,21 @@ def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
     assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
 
 
-@pytest.mark.parametrize(("arm", "output"), [("encdec", 1.0), ("nencdec", 0.5)])
-def test_encoder_decoders_keep_the_rates_they_were_tuned_with(arm: str, output: float) -> None:
-    run = make_run(arm, "pairs", vocab_size=9)
-    assert run.optim.multipliers == RateMultipliers(output_embedding=output)
-    assert getattr(run.model, "s_z_scale", None) is None
+def test_both_arms_of_an_encoder_decoder_have_rates_by_role() -> None:
+    """The baseline's advantage of 1 nat over itself with one rate must not be lost (docs/experiments.md)."""
+    plain, normalized = (make_run(arm, "pairs", vocab_size=9) for arm in ("encdec", "nencdec"))
+    assert plain.optim.lr == 2e-3
+    assert plain.optim.multipliers == RateMultipliers(input_embedding=64.0, output_embedding=16.0, gain=8.0)
+    assert normalized.optim.multipliers == RateMultipliers(input_embedding=2.0, matrix=0.5)
+    model: Any = normalized.model
+    assert (model.s_z_init, model.s_z_scale) == (25.0, 1.4)
+
+
+def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of_its_own() -> None:
+    model: Any = make_run("nencdec", "pairs", vocab_size=9, s_z_init=9.0).model
+    assert model.s_z_init == 9.0
+    with pytest.raises(ValueError, match="logit_scale"):
+        make_run("nencdec", "pairs", vocab_size=9, logit_scale=9.0)
 
 
 @pytest.mark.parametrize("preset", ["moe", "hybrid"])

@@ -19,7 +19,8 @@ class Preset:
     rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
     of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
-    batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them.
+    batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
+    nGPT's s_z starts in the recipe "default", `None` for sqrt(d_model): longer runs and surer predictions want more.
     """
 
     n_layers: int
@@ -37,6 +38,7 @@ class Preset:
     base: BaseShape | None = None
     label_smoothing: float = 0.0
     pattern: str | None = None
+    logit_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
@@ -114,6 +116,8 @@ PRESETS: dict[str, Preset] = {
             ("muon", "ngpt"): 1.6e-2,
             ("training-ngpt", "gpt"): 2e-3,
             ("training-ngpt", "ngpt"): 1.6e-2,
+            ("default", "encoder"): 2e-3,
+            ("default", "nencoder"): 1.6e-2,
         },
         eval_every=40,
         eval_windows=32,
@@ -128,13 +132,14 @@ PRESETS: dict[str, Preset] = {
         batch_size=32,
         steps=600,
         rates={
-            ("default", "encdec"): 4e-3,
+            ("default", "encdec"): 2e-3,
             ("default", "nencdec"): 1e-2,
         },
         eval_every=100,
         eval_windows=512,
         compile=False,
         label_smoothing=0.1,
+        logit_scale=25.0,
     ),
     "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),
     "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,36 +46,37 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
 
     GPT: the paper's 0.02 is the right spread of weights at 1024 channels; narrower models want it wider, so it goes with
     1/sqrt(d_model); embeddings and gains learn faster than matrices (`RATES`). nGPT: eigen learning rates start at the
-    paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale starts at sqrt(d_model), since
-    under Adam it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Hybrids: as GPT and nGPT; two of their layers
-    are one of GPT's. Other arms' rates were tuned with one for everything, half of it for a normalized output embedding.
-    Encoder-decoders: source and target share their input embedding.
+    paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale starts at sqrt(d_model) or where
+    the preset says, since under Adam it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Other arms: as GPT and
+    nGPT; two of a hybrid's layers are one of GPT's, and in encoder-decoders source and target share their input embedding.
     """
     choices = paper(arm, preset, steps)
+    kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
+    rates = {"multipliers": RATES[kind]} if kind in RATES else {}
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
-        kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
-        rates = {"multipliers": RATES[kind]} if kind in RATES else {}
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, rates, choices.schedule)
     model = {
         **own,
-        "s_z_init": math.sqrt(preset.d_model),
+        "s_z_init": preset.logit_scale or math.sqrt(preset.d_model),
+        "s_z_scale": S_Z_SCALE,
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
     }
-    if arm in ("ngpt", "nhybrid"):
-        return Choices({**model, "s_z_scale": S_Z_SCALE}, {}, choices.schedule)
-    return Choices(model, {"multipliers": RateMultipliers(output_embedding=0.5)}, choices.schedule)
+    return Choices(model, rates, choices.schedule)
 
 
 RATES = {
     "gpt": RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0),
     "hybrid": RateMultipliers(input_embedding=128.0, output_embedding=16.0, gain=16.0),
     "experts": RateMultipliers(input_embedding=32.0, output_embedding=32.0, gain=4.0),
+    "encoder": RateMultipliers(input_embedding=64.0, output_embedding=8.0, gain=4.0),
+    "encdec": RateMultipliers(input_embedding=64.0, output_embedding=16.0, gain=8.0),
+    "nencdec": RateMultipliers(input_embedding=2.0, matrix=0.5),
 }
-"""Of the baselines that were tuned role by role in the recipe "default", whose peak rate is that of the block matrices.
+"""Of the arms that want different rates for different roles, in the recipe "default"; a baseline's peak is its block matrices'.
 
-Found at 128 channels and 240 updates, the hybrid's with the pattern "MAM-MAM-", that of "experts", hybrids without Mamba
-mixers, with "AOAOAOAO".
+Found at 128 channels: 240 updates, the hybrid's with the pattern "MAM-MAM-", that of "experts", hybrids without Mamba mixers,
+with "AOAOAOAO"; 600 updates of English to French for encoder-decoders.
 """
 
 S_Z_SCALE = 1.4
@@ -246,7 +247,7 @@ def make_run(
     given = {key: value for key, value in overrides.items() if value is not None}
     given |= _heads(given)
     layers = _layers(given, preset, size) if issubclass(model_class, PatternModel) else {}
-    size = dataclasses.replace(size, **_take(given, Preset, but="pattern"), **layers)
+    size = dataclasses.replace(size, **{**_take(given, Preset, but=("pattern", "logit_scale")), **layers})
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
@@ -281,9 +282,9 @@ def make_run(
     return config
 
 
-def _take(given: dict[str, Any], owner: Any, but: str | None = None) -> dict[str, Any]:
-    """Remove from `given` the fields of the dataclass `owner`, all but one if so wanted, and return them."""
-    names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name != but]
+def _take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
+    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them."""
+    names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
     return {name: given.pop(name) for name in names}
 
 
