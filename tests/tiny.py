@@ -6,11 +6,13 @@ import errno
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +22,23 @@ from spherelm.recipes import WAYS, Preset, make_run
 from spherelm.train.checkpoint import MOMENTS, WEIGHTS
 from spherelm.train.config import RunConfig
 from spherelm.train.metrics import MEASURED, read_metrics
+
+COMPILES = (
+    pytest.mark.slow,
+    # Of the compiler itself, which looks at the hidden state between two compiled blocks.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # Of the compiler, at any autograd function that it meets.
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here"),
+)
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that compiles: slow, left out where there is no C++ compiler, the compiler's own warnings let pass."""
+    for mark in COMPILES:
+        test = mark(test)
+    return test
+
 
 ARMS = ("gpt", "ngpt")
 VOCAB = 257

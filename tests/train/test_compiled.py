@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,7 @@ from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import gradients_of_batch
 
 
-@pytest.mark.slow
-# Of the compiler itself, which looks at the hidden state between two compiled blocks.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-# Of the compiler, at any autograd function that it meets.
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here")
+@tiny.compiles
 def test_compiled_gradients_are_eager_gradients(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """nGPT, whose blocks have everything that GPT's have and more."""
     from torch._inductor import config as inductor

@@ -98,15 +98,7 @@ def test_a_dry_run_tells_what_layers_of_several_kinds_take(arm: str) -> None:
     assert two - h == 2 * (one - h)
 
 
-compiles = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here"
-)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@compiles
+@tiny.compiles
 def test_a_mixer_compiled_in_bfloat16_computes_what_an_eager_one_does(capsys: pytest.CaptureFixture[str]) -> None:
     """At sizes of whole tiles, where a compiler's transposed reads of 16 bits gave garbage; with and without gradients."""
     from torch._inductor import config as inductor
@@ -147,10 +139,7 @@ def test_a_mixer_compiled_in_bfloat16_computes_what_an_eager_one_does(capsys: py
         assert (found[name] - gradient).norm() <= 0.2 * gradient.norm(), name
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@compiles
+@tiny.compiles
 def test_a_compiled_mixer_has_the_gradients_of_an_eager_one(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from torch._inductor import config as inductor
 
