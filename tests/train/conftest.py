@@ -26,7 +26,3 @@ def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(tiny.run_config(arm, data, **fields), tmp_path / "run", resume)
 
     return make
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than 20 seconds of one core; leave out with -m 'not slow'")
