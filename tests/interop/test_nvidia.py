@@ -383,12 +383,17 @@ def test_both_names_of_the_folder_in_the_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"])
 def test_names_of_older_numpy(name: str, save: Save, tmp_path: Path) -> None:
     path = save(their_content())
-    module = name.rpartition(".")[0].encode()
-    changed = tmp_path / "older.pt"
+    module, _, function = name.rpartition(".")
+    changed, stored = tmp_path / "older.pt", b""
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(changed, "w") as out:
         for entry in archive.infolist():
-            out.writestr(entry, archive.read(entry).replace(b"numpy._core.multiarray", module))
-    load_checkpoint(changed)
+            content = archive.read(entry).replace(b"numpy._core.multiarray", module.encode())
+            stored += content
+            out.writestr(entry, content)
+    assert f"{module}\n{function}\n".encode() in stored, "the file holds the older name"
+    ours, older = load_checkpoint(path).state_dict(), load_checkpoint(changed).state_dict()
+    assert ours.keys() == older.keys()
+    assert all(torch.equal(ours[key], older[key]) for key in ours)
 
 
 def test_a_file_without_an_optimizer_gives_a_model_and_no_moments(save: Save) -> None:
