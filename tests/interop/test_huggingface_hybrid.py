@@ -11,6 +11,7 @@ import pytest
 import torch
 from hybrid_case import ARMS, hybrid_config
 
+from spherelm.layers.grouped import grouped_product
 from spherelm.models import PatternModel, build
 from spherelm.models.generate import generate
 
@@ -125,13 +126,23 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, tmp_path: Path) -> None:
 
 
 def test_the_standalone_file_holds_all_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run here as a module of its own; `test_huggingface_export.py` loads such a file where spherelm is not."""
+    """Run here as modules of their own; `test_huggingface_export.py` loads such a file where spherelm is not.
+
+    Two of them beside the package, each with an operation of torch's that the others leave alone: torch frees one whose name is
+    defined again.
+    """
     model, tokens = make_model("nhybrid", "MA-O"), some_tokens(1, 11)
-    module = ModuleType("modeling_spherelm")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(standalone_source(), "modeling_spherelm.py", "exec"), module.__dict__)
-    config = to_hf(model).config
-    theirs = module.SphereLMForCausalLM(module.SphereLMConfig(**config.to_diff_dict())).eval()
-    assert type(theirs.model) is module.NHybrid
-    theirs.model.load_state_dict(model.state_dict())
-    close(theirs(tokens).logits, model(tokens))
+    beside, operations = [], {grouped_product._qualname}
+    for name in ("modeling_spherelm", "modeling_spherelm", "transformers_modules.mine.modeling_spherelm"):
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(standalone_source(), "modeling_spherelm.py", "exec"), module.__dict__)
+        config = to_hf(model).config
+        theirs = module.SphereLMForCausalLM(module.SphereLMConfig(**config.to_diff_dict())).eval()
+        assert type(theirs.model) is module.NHybrid
+        theirs.model.load_state_dict(model.state_dict())
+        beside.append(theirs)
+        operations.add(module.grouped_product._qualname)
+    assert len(operations) == 4
+    for each in beside:
+        close(each(tokens).logits, model(tokens))

@@ -7,6 +7,7 @@ counted without data, whichever it is.
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,19 @@ KERNEL_BYTES = 16
 """The kernel wants rows whose length in bytes is a multiple of this."""
 
 
-@torch.library.custom_op("spherelm::grouped_product", mutates_args=())
+def free_name(name: str) -> str:
+    """What to call an operation of this module: `name`, with a number if torch has one of that name already.
+
+    This text is also part of the file that goes with an exported model, which may be loaded beside this package and more than
+    once. Torch frees an operation whose name is given to another, and whoever still calls the first reads freed memory.
+    """
+    package = __name__.partition(".")[0]
+    taken = getattr(torch.ops, package)
+    names = (name if i == 0 else f"{name}_{i}" for i in count())
+    return f"{package}::{next(each for each in names if not hasattr(taken, each))}"
+
+
+@torch.library.custom_op(free_name("grouped_product"), mutates_args=())
 def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`rows[i] weight[g]^T` for every row i of group g: [rows, in] and [groups, out, in] -> [rows, out].
 
@@ -31,7 +44,7 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return product(room.put(rows), weight, room.ends)[room.place]
 
 
-@torch.library.custom_op("spherelm::grouped_product_backward", mutates_args=())
+@torch.library.custom_op(free_name("grouped_product_backward"), mutates_args=())
 def grouped_product_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `rows` and `weight` from `grad`, that of `grouped_product`'s result."""
     backward = kernel_backward if has_kernel(rows, weight) else looped_backward
