@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from spherelm.compare import evidence
-from spherelm.compare.evidence import Grid, Point, beyond, climb, growth, one_speedup, table, time_limit
+from spherelm.compare.evidence import Grid, Ladder, Point, beyond, climb, growth, one_speedup, table, time_limit
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
@@ -183,6 +183,13 @@ def test_a_small_ladder(
     again = climb(grid, out)
     assert {k: again[k] for k in ("measured", "speedups")} == {k: record[k] for k in ("measured", "speedups")}
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == stamps, "nothing ran again"
+
+
+def test_long_runs_are_compiled(data: Path, test_data: Path, tmp_path: Path) -> None:
+    grid = Grid(str(data), str(test_data), budgets=(1.25, 2.5))
+    ladder = Ladder(grid, tmp_path)
+    compiled = {p.steps: ladder.job("ngpt-muon", p, 1e-2, 0).config.train.compile for p in grid.points()}
+    assert compiled == {320: False, 640: True}
 
 
 def test_text_of_another_tokenizer_cannot_judge(data: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_learning_rates_are_told_apart_by_budget_and_the_edge_is_said(
     figures, _, page = report(tmp_path)
     assert [figure.drawing.key for figure in figures] == ["rate"]
     assert seen["rate"][0].x.tolist() == [1e-3, 2e-3, 4e-3], "what diverged is no point"
-    assert "GPT with 640 tokens 0.002 and nGPT with 640 tokens 0.004 (at the edge of what was tried)" in page
+    assert "The lowest: GPT 0.002 (by a parabola 0.0022) and nGPT 0.004 (at the edge of what was tried)." in page
     assert page.count("diverged") == 2
 
 

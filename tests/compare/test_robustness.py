@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spherelm.compare.robustness import tolerated
+from spherelm.compare.robustness import best_between, tolerated
 
 
 @given(st.floats(-6, -1), st.floats(0.05, 2.0), st.floats(1.0, 8.0))
@@ -42,3 +42,20 @@ def test_it_ends_before_what_diverged() -> None:
 
 def test_one_point_has_no_range() -> None:
     assert tolerated([(0.01, 4.0), (0.02, math.nan)]) is None
+
+
+@given(st.floats(-6, -1), st.floats(0.05, 2.0), st.floats(1.0, 8.0), st.floats(0.1, 0.9))
+def test_the_best_rate_of_a_parabola_is_its_vertex(centre: float, bend: float, best: float, off: float) -> None:
+    """Tried at rates of which none is the vertex, with uneven distances."""
+    places = [centre + off * 0.3 + k for k in (-1.2, -0.7, -0.3, 0.0, 0.5, 1.1)]
+    points = [(10**place, best + bend * (place - centre) ** 2) for place in places]
+    found = best_between(points[::-1])
+    assert found is not None
+    assert math.log10(found) == pytest.approx(centre, abs=1e-4)
+
+
+def test_a_minimum_that_is_not_enclosed_is_none() -> None:
+    for losses in ([4.0, 4.1, 4.2], [4.2, 4.1, 4.0], [math.nan, 4.0, 4.1], [4.0, 4.0, 4.0], [math.nan] * 3):
+        assert best_between(list(zip((0.01, 0.02, 0.04), losses, strict=True))) is None
+    assert best_between([]) is None
+    assert best_between([(0.01, 4.1), (0.02, 4.0), (0.04, 4.1)]) == pytest.approx(0.02)

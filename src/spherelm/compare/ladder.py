@@ -24,7 +24,7 @@ from spherelm.compare.figures import Figure
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.length_figures import Measured, evaluations, length_figures, read_lengths
 from spherelm.compare.record import Run, read_run
-from spherelm.compare.robustness import TOLERANCE, tolerated
+from spherelm.compare.robustness import TOLERANCE, best_between, tolerated
 from spherelm.compare.wording import NAMES, listed, si
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
@@ -228,10 +228,12 @@ def _rate_figures(ends: Sequence[End]) -> list[Figure]:
         if len(best) > 1:
             label = f"{size}, {si(budget)} tokens" if len(kinds) > 1 else ""
             series.append(Series(arm, label, *_losses(best), kinds.index((size, budget))))
-            at = min(best, key=lambda pair: pair[1].loss)[0]
-            edge = " (at the edge of what was tried)" if at in (best[0][0], best[-1][0]) else ""
-            optima.append(f"{NAMES[arm]} with {si(budget)} tokens {at:g}{edge}")
-            near.append(f"{NAMES[arm]}{f' ({label})' if label else ''} {tolerated([(x, p.loss) for x, p in best])}")
+            losses = [(x, point.loss) for x, point in best]
+            at, between = min(losses, key=lambda pair: pair[1])[0], best_between(losses)
+            about = " (at the edge of what was tried)" if between is None else f" (by a parabola {between:.2g})"
+            name = f"{NAMES[arm]}{f' ({label})' if label else ''}"
+            optima.append(f"{name} {at:g}{about}")
+            near.append(f"{name} {tolerated(losses)}")
     if not series:
         return []
     title = "Final loss over peak learning rate"

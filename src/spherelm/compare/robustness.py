@@ -1,4 +1,4 @@
-"""How much a learning rate may be off: over which range an arm stays near its own best. Pure functions on final losses."""
+"""Which learning rate is best, between those that were tried, and how much it may be off. Pure functions on final losses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 TOLERANCE = 0.02
 
@@ -47,6 +49,23 @@ def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANC
     low, open_low = _edge(ordered[best::-1], limit)
     high, open_high = _edge(ordered[best:], limit)
     return Tolerated(low, high, open_low, open_high)
+
+
+def best_between(points: Sequence[tuple[float, float]]) -> float | None:
+    """The rate at the lowest point of a parabola in the logarithm of the rate, laid through the best of `points`
+    (peak learning rate, final loss) and its two neighbours.
+
+    `None` where the best has not a finite neighbour on either side, or ties with both: the minimum is not enclosed.
+    """
+    ordered = sorted(points)
+    finite = [index for index, (_, loss) in enumerate(ordered) if math.isfinite(loss)]
+    best = min(finite, key=lambda index: ordered[index][1], default=0)
+    around = ordered[max(best - 1, 0) : best + 2]
+    if len(around) < 3 or not all(math.isfinite(loss) for _, loss in around):
+        return None
+    middle = math.log(around[1][0])
+    bend, slope, _ = np.polyfit([math.log(rate) - middle for rate, _ in around], [loss for _, loss in around], 2)
+    return math.exp(middle - slope / (2 * bend)) if bend > 0 else None
 
 
 def _edge(points: Sequence[tuple[float, float]], limit: float) -> tuple[float, bool]:

@@ -1,0 +1,110 @@
+"""Loss over peak learning rate, plain nGPT above nuGPT, a column for each of width, budget and depth; and the table of minima.
+
+    python scripts/pairs_summary.py --sweeps runs/{width,budget,depth}-{default,nugpt} --out docs/results/transfer.json
+    python scripts/transfer_picture.py docs/results/transfer.json docs/images/transfer.svg
+
+The sweeps are those of docs/recipes.md, named after what they vary and their recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spherelm.analysis.drawing import COLOURS, Drawing
+from spherelm.analysis.ladder_plots import LOOKS
+from spherelm.analysis.svg import standalone
+from spherelm.compare.robustness import best_between
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIELDS = {"width": ("d_model", "channels"), "budget": ("steps", "updates"), "depth": ("n_layers", "layers")}
+RECIPES = {"default": "nGPT", "nugpt": "nuGPT"}
+
+Curves = dict[int, list[tuple[float, float]]]
+"""By the value of the field that is varied: (peak learning rate, mean final loss), ascending."""
+
+
+def curves(sweep: dict[str, Any], field: str) -> Curves:
+    """The curves of one sweep; a choice that diverged anywhere has a mean that is not a number."""
+    found: Curves = {}
+    for row in sweep["rows"]:
+        found.setdefault(int(row["choice"][field]), []).append((float(row["choice"]["lr"]), float(row["mean"])))
+    return {value: sorted(points) for value, points in sorted(found.items())}
+
+
+def read(path: Path) -> dict[tuple[str, str], Curves]:
+    """All curves, by what is varied and the recipe."""
+    found = {}
+    for sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"]:
+        kind, recipe = sweep["name"].split("-")
+        found[kind, recipe] = curves(sweep, FIELDS[kind][0])
+    return found
+
+
+def drift(found: Curves) -> float | None:
+    """The power of the varied number with which the best rate goes, by least squares; `None` if a minimum is not enclosed."""
+    best = {value: best_between(points) for value, points in found.items()}
+    if None in best.values():
+        return None
+    slope: float = np.polyfit(np.log(list(best)), np.log([rate for rate in best.values() if rate]), 1)[0]
+    return slope
+
+
+def table(found: dict[tuple[str, str], Curves]) -> str:
+    """A line for each sweep and value: the lowest mean loss, its rate, and the rate between those that were tried."""
+    lines = ["| recipe | | lowest loss | at rate | by a parabola | grows as |", "|---|---|---|---|---|---|"]
+    for (kind, recipe), by_value in found.items():
+        power = drift(by_value)
+        for value, points in by_value.items():
+            rate, loss = min(points, key=lambda point: (np.isnan(point[1]), point[1]))
+            between = best_between(points)
+            grows = "" if value != max(by_value) else "unknown" if power is None else f"{kind}^{power:+.2f}"
+            enclosed = "at the edge" if between is None else f"{between:.2g}"
+            cells = [RECIPES[recipe], f"{value} {FIELDS[kind][1]}", f"{loss:.3f}", f"{rate:g}", enclosed, grows]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(found: dict[tuple[str, str], Curves]) -> Drawing:
+    """A panel a sweep; a ring marks where the parabola has its minimum."""
+    kinds = list(dict.fromkeys(kind for kind, _ in found))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(len(RECIPES), len(kinds), sharex=True, sharey="col", squeeze=False)
+        for row, recipe in zip(axes, RECIPES, strict=True):
+            for ax, kind in zip(row, kinds, strict=True):
+                for (value, points), (dashes, marker) in zip(found[kind, recipe].items(), LOOKS, strict=False):
+                    rates, losses = np.array(points).T
+                    ax.plot(rates, losses, color=COLOURS["ngpt"], linestyle=dashes, marker=marker, markersize=3.5,
+                            label=f"{value} {FIELDS[kind][1]}")  # fmt: skip
+                    if best := best_between(points):
+                        ax.axvline(best, color=COLOURS["ngpt"], linestyle=dashes, linewidth=0.8, alpha=0.6)
+                ax.set_xscale("log")
+                if recipe == "default":
+                    ax.legend(fontsize=6.5, frameon=False)
+            row[0].set_ylabel(f"{RECIPES[recipe]}: final loss", fontsize=8.5)
+        figure.supxlabel("peak learning rate", fontsize=8.5)
+
+    return Drawing(
+        draw, "transfer", "Loss over peak learning rate",
+        "Final validation loss over the peak learning rate for several widths, budgets and depths, plain nGPT in the upper row "
+        "and nuGPT in the lower; a vertical line stands where a parabola through the three lowest points has its minimum.",
+        (2.4 * len(kinds) + 0.5, 4.4),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """What the module says."""
+    found = read(Path(sys.argv[1]))
+    Path(sys.argv[2]).write_text(standalone(picture(found).svg), encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
