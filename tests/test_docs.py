@@ -121,15 +121,15 @@ def test_the_default_recipe_is_what_the_page_says(preset: str) -> None:
     for arm, path, *formulas in rows:
         for recipe, formula in zip(("paper", "default"), formulas, strict=True):
             value = eval(formula, {"__builtins__": {}}, known)
-            assert field(arm, preset, recipe, path) == pytest.approx(value), f"{arm} {path} of {recipe}"
+            found = field(arm, preset, recipe, path)
+            assert found == (value if isinstance(value, str) else pytest.approx(value)), f"{arm} {path} of {recipe}"
 
 
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_the_page_leaves_no_difference_out(arm: str) -> None:
     runs = [make_run(arm, "demo", recipe, vocab_size=50, lr=1e-3) for recipe in ("paper", "default")]
     listed = re.findall(rf"^\| `{arm}\.([\w.]+)`", PAPER, re.MULTILINE)
-    assert runs[0].schedule == runs[1].schedule
-    for part, nested in (("model", None), ("optim", "multipliers")):
+    for part, nested in (("model", None), ("optim", "multipliers"), ("schedule", None)):
         before, after = (vars(getattr(run, part)) for run in runs)
         differing = {f"{part}.{name}" for name in before if name != nested and before[name] != after[name]}
         if nested is not None:

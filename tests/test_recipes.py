@@ -64,7 +64,8 @@ def differences(one: Any, other: Any) -> set[str]:
 def test_the_default_recipe_differs_from_the_papers_only_where_it_says(preset: str) -> None:
     runs = {recipe: make_run("ngpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper")}
     default, paper = runs["default"], runs["paper"]
-    assert differences(default, paper) == {"recipe", "model"}
+    assert differences(default, paper) == {"recipe", "model", "schedule"}
+    assert differences(default.schedule, paper.schedule) == {"kind"}
     assert differences(default.model, paper.model) <= {"s_z_init", "s_z_scale", "alpha_init"}
     model: Any = default.model
     assert model.s_z_init == pytest.approx(PRESETS[preset].logit_scale or math.sqrt(model.d_model))
@@ -83,7 +84,8 @@ def test_one_update_moves_the_logits_scale_of_the_default_recipe_by_a_small_part
 def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
     """GPT's weights are spread as the paper's at its 1024 channels; its matrices learn at the rate that was asked for."""
     default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper"))
-    assert differences(default, paper) <= {"recipe", "model", "optim"}
+    assert differences(default, paper) <= {"recipe", "model", "optim", "schedule"}
+    assert differences(default.schedule, paper.schedule) == {"kind"}, "the same warm-up and end"
     assert differences(default.model, paper.model) <= {"init_std"}
     assert differences(default.optim, paper.optim) == {"multipliers"}
     assert default.optim.multipliers.matrix == 1
@@ -278,9 +280,9 @@ def test_training_ngpt_is_four_choices() -> None:
 
 def test_each_choice_of_a_recipe_is_a_field_too() -> None:
     fields = {
-        "logit_preconditioning": 1.0, "schedule": "log", "warmup_steps": 24, "rho": 0.1, "optimizer": "gated_adamw",
+        "logit_preconditioning": 1.0, "schedule": "log", "warmup_steps": 24, "rho": 0.9, "optimizer": "gated_adamw",
         "eps": 1e-16, "eps_gate": make_run("ngpt", "demo", "training-ngpt", vocab_size=9).optim.eps_gate,
-        "max_angle": 0.1, "angle_follows_lr": True,
+        "max_angle": 0.2, "angle_follows_lr": True,
     }  # fmt: skip
     by_field = make_run("ngpt", "demo", "default", vocab_size=9, lr=0.01, **fields)  # type: ignore[arg-type]
     by_name = make_run("ngpt", "demo", "training-ngpt", vocab_size=9, lr=0.01)

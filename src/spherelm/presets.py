@@ -110,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         batch_size=4,
         steps=240,
         rates={
-            ("default", "gpt"): 2e-3,
+            ("default", "gpt"): 2.8e-3,
             ("default", "ngpt"): 1.6e-2,
             ("paper", "gpt"): 4e-3,
             ("paper", "ngpt"): 3.2e-2,
