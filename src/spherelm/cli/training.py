@@ -242,7 +242,7 @@ def evidence(
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
         contexts: Tokens a sequence; an update has 1024 tokens at each.
         budgets: Tokens for each block parameter.
-        contenders: Among gpt-adamw, gpt-muon, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
+        contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
         seeds: Runs at the learning rate that was found.
         workers: Runs at once; one a core if left out.
         minutes: Save what is under way and stop after so long; no limit if left out.

@@ -35,8 +35,10 @@ from spherelm.train.precision import best_device
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
 CONTENDERS = {
+    "gpt-paper": ("gpt", "paper"),
     "gpt-adamw": ("gpt", "default"),
     "gpt-muon": ("gpt", "muon"),
+    "ngpt-paper": ("ngpt", "paper"),
     "ngpt-adam": ("ngpt", "default"),
     "ngpt-muon": ("ngpt", "muon"),
     "nugpt": ("ngpt", "nugpt"),
