@@ -69,6 +69,13 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--lr", "nan"], "the learning rate must be a positive number, got nan"),
         (["--seed", -1], "seed must not be negative, got -1"),
         (["--keep", 0], "keep must be at least 1, got 0"),
+        (["--set", "momentum=abc"], "momentum must be a number, got 'abc'"),
+        (["--set", "eps=x"], "eps must be a number, got 'x'"),
+        (["--set", "tangent=1"], "tangent must be true or false, got 1"),
+        (["--set", "matrix_rate=x"], "matrix_rate must be a number, got 'x'"),
+        (["--set", "schedule=3"], "schedule must be text, got 3"),
+        (["--set", "grad_clip=x"], "grad_clip must be number | None, got 'x'"),
+        (["--set", "betas=0.9"], "betas must be tuple[number, number], got 0.9"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
 )

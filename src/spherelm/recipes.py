@@ -9,7 +9,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
+
+from typeguard import TypeCheckError, check_type
 
 from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
@@ -44,17 +46,17 @@ def paper(arm: str, preset: Preset, steps: int) -> Choices:
 def default(arm: str, preset: Preset, steps: int) -> Choices:
     """What learns fastest where users start (docs/experiments.md); at the paper's own 0.5B shape it starts as the paper's.
 
-    The rate falls to 0 in a straight line, and Adam's second moment remembers longer where an update has few tokens
-    (`second_beta`); with each of the two both arms end lower. GPT: the paper's 0.02 is the right spread of weights at 1024
-    channels; narrower models want it wider, so it goes with 1/sqrt(d_model); embeddings and gains learn faster than matrices
-    (`RATES`). nGPT: eigen learning rates start at the paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers);
-    the logits' scale starts at sqrt(d_model) or where the preset says, since under Adam it cannot grow there in a short run,
-    and is stored at `S_Z_SCALE`. Other arms: as GPT and nGPT; two of a hybrid's layers are one of GPT's, and in
-    encoder-decoders source and target share their input embedding.
+    The rate falls to 0 in a straight line, Adam's first moment remembers less in a short run (`first_beta`) and the second
+    more where an update has few tokens (`second_beta`); with each of the three both arms end lower. GPT: the paper's 0.02 is
+    the right spread of weights at 1024 channels; narrower models want it wider, so it goes with 1/sqrt(d_model); embeddings
+    and gains learn faster than matrices (`RATES`). nGPT: eigen learning rates start at the paper's 0.05 for 24 layers and
+    higher for fewer, as 1/sqrt(n_layers); the logits' scale starts at sqrt(d_model) or where the preset says, since under Adam
+    it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Other arms: as GPT and nGPT; two of a hybrid's layers
+    are one of GPT's, and in encoder-decoders source and target share their input embedding.
     """
     schedule = dataclasses.replace(paper(arm, preset, steps).schedule, kind="linear")
     kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
-    optim: dict[str, Any] = {"betas": (0.9, second_beta(preset.batch_size * preset.seq_len))}
+    optim: dict[str, Any] = {"betas": (first_beta(steps), second_beta(preset.batch_size * preset.seq_len))}
     if kind in RATES:
         optim["multipliers"] = RATES[kind]
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
@@ -67,6 +69,15 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
     }
     return Choices(model, optim, schedule)
+
+
+def first_beta(steps: int) -> float:
+    """Adam's beta for the first moment in a run of `steps` updates: the paper's 0.9 from 3844 on, less in shorter ones.
+
+    `1 - 1 / h` with a horizon h of `sqrt(steps) / 6.2` updates, no fewer than 2 and no more than 10. Found at 240 updates,
+    where GPT is best at 0.7 and nGPT at 0.5, and at 1280, where both are at 0.8 (docs/experiments.md); the root is a guess.
+    """
+    return 1 - 1 / min(10.0, max(2.0, math.sqrt(steps) / 6.2))
 
 
 def second_beta(tokens: int) -> float:
@@ -300,9 +311,29 @@ def make_run(
 
 
 def _take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
-    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them."""
+    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them.
+
+    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Whole
+    numbers are left to it altogether.
+    """
+    hints = get_type_hints(owner)
     names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
-    return {name: given.pop(name) for name in names}
+    return {name: _of_type(name, given.pop(name), hints[name]) for name in names}
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """`value`, a list as a tuple, if it is of the type `hint`; else `ValueError`."""
+    value = tuple(value) if isinstance(value, list) else value
+    if hint is int:
+        return value
+    try:
+        return check_type(value, hint)
+    except TypeCheckError:
+        kind = WORDS.get(hint, str(hint).replace("float", "number"))
+        raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+
+
+WORDS = {float: "a number", bool: "true or false", str: "text"}
 
 
 def _heads(given: dict[str, Any]) -> dict[str, int]:
@@ -329,11 +360,12 @@ def _layers(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
 
 def _multipliers(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
     """Remove the multipliers from `given` and set them."""
-    found = {role: given.pop(f"{role}_rate") for role in ROLES if f"{role}_rate" in given}
+    names = {role: f"{role}_rate" for role in ROLES}
+    found = {role: _of_type(name, given.pop(name), float) for role, name in names.items() if name in given}
     return dataclasses.replace(chosen, **found)
 
 
 def _schedule(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig:
     """Remove the schedule's fields from `given` and set them."""
-    kind = {"kind": given.pop("schedule")} if "schedule" in given else {}
+    kind = {"kind": _of_type("schedule", given.pop("schedule"), str)} if "schedule" in given else {}
     return dataclasses.replace(chosen, **kind, **_take(given, ScheduleConfig))

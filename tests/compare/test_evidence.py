@@ -60,7 +60,7 @@ def test_points_come_cheapest_first() -> None:
     ("fields", "message"),
     [
         ({"sizes": ("huge",)}, "unknown size 'huge': choose among demo"),
-        ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-adamw"),
+        ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-paper"),
         ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
         ({"budgets": (0.0,)}, "budgets must be positive"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),

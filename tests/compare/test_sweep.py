@@ -33,6 +33,9 @@ def test_a_grid_has_every_combination_once() -> None:
         ("tie_embeddings=true,false", ("tie_embeddings", [True, False])),
         ("n_kv_heads=null", ("n_kv_heads", [None])),
         ("lr=1e-3", ("lr", [0.001])),
+        ("betas=[0.9,0.95],[0.9,0.99]", ("betas", [[0.9, 0.95], [0.9, 0.99]])),
+        ("schedule=log,cosine", ("schedule", ["log", "cosine"])),
+        ("n_kv_heads=1,auto", ("n_kv_heads", [1, "auto"])),
     ],
 )
 def test_an_axis_is_read_from_a_word(text: str, axis: tuple[str, list[Any]]) -> None:

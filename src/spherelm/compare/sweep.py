@@ -33,11 +33,15 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`"alpha_init=0.05,0.25"` as ("alpha_init", [0.05, 0.25]); raises `ValueError` if it does not read so."""
+    """`"alpha_init=0.05,0.25"` as ("alpha_init", [0.05, 0.25]); raises `ValueError` if it does not read so.
+
+    A value that is a list itself stands in brackets: `"betas=[0.9,0.95],[0.9,0.99]"`.
+    """
     field, _, values = text.partition("=")
     if not field or not values:
         raise ValueError(f"cannot read {text!r}: write a field and its values, such as alpha_init=0.05,0.25")
-    return field, [_value(value) for value in values.split(",")]
+    together = _value(f"[{values}]")
+    return field, together if isinstance(together, list) else [_value(value) for value in values.split(",")]
 
 
 def parse_fields(words: Sequence[str]) -> dict[str, Any]:

@@ -74,6 +74,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"the learning rate must be a positive number, got {self.lr}")
+        if not is_pair_of_numbers(self.betas):
+            raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         for name in ("weight_decay", "balance_rate"):
@@ -91,6 +94,11 @@ class OptimConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+
+
+def is_pair_of_numbers(value: Any) -> bool:
+    """Whether `value` is a list or tuple of two numbers."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
