@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIELDS = {"width": ("d_model", "channels"), "budget": ("steps", "updates"), "depth": ("n_layers", "layers")}
+LIMIT = 0.75
+"""Nats above its lowest point to which a curve is drawn."""
+
 RECIPES = {"default": "nGPT", "nugpt": "nuGPT"}
 
 Curves = dict[int, list[tuple[float, float]]]
@@ -76,25 +79,35 @@ def picture(found: dict[tuple[str, str], Curves]) -> Drawing:
     kinds = list(dict.fromkeys(kind for kind, _ in found))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots(len(RECIPES), len(kinds), sharex=True, sharey="col", squeeze=False)
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+        axes = figure.subplots(len(RECIPES), len(kinds), sharex="col", sharey=True, squeeze=False)
         for row, recipe in zip(axes, RECIPES, strict=True):
             for ax, kind in zip(row, kinds, strict=True):
                 for (value, points), (dashes, marker) in zip(found[kind, recipe].items(), LOOKS, strict=False):
                     rates, losses = np.array(points).T
-                    ax.plot(rates, losses, color=COLOURS["ngpt"], linestyle=dashes, marker=marker, markersize=3.5,
-                            label=f"{value} {FIELDS[kind][1]}")  # fmt: skip
+                    ax.plot(rates, losses - np.nanmin(losses), color=COLOURS["ngpt"], linestyle=dashes, marker=marker,
+                            markersize=3.5, label=f"{value} {FIELDS[kind][1]}")  # fmt: skip
                     if best := best_between(points):
                         ax.axvline(best, color=COLOURS["ngpt"], linestyle=dashes, linewidth=0.8, alpha=0.6)
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(
+                    FixedLocator(sorted({rate for line in found[kind, recipe].values() for rate, _ in line}))
+                )
+                ax.xaxis.set_minor_locator(NullLocator())
+                ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+                ax.tick_params(labelsize=6.5)
+                ax.set_ylim(-0.03, LIMIT)
                 if recipe == "default":
                     ax.legend(fontsize=6.5, frameon=False)
-            row[0].set_ylabel(f"{RECIPES[recipe]}: final loss", fontsize=8.5)
+            row[0].set_ylabel(f"{RECIPES[recipe]}: loss above the best", fontsize=8.5)
         figure.supxlabel("peak learning rate", fontsize=8.5)
 
     return Drawing(
         draw, "transfer", "Loss over peak learning rate",
-        "Final validation loss over the peak learning rate for several widths, budgets and depths, plain nGPT in the upper row "
-        "and nuGPT in the lower; a vertical line stands where a parabola through the three lowest points has its minimum.",
+        "How far the final validation loss lies above the lowest of its curve, over the peak learning rate, for several "
+        "widths, budgets and depths, plain nGPT in the upper row and nuGPT in the lower; a vertical line stands where a "
+        "parabola through the three lowest points has its minimum.",
         (2.4 * len(kinds) + 0.5, 4.4),
     )  # fmt: skip
 
