@@ -119,7 +119,18 @@ def test_every_optional_library_has_one_owner() -> None:
 
 
 def test_only_the_declared_libraries_are_imported() -> None:
-    declared = {"torch", "numpy", "safetensors", "scipy", "tokenizers", "tqdm", "tyro", "spherelm", *OWNERS}
+    declared = {
+        "torch",
+        "numpy",
+        "safetensors",
+        "scipy",
+        "tokenizers",
+        "tqdm",
+        "typeguard",
+        "tyro",
+        "spherelm",
+        *OWNERS,
+    }
     imported = {module.split(".")[0] for _, module in imports()}
     assert imported - declared - sys.stdlib_module_names == set()
 

@@ -85,7 +85,9 @@ def test_the_second_moment_remembers_as_many_tokens_as_the_papers(batch: int, se
         assert make_run(arm, "0.5b-1k", "paper", batch_size=batch, micro_batch_size=1).optim.betas == (0.9, 0.95)
 
 
-@pytest.mark.parametrize(("steps", "first"), [(1, 0.5), (153, 0.5), (240, 0.6), (961, 0.8), (3844, 0.9), (100_000, 0.9)])
+@pytest.mark.parametrize(
+    ("steps", "first"), [(1, 0.5), (153, 0.5), (240, 0.6), (961, 0.8), (3844, 0.9), (100_000, 0.9)]
+)
 def test_the_first_moment_remembers_less_in_a_short_run(steps: int, first: float) -> None:
     """The horizon in updates goes with the root of their number: 5 at 31^2, and ten, the paper's, from 62^2 on."""
     for arm in ("gpt", "ngpt"):

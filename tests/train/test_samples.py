@@ -118,8 +118,9 @@ def test_one_row_may_stop_before_another(run: Path) -> None:
 
 
 def test_a_window_goes_past_the_models_length(run: Path) -> None:
-    (text,) = continuations(run, "ba", 1, 100, seed=1, window=True)
-    assert len(text.encode()) >= 90
+    """The longest of several: each ends where the model ends the document."""
+    texts = continuations(run, "ba", 6, 100, seed=1, window=True)
+    assert max(len(text) for text in texts) > 2 * 32
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
