@@ -20,7 +20,8 @@ class Preset:
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
     of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
     batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
-    nGPT's s_z starts in the recipe "default", `None` for sqrt(d_model): longer runs and surer predictions want more.
+    nGPT's s_z starts in the recipe "default" (with a base: in a run as long as the base's, `start_of_logits`), `None` for
+    sqrt(d_model): longer runs and surer predictions want more.
     """
 
     n_layers: int
@@ -81,14 +82,14 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
 
     Rates are carried over from `SMALLEST` with (width ratio)^(-3/4) (length ratio)^(-1/3), a rule that is nuGPT's for block
     matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none. The start of
-    s_z was found at 64 channels: worth 0.06 at 1280 updates, nothing at 320.
+    s_z was found at 64 channels, for 320 and for 1280 updates.
     """
     steps = round(5 * 16 * n_layers * d_model**2 / 1024)
     ratio = (d_model / SMALLEST.d_model) ** -0.75 * (steps / SMALLEST.steps) ** (-1 / 3)
     rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
     rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["default", "ngpt"]
     return Preset(
-        n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=64.0
+        n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.6
     )  # fmt: skip
 
 

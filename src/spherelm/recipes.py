@@ -64,11 +64,28 @@ def default(arm: str, preset: Preset, steps: int) -> Choices:
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, optim, schedule)
     model = {
         **own,
-        "s_z_init": preset.logit_scale or math.sqrt(preset.d_model),
+        "s_z_init": start_of_logits(preset, steps),
         "s_z_scale": S_Z_SCALE,
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
     }
     return Choices(model, optim, schedule)
+
+
+def start_of_logits(preset: Preset, steps: int) -> float:
+    """Where s_z starts in a run of `steps` updates: sqrt(d_model), or where the preset says.
+
+    The preset's number is for as many updates as its base has; it grows as their power 3/4, up to `HIGHEST_START`.
+    With 64 channels 22 was best of 8, 22 and 64 at 320 updates and 65 best of 8 to 105 at 1280 (docs/experiments.md).
+    """
+    if preset.logit_scale is None:
+        return math.sqrt(preset.d_model)
+    if preset.base is None:
+        return preset.logit_scale
+    return min(HIGHEST_START, preset.logit_scale * (steps / preset.base.steps) ** 0.75)
+
+
+HIGHEST_START = 64.0
+"""Longer runs than 1280 updates were not searched."""
 
 
 def first_beta(steps: int) -> float:
