@@ -89,7 +89,7 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
     rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
     rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["default", "ngpt"]
     return Preset(
-        n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.6
+        n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63
     )  # fmt: skip
 
 
