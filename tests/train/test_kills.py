@@ -51,11 +51,11 @@ def test_killed_at_any_moment(arm: str, dtype: str, data: Path, tmp_path: Path) 
     flags = ("--save-every", "3", "--dtype", dtype, "--keep", "2", "--resume")
 
     def job(out: Path, before: str = "", kill_after: float = 300.0) -> ranks.Job:
-        return ranks.Job(1, arguments(arm, out, data, *flags, steps=240), before, kill_after=kill_after)
+        return ranks.Job(1, arguments(arm, out, data, *flags, steps=400), before, kill_after=kill_after)
 
     draw = random.Random(arm)
     jobs = [job(run, AT_CALL.format(where=where)) for where in MOMENTS.values()]
-    jobs += [job(run, kill_after=draw.uniform(0.1, 1.5)) for _ in range(KILLS)]
+    jobs += [job(run, kill_after=draw.uniform(0.05, 0.7)) for _ in range(KILLS)]
     draw.shuffle(jobs)
     ended = ranks.run_ranks([*jobs, job(run), job(whole)], tmp_path / "err")
     codes = [rank.code for (rank,) in ended]
