@@ -37,7 +37,8 @@ def curves(sweep: dict[str, Any], field: str) -> Curves:
     """The curves of one sweep; a choice that diverged anywhere has a mean that is not a number."""
     found: Curves = {}
     for row in sweep["rows"]:
-        found.setdefault(int(row["choice"][field]), []).append((float(row["choice"]["lr"]), float(row["mean"])))
+        mean = float("nan") if row["mean"] is None else float(row["mean"])
+        found.setdefault(int(row["choice"][field]), []).append((float(row["choice"]["lr"]), mean))
     return {value: sorted(points) for value, points in sorted(found.items())}
 
 
@@ -75,7 +76,7 @@ def table(found: dict[tuple[str, str], Curves]) -> str:
 
 
 def picture(found: dict[tuple[str, str], Curves]) -> Drawing:
-    """A panel a sweep; a ring marks where the parabola has its minimum."""
+    """A panel a sweep; a vertical line marks where the parabola has its minimum."""
     kinds = list(dict.fromkeys(kind for kind, _ in found))
 
     def draw(figure: Figure) -> None:

@@ -76,7 +76,6 @@ class OptimConfig:
             raise ValueError(f"the learning rate must be a positive number, got {self.lr}")
         if not is_pair_of_numbers(self.betas):
             raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         for name in ("weight_decay", "balance_rate"):
