@@ -25,14 +25,21 @@ def text_of(record: dict[str, Any]) -> tuple[str, str]:
     return Path(grid["data"]).name, Path(grid["test"]).name
 
 
+def cost_place(cost: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells two timings apart; of one place and the same contenders the last counts."""
+    return cost["size"], cost["context"], cost["compiled"], tuple(cost["seconds"])
+
+
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
     """All measurements of `records`, which are on one text, cheapest first; and the speedups among them."""
     found = {tuple(row[name] for name in PLACE): row for record in records for row in record["measured"]}
     rows = sorted(found.values(), key=lambda row: (row["context"], row["block_parameters"] * row["tokens"]))
-    speedups = list(all_speedups(rows))
+    costs = {cost_place(cost): cost for record in records for cost in record.get("costs", [])}
+    speedups = list(all_speedups(rows, list(costs.values())))
     return {
         "text": dict(zip(("train", "test"), text_of(records[0]), strict=True)),
         "measured": rows,
+        "costs": list(costs.values()),
         "speedups": speedups,
         "growth": growth(speedups),
         "commands": [shortened(record["command"]) for record in records],

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from spherelm.compare import cost as module
-from spherelm.compare.cost import measure_cost
+from spherelm.compare.cost import measure_cost, median_ratio, time_in_turn
 
 
 def test_a_step_of_each_arm_takes_time(data: Path) -> None:
@@ -44,6 +44,21 @@ def test_the_ratio_is_of_neighbours_so_that_a_machines_moods_cancel(steps: list[
     cost = measure_cost(tiny.run_config("gpt", data), tiny.run_config("ngpt", data), steps=5, warmup=0)
     assert cost.ratio == pytest.approx(1.5)
     assert (cost.gpt_seconds, cost.ngpt_seconds) == (2.0, 3.0)
+
+
+def test_more_than_two_take_turns_too_and_every_other_round_goes_backwards(steps: list[Any], data: Path) -> None:
+    configs = {f"{arm}-{seed}": tiny.run_config(arm, data) for seed in (0, 1) for arm in tiny.ARMS}
+    times = time_in_turn(configs, steps=2, warmup=0)
+    assert list(times) == list(configs)
+    assert steps[4:] == steps[:4][::-1]
+    assert len({id(step) for step in steps}) == 4
+    assert all(len(own) == 2 for own in times.values())
+
+
+def test_the_ratio_is_the_median_over_rounds() -> None:
+    assert median_ratio([3.0, 8.0, 2.0], [2.0, 2.0, 2.0]) == 1.5
+    with pytest.raises(ValueError, match="longer"):
+        median_ratio([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize(("micro_batch_size", "rows"), [(None, 4), (2, 2)])

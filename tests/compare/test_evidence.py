@@ -13,7 +13,19 @@ import pytest
 import tiny
 
 from spherelm.compare import evidence
-from spherelm.compare.evidence import Grid, Ladder, Point, beyond, climb, growth, one_speedup, table, time_limit
+from spherelm.compare.evidence import (
+    Grid,
+    Ladder,
+    Point,
+    all_speedups,
+    beyond,
+    climb,
+    costs_on_record,
+    growth,
+    one_speedup,
+    table,
+    time_limit,
+)
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
@@ -114,6 +126,40 @@ def test_the_speedup_is_the_ratio_of_tokens_to_the_same_loss() -> None:
     assert one_speedup(rung(1000, 1.0, 1.0), [rung(1000, 2.0, math.nan)])["speedup"] is None
 
 
+def measurement(arm: str, contender: str, steps: int, *test: float) -> dict[str, Any]:
+    place = {"size": "1m", "context": 256, "budget": steps / 1024, "block_parameters": 2**20}
+    return {**place, "arm": arm, "contender": contender, "steps": steps, "tokens": 1024 * steps, "test": list(test)}
+
+
+def test_the_speedup_in_seconds_is_that_in_tokens_over_the_ratio_of_the_steps() -> None:
+    """Of the steps timed together at the same size and context, compiled where the baseline's run was."""
+    measured = [
+        measurement("gpt", "gpt-adamw", 320, 5.0, 5.1),
+        measurement("gpt", "gpt-adamw", 1280, 3.0, 3.1),
+        *(measurement("ngpt", "ngpt-adam", 160 * 2**k, 5.0 - k, 5.15 - k) for k in range(4)),
+    ]
+
+    def cost(compiled: bool, ratio: float, size: str = "1m", base: str = "gpt-adamw") -> dict[str, Any]:
+        return {"size": size, "context": 256, "compiled": compiled, "ratios": {base: {"ngpt-adam": ratio}}}
+
+    wrong = [cost(False, 9.0, size="4m"), cost(True, 9.0, base="gpt-muon"), {**cost(False, 9.0), "context": 1024}]
+    short, long = all_speedups(measured, [*wrong, cost(False, 1.25), cost(True, 0.8)])
+    assert long["seconds"] == pytest.approx(long["speedup"] / 0.8)
+    assert long["seconds_interval"] == pytest.approx([edge / 0.8 for edge in long["interval"]])
+    assert short["seconds"] == pytest.approx(short["speedup"] / 1.25)
+    unknown = list(all_speedups(measured, wrong))
+    assert [(row["seconds"], row["seconds_interval"]) for row in unknown] == [(None, None)] * 2
+    assert [row["speedup"] for row in unknown] == [short["speedup"], long["speedup"]]
+
+
+def test_what_is_no_record_of_evidence_is_refused(tmp_path: Path) -> None:
+    assert costs_on_record(tmp_path / "evidence.json") == []
+    for text in ("{", "[1]"):
+        (tmp_path / "evidence.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"is not what spherelm evidence wrote .*: move it away"):
+            costs_on_record(tmp_path / "evidence.json")
+
+
 def rows(speedup: Any, budgets: tuple[float, ...], contexts: tuple[int, ...] = (256,)) -> list[dict[str, Any]]:
     return [
         {"baseline": "g", "contender": "n", "budget": b, "context": c, "block_parameters": n,
@@ -182,9 +228,18 @@ def test_a_small_ladder(
     assert len(record["speedups"]) == 2
     assert {row["tokens"] for row in record["speedups"]} == {64 * m["steps"] for m in record["measured"]}
     assert table(record).count("\n| tiny | 16 |") == 4 + 2
+    (cost,) = record["costs"]
+    assert (cost["size"], cost["context"], cost["compiled"]) == ("tiny", 16, False)
+    assert list(cost["seconds"]) == list(grid.contenders)
+    assert all(seconds > 0 for seconds in cost["seconds"].values())
+    assert cost["ratios"]["gpt-adamw"]["gpt-adamw"] == 1.0
+    for row in record["speedups"]:
+        if row["speedup"] is not None:
+            assert row["seconds"] == row["speedup"] / cost["ratios"]["gpt-adamw"]["ngpt-adam"]
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
     again = climb(grid, out)
-    assert {k: again[k] for k in ("measured", "speedups")} == {k: record[k] for k in ("measured", "speedups")}
+    kept = ("measured", "costs", "speedups")
+    assert {k: again[k] for k in kept} == {k: record[k] for k in kept}, "steps are not timed again either"
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == stamps, "nothing ran again"
 
 

@@ -233,7 +233,7 @@ def evidence(
     workers: int | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Measure how many tokens nGPT saves over sizes, contexts and budgets, every contender tuned at each; resumable.
+    """Measure how many tokens and seconds nGPT saves over sizes, contexts and budgets, every contender tuned at each; resumable.
 
     Args:
         out: Directory for the runs and evidence.json; the same command again goes on with it.

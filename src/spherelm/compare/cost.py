@@ -1,9 +1,10 @@
-"""What a training step of each arm costs: both timed in one process, in turn, so that a machine's moods hit both."""
+"""What training steps cost: all that are compared timed in one process, in turn, so that a machine's moods hit all of them."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,16 +55,29 @@ class TimedSteps:
         return time.perf_counter() - start
 
 
-def measure_cost(gpt: RunConfig, ngpt: RunConfig, steps: int = 15, warmup: int = 3) -> StepCost:
-    """Time `steps` steps of each arm, alternating, after `warmup` that are not counted; shows how far it is."""
-    arms = TimedSteps(gpt), TimedSteps(ngpt)
+def time_in_turn(configs: Mapping[str, RunConfig], steps: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of `steps` steps of each config, by its name, one of each a round, after `warmup` that are not counted.
+
+    Shows how far it is. Every other round goes the other way round, so that none always follows the same one.
+    """
+    timed = {name: TimedSteps(config) for name, config in configs.items()}
     for _ in range(warmup):
-        for arm in arms:
-            arm.time_step()
-    # The order within a pair is swapped each time, so that neither arm always follows the other.
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in tqdm(range(steps), desc="timing steps of both arms", unit="pair"):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            times[which].append(arms[which].time_step())
-    ratio = statistics.median(ngpt_time / gpt_time for gpt_time, ngpt_time in zip(*times, strict=True))
-    return StepCost(statistics.median(times[0]), statistics.median(times[1]), ratio)
+        for one in timed.values():
+            one.time_step()
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for i in tqdm(range(steps), desc=f"timing steps of {', '.join(timed)}", unit="round"):
+        for name in timed if i % 2 == 0 else reversed(timed):
+            times[name].append(timed[name].time_step())
+    return times
+
+
+def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the ratios of neighbours: of two lists of `time_in_turn`."""
+    return statistics.median(one / other for one, other in zip(times, base, strict=True))
+
+
+def measure_cost(gpt: RunConfig, ngpt: RunConfig, steps: int = 15, warmup: int = 3) -> StepCost:
+    """Time both arms in turn (`time_in_turn`)."""
+    times = time_in_turn({"GPT": gpt, "nGPT": ngpt}, steps, warmup)
+    ratio = median_ratio(times["nGPT"], times["GPT"])
+    return StepCost(statistics.median(times["GPT"]), statistics.median(times["nGPT"]), ratio)

@@ -1,16 +1,19 @@
-"""`spherelm evidence`: how many tokens each way of training saves, over sizes, contexts and budgets, every arm tuned at each.
+"""`spherelm evidence`: what each way of training saves, in tokens and seconds, over sizes, contexts and budgets, tuned at each.
 
 At every point (a size, a context, a budget) each contender searches its own peak learning rate on validation text, the best
 rate is run with all seeds, and those runs are judged on test text that nothing was chosen on. The speedup at a budget is how
-many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at that budget.
+many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at that budget; in
+seconds it is that over how much longer a step takes, all contenders' steps timed in turn.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from spherelm.compare.jobs import Job, run_jobs
+from spherelm.compare.cost import median_ratio, time_in_turn
+from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
 from spherelm.compare.record import standard_error
 from spherelm.compare.speedup import interval, mean_curve, tokens_to_reach
 from spherelm.compare.sweep import UNTRAINED, name_of
@@ -88,6 +92,11 @@ class Grid:
         if not all(budget > 0 for budget in self.budgets):
             raise ValueError(f"budgets must be positive, got {self.budgets}")
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is a baseline and a normalized contender among the contenders."""
+        return len({is_normalized(CONTENDERS[name][0]) for name in self.contenders}) == 2
+
     def points(self) -> list[Point]:
         """Cheapest budgets first, so that what a short time allows is whole."""
         found = [Point(*what) for what in itertools.product(self.sizes, self.contexts, sorted(self.budgets))]
@@ -123,6 +132,11 @@ class Point:
         return self.steps * TOKENS_AN_UPDATE
 
     @property
+    def compiled(self) -> bool:
+        """Whether a run is long enough to earn back its compilation."""
+        return self.steps >= COMPILE_FROM
+
+    @property
     def cost(self) -> float:
         """Roughly the operations of a run, to order points by."""
         return float(self.tokens * self.block_parameters)
@@ -154,7 +168,7 @@ class Ladder:
         config = make_run(
             arm, point.size, recipe, vocab_size=self.vocab_size, data=self.grid.data, lr=lr, steps=point.steps,
             seq_len=point.context, batch_size=TOKENS_AN_UPDATE // point.context, seed=seed,
-            compile=point.steps >= COMPILE_FROM, eval_every=max(1, point.steps // 8),
+            compile=point.compiled, eval_every=max(1, point.steps // 8),
             stop_above=math.log(self.vocab_size) + UNTRAINED,
         )  # fmt: skip
         return Job(config, self.out / name_of(choice, seed))
@@ -197,6 +211,18 @@ class Ladder:
             "test_mean": float(np.mean(test)), "test_error": standard_error(test), "runs": [run.name for run in runs],
         }  # fmt: skip
 
+    def cost_of_steps(self, point: Point) -> dict[str, Any]:
+        """The median seconds of a step of every contender, and its ratio to each baseline's, all timed in turn."""
+        configs = {name: self.job(name, point, self.first_rate(name, point), 0).config for name in self.grid.contenders}
+        with threads(threads_each(self.workers or default_workers(len(configs)))):
+            times = time_in_turn(configs)
+        baselines = [name for name in times if not is_normalized(CONTENDERS[name][0])]
+        return {
+            "size": point.size, "context": point.context, "compiled": point.compiled,
+            "seconds": {name: statistics.median(own) for name, own in times.items()},
+            "ratios": {base: {name: median_ratio(own, times[base]) for name, own in times.items()} for base in baselines},
+        }  # fmt: skip
+
     def test_loss(self, run: Path, val: float, context: int) -> float:
         """The loss of a finished run on the test windows, nats per token; NaN if it diverged."""
         if math.isnan(val):
@@ -234,28 +260,56 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     """
     ladder, measured = Ladder(grid, out, workers), []
     out.mkdir(parents=True, exist_ok=True)
+    costs = costs_on_record(out / "evidence.json")
     record: dict[str, Any] = {}
     with time_limit(minutes):
         for point in grid.points():
             for contender in grid.contenders:
                 measured.append(ladder.measure(contender, point))
-                record = summary(grid, measured)
+                record = summary(grid, measured, costs)
+                write_json(out / "evidence.json", record)
+            if grid.compares and not is_timed(costs, point, grid.contenders):
+                costs.append(ladder.cost_of_steps(point))
+                record = summary(grid, measured, costs)
                 write_json(out / "evidence.json", record)
     return record
 
 
-def summary(grid: Grid, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def costs_on_record(path: Path) -> list[dict[str, Any]]:
+    """The costs of steps that an earlier command left in its `evidence.json`; none where there is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text("utf-8")).get("costs", []))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not what spherelm evidence wrote ({error}): move it away") from error
+
+
+def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
+    """Whether `costs` has the steps of all `contenders` at the size, context and compilation of `point`."""
+    place = (point.size, point.context, point.compiled)
+    found = [cost for cost in costs if (cost["size"], cost["context"], cost["compiled"]) == place]
+    return any(set(contenders) <= set(cost["seconds"]) for cost in found)
+
+
+def summary(
+    grid: Grid, measured: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """What `evidence.json` holds: every measurement, the speedups between them, how they grow, and how it was made."""
-    speedups = list(all_speedups(measured))
+    speedups = list(all_speedups(measured, costs))
     about = {"command": command_line(), "git_commit": git_commit(), "versions": versions()}
-    return {"grid": asdict(grid), "measured": list(measured), "speedups": speedups, "growth": growth(speedups), **about}
+    found = {"measured": list(measured), "costs": list(costs), "speedups": speedups, "growth": growth(speedups)}
+    return {"grid": asdict(grid), **found, **about}
 
 
-def all_speedups(measured: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """For each point, each baseline and each normalized contender, how many fewer tokens the latter needs.
+def all_speedups(
+    measured: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """For each point, each baseline and each normalized contender, how many fewer tokens, and seconds, the latter needs.
 
     It is looked for among the ends of the contender's own whole schedules at all budgets of that size and context. `bound`: the
-    ratio is only known to be "at least" or "at most" that, because those budgets do not reach far enough.
+    ratio is only known to be "at least" or "at most" that, because those budgets do not reach far enough. In seconds it is
+    `None` where the steps were not timed.
     """
     for baseline in measured:
         if is_normalized(baseline["arm"]) or any(math.isnan(loss) for loss in baseline["test"]):
@@ -264,8 +318,30 @@ def all_speedups(measured: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, An
         rungs = [m for m in measured if is_normalized(m["arm"]) and all(m[key] == place[key] for key in place)]
         for contender in dict.fromkeys(rung["contender"] for rung in rungs):
             own = [rung for rung in rungs if rung["contender"] == contender]
+            ratio = one_speedup(baseline, own)
             yield {**place, **{key: baseline[key] for key in ("budget", "tokens", "block_parameters")},
-                   "baseline": baseline["contender"], "contender": contender, **one_speedup(baseline, own)}  # fmt: skip
+                   "baseline": baseline["contender"], "contender": contender, **ratio,
+                   **in_seconds(ratio, step_ratio(costs, baseline, contender))}  # fmt: skip
+
+
+def step_ratio(costs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any], contender: str) -> float | None:
+    """Seconds of a step of `contender` over those of `baseline`, a measurement; `None` if they were not timed together."""
+    place = (baseline["size"], baseline["context"], baseline["steps"] >= COMPILE_FROM)
+    found = [
+        cost["ratios"].get(baseline["contender"], {}).get(contender)
+        for cost in costs
+        if (cost["size"], cost["context"], cost["compiled"]) == place
+    ]
+    return next((ratio for ratio in found if ratio is not None), None)
+
+
+def in_seconds(ratio: Mapping[str, Any], step: float | None) -> dict[str, Any]:
+    """A speedup of `one_speedup` and its interval in seconds, where a step takes `step` times as long."""
+    value, edges = ratio["speedup"], ratio["interval"]
+    return {
+        "seconds": None if step is None or value is None else value / step,
+        "seconds_interval": None if step is None or edges is None else [edge / step for edge in edges],
+    }
 
 
 def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -344,12 +420,15 @@ def table(record: Mapping[str, Any]) -> str:
         lines.append(f"{place}| {row['test_mean']:.3f}{error} | {len(row['test'])} |")
     lines += [
         "",
-        "| size | context | tokens | baseline | contender | fewer tokens, times | 95 % |",
-        "|---|---|---|---|---|---|---|",
+        "| size | context | tokens | baseline | contender | fewer tokens, times | 95 % | fewer seconds, times |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["speedups"]:
         edges = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}" if row["interval"] else ""
-        value = "unknown" if row["speedup"] is None else f"{row['bound'] or ''} {row['speedup']:.2f}".strip()
+        value, seconds = (
+            "unknown" if ratio is None else f"{row['bound'] or ''} {ratio:.2f}".strip()
+            for ratio in (row["speedup"], row["seconds"])
+        )
         place = f"| {row['size']} | {row['context']} | {row['tokens']:,} | {row['baseline']} | {row['contender']} "
-        lines.append(f"{place}| {value} | {edges} |")
+        lines.append(f"{place}| {value} | {edges} | {seconds} |")
     return "\n".join(lines)
