@@ -1,6 +1,6 @@
 """Loss over peak learning rate, plain nGPT above nuGPT, a column for each of width, budget and depth; and the table of minima.
 
-    python scripts/pairs_summary.py --sweeps runs/{width,budget,depth}-{default,nugpt} --out docs/results/transfer.json
+    python scripts/pairs_summary.py --sweeps runs/{width,budget,depth}-{adam,nugpt} --out docs/results/transfer.json
     python scripts/transfer_picture.py docs/results/transfer.json docs/images/transfer.svg
 
 The sweeps are those of docs/recipes.md, named after what they vary and their recipe.
@@ -27,7 +27,7 @@ FIELDS = {"width": ("d_model", "channels"), "budget": ("steps", "updates"), "dep
 LIMIT = 0.75
 """Nats above its lowest point to which a curve is drawn."""
 
-RECIPES = {"default": "nGPT", "nugpt": "nuGPT"}
+RECIPES = {"adam": "nGPT", "nugpt": "nuGPT"}
 
 Curves = dict[int, list[tuple[float, float]]]
 """By the value of the field that is varied: (peak learning rate, mean final loss), ascending."""
@@ -47,6 +47,7 @@ def read(path: Path) -> dict[tuple[str, str], Curves]:
     found = {}
     for sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"]:
         kind, recipe = sweep["name"].split("-")
+        recipe = {"default": "adam"}.get(recipe, recipe)  # its name until Muon became the default
         found[kind, recipe] = curves(sweep, FIELDS[kind][0])
     return found
 
@@ -99,7 +100,7 @@ def picture(found: dict[tuple[str, str], Curves]) -> Drawing:
                 ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
                 ax.tick_params(labelsize=6.5)
                 ax.set_ylim(-0.03, LIMIT)
-                if recipe == "default":
+                if recipe == "adam":
                     ax.legend(fontsize=6.5, frameon=False)
             row[0].set_ylabel(f"{RECIPES[recipe]}: loss above the best", fontsize=8.5)
         figure.supxlabel("peak learning rate", fontsize=8.5)

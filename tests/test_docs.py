@@ -99,43 +99,48 @@ def test_every_equation_has_its_code_and_its_test() -> None:
 
 def test_warm_up_is_the_papers_or_a_tenth_of_a_short_run() -> None:
     for steps, expected in ((240, 24), (19_990, 1999), (20_000, 2000), (100_000, 2000)):
-        for recipe in ("paper", "default"):
+        for recipe in ("paper", "adam", "muon"):
             assert make_run("gpt", "demo", recipe, vocab_size=50, steps=steps).schedule.warmup_steps == expected
             assert make_run("ngpt", "demo", recipe, vocab_size=50, steps=steps).schedule.warmup_steps == 0
 
 
 def field(arm: str, preset: str, recipe: str, path: str) -> Any:
     """A field of a run's configuration by its dotted path."""
-    value: Any = make_run(arm, preset, recipe, vocab_size=50)
+    value: Any = make_run(arm, preset, recipe, vocab_size=50, lr=1e-3)
     for name in path.split("."):
         value = getattr(value, name)
     return value
 
 
 @pytest.mark.parametrize("preset", ["demo", "0.5b-1k"])
-def test_the_default_recipe_is_what_the_page_says(preset: str) -> None:
+def test_adam_and_muon_are_what_the_page_says(preset: str) -> None:
     size = PRESETS[preset]
     known = {"sqrt": math.sqrt, "min": min, "max": max, "n_layers": size.n_layers, "d_model": size.d_model}
-    known |= {"tokens": size.batch_size * size.seq_len, "steps": size.steps}
-    rows = re.findall(r"^\| `(gpt|ngpt)\.([\w.]+)` \| `(.+?)` \| `(.+?)` \|$", PAPER, re.MULTILINE)
+    known |= {"tokens": size.batch_size * size.seq_len, "steps": size.steps, "logit_scale": size.logit_scale}
+    rows = re.findall(r"^\| `(gpt|ngpt)\.([\w.]+)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \|$", PAPER, re.MULTILINE)
     assert rows
     for arm, path, *formulas in rows:
-        for recipe, formula in zip(("paper", "default"), formulas, strict=True):
+        for recipe, formula in zip(("paper", "adam", "muon"), formulas, strict=True):
             value = eval(formula, {"__builtins__": {}}, known)
             found = field(arm, preset, recipe, path)
             assert found == (value if isinstance(value, str) else pytest.approx(value)), f"{arm} {path} of {recipe}"
 
 
+def same(fields: list[dict[str, Any]], name: str) -> bool:
+    """Whether a field has one value in all of them."""
+    return all(one[name] == fields[0][name] for one in fields)
+
+
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_the_page_leaves_no_difference_out(arm: str) -> None:
-    runs = [make_run(arm, "demo", recipe, vocab_size=50, lr=1e-3) for recipe in ("paper", "default")]
+    runs = [make_run(arm, "demo", recipe, vocab_size=50, lr=1e-3) for recipe in ("paper", "adam", "muon")]
     listed = re.findall(rf"^\| `{arm}\.([\w.]+)`", PAPER, re.MULTILINE)
     for part, nested in (("model", None), ("optim", "multipliers"), ("schedule", None)):
-        before, after = (vars(getattr(run, part)) for run in runs)
-        differing = {f"{part}.{name}" for name in before if name != nested and before[name] != after[name]}
+        fields = [vars(getattr(run, part)) for run in runs]
+        differing = {f"{part}.{name}" for name in fields[0] if name != nested and not same(fields, name)}
         if nested is not None:
-            inner = [vars(fields[nested]) for fields in (before, after)]
-            differing |= {f"{part}.{nested}.{name}" for name in inner[0] if inner[0][name] != inner[1][name]}
+            inner = [vars(one[nested]) for one in fields]
+            differing |= {f"{part}.{nested}.{name}" for name in inner[0] if not same(inner, name)}
         assert differing == {path for path in listed if path.startswith(f"{part}.")}
 
 
@@ -191,7 +196,7 @@ from spherelm.recipes import make_run
 sizes = dict(d_model=16, n_layers=2, seq_len=8, steps=100)
 for step in ("lerp", "riemannian"):
     run = make_run("ngpt", "demo", "wsd", vocab_size=50, lr=1e-2, step=step, **sizes)
-    assert run.schedule.kind == "wsd" and run.model.s_z_init == 4
+    assert run.schedule.kind == "wsd" and run.model.s_z_scale == 1.4
     model = build(run.model)
     assert type(model.blocks[0].mlp).__name__ == "UnitSquaredReLU"
     optimizer = build_optimizer(model, run.optim)

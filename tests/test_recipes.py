@@ -60,19 +60,34 @@ def differences(one: Any, other: Any) -> set[str]:
     return {name for name, value in vars(one).items() if value != getattr(other, name)}
 
 
+MUON_IS_TUNED = {(arm, preset) for arm in tiny.ARMS for preset in ("demo", "0.3m", "1m", "4m", "12m")}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_default_recipe_differs_from_the_papers_only_where_it_says(preset: str) -> None:
-    runs = {recipe: make_run("ngpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper")}
-    default, paper = runs["default"], runs["paper"]
-    assert differences(default, paper) - {"optim"} == {"recipe", "model", "schedule"}
-    assert differences(default.schedule, paper.schedule) == {"kind"}
-    assert differences(default.optim, paper.optim) <= {"betas"}
-    assert differences(default.model, paper.model) <= {"s_z_init", "s_z_scale", "alpha_init"}
-    model: Any = default.model
-    starts = {"pairs": 25.0, **dict.fromkeys(("0.3m", "1m", "4m", "12m"), 64.0)}
+@pytest.mark.parametrize("arm", ["gpt", "ngpt", "hybrid", "encdec"])
+def test_the_default_recipe_is_muon_where_its_rate_was_tuned_and_adam_elsewhere(arm: str, preset: str) -> None:
+    """At the paper's sizes nobody has tuned Muon here; other arms were not tried with it."""
+    pattern = {"pattern": "MAM-"} if arm == "hybrid" else {}
+    best = "muon" if (arm, preset) in MUON_IS_TUNED else "adam"
+    default, same = (make_run(arm, preset, way, vocab_size=9, lr=1e-3, **pattern) for way in ("default", best))
+    assert differences(default, same) == {"recipe"}
+    assert default.optim.optimizer == ("muon" if best == "muon" else "adamw")
+    if (best, arm) in PRESETS[preset].rates:
+        assert make_run(arm, preset, vocab_size=9, **pattern).optim.lr == PRESETS[preset].rates[best, arm]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_adam_differs_from_the_papers_recipe_only_where_it_says(preset: str) -> None:
+    adam, paper = (make_run("ngpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("adam", "paper"))
+    assert differences(adam, paper) - {"optim"} == {"recipe", "model", "schedule"}
+    assert differences(adam.schedule, paper.schedule) == {"kind"}
+    assert differences(adam.optim, paper.optim) <= {"betas"}
+    assert differences(adam.model, paper.model) <= {"s_z_init", "s_z_scale", "alpha_init"}
+    model: Any = adam.model
+    starts = {"pairs": 25.0, "demo": 22.63, **dict.fromkeys(("0.3m", "1m", "4m", "12m"), 64.0)}
     assert model.s_z_init == pytest.approx(starts.get(preset, math.sqrt(model.d_model)))
     assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
-    assert default.optim.multipliers == paper.optim.multipliers == RateMultipliers()
+    assert adam.optim.multipliers == paper.optim.multipliers == RateMultipliers()
 
 
 @pytest.mark.parametrize(
@@ -96,6 +111,14 @@ def test_the_first_moment_remembers_less_in_a_short_run(steps: int, first: float
         assert make_run(arm, "demo", "paper", vocab_size=9, steps=steps).optim.betas == (0.9, 0.95)
 
 
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.75), (240, 0.8), (961, 0.9), (3844, 0.95), (100_000, 0.95)])
+def test_muon_remembers_twice_as_many_updates_as_adam(steps: int, momentum: float) -> None:
+    for arm in ("gpt", "ngpt"):
+        optim = make_run(arm, "demo", "muon", vocab_size=9, steps=steps).optim
+        assert optim.momentum == pytest.approx(momentum, abs=1e-3)
+        assert 1 / (1 - optim.momentum) == pytest.approx(2 / (1 - optim.betas[0]))
+
+
 def test_one_update_moves_the_logits_scale_of_the_default_recipe_by_a_small_part_of_itself() -> None:
     """Adam's first step moves a stored scale by the rate; what is stored at `scale` stands for `init`."""
     model: Any = make_run("ngpt", vocab_size=9).model
@@ -104,9 +127,9 @@ def test_one_update_moves_the_logits_scale_of_the_default_recipe_by_a_small_part
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_default_recipe_does_the_baseline_no_harm(preset: str) -> None:
+def test_adam_does_the_baseline_no_harm(preset: str) -> None:
     """GPT's weights are spread as the paper's at its 1024 channels; its matrices learn at the rate that was asked for."""
-    default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("default", "paper"))
+    default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("adam", "paper"))
     assert differences(default, paper) <= {"recipe", "model", "optim", "schedule"}
     assert differences(default.schedule, paper.schedule) == {"kind"}, "the same warm-up and end"
     assert differences(default.model, paper.model) <= {"init_std"}
@@ -145,19 +168,20 @@ def test_a_hybrids_rates_are_those_of_the_layers_it_has(preset: str) -> None:
     assert {rates.matrix for rates in made.values()} == {1}
 
 
-OF_PAIRS = {("encdec", "pairs", "default"), ("nencdec", "pairs", "default")}
+OF_PAIRS = {(arm, "pairs", way) for arm in ("encdec", "nencdec") for way in ("default", "adam")}
 HYBRIDS = [name for name, preset in PRESETS.items() if preset.pattern is not None]
-OF_HYBRIDS = {(arm, preset, "default") for arm in ("hybrid", "nhybrid") for preset in HYBRIDS}
+OF_HYBRIDS = {(arm, preset, way) for arm in ("hybrid", "nhybrid") for preset in HYBRIDS for way in ("default", "adam")}
 OF_DECODERS = {(arm, p, r) for arm in tiny.ARMS for p in PRESETS if p not in ("pairs", *HYBRIDS) for r in WAYS}
-NAMED = sorted(OF_DECODERS | OF_PAIRS | OF_HYBRIDS)
+WITHOUT_MUON = {(arm, preset, "muon") for arm in tiny.ARMS for preset in PRESETS if preset.startswith(("0.5b", "1b"))}
+NAMED = sorted((OF_DECODERS - WITHOUT_MUON) | OF_PAIRS | OF_HYBRIDS)
 
 
 @pytest.mark.parametrize(("arm", "preset", "recipe"), NAMED)
 def test_every_named_run_can_be_made_with_its_own_rate(arm: str, preset: str, recipe: str) -> None:
     size = PRESETS[preset]
     run = make_run(arm, preset, recipe, vocab_size=size.vocab_size or 4096)
-    same_as_default = (recipe, arm) == ("nugpt", "gpt")
-    assert run.optim.lr == size.rates["default" if same_as_default else recipe, arm]
+    way = ("muon" if (arm, preset) in MUON_IS_TUNED else "adam") if recipe == "default" else recipe
+    assert run.optim.lr == size.rates["adam" if (way, arm) == ("nugpt", "gpt") else way, arm]
     assert (run.arm, run.preset, run.recipe) == (arm, preset, recipe)
     assert run.model.max_seq_len == run.train.seq_len
 
@@ -174,7 +198,7 @@ def test_overrides_reach_their_configs() -> None:
     assert (train.dtype, train.compile, train.eval_every, train.save_every, train.keep) == ("bfloat16", True, 9, 8, 5)
     assert (model.vocab_size, model.n_layers, model.d_model, model.n_heads, model.n_kv_heads) == (99, 2, 64, 4, 2)
     assert (model.d_ff, model.tie_embeddings, model.max_seq_len, model.s_qk_scale) == (77, True, 32, 0.5)
-    assert model.s_z_init == 8.0, "the recipe sees the size that was asked for"
+    assert model.s_z_init == pytest.approx(22.63 * (7 / 240) ** 0.75), "the recipe sees the length that was asked for"
     assert (optim.lr, optim.grad_clip, optim.weight_decay, optim.betas) == (0.5, 2.0, 0.3, (0.8, 0.9))
     assert run.data == "text"
 
@@ -197,7 +221,7 @@ def test_an_explicit_init_beats_the_recipes() -> None:
     [
         ("bert", "demo", "default", {}, "unknown arm 'bert': choose one of gpt, ngpt"),
         ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, pairs, "),
-        ("gpt", "demo", "secret", {}, "unknown recipe 'secret': choose one of default, paper"),
+        ("gpt", "demo", "secret", {}, "unknown recipe 'secret': choose one of default, adam"),
         ("gpt", "demo", "default", {"colour": "red", "zeal": 1}, "no field is called colour, zeal"),
         ("gpt", "demo", "default", {"alpha_init": 0.1}, "no field is called alpha_init"),
         ("ngpt", "demo", "default", {"n_layers": 0}, "n_layers must be a positive whole number, got 0"),
@@ -274,10 +298,10 @@ def test_another_base_can_be_given_and_a_preset_without_one_is_its_own() -> None
 
 
 @both_arms
-def test_muon_is_the_default_recipe_with_muon(arm: str) -> None:
-    muon, default = (make_run(arm, "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("muon", "default"))
-    assert differences(muon, default) == {"recipe", "optim"}
-    assert differences(muon.optim, default.optim) == {"optimizer", "multipliers"}
+def test_muon_is_adam_but_for_the_matrices(arm: str) -> None:
+    muon, adam = (make_run(arm, "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("muon", "adam"))
+    assert differences(muon, adam) == {"recipe", "optim"}
+    assert differences(muon.optim, adam.optim) == {"optimizer", "multipliers", "momentum"}
     assert muon.optim.optimizer == "muon"
     rates = muon.optim.multipliers
     assert (rates.matrix if arm == "gpt" else rates.input_embedding) == 1, (
@@ -286,18 +310,18 @@ def test_muon_is_the_default_recipe_with_muon(arm: str) -> None:
 
 
 def test_training_ngpt_is_four_choices() -> None:
-    new, default = (make_run("ngpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "default"))
-    assert differences(new.model, default.model) == {"logit_preconditioning"}
-    assert differences(new.optim, default.optim) == {
+    new, adam = (make_run("ngpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "adam"))
+    assert differences(new.model, adam.model) == {"logit_preconditioning"}
+    assert differences(new.optim, adam.optim) == {
         "optimizer",
         "eps",
         "eps_gate",
         "max_angle",
         "angle_follows_lr",
-    } - {name for name in ("eps_gate",) if new.optim.eps_gate == default.optim.eps_gate}
+    } - {name for name in ("eps_gate",) if new.optim.eps_gate == adam.optim.eps_gate}
     assert (new.optim.optimizer, new.optim.gate_sharpness, new.optim.angle_follows_lr) == ("gated_adamw", 0.5, True)
     assert (new.schedule.kind, new.schedule.warmup_steps) == ("log", 24)
-    gpt, plain = (make_run("gpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "default"))
+    gpt, plain = (make_run("gpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "adam"))
     assert differences(gpt, plain) == {"recipe", "schedule"}
 
 
@@ -307,7 +331,7 @@ def test_each_choice_of_a_recipe_is_a_field_too() -> None:
         "eps": 1e-16, "eps_gate": make_run("ngpt", "demo", "training-ngpt", vocab_size=9).optim.eps_gate,
         "max_angle": 0.2, "angle_follows_lr": True,
     }  # fmt: skip
-    by_field = make_run("ngpt", "demo", "default", vocab_size=9, lr=0.01, **fields)  # type: ignore[arg-type]
+    by_field = make_run("ngpt", "demo", "adam", vocab_size=9, lr=0.01, **fields)  # type: ignore[arg-type]
     by_name = make_run("ngpt", "demo", "training-ngpt", vocab_size=9, lr=0.01)
     assert differences(by_field, by_name) == {"recipe"}
     run = make_run("ngpt", vocab_size=9, matrix_rate=3.0, output_embedding_rate=0.25, final=0.2, decay_fraction=0.5)

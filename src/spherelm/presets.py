@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from spherelm.models import ARMS
 from spherelm.optim.transfer import BaseShape
 
-WAYS = ("default", "paper", "nugpt", "muon", "training-ngpt")
-"""The recipes that rates are tuned for, by name; `recipes.WAYS` says what they are."""
+WAYS = ("adam", "paper", "nugpt", "muon", "training-ngpt")
+"""The recipes that rates are tuned for, by name; `recipes.WAYS` says what they are. "default" is one of them."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Preset:
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
     of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
     batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
-    nGPT's s_z starts in the recipe "default" (with a base: in a run as long as the base's, `start_of_logits`), `None` for
-    sqrt(d_model): longer runs and surer predictions want more.
+    nGPT's s_z starts in the recipes "adam" and "muon" (with a base: in a run as long as the base's, `start_of_logits`),
+    `None` for sqrt(d_model): longer runs and surer predictions want more.
     """
 
     n_layers: int
@@ -51,9 +51,9 @@ class Preset:
 def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:
     """A run of the nGPT paper: 512 sequences a batch, LLaMA-2's 32000 tokens, 52 billion tokens.
 
-    The rate 1e-3 is that of the paper's ablations at 0.5B; each run of the paper had its own tuned one.
+    The rate 1e-3 is that of the paper's ablations at 0.5B; each run of the paper had its own tuned one. Muon's is not known.
     """
-    rates = {(recipe, arm): 1e-3 for recipe in WAYS for arm in ARMS}
+    rates = {(recipe, arm): 1e-3 for recipe in WAYS if recipe != "muon" for arm in ARMS}
     steps = round(52e9 / (512 * context))
     base = BaseShape(1020, 10, steps)  # nuGPT's own, at the same length
     return Preset(n_layers, d_model, n_heads, context, 512, steps, rates, 8, 1000, vocab_size=32000, base=base)
@@ -62,17 +62,17 @@ def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Prese
 SMALLEST = BaseShape(64, 4, 320)
 """Where the rates of the small sizes come from (docs/evidence.md): 262 thousand block parameters, 328 thousand tokens.
 
-Those of "default" and "muon" are the best of factors of two there and, carried over, at four times the updates
+Those of "adam" and "muon" are the best of factors of two there and, carried over, at four times the updates
 (docs/results/ladder.json); the others are guesses.
 """
 
 RATES_OF_SMALLEST = {
-    ("default", "gpt"): 3.2e-3,
-    ("default", "ngpt"): 2e-2,
+    ("adam", "gpt"): 3.2e-3,
+    ("adam", "ngpt"): 2e-2,
     ("paper", "gpt"): 8e-3,
     ("paper", "ngpt"): 4e-2,
-    ("muon", "gpt"): 1.6e-2,
-    ("muon", "ngpt"): 2.5e-2,
+    ("muon", "gpt"): 2e-2,
+    ("muon", "ngpt"): 2e-2,
     ("training-ngpt", "gpt"): 4e-3,
     ("training-ngpt", "ngpt"): 2e-2,
 }
@@ -88,7 +88,7 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
     steps = round(5 * 16 * n_layers * d_model**2 / 1024)
     ratio = (d_model / SMALLEST.d_model) ** -0.75 * (steps / SMALLEST.steps) ** (-1 / 3)
     rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
-    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["default", "ngpt"]
+    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["adam", "ngpt"]
     return Preset(
         n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63
     )  # fmt: skip
@@ -99,7 +99,7 @@ def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
 
     The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices.
     """
-    rates = {("default", "hybrid"): baseline, ("default", "nhybrid"): normalized}
+    rates = {("adam", "hybrid"): baseline, ("adam", "nhybrid"): normalized}
     return Preset(len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern)
 
 
@@ -112,22 +112,23 @@ PRESETS: dict[str, Preset] = {
         batch_size=4,
         steps=240,
         rates={
-            ("default", "gpt"): 2.8e-3,
-            ("default", "ngpt"): 1.6e-2,
+            ("adam", "gpt"): 2.8e-3,
+            ("adam", "ngpt"): 1.6e-2,
             ("paper", "gpt"): 4e-3,
             ("paper", "ngpt"): 3.2e-2,
             ("nugpt", "ngpt"): 1.6e-2,
-            ("muon", "gpt"): 2e-2,
+            ("muon", "gpt"): 2.8e-2,
             ("muon", "ngpt"): 1.6e-2,
             ("training-ngpt", "gpt"): 2e-3,
             ("training-ngpt", "ngpt"): 1.6e-2,
-            ("default", "encoder"): 2e-3,
-            ("default", "nencoder"): 1.6e-2,
+            ("adam", "encoder"): 2e-3,
+            ("adam", "nencoder"): 1.6e-2,
         },
         eval_every=40,
         eval_windows=32,
         compile=False,
         base=BaseShape(128, 4, 240),
+        logit_scale=22.63,
     ),
     "pairs": Preset(
         n_layers=2,
@@ -137,8 +138,8 @@ PRESETS: dict[str, Preset] = {
         batch_size=32,
         steps=600,
         rates={
-            ("default", "encdec"): 2e-3,
-            ("default", "nencdec"): 1e-2,
+            ("adam", "encdec"): 2e-3,
+            ("adam", "nencdec"): 1e-2,
         },
         eval_every=100,
         eval_windows=512,

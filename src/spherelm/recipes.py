@@ -1,4 +1,4 @@
-"""Named runs: sizes (`presets`) and ways to train (recipes). A recipe is a function; an ablation is a one-field change.
+"""Named runs: sizes (`presets`) and ways to train (recipes). A recipe is a function.
 
 `make_run("ngpt", "demo", "default")` puts them together.
 """
@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
+from spherelm import ablations
 from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -44,7 +45,17 @@ def paper(arm: str, preset: Preset, steps: int) -> Choices:
 
 
 def default(arm: str, preset: Preset, steps: int) -> Choices:
-    """What learns fastest where users start (docs/experiments.md); at the paper's own 0.5B shape it starts as the paper's.
+    """What learns fastest (docs/experiments.md), as far as it was measured: `muon` where its rates were tuned, else `adam`."""
+    return WAYS[best_way(arm, preset)](arm, preset, steps)
+
+
+def best_way(arm: str, preset: Preset) -> str:
+    """The recipe that "default" is for this arm and size."""
+    return "muon" if ("muon", arm) in preset.rates else "adam"
+
+
+def adam(arm: str, preset: Preset, steps: int) -> Choices:
+    """AdamW for baselines, Adam for normalized arms; at the paper's own 0.5B shape it starts as the paper's.
 
     The rate falls to 0 in a straight line, Adam's first moment remembers less in a short run (`first_beta`) and the second
     more where an update has few tokens (`second_beta`); with each of the three both arms end lower. GPT: the paper's 0.02 is
@@ -117,14 +128,14 @@ RATES = {
     "encdec": RateMultipliers(input_embedding=64.0, output_embedding=16.0, gain=8.0),
     "nencdec": RateMultipliers(input_embedding=2.0, matrix=0.5),
 }
-"""Of the arms that want different rates for different roles, in the recipe "default"; a baseline's peak is its block matrices'.
+"""Of the arms that want different rates for different roles, in the recipe "adam"; a baseline's peak is its block matrices'.
 
 Found at 128 channels: 240 updates, the hybrid's with the pattern "MAM-MAM-", that of "experts", hybrids without Mamba mixers,
 with "AOAOAOAO"; 600 updates of English to French for encoder-decoders.
 """
 
 S_Z_SCALE = 1.4
-"""What s_z is stored at in the recipe "default", at every width. Found at 128 channels; the paper's is 0.088 there."""
+"""What s_z is stored at in the recipe "adam", at every width. Found at 128 channels; the paper's is 0.088 there."""
 
 
 def depth(arm: str, n_layers: int) -> float:
@@ -137,12 +148,12 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
 
     Its rules are `optim.transfer`; here are its constants: alpha from 0.05 at its 10 layers, the scales stored at 0.03, no
     warm-up, cosine to a tenth, eps 1e-16. Ours is the start of s_z at the base, sqrt(d_model) instead of 1, as in the
-    default recipe; it is stored at as many times more, so that an update moves it as far as the paper's. The rule for length
+    recipe "adam"; it is stored at as many times more, so that an update moves it as far as the paper's. The rule for length
     stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and the batch size of the base. GPT has no
-    such rules: it is the default recipe's.
+    such rules: it is trained by "adam".
     """
     if not is_normalized(arm):
-        return default(arm, preset, steps)
+        return adam(arm, preset, steps)
     base = preset.base or BaseShape(preset.d_model, preset.n_layers, preset.steps)
     rules = transfer(base, preset.d_model, preset.n_layers, steps)
     model = {
@@ -156,65 +167,44 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
 
 
 def muon(arm: str, preset: Preset, steps: int) -> Choices:
-    """The default recipe with Muon for block matrices, in both arms; Adam's rates by role beside it are tuned here."""
-    choices = default(arm, preset, steps)
-    optim = {"optimizer": "muon", "multipliers": MUON_RATES[is_normalized(arm)]}
+    """The recipe "adam" with Muon for block matrices, in both arms; Adam's rates by role beside it are tuned here."""
+    choices = adam(arm, preset, steps)
+    optim = {"optimizer": "muon", "multipliers": MUON_RATES[is_normalized(arm)], "momentum": muon_momentum(steps)}
     return Choices(choices.model, {**choices.optim, **optim}, choices.schedule)
 
 
+def muon_momentum(steps: int) -> float:
+    """Muon's momentum in a run of `steps` updates: it remembers twice as many as Adam's first moment (`first_beta`).
+
+    That is Muon's usual 0.95 from 3844 updates on, and 0.8 at 240, where both arms are best (docs/experiments.md).
+    """
+    return 1 - (1 - first_beta(steps)) / 2
+
+
 MUON_RATES = {
-    False: RateMultipliers(input_embedding=6.4, output_embedding=3.2, gain=1.6),
-    True: RateMultipliers(matrix=2.5),
+    False: RateMultipliers(input_embedding=6.4, output_embedding=0.8, gain=0.8),
+    True: RateMultipliers(matrix=4.0),
 }
 """For baselines, whose peak rate is Muon's, and for normalized arms, where Muon's is an angle and the peak rate Adam's.
 
-Found with GPT and nGPT at 128 channels and 240 updates and at 64 channels and 1280 (docs/results/muon-tuning.json).
+Found with GPT and nGPT at 128 channels and 240 updates, and with GPT at 64 channels and 1280 (docs/results/muon-roles.json).
 """
 
 
 def training_ngpt(arm: str, preset: Preset, steps: int) -> Choices:
-    """The recipe of "Training nGPT" (arXiv 2608.01284) on the default's starts: four choices, each also a field of its own.
+    """The recipe of "Training nGPT" (arXiv 2608.01284) on the starts of "adam": four choices, each also a field of its own.
 
     Logit gradient preconditioning (`logit_preconditioning`), logarithmic decay after a tenth of warm-up (`schedule`, `rho`),
     GatedAdamW (`optimizer`, `eps_gate`, `gated_step`), and the angular step cap (`max_angle`). rho, eps_gate and the cap are
     ours, tuned at the demo (docs/experiments.md): the paper's are not known here. GPT takes the schedule alone; the rest is
     not about it.
     """
-    choices = default(arm, preset, steps)
+    choices = adam(arm, preset, steps)
     schedule = ScheduleConfig("log", warmup_steps=steps // 10, rho=0.9)
     if not is_normalized(arm):
         return dataclasses.replace(choices, schedule=schedule)
     optim = {"optimizer": "gated_adamw", "eps": 1e-16, "eps_gate": 1e-8, "max_angle": 0.2, "angle_follows_lr": True}
     return Choices({**choices.model, "logit_preconditioning": 1.0}, {**choices.optim, **optim}, schedule)
-
-
-def _starts(name: str, inits: tuple[str, ...], scales: tuple[str, ...]) -> dict[str, tuple[str, str, str]]:
-    return {f"{name}-from-{init}-at-{scale}": (name, init, scale) for init in inits for scale in scales}
-
-
-STARTS = {
-    **_starts("s_qk", ("1", "0.33", "0.05"), ("rsqrt", "1")),
-    **_starts("s_uv", ("1", "rsqrt"), ("1", "rsqrt")),
-    **_starts("s_z", ("1", "sqrt"), ("rsqrt", "1")),
-}
-"""Table 4: which scale, its init, and what it is stored at, in words: rsqrt is 1/sqrt(d_model), sqrt is sqrt(d_model)."""
-
-FIELDS: dict[str, dict[str, Any]] = {
-    **{f"{name}-{form}": {f"{name}_form": form} for name in ("s_qk", "s_z", "alpha") for form in ("scalar", "fixed")},
-    **{f"s_uv-{form}": {"s_u_form": form, "s_v_form": form} for form in ("scalar", "fixed")},
-    "no-qk-norm": {"qk_norm": False},
-    "alpha-free": {"alpha_sign": "free"},
-    "riemannian": {"step": "riemannian"},
-}
-"""Tables 5 and 6: what differs from the base."""
-
-
-def start_fields(name: str, init: str, scale: str, d_model: int) -> dict[str, float]:
-    """The fields of an `NGPTConfig` that an entry of `STARTS` stands for."""
-    numbers = {"rsqrt": 1 / math.sqrt(d_model), "sqrt": math.sqrt(d_model)}
-    values = {"init": numbers.get(init) or float(init), "scale": numbers.get(scale) or float(scale)}
-    names = ("s_u", "s_v") if name == "s_uv" else (name,)
-    return {f"{one}_{what}": value for one in names for what, value in values.items()}
 
 
 def ablation(name: str) -> Recipe:
@@ -224,20 +214,17 @@ def ablation(name: str) -> Recipe:
         choices = paper(arm, preset, steps)
         if not is_normalized(arm):
             return choices
-        fields = start_fields(*STARTS[name], preset.d_model) if name in STARTS else FIELDS[name]
-        return dataclasses.replace(choices, model={**choices.model, **fields})
+        return dataclasses.replace(choices, model={**choices.model, **ablations.fields_of(name, preset.d_model)})
 
     return recipe
 
 
-BASES = ("s_qk-from-1-at-rsqrt", "s_uv-from-1-at-1", "s_z-from-1-at-rsqrt")
-"""What Table 4 repeats: the paper's own starts."""
-
-ABLATIONS: dict[str, Recipe] = {name: ablation(name) for name in (*STARTS, *FIELDS) if name not in BASES}
+ABLATIONS: dict[str, Recipe] = {name: ablation(name) for name in ablations.NAMES}
 """Tables 4 to 6 of the nGPT paper, in its order; their base is "paper", whose learning rate they take."""
 
 WAYS: dict[str, Recipe] = {
     "default": default,
+    "adam": adam,
     "paper": paper,
     "nugpt": nugpt,
     "muon": muon,
@@ -257,8 +244,10 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
     """The peak learning rate that was tuned for this; where a recipe changes nothing that it hangs on, another's."""
     if recipe in ABLATIONS:
         recipe = "paper"
+    elif recipe == "default":
+        recipe = best_way(arm, preset)
     elif recipe == "nugpt" and not is_normalized(arm):
-        recipe = "default"
+        recipe = "adam"
     return preset.rates.get((recipe, arm))
 
 

@@ -47,7 +47,7 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
 ) -> None:
     """The page and the summary speak of them, and of the baseline as the baseline, whoever is ahead."""
     pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
-    rates = {("default", "hybrid"): 2e-3, ("default", "nhybrid"): 1e-2}
+    rates = {("adam", "hybrid"): 2e-3, ("adam", "nhybrid"): 1e-2}
     pattern = dataclasses.replace(tiny.PRESET, n_layers=3, d_model=32, pattern="M-A", rates=rates)
     monkeypatch.setitem(PRESETS, "tiny", pattern)
     out = tmp_path / "out"

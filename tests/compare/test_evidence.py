@@ -53,13 +53,13 @@ def test_rates_of_sizes_are_carried_over_from_the_smallest() -> None:
     """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of the rate at 64 channels and 320 updates."""
     ratio = 2**-0.75 * 16 ** (-1 / 3)
     for arm in tiny.ARMS:
-        base = evidence.PRESETS["1m"].rates["default", arm]
+        base = evidence.PRESETS["1m"].rates["adam", arm]
         assert base == pytest.approx(ratio * recipes_rate(arm), rel=0.05)
     assert PRESETS["1m"].base == SMALLEST
 
 
 def recipes_rate(arm: str) -> float:
-    return RATES_OF_SMALLEST["default", arm]
+    return RATES_OF_SMALLEST["adam", arm]
 
 
 def test_points_come_cheapest_first() -> None:

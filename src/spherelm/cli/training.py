@@ -55,7 +55,7 @@ def compare(
         out: Directory for both arms' runs, summary.json and report.html.
         data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
         preset: Size and length of the models' runs.
-        recipe: How each arm is trained: default, paper, nugpt, muon, training-ngpt, or an ablation (docs/recipes.md).
+        recipe: How each arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
         steps: Updates of a full run; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
@@ -121,7 +121,7 @@ def train(
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
-        recipe: How the arm is trained: default, paper, nugpt, muon, training-ngpt, or an ablation (docs/recipes.md).
+        recipe: How the arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
         steps: Updates; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
@@ -233,7 +233,7 @@ def evidence(
     workers: int | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Measure how many tokens and seconds nGPT saves over sizes, contexts and budgets, every contender tuned at each; resumable.
+    """Measure the tokens and seconds nGPT saves over sizes, contexts and budgets, every contender tuned at each; resumable.
 
     Args:
         out: Directory for the runs and evidence.json; the same command again goes on with it.

@@ -40,10 +40,10 @@ from spherelm.train.record import command_line, git_commit, versions, write_json
 
 CONTENDERS = {
     "gpt-paper": ("gpt", "paper"),
-    "gpt-adamw": ("gpt", "default"),
+    "gpt-adamw": ("gpt", "adam"),
     "gpt-muon": ("gpt", "muon"),
     "ngpt-paper": ("ngpt", "paper"),
-    "ngpt-adam": ("ngpt", "default"),
+    "ngpt-adam": ("ngpt", "adam"),
     "ngpt-muon": ("ngpt", "muon"),
     "nugpt": ("ngpt", "nugpt"),
     "training-ngpt": ("ngpt", "training-ngpt"),

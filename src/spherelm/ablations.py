@@ -1,0 +1,46 @@
+"""The ablations of the nGPT paper's Tables 4 to 6, each as the fields of an `NGPTConfig` that differ from the paper's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def _starts(name: str, inits: tuple[str, ...], scales: tuple[str, ...]) -> dict[str, tuple[str, str, str]]:
+    return {f"{name}-from-{init}-at-{scale}": (name, init, scale) for init in inits for scale in scales}
+
+
+STARTS = {
+    **_starts("s_qk", ("1", "0.33", "0.05"), ("rsqrt", "1")),
+    **_starts("s_uv", ("1", "rsqrt"), ("1", "rsqrt")),
+    **_starts("s_z", ("1", "sqrt"), ("rsqrt", "1")),
+}
+"""Table 4: which scale, its init, and what it is stored at, in words: rsqrt is 1/sqrt(d_model), sqrt is sqrt(d_model)."""
+
+FIELDS: dict[str, dict[str, Any]] = {
+    **{f"{name}-{form}": {f"{name}_form": form} for name in ("s_qk", "s_z", "alpha") for form in ("scalar", "fixed")},
+    **{f"s_uv-{form}": {"s_u_form": form, "s_v_form": form} for form in ("scalar", "fixed")},
+    "no-qk-norm": {"qk_norm": False},
+    "alpha-free": {"alpha_sign": "free"},
+    "riemannian": {"step": "riemannian"},
+}
+"""Tables 5 and 6: what differs from the base."""
+
+BASES = ("s_qk-from-1-at-rsqrt", "s_uv-from-1-at-1", "s_z-from-1-at-rsqrt")
+"""What Table 4 repeats: the paper's own starts."""
+
+NAMES = tuple(name for name in (*STARTS, *FIELDS) if name not in BASES)
+"""All but those, in the paper's order."""
+
+
+def start_fields(name: str, init: str, scale: str, d_model: int) -> dict[str, float]:
+    """The fields of an `NGPTConfig` that an entry of `STARTS` stands for."""
+    numbers = {"rsqrt": 1 / math.sqrt(d_model), "sqrt": math.sqrt(d_model)}
+    values = {"init": numbers.get(init) or float(init), "scale": numbers.get(scale) or float(scale)}
+    names = ("s_u", "s_v") if name == "s_uv" else (name,)
+    return {f"{one}_{what}": value for one in names for what, value in values.items()}
+
+
+def fields_of(name: str, d_model: int) -> dict[str, Any]:
+    """What differs from the base in the ablation `name` of a model with `d_model` channels."""
+    return start_fields(*STARTS[name], d_model) if name in STARTS else FIELDS[name]
