@@ -14,7 +14,8 @@ from typing import Any
 
 from pairs_summary import read_json, shortened
 
-from spherelm.compare.evidence import all_speedups, growth, table
+from spherelm.compare.evidence import table
+from spherelm.compare.growth import all_speedups, growth
 
 PLACE = ("size", "context", "budget", "contender")
 

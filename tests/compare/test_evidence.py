@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import signal
 import time
@@ -17,12 +16,9 @@ from spherelm.compare.evidence import (
     Grid,
     Ladder,
     Point,
-    all_speedups,
     beyond,
     climb,
     costs_on_record,
-    growth,
-    one_speedup,
     table,
     time_limit,
 )
@@ -107,86 +103,12 @@ def test_a_search_goes_away_from_what_diverges_and_ends_where_everything_does() 
     assert len(search(lambda rate: math.nan)) == evidence.PATIENCE
 
 
-def rung(tokens: int, *test: float) -> dict[str, Any]:
-    return {"tokens": tokens, "test": list(test)}
-
-
-def test_the_speedup_is_the_ratio_of_tokens_to_the_same_loss() -> None:
-    """Losses that fall by 1 for each doubling: two seeds, the contender one doubling ahead, then one and a half."""
-    own = [rung(1000, 5.0, 5.5), rung(2000, 4.0, 4.5), rung(4000, 3.0, 3.5)]
-    found = one_speedup(rung(4000, 4.0, 4.0), own)
-    assert found["speedup"] == pytest.approx(4000 / (2000 * 2**0.25))
-    assert found["bound"] is None
-    low, high = found["interval"]
-    assert low < math.sqrt(2 * 2**0.5) < high
-    ahead = one_speedup(rung(1000, 6.0, 6.0), own)
-    assert (ahead["speedup"], ahead["bound"], ahead["interval"]) == (1.0, "at least", None)
-    behind = one_speedup(rung(1000, 1.0, 1.0), own)
-    assert (behind["speedup"], behind["bound"]) == (0.25, "at most")
-    assert one_speedup(rung(1000, 1.0, 1.0), [rung(1000, 2.0, math.nan)])["speedup"] is None
-
-
-def measurement(arm: str, contender: str, steps: int, *test: float) -> dict[str, Any]:
-    place = {"size": "1m", "context": 256, "budget": steps / 1024, "block_parameters": 2**20}
-    return {**place, "arm": arm, "contender": contender, "steps": steps, "tokens": 1024 * steps, "test": list(test)}
-
-
-def test_the_speedup_in_seconds_is_that_in_tokens_over_the_ratio_of_the_steps() -> None:
-    """Of the steps timed together at the same size and context, compiled where the baseline's run was."""
-    measured = [
-        measurement("gpt", "gpt-adamw", 320, 5.0, 5.1),
-        measurement("gpt", "gpt-adamw", 1280, 3.0, 3.1),
-        *(measurement("ngpt", "ngpt-adam", 160 * 2**k, 5.0 - k, 5.15 - k) for k in range(4)),
-    ]
-
-    def cost(compiled: bool, ratio: float, size: str = "1m", base: str = "gpt-adamw") -> dict[str, Any]:
-        return {"size": size, "context": 256, "compiled": compiled, "ratios": {base: {"ngpt-adam": ratio}}}
-
-    wrong = [cost(False, 9.0, size="4m"), cost(True, 9.0, base="gpt-muon"), {**cost(False, 9.0), "context": 1024}]
-    short, long = all_speedups(measured, [*wrong, cost(False, 1.25), cost(True, 0.8)])
-    assert long["seconds"] == pytest.approx(long["speedup"] / 0.8)
-    assert long["seconds_interval"] == pytest.approx([edge / 0.8 for edge in long["interval"]])
-    assert short["seconds"] == pytest.approx(short["speedup"] / 1.25)
-    unknown = list(all_speedups(measured, wrong))
-    assert [(row["seconds"], row["seconds_interval"]) for row in unknown] == [(None, None)] * 2
-    assert [row["speedup"] for row in unknown] == [short["speedup"], long["speedup"]]
-
-
 def test_what_is_no_record_of_evidence_is_refused(tmp_path: Path) -> None:
     assert costs_on_record(tmp_path / "evidence.json") == []
     for text in ("{", "[1]"):
         (tmp_path / "evidence.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"is not what spherelm evidence wrote .*: move it away"):
             costs_on_record(tmp_path / "evidence.json")
-
-
-def rows(speedup: Any, budgets: tuple[float, ...], contexts: tuple[int, ...] = (256,)) -> list[dict[str, Any]]:
-    return [
-        {"baseline": "g", "contender": "n", "budget": b, "context": c, "block_parameters": n,
-         "speedup": speedup(b, c, n), "bound": None}
-        for b, c, n in itertools.product(budgets, contexts, (3e5, 1e6))
-    ]  # fmt: skip
-
-
-def test_growth_finds_the_powers_that_made_the_points() -> None:
-    fit = growth(rows(lambda b, c, n: 1.5 * b**0.2 * c**0.3 * n**-0.1, (5, 10, 20), (256, 1024)))["g -> n"]
-    assert fit["points"] == 12
-    assert fit["power"] == pytest.approx({"budget": 0.2, "context": 0.3, "block_parameters": -0.1})
-    assert all(error < 1e-6 for error in fit["error"].values())
-
-
-def test_growth_says_what_it_cannot_know() -> None:
-    found = rows(lambda b, c, n: b**0.5, (5, 10))
-    found[0]["bound"] = "at least"
-    fit = growth(found)["g -> n"]
-    assert (fit["points"], fit["left_out"]) == (3, 1)
-    assert fit["power"] == {
-        "budget": pytest.approx(0.5),
-        "block_parameters": pytest.approx(0, abs=1e-9),
-        "context": None,
-    }
-    assert fit["error"] == {"budget": None, "block_parameters": None, "context": None}, "no points to spare"
-    assert growth(found[:1])["g -> n"]["power"] == {"budget": None, "block_parameters": None, "context": None}
 
 
 @pytest.fixture
