@@ -59,7 +59,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipe", "secret"], "unknown recipe 'secret': choose one of default, paper"),
+        (["--recipe", "secret"], "unknown recipe 'secret': choose one of default, adam"),
         (["--preset", "huge"], "unknown preset 'huge': choose one of demo, pairs, "),
         (["--seq-len", 100_000], "sequence length 100000 needs 100001 tokens, but the train text in "),
         (["--steps", 0], "steps must be a positive whole number, got 0"),

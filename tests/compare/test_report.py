@@ -271,7 +271,7 @@ def test_hostile_text_stays_text(build: Build) -> None:
         def change(summary: dict[str, Any]) -> None:
             summary.update(command=HOSTILE, git_commit=HOSTILE, versions={HOSTILE: HOSTILE})
             summary["config"].update(preset=HOSTILE, data={HOSTILE: HOSTILE})
-            summary["arms"]["gpt"]["recipe"] = HOSTILE
+            summary["arms"]["gpt"].update(recipe=HOSTILE, optimizer=HOSTILE)
 
         edit_summary(change)(directory)
 
@@ -279,6 +279,15 @@ def test_hostile_text_stays_text(build: Build) -> None:
     assert page.count("script") == 1
     assert page.count("img") == 0
     assert page.text.count(HOSTILE) >= 6
+
+
+def test_each_arms_optimizer_is_named(build: Build) -> None:
+    def forget(summary: dict[str, Any]) -> None:
+        del summary["arms"]["gpt"]["optimizer"]
+
+    _, page = build(edit_summary(forget), seeds=1)
+    row = page.text.partition("Optimizer")[2].partition("Parameters")[0]
+    assert row.strip() == "unknownMuon for block matrices, AdamW for the rest"
 
 
 def test_the_same_runs_give_the_same_bytes(directory: Path, page: Page) -> None:

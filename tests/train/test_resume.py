@@ -134,7 +134,7 @@ def test_what_changes_nothing_may_change_on_resuming(trainer: MakeTrainer, data:
     ("fields", "message"),
     [
         ({"lr": 2e-2}, r"optim\.lr is 0\.01 there and 0\.02 now"),
-        ({"seq_len": 8}, r"model\.max_seq_len is 16 there and 8 now"),
+        ({"seq_len": 8}, r"train\.seq_len is 16 there and 8 now"),
         ({"seed": 1}, r"train\.seed is 0 there and 1 now"),
         ({"steps": 8}, r"train\.steps is 6 there and 8 now"),
         ({"d_ff": 32}, r"model\.d_ff is 24 there and 32 now"),

@@ -13,7 +13,7 @@ from typing import Any
 from spherelm.analysis import svg
 from spherelm.compare.figures import Figure
 from spherelm.compare.record import Comparison, standard_error
-from spherelm.compare.wording import NAMES, caveats, number, si, verdict
+from spherelm.compare.wording import NAMES, caveats, number, optimizer_name, si, verdict
 
 
 def page(
@@ -88,6 +88,7 @@ def _arm_table(comparison: Comparison) -> str:
         ("Full run", "seconds", lambda arm: number(arm.seconds, ",.0f")),
         ("Peak learning rate", "", lambda arm: number(arm.lr, "g")),
         ("Recipe", "", lambda arm: arm.recipe),
+        ("Optimizer", "", lambda arm: optimizer_name(arm.optimizer)),
         ("Parameters", "", lambda arm: number(arm.parameters, ",d")),
     ]
     body = "".join(

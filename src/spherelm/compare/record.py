@@ -55,7 +55,8 @@ class Run:
 class Arm:
     """All full runs of one arm, one a seed, and how it was trained.
 
-    `tokens_per_second` as measured apart from the runs; None where it was not.
+    `tokens_per_second` as measured apart from the runs; `None` where it was not. `optimizer` as `OptimConfig` calls it; `None`
+    in records that do not say.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Arm:
     recipe: str
     parameters: int | None
     tokens_per_second: float | None
+    optimizer: str | None = None
 
     @property
     def whole_runs(self) -> list[Run]:
@@ -215,7 +217,8 @@ def read_run(directory: Path) -> Run:
 def _read_arm(directory: Path, name: str, summary: Mapping[str, Any]) -> Arm:
     runs = [read_run(directory / run) for run in summary["runs"]]
     recipe = str(summary.get("recipe", "unknown"))
-    return Arm(name, runs, summary.get("lr"), recipe, summary.get("parameters"), summary.get("tokens_per_second"))
+    measured = (summary.get(key) for key in ("parameters", "tokens_per_second", "optimizer"))
+    return Arm(name, runs, summary.get("lr"), recipe, *measured)
 
 
 def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list[End]:

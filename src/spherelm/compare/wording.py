@@ -13,6 +13,14 @@ NAMES = LABELS
 """What each arm is called in a text, as in a figure."""
 
 
+OPTIMIZERS = {"adamw": "AdamW", "gated_adamw": "GatedAdamW", "muon": "Muon for block matrices, AdamW for the rest"}
+
+
+def optimizer_name(optimizer: str | None) -> str:
+    """What an optimizer of `OptimConfig` is called in a text."""
+    return "unknown" if optimizer is None else OPTIMIZERS.get(optimizer, optimizer)
+
+
 def si(value: float) -> str:
     """A count with three digits and a unit: 1.64M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

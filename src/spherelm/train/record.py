@@ -103,12 +103,14 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
-    for field in now:
-        if field not in FREE_TO_CHANGE and before.get(field) != now[field]:
-            raise ValueError(
-                f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
-                "give the same value, or another --out"
-            )
+    differing = [field for field in now if field not in FREE_TO_CHANGE and before.get(field) != now[field]]
+    if differing:
+        # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
+        field = min(differing, key=lambda name: ("." in name, not name.startswith("train.")))
+        raise ValueError(
+            f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
+            "give the same value, or another --out"
+        )
     return True
 
 
