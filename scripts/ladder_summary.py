@@ -1,14 +1,16 @@
 """One JSON and the tables of docs/evidence.md from what several `spherelm evidence` commands measured.
 
-    python scripts/ladder_summary.py runs/evidence-*.json --out docs/results/ladder.json
+    python scripts/ladder_summary.py docs/results/ladder-older.json runs/evidence-*.json --out docs/results/ladder.json
 
-Points on the same text stand together, whatever grid they were part of; speedups are looked for among all of them.
+Points on the same text stand together, whatever grid they were part of; speedups are looked for among all of them. A summary
+that was written before is taken too; of what was measured twice the last counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,19 @@ from spherelm.compare.growth import all_speedups, growth
 PLACE = ("size", "context", "budget", "contender")
 
 
-def text_of(record: dict[str, Any]) -> tuple[str, str]:
-    """The last parts of the data directories, training and test."""
-    grid = record["grid"]
-    return Path(grid["data"]).name, Path(grid["test"]).name
+Text = tuple[str, str]
+"""The last parts of the data directories, training and test."""
+
+
+def records_of(found: dict[str, Any]) -> Iterator[tuple[Text, dict[str, Any]]]:
+    """What one file holds, by text: the record of a command, or a summary of several."""
+    if "texts" in found:
+        for text in found["texts"]:
+            yield (text["text"]["train"], text["text"]["test"]), text
+    else:
+        grid = found["grid"]
+        about = {"commands": [shortened(found["command"])], "git_commit": [str(found["git_commit"])]}
+        yield (Path(grid["data"]).name, Path(grid["test"]).name), {**found, **about}
 
 
 def cost_place(cost: dict[str, Any]) -> tuple[Any, ...]:
@@ -31,21 +42,21 @@ def cost_place(cost: dict[str, Any]) -> tuple[Any, ...]:
     return cost["size"], cost["context"], cost["compiled"], tuple(cost["seconds"])
 
 
-def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """All measurements of `records`, which are on one text, cheapest first; and the speedups among them."""
+def merged(text: Text, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """All measurements of `records`, which are on `text`, cheapest first; and the speedups among them."""
     found = {tuple(row[name] for name in PLACE): row for record in records for row in record["measured"]}
     rows = sorted(found.values(), key=lambda row: (row["context"], row["block_parameters"] * row["tokens"]))
     costs = {cost_place(cost): cost for record in records for cost in record.get("costs", [])}
     speedups = list(all_speedups(rows, list(costs.values())))
     return {
-        "text": dict(zip(("train", "test"), text_of(records[0]), strict=True)),
+        "text": dict(zip(("train", "test"), text, strict=True)),
         "measured": rows,
         "costs": list(costs.values()),
         "speedups": speedups,
         "growth": growth(speedups),
-        "commands": [shortened(record["command"]) for record in records],
-        "git_commit": sorted({str(record["git_commit"]) for record in records}),
-        "versions": records[0]["versions"],
+        "commands": list(dict.fromkeys(command for record in records for command in record["commands"])),
+        "git_commit": sorted({commit for record in records for commit in record["git_commit"]}),
+        "versions": records[-1]["versions"],
     }
 
 
@@ -54,14 +65,14 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    by_text: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_text: dict[Text, list[dict[str, Any]]] = {}
     for path in given.records:
-        record = read_json(path)
-        by_text.setdefault(text_of(record), []).append(record)
-    texts = [merged(records) for _, records in sorted(by_text.items())]
+        for text, record in records_of(read_json(path)):
+            by_text.setdefault(text, []).append(record)
+    texts = [merged(text, records) for text, records in sorted(by_text.items())]
     given.out.write_text(json.dumps({"texts": texts}, indent=1) + "\n", encoding="utf-8")
-    for text in texts:
-        print(text["text"], table(text), json.dumps(text["growth"], indent=1), sep="\n\n")
+    for summary in texts:
+        print(summary["text"], table(summary), json.dumps(summary["growth"], indent=1), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
+from spherelm.hardware import fast_bfloat16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
@@ -25,8 +26,8 @@ STEPS = 5
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """In what the iteration is computed: bfloat16 on an accelerator, where it is enough and fast, float32 elsewhere."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    """In what the iteration is computed: bfloat16, which is enough, where the hardware multiplies it fast; else float32."""
+    return torch.bfloat16 if device.type != "cpu" or fast_bfloat16(device) else torch.float32
 
 
 def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
