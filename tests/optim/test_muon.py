@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spherelm import sphere
 from spherelm.layers.linear import UnitLinear, departure, unit_modules
 from spherelm.models import NGPT, GPTConfig, NGPTConfig, build
-from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.optim import OptimConfig, build_optimizer, muon
 from spherelm.optim.groups import set_rate
 from spherelm.optim.muon import MuonAdamW, orthogonalized, step_size
 
@@ -105,15 +105,77 @@ def test_ngpt_stays_on_the_sphere_and_only_block_matrices_are_muons(tangent: boo
     assert kinds == {"input_embedding": adam, "output_embedding": adam, "matrix": {"momentum_buffer"}, "scale": adam}
 
 
+def test_small_matrices_of_one_shape_are_orthogonalized_together_and_move_as_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of them without a gradient, a bank and one shape that occurs once among them."""
+    shapes, axes = [(6, 4), (4, 6), (6, 4), (2, 4, 6), (6, 4), (3, 3)], [1, 0, 0, 2, None, None]
+
+    def moved(small: int) -> tuple[list[Tensor], list[torch.Size]]:
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        group = {
+            "params": parameters,
+            "muon": True,
+            "momentum": 0.9,
+            "tangent": True,
+            "unit_axes": axes,
+            "weight_decay": 0.1,
+        }
+        optimizer, products = MuonAdamW([group], 0.05, (0.9, 0.95), 1e-8, fused=False), []
+
+        def noted(g: Tensor, dtype: torch.dtype) -> Tensor:
+            products.append(g.shape)
+            return orthogonalized(g, dtype)
+
+        monkeypatch.setattr(muon, "SMALL", small)
+        with monkeypatch.context() as patch:
+            patch.setattr(muon, "orthogonalized", noted)
+            for parameter in (*parameters[:4], parameters[5]):
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        return parameters, products
+
+    (together, stacked), (alone, single) = moved(24), moved(0)
+    assert sorted(stacked) == [(1, 3, 3), (1, 4, 6), (2, 4, 6), (2, 6, 4)]
+    assert sorted(map(len, single)) == [2, 2, 2, 2, 3]
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in shapes]
+    assert [ours.equal(before) for ours, before in zip(together, start, strict=True)] == [False] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("arm", [GPTConfig, NGPTConfig])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_products_are_computed_as_the_model_is(
+    arm: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in float32 where nothing is said, on a processor."""
+    used: set[torch.dtype] = set()
+
+    def noted(g: Tensor, dtype: torch.dtype) -> Tensor:
+        used.add(dtype)
+        return orthogonalized(g, dtype)
+
+    monkeypatch.setattr(muon, "orthogonalized", noted)
+    for asked, expected in ((dtype, dtype), (None, torch.float32)):
+        model = build(arm(**CONFIG))
+        model.set_compute_dtype(asked)
+        pushed(build_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon")), model, 0)
+        assert used == {expected}
+        used.clear()
+
+
 def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
     models = [build(GPTConfig(**CONFIG)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    muon = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.05))
+    mixed = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.05))
     adam = build_optimizer(models[1], OptimConfig(lr=1e-2))
     for seed in range(3):
-        for optimizer in (muon, adam):
+        for optimizer in (mixed, adam):
             set_rate(optimizer, 1e-2 / (seed + 1))
-        pushed(muon, models[0], seed)
+        pushed(mixed, models[0], seed)
         pushed(adam, models[1], seed)
     for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         is_block_matrix = name.startswith("blocks") and ours.ndim == 2

@@ -15,7 +15,7 @@ from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.optim.balancing import Summed, attach_balancing
 from spherelm.optim.gated_adamw import GatedAdamW
-from spherelm.optim.muon import MuonAdamW
+from spherelm.optim.muon import MuonAdamW, product_dtype
 from spherelm.optim.retraction import AngleCap, attach_retraction
 
 DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
@@ -167,7 +167,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torc
     else:
         fused = all(p.device.type in ("cpu", "cuda", "mps") for p in model.parameters())
         if config.optimizer == "muon":
-            optimizer = MuonAdamW(with_muon(model, groups, config), config.lr, config.betas, config.eps, fused)
+            marked = with_muon(model, groups, config)
+            optimizer = MuonAdamW(marked, config.lr, config.betas, config.eps, fused, product_dtype(model))
         else:
             optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     if next(unit_modules(model), None) is not None:

@@ -12,22 +12,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
-from spherelm.hardware import fast_bfloat16
+from spherelm.layers.linear import Embedding
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
 
 STEPS = 5
 
+SMALL = 2**17
+"""Entries up to which matrices of one shape are orthogonalized together: what is between their products costs more there."""
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """In what the iteration is computed: bfloat16, which is enough, where the hardware multiplies it fast; else float32."""
-    return torch.bfloat16 if device.type != "cpu" or fast_bfloat16(device) else torch.float32
+
+def product_dtype(model: nn.Module) -> torch.dtype:
+    """In what the iteration is computed: in what the model computes, where that is said.
+
+    Else bfloat16, which is enough, on an accelerator, and float32 on a processor, since most emulate bfloat16 at a hundredth
+    of their speed.
+    """
+    named = (module.compute_dtype for module in model.modules() if isinstance(module, Embedding))
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return next((dtype for dtype in named if dtype is not None), torch.float32 if on_cpu else torch.bfloat16)
 
 
 def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
@@ -85,18 +94,20 @@ class MuonAdamW(Optimizer):
     A muon group holds matrices and banks of them only. Besides `lr` and `weight_decay` it has `momentum`, `unit_axes` (one for
     each of its parameters, `None` for a plain matrix) and `tangent`: whether the gradient is projected onto the tangent space
     of the unit vectors before it enters the momentum. Each matrix of a bank is orthogonalized by itself. Under sharding every
-    process gathers a matrix to orthogonalize it; of a bank each does its own.
+    process gathers a matrix to orthogonalize it; of a bank each does its own. dtype: in which it is orthogonalized.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, fused: bool
-    ) -> None:
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, fused: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "muon": False})
         rest = [group for group in self.param_groups if not group["muon"]]
         self._adam = AdamW(rest, lr=lr, betas=betas, eps=eps, fused=fused) if rest else None
         for group in self.param_groups:
             if group["muon"] and any(p.ndim not in (2, 3) for p in group["params"]):
                 raise ValueError("Muon takes matrices only: leave its other parameters to Adam")
+        self.dtype = dtype
         self._share()
 
     def _share(self) -> None:
@@ -121,19 +132,38 @@ class MuonAdamW(Optimizer):
             self._adam.step()
         for group in self.param_groups:
             if group["muon"]:
-                for parameter, axis in zip(group["params"], group["unit_axes"], strict=True):
-                    if parameter.grad is not None:
-                        self._update(parameter, parameter.grad, axis, group)
+                self._turn_all(group)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, axis: int | None, group: dict[str, Any]) -> None:
+    def _turn_all(self, group: dict[str, Any]) -> None:
+        """Update the matrices of a muon group; small ones of one shape are orthogonalized together."""
+        small: dict[torch.Size, list[tuple[Tensor, int | None, Tensor]]] = {}
+        for parameter, axis in zip(group["params"], group["unit_axes"], strict=True):
+            if parameter.grad is None:
+                continue
+            update = self._update(parameter, parameter.grad, axis, group)
+            if update.ndim == 2 and update.numel() <= SMALL:
+                small.setdefault(update.shape, []).append((parameter, axis, update))
+            else:
+                self._turn(parameter, orthogonalized(update, self.dtype), axis, group)
+        for alike in small.values():
+            updates = torch.stack([update for _, _, update in alike])
+            turned = orthogonalized(updates, self.dtype)
+            for (parameter, axis, _), one in zip(alike, turned, strict=True):
+                self._turn(parameter, one, axis, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, axis: int | None, group: dict[str, Any]) -> Tensor:
+        """The momentum's update, whole: what is to be orthogonalized."""
         state, momentum = self.state[parameter], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         if axis is not None and group["tangent"]:
             gradient = sphere.tangent(parameter, gradient, dim=axis)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = whole_matrices(gradient.lerp(average, momentum))  # Nesterov
-        turned = orthogonalized(update, product_dtype(update.device)).to(parameter.dtype)
+        return whole_matrices(gradient.lerp(average, momentum))  # Nesterov
+
+    def _turn(self, parameter: Tensor, turned: Tensor, axis: int | None, group: dict[str, Any]) -> None:
+        """Decay and move a parameter against its orthogonalized update."""
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(sharded_as(turned, parameter), alpha=-group["lr"] * step_size(parameter.shape, axis))
+        step = sharded_as(turned.to(parameter.dtype), parameter)
+        parameter.add_(step, alpha=-group["lr"] * step_size(parameter.shape, axis))
