@@ -82,12 +82,15 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
     """A size of the ladder in docs/evidence.md: heads of 64, 1024 tokens an update, 5 tokens for each block parameter.
 
     Rates are carried over from `SMALLEST` with (width ratio)^(-3/4) (length ratio)^(-1/3), a rule that is nuGPT's for block
-    matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none. The start of
-    s_z was found at 64 channels, for 320 and for 1280 updates.
+    matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none; GPT's with Muon
+    does not go with the width (docs/results/ladder.json). The start of s_z was found at 64 channels, for 320 and for 1280 updates.
     """
     steps = round(5 * 16 * n_layers * d_model**2 / 1024)
-    ratio = (d_model / SMALLEST.d_model) ** -0.75 * (steps / SMALLEST.steps) ** (-1 / 3)
-    rates = {key: float(f"{rate * ratio:.2g}") for key, rate in RATES_OF_SMALLEST.items()}
+    length, width = (steps / SMALLEST.steps) ** (-1 / 3), (d_model / SMALLEST.d_model) ** -0.75
+    rates = {
+        key: float(f"{rate * length * (1 if key == ('muon', 'gpt') else width):.2g}")
+        for key, rate in RATES_OF_SMALLEST.items()
+    }
     rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["adam", "ngpt"]
     return Preset(
         n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63

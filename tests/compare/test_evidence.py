@@ -46,11 +46,15 @@ def test_the_sizes_are_what_they_are_called() -> None:
 
 
 def test_rates_of_sizes_are_carried_over_from_the_smallest() -> None:
-    """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of the rate at 64 channels and 320 updates."""
+    """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of the rate at 64 channels and 320 updates; Muon's for GPT 16^(-1/3)."""
     ratio = 2**-0.75 * 16 ** (-1 / 3)
     for arm in tiny.ARMS:
         base = evidence.PRESETS["1m"].rates["adam", arm]
         assert base == pytest.approx(ratio * recipes_rate(arm), rel=0.05)
+    assert PRESETS["1m"].rates["muon", "ngpt"] == pytest.approx(ratio * RATES_OF_SMALLEST["muon", "ngpt"], rel=0.05)
+    assert PRESETS["1m"].rates["muon", "gpt"] == pytest.approx(
+        16 ** (-1 / 3) * RATES_OF_SMALLEST["muon", "gpt"], rel=0.05
+    )
     assert PRESETS["1m"].base == SMALLEST
 
 
