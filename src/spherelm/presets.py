@@ -83,7 +83,8 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
 
     Rates are carried over from `SMALLEST` with (width ratio)^(-3/4) (length ratio)^(-1/3), a rule that is nuGPT's for block
     matrices and rough for everything else: `spherelm evidence` starts its search there. nuGPT's own needs none; GPT's with Muon
-    does not go with the width (docs/results/ladder.json). The start of s_z was found at 64 channels, for 320 and for 1280 updates.
+    does not go with the width (docs/results/ladder.json). The start of s_z was found at 64 channels, for 320 and for 1280
+    updates.
     """
     steps = round(5 * 16 * n_layers * d_model**2 / 1024)
     length, width = (steps / SMALLEST.steps) ** (-1 / 3), (d_model / SMALLEST.d_model) ** -0.75

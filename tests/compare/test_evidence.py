@@ -46,7 +46,7 @@ def test_the_sizes_are_what_they_are_called() -> None:
 
 
 def test_rates_of_sizes_are_carried_over_from_the_smallest() -> None:
-    """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of the rate at 64 channels and 320 updates; Muon's for GPT 16^(-1/3)."""
+    """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of that at 64 channels and 320 updates; Muon's for GPT 16^(-1/3)."""
     ratio = 2**-0.75 * 16 ** (-1 / 3)
     for arm in tiny.ARMS:
         base = evidence.PRESETS["1m"].rates["adam", arm]
