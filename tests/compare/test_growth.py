@@ -71,6 +71,17 @@ def test_growth_finds_the_powers_that_made_the_points() -> None:
     assert all(error < 1e-6 for error in fit["error"].values())
 
 
+def test_growth_does_not_tell_budget_from_size_where_all_points_have_the_same_tokens() -> None:
+    """But for rounding to whole updates."""
+    points = [
+        {"baseline": "g", "contender": "n", "budget": 327_680 / n * (1 + slip), "context": 256, "block_parameters": n,
+         "speedup": 1.1 + slip, "bound": None}
+        for n, slip in ((262_144, 0.0), (1_048_576, 1e-4), (3_538_944, -2e-4), (11_468_800, 1e-4))
+    ]  # fmt: skip
+    fit = growth(points)["g -> n"]
+    assert fit["power"] == {"budget": None, "block_parameters": None, "context": None}
+
+
 def test_growth_says_what_it_cannot_know() -> None:
     found = rows(lambda b, c, n: b**0.5, (5, 10))
     found[0]["bound"] = "at least"

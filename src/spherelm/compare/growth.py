@@ -15,6 +15,9 @@ from spherelm.compare.cost import COMPILE_FROM
 from spherelm.compare.speedup import interval, mean_curve, tokens_to_reach
 from spherelm.models import is_normalized
 
+DISTINCT = 1e-3
+"""A direction in which the points differ by less than this part of their size, as by rounding to whole updates, is none."""
+
 
 def all_speedups(
     measured: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]] = ()
@@ -78,8 +81,9 @@ def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -
 def growth(speedups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By pair of baseline and contender, the powers of budget, size and context with which the speedup grows.
 
-    Least squares on logarithms over the points whose speedup is known exactly; a power is `None` where the points do not
-    differ in it or are too few to tell. `error`: standard errors, `None` where there are no points to spare.
+    Least squares on logarithms over the points whose speedup is known exactly; a power is `None` where the points do not differ
+    in it or are too few to tell it from another (all of one number of tokens, say). `error`: standard errors, `None` where
+    there are no points to spare.
     """
     fits = {}
     for pair in dict.fromkeys((row["baseline"], row["contender"]) for row in speedups):
@@ -98,7 +102,7 @@ def powers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {"power": dict.fromkeys(names), "error": dict.fromkeys(names)}
     columns = [np.ones(len(rows)), *(np.log([row[name] for row in rows]) for name in varied)]
     x, y = np.stack(columns, axis=1), np.log([row["speedup"] for row in rows])
-    if np.linalg.matrix_rank(x) < x.shape[1]:
+    if np.linalg.matrix_rank(x, tol=DISTINCT * float(np.linalg.norm(x, 2))) < x.shape[1]:
         return {"power": dict.fromkeys(names), "error": dict.fromkeys(names)}
     solution = np.linalg.lstsq(x, y, rcond=None)[0]
     noise = float(((y - x @ solution) ** 2).sum()) / spare if spare else None
