@@ -9,7 +9,7 @@ from spherelm.models import ARMS
 from spherelm.optim.transfer import BaseShape
 
 WAYS = ("adam", "paper", "nugpt", "muon", "training-ngpt")
-"""The recipes that rates are tuned for, by name; `recipes.WAYS` says what they are. "default" is one of them."""
+"""The recipes that rates are tuned for, by name; `recipes.WAYS` says what they are. "default" is the best of them."""
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
     """nuGPT (arXiv 2604.27077): one peak learning rate for every width, depth and length, carried over from `preset.base`.
 
     Its rules are `optim.transfer`; here are its constants: alpha from 0.05 at its 10 layers, the scales stored at 0.03, no
-    warm-up, cosine to a tenth, eps 1e-16. Ours is the start of s_z at the base, sqrt(d_model) instead of 1, as in the
-    recipe "adam"; it is stored at as many times more, so that an update moves it as far as the paper's. The rule for length
+    warm-up, cosine to a tenth, eps 1e-16. Ours is the start of s_z at the base, sqrt(d_model) instead of 1;
+    it is stored at as many times more, so that an update moves it as far as the paper's. The rule for length
     stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and the batch size of the base. GPT has no
     such rules: it is trained by "adam".
     """

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from spherelm.compare.cost import COMPILE_FROM, median_ratio, time_in_turn
-from spherelm.compare.growth import all_speedups, growth
+from spherelm.compare.growth import all_speedups, growth, timed_at
 from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
 from spherelm.compare.record import standard_error
 from spherelm.compare.sweep import UNTRAINED, name_of
@@ -284,9 +284,8 @@ def costs_on_record(path: Path) -> list[dict[str, Any]]:
 
 def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
     """Whether `costs` has the steps of all `contenders` at the size, context and compilation of `point`."""
-    place = (point.size, point.context, point.compiled)
-    found = [cost for cost in costs if (cost["size"], cost["context"], cost["compiled"]) == place]
-    return any(set(contenders) <= set(cost["seconds"]) for cost in found)
+    there = timed_at(costs, point.size, point.context, point.compiled)
+    return any(set(contenders) <= set(cost["seconds"]) for cost in there)
 
 
 def summary(

@@ -43,13 +43,16 @@ def all_speedups(
 
 def step_ratio(costs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any], contender: str) -> float | None:
     """Seconds of a step of `contender` over those of `baseline`, a measurement; `None` if they were not timed together."""
-    place = (baseline["size"], baseline["context"], baseline["steps"] >= COMPILE_FROM)
-    found = [
-        cost["ratios"].get(baseline["contender"], {}).get(contender)
-        for cost in costs
-        if (cost["size"], cost["context"], cost["compiled"]) == place
-    ]
+    there = timed_at(costs, baseline["size"], baseline["context"], baseline["steps"] >= COMPILE_FROM)
+    found = (cost["ratios"].get(baseline["contender"], {}).get(contender) for cost in there)
     return next((ratio for ratio in found if ratio is not None), None)
+
+
+def timed_at(
+    costs: Sequence[Mapping[str, Any]], size: str, context: int, compiled: bool
+) -> Iterator[Mapping[str, Any]]:
+    """Those of `costs` that were timed at this size and context, compiled or not."""
+    return (cost for cost in costs if (cost["size"], cost["context"], cost["compiled"]) == (size, context, compiled))
 
 
 def in_seconds(ratio: Mapping[str, Any], step: float | None) -> dict[str, Any]:
