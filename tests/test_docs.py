@@ -116,7 +116,7 @@ def field(arm: str, preset: str, recipe: str, path: str) -> Any:
 def test_adam_and_muon_are_what_the_page_says(preset: str) -> None:
     size = PRESETS[preset]
     known = {"sqrt": math.sqrt, "min": min, "max": max, "n_layers": size.n_layers, "d_model": size.d_model}
-    known |= {"tokens": size.batch_size * size.seq_len, "steps": size.steps, "logit_scale": size.logit_scale}
+    known |= {"tokens": size.batch_size * size.seq_len, "steps": size.steps, "logit_scale": size.logit_scale, "base": size.base}
     rows = re.findall(r"^\| `(gpt|ngpt)\.([\w.]+)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \|$", PAPER, re.MULTILINE)
     assert rows
     for arm, path, *formulas in rows:
@@ -124,6 +124,16 @@ def test_adam_and_muon_are_what_the_page_says(preset: str) -> None:
             value = eval(formula, {"__builtins__": {}}, known)
             found = field(arm, preset, recipe, path)
             assert found == (value if isinstance(value, str) else pytest.approx(value)), f"{arm} {path} of {recipe}"
+
+
+def test_muons_rates_by_role_are_what_the_page_says() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)_rate`.*? \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    for column, arm in ((1, "gpt"), (2, "ngpt")):
+        rates = vars(make_run(arm, "demo", "muon", vocab_size=50, lr=1e-3).optim.multipliers)
+        listed = {row[0]: float(row[column]) for row in rows}
+        assert listed == {name: rates[name] for name in listed}
+        assert {name for name, rate in rates.items() if rate != 1} <= listed.keys()
 
 
 def same(fields: list[dict[str, Any]], name: str) -> bool:

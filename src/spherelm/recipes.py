@@ -58,12 +58,13 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     """AdamW for baselines, Adam for normalized arms; at the paper's own 0.5B shape it starts as the paper's.
 
     The rate falls to 0 in a straight line, Adam's first moment remembers less in a short run (`first_beta`) and the second
-    more where an update has few tokens (`second_beta`); with each of the three both arms end lower. GPT: the paper's 0.02 is
-    the right spread of weights at 1024 channels; narrower models want it wider, so it goes with 1/sqrt(d_model); embeddings
-    and gains learn faster than matrices (`RATES`). nGPT: eigen learning rates start at the paper's 0.05 for 24 layers and
-    higher for fewer, as 1/sqrt(n_layers); the logits' scale starts at sqrt(d_model) or where the preset says, since under Adam
-    it cannot grow there in a short run, and is stored at `S_Z_SCALE`. Other arms: as GPT and nGPT; two of a hybrid's layers
-    are one of GPT's, and in encoder-decoders source and target share their input embedding.
+    more where an update has few tokens (`second_beta`); with each of the three both arms end lower. Baselines: embeddings and
+    gains learn faster than matrices (`RATES`), and so decay faster, which is too much for a short run (`SHORT_DECAY`). nGPT:
+    eigen learning rates start at the paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale
+    starts at sqrt(d_model) or where the preset says, since under Adam it cannot grow there in a short run, and is stored at
+    `S_Z_SCALE`; in short runs tokens start beside each other and attention nearly even (`SHORT_START`). Other arms: as GPT
+    and nGPT, without what was seen in short runs of decoders only, and baselines' weights are spread as 1/sqrt(d_model); two
+    of a hybrid's layers are one of GPT's, and in encoder-decoders source and target share their input embedding.
     """
     schedule = dataclasses.replace(paper(arm, preset, steps).schedule, kind="linear")
     kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
@@ -72,6 +73,8 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
         optim["multipliers"] = RATES[kind]
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
     if not is_normalized(arm):
+        if arm == "gpt":
+            return Choices(own, optim | ({} if preset.base is None else {"weight_decay": SHORT_DECAY}), schedule)
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, optim, schedule)
     model = {
         **own,
@@ -79,24 +82,36 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
         "s_z_scale": S_Z_SCALE,
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
     }
+    if arm == "ngpt" and preset.base is not None:
+        model |= SHORT_START
     return Choices(model, optim, schedule)
+
+
+SHORT_DECAY = 0.025
+"""GPT's weight decay at the sizes that have a base, which are those that were tuned; the paper's is 0.1.
+
+Embeddings forget what they learned within such a run where they decay at 0.1 of a rate that is several times the matrices'.
+"""
+
+SHORT_START = {"common_start": 8.0, "s_qk_init": 0.5}
+"""What a GPT has from its small weights, on the sphere: logits and attention that start nearly even. The same sizes."""
 
 
 def start_of_logits(preset: Preset, steps: int) -> float:
     """Where s_z starts in a run of `steps` updates: sqrt(d_model), or where the preset says.
 
-    The preset's number is for as many updates as its base has; it grows as their power 3/4, up to `HIGHEST_START`.
-    With 64 channels 22 was best of 8, 22 and 64 at 320 updates and 65 best of 8 to 105 at 1280 (docs/experiments.md).
+    The preset's number is for as many updates as its base has; it grows as their fourth root, up to `HIGHEST_START`. With 64
+    channels 22 was best of 8, 16, 22, 45 and 64 at 320 updates and 32 best of 22, 32 and 45 at 1280 (docs/experiments.md).
     """
     if preset.logit_scale is None:
         return math.sqrt(preset.d_model)
     if preset.base is None:
         return preset.logit_scale
-    return min(HIGHEST_START, preset.logit_scale * (steps / preset.base.steps) ** 0.75)
+    return min(HIGHEST_START, preset.logit_scale * (steps / preset.base.steps) ** 0.25)
 
 
 HIGHEST_START = 64.0
-"""Longer runs than 1280 updates were not searched."""
+"""Nothing above it was better in any run, with up to 1280 updates."""
 
 
 def first_beta(steps: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import paper
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from spherelm.layers.linear import departure
-from spherelm.models import GPTConfig, NGPTConfig, build, parameter_count
+from spherelm.models import GPTConfig, NEncoderConfig, NGPTConfig, NHybridConfig, build, parameter_count
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "n_layers": 3, "d_model": 64, "n_heads": 4, "max_seq_len": 16}
 BUILDERS = [GPTConfig, NGPTConfig]
@@ -67,6 +68,54 @@ def test_ngpt_scales_start_at_the_papers_values() -> None:
         assert value.unique().tolist() == pytest.approx([stored[scale]]), name
         assert model.get_submodule(path)().unique().tolist() == pytest.approx([used[scale]]), name
     assert seen == stored.keys()
+
+
+COMMON: dict[str, tuple[Any, set[str]]] = {
+    "ngpt": (NGPTConfig(**SIZES), {"embed.weight", "head.weight"}),
+    "tied": (NGPTConfig(**SIZES, tie_embeddings=True), {"embed.weight"}),
+    "nencoder": (NEncoderConfig(**SIZES), {"embed.weight", "head.weight"}),
+    "nhybrid": (NHybridConfig(**SIZES, pattern="MA-"), {"embed.weight", "head.weight"}),
+}
+
+
+@pytest.mark.parametrize("kind", COMMON)
+def test_rows_of_embeddings_start_towards_one_direction_and_nothing_else_does(kind: str) -> None:
+    config, leaning = COMMON[kind]
+    weights = []
+    for common_start in (0.0, 3.0):
+        torch.manual_seed(0)
+        weights.append(dict(build(replace(config, common_start=common_start)).named_parameters()))
+    plain, together = weights
+    moved = {name for name, w in together.items() if not torch.equal(w, plain[name])}
+    # What a mixer's state space starts from is drawn after all matrices.
+    assert {name for name in moved if ".ssm." not in name} == leaning
+    directions = []
+    for name in sorted(leaning):
+        # Norm(e + 3 c) with unit e and c: stretched so that what is left beside e has length 3, every row leaves the same 3 c.
+        e, row = plain[name].double(), together[name].double()
+        cosine = (e * row).sum(dim=1, keepdim=True)
+        stretch = cosine + (cosine**2 + 8).sqrt()
+        common = (stretch * row - e) / 3
+        torch.testing.assert_close(common, common[:1].expand_as(common), rtol=0, atol=2e-6)
+        torch.testing.assert_close(common.norm(dim=1), torch.ones(len(row)).double(), rtol=0, atol=2e-6)
+        directions.append(common[0])
+    if len(directions) == 2:
+        assert abs(directions[0] @ directions[1]) < 0.5, "the embeddings share their direction"
+
+
+def test_logits_start_nearly_equal_where_rows_start_together() -> None:
+    h = torch.nn.functional.normalize(torch.randn(50, 64), dim=-1)
+    spread = []
+    for common_start in (0.0, 8.0):
+        model = build(NGPTConfig(**SIZES, s_z_init=32.0, common_start=common_start))
+        spread.append((32 * h @ model.head.weight.T).std(dim=-1).mean().item())
+    assert spread[0] == pytest.approx(32 / 8, rel=0.05)
+    assert spread[1] == pytest.approx(32 / 8 / math.sqrt(65), rel=0.1)
+
+
+def test_a_negative_common_start_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"common_start must not be negative, got -1\.0"):
+        NGPTConfig(**SIZES, common_start=-1.0)
 
 
 @pytest.mark.parametrize("config_class", BUILDERS)

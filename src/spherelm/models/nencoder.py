@@ -36,12 +36,12 @@ class NEncoder(MaskedModel):
         self.blocks = nn.ModuleList(NGPTBlock(config) for _ in range(config.n_layers))
         self.head = UnitLinear(config.d_model, config.vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", config.vocab_size)
-        self.reading = reading_of(config)
+        self.reading, self.common_start = reading_of(config), config.common_start
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draw every matrix anew and put it on the sphere; set the learned scales to their start."""
-        draw_on_sphere(self, self.config.d_model)
+        draw_on_sphere(self, self.config.d_model, self.common_start)
 
     def readout(self, h: Tensor) -> Readout:
         return self.reading(h, self.head, self.s_z())

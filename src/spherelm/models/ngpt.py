@@ -59,7 +59,8 @@ class NGPTConfig:
 
     `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model). rope: as in `GPTConfig`.
     step: "lerp", the paper's step on the sphere, or "nvidia", which normalizes the point that it starts from as well.
-    logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient. For ablations (Tables
+    logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which
+    weight every row of an embedding starts towards one direction (`draw_on_sphere`). For ablations (Tables
     4 to 6): step "riemannian" (eqs. 24-26); a `*_form` is one of `FORMS`, a value for each entry, one learned for all, or one
     fixed; alpha_sign "free" lets eigen learning rates be negative; without qk_norm queries and keys are not normalized.
     """
@@ -86,6 +87,7 @@ class NGPTConfig:
     s_z_init: float = 1.0
     s_z_scale: float | None = None
     logit_preconditioning: float = 0.0
+    common_start: float = 0.0
     alpha_form: str = "vector"
     s_qk_form: str = "vector"
     s_u_form: str = "vector"
@@ -104,8 +106,9 @@ class NGPTConfig:
         for name in SCALES:
             if not getattr(self, f"{name}_init") > 0:
                 raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
-        if self.logit_preconditioning < 0:
-            raise ValueError(f"logit_preconditioning must not be negative, got {self.logit_preconditioning}")
+        for name in ("logit_preconditioning", "common_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 def default_scale(config: NGPTConfig, name: str) -> float:
@@ -125,10 +128,12 @@ def reading_of(config: NGPTConfig) -> Reading:
     return partial(preconditioned, q=q) if q else scaled
 
 
-def draw_on_sphere(model: nn.Module, d_model: int) -> None:
+def draw_on_sphere(model: nn.Module, d_model: int, common_start: float = 0.0) -> None:
     """Draw every matrix of `model` anew, N(0, 1/sqrt(d_model)); set its learned scales to their start.
 
-    The unit matrices are normalized; a router's is drawn like them and is not.
+    The unit matrices are normalized; a router's is drawn like them and is not. With `common_start` > 0 each row of an embedding
+    becomes Norm(row + common_start c), with a unit vector c that is drawn for each embedding: logits start nearly equal, as
+    a GPT's with small weights do, however large s_z is, and tokens that have not been seen stay beside each other. Ours.
     """
     for module in model.modules():
         if isinstance(module, Scale):
@@ -138,6 +143,21 @@ def draw_on_sphere(model: nn.Module, d_model: int) -> None:
         if isinstance(module, Router):
             module.reset_balance()
     retract(model)
+    if common_start:
+        with torch.no_grad():
+            for weight in embedding_weights(model):
+                weight.add_(norm(torch.randn(d_model, device=weight.device)), alpha=common_start)
+        retract(model)
+
+
+def embedding_weights(model: nn.Module) -> list[Tensor]:
+    """The matrices [vocab, d_model] that tokens are read with and logits are read out with; one that does both once."""
+    weights = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, UnitEmbedding | UnitLinear) and module.role != "matrix"
+    ]
+    return list({id(weight): weight for weight in weights}.values())
 
 
 class NGPTBlock(nn.Module):
@@ -172,14 +192,14 @@ class NGPT(LanguageModel):
         self.blocks = nn.ModuleList(NGPTBlock(config) for _ in range(config.n_layers))
         self.head = UnitLinear(config.d_model, config.vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", config.vocab_size)
-        self.reading = reading_of(config)
+        self.reading, self.common_start = reading_of(config), config.common_start
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draw every matrix anew and put it on the sphere; set the learned scales to their start."""
-        draw_on_sphere(self, self.config.d_model)
+        draw_on_sphere(self, self.config.d_model, self.common_start)
 
     def readout(self, h: Tensor) -> Readout:
         return self.reading(h, self.head, self.s_z())

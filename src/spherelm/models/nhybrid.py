@@ -137,14 +137,14 @@ class NHybrid(PatternModel):
         self.blocks = nn.ModuleList(NHybridBlock(config, letter) for letter in config.pattern)
         self.head = UnitLinear(config.d_model, config.vocab_size, unit_axis=1, role="output_embedding")
         self.s_z = learned_scale(config, "s_z", config.vocab_size)
-        self.reading = reading_of(config)
+        self.reading, self.common_start = reading_of(config), config.common_start
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draw every matrix anew and put it on the sphere; set the learned scales and the mixers to their start."""
-        draw_on_sphere(self, self.config.d_model)
+        draw_on_sphere(self, self.config.d_model, self.common_start)
         for module in self.modules():
             if isinstance(module, StateSpace):
                 module.init_weights()

@@ -54,6 +54,7 @@ class SphereLMConfig(PreTrainedConfig):
     s_z_init: float = 1.0
     s_z_scale: float | None = None
     logit_preconditioning: float = 0.0
+    common_start: float = 0.0
     alpha_form: str = "vector"
     s_qk_form: str = "vector"
     s_u_form: str = "vector"
