@@ -116,7 +116,12 @@ def field(arm: str, preset: str, recipe: str, path: str) -> Any:
 def test_adam_and_muon_are_what_the_page_says(preset: str) -> None:
     size = PRESETS[preset]
     known = {"sqrt": math.sqrt, "min": min, "max": max, "n_layers": size.n_layers, "d_model": size.d_model}
-    known |= {"tokens": size.batch_size * size.seq_len, "steps": size.steps, "logit_scale": size.logit_scale, "base": size.base}
+    known |= {
+        "tokens": size.batch_size * size.seq_len,
+        "steps": size.steps,
+        "logit_scale": size.logit_scale,
+        "base": size.base,
+    }
     rows = re.findall(r"^\| `(gpt|ngpt)\.([\w.]+)` \| `(.+?)` \| `(.+?)` \| `(.+?)` \|$", PAPER, re.MULTILINE)
     assert rows
     for arm, path, *formulas in rows:

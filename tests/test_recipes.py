@@ -304,9 +304,15 @@ def test_muon_is_adam_but_for_the_matrices(arm: str) -> None:
     assert differences(muon.optim, adam.optim) == {"optimizer", "multipliers", "momentum"}
     assert muon.optim.optimizer == "muon"
     rates = muon.optim.multipliers
-    assert (rates.matrix if arm == "gpt" else rates.input_embedding) == 1, (
+    assert (rates.matrix if arm == "gpt" else rates.output_embedding) == 1, (
         "the peak rate is GPT's matrices', nGPT's Adam's"
     )
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(1, 4), (320, 4), (640, 2 * math.sqrt(2)), (1280, 2), (100_000, 2)])
+def test_the_angles_of_muon_fall_with_the_length_of_a_run(steps: int, rate: float) -> None:
+    assert make_run("ngpt", "0.3m", "muon", vocab_size=9, steps=steps).optim.multipliers.matrix == pytest.approx(rate)
+    assert make_run("gpt", "0.3m", "muon", vocab_size=9, steps=steps).optim.multipliers.matrix == 1
 
 
 def test_training_ngpt_is_four_choices() -> None:
@@ -335,7 +341,7 @@ def test_each_choice_of_a_recipe_is_a_field_too() -> None:
     by_name = make_run("ngpt", "demo", "training-ngpt", vocab_size=9, lr=0.01)
     assert differences(by_field, by_name) == {"recipe"}
     run = make_run("ngpt", vocab_size=9, matrix_rate=3.0, output_embedding_rate=0.25, final=0.2, decay_fraction=0.5)
-    assert run.optim.multipliers == RateMultipliers(matrix=3.0, output_embedding=0.25)
+    assert run.optim.multipliers == RateMultipliers(input_embedding=0.5, matrix=3.0, output_embedding=0.25)
     assert (run.schedule.final, run.schedule.decay_fraction) == (0.2, 0.5)
 
 

@@ -184,7 +184,7 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
 def muon(arm: str, preset: Preset, steps: int) -> Choices:
     """The recipe "adam" with Muon for block matrices, in both arms; Adam's rates by role beside it are tuned here."""
     choices = adam(arm, preset, steps)
-    optim = {"optimizer": "muon", "multipliers": MUON_RATES[is_normalized(arm)], "momentum": muon_momentum(steps)}
+    optim = {"optimizer": "muon", "multipliers": muon_rates(arm, steps), "momentum": muon_momentum(steps)}
     return Choices(choices.model, {**choices.optim, **optim}, choices.schedule)
 
 
@@ -196,14 +196,16 @@ def muon_momentum(steps: int) -> float:
     return 1 - (1 - first_beta(steps)) / 2
 
 
-MUON_RATES = {
-    False: RateMultipliers(input_embedding=6.4, output_embedding=0.8, gain=0.8),
-    True: RateMultipliers(matrix=4.0),
-}
-"""For baselines, whose peak rate is Muon's, and for normalized arms, where Muon's is an angle and the peak rate Adam's.
+def muon_rates(arm: str, steps: int) -> RateMultipliers:
+    """Rates by role in a run of `steps` updates, times a peak that is Muon's for baselines and Adam's for normalized arms.
 
-Found with GPT and nGPT at 128 channels and 240 updates, and with GPT at 64 channels and 1280 (docs/results/muon-roles.json).
-"""
+    On the sphere Muon's rate is an angle, and the best falls faster with the length of a run than Adam's: it is 4 times the
+    peak at 240 and 320 updates and 2 times at 1280. Found at 128 and 64 channels, GPT's at all three lengths, where it is one
+    (docs/experiments.md).
+    """
+    if not is_normalized(arm):
+        return RateMultipliers(input_embedding=6.4, output_embedding=0.8, gain=0.8)
+    return RateMultipliers(matrix=min(4.0, max(2.0, 4 * math.sqrt(320 / steps))), input_embedding=0.5)
 
 
 def training_ngpt(arm: str, preset: Preset, steps: int) -> Choices:
