@@ -62,8 +62,8 @@ def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Prese
 SMALLEST = BaseShape(64, 4, 320)
 """Where the rates of the small sizes come from (docs/evidence.md): 262 thousand block parameters, 328 thousand tokens.
 
-Those of "adam" and "muon" are the best of factors of two there and, carried over, at four times the updates
-(docs/results/ladder.json); the others are guesses.
+Those of "adam" are the best of factors of two there and, carried over, at four times the updates; those of "muon" lie between
+what parabolas through such searches say at both lengths (docs/results/ladder.json); the others are guesses.
 """
 
 RATES_OF_SMALLEST = {
