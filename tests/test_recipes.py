@@ -86,7 +86,9 @@ def test_adam_differs_from_the_papers_recipe_only_where_it_says(preset: str) -> 
     model: Any = adam.model
     starts = {"pairs": 25.0, "demo": 22.63, "0.3m": 32.0, "1m": 45.25, "4m": 61.34, "12m": 64.0}
     assert model.s_z_init == pytest.approx(starts.get(preset, math.sqrt(model.d_model)), rel=1e-3)
-    assert (model.common_start, model.s_qk_init) == ((0.0, 1.0) if PRESETS[preset].base is None else (8.0, 0.5))
+    assert (model.common_start, model.s_qk_init) == (
+        (8.0, 0.5) if preset in starts and preset != "pairs" else (0.0, 1.0)
+    )
     assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
     assert adam.optim.multipliers == paper.optim.multipliers == RateMultipliers()
 
@@ -129,14 +131,19 @@ def test_one_update_moves_the_logits_scale_of_the_default_recipe_by_a_small_part
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_adam_does_the_baseline_no_harm(preset: str) -> None:
-    """GPT's weights are spread as the paper's; its matrices learn at the rate that was asked for."""
+    """GPT's weights are spread as the paper's, at all widths or at its own; its matrices learn at the rate asked for."""
     default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("adam", "paper"))
     assert differences(default, paper) <= {"recipe", "model", "optim", "schedule"}
     assert differences(default.schedule, paper.schedule) == {"kind"}, "the same warm-up and end"
-    assert differences(default.model, paper.model) == set(), "the paper's small weights"
+    assert differences(default.model, paper.model) <= {"init_std"}
     assert {"multipliers"} <= differences(default.optim, paper.optim) <= {"multipliers", "betas", "weight_decay"}
     assert default.optim.multipliers.matrix == 1
-    assert default.optim.weight_decay == (None if PRESETS[preset].base is None else 0.025)
+    model: Any = default.model
+    if preset in ("demo", "0.3m", "1m", "4m", "12m"):
+        assert (model.init_std, default.optim.weight_decay) == (0.02, 0.025)
+    else:
+        assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
+        assert default.optim.weight_decay is None
 
 
 def test_both_arms_of_an_encoder_decoder_have_rates_by_role() -> None:
@@ -152,8 +159,8 @@ def test_both_arms_of_an_encoder_decoder_have_rates_by_role() -> None:
 def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of_its_own() -> None:
     model: Any = make_run("nencdec", "pairs", vocab_size=9, s_z_init=9.0).model
     assert model.s_z_init == 9.0
-    with pytest.raises(ValueError, match="logit_scale"):
-        make_run("nencdec", "pairs", vocab_size=9, logit_scale=9.0)
+    with pytest.raises(ValueError, match="no field is called even_start, logit_scale"):
+        make_run("nencdec", "pairs", vocab_size=9, logit_scale=9.0, even_start=True)
 
 
 @pytest.mark.parametrize("preset", ["moe", "hybrid"])

@@ -21,7 +21,8 @@ class Preset:
     of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
     batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
     nGPT's s_z starts in the recipes "adam" and "muon" (with a base: in a run as long as the base's, `start_of_logits`),
-    `None` for sqrt(d_model): longer runs and surer predictions want more.
+    `None` for sqrt(d_model): longer runs and surer predictions want more. even_start: whether logits and attention start nearly
+    even and little decays in those recipes, as short runs want it (`recipes.EVEN_START`, `recipes.SHORT_DECAY`).
     """
 
     n_layers: int
@@ -40,6 +41,7 @@ class Preset:
     label_smoothing: float = 0.0
     pattern: str | None = None
     logit_scale: float | None = None
+    even_start: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
@@ -94,7 +96,8 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
     }
     rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["adam", "ngpt"]
     return Preset(
-        n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63
+        n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63,
+        even_start=True,
     )  # fmt: skip
 
 
@@ -133,6 +136,7 @@ PRESETS: dict[str, Preset] = {
         compile=False,
         base=BaseShape(128, 4, 240),
         logit_scale=22.63,
+        even_start=True,
     ),
     "pairs": Preset(
         n_layers=2,

@@ -62,9 +62,10 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     gains learn faster than matrices (`RATES`), and so decay faster, which is too much for a short run (`SHORT_DECAY`). nGPT:
     eigen learning rates start at the paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale
     starts at sqrt(d_model) or where the preset says, since under Adam it cannot grow there in a short run, and is stored at
-    `S_Z_SCALE`; in short runs tokens start beside each other and attention nearly even (`SHORT_START`). Other arms: as GPT
-    and nGPT, without what was seen in short runs of decoders only, and baselines' weights are spread as 1/sqrt(d_model); two
-    of a hybrid's layers are one of GPT's, and in encoder-decoders source and target share their input embedding.
+    `S_Z_SCALE`; in short runs tokens start beside each other and attention nearly even (`EVEN_START`). Other arms: as GPT and
+    nGPT, without what was seen in short runs of decoders only. Where baselines do not start even, GPT's weights are spread as
+    the paper's at its 1024 channels, as 1/sqrt(d_model); two of a hybrid's layers are one of GPT's, and in encoder-decoders
+    source and target share their input embedding.
     """
     schedule = dataclasses.replace(paper(arm, preset, steps).schedule, kind="linear")
     kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
@@ -72,29 +73,32 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     if kind in RATES:
         optim["multipliers"] = RATES[kind]
     own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
+    even = preset.even_start and arm in START_EVEN
     if not is_normalized(arm):
-        if arm == "gpt":
-            return Choices(own, optim | ({} if preset.base is None else {"weight_decay": SHORT_DECAY}), schedule)
+        if even:
+            return Choices(own, {**optim, "weight_decay": SHORT_DECAY}, schedule)
         return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, optim, schedule)
     model = {
         **own,
         "s_z_init": start_of_logits(preset, steps),
         "s_z_scale": S_Z_SCALE,
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
+        **(EVEN_START if even else {}),
     }
-    if arm == "ngpt" and preset.base is not None:
-        model |= SHORT_START
     return Choices(model, optim, schedule)
 
 
+START_EVEN = ("gpt", "ngpt")
+"""The arms that were searched with even starts; the baseline's are the paper's small weights of 0.02, at every width."""
+
+EVEN_START = {"common_start": 8.0, "s_qk_init": 0.5}
+"""What a GPT has from its small weights, on the sphere: logits and attention that start nearly even."""
+
 SHORT_DECAY = 0.025
-"""GPT's weight decay at the sizes that have a base, which are those that were tuned; the paper's is 0.1.
+"""The baseline's weight decay where it starts even; the paper's is 0.1.
 
-Embeddings forget what they learned within such a run where they decay at 0.1 of a rate that is several times the matrices'.
+Embeddings forget what they learned within a short run where they decay at 0.1 of a rate that is several times the matrices'.
 """
-
-SHORT_START = {"common_start": 8.0, "s_qk_init": 0.5}
-"""What a GPT has from its small weights, on the sphere: logits and attention that start nearly even. The same sizes."""
 
 
 def start_of_logits(preset: Preset, steps: int) -> float:
@@ -298,7 +302,7 @@ def make_run(
     given = {key: value for key, value in overrides.items() if value is not None}
     given |= _heads(given)
     layers = _layers(given, preset, size) if issubclass(model_class, PatternModel) else {}
-    size = dataclasses.replace(size, **{**_take(given, Preset, but=("pattern", "logit_scale")), **layers})
+    size = dataclasses.replace(size, **{**_take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
