@@ -88,7 +88,7 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     return Choices(model, optim, schedule)
 
 
-START_EVEN = ("gpt", "ngpt")
+START_EVEN = ("gpt", "ngpt", "hybrid", "nhybrid")
 """The arms that were searched with even starts; the baseline's are the paper's small weights of 0.02, at every width."""
 
 EVEN_START = {"common_start": 8.0, "s_qk_init": 0.5}
