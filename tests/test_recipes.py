@@ -60,6 +60,9 @@ def differences(one: Any, other: Any) -> set[str]:
     return {name for name, value in vars(one).items() if value != getattr(other, name)}
 
 
+EVEN = ("demo", "0.3m", "1m", "4m", "12m", "hybrid")
+"""Where both arms were searched with even starts."""
+
 MUON_IS_TUNED = {(arm, preset) for arm in tiny.ARMS for preset in ("demo", "0.3m", "1m", "4m", "12m")}
 
 
@@ -86,9 +89,7 @@ def test_adam_differs_from_the_papers_recipe_only_where_it_says(preset: str) -> 
     model: Any = adam.model
     starts = {"pairs": 25.0, "demo": 22.63, "0.3m": 32.0, "1m": 45.25, "4m": 61.34, "12m": 64.0}
     assert model.s_z_init == pytest.approx(starts.get(preset, math.sqrt(model.d_model)), rel=1e-3)
-    assert (model.common_start, model.s_qk_init) == (
-        (8.0, 0.5) if preset in starts and preset != "pairs" else (0.0, 1.0)
-    )
+    assert (model.common_start, model.s_qk_init) == ((8.0, 0.5) if preset in EVEN else (0.0, 1.0))
     assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
     assert adam.optim.multipliers == paper.optim.multipliers == RateMultipliers()
 
@@ -139,7 +140,7 @@ def test_adam_does_the_baseline_no_harm(preset: str) -> None:
     assert {"multipliers"} <= differences(default.optim, paper.optim) <= {"multipliers", "betas", "weight_decay"}
     assert default.optim.multipliers.matrix == 1
     model: Any = default.model
-    if preset in ("demo", "0.3m", "1m", "4m", "12m"):
+    if preset in EVEN:
         assert (model.init_std, default.optim.weight_decay) == (0.02, 0.025)
     else:
         assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
@@ -161,6 +162,15 @@ def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of
     assert model.s_z_init == 9.0
     with pytest.raises(ValueError, match="no field is called even_start, logit_scale"):
         make_run("nencdec", "pairs", vocab_size=9, logit_scale=9.0, even_start=True)
+
+
+def test_arms_that_were_not_searched_with_even_starts_keep_their_own() -> None:
+    hybrid, moe = (make_run("nhybrid", preset, vocab_size=9) for preset in ("hybrid", "moe"))
+    encoder = make_run("nencoder", "demo", vocab_size=9)
+    plain = make_run("encoder", "demo", vocab_size=9)
+    starts: list[Any] = [run.model for run in (hybrid, moe, encoder, plain)]
+    assert [model.common_start for model in starts[:3]] == [8.0, 0.0, 0.0]
+    assert starts[3].init_std == pytest.approx(0.02 * math.sqrt(8))
 
 
 @pytest.mark.parametrize("preset", ["moe", "hybrid"])
