@@ -61,7 +61,7 @@ def differences(one: Any, other: Any) -> set[str]:
 
 
 EVEN = ("demo", "0.3m", "1m", "4m", "12m", "hybrid")
-"""Where both arms were searched with even starts."""
+"""Whose decoders start even in both arms."""
 
 MUON_IS_TUNED = {(arm, preset) for arm in tiny.ARMS for preset in ("demo", "0.3m", "1m", "4m", "12m")}
 

@@ -22,7 +22,8 @@ class Preset:
     batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
     nGPT's s_z starts in the recipes "adam" and "muon" (with a base: in a run as long as the base's, `start_of_logits`),
     `None` for sqrt(d_model): longer runs and surer predictions want more. even_start: whether logits and attention start nearly
-    even and little decays in those recipes, as short runs want it (`recipes.EVEN_START`, `recipes.SHORT_DECAY`).
+    even and little decays in those recipes, as short runs want it (`recipes.EVEN_START`, `recipes.SHORT_DECAY`). Found
+    at 64 and 128 channels and carried over to the ladder's wider sizes.
     """
 
     n_layers: int

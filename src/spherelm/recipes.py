@@ -89,7 +89,7 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
 
 
 START_EVEN = ("gpt", "ngpt", "hybrid", "nhybrid")
-"""The arms that were searched with even starts; the baseline's are the paper's small weights of 0.02, at every width."""
+"""The arms that were tried with even starts; a baseline's are the paper's small weights of 0.02, at every width."""
 
 EVEN_START = {"common_start": 8.0, "s_qk_init": 0.5}
 """What a GPT has from its small weights, on the sphere: logits and attention that start nearly even."""

@@ -26,8 +26,8 @@ each_half = pytest.mark.parametrize("dtype", HALVES)
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """A run of two updates of each arm and variant.
 
-    Of rows that start together all but an eighth is one direction, which no logit depends on: what rounding does to the logits
-    of such a model after two updates is as much more, and says nothing of a trained one.
+    nGPT's rows start apart: of rows that start together nearly all is one direction, which moves all logits alike, so that
+    after two updates rounding is large beside what tells the logits from each other. It is not in a trained model.
     """
     paths = {(arm, variant): tmp_path_factory.mktemp("half") / "run" for arm in tiny.ARMS for variant in VARIANTS}
     for (arm, variant), path in paths.items():
