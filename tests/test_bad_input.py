@@ -76,6 +76,24 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "schedule=3"], "schedule must be text, got 3"),
         (["--set", "grad_clip=x"], "grad_clip must be number | None, got 'x'"),
         (["--set", "betas=0.9"], "betas must be tuple[number, number], got 0.9"),
+        (["--set", "eps=-1"], "eps must not be negative, got -1"),
+        (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
+        (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
+        (["--set", "matrix_rate=-1"], "matrix_rate must be a number of at least 0, got -1"),
+        (["--set", "s_z_scale=0"], "s_z_scale must be positive or None, got 0"),
+        (["--set", "lr=1e-3"], "'lr=1e-3': lr is given by --lr too, give it once"),
+        (["--set", "seed=1.5"], "seed must be a whole number, got 1.5"),
+        (["--set", "seed=true"], "seed must be a whole number, got True"),
+        (["--set", "warmup_steps=soon"], "warmup_steps must be a whole number, got 'soon'"),
+        (["--set", "warmup_steps=1000"], "warmup_steps=1000 is more than the run's steps=2: lower it"),
+        (["--set", "eval_limit=-1"], "eval_limit must be at least 1 or None, got -1"),
+        (["--set", "d_k=abc"], "d_k='abc' has to divide d_model=128, with no n_heads beside it"),
+        (["--set", "d_k=64", "d_model=abc"], "d_k=64 has to divide d_model='abc', with no n_heads beside it"),
+        (["--set", "arm=gpt"], "'arm=gpt': arm is chosen by --arm"),
+        (["--set", "vocab_size=100"], "'vocab_size=100': vocab_size is chosen by the tokenizer of --data"),
+        (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
+        (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
+        (["--set", "betas=[0.9,x"], "cannot read 'betas=[0.9,x': what stands in brackets is a list"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
 )
@@ -100,12 +118,50 @@ def test_validation_text_shorter_than_a_sequence(refused: Refused, data: Path, t
         ("colour=red", "no field is called colour"),
         ("alpha_init", "cannot read 'alpha_init': write a field and its values, such as alpha_init=0.05,0.25"),
         ("batch_size=2,2", "two runs would share the directory"),
+        ("seed=0,1", "'seed=0,1': seed is chosen by --seeds"),
+        ("lr=1e-3,2e-3", "'lr=1e-3,2e-3': lr is given by --lr too, give it once"),
+        ("steps=1,2", "'steps=1,2': steps is given by --steps too, give it once"),
     ],
 )
 def test_sweeps(vary: str, message: str, refused: Refused, good_data: Path, tmp_path: Path) -> None:
     words = ["--arms", "ngpt", "--lr", 0.01, "--seeds", 1, "--steps", 2]
     assert message in refused("sweep", "--out", tmp_path / "sweep", "--data", good_data, "--vary", vary, *words)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    words = ["--data", good_data, "--arms", "ngpt", "--lr", 0.01, "--steps", 2]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("index.html", "sweep.json"):
+        (mine / name).write_text("precious")
+        assert "was not written by spherelm sweep: choose another --out" in refused("sweep", "--out", mine, *words)
+        assert (mine / name).read_text() == "precious"
+        (mine / name).unlink()
+    (tmp_path / "file").write_text("x")
+    assert f"{tmp_path / 'file'} is a file: choose another --out" in refused(
+        "sweep", "--out", tmp_path / "file", *words
+    )
+    fields = [f"{name}_rate=1.{'0' * 12}{k}" for k, name in enumerate(("matrix", "scale", "gain", "router"), 1)]
+    fields += [
+        "weight_decay=0.1000000000001",
+        "momentum=0.9000000000001",
+        "alpha_init=0.0500000001",
+        "s_z_init=8.00000001",
+    ]
+    fields += ["input_embedding_rate=1.5", "output_embedding_rate=1.5", "logit_preconditioning=0.5", "eps_gate=1e-9"]
+    assert "which is too long: vary fewer fields at once" in refused(
+        "sweep", "--out", tmp_path / "s", *words, "--vary", *fields
+    )
+    assert not (tmp_path / "s").exists()
+
+
+def test_no_workers(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    for workers in (0, -1):
+        for words in (["sweep", "--arms", "ngpt"], ["compare"], ["evidence", "--test", good_data]):
+            shared = ["--out", tmp_path / "out", "--data", good_data, "--workers", workers]
+            assert refused(*words, *shared) == f"--workers must be at least 1, got {workers}"
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["--seeds", "--steps"])

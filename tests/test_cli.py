@@ -238,7 +238,7 @@ def test_train_takes_single_fields(command: commands.Command, tmp_path: Path) ->
     assert (record["model"]["logit_preconditioning"], record["optim"]["multipliers"]["matrix"]) == (1, 2)
     for wrong, line in (
         ("rho", "cannot read 'rho'"),
-        ("rho=1,2", "gives rho 2 values"),
+        ("rho=1,2", "rho has 2 values, [1, 2]: a run has one"),
         ("zeal=1", "no field is called zeal"),
     ):
         answer = command("train", *words, "--set", wrong)

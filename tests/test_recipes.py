@@ -242,6 +242,8 @@ def test_an_explicit_init_beats_the_recipes() -> None:
         ("gpt", "demo", "default", {"colour": "red", "zeal": 1}, "no field is called colour, zeal"),
         ("gpt", "demo", "default", {"alpha_init": 0.1}, "no field is called alpha_init"),
         ("ngpt", "demo", "default", {"n_layers": 0}, "n_layers must be a positive whole number, got 0"),
+        ("ngpt", "demo", "default", {"lr": "abc"}, "the learning rate must be a positive number, got 'abc'"),
+        ("nhybrid", "hybrid", "default", {"pattern": 5}, "pattern must be text, a letter a layer such as MAM-, got 5"),
         ("ngpt", "demo", "default", {"n_layers": "many"}, "n_layers must be a positive whole number, got 'many'"),
         ("ngpt", "demo", "default", {"d_model": -64}, "d_model must be a positive whole number, got -64"),
         ("ngpt", "demo", "default", {"seq_len": 12.5}, "seq_len must be a positive whole number, got 12.5"),
@@ -365,13 +367,14 @@ def test_each_choice_of_a_recipe_is_a_field_too() -> None:
 def test_heads_of_one_width_follow_the_model() -> None:
     for d_model, n_heads in ((64, 1), (128, 2), (320, 5)):
         assert make_run("ngpt", vocab_size=9, d_model=d_model, d_k=64).model.n_heads == n_heads
+    assert make_run("ngpt", vocab_size=9, d_k=32).model.n_heads == 4, "of the preset's width"
     for fields in (
-        {"d_k": 64},
+        {"d_k": "wide"},
         {"d_k": 48, "d_model": 64},
         {"d_k": 0, "d_model": 64},
         {"d_k": 8, "d_model": 64, "n_heads": 8},
     ):
-        with pytest.raises(ValueError, match=r"d_k=\d+ needs a d_model that it divides"):
+        with pytest.raises(ValueError, match=r"d_k=.+ has to divide d_model=\d+, with no n_heads beside it"):
             make_run("ngpt", vocab_size=9, **fields)  # type: ignore[arg-type]
 
 

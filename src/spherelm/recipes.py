@@ -300,7 +300,7 @@ def make_run(
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = {key: value for key, value in overrides.items() if value is not None}
-    given |= _heads(given)
+    given |= _heads(given, size.d_model)
     layers = _layers(given, preset, size) if issubclass(model_class, PatternModel) else {}
     size = dataclasses.replace(size, **{**_take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
     choices = make(arm, size, size.steps)
@@ -340,37 +340,47 @@ def make_run(
 def _take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
     """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them.
 
-    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Whole
-    numbers are left to it altogether.
+    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Sizes of
+    models, whole numbers, are left to it altogether.
     """
     hints = get_type_hints(owner)
     names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
-    return {name: _of_type(name, given.pop(name), hints[name]) for name in names}
+    checks_counts = owner not in (OptimConfig, ScheduleConfig, TrainConfig)
+    found = {name: given.pop(name) for name in names}
+    return {
+        name: value if checks_counts and hints[name] is int else _of_type(name, value, hints[name])
+        for name, value in found.items()
+    }
 
 
 def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """`value`, a list as a tuple, if it is of the type `hint`; else `ValueError`."""
+    """`value`, a list as a tuple, if it is of the type `hint` and no number that is none; else `ValueError`."""
     value = tuple(value) if isinstance(value, list) else value
-    if hint is int:
-        return value
     try:
-        return check_type(value, hint)
+        check_type(value, hint)
+        if hint is int and isinstance(value, bool):
+            raise TypeCheckError(name)
     except TypeCheckError:
         kind = WORDS.get(hint, str(hint).replace("float", "number"))
         raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
 
 
-WORDS = {float: "a number", bool: "true or false", str: "text"}
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
-def _heads(given: dict[str, Any]) -> dict[str, int]:
-    """Remove `d_k` from `given`; the number of heads that it makes of the `d_model` that is there."""
+def _heads(given: dict[str, Any], d_model: int) -> dict[str, int]:
+    """Remove `d_k` from `given`; the number of heads that it makes of the `d_model` there, or of this one."""
     if "d_k" not in given:
         return {}
     d_k = given.pop("d_k")
-    if "d_model" not in given or "n_heads" in given or not d_k > 0 or given["d_model"] % d_k:
-        raise ValueError(f"d_k={d_k} needs a d_model that it divides, and no n_heads beside it")
-    return {"n_heads": given["d_model"] // d_k}
+    width = given.get("d_model", d_model)
+    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
+    if "n_heads" in given or not counts or width % d_k:
+        raise ValueError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
+    return {"n_heads": width // d_k}
 
 
 def _layers(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
@@ -379,6 +389,8 @@ def _layers(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
     if pattern is None:
         named = ", ".join(name for name, other in PRESETS.items() if other.pattern is not None)
         raise ValueError(f"preset {preset!r} has no pattern of layers: give one (--set pattern=MAM-), or take {named}")
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern must be text, a letter a layer such as MAM-, got {pattern!r}")
     if given.get("n_layers", len(pattern)) != len(pattern):
         raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
     given["n_layers"] = len(pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -18,7 +19,7 @@ from spherelm.compare.evidence import (
     Point,
     beyond,
     climb,
-    costs_on_record,
+    on_record,
     table,
     time_limit,
 )
@@ -75,7 +76,11 @@ def test_points_come_cheapest_first() -> None:
         ({"sizes": ("huge",)}, "unknown size 'huge': choose among demo"),
         ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-paper"),
         ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
-        ({"budgets": (0.0,)}, "budgets must be positive"),
+        ({"budgets": (0.0,)}, "budgets must be positive numbers"),
+        ({"budgets": (math.inf,)}, "budgets must be positive numbers"),
+        ({"budgets": (5.0, 5.0)}, "budgets has a value twice"),
+        ({"contenders": ("gpt-muon", "gpt-muon")}, "contenders has a value twice"),
+        ({"budgets": (0.0078, 0.0079)}, "budgets 0.0078 and 0.0079 are both 2 updates of 0.3m: leave one out"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
     ],
 )
@@ -108,11 +113,16 @@ def test_a_search_goes_away_from_what_diverges_and_ends_where_everything_does() 
 
 
 def test_what_is_no_record_of_evidence_is_refused(tmp_path: Path) -> None:
-    assert costs_on_record(tmp_path / "evidence.json") == []
-    for text in ("{", "[1]"):
+    grid = Grid("d", "t")
+    assert on_record(tmp_path / "evidence.json", grid) == ([], [])
+    told = '{"grid": {"data": "d", "test": "t", "test_windows": 256}, "measured": [%s], "costs": [%s]}'
+    for text in ("{", "[1]", '{"mine": 1}', told % ('{"a": 1}', ""), told % ("", "1")):
         (tmp_path / "evidence.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"is not what spherelm evidence wrote .*: move it away"):
-            costs_on_record(tmp_path / "evidence.json")
+            on_record(tmp_path / "evidence.json", grid)
+    (tmp_path / "evidence.json").write_text(told % ("", ""), encoding="utf-8")
+    with pytest.raises(ValueError, match="was measured with test 't', now it is 'u': choose another --out"):
+        on_record(tmp_path / "evidence.json", Grid("d", "u"))
 
 
 @pytest.fixture
@@ -167,6 +177,8 @@ def test_a_small_ladder(
     kept = ("measured", "costs", "speedups")
     assert {k: again[k] for k in kept} == {k: record[k] for k in kept}, "steps are not timed again either"
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == stamps, "nothing ran again"
+    part = climb(dataclasses.replace(grid, budgets=(0.04,), contenders=("gpt-adamw",), seeds=1), out)
+    assert {k: part[k] for k in kept} == {k: record[k] for k in kept}, "what is known already stays"
 
 
 def test_long_runs_are_compiled(data: Path, test_data: Path, tmp_path: Path) -> None:
@@ -183,6 +195,23 @@ def test_text_of_another_tokenizer_cannot_judge(data: Path, tmp_path: Path) -> N
     prepare([train], tmp_path / "test", "default", val=[val])
     with pytest.raises(ValueError, match="was made with another tokenizer than"):
         climb(Grid(str(data), str(tmp_path / "test")), tmp_path / "out")
+
+
+def test_what_chose_the_rates_cannot_judge(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which chooses the rates: --test needs other text"):
+        climb(Grid(str(data), str(data)), tmp_path / "out")
+
+
+def test_what_could_not_be_done_to_the_end_is_not_begun(data: Path, test_data: Path, tmp_path: Path) -> None:
+    grid = Grid(str(data), str(test_data))
+    for minutes in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="minutes must be a positive number, got"):
+            climb(grid, tmp_path / "out", minutes=minutes)
+    with pytest.raises(ValueError, match="no learning rate to start from is known for gpt-adamw at 'pairs'"):
+        climb(dataclasses.replace(grid, sizes=("0.3m", "pairs")), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="is a file: choose another --out"):
+        climb(grid, test_data / "manifest.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_after_its_minutes_it_is_told_to_stop() -> None:

@@ -28,6 +28,16 @@ def test_the_speedup_is_the_ratio_of_tokens_to_the_same_loss() -> None:
     behind = one_speedup(rung(1000, 1.0, 1.0), own)
     assert (behind["speedup"], behind["bound"]) == (0.25, "at most")
     assert one_speedup(rung(1000, 1.0, 1.0), [rung(1000, 2.0, math.nan)])["speedup"] is None
+    assert one_speedup(rung(4000, 4.0, 4.0), [rung(500, 6.0, math.nan), *own]) == found, "one budget diverged, not all"
+
+
+def test_measurements_with_different_numbers_of_seeds_share_some() -> None:
+    """The first ones: seeds are counted from 0."""
+    own = [rung(1000, 5.0, 5.5), rung(2000, 4.0, 4.5), rung(4000, 3.0, 3.5)]
+    found = one_speedup(rung(4000, 4.0, 4.0), own)
+    assert one_speedup(rung(4000, 4.0, 4.0, 9.0), own) == found
+    assert one_speedup(rung(4000, 4.0, 4.0), [*own[:2], rung(4000, 3.0, 3.5, 1.0)]) == found
+    assert one_speedup(rung(4000, 4.0, 4.0), [rung(1000, 5.0), *own[1:]])["interval"] is None
 
 
 def measurement(arm: str, contender: str, steps: int, *test: float) -> dict[str, Any]:

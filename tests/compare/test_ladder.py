@@ -92,8 +92,39 @@ def test_learning_rates_are_told_apart_by_budget_and_the_edge_is_said(
     figures, _, page = report(tmp_path)
     assert [figure.drawing.key for figure in figures] == ["rate"]
     assert seen["rate"][0].x.tolist() == [1e-3, 2e-3, 4e-3], "what diverged is no point"
-    assert "The lowest: GPT 0.002 (by a parabola 0.0022) and nGPT 0.004 (at the edge of what was tried)." in page
-    assert page.count("diverged") == 2
+    assert "The lowest: GPT 0.002 (by a parabola 0.0022) and nGPT 0.004 (beside a rate that diverged)." in page
+    assert "nGPT at least 4x (0.001 to 0.004, beside a rate that diverged)" in page
+    assert page.count(">diverged<") == 2
+
+
+def test_rates_are_compared_on_the_seeds_that_all_of_them_have(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `spherelm evidence` leaves them: the best rate of seed 0 has three seeds, whose mean is another."""
+    for lr, losses in ((1e-3, [4.0]), (2e-3, [3.9, 4.3, 4.3]), (4e-3, [4.05]), (8e-3, [float("nan")])):
+        for seed, loss in enumerate(losses):
+            write(f"gpt-{lr}-{seed}", "gpt", loss, lr=lr, seed=seed)
+    write("gpt-longer", "gpt", 3.5, lr=1e-3, steps=20)
+    seen = lines(monkeypatch)
+    _, _, page = report(tmp_path)
+    assert [values.tolist() for values in seen["rate"][0].values] == [[4.0], [3.9], [4.05]]
+    assert "The lowest: GPT 0.002 (by a parabola 0.0019)" in page
+    assert [values.tolist() for values in seen["budget"][0].values] == [[3.9, 4.3, 4.3], [3.5]], "all seeds of the best"
+
+
+def test_rates_of_different_recipes_are_lines_of_their_own(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for recipe, rates in (("adam", (1e-3, 2e-3)), ("muon", (1e-2, 2e-2))):
+        for lr in rates:
+            write(f"gpt-{lr}", "gpt", 4.0 + lr, recipe=recipe, lr=lr)
+    seen = lines(monkeypatch)
+    _, _, page = report(tmp_path)
+    assert [(line.label, line.x.tolist()) for line in seen["rate"]] == [
+        ("adam, adamw", [1e-3, 2e-3]),
+        ("muon", [1e-2, 2e-2]),
+    ]
+    assert "GPT (muon) 0.01 (at the edge of what was tried)" in page
 
 
 def test_the_same_run_twice_is_no_second_seed_and_an_unfinished_one_is_none(write: Write, tmp_path: Path) -> None:

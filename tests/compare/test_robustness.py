@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spherelm.compare.robustness import best_between, tolerated
+from spherelm.compare.robustness import best_between, tolerated, where_best
 
 
 @given(st.floats(-6, -1), st.floats(0.05, 2.0), st.floats(1.0, 8.0))
@@ -37,7 +37,19 @@ def test_it_ends_before_what_diverged() -> None:
     assert found is not None
     assert (found.high, found.open_high) == (0.02, False)
     assert 0.01 < found.low < 0.02
+    assert str(found).endswith("0.02, beside a rate that diverged)")
     assert not str(found).startswith("at least")
+
+
+def test_where_the_best_is_says_what_stands_beside_it() -> None:
+    said = {
+        (4.1, 4.0, 4.1, 4.3): "0.02 (by a parabola 0.02)",
+        (4.0, 4.1, 4.2, 4.3): "0.01 (at the edge of what was tried)",
+        (4.2, 4.1, 4.0, math.nan): "0.04 (beside a rate that diverged)",
+        (4.2, 4.0, math.nan, 3.9): "0.08 (at the edge of what was tried)",
+    }
+    for losses, words in said.items():
+        assert where_best(list(zip((0.01, 0.02, 0.04, 0.08), losses, strict=True))) == words
 
 
 def test_one_point_has_no_range() -> None:

@@ -15,7 +15,7 @@ from spherelm import sphere
 from spherelm.layers.linear import UnitLinear, departure, unit_modules
 from spherelm.models import NGPT, GPTConfig, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer, muon
-from spherelm.optim.groups import set_rate
+from spherelm.optim.groups import RateMultipliers, set_rate
 from spherelm.optim.muon import MuonAdamW, orthogonalized, step_size
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -247,3 +247,16 @@ def test_below_the_cap_nothing_changes() -> None:
         pushed(build_optimizer(model, OptimConfig(lr=0.1, max_angle=cap)), model, 0)
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_a_cap_follows_the_rate_where_a_role_is_frozen() -> None:
+    """The first group is the input embedding's: with a rate of 0 it cannot say where the schedule stands."""
+    model = build(NGPTConfig(**CONFIG))
+    assert isinstance(model, NGPT)
+    frozen = RateMultipliers(input_embedding=0.0)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.3, max_angle=0.1, angle_follows_lr=True, multipliers=frozen))
+    set_rate(optimizer, 0.15)
+    before = {name: module.weight.detach().clone() for name, module, _ in unit_modules(model)}  # type: ignore[operator]
+    pushed(optimizer, model, 1)
+    assert 0.0 < rows_turned(model, before) <= 0.05 + 1e-6
+    torch.testing.assert_close(before["embed"], model.embed.weight.detach(), rtol=0, atol=1e-6)

@@ -142,8 +142,9 @@ def train(
     habits: dict[str, Any] = {"compile": compiled, "mask_documents": mask_documents or None}
     habits |= {**vars(rhythm), **vars(logs), **vars(spreading), **vars(bad_steps)}
     habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
+    own = parse_fields(fields, {"lr": lr, **sizes})
     size = vocabulary(path, preset, dry_run.dry_run)
-    asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits, **parse_fields(fields)}
+    asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits, **own}
     config = make_run(arm, preset, recipe, vocab_size=size, data=path, **asked)
     carry_out(config, out, resume, dry_run)
 
@@ -208,13 +209,14 @@ def sweep(
         seeds: Runs a combination.
         workers: Runs at once; one a core if left out.
     """
-    from spherelm.compare.sweep import grid, parse_axis, table
+    from spherelm.compare.sweep import grid, parse_axes, table
     from spherelm.compare.sweep import sweep as run_sweep
     from spherelm.recipes import recipe_names
     from spherelm.train.batches import vocabulary_size
 
     path = None if data is None else str(data)
-    axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **dict(parse_axis(text) for text in vary)}
+    varied = parse_axes(vary, {"lr": lr or None, "steps": steps}, ("seed", "data", "vocab_size"))
+    axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
     rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)

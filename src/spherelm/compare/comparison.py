@@ -11,7 +11,7 @@ import numpy as np
 
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
-from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
+from spherelm.compare.jobs import Job, run_jobs, threads, threads_each, workers_for
 from spherelm.compare.record import pair_for
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, losing_losses, speedup, winner
@@ -19,7 +19,7 @@ from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import parameter_count
 from spherelm.presets import PRESETS
-from spherelm.recipes import make_run
+from spherelm.recipes import RECIPES, make_run, tuned_rate
 from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config
@@ -67,13 +67,22 @@ class CompareConfig:
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
+        lr, flag = (self.lr_gpt, "--lr-gpt") if arm == self.arms[0] else (self.lr_ngpt, "--lr-ngpt")
+        preset = PRESETS.get(self.preset)
+        if (
+            lr is None
+            and preset is not None
+            and self.recipe in RECIPES
+            and tuned_rate(preset, self.recipe, arm) is None
+        ):
+            raise ValueError(f"no learning rate was tuned for {arm} at {self.preset!r} by {self.recipe!r}: give {flag}")
         return make_run(
             arm,
             self.preset,
             self.recipe,
             vocab_size=vocab_size,
             data=self.data,
-            lr=self.lr_gpt if arm == self.arms[0] else self.lr_ngpt,
+            lr=lr,
             steps=steps or self.steps,
             seq_len=self.seq_len,
             batch_size=self.batch_size,
@@ -90,6 +99,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     """
     start = time.perf_counter()
     require_matplotlib()  # the page comes last: do not train for it in vain
+    workers_for(1, workers)
     vocab_size = vocabulary_size(config.data)
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in config.arms}
     baseline, normalized = config.arms
@@ -103,7 +113,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     best = winner(final)
     targets = losing_losses(final, best)
     ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
-    with threads(threads_each(workers or default_workers(len(in_order)))):
+    with threads(threads_each(workers_for(len(in_order), workers))):
         cost = measure_cost(full[baseline][0], full[normalized][0])
         drawn = samples({arm: jobs[arm][0].out for arm in jobs})
     summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)

@@ -25,7 +25,7 @@ import numpy as np
 
 from spherelm.compare.cost import COMPILE_FROM, median_ratio, time_in_turn
 from spherelm.compare.growth import all_speedups, growth, timed_at
-from spherelm.compare.jobs import Job, default_workers, run_jobs, threads, threads_each
+from spherelm.compare.jobs import Job, run_jobs, threads, threads_each, workers_for
 from spherelm.compare.record import standard_error
 from spherelm.compare.sweep import UNTRAINED, name_of
 from spherelm.data.loader import validation_windows
@@ -33,7 +33,7 @@ from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.models import is_normalized
 from spherelm.presets import PRESETS, Preset
-from spherelm.recipes import make_run
+from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
 from spherelm.train.precision import best_device
 from spherelm.train.record import command_line, git_commit, versions, write_json
@@ -86,8 +86,19 @@ class Grid:
         for context in self.contexts:
             if context < 1 or TOKENS_AN_UPDATE % context:
                 raise ValueError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
-        if not all(budget > 0 for budget in self.budgets):
-            raise ValueError(f"budgets must be positive, got {self.budgets}")
+        if not all(budget > 0 and math.isfinite(budget) for budget in self.budgets):
+            raise ValueError(f"budgets must be positive numbers, got {self.budgets}")
+        for name in ("sizes", "contexts", "budgets", "contenders"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice, {values}: let each occur once")
+        steps: dict[tuple[str, int, int], float] = {}
+        for point in self.points():
+            other = steps.setdefault((point.size, point.context, point.steps), point.budget)
+            if other != point.budget:
+                raise ValueError(
+                    f"budgets {other:g} and {point.budget:g} are both {point.steps} updates of {point.size}: leave one out"
+                )
 
     @property
     def compares(self) -> bool:
@@ -144,12 +155,20 @@ class Ladder:
 
     def __init__(self, grid: Grid, out: Path, workers: int | None = None) -> None:
         self.grid, self.out, self.workers = grid, out, workers
-        train, self.test = open_tokens(Path(grid.data), "train"), open_tokens(Path(grid.test), "val")
+        workers_for(1, workers)
+        train, val = open_tokens(Path(grid.data), "train"), open_tokens(Path(grid.data), "val")
+        self.test = open_tokens(Path(grid.test), "val")
         if train.tokenizer_fingerprint != self.test.tokenizer_fingerprint:
             raise ValueError(
                 f"{grid.test} was made with another tokenizer than {grid.data}: prepare it with the same one"
             )
+        if self.test.fingerprint == val.fingerprint:
+            raise ValueError(
+                f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
+            )
         self.vocab_size = train.vocab_size
+        for point, contender in itertools.product(grid.points(), grid.contenders):
+            self.first_rate(contender, point)  # what cannot be trained is refused before anything is
 
     def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""
@@ -189,6 +208,10 @@ class Ladder:
     def first_rate(self, contender: str, point: Point) -> float:
         """Where the search begins: the preset's rate, carried over from its length to this one as steps^(-1/3)."""
         arm, recipe = CONTENDERS[contender]
+        if tuned_rate(point.preset, recipe, arm) is None:
+            raise ValueError(
+                f"no learning rate to start from is known for {contender} at {point.size!r}: take another size"
+            )
         config = make_run(arm, point.size, recipe, vocab_size=self.vocab_size)
         own = 1.0 if recipe == "nugpt" else (point.steps / config.train.steps) ** (-1 / 3)
         return config.optim.lr * own
@@ -211,7 +234,7 @@ class Ladder:
     def cost_of_steps(self, point: Point) -> dict[str, Any]:
         """The median seconds of a step of every contender, and its ratio to each baseline's, all timed in turn."""
         configs = {name: self.job(name, point, self.first_rate(name, point), 0).config for name in self.grid.contenders}
-        with threads(threads_each(self.workers or default_workers(len(configs)))):
+        with threads(threads_each(workers_for(len(configs), self.workers))):
             times = time_in_turn(configs)
         baselines = [name for name in times if not is_normalized(CONTENDERS[name][0])]
         return {
@@ -253,16 +276,21 @@ def beyond(found: Mapping[float, float]) -> list[float]:
 def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | None = None) -> dict[str, Any]:
     """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
 
-    minutes: after which runs under way save themselves and `Interrupted` is raised, to go on by calling again.
+    What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which runs
+    under way save themselves and `Interrupted` is raised, to go on by calling again.
     """
-    ladder, measured = Ladder(grid, out, workers), []
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise ValueError(f"minutes must be a positive number, got {minutes:g}")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out")
+    ladder = Ladder(grid, out, workers)
+    measured, costs = on_record(out / "evidence.json", grid)
     out.mkdir(parents=True, exist_ok=True)
-    costs = costs_on_record(out / "evidence.json")
-    record: dict[str, Any] = {}
+    record = summary(grid, measured, costs)
     with time_limit(minutes):
         for point in grid.points():
             for contender in grid.contenders:
-                measured.append(ladder.measure(contender, point))
+                measured = with_row(measured, ladder.measure(contender, point))
                 record = summary(grid, measured, costs)
                 write_json(out / "evidence.json", record)
             if grid.compares and not is_timed(costs, point, grid.contenders):
@@ -272,14 +300,52 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     return record
 
 
-def costs_on_record(path: Path) -> list[dict[str, Any]]:
-    """The costs of steps that an earlier command left in its `evidence.json`; none where there is no such file."""
+PLACE = ("size", "context", "steps", "contender")
+"""What tells two measurements on the same text apart."""
+
+
+def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """`measured` with `row` in the place of an earlier one of the same point and contender, unless that has more seeds."""
+    rows = {tuple(one[name] for name in PLACE): one for one in measured}
+    at = tuple(row[name] for name in PLACE)
+    if at not in rows or len(rows[at]["test"]) <= len(row["test"]):
+        rows[at] = row
+    return list(rows.values())
+
+
+def on_record(path: Path, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The measurements and the costs of steps that earlier commands left in `path`, nothing where there is no such file.
+
+    Raises `ValueError` for what `spherelm evidence` did not write, or wrote of other text than that of `grid`.
+    """
     if not path.is_file():
-        return []
+        return [], []
     try:
-        return list(json.loads(path.read_text("utf-8")).get("costs", []))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not what spherelm evidence wrote ({error}): move it away") from error
+        record = json.loads(path.read_text("utf-8"))
+        text = {name: record["grid"][name] for name in TEXT}
+        measured = [restored(row) for row in record["measured"]]
+        costs = [dict(cost) for cost in record.get("costs", [])]
+        summary(grid, measured, costs)  # holds what speedups are computed from
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is not what spherelm evidence wrote ({error!r}): move it away") from error
+    for name in TEXT:
+        if text[name] != getattr(grid, name):
+            raise ValueError(
+                f"{path} was measured with {name} {text[name]!r}, now it is {getattr(grid, name)!r}: choose another --out"
+            )
+    return measured, costs
+
+
+TEXT = ("data", "test", "test_windows")
+"""The fields of a `Grid` that all measurements of one `evidence.json` share."""
+
+
+def restored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement as JSON gives it back, with NaN again where a run diverged."""
+    lists = {name: [math.nan if loss is None else loss for loss in row[name]] for name in ("validation", "test")}
+    rates = {rate: math.nan if loss is None else loss for rate, loss in row["rates"].items()}
+    mean = math.nan if row["test_mean"] is None else row["test_mean"]
+    return {**row, **lists, "rates": rates, "test_mean": mean}
 
 
 def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
@@ -318,8 +384,9 @@ def table(record: Mapping[str, Any]) -> str:
     lines = ["| size | context | tokens | contender | peak rate | test loss | seeds |", "|---|---|---|---|---|---|---|"]
     for row in record["measured"]:
         error = f" ± {row['test_error']:.3f}" if row["test_error"] is not None else ""
+        loss = f"{row['test_mean']:.3f}{error}" if all(map(math.isfinite, row["test"])) else "diverged"
         place = f"| {row['size']} | {row['context']} | {row['tokens']:,} | {row['contender']} | {row['lr']:g} "
-        lines.append(f"{place}| {row['test_mean']:.3f}{error} | {len(row['test'])} |")
+        lines.append(f"{place}| {loss} | {len(row['test'])} |")
     lines += [
         "",
         "| size | context | tokens | baseline | contender | fewer tokens, times | 95 % | fewer seconds, times |",

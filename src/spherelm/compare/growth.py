@@ -65,12 +65,19 @@ def in_seconds(ratio: Mapping[str, Any], step: float | None) -> dict[str, Any]:
 
 
 def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ratio of tokens, its 95 % interval over seeds where every seed's crossing is bracketed, and its bound."""
-    curves = [[(rung["tokens"], rung["test"][seed]) for rung in own] for seed in range(len(baseline["test"]))]
-    if any(math.isnan(loss) for curve in curves for _, loss in curve):
+    """The ratio of tokens, its 95 % interval over seeds where every seed's crossing is bracketed, and its bound.
+
+    On the seeds that the baseline and all of the contender's budgets have. A budget at which one of them diverged is left out,
+    all of it; without any other there is no ratio.
+    """
+    seeds_of_all = min(len(row["test"]) for row in (baseline, *own))
+    targets = baseline["test"][:seeds_of_all]
+    sound = [rung for rung in own if all(map(math.isfinite, rung["test"][:seeds_of_all]))]
+    if not sound:
         return {"speedup": None, "bound": None, "interval": None}
-    reach = tokens_to_reach(mean_curve(curves), float(np.mean(baseline["test"])))
-    seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, baseline["test"], strict=True)]
+    curves = [[(rung["tokens"], rung["test"][seed]) for rung in sound] for seed in range(seeds_of_all)]
+    reach = tokens_to_reach(mean_curve(curves), float(np.mean(targets)))
+    seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, targets, strict=True)]
     ratios = [baseline["tokens"] / seed.tokens for seed in seeds if seed.bound is None]
     bound = {"at most": "at least", "at least": "at most"}.get(reach.bound or "")
     bounds = interval(ratios) if len(ratios) == len(seeds) else None

@@ -50,6 +50,13 @@ def default_workers(jobs: int) -> int:
     return 1 if torch.accelerator.is_available() else max(1, min(jobs, cores()))
 
 
+def workers_for(jobs: int, asked: int | None) -> int:
+    """The number of processes asked for, or `default_workers` where that is `None`; `ValueError` for none at all."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"--workers must be at least 1, got {asked}")
+    return asked or default_workers(jobs)
+
+
 def threads_each(workers: int) -> int:
     """The processor threads of each of `workers` processes: a part of the cores, and no more than OMP_NUM_THREADS allows."""
     allowed = os.environ.get("OMP_NUM_THREADS", "")
@@ -142,7 +149,7 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
     if twice:
         raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
-    workers = workers or default_workers(len(jobs))
+    workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
     pool_of_workers = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share)
     with _noted_interrupts() as asked, pool_of_workers as pool:

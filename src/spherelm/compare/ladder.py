@@ -1,7 +1,8 @@
 """`spherelm report`: where many runs ended, over token budget and over peak learning rate, from their directories.
 
 What the paper draws as figures 2, 3, 7, 8 and 13. Every run is one point, at the end of its own schedule; seeds of one choice
-are averaged; of several choices with the same budget, or the same budget and learning rate, the best is drawn.
+are averaged; of several choices with the same budget, or the same budget and learning rate, the best is drawn. Choices are
+compared on the seeds that all of them have: a search runs most rates with one seed and the best with several.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,7 +25,7 @@ from spherelm.compare.figures import Figure
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.length_figures import Measured, evaluations, length_figures, read_lengths
 from spherelm.compare.record import Run, read_run
-from spherelm.compare.robustness import TOLERANCE, best_between, tolerated
+from spherelm.compare.robustness import TOLERANCE, tolerated, where_best
 from spherelm.compare.wording import NAMES, listed, si
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
@@ -55,6 +56,12 @@ class End:
         return size_of(self.config)
 
     @property
+    def way(self) -> str:
+        """What its peak learning rate is a rate of: the recipe, and the optimizer where the name does not say it."""
+        optimizer = self.config.optim.optimizer
+        return self.config.recipe if optimizer == self.config.recipe else f"{self.config.recipe}, {optimizer}"
+
+    @property
     def choice(self) -> str:
         """All that was chosen for it but the seed, to tell choices apart."""
         plain = dataclasses.asdict(self.config)
@@ -78,6 +85,15 @@ class Point:
         """Mean final loss; infinite if a seed diverged, so that it is never the best."""
         mean = float(np.mean([end.loss for end in self.ends]))
         return math.inf if math.isnan(mean) else mean
+
+    @property
+    def seeds(self) -> set[int]:
+        """Those it was run with."""
+        return {end.config.train.seed for end in self.ends}
+
+    def only(self, seeds: Collection[int]) -> Point:
+        """The same choice with no other seeds than these."""
+        return Point([end for end in self.ends if end.config.train.seed in seeds])
 
 
 def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
@@ -129,9 +145,12 @@ def check_same_text(runs: Sequence[Path]) -> None:
     """`ValueError` if two runs were validated on different text: their losses have nothing to do with each other."""
     known: tuple[Path, Any] | None = None
     for run in runs:
-        config = json.loads((run / "config.json").read_text("utf-8"))
-        identity = config.get("data_identity") or {}
-        text = (identity.get("val"), identity.get("tokenizer"))
+        path = run / "config.json"
+        try:
+            identity = dict(json.loads(path.read_text("utf-8"))).get("data_identity") or {}
+            text = (identity.get("val"), identity.get("tokenizer"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): leave {run} out") from error
         known = known or (run, text)
         if text != known[1]:
             raise ValueError(
@@ -158,7 +177,9 @@ def read_scores(run: Path) -> dict[str, tuple[float, float | None]]:
     scores: dict[str, tuple[float, float | None]] = {}
     for record in evaluations(run):
         tasks = record.get("tasks")
-        for name, task in (tasks or {}).items():
+        if not isinstance(tasks, dict):
+            continue  # some other JSON file of the user's
+        for name, task in tasks.items():
             metrics = task.get("metrics") or {}
             if metrics:
                 first = metrics.get("acc") or next(iter(metrics.values()))
@@ -176,14 +197,25 @@ def _points(ends: Sequence[End]) -> list[Point]:
     return [Point(seeds) for seeds in by_choice.values()]
 
 
+def _compared(points: Sequence[Point]) -> list[Point]:
+    """`points` on the seeds that all of them have, where there are such."""
+    shared = set[int].intersection(*(point.seeds for point in points))
+    return [point.only(shared) for point in points] if shared else list(points)
+
+
 def _best(points: Sequence[Point], read: Any) -> list[tuple[float, Point]]:
-    """(x, the best point with this x), ascending; choices that diverged are left out."""
-    best: dict[float, Point] = {}
+    """(x, the best point with this x), ascending; only diverged choices at an x leave one of them there."""
+    at: dict[float, list[Point]] = {}
     for point in points:
-        x = float(read(point.ends[0]))
-        if math.isfinite(point.loss) and (x not in best or point.loss < best[x].loss):
-            best[x] = point
-    return sorted(best.items(), key=lambda pair: pair[0])
+        at.setdefault(float(read(point.ends[0])), []).append(point)
+    return sorted(
+        (x, min(zip(_compared(there), there, strict=True), key=lambda pair: pair[0].loss)[1]) for x, there in at.items()
+    )
+
+
+def _finite(best: Sequence[tuple[float, Point]]) -> list[tuple[float, Point]]:
+    """Those that did not diverge, which can be drawn."""
+    return [(x, point) for x, point in best if math.isfinite(point.loss)]
 
 
 def _grouped(ends: Sequence[End], read: Any) -> dict[tuple[str, Any], list[Point]]:
@@ -203,7 +235,7 @@ def _budget_figures(ends: Sequence[End]) -> list[Figure]:
     sizes = list(dict.fromkeys(size for _, size in groups))
     series = []
     for (arm, size), points in groups.items():
-        best = _best(points, lambda end: end.budget)
+        best = _finite(_best(points, lambda end: end.budget))
         if best:
             series.append(Series(arm, size if len(sizes) > 1 else "", *_losses(best), sizes.index(size)))
     if not any(len(line.x) > 1 for line in series):
@@ -220,26 +252,28 @@ def _budget_figures(ends: Sequence[End]) -> list[Figure]:
 
 
 def _rate_figures(ends: Sequence[End]) -> list[Figure]:
-    groups = _grouped(ends, lambda end: (end.size, end.budget))
-    found = {group: _best(points, lambda end: end.config.optim.lr) for group, points in groups.items()}
-    kinds = list(dict.fromkeys(kind for (_, kind), best in found.items() if len(best) > 1))
+    groups = _grouped(ends, lambda end: (end.size, end.budget, end.way))
+    found = {group: _rates_of(points) for group, points in groups.items()}
+    found = {group: rates for group, rates in found.items() if len(_finite(rates)) > 1}
+    kinds = list(dict.fromkeys(kind for _, kind in found))
+    budgets = list(dict.fromkeys((size, budget) for size, budget, _ in kinds))
+    ways = list(dict.fromkeys(way for _, _, way in kinds))
     series, optima, near = [], [], []
-    for (arm, (size, budget)), best in found.items():
-        if len(best) > 1:
-            label = f"{size}, {si(budget)} tokens" if len(kinds) > 1 else ""
-            series.append(Series(arm, label, *_losses(best), kinds.index((size, budget))))
-            losses = [(x, point.loss) for x, point in best]
-            at, between = min(losses, key=lambda pair: pair[1])[0], best_between(losses)
-            about = " (at the edge of what was tried)" if between is None else f" (by a parabola {between:.2g})"
-            name = f"{NAMES[arm]}{f' ({label})' if label else ''}"
-            optima.append(f"{name} {at:g}{about}")
-            near.append(f"{name} {tolerated(losses)}")
+    for (arm, (size, budget, way)), rates in found.items():
+        budget_in_words = f"{size}, {si(budget)} tokens" if len(budgets) > 1 else ""
+        label = ", ".join(word for word in (budget_in_words, way if len(ways) > 1 else "") if word)
+        series.append(Series(arm, label, *_losses(_finite(rates)), kinds.index((size, budget, way))))
+        losses = [(x, point.loss) for x, point in rates]
+        name = f"{NAMES[arm]}{f' ({label})' if label else ''}"
+        optima.append(f"{name} {where_best(losses)}")
+        near.append(f"{name} {tolerated(losses)}")
     if not series:
         return []
     title = "Final loss over peak learning rate"
-    alone = f" of {si(kinds[0][1])} tokens ({kinds[0][0]})" if len(kinds) == 1 else ""
+    alone = f" of {si(budgets[0][1])} tokens ({budgets[0][0]})" if len(budgets) == 1 else ""
     caption = (
-        f"Ends of whole schedules{alone}, means over seeds (small dots). The lowest: {listed(optima)}. "
+        f"Ends of whole schedules{alone}, means over the seeds (small dots) that all rates of a line have. "
+        f"The lowest: {listed(optima)}. "
         f"Within {100 * TOLERANCE:g} % of its own best: {listed(near)}. "
         "Corresponds to figure 7 of the paper."
     )
@@ -247,6 +281,12 @@ def _rate_figures(ends: Sequence[End]) -> list[Figure]:
         series, "peak learning rate", "final validation loss (nats per token)", False, "rate", title, caption
     )
     return [Figure(drawing, title, escape(caption))]
+
+
+def _rates_of(points: Sequence[Point]) -> list[tuple[float, Point]]:
+    """The best choice at each rate, ascending, all on the same seeds; diverged ones too."""
+    best = _best(points, lambda end: end.config.optim.lr)
+    return list(zip([x for x, _ in best], _compared([point for _, point in best]), strict=True))
 
 
 def _task_figures(ends: Sequence[End]) -> list[Figure]:
@@ -258,7 +298,7 @@ def _task_figures(ends: Sequence[End]) -> list[Figure]:
         sizes = list(dict.fromkeys(size for _, size in groups))
         series = []
         for (arm, size), points in groups.items():
-            best = _best(points, lambda end: end.budget)
+            best = _finite(_best(points, lambda end: end.budget))
             values = [np.array([end.scores[task][0] for end in point.ends]) for _, point in best]
             if best:
                 x = np.array([x for x, _ in best])

@@ -17,12 +17,14 @@ class Tolerated:
     """The peak learning rates from `low` to `high`, over which the final loss is within a tolerance of the best.
 
     open_low, open_high: the loss was still within it at the lowest or highest rate that was tried: the range goes on there.
+    diverged: the range ends at a rate because the next one that was tried diverged.
     """
 
     low: float
     high: float
     open_low: bool
     open_high: bool
+    diverged: bool = False
 
     @property
     def times(self) -> float:
@@ -31,7 +33,8 @@ class Tolerated:
 
     def __str__(self) -> str:
         least = "at least " if self.open_low or self.open_high else ""
-        return f"{least}{self.times:.3g}x ({self.low:.2g} to {self.high:.2g})"
+        cut = ", beside a rate that diverged" if self.diverged else ""
+        return f"{least}{self.times:.3g}x ({self.low:.2g} to {self.high:.2g}{cut})"
 
 
 def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANCE) -> Tolerated | None:
@@ -46,9 +49,9 @@ def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANC
         return None
     best = min(finite, key=lambda index: ordered[index][1])
     limit = (1 + tolerance) * ordered[best][1]
-    low, open_low = _edge(ordered[best::-1], limit)
-    high, open_high = _edge(ordered[best:], limit)
-    return Tolerated(low, high, open_low, open_high)
+    low, open_low, cut_low = _edge(ordered[best::-1], limit)
+    high, open_high, cut_high = _edge(ordered[best:], limit)
+    return Tolerated(low, high, open_low, open_high, cut_low or cut_high)
 
 
 def best_between(points: Sequence[tuple[float, float]]) -> float | None:
@@ -68,11 +71,26 @@ def best_between(points: Sequence[tuple[float, float]]) -> float | None:
     return math.exp(middle - slope / (2 * bend)) if bend > 0 else None
 
 
-def _edge(points: Sequence[tuple[float, float]], limit: float) -> tuple[float, bool]:
-    """How far one gets from the first of `points` until the loss crosses `limit`; and whether it never does."""
+def where_best(points: Sequence[tuple[float, float]]) -> str:
+    """The rate of the lowest of `points` (peak learning rate, final loss), in words: and where between rates it may be."""
+    ordered = sorted(points)
+    losses = [loss if math.isfinite(loss) else math.inf for _, loss in ordered]
+    best = losses.index(min(losses))
+    between = best_between(points)
+    if between is not None:
+        about = f" (by a parabola {between:.2g})"
+    elif best in (0, len(ordered) - 1):
+        about = " (at the edge of what was tried)"
+    else:
+        about = " (beside a rate that diverged)" if math.inf in losses[best - 1 : best + 2] else ""
+    return f"{ordered[best][0]:g}{about}"
+
+
+def _edge(points: Sequence[tuple[float, float]], limit: float) -> tuple[float, bool, bool]:
+    """How far one gets from the first of `points` until the loss crosses `limit`; whether it never does, or diverges first."""
     for (rate, loss), (next_rate, next_loss) in itertools.pairwise(points):
         if not math.isfinite(next_loss):
-            return rate, False
+            return rate, False, True
         if next_loss > limit:
-            return rate * (next_rate / rate) ** ((limit - loss) / (next_loss - loss)), False
-    return points[-1][0], True
+            return rate * (next_rate / rate) ** ((limit - loss) / (next_loss - loss)), False, False
+    return points[-1][0], True, False

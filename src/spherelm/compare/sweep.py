@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from spherelm.train.record import command_line, git_commit, versions, write_json
 
 UNTRAINED = 1.0
 """How far above the loss of an even guess, ln(vocab_size) nats, a validation may come out before a run counts as diverged."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a directory's name, of 255 that most file systems allow."""
 
 
 def name_of(choice: Mapping[str, Any], seed: int) -> str:
@@ -41,16 +45,51 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     if not field or not values:
         raise ValueError(f"cannot read {text!r}: write a field and its values, such as alpha_init=0.05,0.25")
     together = _value(f"[{values}]")
-    return field, together if isinstance(together, list) else [_value(value) for value in values.split(",")]
+    if isinstance(together, list):
+        return field, together
+    if "[" in values:
+        raise ValueError(f"cannot read {text!r}: what stands in brackets is a list, such as betas=[0.9,0.95]")
+    return field, [_value(value) for value in values.split(",")]
 
 
-def parse_fields(words: Sequence[str]) -> dict[str, Any]:
-    """`["schedule=log", "rho=0.05"]` as a mapping; raises `ValueError` for what is no field with one value."""
-    fields = {}
+FIXED = {
+    "arm": "--arm",
+    "preset": "--preset",
+    "recipe": "--recipe",
+    "data": "--data",
+    "vocab_size": "the tokenizer of --data",
+    "seed": "--seeds",
+}
+"""What is chosen by a flag and is no field that can be varied or set, and the flag."""
+
+
+def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection[str]) -> dict[str, list[Any]]:
+    """`["alpha_init=0.05,0.25", "batch_size=4,8"]` as a mapping; raises `ValueError` for a field that is chosen twice.
+
+    flags: what the command's own flags say, `None` where they were left out; fixed: which of `FIXED` cannot stand here.
+    """
+    axes: dict[str, list[Any]] = {}
     for text in words:
         field, values = parse_axis(text)
+        if field in fixed:
+            raise ValueError(f"{text!r}: {field} is chosen by {FIXED[field]}")
+        if field in axes:
+            raise ValueError(f"{text!r}: {field} was given before, give it once")
+        if flags.get(field) is not None:
+            raise ValueError(f"{text!r}: {field} is given by --{field.replace('_', '-')} too, give it once")
+        axes[field] = values
+    return axes
+
+
+def parse_fields(words: Sequence[str], flags: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """`["schedule=log", "rho=0.05"]` as a mapping; raises `ValueError` for what is no field with one value.
+
+    flags: as for `parse_axes`.
+    """
+    fields = {}
+    for field, values in parse_axes(words, flags, FIXED.keys() - {"seed"}).items():
         if len(values) > 1:
-            raise ValueError(f"{text!r} gives {field} {len(values)} values: a run has one")
+            raise ValueError(f"{field} has {len(values)} values, {values}: a run has one")
         fields[field] = values[0]
     return fields
 
@@ -82,11 +121,17 @@ def sweep(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     require_matplotlib()  # the page comes last: do not train for it in vain
     limit = {"stop_above": math.log(vocab_size) + UNTRAINED}
+    check_out(out)
     jobs = [
         Job(make_run(**{**limit, **choice}, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
         for choice in choices
         for seed in range(seeds)
     ]
+    long = [job.out.name for job in jobs if len(job.out.name.encode()) > LONGEST_NAME]
+    if long:
+        raise ValueError(
+            f"a run's directory would be called {long[0][:60]}... , which is too long: vary fewer fields at once"
+        )
     losses = iter(run_jobs(jobs, workers, "sweep"))
     rows = [
         Row(choice, [next(losses) for _ in range(seeds)], [name_of(choice, seed) for seed in range(seeds)])
@@ -98,6 +143,22 @@ def sweep(
     write_json(out / "sweep.json", {"rows": [row.record() for row in rows], **about})
     write_page(rows, out)
     return rows
+
+
+def check_out(out: Path) -> None:
+    """Raise `FileExistsError` where `out` is a file or holds files that a sweep would write over and did not write."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out")
+    record = out / "sweep.json"
+    try:
+        known = record.is_file() and isinstance(json.loads(record.read_text("utf-8"))["rows"], list)
+    except (ValueError, TypeError, KeyError):
+        known = False
+    foreign = [name for name in ("sweep.json", "index.html") if (out / name).exists()]
+    if foreign and not known:
+        raise FileExistsError(
+            f"{out / foreign[0]} was not written by spherelm sweep: choose another --out, or move it away"
+        )
 
 
 def against_base(rows: Sequence[Row]) -> list[Row]:

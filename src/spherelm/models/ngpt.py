@@ -106,6 +106,9 @@ class NGPTConfig:
         for name in SCALES:
             if not getattr(self, f"{name}_init") > 0:
                 raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
+            stored = getattr(self, f"{name}_scale")
+            if stored is not None and not stored > 0:
+                raise ValueError(f"{name}_scale must be positive or None, got {stored}")
         for name in ("logit_preconditioning", "common_start"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

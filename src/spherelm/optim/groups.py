@@ -33,6 +33,12 @@ class RateMultipliers:
     gain: float = 1.0
     router: float = 1.0
 
+    def __post_init__(self) -> None:
+        for role in ROLES:
+            rate = getattr(self, role)
+            if not (rate >= 0 and math.isfinite(rate)):
+                raise ValueError(f"{role}_rate must be a number of at least 0, got {rate}")
+
 
 ROLES = tuple(f.name for f in fields(RateMultipliers))
 """The roles a parameter can have."""
@@ -72,15 +78,15 @@ class OptimConfig:
     balance_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"the learning rate must be a positive number, got {self.lr}")
+        if not (is_number(self.lr) and self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"the learning rate must be a positive number, got {self.lr!r}")
         if not is_pair_of_numbers(self.betas):
             raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "balance_rate"):
+        for name in ("weight_decay", "balance_rate", "eps"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
@@ -97,7 +103,12 @@ class OptimConfig:
 
 def is_pair_of_numbers(value: Any) -> bool:
     """Whether `value` is a list or tuple of two numbers."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -195,11 +206,10 @@ def with_muon(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfi
 
 def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> float | Callable[[], float]:
     """`max_angle`, or a function that gives the same part of it as the present rate is of the peak."""
-    if not config.angle_follows_lr:
+    moving = next((group for group in optimizer.param_groups if group["lr_multiplier"]), None)
+    if not config.angle_follows_lr or moving is None:
         return max_angle
-    return lambda: (
-        max_angle * optimizer.param_groups[0]["lr"] / (config.lr * optimizer.param_groups[0]["lr_multiplier"])
-    )
+    return lambda: max_angle * moving["lr"] / (config.lr * moving["lr_multiplier"])
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:

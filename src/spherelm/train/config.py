@@ -82,6 +82,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if 0 < self.spike_factor <= 1:
             raise ValueError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise ValueError(f"eval_limit must be at least 1 or None, got {self.eval_limit}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
@@ -108,6 +110,10 @@ class RunConfig:
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
+            )
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"warmup_steps={self.schedule.warmup_steps} is more than the run's steps={self.train.steps}: lower it"
             )
 
 
