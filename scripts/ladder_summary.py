@@ -16,11 +16,8 @@ from typing import Any
 
 from pairs_summary import read_json, shortened
 
-from spherelm.compare.evidence import table
+from spherelm.compare.evidence import restored, table, with_row
 from spherelm.compare.growth import all_speedups, growth
-
-PLACE = ("size", "context", "budget", "contender")
-
 
 Text = tuple[str, str]
 """The last parts of the data directories, training and test."""
@@ -44,8 +41,11 @@ def cost_place(cost: dict[str, Any]) -> tuple[Any, ...]:
 
 def merged(text: Text, records: list[dict[str, Any]]) -> dict[str, Any]:
     """All measurements of `records`, which are on `text`, cheapest first; and the speedups among them."""
-    found = {tuple(row[name] for name in PLACE): row for record in records for row in record["measured"]}
-    rows = sorted(found.values(), key=lambda row: (row["context"], row["block_parameters"] * row["tokens"]))
+    found: list[dict[str, Any]] = []
+    for record in records:
+        for row in record["measured"]:
+            found = with_row(found, restored(row))
+    rows = sorted(found, key=lambda row: (row["context"], row["block_parameters"] * row["tokens"]))
     costs = {cost_place(cost): cost for record in records for cost in record.get("costs", [])}
     speedups = list(all_speedups(rows, list(costs.values())))
     return {

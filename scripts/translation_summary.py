@@ -10,22 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from pairs_summary import read_json, shortened
+
 from spherelm.train.metrics import read_metrics
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def shortened(command: str) -> str:
-    """A command with every absolute path cut to its last two parts."""
-    return re.sub(r"(?<!\S)/\S+", lambda match: "/".join(match[0].split("/")[-2:]), command)
 
 
 def spread(values: list[float]) -> dict[str, Any]:
