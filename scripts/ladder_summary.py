@@ -16,7 +16,7 @@ from typing import Any
 
 from pairs_summary import read_json, shortened
 
-from spherelm.compare.evidence import restored, table, with_row
+from spherelm.compare.evidence_record import restored, table, with_row
 from spherelm.compare.growth import all_speedups, growth
 
 Text = tuple[str, str]

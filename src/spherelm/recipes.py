@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
-
-from typeguard import TypeCheckError, check_type
+from typing import Any
 
 from spherelm import ablations
 from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, BaseShape, transfer
+from spherelm.overrides import heads_of, layers_of, multipliers_of, schedule_of, take
 from spherelm.presets import PRESETS, Preset
 from spherelm.train.config import RunConfig, TrainConfig
 
@@ -300,15 +299,15 @@ def make_run(
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = {key: value for key, value in overrides.items() if value is not None}
-    given |= _heads(given, size.d_model)
-    layers = _layers(given, preset, size) if issubclass(model_class, PatternModel) else {}
-    size = dataclasses.replace(size, **{**_take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
+    given |= heads_of(given, size.d_model)
+    layers = layers_of(given, preset, size) if issubclass(model_class, PatternModel) else {}
+    size = dataclasses.replace(size, **{**take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
         raise ValueError(f"no learning rate was tuned for {arm} at {preset!r} by {recipe!r}: give --lr")
-    optim = {"lr": rate, **choices.optim, **_take(given, OptimConfig)}
-    optim["multipliers"] = _multipliers(optim.get("multipliers", RateMultipliers()), given)
+    optim = {"lr": rate, **choices.optim, **take(given, OptimConfig)}
+    optim["multipliers"] = multipliers_of(optim.get("multipliers", RateMultipliers()), given)
     train = {"steps": size.steps, "seq_len": size.seq_len, "batch_size": size.batch_size}
     train |= {
         name: getattr(size, name)
@@ -326,85 +325,12 @@ def make_run(
         arm=arm,
         recipe=recipe,
         preset=preset,
-        model=config_class(**(model | _take(given, config_class))),
+        model=config_class(**(model | take(given, config_class))),
         optim=OptimConfig(**optim),
-        schedule=_schedule(choices.schedule, given),
-        train=TrainConfig(**(train | _take(given, TrainConfig))),
+        schedule=schedule_of(choices.schedule, given),
+        train=TrainConfig(**(train | take(given, TrainConfig))),
         data=data,
     )
     if given:
         raise ValueError(f"no field is called {', '.join(sorted(given))}")
     return config
-
-
-def _take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
-    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them.
-
-    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Sizes of
-    models, whole numbers, are left to it altogether.
-    """
-    hints = get_type_hints(owner)
-    names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
-    checks_counts = owner not in (OptimConfig, ScheduleConfig, TrainConfig)
-    found = {name: given.pop(name) for name in names}
-    return {
-        name: value if checks_counts and hints[name] is int else _of_type(name, value, hints[name])
-        for name, value in found.items()
-    }
-
-
-def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """`value`, a list as a tuple, if it is of the type `hint` and no number that is none; else `ValueError`."""
-    value = tuple(value) if isinstance(value, list) else value
-    try:
-        check_type(value, hint)
-        if hint is int and isinstance(value, bool):
-            raise TypeCheckError(name)
-    except TypeCheckError:
-        kind = WORDS.get(hint, str(hint).replace("float", "number"))
-        raise ValueError(f"{name} must be {kind}, got {value!r}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
-    return value
-
-
-WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-
-
-def _heads(given: dict[str, Any], d_model: int) -> dict[str, int]:
-    """Remove `d_k` from `given`; the number of heads that it makes of the `d_model` there, or of this one."""
-    if "d_k" not in given:
-        return {}
-    d_k = given.pop("d_k")
-    width = given.get("d_model", d_model)
-    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
-    if "n_heads" in given or not counts or width % d_k:
-        raise ValueError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
-    return {"n_heads": width // d_k}
-
-
-def _layers(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
-    """Remove the pattern from `given` and make n_layers follow it: the one asked for, or that of the preset."""
-    pattern = given.pop("pattern", size.pattern)
-    if pattern is None:
-        named = ", ".join(name for name, other in PRESETS.items() if other.pattern is not None)
-        raise ValueError(f"preset {preset!r} has no pattern of layers: give one (--set pattern=MAM-), or take {named}")
-    if not isinstance(pattern, str):
-        raise ValueError(f"pattern must be text, a letter a layer such as MAM-, got {pattern!r}")
-    if given.get("n_layers", len(pattern)) != len(pattern):
-        raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
-    given["n_layers"] = len(pattern)
-    return {"pattern": pattern}
-
-
-def _multipliers(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
-    """Remove the multipliers from `given` and set them."""
-    names = {role: f"{role}_rate" for role in ROLES}
-    found = {role: _of_type(name, given.pop(name), float) for role, name in names.items() if name in given}
-    return dataclasses.replace(chosen, **found)
-
-
-def _schedule(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig:
-    """Remove the schedule's fields from `given` and set them."""
-    kind = {"kind": _of_type("schedule", given.pop("schedule"), str)} if "schedule" in given else {}
-    return dataclasses.replace(chosen, **kind, **_take(given, ScheduleConfig))

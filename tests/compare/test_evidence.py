@@ -19,10 +19,9 @@ from spherelm.compare.evidence import (
     Point,
     beyond,
     climb,
-    on_record,
-    table,
     time_limit,
 )
+from spherelm.compare.evidence_record import on_record, table
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST

@@ -249,7 +249,8 @@ def evidence(
         workers: Runs at once; one a core if left out.
         minutes: Save what is under way and stop after so long; no limit if left out.
     """
-    from spherelm.compare.evidence import Grid, climb, table
+    from spherelm.compare.evidence import Grid, climb
+    from spherelm.compare.evidence_record import table
 
     grid = Grid(str(data), str(test), sizes, contexts, budgets, contenders, seeds)
     print(table(climb(grid, out, workers, minutes)))

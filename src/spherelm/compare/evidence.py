@@ -9,7 +9,6 @@ seconds it is that over how much longer a step takes, all contenders' steps time
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import signal
@@ -24,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from spherelm.compare.cost import COMPILE_FROM, median_ratio, time_in_turn
-from spherelm.compare.growth import all_speedups, growth, timed_at
+from spherelm.compare.evidence_record import on_record, summary, with_row
+from spherelm.compare.growth import timed_at
 from spherelm.compare.jobs import Job, run_jobs, threads, threads_each, workers_for
 from spherelm.compare.record import standard_error
 from spherelm.compare.sweep import UNTRAINED, name_of
@@ -36,7 +36,7 @@ from spherelm.presets import PRESETS, Preset
 from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
 from spherelm.train.precision import best_device
-from spherelm.train.record import command_line, git_commit, versions, write_json
+from spherelm.train.record import write_json
 
 CONTENDERS = {
     "gpt-paper": ("gpt", "paper"),
@@ -300,68 +300,10 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     return record
 
 
-PLACE = ("size", "context", "steps", "contender")
-"""What tells two measurements on the same text apart."""
-
-
-def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """`measured` with `row` in the place of an earlier one of the same point and contender, unless that has more seeds."""
-    rows = {tuple(one[name] for name in PLACE): one for one in measured}
-    at = tuple(row[name] for name in PLACE)
-    if at not in rows or len(rows[at]["test"]) <= len(row["test"]):
-        rows[at] = row
-    return list(rows.values())
-
-
-def on_record(path: Path, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The measurements and the costs of steps that earlier commands left in `path`, nothing where there is no such file.
-
-    Raises `ValueError` for what `spherelm evidence` did not write, or wrote of other text than that of `grid`.
-    """
-    if not path.is_file():
-        return [], []
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        text = {name: record["grid"][name] for name in TEXT}
-        measured = [restored(row) for row in record["measured"]]
-        costs = [dict(cost) for cost in record.get("costs", [])]
-        summary(grid, measured, costs)  # holds what speedups are computed from
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is not what spherelm evidence wrote ({error!r}): move it away") from error
-    for name in TEXT:
-        if text[name] != getattr(grid, name):
-            raise ValueError(
-                f"{path} was measured with {name} {text[name]!r}, now it is {getattr(grid, name)!r}: choose another --out"
-            )
-    return measured, costs
-
-
-TEXT = ("data", "test", "test_windows")
-"""The fields of a `Grid` that all measurements of one `evidence.json` share."""
-
-
-def restored(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A measurement as JSON gives it back, with NaN again where a run diverged."""
-    lists = {name: [math.nan if loss is None else loss for loss in row[name]] for name in ("validation", "test")}
-    rates = {rate: math.nan if loss is None else loss for rate, loss in row["rates"].items()}
-    mean = math.nan if row["test_mean"] is None else row["test_mean"]
-    return {**row, **lists, "rates": rates, "test_mean": mean}
-
-
 def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
     """Whether `costs` has the steps of all `contenders` at the size, context and compilation of `point`."""
     there = timed_at(costs, point.size, point.context, point.compiled)
     return any(set(contenders) <= set(cost["seconds"]) for cost in there)
-
-
-def summary(
-    grid: Grid, measured: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """What `evidence.json` holds: every measurement, the speedups between them, how they grow, and how it was made."""
-    speedups = list(all_speedups(measured, costs))
-    about = {"command": command_line(), "git_commit": git_commit(), "versions": versions()}
-    found = {"measured": list(measured), "costs": list(costs), "speedups": speedups, "growth": growth(speedups)}
-    return {"grid": asdict(grid), **found, **about}
 
 
 @contextmanager
@@ -377,27 +319,3 @@ def time_limit(minutes: float | None) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """The measurements and speedups as two Markdown tables."""
-    lines = ["| size | context | tokens | contender | peak rate | test loss | seeds |", "|---|---|---|---|---|---|---|"]
-    for row in record["measured"]:
-        error = f" ± {row['test_error']:.3f}" if row["test_error"] is not None else ""
-        loss = f"{row['test_mean']:.3f}{error}" if all(map(math.isfinite, row["test"])) else "diverged"
-        place = f"| {row['size']} | {row['context']} | {row['tokens']:,} | {row['contender']} | {row['lr']:g} "
-        lines.append(f"{place}| {loss} | {len(row['test'])} |")
-    lines += [
-        "",
-        "| size | context | tokens | baseline | contender | fewer tokens, times | 95 % | fewer seconds, times |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["speedups"]:
-        edges = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}" if row["interval"] else ""
-        value, seconds = (
-            "unknown" if ratio is None else f"{row['bound'] or ''} {ratio:.2f}".strip()
-            for ratio in (row["speedup"], row["seconds"])
-        )
-        place = f"| {row['size']} | {row['context']} | {row['tokens']:,} | {row['baseline']} | {row['contender']} "
-        lines.append(f"{place}| {value} | {edges} | {seconds} |")
-    return "\n".join(lines)

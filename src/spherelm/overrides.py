@@ -1,0 +1,88 @@
+"""Fields of a run that are given one by one: which config each belongs to, and whether its value is of the field's type."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any, get_type_hints
+
+from typeguard import TypeCheckError, check_type
+
+from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim.groups import ROLES
+from spherelm.presets import PRESETS, Preset
+from spherelm.train.config import TrainConfig
+
+
+def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
+    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them.
+
+    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Sizes of
+    models, whole numbers, are left to it altogether.
+    """
+    hints = get_type_hints(owner)
+    names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
+    checks_counts = owner not in (OptimConfig, ScheduleConfig, TrainConfig)
+    found = {name: given.pop(name) for name in names}
+    return {
+        name: value if checks_counts and hints[name] is int else of_type(name, value, hints[name])
+        for name, value in found.items()
+    }
+
+
+def of_type(name: str, value: Any, hint: Any) -> Any:
+    """`value`, a list as a tuple, if it is of the type `hint` and no number that is none; else `ValueError`."""
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        check_type(value, hint)
+        if hint is int and isinstance(value, bool):
+            raise TypeCheckError(name)
+    except TypeCheckError:
+        kind = WORDS.get(hint, str(hint).replace("float", "number"))
+        raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
+    """Remove `d_k` from `given`; the number of heads that it makes of the `d_model` there, or of this one."""
+    if "d_k" not in given:
+        return {}
+    d_k = given.pop("d_k")
+    width = given.get("d_model", d_model)
+    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
+    if "n_heads" in given or not counts or width % d_k:
+        raise ValueError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
+    return {"n_heads": width // d_k}
+
+
+def layers_of(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
+    """Remove the pattern from `given` and make n_layers follow it: the one asked for, or that of the preset."""
+    pattern = given.pop("pattern", size.pattern)
+    if pattern is None:
+        named = ", ".join(name for name, other in PRESETS.items() if other.pattern is not None)
+        raise ValueError(f"preset {preset!r} has no pattern of layers: give one (--set pattern=MAM-), or take {named}")
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern must be text, a letter a layer such as MAM-, got {pattern!r}")
+    if given.get("n_layers", len(pattern)) != len(pattern):
+        raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
+    given["n_layers"] = len(pattern)
+    return {"pattern": pattern}
+
+
+def multipliers_of(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
+    """Remove the multipliers from `given` and set them."""
+    names = {role: f"{role}_rate" for role in ROLES}
+    found = {role: of_type(name, given.pop(name), float) for role, name in names.items() if name in given}
+    return dataclasses.replace(chosen, **found)
+
+
+def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig:
+    """Remove the schedule's fields from `given` and set them."""
+    kind = {"kind": of_type("schedule", given.pop("schedule"), str)} if "schedule" in given else {}
+    return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig))
