@@ -50,7 +50,7 @@ def gains(ax: Axes, texts: list[dict[str, Any]]) -> None:
     lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for text in texts:
         for row in text["speedups"]:
-            if (row["baseline"], row["contender"]) == tuple(ARMS) and row["bound"] is None:
+            if (row["baseline"], row["contender"]) == tuple(ARMS) and row["interval"]:
                 lines.setdefault((row["size"], row["context"], text["text"]["train"]), []).append(row)
     marks = "osD^vP"
     for number, ((size, context, train), rows) in enumerate(lines.items()):

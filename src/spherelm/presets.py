@@ -106,7 +106,7 @@ def demo_hybrid(pattern: str, baseline: float, normalized: float, even_start: bo
     """The layers of `pattern` at the demo's width, length and number of tokens.
 
     The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices. even_start: as in
-    `Preset`; searched for "hybrid" only.
+    `Preset`; "moe" and "hybrid-moe" do not have it yet, though it helps their baselines (docs/experiments.md).
     """
     rates = {("adam", "hybrid"): baseline, ("adam", "nhybrid"): normalized}
     return Preset(

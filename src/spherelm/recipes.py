@@ -305,7 +305,9 @@ def make_run(
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
-        raise ValueError(f"no learning rate was tuned for {arm} at {preset!r} by {recipe!r}: give --lr")
+        raise ValueError(
+            f"no learning rate was tuned for {arm} at {preset!r} by {recipe!r}: give --lr (compare: --lr-gpt, --lr-ngpt)"
+        )
     optim = {"lr": rate, **choices.optim, **take(given, OptimConfig)}
     optim["multipliers"] = multipliers_of(optim.get("multipliers", RateMultipliers()), given)
     train = {"steps": size.steps, "seq_len": size.seq_len, "batch_size": size.batch_size}

@@ -19,7 +19,7 @@ from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.models import parameter_count
 from spherelm.presets import PRESETS
-from spherelm.recipes import RECIPES, make_run, tuned_rate
+from spherelm.recipes import make_run
 from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config
@@ -67,22 +67,13 @@ class CompareConfig:
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
-        lr, flag = (self.lr_gpt, "--lr-gpt") if arm == self.arms[0] else (self.lr_ngpt, "--lr-ngpt")
-        preset = PRESETS.get(self.preset)
-        if (
-            lr is None
-            and preset is not None
-            and self.recipe in RECIPES
-            and tuned_rate(preset, self.recipe, arm) is None
-        ):
-            raise ValueError(f"no learning rate was tuned for {arm} at {self.preset!r} by {self.recipe!r}: give {flag}")
         return make_run(
             arm,
             self.preset,
             self.recipe,
             vocab_size=vocab_size,
             data=self.data,
-            lr=lr,
+            lr=self.lr_gpt if arm == self.arms[0] else self.lr_ngpt,
             steps=steps or self.steps,
             seq_len=self.seq_len,
             batch_size=self.batch_size,
@@ -99,7 +90,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     """
     start = time.perf_counter()
     require_matplotlib()  # the page comes last: do not train for it in vain
-    workers_for(1, workers)
+    workers_for(1, workers)  # a wrong number is refused before anything is written
     vocab_size = vocabulary_size(config.data)
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in config.arms}
     baseline, normalized = config.arms

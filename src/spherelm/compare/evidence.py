@@ -155,7 +155,7 @@ class Ladder:
 
     def __init__(self, grid: Grid, out: Path, workers: int | None = None) -> None:
         self.grid, self.out, self.workers = grid, out, workers
-        workers_for(1, workers)
+        workers_for(1, workers)  # a wrong number is refused before anything is written
         train, val = open_tokens(Path(grid.data), "train"), open_tokens(Path(grid.data), "val")
         self.test = open_tokens(Path(grid.test), "val")
         if train.tokenizer_fingerprint != self.test.tokenizer_fingerprint:
