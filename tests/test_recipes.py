@@ -60,7 +60,7 @@ def differences(one: Any, other: Any) -> set[str]:
     return {name for name, value in vars(one).items() if value != getattr(other, name)}
 
 
-EVEN = ("demo", "0.3m", "1m", "4m", "12m", "hybrid")
+EVEN = ("demo", "0.3m", "1m", "4m", "12m", "moe", "hybrid", "hybrid-moe")
 """Whose decoders start even in both arms."""
 
 MUON_IS_TUNED = {(arm, preset) for arm in tiny.ARMS for preset in ("demo", "0.3m", "1m", "4m", "12m")}
@@ -165,12 +165,12 @@ def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of
 
 
 def test_arms_that_were_not_searched_with_even_starts_keep_their_own() -> None:
-    hybrid, moe = (make_run("nhybrid", preset, vocab_size=9) for preset in ("hybrid", "moe"))
+    hybrids = [make_run("nhybrid", preset, vocab_size=9) for preset in ("hybrid", "moe", "hybrid-moe")]
     encoder = make_run("nencoder", "demo", vocab_size=9)
     plain = make_run("encoder", "demo", vocab_size=9)
-    starts: list[Any] = [run.model for run in (hybrid, moe, encoder, plain)]
-    assert [model.common_start for model in starts[:3]] == [8.0, 0.0, 0.0]
-    assert starts[3].init_std == pytest.approx(0.02 * math.sqrt(8))
+    starts: list[Any] = [run.model for run in (*hybrids, encoder, plain)]
+    assert [model.common_start for model in starts[:4]] == [8.0, 8.0, 8.0, 0.0]
+    assert starts[4].init_std == pytest.approx(0.02 * math.sqrt(8))
 
 
 @pytest.mark.parametrize("preset", ["moe", "hybrid"])

@@ -102,15 +102,14 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
     )  # fmt: skip
 
 
-def demo_hybrid(pattern: str, baseline: float, normalized: float, even_start: bool = False) -> Preset:
+def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
     """The layers of `pattern` at the demo's width, length and number of tokens.
 
-    The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices. even_start: as in
-    `Preset`; "moe" and "hybrid-moe" do not have it yet, though it helps their baselines (docs/experiments.md).
+    The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices.
     """
     rates = {("adam", "hybrid"): baseline, ("adam", "nhybrid"): normalized}
     return Preset(
-        len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern, even_start=even_start
+        len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern, even_start=True
     )  # fmt: skip
 
 
@@ -160,7 +159,7 @@ PRESETS: dict[str, Preset] = {
         logit_scale=25.0,
     ),
     "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),
-    "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2, even_start=True),
+    "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2),
     "hybrid-moe": demo_hybrid("MAMOMAMO", 2e-3, 1.6e-2),
     "0.3m": small_size(4, 64, 1),
     "1m": small_size(4, 128, 2),
