@@ -30,11 +30,11 @@ def shortened(command: str) -> str:
 
 
 def sweep(directory: Path) -> dict[str, Any]:
-    """What was varied, where it ended by seed, and the command."""
+    """What was varied, where it ended by seed, and the commands."""
     found = read_json(directory / "sweep.json")
     names = ("choice", "losses", "mean", "standard_error")
     rows = [{name: row[name] for name in names} for row in found["rows"]]
-    return {"name": directory.name, "rows": rows, "command": shortened(found["command"])}
+    return {"name": directory.name, "rows": rows, "commands": [shortened(command) for command in found["commands"]]}
 
 
 def lengths(path: Path) -> dict[str, Any]:

@@ -78,6 +78,12 @@ def test_a_row_is_compared_with_the_first_of_its_arm_seed_by_seed() -> None:
     assert math.isnan(rows[3].difference)
 
 
+def test_a_row_is_compared_over_the_seeds_that_it_shares_with_its_base() -> None:
+    rows = against_base([Row({"arm": "gpt"}, [3.0, 3.4, 9.0]), Row({"arm": "gpt"}, [3.1, 3.6])])
+    assert rows[1].difference == pytest.approx(0.15)
+    assert rows[1].difference_error == pytest.approx(0.05)
+
+
 def test_a_label_says_what_differs_and_no_more() -> None:
     choices = [
         {"arm": "ngpt", "recipe": "paper", "lr": 0.02, "steps": 5},
@@ -115,10 +121,10 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
     assert [math.isnan(row.mean) for row in rows] == [False, False, True], "what diverged comes last"
     assert rows[0].mean <= rows[1].mean
     record = tiny.read_json(tmp_path / "sweep.json")
-    assert set(record) == {"rows", "command", "git_commit", "versions"}
+    assert set(record) == {"rows", "data", "commands", "git_commit", "versions"}
     for row, stored in zip(rows, record["rows"], strict=True):
         assert set(stored) == {
-            "choice", "losses", "runs", "mean", "standard_error", "difference", "difference_error"
+            "choice", "losses", "runs", "is_base", "mean", "standard_error", "difference", "difference_error"
         }  # fmt: skip
         assert stored["choice"] == row.choice
         assert stored["runs"] == [name_of(row.choice, seed) for seed in (0, 1)]
@@ -135,6 +141,58 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
     again = sweep(choices, 2, tmp_path, vocab_size=tiny.VOCAB, data=str(data))
     assert [row.choice for row in again] == [row.choice for row in rows]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")} == logs, "nothing ran again"
+
+
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that make their directory and end at their learning rate plus a tenth of their seed; which were done, in order."""
+    done: list[str] = []
+
+    def run(jobs: list[Job], *_: Any) -> list[float]:
+        for job in jobs:
+            job.out.mkdir(exist_ok=True)
+            done.append(job.out.name)
+        return [job.config.optim.lr + job.config.train.seed / 10 for job in jobs]
+
+    monkeypatch.setattr(module, "run_jobs", run)
+    monkeypatch.setattr("spherelm.compare.sweep_page._figures", lambda *_: [])
+    return done
+
+
+def test_a_second_sweep_in_a_directory_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(monkeypatch)
+    first, second, third = ({"arm": "gpt", "lr": lr} for lr in (3.0, 1.0, 2.0))
+    sweep([first, second], 2, tmp_path, vocab_size=9)
+    monkeypatch.setattr(module, "command_line", lambda: "spherelm sweep more")
+    rows = sweep([third, second], 1, tmp_path, vocab_size=9)
+    assert [(row.choice, list(row.losses)) for row in rows] == [
+        (second, [1.0, 1.1]), (third, [2.0]), (first, [3.0, 3.1])
+    ], "best first, and a choice keeps its seeds"  # fmt: skip
+    assert [row.base for row in rows] == [[3.0, 3.1], [3.0, 3.1], None], "the base is the first sweep's"
+    record = tiny.read_json(tmp_path / "sweep.json")
+    assert [row["choice"] for row in record["rows"]] == [second, third, first]
+    assert record["commands"][1:] == ["spherelm sweep more"]
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert all(command in page for command in record["commands"])
+    assert "3 choices, 5 runs" in page
+
+
+def test_a_choice_whose_runs_are_gone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(monkeypatch)
+    first, second = ({"arm": "gpt", "lr": lr} for lr in (3.0, 1.0))
+    sweep([first], 1, tmp_path, vocab_size=9)
+    (tmp_path / name_of(first, 0)).rmdir()
+    (row,) = sweep([second], 1, tmp_path, vocab_size=9)
+    assert (row.choice, row.base) == (second, None)
+
+
+def test_sweeps_on_different_text_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = fake_runs(monkeypatch)
+    sweep([{"arm": "gpt", "lr": 1.0}], 1, tmp_path, vocab_size=9, data="books")
+    before = (tmp_path / "sweep.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a sweep on data 'books', now it is 'wiki': choose another --out"):
+        sweep([{"arm": "gpt", "lr": 2.0}], 1, tmp_path, vocab_size=9, data="wiki")
+    assert len(done) == 1
+    assert (tmp_path / "sweep.json").read_bytes() == before
 
 
 def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

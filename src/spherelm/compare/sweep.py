@@ -114,14 +114,17 @@ def sweep(
     """Train every choice (keywords of `recipes.make_run`, "arm" among them) with every seed; resumable by calling again.
 
     Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `runs`, `mean`, `standard_error`, `difference` from the
-    first choice of the arm; and the command, commit and versions) and the page `out/index.html`, and returns its rows, best
-    mean first, diverged ones last. A run whose validation loss rises far above an untrained model's counts as diverged.
+    first choice of the arm; and the data, commands, commit and versions) and the page `out/index.html`, and returns its rows,
+    best mean first, diverged ones last. What earlier sweeps left in `out` stays in both, but for choices whose runs are gone.
+    A run whose validation loss rises far above an untrained model's counts as diverged.
+
+    Raises `FileExistsError` where `out` holds what no sweep wrote, and `ValueError` where that sweep was on other data.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     require_matplotlib()  # the page comes last: do not train for it in vain
     limit = {"stop_above": math.log(vocab_size) + UNTRAINED}
-    check_out(out)
+    earlier, commands = on_record(out, data)
     jobs = [
         Job(make_run(**{**limit, **choice}, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
         for choice in choices
@@ -137,28 +140,50 @@ def sweep(
         Row(choice, [next(losses) for _ in range(seeds)], [name_of(choice, seed) for seed in range(seeds)])
         for choice in choices
     ]
-    rows = against_base(rows)
+    rows = against_base(together(earlier, rows))
     rows.sort(key=lambda row: (math.isnan(row.mean), row.mean))
-    about = {"command": command_line(), "git_commit": git_commit(), "versions": versions()}
+    commands = list(dict.fromkeys([*commands, command_line()]))
+    about = {"data": data, "commands": commands, "git_commit": git_commit(), "versions": versions()}
     write_json(out / "sweep.json", {"rows": [row.record() for row in rows], **about})
-    write_page(rows, out)
+    write_page(rows, out, commands)
     return rows
 
 
-def check_out(out: Path) -> None:
-    """Raise `FileExistsError` where `out` is a file or holds files that a sweep would write over and did not write."""
+def on_record(out: Path, data: str | None) -> tuple[list[Row], list[str]]:
+    """The rows that earlier sweeps left in `out` and whose runs are still there, each arm's base first, and their commands.
+
+    Raises `FileExistsError` where `out` is a file or holds files that a sweep would write over and did not write, and
+    `ValueError` where what is there was trained on other data than `data`.
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another --out")
-    record = out / "sweep.json"
-    try:
-        known = record.is_file() and isinstance(json.loads(record.read_text("utf-8"))["rows"], list)
-    except (ValueError, TypeError, KeyError):
-        known = False
     foreign = [name for name in ("sweep.json", "index.html") if (out / name).exists()]
-    if foreign and not known:
+    if not foreign:
+        return [], []
+    try:
+        record = json.loads((out / "sweep.json").read_text("utf-8"))
+        stored = sorted(record["rows"], key=lambda row: not row["is_base"])
+        rows = [Row(dict(row["choice"]), [math.nan if x is None else x for x in row["losses"]], list(row["runs"]))
+                for row in stored]  # fmt: skip
+        before, commands = record["data"], [str(command) for command in record["commands"]]
+        against_base(rows)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise FileExistsError(
             f"{out / foreign[0]} was not written by spherelm sweep: choose another --out, or move it away"
-        )
+        ) from error
+    if before != data:
+        raise ValueError(f"{out} holds a sweep on data {before!r}, now it is {data!r}: choose another --out")
+    return [row for row in rows if all((out / run).is_dir() for run in row.runs)], commands
+
+
+def together(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Both, with one row a choice: the later one, unless the earlier has more seeds."""
+    found: dict[str, Row] = {}
+    for row in (*earlier, *rows):
+        choice = json.dumps(dict(row.choice), sort_keys=True)
+        if choice not in found or len(found[choice].losses) <= len(row.losses):
+            found[choice] = row
+    return list(found.values())
 
 
 def against_base(rows: Sequence[Row]) -> list[Row]:

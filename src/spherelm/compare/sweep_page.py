@@ -17,7 +17,6 @@ from spherelm.compare.figures import Figure
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.record import read_run, standard_error
 from spherelm.compare.wording import NAMES
-from spherelm.train.record import command_line
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,22 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """The mean over seeds of this loss minus the base's with the same seed; `None` for the base itself."""
-        return None if self.base is None else float(np.mean(np.subtract(self.losses, self.base)))
+        """The mean of this loss minus the base's with the same seed, over seeds of both; `None` for the base itself."""
+        return None if self.base is None else float(np.mean(self._differences(self.base)))
 
     @property
     def difference_error(self) -> float | None:
         """The standard error of `difference`, of seeds in pairs: what a seed does to both is not in it."""
-        return None if self.base is None else standard_error(np.subtract(self.losses, self.base).tolist())
+        return None if self.base is None else standard_error(self._differences(self.base))
+
+    def _differences(self, base: Sequence[float]) -> list[float]:
+        return [loss - other for loss, other in zip(self.losses, base, strict=False)]
 
     def record(self) -> dict[str, Any]:
         """As plain values."""
         derived = ("mean", "standard_error", "difference", "difference_error")
         whole = {"choice": dict(self.choice), "losses": list(self.losses), "runs": list(self.runs)}
+        whole["is_base"] = self.base is None
         return {**whole, **{name: getattr(self, name) for name in derived}}
 
 
@@ -74,11 +77,14 @@ def label(row: Row, keys: Sequence[str]) -> str:
     return ", ".join(named) or "the only choice"
 
 
-def write_page(rows: Sequence[Row], out: Path) -> None:
-    """Write `out/index.html` on the sweep in `out`; rows: best first, or in any other order that the table shall have."""
+def write_page(rows: Sequence[Row], out: Path, commands: Sequence[str]) -> None:
+    """Write `out/index.html` on the sweep in `out`.
+
+    rows: best first, or in any other order that the table shall have; commands: what made them, in order.
+    """
     keys = varying(rows)
     sections = [(f"Every run of {NAMES[arm]}", "", [figure]) for arm, figure in _figures(rows, keys, out)]
-    command = f"<section><h2>Reproduce</h2><pre><code>{escape(command_line())}</code></pre></section>"
+    command = f"<section><h2>Reproduce</h2><pre><code>{escape(chr(10).join(commands))}</code></pre></section>"
     body = f"<section><h2>All choices</h2>{_table(rows, keys)}</section>\n{figure_sections(sections)}\n{command}"
     count = sum(len(row.losses) for row in rows)
     page = plain_page("spherelm sweep", "How the choices ended", f"{len(rows)} choices, {count} runs", body)
