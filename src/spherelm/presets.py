@@ -65,19 +65,20 @@ def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Prese
 SMALLEST = BaseShape(64, 4, 320)
 """Where the rates of the small sizes come from (docs/evidence.md): 262 thousand block parameters, 328 thousand tokens.
 
-Those of "adam" are the best of factors of two there and, carried over, at four times the updates; those of "muon" lie between
-what parabolas through such searches say at both lengths (docs/results/ladder.json); the others are guesses.
+Those of "adam" are the best of factors of two there; those of "muon" lie between what parabolas through such searches say there
+and at four times the updates (docs/results/ladder.json); nuGPT's is docs/results/transfer.json's; the others are guesses.
 """
 
 RATES_OF_SMALLEST = {
     ("adam", "gpt"): 3.2e-3,
-    ("adam", "ngpt"): 2e-2,
+    ("adam", "ngpt"): 1e-2,
     ("paper", "gpt"): 8e-3,
     ("paper", "ngpt"): 4e-2,
     ("muon", "gpt"): 2.8e-2,
     ("muon", "ngpt"): 1.4e-2,
     ("training-ngpt", "gpt"): 4e-3,
     ("training-ngpt", "ngpt"): 2e-2,
+    ("nugpt", "ngpt"): 2e-2,
 }
 
 
@@ -95,7 +96,7 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
         key: float(f"{rate * length * (1 if key == ('muon', 'gpt') else width):.2g}")
         for key, rate in RATES_OF_SMALLEST.items()
     }
-    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["adam", "ngpt"]
+    rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["nugpt", "ngpt"]  # at every size
     return Preset(
         n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63,
         even_start=True,
