@@ -74,9 +74,9 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "tangent=1"], "tangent must be true or false, got 1"),
         (["--set", "matrix_rate=x"], "matrix_rate must be a number, got 'x'"),
         (["--set", "schedule=3"], "schedule must be text, got 3"),
-        (["--set", "grad_clip=x"], "grad_clip must be number | None, got 'x'"),
+        (["--set", "grad_clip=x"], "grad_clip must be a number or null, got 'x'"),
         (["--set", "betas=0.9"], "betas must be tuple[number, number], got 0.9"),
-        (["--set", "eps=-1"], "eps must not be negative, got -1"),
+        (["--set", "eps=-1"], "eps must be a number that is not negative, got -1"),
         (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
         (["--set", "matrix_rate=-1"], "matrix_rate must be a number of at least 0, got -1"),
@@ -93,6 +93,13 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "vocab_size=100"], "'vocab_size=100': vocab_size is chosen by the tokenizer of --data"),
         (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
         (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
+        (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
+        (["--set", "max_angle=true"], "max_angle must be a number or null, got True"),
+        (["--set", "matrix_rate=true"], "matrix_rate must be a number, got True"),
+        (["--set", "rho=0.3"], "rho has no effect in ngpt by 'default': it needs schedule=log"),
+        (["--set", "schedule=log", "rho=1e-320"], "rho must be a positive number, got 1e-320"),
+        (["--set", "momentum=null"], "momentum must be a number, got None"),
+        (["--set", "base_steps=0"], "steps of the base shape must be at least 1, got 0"),
         (["--set", "betas=[0.9,x"], "cannot read 'betas=[0.9,x': what stands in brackets is a list"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
@@ -149,7 +156,12 @@ def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_
         "alpha_init=0.0500000001",
         "s_z_init=8.00000001",
     ]
-    fields += ["input_embedding_rate=1.5", "output_embedding_rate=1.5", "logit_preconditioning=0.5", "eps_gate=1e-9"]
+    fields += [
+        "input_embedding_rate=1.5",
+        "output_embedding_rate=1.5",
+        "logit_preconditioning=0.5",
+        "eps=1.00000001e-9",
+    ]
     assert "which is too long: vary fewer fields at once" in refused(
         "sweep", "--out", tmp_path / "s", *words, "--vary", *fields
     )

@@ -14,7 +14,8 @@ from spherelm import recipes
 from spherelm.models import NGPTConfig, parameter_count
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
-from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, make_run, recipe_names
+from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, distinct, make_run, recipe_names
+from spherelm.train.config import from_dict, to_dict
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 
@@ -220,12 +221,57 @@ def test_overrides_reach_their_configs() -> None:
     assert run.data == "text"
 
 
-def test_what_is_left_out_is_left_as_it_is() -> None:
-    fields: dict[str, Any] = dict.fromkeys(
-        ("steps", "seq_len", "batch_size", "dtype", "compile", "eval_every", "keep", "d_ff")
-    )
-    assert make_run("ngpt", vocab_size=9, lr=None, **fields) == make_run("ngpt", vocab_size=9)
-    assert make_run("ngpt", vocab_size=9, compile=False).train.compile is False
+def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
+    run = make_run("ngpt", recipe="training-ngpt", vocab_size=9, max_angle=None, grad_clip=None, angle_follows_lr=False)
+    assert (run.optim.max_angle, run.optim.grad_clip) == (None, None)
+    for name, kind in (
+        ("steps", "positive whole number"),
+        ("dtype", "text"),
+        ("compile", "true or false"),
+        ("rho", "a number"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*{kind}, got None"):
+            make_run("ngpt", vocab_size=9, **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("arm", "recipe", "fields", "needed"),
+    [
+        (
+            "gpt",
+            "default",
+            {"max_angle": 0.1},
+            "max_angle has no effect in gpt by 'default': it needs an arm on the sphere",
+        ),
+        ("gpt", "muon", {"tangent": True}, "tangent has no effect in gpt by 'muon': it needs an arm on the sphere"),
+        ("ngpt", "adam", {"tangent": True}, "tangent has no effect in ngpt by 'adam': it needs optimizer=muon"),
+        ("ngpt", "adam", {"angle_follows_lr": True}, "it needs a max_angle"),
+        ("ngpt", "adam", {"momentum": 0.9}, "it needs optimizer=muon"),
+        ("ngpt", "muon", {"eps_gate": 1e-6}, "it needs optimizer=gated_adamw"),
+        ("ngpt", "adam", {"rho": 0.3}, "it needs schedule=log"),
+        ("ngpt", "training-ngpt", {"decay_fraction": 0.3}, "it needs schedule=wsd"),
+    ],
+)
+def test_a_field_that_would_change_nothing_is_refused(
+    arm: str, recipe: str, fields: dict[str, Any], needed: str
+) -> None:
+    with pytest.raises(ValueError, match=needed):
+        make_run(arm, "demo", recipe, vocab_size=9, lr=0.01, **fields)
+
+
+def test_a_choice_that_is_switched_off_is_let_pass_where_it_could_not_act() -> None:
+    off: dict[str, Any] = {"tangent": False, "max_angle": None}
+    assert make_run("gpt", vocab_size=9, **off) == make_run("gpt", vocab_size=9)
+
+
+def test_the_baseline_of_the_ablations_is_trained_once() -> None:
+    choices = [
+        {"arm": arm, "recipe": recipe} for recipe in ("paper", "no-qk-norm", "riemannian") for arm in ("gpt", "ngpt")
+    ]
+    left = [(choice["arm"], choice["recipe"]) for choice in distinct(choices)]
+    assert left == [("gpt", "paper"), ("ngpt", "paper"), ("ngpt", "no-qk-norm"), ("ngpt", "riemannian")]
+    alone = distinct([{"arm": "gpt", "recipe": "riemannian"}])
+    assert alone == [{"arm": "gpt", "recipe": "paper"}], "it is the paper's baseline, under its name"
 
 
 def test_an_explicit_init_beats_the_recipes() -> None:
@@ -306,11 +352,35 @@ def test_nugpt_carries_one_rate_to_four_times_the_width_twice_the_depth_and_eigh
     assert model.s_z_scale == start.s_z_scale
 
 
-def test_another_base_can_be_given_and_a_preset_without_one_is_its_own() -> None:
+def test_the_base_is_the_presets_and_stays_where_the_shape_is_another() -> None:
+    for preset, arm, size in (("hybrid", "nhybrid", PRESETS["hybrid"]), ("pairs", "nencdec", PRESETS["pairs"])):
+        own, longer, wider = (
+            make_run(arm, preset, "nugpt", vocab_size=9, lr=1e-2, **fields)
+            for fields in ({}, {"steps": 8 * size.steps}, {"d_model": 4 * size.d_model})
+        )
+        assert own.optim.multipliers == RateMultipliers(output_embedding=0.5)
+        assert longer.optim.multipliers.matrix == pytest.approx(1 / 2)
+        assert wider.optim.multipliers.input_embedding == pytest.approx(1 / 2)
+        assert {run.base for run in (own, longer, wider)} == {BaseShape(size.d_model, size.n_layers, size.steps)}
+    assert make_run("ngpt", "demo", "adam", vocab_size=9).base is None
+
+
+@pytest.mark.parametrize("recipe", WAYS)
+def test_only_the_papers_recipe_leaves_the_embeddings_of_source_and_target_apart(recipe: str) -> None:
+    shared = {
+        make_run(arm, "pairs", recipe, vocab_size=9, lr=1e-2).model.share_embeddings
+        for arm in ("encdec", "nencdec")
+    }
+    assert shared == {recipe != "paper"}
+
+
+def test_another_base_can_be_given() -> None:
+    by_field = make_run("ngpt", "demo", "nugpt", vocab_size=9, base_d_model=32, base_n_layers=4, base_steps=240)
+    assert by_field == make_run("ngpt", "demo", "nugpt", vocab_size=9, base=BaseShape(32, 4, 240))
+    assert from_dict(to_dict(by_field)) == by_field
     base = BaseShape(d_model=32, n_layers=4, steps=240)
     rates = make_run("ngpt", "demo", "nugpt", vocab_size=9, base=base).optim.multipliers
     assert rates.input_embedding == pytest.approx(1 / 2)
-    assert Preset(2, 8, 2, 4, 1, 5, {}).base is None
     sizes = {"n_layers": 3, "d_model": 30, "n_heads": 3}
     alone = make_run("ngpt", "demo", "nugpt", vocab_size=9, base=BaseShape(30, 3, 240), **sizes)  # type: ignore[arg-type]
     assert alone.optim.multipliers == RateMultipliers(output_embedding=0.5)
@@ -359,7 +429,9 @@ def test_each_choice_of_a_recipe_is_a_field_too() -> None:
     by_field = make_run("ngpt", "demo", "adam", vocab_size=9, lr=0.01, **fields)  # type: ignore[arg-type]
     by_name = make_run("ngpt", "demo", "training-ngpt", vocab_size=9, lr=0.01)
     assert differences(by_field, by_name) == {"recipe"}
-    run = make_run("ngpt", vocab_size=9, matrix_rate=3.0, output_embedding_rate=0.25, final=0.2, decay_fraction=0.5)
+    run = make_run(
+        "ngpt", vocab_size=9, matrix_rate=3.0, output_embedding_rate=0.25, final=0.2, schedule="wsd", decay_fraction=0.5
+    )
     assert run.optim.multipliers == RateMultipliers(input_embedding=0.5, matrix=3.0, output_embedding=0.25)
     assert (run.schedule.final, run.schedule.decay_fraction) == (0.2, 0.5)
 

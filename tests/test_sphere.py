@@ -162,9 +162,20 @@ def test_a_capped_move_never_exceeds_the_cap(seed: int, width: int, cap: float, 
 
 def test_a_capped_move_to_the_opposite_point_is_finite() -> None:
     old = unit(1, 3, 5)
-    moved = sphere.capped_move(old, -old, 0.1)
-    assert moved.isfinite().all()
-    assert (sphere.angle(old, paper.norm(moved)) <= 0.1).all()
+    for cap in (0.1, 2.0):
+        moved = sphere.capped_move(old, -old, cap)
+        assert moved.isfinite().all()
+        assert (sphere.angle(old, paper.norm(moved)) <= cap).all()
+    axis = torch.eye(4)[:1]
+    assert sphere.capped_move(axis, -axis, 2.0).equal(axis), "there is no direction to turn in"
+
+
+def test_a_cap_holds_for_candidates_that_are_far_longer_in_float32() -> None:
+    for seed in range(50):
+        old = paper.norm(draw(seed, 20, 8)).float()
+        new = (old.double() * 1e6 * (seed % 2 * 2 - 1) + draw(seed + 1, 20, 8)).float()
+        turn = sphere.angle(old.double(), paper.norm(sphere.capped_move(old, new, 0.3).double()))
+        assert turn.max() <= 0.3 + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm.data.prepare import prepare
+from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import WAYS, Preset, make_run
 from spherelm.train.checkpoint import MOMENTS, WEIGHTS
 from spherelm.train.config import RunConfig
@@ -55,6 +56,7 @@ PRESET = Preset(
     eval_every=2,
     eval_windows=6,
     compile=False,
+    base=BaseShape(16, 2, 6),
 )
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
-from typing import Any, get_type_hints
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
+from spherelm.optim.transfer import BaseShape
 from spherelm.presets import PRESETS, Preset
-from spherelm.train.config import TrainConfig
+from spherelm.train.config import RunConfig, TrainConfig
 
 
 def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
@@ -36,17 +38,23 @@ def of_type(name: str, value: Any, hint: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     try:
         check_type(value, hint)
-        if hint is int and isinstance(value, bool):
+        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
             raise TypeCheckError(name)
     except TypeCheckError:
-        kind = WORDS.get(hint, str(hint).replace("float", "number"))
-        raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+        raise ValueError(f"{name} must be {in_words(hint)}, got {value!r}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return value
 
 
-WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def in_words(hint: Any) -> str:
+    """A type as it is told to people; of a union each of its types."""
+    if isinstance(hint, UnionType):
+        return " or ".join(map(in_words, get_args(hint)))
+    return WORDS.get(hint, str(hint).replace("float", "number"))
 
 
 def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
@@ -85,4 +93,31 @@ def multipliers_of(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultip
 def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig:
     """Remove the schedule's fields from `given` and set them."""
     kind = {"kind": of_type("schedule", given.pop("schedule"), str)} if "schedule" in given else {}
-    return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig))
+    return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
+
+
+def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
+    """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
+    names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
+    found = {field: of_type(name, given.pop(name), int) for field, name in names.items() if name in given}
+    return dataclasses.replace(base, **found)
+
+
+def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) -> None:
+    """Raise `ValueError` for a field of `given` that changes nothing in a run of `config`, and say what would make it act.
+
+    on_sphere: whether the arm has unit vectors. A field that is switched off, by false or none, is let pass.
+    """
+    optim, schedule = config.optim, config.schedule
+    acts = {
+        "optimizer=gated_adamw": (optim.optimizer == "gated_adamw", ("eps_gate", "gate_sharpness", "gated_step")),
+        "optimizer=muon": (optim.optimizer == "muon", ("momentum", "tangent")),
+        "schedule=log": (schedule.kind == "log", ("rho",)),
+        "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
+        "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
+        "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr", "tangent")),
+    }
+    for wanted, (holds, names) in acts.items():
+        idle = [name for name in names if not holds and given.get(name) not in (None, False)]
+        if idle:
+            raise ValueError(f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}")

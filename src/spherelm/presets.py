@@ -18,9 +18,9 @@ class Preset:
 
     rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
-    of the recipe "nugpt" was tuned, `None` for the preset's own. For pairs seq_len is the longest text of either side and
+    of the recipe "nugpt" was tuned. For pairs seq_len is the longest text of either side and
     batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
-    nGPT's s_z starts in the recipes "adam" and "muon" (with a base: in a run as long as the base's, `start_of_logits`),
+    nGPT's s_z starts in the recipes "adam" and "muon" (in a run as long as the base's, `start_of_logits`),
     `None` for sqrt(d_model): longer runs and surer predictions want more. even_start: whether logits and attention start nearly
     even and little decays in those recipes, as short runs want it (`recipes.EVEN_START`, `recipes.SHORT_DECAY`). Found
     at 64 and 128 channels and carried over to the ladder's wider sizes.
@@ -38,7 +38,7 @@ class Preset:
     eval_windows: int = 64
     compile: bool = True
     vocab_size: int | None = field(default=None)
-    base: BaseShape | None = None
+    base: BaseShape = field(kw_only=True)
     label_smoothing: float = 0.0
     pattern: str | None = None
     logit_scale: float | None = None
@@ -110,7 +110,8 @@ def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
     """
     rates = {("adam", "hybrid"): baseline, ("adam", "nhybrid"): normalized}
     return Preset(
-        len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern, even_start=True
+        len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern, even_start=True,
+        base=BaseShape(128, len(pattern), 240),
     )  # fmt: skip
 
 
@@ -157,6 +158,7 @@ PRESETS: dict[str, Preset] = {
         eval_windows=512,
         compile=False,
         label_smoothing=0.1,
+        base=BaseShape(128, 2, 600),
         logit_scale=25.0,
     ),
     "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from spherelm import ablations
 from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
-from spherelm.optim.transfer import SCALE, BaseShape, transfer
-from spherelm.overrides import heads_of, layers_of, multipliers_of, schedule_of, take
+from spherelm.optim.transfer import SCALE, transfer
+from spherelm.overrides import base_of, check_effects, heads_of, layers_of, multipliers_of, schedule_of, take
 from spherelm.presets import PRESETS, Preset
 from spherelm.train.config import RunConfig, TrainConfig
 
@@ -71,7 +71,7 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     optim: dict[str, Any] = {"betas": (first_beta(steps), second_beta(preset.batch_size * preset.seq_len))}
     if kind in RATES:
         optim["multipliers"] = RATES[kind]
-    own = {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
+    own = shared_embeddings(arm)
     even = preset.even_start and arm in START_EVEN
     if not is_normalized(arm):
         if even:
@@ -85,6 +85,11 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
         **(EVEN_START if even else {}),
     }
     return Choices(model, optim, schedule)
+
+
+def shared_embeddings(arm: str) -> dict[str, bool]:
+    """That source and target share their input embedding, in the arms that have both; only "paper" leaves them apart."""
+    return {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
 
 
 START_EVEN = ("gpt", "ngpt", "hybrid", "nhybrid")
@@ -108,8 +113,6 @@ def start_of_logits(preset: Preset, steps: int) -> float:
     """
     if preset.logit_scale is None:
         return math.sqrt(preset.d_model)
-    if preset.base is None:
-        return preset.logit_scale
     return min(HIGHEST_START, preset.logit_scale * (steps / preset.base.steps) ** 0.25)
 
 
@@ -172,9 +175,10 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
     """
     if not is_normalized(arm):
         return adam(arm, preset, steps)
-    base = preset.base or BaseShape(preset.d_model, preset.n_layers, preset.steps)
+    base = preset.base
     rules = transfer(base, preset.d_model, preset.n_layers, steps)
-    model = {
+    model: dict[str, Any] = {
+        **shared_embeddings(arm),
         "alpha_init": 0.05 * 10 / depth(arm, base.n_layers) * rules.alpha_init,
         "s_z_init": math.sqrt(base.d_model) * rules.s_z_init,
         **{f"{name}_scale": SCALE for name in ("alpha", "s_qk")},
@@ -260,6 +264,17 @@ def recipe_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(one for name in names for one in whole.get(name, [name])))
 
 
+def distinct(choices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`choices` of arms and recipes, each once: the ablations change nGPT, and GPT by any of them is the paper's GPT."""
+    found = []
+    for choice in choices:
+        same = choice["recipe"] in ABLATIONS and not is_normalized(choice["arm"])
+        one = {**choice, "recipe": "paper"} if same else dict(choice)
+        if not (same and one in found):
+            found.append(one)
+    return found
+
+
 def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
     """The peak learning rate that was tuned for this; where a recipe changes nothing that it hangs on, another's."""
     if recipe in ABLATIONS:
@@ -292,16 +307,18 @@ def make_run(
     vocab_size: that of the data; by default the preset's. lr: the peak learning rate, by default the tuned one.
     overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha_init`, ...), of
     the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
-    like; `d_k`, the width of a head, makes n_heads follow d_model, a hybrid's `pattern` its n_layers; `None` leaves a field as
-    it is. Raises `ValueError` naming an unknown arm, preset, recipe or field.
+    like; `d_k`, the width of a head, makes n_heads follow d_model, a hybrid's `pattern` its n_layers; `base_d_model`,
+    `base_n_layers` and `base_steps` are the preset's base. `None` is a value, of fields that may have none. Raises
+    `ValueError` naming an unknown arm, preset, recipe or field, or a field that would change nothing.
     """
     config_class, model_class = _look_up("arm", arm, ARMS)
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
-    given = {key: value for key, value in overrides.items() if value is not None}
+    given = dict(overrides)
     given |= heads_of(given, size.d_model)
     layers = layers_of(given, preset, size) if issubclass(model_class, PatternModel) else {}
     size = dataclasses.replace(size, **{**take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
+    size = dataclasses.replace(size, base=base_of(size.base, given))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
@@ -332,7 +349,9 @@ def make_run(
         schedule=schedule_of(choices.schedule, given),
         train=TrainConfig(**(train | take(given, TrainConfig))),
         data=data,
+        base=size.base if recipe == "nugpt" else None,
     )
     if given:
         raise ValueError(f"no field is called {', '.join(sorted(given))}")
+    check_effects(overrides, config, is_normalized(arm))
     return config

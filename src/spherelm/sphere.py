@@ -162,13 +162,17 @@ def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Te
 
     The angular step cap of "Training nGPT" (arXiv 2608.01284): with `t` the tangent part of the candidate and
     `phi = atan2(||t||, old . new)`, a vector with `phi > max_angle` lands at `cos(max_angle) old + sin(max_angle) t/||t||`;
-    any other keeps its candidate, of whatever length, to be renormalized.
+    any other keeps its candidate, of whatever length, to be renormalized. The opposite point, to rounding, leaves no
+    direction to turn in: such a vector stays where it was.
 
     old, new: the same shape, vectors along `dim`; max_angle: radians.
     """
     start, end = _wide(old), _wide(new)
     along = (start * end).sum(dim, keepdim=True)
     across = end - along * start
+    across = across - (start * across).sum(dim, keepdim=True) * start  # what rounding left, where the candidate is long
     length = torch.linalg.vector_norm(across, dim=dim, keepdim=True)
     landed = math.cos(max_angle) * start + math.sin(max_angle) * across / length.clamp_min(TINY)
+    rounding = torch.finfo(end.dtype).eps * torch.linalg.vector_norm(end, dim=dim, keepdim=True)
+    landed = torch.where(length > rounding, landed, start)
     return torch.where(torch.atan2(length, along) > max_angle, landed, end).to(new.dtype)

@@ -73,6 +73,14 @@ def test_where_there_is_no_gradient_nothing_moves() -> None:
         assert trained(lambda p: GatedAdamW(p, 1.0, eps=eps), [torch.zeros(3)] * 3, start).equal(start)  # noqa: B023
 
 
+def test_a_gradient_too_small_for_its_square_does_not_blow_up() -> None:
+    start = torch.zeros(3)
+    moved = trained(lambda p: GatedAdamW(p, 1.0, eps=0.0, a=0.1), [torch.full((3,), 1e-24)], start)
+    assert moved.abs().max() < 0.1  # as the formula says: 0.025, which nothing in float32 can tell from 0
+    default = trained(lambda p: GatedAdamW(p, 1.0), [torch.full((3,), 1e-24)], start)
+    assert default.isfinite().all()
+
+
 def test_half_of_it_saved_and_loaded_goes_on_to_the_bit() -> None:
     start, gradients = torch.randn(4, 3), [torch.randn(4, 3) for _ in range(6)]
     whole = trained(lambda p: GatedAdamW(p, 0.1), gradients, start)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import golden
@@ -125,8 +126,14 @@ def test_an_unknown_role_is_refused() -> None:
         ({"betas": [0.9]}, r"betas must be two numbers"),
         ({"betas": [0.9, None]}, r"betas must be two numbers"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"grad_clip": 0.0}, "grad_clip must be positive or None, got 0.0"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"grad_clip": 0.0}, "grad_clip must be a positive number or None, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number that is not negative, got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay must be a number that is not negative, got inf"),
+        ({"eps": None}, "eps must be a number that is not negative, got None"),
+        ({"max_angle": math.inf}, "max_angle must be a positive number or None, got inf"),
+        ({"max_angle": True}, "max_angle must be a positive number or None, got True"),
+        ({"eps_gate": math.inf}, "eps_gate must be a positive number, got inf"),
+        ({"momentum": None}, r"momentum must lie in \[0, 1\), got None"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -218,18 +219,44 @@ def test_vectors_are_refused() -> None:
         MuonAdamW([group], 0.1, (0.9, 0.95), 1e-8, fused=False)
 
 
+def test_groups_that_are_added_later_are_trained_too() -> None:
+    matrix, vector, late = (nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (2,), (4,)))
+    muons = {"params": [matrix], "muon": True, "momentum": 0.9, "tangent": False, "unit_axes": [None]}
+    optimizer = MuonAdamW([muons], 0.1, (0.9, 0.95), 1e-8, fused=False)
+    optimizer.add_param_group({"params": [vector]})
+    optimizer.add_param_group({"params": [late], "lr": 0.2})
+    for parameter in (matrix, vector, late):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert matrix.abs().min() > 0
+    torch.testing.assert_close(vector.detach(), torch.full((2,), -0.1))  # Adam's first step is the rate
+    torch.testing.assert_close(late.detach(), torch.full((4,), -0.2))
+    with pytest.raises(ValueError, match="Muon takes matrices only"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "muon": True})
+    assert len(optimizer.param_groups) == 3
+
+
+def test_a_copy_that_would_leave_the_sphere_is_refused() -> None:
+    optimizer = build_optimizer(build(NGPTConfig(**CONFIG)), OptimConfig(lr=1e-2, optimizer="muon"))
+    with pytest.raises(TypeError, match="cannot be copied: build another"):
+        copy.deepcopy(optimizer)
+
+
 def rows_turned(model: NGPT, before: dict[str, Tensor]) -> float:
     """The largest angle between a block matrix's vectors now and then."""
     found = [(name, module.weight, axis) for name, module, axis in unit_modules(model) if name.startswith("blocks")]
     return max(sphere.angle(before[name], weight.detach(), axis).max().item() for name, weight, axis in found)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reloaded", [False, True])
 @pytest.mark.parametrize("optimizer_name", ["adamw", "gated_adamw", "muon"])
-def test_no_vector_turns_beyond_the_cap(optimizer_name: str) -> None:
+def test_no_vector_turns_beyond_the_cap(optimizer_name: str, reloaded: bool) -> None:
     model = build(NGPTConfig(**CONFIG))
     assert isinstance(model, NGPT)
     capped = OptimConfig(lr=0.3, optimizer=optimizer_name, max_angle=0.1, angle_follows_lr=True)
     optimizer = build_optimizer(model, capped)
+    if reloaded:  # as accelerate does before the first step, which puts other group objects into the optimizer
+        optimizer.load_state_dict(optimizer.state_dict())
     for rate, limit in ((0.3, 0.1), (0.15, 0.05), (1e-5, 0.1 * 1e-5 / 0.3)):
         set_rate(optimizer, rate)
         before = {name: module.weight.detach().clone() for name, module, _ in unit_modules(model)}  # type: ignore[operator]

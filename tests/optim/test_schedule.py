@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import paper
@@ -105,7 +106,9 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up(kind: str, total: int) -> 
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
         ({"final": 1.5}, r"final must lie in \[0, 1\], got 1.5"),
         ({"decay_fraction": 0.0}, r"decay_fraction must lie in \(0, 1\], got 0.0"),
-        ({"rho": 0.0}, "rho must be positive, got 0.0"),
+        ({"rho": 0.0}, "rho must be a positive number, got 0.0"),
+        ({"rho": math.inf}, "rho must be a positive number, got inf"),
+        ({"rho": 1e-320}, "rho must be a positive number, got 1e-320"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -174,6 +174,13 @@ def test_every_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) ->
     assert context in estimate_table(found)
 
 
+def test_the_base_of_nugpt_is_told_and_of_others_there_is_none() -> None:
+    told = [estimate_table(estimate(make_run("ngpt", "1b-4k", recipe), Layout())) for recipe in ("nugpt", "paper")]
+    base = PRESETS["1b-4k"].base
+    assert f"base: d_model={base.d_model}, n_layers={base.n_layers}, steps={base.steps}" in told[0]
+    assert "base:" not in told[1]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "gated_adamw", "muon"])
 def test_moments_are_what_the_optimizer_keeps(optimizer: str) -> None:
     run = make_run("ngpt", "demo", lr=1e-3, optimizer=optimizer, vocab_size=50, seq_len=8, n_layers=2, d_model=16)

@@ -144,7 +144,8 @@ def train(
     habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
     own = parse_fields(fields, {"lr": lr, **sizes})
     size = vocabulary(path, preset, dry_run.dry_run)
-    asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits, **own}
+    asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits}
+    asked = {name: value for name, value in asked.items() if value is not None} | own
     config = make_run(arm, preset, recipe, vocab_size=size, data=path, **asked)
     carry_out(config, out, resume, dry_run)
 
@@ -211,7 +212,7 @@ def sweep(
     """
     from spherelm.compare.sweep import grid, parse_axes, table
     from spherelm.compare.sweep import sweep as run_sweep
-    from spherelm.recipes import recipe_names
+    from spherelm.recipes import distinct, recipe_names
     from spherelm.train.batches import vocabulary_size
 
     path = None if data is None else str(data)
@@ -219,7 +220,7 @@ def sweep(
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
-    rows = run_sweep(grid(axes), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
+    rows = run_sweep(distinct(grid(axes)), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
     print(table(rows))
 
 

@@ -67,20 +67,11 @@ class CompareConfig:
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
-        return make_run(
-            arm,
-            self.preset,
-            self.recipe,
-            vocab_size=vocab_size,
-            data=self.data,
-            lr=self.lr_gpt if arm == self.arms[0] else self.lr_ngpt,
-            steps=steps or self.steps,
-            seq_len=self.seq_len,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            compile=self.compile,
-            seed=seed,
-        )
+        asked: dict[str, Any] = {"steps": steps or self.steps, "seq_len": self.seq_len, "batch_size": self.batch_size}
+        asked |= {"dtype": self.dtype, "compile": self.compile, "seed": seed}
+        given = {name: value for name, value in asked.items() if value is not None}
+        lr = self.lr_gpt if arm == self.arms[0] else self.lr_ngpt
+        return make_run(arm, self.preset, self.recipe, vocab_size=vocab_size, data=self.data, lr=lr, **given)
 
 
 def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int | None = None) -> dict[str, Any]:

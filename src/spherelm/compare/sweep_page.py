@@ -59,8 +59,7 @@ class Row:
         """As plain values."""
         derived = ("mean", "standard_error", "difference", "difference_error")
         whole = {"choice": dict(self.choice), "losses": list(self.losses), "runs": list(self.runs)}
-        whole["is_base"] = self.base is None
-        return {**whole, **{name: getattr(self, name) for name in derived}}
+        return {**whole, "is_base": self.base is None, **{name: getattr(self, name) for name in derived}}
 
 
 def varying(rows: Sequence[Row]) -> list[str]:

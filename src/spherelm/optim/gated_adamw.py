@@ -20,9 +20,12 @@ def gate(d: Tensor, eps_gate: float, a: float) -> Tensor:
 
 
 def gated_direction(m_hat: Tensor, v_hat: Tensor, eps: float, eps_gate: float, a: float) -> Tensor:
-    """`gamma m_hat / d` with `d = sqrt(v_hat) + eps` and `gamma` the gate of d; where d is 0, m_hat is, and so is this."""
-    d = (v_hat.sqrt() + eps).clamp_min(torch.finfo(v_hat.dtype).tiny)
-    return gate(d, eps_gate, a) * m_hat / d
+    """`gamma m_hat / d` with `d = sqrt(v_hat) + eps` and `gamma` the gate of d; 0 where d is.
+
+    With eps 0 that is so where no gradient has been, or only such as are too small for their square.
+    """
+    d = v_hat.sqrt() + eps
+    return torch.where(d > 0, gate(d, eps_gate, a) * m_hat / d, 0.0)
 
 
 class GatedAdamW(Optimizer):

@@ -36,8 +36,8 @@ class RateMultipliers:
     def __post_init__(self) -> None:
         for role in ROLES:
             rate = getattr(self, role)
-            if not (rate >= 0 and math.isfinite(rate)):
-                raise ValueError(f"{role}_rate must be a number of at least 0, got {rate}")
+            if not (is_finite(rate) and rate >= 0):
+                raise ValueError(f"{role}_rate must be a number of at least 0, got {rate!r}")
 
 
 ROLES = tuple(f.name for f in fields(RateMultipliers))
@@ -78,7 +78,7 @@ class OptimConfig:
     balance_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not (is_number(self.lr) and self.lr > 0 and math.isfinite(self.lr)):
+        if not (is_finite(self.lr) and self.lr > 0):
             raise ValueError(f"the learning rate must be a positive number, got {self.lr!r}")
         if not is_pair_of_numbers(self.betas):
             raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
@@ -86,19 +86,19 @@ class OptimConfig:
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         for name in ("weight_decay", "balance_rate", "eps"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+            if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         for name in ("grad_clip", "matrix_lr", "max_angle"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None, got {value}")
+            if value is not None and not (is_finite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number or None, got {value!r}")
         for name in ("eps_gate", "gate_sharpness", "gated_step"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+            if not (is_finite(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}")
 
 
 def is_pair_of_numbers(value: Any) -> bool:
@@ -109,6 +109,11 @@ def is_pair_of_numbers(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether `value` is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number and no infinity."""
+    return is_number(value) and math.isfinite(value)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -206,10 +211,15 @@ def with_muon(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfi
 
 def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> float | Callable[[], float]:
     """`max_angle`, or a function that gives the same part of it as the present rate is of the peak."""
-    moving = next((group for group in optimizer.param_groups if group["lr_multiplier"]), None)
+    moving = next((k for k, group in enumerate(optimizer.param_groups) if group["lr_multiplier"]), None)
     if not config.angle_follows_lr or moving is None:
         return max_angle
-    return lambda: max_angle * moving["lr"] / (config.lr * moving["lr_multiplier"])
+
+    def limit() -> float:
+        group = optimizer.param_groups[moving]  # looked up anew: `load_state_dict` puts other groups in their places
+        return float(max_angle * group["lr"] / (config.lr * group["lr_multiplier"]))
+
+    return limit
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:

@@ -102,19 +102,36 @@ class MuonAdamW(Optimizer):
         self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, fused: bool,
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "muon": False})
-        rest = [group for group in self.param_groups if not group["muon"]]
-        self._adam = AdamW(rest, lr=lr, betas=betas, eps=eps, fused=fused) if rest else None
-        for group in self.param_groups:
-            if group["muon"] and any(p.ndim not in (2, 3) for p in group["params"]):
-                raise ValueError("Muon takes matrices only: leave its other parameters to Adam")
-        self.dtype = dtype
+        self._adam: AdamW | None = None
+        self._fused, self._is_built, self.dtype = fused, False, dtype
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "muon": False, "weight_decay": 0.0})
+        self._is_built = True
         self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; `ValueError` for a muon group with anything but matrices and banks of them."""
+        super().add_param_group(param_group)
+        if param_group["muon"] and any(p.ndim not in (2, 3) for p in param_group["params"]):
+            self.param_groups.pop()
+            raise ValueError("Muon takes matrices only: leave its other parameters to Adam")
+        if self._is_built:
+            self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: torch copies an optimizer without its hooks, so that a copy would leave the sphere without a word."""
+        raise TypeError("MuonAdamW cannot be copied: build another for its model and give it this one's state_dict")
 
     def _share(self) -> None:
         """Let Adam work on this object's groups and state themselves."""
+        rest = [group for group in self.param_groups if not group["muon"]]
+        if rest and self._adam is None:
+            self._adam = AdamW(
+                rest, **{name: self.defaults[name] for name in ("lr", "betas", "eps")}, fused=self._fused
+            )
         if self._adam is not None:
-            self._adam.param_groups = [group for group in self.param_groups if not group["muon"]]
+            for group in rest:
+                group |= {name: value for name, value in self._adam.defaults.items() if name not in group}
+            self._adam.param_groups = rest
             self._adam.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ class ScheduleConfig:
             raise ValueError(f"final must lie in [0, 1], got {self.final}")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive, got {self.rho}")
+        if not (self.rho > 0 and math.isfinite(self.rho) and math.isfinite(1 / self.rho)):
+            raise ValueError(f"rho must be a positive number, got {self.rho}")
 
 
 def logarithmic(r: float, rho: float) -> float:

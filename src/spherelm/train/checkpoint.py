@@ -311,6 +311,19 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
     _read(checkpoint, {name: weight.detach() for name, weight in weights.items()}, group)
 
 
+def count_devices(optimizer: Optimizer) -> dict[Tensor, torch.device]:
+    """Where the optimizer keeps its count of a parameter's updates, a tensor without dimensions.
+
+    torch's fused and capturable ones do beside the parameter, any other on the CPU.
+    """
+    cpu = torch.device("cpu")
+    return {
+        parameter: parameter.device if group.get("fused") or group.get("capturable") else cpu
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
 @torch.no_grad()
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, group: Group = ALONE) -> Progress:
     """Put `model`, `optimizer` and torch's random state back to where they were saved; returns how far the run had come.
@@ -322,13 +335,18 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     load_weights(model, checkpoint, group)
     parameters = dict(model.named_parameters())
     into = {RANDOM_STATE: torch.empty_like(torch.get_rng_state())}
+    counts: list[tuple[nn.Parameter, str, str]] = []
     for path, shape in _headers(checkpoint).items():
         name, _, key = path.partition("/")
         if key:
-            # Optimizers keep their step count on the CPU, as a tensor without dimensions.
-            value = torch.zeros_like(parameters[name]) if len(shape) else torch.zeros(())
-            optimizer.state[parameters[name]][key] = into[path] = value
+            into[path] = torch.zeros_like(parameters[name]) if len(shape) else torch.zeros(())
+            optimizer.state[parameters[name]][key] = into[path]
+            if not len(shape):
+                counts.append((parameters[name], key, path))
     _read(checkpoint, into, group)
+    devices = count_devices(optimizer) if counts else {}
+    for parameter, key, path in counts:
+        optimizer.state[parameter][key] = into[path].to(devices[parameter])
     torch.set_rng_state(into[RANDOM_STATE])
     rest = {name: state[name] for name in ("data", "skipped", "norm") if name in state}
     return Progress(state["step"], state["seconds"], **rest)

@@ -10,6 +10,7 @@ from typing import Any
 
 from spherelm.models import ARMS, Config
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim.transfer import BaseShape
 
 DTYPES = ("auto", "float32", "bfloat16")
 STRATEGIES = ("replicate", "shard", "hybrid")
@@ -94,7 +95,8 @@ class TrainConfig:
 class RunConfig:
     """Everything that decides the outcome of a run: model, optimizer, schedule, length, data.
 
-    data: the path of a data directory, or `None` for the text that ships with spherelm.
+    data: the path of a data directory, or `None` for the text that ships with spherelm. base: where the recipe "nugpt" carried
+    its rates over from, `None` with any other; what it made of them stands in the other fields.
     """
 
     arm: str
@@ -105,6 +107,7 @@ class RunConfig:
     schedule: ScheduleConfig
     train: TrainConfig
     data: str | None = None
+    base: BaseShape | None = None
 
     def __post_init__(self) -> None:
         if self.train.seq_len > self.model.max_seq_len:
@@ -158,6 +161,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
             schedule=ScheduleConfig(**record["schedule"]),
             train=TrainConfig(**record["train"]),
             data=record["data"],
+            base=BaseShape(**record["base"]) if record.get("base") else None,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a run configuration of this version of spherelm: {error}") from error

@@ -178,6 +178,8 @@ def estimate_table(found: dict[str, Any]) -> str:
     ]
     for part in ("model", "optim", "schedule", "train"):
         rows.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in found[part].items()))
+    if found["base"] is not None:
+        rows.append("  base: " + ", ".join(f"{name}={value}" for name, value in found["base"].items()))
     return "\n".join([*rows, f"  data: {found['data'] or 'the text that ships with spherelm'}"])
 
 

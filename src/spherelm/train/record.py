@@ -16,13 +16,16 @@ from typing import Any
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, to_dict
 
-FREE_TO_CHANGE = tuple(
-    f"train.{name}"
-    for name in (
-        *("save_every", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
-        *("strategy", "shard_size", "recompute", "timeout", "on_bad_step", "skip_budget", "spike_factor"),
-        *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
-    )
+FREE_TO_CHANGE = (
+    *(
+        f"train.{name}"
+        for name in (
+            *("save_every", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
+            *("strategy", "shard_size", "recompute", "timeout", "on_bad_step", "skip_budget", "spike_factor"),
+            *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
+        )
+    ),
+    *("base", "base.d_model", "base.n_layers", "base.steps"),
 )
 """What may differ when a run is resumed, since it does not change what is learned."""
 
