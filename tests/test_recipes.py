@@ -61,7 +61,7 @@ def differences(one: Any, other: Any) -> set[str]:
     return {name for name, value in vars(one).items() if value != getattr(other, name)}
 
 
-EVEN = ("demo", "0.3m", "1m", "4m", "12m", "moe", "hybrid", "hybrid-moe")
+EVEN = ("demo", "pairs", "0.3m", "1m", "4m", "12m", "moe", "hybrid", "hybrid-moe")
 """Whose decoders start even in both arms."""
 
 MUON_IS_TUNED = {(arm, preset) for arm in tiny.ARMS for preset in ("demo", "0.3m", "1m", "4m", "12m")}
@@ -165,13 +165,39 @@ def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of
         make_run("nencdec", "pairs", vocab_size=9, logit_scale=9.0, even_start=True)
 
 
-def test_arms_that_were_not_searched_with_even_starts_keep_their_own() -> None:
-    hybrids = [make_run("nhybrid", preset, vocab_size=9) for preset in ("hybrid", "moe", "hybrid-moe")]
-    encoder = make_run("nencoder", "demo", vocab_size=9)
-    plain = make_run("encoder", "demo", vocab_size=9)
-    starts: list[Any] = [run.model for run in (*hybrids, encoder, plain)]
-    assert [model.common_start for model in starts[:4]] == [8.0, 8.0, 8.0, 0.0]
-    assert starts[4].init_std == pytest.approx(0.02 * math.sqrt(8))
+@pytest.mark.parametrize(
+    ("arm", "preset", "common_start", "s_qk_init"),
+    [
+        ("nhybrid", "hybrid", 8.0, 0.5),
+        ("nhybrid", "moe", 8.0, 0.5),
+        ("nhybrid", "hybrid-moe", 8.0, 0.5),
+        ("nencoder", "demo", 8.0, 0.5),
+        ("nencdec", "pairs", 0.0, 0.5),
+    ],
+)
+def test_each_normalized_arm_starts_as_is_best_for_it(
+    arm: str, preset: str, common_start: float, s_qk_init: float
+) -> None:
+    model: Any = make_run(arm, preset, vocab_size=9).model
+    assert (model.common_start, model.s_qk_init) == (common_start, s_qk_init)
+
+
+@pytest.mark.parametrize(
+    ("arm", "preset", "is_wide", "weight_decay"),
+    [
+        ("hybrid", "hybrid", False, 0.025),
+        ("hybrid", "moe", False, 0.025),
+        ("encoder", "demo", True, None),
+        ("encdec", "pairs", True, 0.025),
+    ],
+)
+def test_each_baseline_starts_as_is_best_for_it(
+    arm: str, preset: str, is_wide: bool, weight_decay: float | None
+) -> None:
+    run = make_run(arm, preset, vocab_size=9)
+    model: Any = run.model
+    assert model.init_std == pytest.approx(0.02 * math.sqrt(8) if is_wide else 0.02)
+    assert run.optim.weight_decay == weight_decay
 
 
 @pytest.mark.parametrize("preset", ["moe", "hybrid"])
@@ -368,8 +394,7 @@ def test_the_base_is_the_presets_and_stays_where_the_shape_is_another() -> None:
 @pytest.mark.parametrize("recipe", WAYS)
 def test_only_the_papers_recipe_leaves_the_embeddings_of_source_and_target_apart(recipe: str) -> None:
     shared = {
-        make_run(arm, "pairs", recipe, vocab_size=9, lr=1e-2).model.share_embeddings
-        for arm in ("encdec", "nencdec")
+        make_run(arm, "pairs", recipe, vocab_size=9, lr=1e-2).model.share_embeddings for arm in ("encdec", "nencdec")
     }
     assert shared == {recipe != "paper"}
 

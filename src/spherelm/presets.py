@@ -160,6 +160,7 @@ PRESETS: dict[str, Preset] = {
         label_smoothing=0.1,
         base=BaseShape(128, 2, 600),
         logit_scale=25.0,
+        even_start=True,
     ),
     "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),
     "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2),

@@ -62,9 +62,8 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     eigen learning rates start at the paper's 0.05 for 24 layers and higher for fewer, as 1/sqrt(n_layers); the logits' scale
     starts at sqrt(d_model) or where the preset says, since under Adam it cannot grow there in a short run, and is stored at
     `S_Z_SCALE`; in short runs tokens start beside each other and attention nearly even (`EVEN_START`). Other arms: as GPT and
-    nGPT, without what was seen in short runs of decoders only. Where baselines do not start even, GPT's weights are spread as
-    the paper's at its 1024 channels, as 1/sqrt(d_model); two of a hybrid's layers are one of GPT's, and in encoder-decoders
-    source and target share their input embedding.
+    nGPT. Where baselines do not start even, their weights are spread as the paper's at its 1024 channels, as 1/sqrt(d_model);
+    two of a hybrid's layers are one of GPT's, and in encoder-decoders source and target share their input embedding.
     """
     schedule = dataclasses.replace(paper(arm, preset, steps).schedule, kind="linear")
     kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
@@ -72,34 +71,42 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     if kind in RATES:
         optim["multipliers"] = RATES[kind]
     own = shared_embeddings(arm)
-    even = preset.even_start and arm in START_EVEN
     if not is_normalized(arm):
-        if even:
-            return Choices(own, {**optim, "weight_decay": SHORT_DECAY}, schedule)
-        return Choices({"init_std": 0.02 * math.sqrt(1024 / preset.d_model), **own}, optim, schedule)
+        if not (preset.even_start and arm in EVEN_START):
+            own["init_std"] = 0.02 * math.sqrt(1024 / preset.d_model)
+        if preset.even_start and arm in FORGETFUL:
+            optim["weight_decay"] = SHORT_DECAY
+        return Choices(own, optim, schedule)
     model = {
         **own,
         "s_z_init": start_of_logits(preset, steps),
         "s_z_scale": S_Z_SCALE,
         "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
-        **(EVEN_START if even else {}),
+        **(EVEN_START.get(arm, {}) if preset.even_start else {}),
     }
     return Choices(model, optim, schedule)
 
 
-def shared_embeddings(arm: str) -> dict[str, bool]:
+def shared_embeddings(arm: str) -> dict[str, Any]:
     """That source and target share their input embedding, in the arms that have both; only "paper" leaves them apart."""
     return {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
 
 
-START_EVEN = ("gpt", "ngpt", "hybrid", "nhybrid")
-"""The arms that were tried with even starts; a baseline's are the paper's small weights of 0.02, at every width."""
+EVEN_START: dict[str, dict[str, float]] = {
+    **{arm: {} for arm in ("gpt", "hybrid")},
+    **{arm: {"common_start": 8.0, "s_qk_init": 0.5} for arm in ("ngpt", "nhybrid", "nencoder")},
+    "nencdec": {"s_qk_init": 0.5},
+}
+"""How logits and attention are made to start nearly even, by arm; those that are not here were not better for it.
 
-EVEN_START = {"common_start": 8.0, "s_qk_init": 0.5}
-"""What a GPT has from its small weights, on the sphere: logits and attention that start nearly even."""
+A baseline has it from the paper's small weights of 0.02, at every width; encoders and encoder-decoders want wider ones.
+On the sphere a direction that all tokens share does it, and queries and keys that start shorter; of an encoder-decoder only the
+latter helps.
+"""
 
+FORGETFUL = ("gpt", "hybrid", "encdec")
 SHORT_DECAY = 0.025
-"""The baseline's weight decay where it starts even; the paper's is 0.1.
+"""The weight decay of these baselines in short runs; the paper's is 0.1.
 
 Embeddings forget what they learned within a short run where they decay at 0.1 of a rate that is several times the matrices'.
 """
