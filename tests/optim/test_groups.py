@@ -101,6 +101,15 @@ def test_any_module_gets_roles_from_its_parameters() -> None:
     assert parameter_roles(model) == {"0.weight": "matrix", "0.bias": "gain", "1.weight": "gain", "1.bias": "gain"}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_of_torch_are_no_matrices_for_muon(tied: bool) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 7, bias=False))
+    if tied:
+        model[2].weight = model[0].weight
+    roles = parameter_roles(model)
+    assert roles == {"0.weight": "input_embedding", "1.weight": "matrix"} | ({} if tied else {"2.weight": "matrix"})
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False))
     model[0].weight.requires_grad_(False)

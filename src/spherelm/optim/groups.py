@@ -119,8 +119,9 @@ def is_finite(value: Any) -> bool:
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every trainable parameter, by its first name.
 
-    Declared by the module that owns it (`role`); where nothing is declared, a parameter of two or more dimensions is a
-    "matrix" and any other a "gain". A weight shared by both embeddings is an "output_embedding".
+    Declared by the module that owns it (`role`); where nothing is declared, the weight of an `nn.Embedding` is an
+    "input_embedding", any other parameter of two or more dimensions a "matrix", and the rest are "gain"s. A weight shared by
+    both embeddings is an "output_embedding" if it is declared as one.
     """
     roles: dict[str, str] = {}
     first_name: dict[int, str] = {}
@@ -129,12 +130,13 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
             if not parameter.requires_grad:
                 continue
             name = first_name.setdefault(id(parameter), f"{prefix}.{suffix}".lstrip("."))
-            role = getattr(module, "role", None) or ("matrix" if parameter.ndim >= 2 else "gain")
+            known = getattr(module, "role", None) or ("input_embedding" if isinstance(module, nn.Embedding) else None)
+            role = known or ("matrix" if parameter.ndim >= 2 else "gain")
             if role not in ROLES:
                 raise ValueError(
                     f"{type(module).__name__} at {prefix!r} declares role {role!r}; roles are {', '.join(ROLES)}"
                 )
-            if roles.get(name) != "output_embedding":
+            if roles.get(name) != "output_embedding" and (known or name not in roles):
                 roles[name] = role
     return roles
 
