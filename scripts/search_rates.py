@@ -11,23 +11,33 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spherelm.compare.jobs import Job, do_job
-from spherelm.compare.sweep import UNTRAINED, name_of, parse_fields
+from spherelm.compare.sweep import UNTRAINED, name_of, parse_axes
 from spherelm.recipes import make_run
 from spherelm.train.batches import vocabulary_size
 from spherelm.train.record import command_line, git_commit, versions, write_json
+
+
+def fixed_fields(words: Sequence[str]) -> dict[str, Any]:
+    """`["recipe=muon", "steps=1280"]` as a mapping; `ValueError` for what a flag chooses and for several values."""
+    chosen = parse_axes(words, {}, ("arm", "preset", "data", "vocab_size", "seed"))
+    if several := [field for field, values in chosen.items() if len(values) > 1]:
+        raise ValueError(f"--fixed {several[0]} has several values: a search has one")
+    return {field: values[0] for field, values in chosen.items()}
 
 
 class Search:
     """Runs of one arm and what they ended at, by the values of the fields that are searched."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked, self.fixed = asked, parse_fields(asked.fixed)
+        self.asked, self.fixed = asked, fixed_fields(asked.fixed)
         self.vocab_size = vocabulary_size(str(asked.data))
         self.losses: dict[tuple[float, ...], float] = {}
 
@@ -75,7 +85,8 @@ def fields_of(words: list[str]) -> Iterator[tuple[str, float, float]]:
         yield name, float(start), float(factor or 2)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", required=True)
     parser.add_argument("--name", default="adamw", help="what this search is called")
@@ -87,15 +98,28 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--evaluations", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    asked = parser().parse_args()
+    try:
+        search(asked)
+    except (ValueError, OSError) as error:
+        print(f"search_rates: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def search(asked: argparse.Namespace) -> None:
+    """Search as asked, one coordinate after another."""
     torch.set_num_threads(1)
     fields = list(fields_of(asked.start))
-    search = Search(asked)
+    runs = Search(asked)
     values = {name: start for name, start, _ in fields}
     for _ in range(asked.turns):
         before = values
         for name, _, factor in fields:
-            values = search.along(values, name, factor)
+            values = runs.along(values, name, factor)
         if values == before:
             break
 

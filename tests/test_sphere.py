@@ -166,6 +166,9 @@ def test_a_capped_move_to_the_opposite_point_is_finite() -> None:
         moved = sphere.capped_move(old, -old, cap)
         assert moved.isfinite().all()
         assert (sphere.angle(old, paper.norm(moved)) <= cap).all()
+        half = old.bfloat16()
+        turned = sphere.angle(paper.norm(half.double()), paper.norm(sphere.capped_move(half, -half, cap).double()))
+        assert (turned <= cap + 0.01).all(), "a unit vector rounded to eight bits is none"
     axis = torch.eye(4)[:1]
     assert sphere.capped_move(axis, -axis, 2.0).equal(axis), "there is no direction to turn in"
 

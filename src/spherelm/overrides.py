@@ -72,7 +72,7 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
 def layers_of(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
     """Remove the pattern from `given` and make n_layers follow it: the one asked for, or that of the preset."""
     pattern = given.pop("pattern", size.pattern)
-    if pattern is None:
+    if pattern is None and size.pattern is None:
         named = ", ".join(name for name, other in PRESETS.items() if other.pattern is not None)
         raise ValueError(f"preset {preset!r} has no pattern of layers: give one (--set pattern=MAM-), or take {named}")
     if not isinstance(pattern, str):
@@ -116,8 +116,19 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
         "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
         "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr", "tangent")),
+        "recipe 'nugpt' and an arm on the sphere": (
+            config.base is not None,
+            ("base", "base_d_model", "base_n_layers", "base_steps"),
+        ),
     }
     for wanted, (holds, names) in acts.items():
-        idle = [name for name in names if not holds and given.get(name) not in (None, False)]
+        idle = [
+            name
+            for name in names
+            if not holds and name in given and given[name] is not None and given[name] is not False
+        ]
         if idle:
-            raise ValueError(f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}")
+            raise ValueError(
+                f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}, or is left out "
+                "(a sweep of the others can go into the same --out)"
+            )

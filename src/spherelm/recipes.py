@@ -356,7 +356,7 @@ def make_run(
         schedule=schedule_of(choices.schedule, given),
         train=TrainConfig(**(train | take(given, TrainConfig))),
         data=data,
-        base=size.base if recipe == "nugpt" else None,
+        base=size.base if recipe == "nugpt" and is_normalized(arm) else None,
     )
     if given:
         raise ValueError(f"no field is called {', '.join(sorted(given))}")

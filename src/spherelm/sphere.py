@@ -167,7 +167,7 @@ def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Te
 
     old, new: the same shape, vectors along `dim`; max_angle: radians.
     """
-    start, end = _wide(old), _wide(new)
+    start, end = norm(_wide(old), dim), _wide(new)  # a unit vector in half precision is none in this
     along = (start * end).sum(dim, keepdim=True)
     across = end - along * start
     across = across - (start * across).sum(dim, keepdim=True) * start  # what rounding left, where the candidate is long

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,7 +124,7 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
     assert [math.isnan(row.mean) for row in rows] == [False, False, True], "what diverged comes last"
     assert rows[0].mean <= rows[1].mean
     record = tiny.read_json(tmp_path / "sweep.json")
-    assert set(record) == {"rows", "data", "commands", "git_commit", "versions"}
+    assert set(record) == {"rows", "commands", "git_commit", "versions"}
     for row, stored in zip(rows, record["rows"], strict=True):
         assert set(stored) == {
             "choice", "losses", "runs", "is_base", "mean", "standard_error", "difference", "difference_error"
@@ -144,17 +147,21 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs that make their directory and end at their learning rate plus a tenth of their seed; which were done, in order."""
+    """Runs that end at their learning rate plus a tenth of their seed, on text that its name identifies; which, in order."""
     done: list[str] = []
 
     def run(jobs: list[Job], *_: Any) -> list[float]:
-        for job in jobs:
-            job.out.mkdir(exist_ok=True)
+        losses = [job.config.optim.lr + job.config.train.seed / 10 for job in jobs]
+        for job, loss in zip(jobs, losses, strict=True):
+            job.out.mkdir(exist_ok=True, parents=True)
+            (job.out / "config.json").write_text(json.dumps({"data_identity": {"train": job.config.data}}))
+            position = {"step": 1, "tokens": 10, "seconds": 1.0}
+            (job.out / "metrics.jsonl").write_text(json.dumps({"kind": "val", **position, "loss": loss}) + "\n")
             done.append(job.out.name)
-        return [job.config.optim.lr + job.config.train.seed / 10 for job in jobs]
+        return losses
 
     monkeypatch.setattr(module, "run_jobs", run)
-    monkeypatch.setattr("spherelm.compare.sweep_page._figures", lambda *_: [])
+    monkeypatch.setattr(module, "open_data", lambda config: SimpleNamespace(identity={"train": config.data}))
     return done
 
 
@@ -176,11 +183,49 @@ def test_a_second_sweep_in_a_directory_adds_to_the_first(tmp_path: Path, monkeyp
     assert "3 choices, 5 runs" in page
 
 
+def test_a_sweep_beside_another_keeps_what_that_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(monkeypatch)
+    run, beside = module.run_jobs, {"arm": "gpt", "lr": 1.0}
+
+    def slow(jobs: list[Job], *rest: Any) -> list[float]:
+        monkeypatch.setattr(module, "run_jobs", run)
+        sweep([beside], 1, tmp_path, vocab_size=9)
+        return run(jobs, *rest)
+
+    monkeypatch.setattr(module, "run_jobs", slow)
+    rows = sweep([{"arm": "gpt", "lr": 2.0}], 1, tmp_path, vocab_size=9)
+    assert [row.choice["lr"] for row in rows] == [1.0, 2.0]
+
+
+def test_what_an_older_version_left_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(monkeypatch)
+    sweep([{"arm": "gpt", "lr": lr} for lr in (2.0, 1.0)], 1, tmp_path, vocab_size=9)
+    record = tiny.read_json(tmp_path / "sweep.json")
+    record["command"] = record.pop("commands")[0]
+    for row in record["rows"]:
+        del row["is_base"]
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    rows = sweep([{"arm": "gpt", "lr": 3.0}], 1, tmp_path, vocab_size=9)
+    assert [(row.choice["lr"], row.base) for row in rows] == [(1.0, [2.0]), (2.0, None), (3.0, [2.0])]
+
+
+def test_the_same_choice_in_other_words_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(monkeypatch)
+    sweep([{"arm": "gpt", "lr": 1, "momentum": 0.9}], 1, tmp_path, vocab_size=9)
+    assert len(sweep([{"arm": "gpt", "momentum": 0.9, "lr": 1.0}], 1, tmp_path, vocab_size=9)) == 1
+
+
+def test_a_field_that_only_one_choice_has_tells_them_apart() -> None:
+    rows = [Row({"arm": "ngpt"}, [1.0]), Row({"arm": "ngpt", "max_angle": None}, [1.0])]
+    assert varying(rows) == ["max_angle"]
+    assert [label(row, ["max_angle"]) for row in rows] == ["nothing changed", "max_angle None"]
+
+
 def test_a_choice_whose_runs_are_gone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_runs(monkeypatch)
     first, second = ({"arm": "gpt", "lr": lr} for lr in (3.0, 1.0))
     sweep([first], 1, tmp_path, vocab_size=9)
-    (tmp_path / name_of(first, 0)).rmdir()
+    shutil.rmtree(tmp_path / name_of(first, 0))
     (row,) = sweep([second], 1, tmp_path, vocab_size=9)
     assert (row.choice, row.base) == (second, None)
 
@@ -189,7 +234,7 @@ def test_sweeps_on_different_text_are_kept_apart(tmp_path: Path, monkeypatch: py
     done = fake_runs(monkeypatch)
     sweep([{"arm": "gpt", "lr": 1.0}], 1, tmp_path, vocab_size=9, data="books")
     before = (tmp_path / "sweep.json").read_bytes()
-    with pytest.raises(ValueError, match="holds a sweep on data 'books', now it is 'wiki': choose another --out"):
+    with pytest.raises(ValueError, match="holds a sweep on other text: its train data are not those of this one"):
         sweep([{"arm": "gpt", "lr": 2.0}], 1, tmp_path, vocab_size=9, data="wiki")
     assert len(done) == 1
     assert (tmp_path / "sweep.json").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -79,6 +80,14 @@ def test_a_gradient_too_small_for_its_square_does_not_blow_up() -> None:
     assert moved.abs().max() < 0.1  # as the formula says: 0.025, which nothing in float32 can tell from 0
     default = trained(lambda p: GatedAdamW(p, 1.0), [torch.full((3,), 1e-24)], start)
     assert default.isfinite().all()
+
+
+def test_a_gradient_that_is_no_number_is_not_hidden() -> None:
+    gradient = torch.tensor([math.nan, 1.0])
+    assert trained(lambda p: GatedAdamW(p, 0.1), [gradient, torch.ones(2)], torch.zeros(2)).isnan().tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_half_of_it_saved_and_loaded_goes_on_to_the_bit() -> None:

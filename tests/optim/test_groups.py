@@ -139,6 +139,7 @@ def test_an_unknown_role_is_refused() -> None:
         ({"weight_decay": -0.1}, "weight_decay must be a number that is not negative, got -0.1"),
         ({"weight_decay": math.inf}, "weight_decay must be a number that is not negative, got inf"),
         ({"eps": None}, "eps must be a number that is not negative, got None"),
+        ({"gated_step": 10**400}, "gated_step must be a positive number, got 1000"),
         ({"max_angle": math.inf}, "max_angle must be a positive number or None, got inf"),
         ({"max_angle": True}, "max_angle must be a positive number or None, got True"),
         ({"eps_gate": math.inf}, "eps_gate must be a positive number, got inf"),

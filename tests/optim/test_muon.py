@@ -231,9 +231,14 @@ def test_groups_that_are_added_later_are_trained_too() -> None:
     assert matrix.abs().min() > 0
     torch.testing.assert_close(vector.detach(), torch.full((2,), -0.1))  # Adam's first step is the rate
     torch.testing.assert_close(late.detach(), torch.full((4,), -0.2))
+    another = nn.Parameter(torch.zeros(2, 2))
+    optimizer.add_param_group({"params": [another], "muon": True})
+    another.grad = torch.eye(2)
+    optimizer.step()
+    assert another.abs().max() > 0
     with pytest.raises(ValueError, match="Muon takes matrices only"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "muon": True})
-    assert len(optimizer.param_groups) == 3
+    assert len(optimizer.param_groups) == 4
 
 
 def test_a_copy_that_would_leave_the_sphere_is_refused() -> None:

@@ -56,7 +56,8 @@ def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None
     """
     sizes: dict[str, Any] = {**asdict(shape), "steps": 1, "dtype": dtype, "compile": compiled}
     if pattern is not None:
-        sizes |= {"n_layers": None, "pattern": pattern}
+        sizes["pattern"] = pattern
+        del sizes["n_layers"]
     return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in pair_for(pattern)}
 
 

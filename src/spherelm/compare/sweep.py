@@ -12,8 +12,10 @@ from typing import Any
 
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.jobs import Job, run_jobs
-from spherelm.compare.sweep_page import Row, write_page
+from spherelm.compare.sweep_page import Row, canonical, write_page
 from spherelm.recipes import make_run
+from spherelm.train.batches import open_data
+from spherelm.train.config import RunConfig
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
 UNTRAINED = 1.0
@@ -114,17 +116,16 @@ def sweep(
     """Train every choice (keywords of `recipes.make_run`, "arm" among them) with every seed; resumable by calling again.
 
     Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `runs`, `mean`, `standard_error`, `difference` from the
-    first choice of the arm; and the data, commands, commit and versions) and the page `out/index.html`, and returns its rows,
+    first choice of the arm; and the commands, commit and versions) and the page `out/index.html`, and returns its rows,
     best mean first, diverged ones last. What earlier sweeps left in `out` stays in both, but for choices whose runs are gone.
     A run whose validation loss rises far above an untrained model's counts as diverged.
 
-    Raises `FileExistsError` where `out` holds what no sweep wrote, and `ValueError` where that sweep was on other data.
+    Raises `FileExistsError` where `out` holds what no sweep wrote, and `ValueError` where that sweep was on other text.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     require_matplotlib()  # the page comes last: do not train for it in vain
     limit = {"stop_above": math.log(vocab_size) + UNTRAINED}
-    earlier, commands = on_record(out, data)
     jobs = [
         Job(make_run(**{**limit, **choice}, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
         for choice in choices
@@ -135,54 +136,78 @@ def sweep(
         raise ValueError(
             f"a run's directory would be called {long[0][:60]}... , which is too long: vary fewer fields at once"
         )
+    on_record(out, jobs[0].config)  # what is refused is refused before anything is trained
     losses = iter(run_jobs(jobs, workers, "sweep"))
     rows = [
         Row(choice, [next(losses) for _ in range(seeds)], [name_of(choice, seed) for seed in range(seeds)])
         for choice in choices
     ]
-    rows = against_base(together(earlier, rows))
+    bases, others, commands = on_record(out, jobs[0].config)  # again: another sweep may have written meanwhile
+    rows = against_base(together(bases, rows, others))
     rows.sort(key=lambda row: (math.isnan(row.mean), row.mean))
     commands = list(dict.fromkeys([*commands, command_line()]))
-    about = {"data": data, "commands": commands, "git_commit": git_commit(), "versions": versions()}
+    about = {"commands": commands, "git_commit": git_commit(), "versions": versions()}
     write_json(out / "sweep.json", {"rows": [row.record() for row in rows], **about})
     write_page(rows, out, commands)
     return rows
 
 
-def on_record(out: Path, data: str | None) -> tuple[list[Row], list[str]]:
-    """The rows that earlier sweeps left in `out` and whose runs are still there, each arm's base first, and their commands.
+def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[str]]:
+    """What earlier sweeps left in `out` and whose runs are still there: each arm's base, the other rows, and the commands.
 
     Raises `FileExistsError` where `out` is a file or holds files that a sweep would write over and did not write, and
-    `ValueError` where what is there was trained on other data than `data`.
+    `ValueError` where what is there was trained on other text than that of `config`.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another --out")
     foreign = [name for name in ("sweep.json", "index.html") if (out / name).exists()]
     if not foreign:
-        return [], []
+        return [], [], []
     try:
         record = json.loads((out / "sweep.json").read_text("utf-8"))
-        stored = sorted(record["rows"], key=lambda row: not row["is_base"])
-        rows = [Row(dict(row["choice"]), [math.nan if x is None else x for x in row["losses"]], list(row["runs"]))
-                for row in stored]  # fmt: skip
-        before, commands = record["data"], [str(command) for command in record["commands"]]
+        is_base = [bool(row.get("is_base", row["difference"] is None)) for row in record["rows"]]
+        rows = [stored_row(row) for row in record["rows"]]
+        commands = [str(command) for command in record.get("commands") or [record["command"]]]
         against_base(rows)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise FileExistsError(
             f"{out / foreign[0]} was not written by spherelm sweep: choose another --out, or move it away"
         ) from error
-    if before != data:
-        raise ValueError(f"{out} holds a sweep on data {before!r}, now it is {data!r}: choose another --out")
-    return [row for row in rows if all((out / run).is_dir() for run in row.runs)], commands
+    left = [(row, base) for row, base in zip(rows, is_base, strict=True) if is_there(row, out)]
+    if left and (before := text_of(out / left[0][0].runs[0])) != (now := open_data(config).identity):
+        differing = next(name for name in now if before.get(name) != now[name])
+        raise ValueError(
+            f"{out} holds a sweep on other text: its {differing} data are not those of this one; choose another --out"
+        )
+    return [row for row, base in left if base], [row for row, base in left if not base], commands
 
 
-def together(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Both, with one row a choice: the later one, unless the earlier has more seeds."""
-    found: dict[str, Row] = {}
-    for row in (*earlier, *rows):
-        choice = json.dumps(dict(row.choice), sort_keys=True)
-        if choice not in found or len(found[choice].losses) <= len(row.losses):
-            found[choice] = row
+def stored_row(record: Mapping[str, Any]) -> Row:
+    """A row as `sweep.json` gives it back, with NaN again where a run diverged."""
+    losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
+    return Row(dict(record["choice"]), losses, [str(run) for run in record["runs"]])
+
+
+def is_there(row: Row, out: Path) -> bool:
+    """Whether all runs of the row still have their curve."""
+    return all((out / run / name).is_file() for run in row.runs for name in ("metrics.jsonl", "config.json"))
+
+
+def text_of(run: Path) -> dict[str, Any]:
+    """What identifies the text that a run was trained on."""
+    found: dict[str, Any] = json.loads((run / "config.json").read_text("utf-8")).get("data_identity", {})
+    return found
+
+
+def together(bases: Sequence[Row], rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """One row a choice: earlier bases, `rows`, then other earlier ones; of two the later, unless it has fewer seeds."""
+    found = {canonical(row.choice): row for row in bases}
+    for row in rows:
+        if (before := found.get(canonical(row.choice))) is None or len(before.losses) <= len(row.losses):
+            found[canonical(row.choice)] = row
+    for row in others:
+        if (after := found.get(canonical(row.choice))) is None or len(after.losses) < len(row.losses):
+            found[canonical(row.choice)] = row
     return list(found.values())
 
 

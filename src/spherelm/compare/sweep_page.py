@@ -62,18 +62,33 @@ class Row:
         return {**whole, "is_base": self.base is None, **{name: getattr(self, name) for name in derived}}
 
 
+def canonical(choice: Mapping[str, Any]) -> str:
+    """A choice as text that is the same for the same choice: 1 is 1.0, and the order of fields is no part of it."""
+    return json.dumps({key: _canonical(value) for key, value in choice.items()}, sort_keys=True)
+
+
+def _canonical(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def varying(rows: Sequence[Row]) -> list[str]:
-    """The keys in which the choices differ, the arm aside."""
+    """The keys in which the choices differ, the arm aside; a key that one has and another leaves out is one of them."""
     keys = dict.fromkeys(key for row in rows for key in row.choice if key != "arm")
-    return [key for key in keys if len({json.dumps(row.choice.get(key)) for row in rows}) > 1]
+    return [key for key in keys if len({_of(row, key) for row in rows}) > 1]
+
+
+def _of(row: Row, key: str) -> str:
+    return canonical({key: row.choice[key]}) if key in row.choice else ""
 
 
 def label(row: Row, keys: Sequence[str]) -> str:
     """What tells this choice from the others, in few words."""
-    values = [row.choice[key] for key in keys if key in row.choice]
-    named = [str(value) if isinstance(value, str) else f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-             for key, value in zip((key for key in keys if key in row.choice), values, strict=True)]  # fmt: skip
-    return ", ".join(named) or "the only choice"
+    named = {key: row.choice[key] for key in keys if key in row.choice}
+    words = [
+        value if isinstance(value, str) else f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in named.items()
+    ]
+    return ", ".join(words) or ("nothing changed" if keys else "the only choice")
 
 
 def write_page(rows: Sequence[Row], out: Path, commands: Sequence[str]) -> None:

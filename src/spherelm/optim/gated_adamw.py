@@ -25,7 +25,7 @@ def gated_direction(m_hat: Tensor, v_hat: Tensor, eps: float, eps_gate: float, a
     With eps 0 that is so where no gradient has been, or only such as are too small for their square.
     """
     d = v_hat.sqrt() + eps
-    return torch.where(d > 0, gate(d, eps_gate, a) * m_hat / d, 0.0)
+    return torch.where(d == 0, 0.0, gate(d, eps_gate, a) * m_hat / d)
 
 
 class GatedAdamW(Optimizer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class RateMultipliers:
 ROLES = tuple(f.name for f in fields(RateMultipliers))
 """The roles a parameter can have."""
 
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 OPTIMIZERS = ("adamw", "gated_adamw", "muon")
 
@@ -108,18 +111,18 @@ def is_pair_of_numbers(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
     """Whether `value` is a number and no infinity."""
-    return is_number(value) and math.isfinite(value)
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every trainable parameter, by its first name.
 
-    Declared by the module that owns it (`role`); where nothing is declared, the weight of an `nn.Embedding` is an
+    Declared by the module that owns it (`role`); where nothing is declared, the weight of one of torch's embeddings is an
     "input_embedding", any other parameter of two or more dimensions a "matrix", and the rest are "gain"s. A weight shared by
     both embeddings is an "output_embedding" if it is declared as one.
     """
@@ -130,7 +133,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
             if not parameter.requires_grad:
                 continue
             name = first_name.setdefault(id(parameter), f"{prefix}.{suffix}".lstrip("."))
-            known = getattr(module, "role", None) or ("input_embedding" if isinstance(module, nn.Embedding) else None)
+            known = getattr(module, "role", None) or ("input_embedding" if isinstance(module, EMBEDDINGS) else None)
             role = known or ("matrix" if parameter.ndim >= 2 else "gain")
             if role not in ROLES:
                 raise ValueError(

@@ -111,6 +111,9 @@ class MuonAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; `ValueError` for a muon group with anything but matrices and banks of them."""
         super().add_param_group(param_group)
+        if param_group["muon"]:
+            plain = {"momentum": 0.95, "tangent": False, "unit_axes": [None] * len(param_group["params"])}
+            param_group |= {name: value for name, value in plain.items() if name not in param_group}
         if param_group["muon"] and any(p.ndim not in (2, 3) for p in param_group["params"]):
             self.param_groups.pop()
             raise ValueError("Muon takes matrices only: leave its other parameters to Adam")

@@ -346,7 +346,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     _read(checkpoint, into, group)
     devices = count_devices(optimizer) if counts else {}
     for parameter, key, path in counts:
-        optimizer.state[parameter][key] = into[path].to(devices[parameter])
+        optimizer.state[parameter][key] = into[path].to(devices.get(parameter, torch.device("cpu")))
     torch.set_rng_state(into[RANDOM_STATE])
     rest = {name: state[name] for name in ("data", "skipped", "norm") if name in state}
     return Progress(state["step"], state["seconds"], **rest)
