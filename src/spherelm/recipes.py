@@ -299,6 +299,12 @@ def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     return among[name]
 
 
+OF_TRAINING = (
+    "steps", "seq_len", "batch_size", "micro_batch_size", "eval_every", "eval_windows", "compile", "label_smoothing"
+)  # fmt: skip
+"""What a `TrainConfig` has from its preset."""
+
+
 def make_run(
     arm: str,
     preset: str = "demo",
@@ -334,11 +340,7 @@ def make_run(
         )
     optim = {"lr": rate, **choices.optim, **take(given, OptimConfig)}
     optim["multipliers"] = multipliers_of(optim.get("multipliers", RateMultipliers()), given)
-    train = {"steps": size.steps, "seq_len": size.seq_len, "batch_size": size.batch_size}
-    train |= {
-        name: getattr(size, name)
-        for name in ("micro_batch_size", "eval_every", "eval_windows", "compile", "label_smoothing")
-    }
+    train = {name: getattr(size, name) for name in OF_TRAINING}
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
     model = {
         "vocab_size": vocab_size or size.vocab_size,
