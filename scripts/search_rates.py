@@ -19,18 +19,15 @@ from typing import Any
 import torch
 
 from spherelm.compare.jobs import Job, do_job
-from spherelm.compare.sweep import UNTRAINED, name_of, parse_axes
+from spherelm.compare.sweep import FIXED, UNTRAINED, name_of, parse_fields
 from spherelm.recipes import make_run
 from spherelm.train.batches import vocabulary_size
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
 
 def fixed_fields(words: Sequence[str]) -> dict[str, Any]:
-    """`["recipe=muon", "steps=1280"]` as a mapping; `ValueError` for what a flag chooses and for several values."""
-    chosen = parse_axes(words, {}, ("arm", "preset", "data", "vocab_size", "seed"))
-    if several := [field for field, values in chosen.items() if len(values) > 1]:
-        raise ValueError(f"--fixed {several[0]} has several values: a search has one")
-    return {field: values[0] for field, values in chosen.items()}
+    """What `--fixed` holds, a recipe among it; `ValueError` for what another flag chooses and for several values."""
+    return parse_fields(words, fixed=FIXED.keys() - {"recipe"})
 
 
 class Search:

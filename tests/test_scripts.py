@@ -47,7 +47,7 @@ def test_a_search_of_the_documents_is_one_that_can_be_run(command: str) -> None:
     ("fixed", "message"),
     [
         ("arm=gpt", "'arm=gpt': arm is chosen by --arm"),
-        ("steps=1,2", "--fixed steps has several values: a search has one"),
+        ("steps=1,2", "steps has 2 values, [1, 2]: a run has one"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(

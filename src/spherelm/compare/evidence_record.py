@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spherelm.compare.growth import all_speedups, growth
-from spherelm.train.record import command_line, git_commit, versions
+from spherelm.train.record import command_line, git_commit, or_nan, versions
 
 if TYPE_CHECKING:
     from spherelm.compare.evidence import Grid
@@ -56,10 +56,9 @@ def on_record(path: Path, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[s
 
 def restored(row: Mapping[str, Any]) -> dict[str, Any]:
     """A measurement as JSON gives it back, with NaN again where a run diverged."""
-    lists = {name: [math.nan if loss is None else loss for loss in row[name]] for name in ("validation", "test")}
-    rates = {rate: math.nan if loss is None else loss for rate, loss in row["rates"].items()}
-    mean = math.nan if row["test_mean"] is None else row["test_mean"]
-    return {**row, **lists, "rates": rates, "test_mean": mean}
+    lists = {name: list(map(or_nan, row[name])) for name in ("validation", "test")}
+    rates = {rate: or_nan(loss) for rate, loss in row["rates"].items()}
+    return {**row, **lists, "rates": rates, "test_mean": or_nan(row["test_mean"])}
 
 
 def summary(

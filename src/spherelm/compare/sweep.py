@@ -16,7 +16,7 @@ from spherelm.compare.sweep_page import Row, canonical, write_page
 from spherelm.recipes import make_run
 from spherelm.train.batches import open_data
 from spherelm.train.config import RunConfig
-from spherelm.train.record import command_line, git_commit, versions, write_json
+from spherelm.train.record import command_line, git_commit, or_nan, versions, write_json
 
 UNTRAINED = 1.0
 """How far above the loss of an even guess, ln(vocab_size) nats, a validation may come out before a run counts as diverged."""
@@ -83,13 +83,15 @@ def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection
     return axes
 
 
-def parse_fields(words: Sequence[str], flags: Mapping[str, Any] = {}) -> dict[str, Any]:
+def parse_fields(
+    words: Sequence[str], flags: Mapping[str, Any] = {}, fixed: Collection[str] = FIXED.keys() - {"seed"}
+) -> dict[str, Any]:
     """`["schedule=log", "rho=0.05"]` as a mapping; raises `ValueError` for what is no field with one value.
 
-    flags: as for `parse_axes`.
+    flags, fixed: as for `parse_axes`.
     """
     fields = {}
-    for field, values in parse_axes(words, flags, FIXED.keys() - {"seed"}).items():
+    for field, values in parse_axes(words, flags, fixed).items():
         if len(values) > 1:
             raise ValueError(f"{field} has {len(values)} values, {values}: a run has one")
         fields[field] = values[0]
@@ -184,8 +186,7 @@ def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[
 
 def stored_row(record: Mapping[str, Any]) -> Row:
     """A row as `sweep.json` gives it back, with NaN again where a run diverged."""
-    losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
-    return Row(dict(record["choice"]), losses, [str(run) for run in record["runs"]])
+    return Row(dict(record["choice"]), list(map(or_nan, record["losses"])), [str(run) for run in record["runs"]])
 
 
 def is_there(row: Row, out: Path) -> bool:

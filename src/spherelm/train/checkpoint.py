@@ -335,18 +335,14 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     load_weights(model, checkpoint, group)
     parameters = dict(model.named_parameters())
     into = {RANDOM_STATE: torch.empty_like(torch.get_rng_state())}
-    counts: list[tuple[nn.Parameter, str, str]] = []
+    devices = count_devices(optimizer)
     for path, shape in _headers(checkpoint).items():
         name, _, key = path.partition("/")
         if key:
-            into[path] = torch.zeros_like(parameters[name]) if len(shape) else torch.zeros(())
-            optimizer.state[parameters[name]][key] = into[path]
-            if not len(shape):
-                counts.append((parameters[name], key, path))
+            parameter = parameters[name]
+            count = torch.zeros((), device=devices.get(parameter, "cpu"))
+            optimizer.state[parameter][key] = into[path] = torch.zeros_like(parameter) if len(shape) else count
     _read(checkpoint, into, group)
-    devices = count_devices(optimizer) if counts else {}
-    for parameter, key, path in counts:
-        optimizer.state[parameter][key] = into[path].to(devices.get(parameter, torch.device("cpu")))
     torch.set_rng_state(into[RANDOM_STATE])
     rest = {name: state[name] for name in ("data", "skipped", "norm") if name in state}
     return Progress(state["step"], state["seconds"], **rest)

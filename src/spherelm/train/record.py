@@ -82,6 +82,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
+def or_nan(value: float | None) -> float:
+    """A number as `write_json` wrote it: what became null is NaN again."""
+    return math.nan if value is None else float(value)
+
+
 def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
     """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
 
