@@ -57,7 +57,7 @@ def error(found: Tensor, right: Tensor) -> float:
 def measure(config: RunConfig, batch: tuple[Tensor, Tensor], steps: int) -> dict[str, Any]:
     model = trained(config, *batch, steps)
     right = tensors(model, *batch)
-    model.set_compute_dtype(torch.bfloat16)
+    model.runtime.compute_dtype = torch.bfloat16
     eager = tensors(model, *batch)
     torch.compiler.reset()
     compile_blocks(model, lambda: model.loss(*batch).backward())

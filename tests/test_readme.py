@@ -428,7 +428,7 @@ def embeddings(row: Row) -> None:
 def number_formats(row: Row) -> None:
     assert set(row.names) == {*DTYPES} - {"auto"}
     model = small("ngpt")
-    model.set_compute_dtype(torch.bfloat16)
+    model.runtime.compute_dtype = torch.bfloat16
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     assert model(tokens_and_targets()[0]).dtype == torch.bfloat16
     model.loss(*tokens_and_targets()).backward()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spherelm import ablations
-from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
+from spherelm.models import ARMS, EncoderDecoder, has_pattern, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, transfer
@@ -168,7 +168,7 @@ S_Z_SCALE = 1.4
 
 def depth(arm: str, n_layers: int) -> float:
     """How many layers of GPT, each of two steps, as many layers of `arm` are."""
-    return n_layers / 2 if issubclass(ARMS[arm][1], PatternModel) else n_layers
+    return n_layers / 2 if has_pattern(arm) else n_layers
 
 
 def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
@@ -329,7 +329,7 @@ def make_run(
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = dict(overrides)
     given |= heads_of(given, size.d_model)
-    layers = layers_of(given, preset, size) if issubclass(model_class, PatternModel) else {}
+    layers = layers_of(given, preset, size) if has_pattern(arm) else {}
     size = dataclasses.replace(size, **{**take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
     size = dataclasses.replace(size, base=base_of(size.base, given))
     choices = make(arm, size, size.steps)

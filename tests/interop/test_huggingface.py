@@ -258,7 +258,7 @@ def test_a_new_model_starts_as_ours_does(arm: str) -> None:
 
 def test_the_two_share_their_parameters() -> None:
     model = make_model("ngpt", tie_embeddings=True).train()
-    model.set_compute_dtype(torch.bfloat16)
+    model.runtime.compute_dtype = torch.bfloat16
     hf = to_hf(model)
     assert [id(p) for p in hf.parameters()] == [id(p) for p in model.parameters()]
     assert hf.training

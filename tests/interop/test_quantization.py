@@ -138,7 +138,7 @@ def test_it_writes_text_in_any_compute_dtype(arm: str, dtype: torch.dtype) -> No
     model, tokens = make_model(arm), make_tokens(2, 5)
     packed = quantized(model)
     exact = packed(tokens)
-    packed.set_compute_dtype(dtype)
+    packed.runtime.compute_dtype = dtype
     logits = packed(tokens)
     assert logits.dtype == dtype
     bound = 1e-6 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps

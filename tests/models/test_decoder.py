@@ -98,7 +98,7 @@ def test_bfloat16_compute_keeps_float32_weights_gradients_and_loss(arm: str, cas
     c = case(arm)
     model = c.model.float()
     wanted, exact = model(c.tokens), model.loss(c.tokens, c.targets)
-    model.set_compute_dtype(torch.bfloat16)
+    model.runtime.compute_dtype = torch.bfloat16
     logits, loss = model(c.tokens), model.loss(c.tokens, c.targets)
     loss.backward()
     assert logits.dtype == torch.bfloat16
@@ -106,7 +106,7 @@ def test_bfloat16_compute_keeps_float32_weights_gradients_and_loss(arm: str, cas
     assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert (logits.float() - wanted).abs().max() <= 0.1 * wanted.abs().max()
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
-    model.set_compute_dtype(None)
+    model.runtime.compute_dtype = None
     assert torch.equal(model(c.tokens), wanted)
 
 

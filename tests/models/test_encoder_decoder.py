@@ -126,7 +126,7 @@ def test_float32_and_bfloat16(arm: str) -> None:
     wanted = c.model(c.source, c.tokens)
     model = c.model.float()
     assert (model(c.source, c.tokens) - wanted).abs().max() <= 3e-5 * wanted.abs().max()
-    model.set_compute_dtype(torch.bfloat16)
+    model.runtime.compute_dtype = torch.bfloat16
     logits, loss = model(c.source, c.tokens), model.loss(c.joined, c.targets)
     loss.backward()
     assert logits.dtype == torch.bfloat16

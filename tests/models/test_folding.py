@@ -65,7 +65,7 @@ def test_a_folded_model_has_the_dtype_that_is_computed_in(arm: str, dtype: torch
     """Its scales are multiplied into the matrices before these are rounded, so the error is that of the number format."""
     c = case(arm)
     exact, model = c.model(c.tokens), c.model.float()
-    model.set_compute_dtype(dtype)
+    model.runtime.compute_dtype = dtype
     small = folded(model)
     assert {p.dtype for p in small.parameters()} == {dtype}
     scale = exact.abs().max()

@@ -162,7 +162,7 @@ def test_its_products_are_computed_as_the_model_is(
     monkeypatch.setattr(muon, "orthogonalized", noted)
     for asked, expected in ((dtype, dtype), (None, torch.float32)):
         model = build(arm(**CONFIG))
-        model.set_compute_dtype(asked)
+        model.runtime.compute_dtype = asked
         pushed(build_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon")), model, 0)
         assert used == {expected}
         used.clear()

@@ -113,7 +113,7 @@ def test_a_mixer_compiled_in_bfloat16_computes_what_an_eager_one_does(capsys: py
         "vocab_size": 64,
     }
     model = build(NHybridConfig(**shape))
-    model.set_compute_dtype(torch.bfloat16)
+    model.runtime.compute_dtype = torch.bfloat16
     tokens = torch.randint(64, (2, 129))
 
     def loss() -> Tensor:

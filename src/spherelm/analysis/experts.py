@@ -51,13 +51,13 @@ class _Watched:
 def look_at_experts(model: Decoder, tokens: Tensor) -> Experts | None:
     """Run the model over int64 tokens [batch, seq] and see who is picked; `None` for a model without experts."""
     found: Mapping[int, Any] = layers_with(model, "experts")
-    watched = {number: _Watched(mixture) for number, mixture in found.items()}
+    watched = {number: _Watched(sublayer.part) for number, sublayer in found.items()}
     if not watched:
         return None
     handles = [handle for seen in watched.values() for handle in _watch(seen)]
     try:
         reader = model.reader(tokens)
-        reader.trunk(reader.embed(tokens))
+        reader.trunk(reader.embedded(tokens))
     finally:
         for handle in handles:
             handle.remove()

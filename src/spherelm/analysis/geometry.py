@@ -16,7 +16,6 @@ from spherelm.analysis.parts import layers_with
 from spherelm.analysis.weights import (
     EMBEDDINGS,
     MATRICES,
-    WRITTEN,
     head_parts,
     weight_of,
 )
@@ -122,7 +121,9 @@ def off_sphere(model: nn.Module) -> dict[str, float]:
     for part, matrices in MATRICES.items():
         owners = layers_with(model, part).values()
         for name, path in matrices.items() if owners else ():
-            found[name] = max(_worst(weight_of(owner, path), axis=-2 if name in WRITTEN else -1) for owner in owners)
+            found[name] = max(
+                _worst(weight_of(owner, path), axis=-2 if owner.get_submodule(path).writes else -1) for owner in owners
+            )
     return found
 
 

@@ -118,8 +118,8 @@ def attention_spread(recording: Recording) -> tuple[Array, Array]:
 
 def output_directions(model: Any) -> Tensor:
     """Unit vectors [vocab_size, d_model] along which a state's logits grow: the output matrix, of a GPT with its last gain."""
-    gain: nn.Module | None = getattr(model, "norm", None)
-    rows: Tensor = model.head.weight if gain is None else model.head.weight * gain.weight
+    head = model.head
+    rows: Tensor = head.linear.weight * head.norm.weight if hasattr(head, "norm") else head.linear.weight
     return sphere.norm(rows.detach())
 
 

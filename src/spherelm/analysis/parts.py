@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from spherelm.layers.attention import Attention, UnitAttention
-from spherelm.layers.cross_attention import CrossAttention, UnitCrossAttention
-from spherelm.layers.feedforward import FeedForward, UnitFeedForward
-from spherelm.layers.mamba2 import Mamba2, UnitMamba2
-from spherelm.layers.moe import MixtureOfExperts, UnitMixtureOfExperts
-
-PARTS: dict[str, tuple[type[nn.Module], ...]] = {
-    "attention": (Attention, UnitAttention),
-    "cross-attention": (CrossAttention, UnitCrossAttention),
-    "mixer": (Mamba2, UnitMamba2),
-    "MLP": (FeedForward, UnitFeedForward),
-    "experts": (MixtureOfExperts, UnitMixtureOfExperts),
+PARTS = {
+    "attention": "attention",
+    "cross_attention": "cross-attention",
+    "mixer": "mixer",
+    "mlp": "MLP",
+    "experts": "experts",
 }
-"""What a part is called, by its class, in the order of the steps that parts of one layer propose."""
+"""What a part is called here, by the name of its sublayer in a block."""
 
 ENCODERS = "encoder's "
 """Ahead of a part's name: of the layers of an encoder-decoder's encoder."""
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[Any]:
     """The layers of a decoder; `ValueError` for what has none."""
-    blocks = getattr(model, "blocks", None)
+    blocks: Any = getattr(model, "blocks", None)
     if blocks is None:
         raise ValueError(f"cannot measure a {type(model).__name__}: it has no `blocks`; pass a GPT or an NGPT")
     return list(blocks)
 
 
-def parts_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a layer by name, in the order of the steps that they propose; each of them once."""
-    return {name: part for name, classes in PARTS.items() for part in block.children() if isinstance(part, classes)}
+def parts_of(block: Any) -> dict[str, Any]:
+    """The sublayers of a layer by the names of their parts, in their order; the part is `sublayer.part`."""
+    return {PARTS[name]: sublayer for name, sublayer in block.sublayers.items()}
 
 
-def layers_with(model: nn.Module, part: str) -> dict[int, nn.Module]:
-    """Number of the layer, from 1 -> its part of that name, for the layers that have one; for the part "", the layers.
+def layers_with(model: nn.Module, part: str) -> dict[int, Any]:
+    """Number of the layer, from 1 -> its sublayer with that part, for the layers that have one.
 
     Behind `ENCODERS` the same of the model's encoder, where it has one.
     """
     tower: nn.Module | None = getattr(model, "encoder", None) if part.startswith(ENCODERS) else model
     if tower is None:
         return {}
-    part, blocks = part.removeprefix(ENCODERS), enumerate(blocks_of(tower), 1)
-    if not part:
-        return dict(blocks)
-    return {number: parts[part] for number, block in blocks if part in (parts := parts_of(block))}
+    name = part.removeprefix(ENCODERS)
+    return {
+        number: parts[name] for number, block in enumerate(blocks_of(tower), 1) if name in (parts := parts_of(block))
+    }

@@ -94,17 +94,15 @@ Places = Mapping[str, Array]
 def eigen_learning_rates(
     scales: Mapping[str, Sequence[Array]], key: str, title: str, description: str, places: Places = NOWHERE
 ) -> Drawing:
-    """Mean |alpha_A| and |alpha_M| per layer, `{"alpha_A": [one array [n_layers] per seed], "alpha_M": ...}`.
-
-    Of layers that are one step each, mean |alpha| as "alpha".
-    """
+    """Mean |alpha_A| and |alpha_M| per layer, `{"alpha_A": [one array [n_layers] per seed], "alpha_M": ...}`."""
     lines = [
         ("alpha_A", r"$|\alpha_A|$, attention", NGPT, "o", "-"),
         ("alpha_C", r"$|\alpha_C|$, cross-attention", THIRD, "^", ":"),
         ("alpha_M", r"$|\alpha_M|$, MLP", SECOND, "s", "--"),
         ("alpha_A of the encoder", r"$|\alpha_A|$, encoder", NGPT, "x", "-."),
         ("alpha_M of the encoder", r"$|\alpha_M|$, encoder", SECOND, "+", "-."),
-        ("alpha", r"$|\alpha|$", NGPT, "o", "-"),
+        ("alpha of mixers", r"$|\alpha|$, mixers", THIRD, "v", "-."),
+        ("alpha of experts", r"$|\alpha|$, experts", FG, "D", ":"),
     ]
     return _per_layer(scales, lines, "mean eigen learning rate", key, title, description, places)
 

@@ -1,13 +1,12 @@
 """One forward pass with everything written down: where the hidden state was, what each block proposed, where heads looked.
 
-Nothing of the model is changed: blocks are called through `Decoder.trunk(run=...)`, their parts are watched by hooks, and
-attention is watched through the place where its implementation can be exchanged (`module.attend`).
+Nothing of the model is changed: blocks are called through `Decoder.trunk(run=...)`, and watched by hooks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spherelm.analysis.parts import parts_of
+from spherelm.layers.attention import Attend
 from spherelm.models.decoder import Decoder, run_block
-
-NORMS = {"cross-attention": "norm_c", "MLP": "norm_m", "experts": "norm_m"}
-"""What a baseline normalizes its state with ahead of the second and third part of a layer."""
-
+from spherelm.models.kit import Surroundings
 
 @dataclass(frozen=True)
 class Recording:
@@ -54,10 +51,10 @@ class _Recorder:
         self.proposals: list[Tensor] = []
         self.entropies: list[Tensor] = []
 
-    def run(self, block: nn.Module, *inputs: object) -> Tensor:
+    def run(self, block: Any, h: Tensor, around: Surroundings) -> Tensor:
         """`run_block`, watched."""
         with self._watched(block):
-            h = run_block(block, *inputs)
+            h = run_block(block, h, around)
         self.stops.append(_flat(h))
         return h
 
@@ -66,32 +63,25 @@ class _Recorder:
         parts, number = parts_of(block), self.steps[-1][0] + 1 if self.steps else 1
         self.steps += [(number, name) for name in parts]
         handles = [
-            part.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out))) for part in parts.values()
+            sublayer.part.register_forward_hook(lambda _, __, out: self.proposals.append(_flat(out)))
+            for sublayer in parts.values()
         ]
-        for name, part in list(parts.items())[1:]:
-            # The state between two steps is what the next part reads: in a baseline its norm reads it first.
-            reader = getattr(block, NORMS[name], part)
-            handles.append(reader.register_forward_pre_hook(lambda _, inputs: self.stops.append(_flat(inputs[0]))))
-        with self._attention_watched(parts.get("attention")):
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-    @contextmanager
-    def _attention_watched(self, attention: Any) -> Iterator[None]:
-        if attention is None:
-            yield
-            return
-        attend = attention.attend
-        attention.attend = self._watching(attend)
+        handles += [
+            sublayer.register_forward_pre_hook(lambda _, inputs: self.stops.append(_flat(inputs[0])))
+            for sublayer in list(parts.values())[1:]
+        ]
+        if "attention" in parts:
+            handles.append(parts["attention"].part.register_forward_pre_hook(self._watch_attention))
         try:
             yield
         finally:
-            attention.attend = attend
+            for handle in handles:
+                handle.remove()
 
-    def _watching(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _watch_attention(self, part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *inputs[:-1], self._watching(inputs[-1])
+
+    def _watching(self, attend: Attend) -> Attend:
         def watching(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
             self.entropies.append(attention_entropy(q, k, scale))
             return attend(q, k, v, scale, mask)
@@ -126,7 +116,7 @@ def record(model: Decoder, tokens: Tensor) -> Recording:
     sequences must fit the model's max_seq_len. Kept are (2 steps + 1) batch * seq * d_model numbers of 4 bytes.
     """
     recorder, reader = _Recorder(), model.reader(tokens)
-    h = reader.embed(tokens)
+    h = reader.embedded(tokens)
     recorder.stops.append(_flat(h))
     reader.trunk(h, run=recorder.run)
     nothing = torch.zeros(0, model.config.n_heads, *tokens.shape)  # where no layer has attention

@@ -21,11 +21,11 @@ from spherelm.models import Config, build
 
 Array = NDArray[np.float64]
 
-ATTENTION_MATRICES = {"Q": "q", "K": "k", "V": "v", "W_o": "o"}
-MLP_MATRICES = {"W_u": "u", "W_v": "v", "W_oMLP": "o"}
-EXPERT_MATRICES = {"E_u": "u", "E_v": "v", "E_o": "o"}
-MIXER_MATRICES = {"W_in": "in_proj", "W_out": "out_proj"}
-CROSS_MATRICES = {"C_q": "q", "C_k": "k", "C_v": "v", "C_o": "o"}
+ATTENTION_MATRICES = {"Q": "part.q", "K": "part.k", "V": "part.v", "W_o": "part.o"}
+MLP_MATRICES = {"W_u": "part.u", "W_v": "part.v", "W_oMLP": "part.o"}
+EXPERT_MATRICES = {"E_u": "part.u", "E_v": "part.v", "E_o": "part.o"}
+MIXER_MATRICES = {"W_in": "part.in_proj", "W_out": "part.out_proj"}
+CROSS_MATRICES = {"C_q": "part.q", "C_k": "part.k", "C_v": "part.v", "C_o": "part.o"}
 OF_ENCODER = " of the encoder"
 MATRICES = {
     "attention": ATTENTION_MATRICES,
@@ -38,33 +38,31 @@ MATRICES = {
         for part, matrices in (("attention", ATTENTION_MATRICES), ("MLP", MLP_MATRICES))
     },
 }
-"""By part of a layer, the names of its matrices, and where in the part they are."""
-
-WRITTEN = ("W_o", "C_o", "W_oMLP", "E_o", "W_out", "W_o" + OF_ENCODER, "W_oMLP" + OF_ENCODER)
-"""Matrices whose columns are vectors of the residual stream; of the others, the rows."""
+"""By part of a layer, the names of its matrices, and where in its sublayer they are."""
 
 SCALES = {
-    "alpha_A": ("", "alpha_a"),
-    "alpha_C": ("", "alpha_c"),
-    "alpha_M": ("", "alpha_m"),
-    "alpha": ("", "alpha"),
-    "s_qk": ("attention", "s_qk"),
-    "s_qk of cross-attention": ("cross-attention", "s_qk"),
-    "s_u": ("MLP", "s_u"),
-    "s_v": ("MLP", "s_v"),
-    "s_u of experts": ("experts", "s_u"),
-    "s_v of experts": ("experts", "s_v"),
-    "s_moe": ("experts", "s_moe"),
-    "s_mamba": ("mixer", "s_mamba"),
-    "alpha_A of the encoder": (ENCODERS, "alpha_a"),
-    "alpha_M of the encoder": (ENCODERS, "alpha_m"),
-    "s_qk of the encoder": (ENCODERS + "attention", "s_qk"),
-    "s_u of the encoder": (ENCODERS + "MLP", "s_u"),
-    "s_v of the encoder": (ENCODERS + "MLP", "s_v"),
+    "alpha_A": ("attention", "alpha"),
+    "alpha_C": ("cross-attention", "alpha"),
+    "alpha_M": ("MLP", "alpha"),
+    "alpha of mixers": ("mixer", "alpha"),
+    "alpha of experts": ("experts", "alpha"),
+    "s_qk": ("attention", "part.s_qk"),
+    "s_qk of cross-attention": ("cross-attention", "part.s_qk"),
+    "s_u": ("MLP", "part.s_u"),
+    "s_v": ("MLP", "part.s_v"),
+    "s_u of experts": ("experts", "part.s_u"),
+    "s_v of experts": ("experts", "part.s_v"),
+    "s_moe": ("experts", "part.s_moe"),
+    "s_mamba": ("mixer", "part.s_mamba"),
+    "alpha_A of the encoder": (ENCODERS + "attention", "alpha"),
+    "alpha_M of the encoder": (ENCODERS + "MLP", "alpha"),
+    "s_qk of the encoder": (ENCODERS + "attention", "part.s_qk"),
+    "s_u of the encoder": (ENCODERS + "MLP", "part.s_u"),
+    "s_v of the encoder": (ENCODERS + "MLP", "part.s_v"),
 }
-"""Learned scales: whose they are, "" for the layer itself, and where."""
+"""Learned scales: of which part, and where in its sublayer they are."""
 
-EMBEDDINGS = {"input": "embed", "output": "head"}
+EMBEDDINGS = {"input": "embed", "output": "head.linear"}
 LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 GRAM_CONDITION = 1e4
@@ -137,7 +135,7 @@ def places(model: nn.Module) -> dict[str, Array]:
 
 def logit_scales(model: nn.Module) -> Array | None:
     """Effective `s_z` in ascending order [vocab_size] (fig. 6, last panel); None for a model without one."""
-    values = _effective(model, "s_z")
+    values = _effective(model, "head.s_z")
     return None if values is None else np.sort(values.ravel())
 
 
@@ -191,8 +189,9 @@ def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
     """Of each layer that has it the matrix `name` by heads, [heads, rows, d_model]: rows are vectors of the residual stream."""
     part = next(part for part, names in MATRICES.items() if name in names)
     for owner in layers_with(model, part).values():
-        weight = weight_of(owner, MATRICES[part][name])
-        rows = weight.swapaxes(-1, -2) if name in WRITTEN else weight
+        path = MATRICES[part][name]
+        weight = weight_of(owner, path)
+        rows = weight.swapaxes(-1, -2) if owner.get_submodule(path).writes else weight
         d_model = rows.shape[-1]
         yield rows.reshape(-1, d_model // _n_heads(model) if part.endswith("attention") else rows.shape[-2], d_model)
 

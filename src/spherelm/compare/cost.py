@@ -37,7 +37,7 @@ class TimedSteps:
         device, train = best_device(), config.train
         keep_freed_memory()
         self.model: Decoder = build(config.model).to(device)
-        self.model.set_compute_dtype(resolve_dtype(train.dtype, device))
+        self.model.runtime.compute_dtype = resolve_dtype(train.dtype, device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.grad_clip = config.optim.grad_clip
         shape = (train.micro_batch_size or train.batch_size, train.seq_len)

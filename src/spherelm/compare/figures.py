@@ -23,7 +23,8 @@ ALPHA_NAMES = {
     "alpha_A": "|α<sub>A</sub>|",
     "alpha_C": "|α<sub>C</sub>|",
     "alpha_M": "|α<sub>M</sub>|",
-    "alpha": "|α|",
+    "alpha of mixers": "|α| of mixers",
+    "alpha of experts": "|α| of experts",
     "alpha_A of the encoder": "|α<sub>A</sub>| of the encoder",
     "alpha_M of the encoder": "|α<sub>M</sub>| of the encoder",
 }

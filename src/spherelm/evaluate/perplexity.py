@@ -47,7 +47,7 @@ def token_losses(model: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
 
     Logits exist for a piece of the tokens at a time. The sequence may be longer than the model's max_seq_len.
     """
-    readout = model.readout(model.trunk(model.embed(tokens)))
+    readout = model.readout(model.trunk(model.embedded(tokens)))
     features, wanted = readout.features.flatten(0, 1), targets.flatten()
     weight, size = readout.weight.to(features.dtype), chunk_rows(len(features), len(readout.weight))
     losses = [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from spherelm.layers.attention import Attention, UnitAttention
+from torch import Tensor
+
+from spherelm.layers.attention import Attend
 from spherelm.layers.rope import interpolated, yarn, yarn_temperature
 from spherelm.models import Decoder
 
@@ -58,13 +61,18 @@ def place(model: Decoder, positions: Positions, trained_length: int) -> None:
     if model.config.rope == "none" and positions != Positions():
         raise ValueError(f"{positions} is about a rotary embedding, and this model has none: leave it out")
     if positions.base is not None:
-        model.rope_base = positions.base
+        model.runtime.rope_base = positions.base
     if positions.scaling == "linear":
-        model.rotary_table = interpolated(model.rotary_table, positions.factor)
+        model.runtime.table = interpolated(model.runtime.table, positions.factor)
     elif positions.scaling == "yarn":
         if model.config.rope != "standard":
             raise ValueError(f"yarn needs a model with rope='standard', this one has {model.config.rope!r}: use linear")
-        model.rotary_table = yarn(positions.factor, trained_length)
-        for module in model.modules():
-            if isinstance(module, Attention | UnitAttention):
-                module.softmax_scale *= yarn_temperature(positions.factor)
+        model.runtime.table = yarn(positions.factor, trained_length)
+        model.runtime.attend = partial(warmer, model.runtime.attend, yarn_temperature(positions.factor))
+
+
+def warmer(
+    attend: Attend, temperature: float, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    """`attend` with every score times `temperature`."""
+    return attend(q, k, v, scale * temperature, mask)

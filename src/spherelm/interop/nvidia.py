@@ -47,25 +47,25 @@ FOREIGN = (
 
 TOP = {
     "transformer.wte.weight": "embed.weight",
-    "lm_head.weight": "head.weight",
-    "rmsnorm_f.weight": "norm.weight",
-    "sz": "s_z.value",
+    "lm_head.weight": "head.linear.weight",
+    "rmsnorm_f.weight": "head.norm.weight",
+    "sz": "head.s_z.value",
 }
 BLOCK = {
-    "query.weight": "attention.q.weight",
-    "key.weight": "attention.k.weight",
-    "value.weight": "attention.v.weight",
-    "att_c_proj.weight": "attention.o.weight",
-    "mlp_c_proj.weight": "mlp.o.weight",
-    "rmsnorm_att.weight": "norm_a.weight",
-    "rmsnorm_mlp.weight": "norm_m.weight",
-    "attn_alpha": "alpha_a.value",
-    "mlp_alpha": "alpha_m.value",
-    "sqk": "attention.s_qk.value",
+    "query.weight": "attention.part.q.weight",
+    "key.weight": "attention.part.k.weight",
+    "value.weight": "attention.part.v.weight",
+    "att_c_proj.weight": "attention.part.o.weight",
+    "mlp_c_proj.weight": "mlp.part.o.weight",
+    "rmsnorm_att.weight": "attention.norm.weight",
+    "rmsnorm_mlp.weight": "mlp.norm.weight",
+    "attn_alpha": "attention.alpha.value",
+    "mlp_alpha": "mlp.alpha.value",
+    "sqk": "attention.part.s_qk.value",
 }
 STACKED = {
-    "c_fc.weight": ("mlp.u.weight", "mlp.v.weight"),
-    "suv": ("mlp.s_u.value", "mlp.s_v.value"),
+    "c_fc.weight": ("mlp.part.u.weight", "mlp.part.v.weight"),
+    "suv": ("mlp.part.s_u.value", "mlp.part.s_v.value"),
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

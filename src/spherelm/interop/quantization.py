@@ -108,14 +108,9 @@ class Int8Linear(Int8Matrix):
 class Int8Embedding(Int8Matrix):
     """An `Embedding` of int8 entries."""
 
-    def __init__(self, source: Embedding, renormalize: bool) -> None:
-        super().__init__(source, renormalize)
-        self.compute_dtype = source.compute_dtype
-
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [batch, seq] -> [batch, seq, d_model] in the compute dtype, by default float32."""
-        rows = self.entries[tokens].float() * self.steps[tokens].unsqueeze(-1)
-        return rows.to(self.compute_dtype or rows.dtype)
+        """int64 [batch, seq] -> [batch, seq, d_model], float32."""
+        return self.entries[tokens].float() * self.steps[tokens].unsqueeze(-1)
 
 
 @torch.no_grad()
@@ -126,22 +121,22 @@ def quantized(model: Decoder, renormalize: bool = True) -> Decoder:
 
     renormalize: make every vector with a unit axis unit again, to the rounding of float32 (`departure` says how far). Quantize
     the model as it was trained: learned scales of rows join the step sizes, so folding them first saves nothing. Computes in
-    float32, or in the dtype that `set_compute_dtype` names. The copy can be neither trained nor saved as a checkpoint.
+    float32, or in the compute dtype of its `runtime`. The copy can be neither trained nor saved as a checkpoint.
     Raises `ValueError` if torchao is missing, or for a model that has been folded.
     """
     if isinstance(model, Folded):
         raise ValueError("a folded model has lost its unit vectors: quantize the model that it was made from")
     copied = copy.deepcopy(model).requires_grad_(False).eval()
-    if hasattr(copied, "reading"):
-        copied.reading = scaled  # type: ignore[assignment] # preconditioning is about gradients
+    if hasattr(copied.head, "reading"):
+        copied.head.reading = scaled  # preconditioning is about gradients
     for name, module in list(copied.named_modules()):
         owner, _, leaf = name.rpartition(".")
         if isinstance(module, Linear) and not isinstance(module, Router):
             setattr(copied.get_submodule(owner), leaf, Int8Linear(module, renormalize))
         elif isinstance(module, Embedding):
             setattr(copied.get_submodule(owner), leaf, Int8Embedding(module, renormalize))
-    if model.get_submodule("head").weight is model.embed.weight:
-        head, embed = copied.get_submodule("head"), copied.get_submodule("embed")
+    if model.head.linear.weight is model.embed.weight:
+        head, embed = copied.head.linear, copied.get_submodule("embed")
         head.entries, head.steps = embed.entries, embed.steps
     return copied
 

@@ -57,7 +57,7 @@ def separate_documents(tokens: Tensor, end_token: int | None) -> tuple[Tensor | 
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-"""What computes attention: `attend`, or another implementation with its arguments and result (`module.attend = ...`)."""
+"""What computes attention: `attend`, or another implementation with its arguments and result."""
 
 
 class Attention(nn.Module):
@@ -66,19 +66,25 @@ class Attention(nn.Module):
     Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k].
     """
 
+    reads = ("table", "mask", "cache", "attend")
+
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, rotation: Rotation = rotate) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, 1 / math.sqrt(d_k)
         self.rotation = rotation
-        self.attend: Attend = attend
         self.q = Linear(d_model, n_heads * d_k)
         self.k = Linear(d_model, n_kv_heads * d_k)
         self.v = Linear(d_model, n_kv_heads * d_k)
-        self.o = Linear(n_heads * d_k, d_model)
+        self.o = Linear(n_heads * d_k, d_model, writes=True)
 
     def forward(
-        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        h: Tensor,
+        table: RotaryTable,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        attend: Attend = attend,
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; with a cache, `h` holds only the new positions."""
         q = self.rotation(split_heads(self.q(h), self.n_heads), table)
@@ -86,7 +92,7 @@ class Attention(nn.Module):
         v = split_heads(self.v(h), self.n_kv_heads)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, mask)))
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))
 
 
 class UnitAttention(nn.Module):
@@ -97,6 +103,8 @@ class UnitAttention(nn.Module):
     spares a pass over k and gives each query head its own scale where heads share keys. Without qk_norm queries and keys
     are not normalized.
     """
+
+    reads = Attention.reads
 
     def __init__(
         self,
@@ -112,15 +120,19 @@ class UnitAttention(nn.Module):
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
         self.rope, self.qk_norm = rope, qk_norm
         self.rotation = rope.unit_rotation if qk_norm else rope.rotation
-        self.attend: Attend = attend
-        self.q = UnitLinear(d_model, n_heads * d_k, unit_axis=1)
-        self.k = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
-        self.v = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
-        self.o = UnitLinear(n_heads * d_k, d_model, unit_axis=0)
+        self.q = UnitLinear(d_model, n_heads * d_k)
+        self.k = UnitLinear(d_model, n_kv_heads * d_k)
+        self.v = UnitLinear(d_model, n_kv_heads * d_k)
+        self.o = UnitLinear(n_heads * d_k, d_model, writes=True)
         self.s_qk = s_qk
 
     def forward(
-        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        h: Tensor,
+        table: RotaryTable,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        attend: Attend = attend,
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
         q = self.rotation(split_heads(self.q(h), self.n_heads), table)
@@ -129,4 +141,4 @@ class UnitAttention(nn.Module):
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, mask)))
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))

@@ -31,25 +31,28 @@ class CrossAttention(nn.Module):
     Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k].
     """
 
+    reads = ("memory", "cache", "attend")
+
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, 1 / math.sqrt(d_k)
-        self.attend: Attend = attend
         self.q = Linear(d_model, n_heads * d_k)
         self.k = Linear(d_model, n_kv_heads * d_k)
         self.v = Linear(d_model, n_kv_heads * d_k)
-        self.o = Linear(n_heads * d_k, d_model)
+        self.o = Linear(n_heads * d_k, d_model, writes=True)
 
     def read(self, states: Tensor) -> Pair:
         """Keys and values [batch, n_kv_heads, source, d_k] of the source's states."""
         return split_heads(self.k(states), self.n_kv_heads), split_heads(self.v(states), self.n_kv_heads)
 
-    def forward(self, h: Tensor, memory: Memory, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend
+    ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; a cache keeps the source's keys and values."""
         q = split_heads(self.q(h), self.n_heads)
         k, v = self.read(memory.states) if cache is None else cache.fixed(lambda: self.read(memory.states))
-        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, memory.mask)))
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, memory.mask)))
 
 
 class UnitCrossAttention(nn.Module):
@@ -57,30 +60,34 @@ class UnitCrossAttention(nn.Module):
 
     As nGPT has it for self-attention (eqs. 13, 15, 16), without the rotation; see `UnitAttention` for why `s_qk` [n_heads, d_k]
     enters once, squared. Unit rows of `q`, `k`, `v`; unit columns of `o`. `h` and the source's states are unit vectors.
+    qk_norm: as there.
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale) -> None:
+    reads = CrossAttention.reads
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale, qk_norm: bool = True) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
-        self.attend: Attend = attend
-        self.unit: Callable[[Tensor], Tensor] = sphere.norm
-        self.q = UnitLinear(d_model, n_heads * d_k, unit_axis=1)
-        self.k = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
-        self.v = UnitLinear(d_model, n_kv_heads * d_k, unit_axis=1)
-        self.o = UnitLinear(n_heads * d_k, d_model, unit_axis=0)
+        self.unit: Callable[[Tensor], Tensor] = sphere.norm if qk_norm else torch.positive
+        self.q = UnitLinear(d_model, n_heads * d_k)
+        self.k = UnitLinear(d_model, n_kv_heads * d_k)
+        self.v = UnitLinear(d_model, n_kv_heads * d_k)
+        self.o = UnitLinear(n_heads * d_k, d_model, writes=True)
         self.s_qk = s_qk
 
     def read(self, states: Tensor) -> Pair:
         """Keys, unit per head, and values [batch, n_kv_heads, source, d_k] of the source's states."""
         return self.unit(split_heads(self.k(states), self.n_kv_heads)), split_heads(self.v(states), self.n_kv_heads)
 
-    def forward(self, h: Tensor, memory: Memory, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend
+    ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; a cache keeps the source's keys and values."""
         q = self.unit(split_heads(self.q(h), self.n_heads))
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         k, v = self.read(memory.states) if cache is None else cache.fixed(lambda: self.read(memory.states))
-        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, memory.mask)))
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, memory.mask)))
 
 
 def real_tokens(source: Tensor) -> Tensor:

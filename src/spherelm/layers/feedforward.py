@@ -16,11 +16,13 @@ class FeedForward(nn.Module):
     Weights `u`, `v` [d_ff, d_model], `o` [d_model, d_ff].
     """
 
+    reads: tuple[str, ...] = ()
+
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.u = Linear(d_model, d_ff)
         self.v = Linear(d_model, d_ff)
-        self.o = Linear(d_ff, d_model)
+        self.o = Linear(d_ff, d_model, writes=True)
 
     def forward(self, h: Tensor) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]."""
@@ -34,12 +36,14 @@ class UnitFeedForward(nn.Module):
     of 1/sqrt(d_model): the factor lets `v` reach the part of SiLU that bends. Both scales are folded into the weights.
     """
 
+    reads: tuple[str, ...] = ()
+
     def __init__(self, d_model: int, d_ff: int, s_u: Scale, s_v: Scale) -> None:
         super().__init__()
         self.gate_gain = math.sqrt(d_model)
-        self.u = UnitLinear(d_model, d_ff, unit_axis=1)
-        self.v = UnitLinear(d_model, d_ff, unit_axis=1)
-        self.o = UnitLinear(d_ff, d_model, unit_axis=0)
+        self.u = UnitLinear(d_model, d_ff)
+        self.v = UnitLinear(d_model, d_ff)
+        self.o = UnitLinear(d_ff, d_model, writes=True)
         self.s_u, self.s_v = s_u, s_v
 
     def forward(self, h: Tensor) -> Tensor:

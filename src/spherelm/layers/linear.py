@@ -1,15 +1,16 @@
 """Weights, plain and on the sphere, and the one mechanism that keeps them there.
 
-The module that owns a weight declares once along which axis its vectors are unit (`unit_axis`). `retract` walks the
-modules and puts every declared weight back on the sphere. Module attributes survive `fully_shard`, parameter attributes
-do not, which is why the declaration lives on the module.
+The module that owns a matrix declares once which side of it faces the hidden state: it reads the state, or it writes to it
+(`writes`). On the sphere the unit axis follows (`unit_axis`): rows of a matrix that reads, columns of one that writes.
+`retract` walks the modules and puts every weight with a unit axis back on the sphere. Module attributes survive
+`fully_shard`, parameter attributes do not, which is why the declaration lives on the module.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,13 @@ class Linear(nn.Linear):
     """A matrix product without bias: [..., in_features] -> [..., out_features], computed in the dtype of its input.
 
     The weight [out_features, in_features] keeps its own dtype (float32 while training) and is cast for the product.
-    `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits.
+    `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits. writes: whether the
+    result is added to the hidden state; otherwise the input is the hidden state.
     """
 
-    def __init__(self, in_features: int, out_features: int, role: str = "matrix") -> None:
+    def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.role = role
+        self.role, self.writes = role, writes
 
     def scaled_weight(self, scale: Tensor | None = None) -> Tensor:
         """The weight with row i multiplied by `scale[i]`, at the weight's own precision.
@@ -43,23 +45,24 @@ class Linear(nn.Linear):
 
 
 class UnitLinear(Linear):
-    """A `Linear` whose vectors along `unit_axis` are unit: 1 for rows, 0 for columns (nGPT, section 2.3 and 2.4)."""
+    """A `Linear` with unit vectors along the hidden state: rows if it reads, columns if it writes (nGPT, sections 2.3, 2.4)."""
 
-    def __init__(self, in_features: int, out_features: int, unit_axis: Literal[0, 1], role: str = "matrix") -> None:
-        super().__init__(in_features, out_features, role)
-        self.unit_axis = unit_axis
+    def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
+        super().__init__(in_features, out_features, role, writes)
+        self.unit_axis = 0 if writes else 1
 
 
 class ExpertLinear(nn.Module):
     """A matrix for each of `n_experts`, as one weight [n_experts, out_features, in_features], without bias.
 
-    It keeps its own dtype and is cast to that of the input for the product, as in `Linear`.
+    It keeps its own dtype and is cast to that of the input for the product, as in `Linear`; writes: as there.
     """
 
     role = "matrix"
 
-    def __init__(self, n_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, n_experts: int, in_features: int, out_features: int, writes: bool = False) -> None:
         super().__init__()
+        self.writes = writes
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
         self.reset_parameters()
 
@@ -79,29 +82,17 @@ class ExpertLinear(nn.Module):
 
 
 class UnitExpertLinear(ExpertLinear):
-    """An `ExpertLinear` whose vectors along `unit_axis` are unit: 2 for each expert's rows, 1 for its columns."""
+    """An `ExpertLinear` with unit vectors along the hidden state: each expert's rows if it reads, its columns if it writes."""
 
-    def __init__(self, n_experts: int, in_features: int, out_features: int, unit_axis: Literal[1, 2]) -> None:
-        super().__init__(n_experts, in_features, out_features)
-        self.unit_axis = unit_axis
+    def __init__(self, n_experts: int, in_features: int, out_features: int, writes: bool = False) -> None:
+        super().__init__(n_experts, in_features, out_features, writes)
+        self.unit_axis = 1 if writes else 2
 
 
 class Embedding(nn.Embedding):
-    """One vector a token: int64 [batch, seq] -> [batch, seq, d_model].
-
-    `compute_dtype` is the dtype of the hidden state that it starts, and with it of everything computed from there;
-    None means that of the weight.
-    """
+    """One vector a token: int64 [batch, seq] -> [batch, seq, d_model] (eq. 1)."""
 
     role = "input_embedding"
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__(vocab_size, d_model)
-        self.compute_dtype: torch.dtype | None = None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The rows of the weight that `tokens` name, in the compute dtype (eq. 1)."""
-        return F.embedding(tokens, self.weight).to(self.compute_dtype or self.weight.dtype)
 
 
 class UnitEmbedding(Embedding):

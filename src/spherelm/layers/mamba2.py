@@ -130,13 +130,15 @@ class Mamba2(nn.Module):
     Weights `in_proj` [projected, d_model], `out_proj` [d_model, d_inner]; the rest is `StateSpace`'s.
     """
 
+    reads = ("cache", "since")
+
     def __init__(self, shape: MambaShape) -> None:
         super().__init__()
         self.sizes = (shape.d_inner, shape.mixed, shape.n_heads)
         self.in_proj = Linear(shape.d_model, shape.projected)
         self.ssm = StateSpace(shape)
         self.norm = GatedRMSNorm(shape)
-        self.out_proj = Linear(shape.d_inner, shape.d_model)
+        self.out_proj = Linear(shape.d_inner, shape.d_model, writes=True)
 
     def forward(self, h: Tensor, cache: StateCache | None = None, since: Tensor | None = None) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; cache, since: as for `StateSpace`."""
@@ -152,12 +154,14 @@ class UnitMamba2(nn.Module):
     where SiLU and softplus bend, and `s_mamba`, one learned number, says how far. Both are folded into the weight.
     """
 
+    reads = ("cache", "since")
+
     def __init__(self, shape: MambaShape, s_mamba: Scale) -> None:
         super().__init__()
         self.sizes, self.input_gain = (shape.d_inner, shape.mixed, shape.n_heads), math.sqrt(shape.d_model)
-        self.in_proj = UnitLinear(shape.d_model, shape.projected, unit_axis=1)
+        self.in_proj = UnitLinear(shape.d_model, shape.projected)
         self.ssm = StateSpace(shape)
-        self.out_proj = UnitLinear(shape.d_inner, shape.d_model, unit_axis=0)
+        self.out_proj = UnitLinear(shape.d_inner, shape.d_model, writes=True)
         self.s_mamba = s_mamba
 
     def forward(self, h: Tensor, cache: StateCache | None = None, since: Tensor | None = None) -> Tensor:

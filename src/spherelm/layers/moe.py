@@ -163,13 +163,15 @@ class MixtureOfExperts(nn.Module):
     d_ff]. shared: MLPs [batch, seq, d_model] -> the same, for every token.
     """
 
+    reads: tuple[str, ...] = ()
+
     def __init__(self, d_model: int, d_ff: int, router: Router, shared: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         n_experts = router.out_features
         self.router = router
         self.u = ExpertLinear(n_experts, d_model, d_ff)
         self.v = ExpertLinear(n_experts, d_model, d_ff)
-        self.o = ExpertLinear(n_experts, d_ff, d_model)
+        self.o = ExpertLinear(n_experts, d_ff, d_model, writes=True)
         self.shared = nn.ModuleList(shared)
 
     def experts(self, rows: Tensor, ends: Tensor) -> Tensor:
@@ -193,6 +195,8 @@ class UnitMixtureOfExperts(nn.Module):
     gives the entries of a unit h the size that the baseline's RMSNorm gives them. shared: MLPs on the sphere.
     """
 
+    reads: tuple[str, ...] = ()
+
     def __init__(
         self,
         d_model: int,
@@ -207,9 +211,9 @@ class UnitMixtureOfExperts(nn.Module):
         n_experts = router.out_features
         self.gate_gain = self.router_gain = math.sqrt(d_model)
         self.router = router
-        self.u = UnitExpertLinear(n_experts, d_model, d_ff, unit_axis=2)
-        self.v = UnitExpertLinear(n_experts, d_model, d_ff, unit_axis=2)
-        self.o = UnitExpertLinear(n_experts, d_ff, d_model, unit_axis=1)
+        self.u = UnitExpertLinear(n_experts, d_model, d_ff)
+        self.v = UnitExpertLinear(n_experts, d_model, d_ff)
+        self.o = UnitExpertLinear(n_experts, d_ff, d_model, writes=True)
         self.s_moe, self.s_u, self.s_v = s_moe, s_u, s_v
         self.shared = nn.ModuleList(shared)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -80,3 +82,12 @@ def preconditioned(features: Tensor, head: Linear, s_z: Tensor, q: float) -> Rea
     """
     weight, c = head.scaled_weight(), preconditioner(s_z, q)
     return Readout(features, _PreconditionedRows.apply(weight, s_z, c), (weight * c.unsqueeze(-1)).detach())
+
+
+Reading = Callable[[Tensor, Linear, Tensor], Readout]
+"""(h, head, s_z) -> readout."""
+
+
+def reading(q: float) -> Reading:
+    """How logits are read and their gradients come back: with preconditioning of exponent q, or plainly for 0."""
+    return partial(preconditioned, q=q) if q else scaled

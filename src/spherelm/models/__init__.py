@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from spherelm.models import gpt, ngpt
+from spherelm.models.config import (
+    EncDecConfig,
+    EncoderConfig,
+    GPTConfig,
+    NEncDecConfig,
+    NEncoderConfig,
+    NGPTConfig,
+)
 from spherelm.models.decoder import Decoder, LanguageModel
-from spherelm.models.encdec import EncDec, EncDecConfig
-from spherelm.models.encoder import Encoder, EncoderConfig
+from spherelm.models.encoder import MaskedModel
 from spherelm.models.encoder_decoder import EncoderDecoder
-from spherelm.models.gpt import GPT, GPTConfig
-from spherelm.models.hybrid import Hybrid, HybridConfig
-from spherelm.models.masked import MaskedModel
-from spherelm.models.nencdec import NEncDec, NEncDecConfig
-from spherelm.models.nencoder import NEncoder, NEncoderConfig
-from spherelm.models.ngpt import NGPT, NGPTConfig
-from spherelm.models.nhybrid import NHybrid, NHybridConfig
-from spherelm.models.pattern import PatternModel
+from spherelm.models.pattern import HybridConfig, NHybridConfig
 
 __all__ = [
     "ARMS",
@@ -42,12 +43,70 @@ __all__ = [
     "NGPTConfig",
     "NHybrid",
     "NHybridConfig",
-    "PatternModel",
     "arm_of",
     "build",
+    "has_pattern",
     "is_normalized",
     "parameter_count",
 ]
+
+
+
+class GPT(LanguageModel):
+    """The baseline (`gpt.py`), a language model."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config, gpt.KIT)
+
+
+class NGPT(LanguageModel):
+    """The normalized Transformer (`ngpt.py`), a language model."""
+
+    def __init__(self, config: NGPTConfig) -> None:
+        super().__init__(config, ngpt.KIT)
+
+
+class Hybrid(LanguageModel):
+    """The baseline with layers of several kinds."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config, gpt.KIT)
+
+
+class NHybrid(LanguageModel):
+    """The normalized Transformer with layers of several kinds ("Training nGPT", arXiv 2608.01284)."""
+
+    def __init__(self, config: NHybridConfig) -> None:
+        super().__init__(config, ngpt.KIT)
+
+
+class EncDec(EncoderDecoder):
+    """The baseline as an encoder-decoder."""
+
+    def __init__(self, config: EncDecConfig) -> None:
+        super().__init__(config, gpt.KIT)
+
+
+class NEncDec(EncoderDecoder):
+    """The normalized Transformer as an encoder-decoder."""
+
+    def __init__(self, config: NEncDecConfig) -> None:
+        super().__init__(config, ngpt.KIT)
+
+
+class Encoder(MaskedModel):
+    """The baseline as an encoder."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config, gpt.KIT)
+
+
+class NEncoder(MaskedModel):
+    """The normalized Transformer as an encoder."""
+
+    def __init__(self, config: NEncoderConfig) -> None:
+        super().__init__(config, ngpt.KIT)
+
 
 Config = (
     GPTConfig
@@ -96,6 +155,11 @@ def arm_of(config: Config) -> str:
 def is_normalized(arm: str) -> bool:
     """Whether the weights of `arm` live on the sphere."""
     return arm in TWINS
+
+
+def has_pattern(arm: str) -> bool:
+    """Whether the layers of `arm` are those of a pattern of letters."""
+    return hasattr(ARMS[arm][0], "mamba_expand")
 
 
 def parameter_count(config: Config) -> int:

@@ -99,7 +99,7 @@ class _Search:
         return [sorted(hypotheses, reverse=True)[: self.settings.beams] for hypotheses in self.finished]
 
     def _step(self) -> None:
-        h = self.model.trunk(self.model.embed(self.read), self.cache)
+        h = self.model.trunk(self.model.embedded(self.read), self.cache)
         log_p = read_logits(self.model.readout(h[:, -1:]))[:, 0].float().log_softmax(-1)
         count, beams, vocab_size = len(self.finished), self.settings.beams, log_p.shape[-1]
         total = (self.scores.unsqueeze(-1) + log_p.view(count, beams, vocab_size)).flatten(1)

@@ -75,7 +75,7 @@ class Continuation:
             pieces = [[0] * pad + row[start:] for row, start, pad in places]
         tokens = torch.tensor(pieces, device=self.device)
         mask, positions = self._places(tokens.shape[1])
-        h = self.model.trunk(self.model.embed(tokens), self._cache, mask, positions)
+        h = self.model.trunk(self.model.embedded(tokens), self._cache, mask, positions)
         self._past += tokens.shape[1]
         return read_logits(self.model.readout(h[:, -1:]))[:, 0]
 

@@ -1,112 +1,147 @@
-"""What all models share: tokens in, blocks in order, one read-out. GPT, NGPT and the others say what is different."""
+"""Models that write tokens from left to right, written once over a kit of parts: `gpt.py` or `ngpt.py`.
+
+A model is an embedding, blocks, and a head. A block is the sublayers that its letters name:
+
+| letter | part | it reads besides the hidden state | it remembers |
+|---|---|---|---|
+| A | attention | positions before, their distances unless `rope` is "none" | keys and values |
+| C | cross-attention | what an encoder made of the source | the source's keys and values |
+| - | MLP | nothing else | nothing |
+| M | Mamba-2 mixer | positions before | a state |
+| O | mixture of experts | nothing else | nothing |
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from spherelm.layers.cache import KVCache
+from spherelm.layers.attention import Attend, attend
+from spherelm.layers.cache import KVCache, LayerCache, StateCache
+from spherelm.layers.cross_attention import Memory
 from spherelm.layers.linear import Embedding
 from spherelm.layers.loss import Score, linear_cross_entropy, score, with_gradients_of
-from spherelm.layers.moe import pending_losses
+from spherelm.layers.mamba2 import StateSpace
+from spherelm.layers.moe import Router, pending_losses
 from spherelm.layers.readout import Readout, read_logits
-from spherelm.layers.rope import ROPES, RotaryTable
+from spherelm.layers.rope import ROPES, MakeTable, RotaryTable
+from spherelm.models.kit import Kit, Surroundings
 
-
-class DecoderConfig(Protocol):
-    """The fields that every decoder's config shares."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def n_kv_heads(self) -> int | None: ...
-    @property
-    def d_ff(self) -> int | None: ...
-    @property
-    def max_seq_len(self) -> int: ...
-    @property
-    def rope_base(self) -> float: ...
-    @property
-    def rope(self) -> str: ...
-
-
-def check_shape(config: DecoderConfig) -> None:
-    """Raise `ValueError`, naming the value and the fix, if the sizes cannot make a model."""
-    for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    if config.d_model % config.n_heads:
-        raise ValueError(
-            f"n_heads={config.n_heads} does not divide d_model={config.d_model}: choose n_heads among the divisors of d_model"
-        )
-    if (config.d_model // config.n_heads) % 2:
-        raise ValueError(
-            f"d_model / n_heads = {config.d_model // config.n_heads} is odd, and rotary embedding pairs channels: "
-            "choose sizes that give an even number of channels per head"
-        )
-    if config.n_kv_heads is not None and config.n_heads % config.n_kv_heads:
-        raise ValueError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
-    if not config.rope_base > 1:
-        raise ValueError(f"rope_base must be greater than 1, got {config.rope_base}")
-    if config.rope not in ROPES:
-        raise ValueError(f"unknown rope {config.rope!r}: choose one of {', '.join(ROPES)}")
-
+NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
+"""What a block calls the sublayer of a letter, and a kit what makes its part."""
 
 Rows = Sequence[Sequence[int]]
 """Token ids, a row a text."""
 
-RunBlock = Callable[..., Tensor]
-"""(block, h, table, mask, cache, *context) -> h."""
+RunBlock = Callable[[nn.Module, Tensor, Surroundings], Tensor]
+"""(block, h, surroundings) -> h."""
 
 
-def run_block(block: nn.Module, *inputs: object) -> Tensor:
-    """Call `block` with `inputs`."""
-    h: Tensor = block(*inputs)
-    return h
+def run_block(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
+    """Call `block`."""
+    after: Tensor = block(h, around)
+    return after
+
+
+@dataclass
+class Runtime:
+    """How a model is run: all that trainers, compilers and inspectors may change on a model after it was built.
+
+    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything computed from it; `None`
+    for that of the weights, which keep theirs. run: calls a block. attend: computes attention. score: what a chunk of logits
+    costs, and their gradients. label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode
+    there is none.
+    """
+
+    table: MakeTable
+    rope_base: float
+    compute_dtype: torch.dtype | None = None
+    run: RunBlock = run_block
+    attend: Attend = attend
+    score: Score = score
+    label_smoothing: float = 0.0
+
+
+class Block(nn.Module):
+    """Sublayers one after the other, by name; `letters` are those of their parts."""
+
+    def __init__(self, letters: str, sublayers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.letters = letters
+        for name, sublayer in sublayers.items():
+            self.add_module(name, sublayer)
+
+    @classmethod
+    def of(cls, config: Any, kit: Kit, letters: str) -> Block:
+        """The block of a kit's parts."""
+        names = [NAMES[letter] for letter in letters]
+        return cls(letters, {name: kit.sublayer(config, getattr(kit, name)(config)) for name in names})
+
+    @property
+    def sublayers(self) -> dict[str, Any]:
+        """By name, in their order."""
+        return dict(self.named_children())
+
+    def forward(self, h: Tensor, around: Surroundings) -> Tensor:
+        """[batch, seq, d_model] -> the same."""
+        for sublayer in self.children():
+            h = sublayer(h, around)
+        return h
 
 
 class Decoder(nn.Module):
-    """What writes tokens from left to right: `embed`, `blocks`, and a read-out given by the subclass.
+    """What is trained and written with: `embed`, `blocks`, `head`, all made by a kit.
 
-    The hidden state is computed in `embed.compute_dtype`. What a model reads besides the tokens before is its own business:
-    `loss` takes a batch of the data that it is for, `conditioned` the prompts of texts that are to be written.
-    continues: whether the texts that it writes begin with their prompts.
-    label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode there is none.
-    score: what a chunk of logits costs, and their gradients: of `layers.loss`, compiled where blocks are.
+    words: the letters of each block. rows: of the input embedding, the vocabulary by default. What a model reads besides the
+    tokens before is its own business: `loss` takes a batch of the data that it is for, `conditioned` the prompts of texts that
+    are to be written. continues: whether the texts that it writes begin with their prompts.
     """
 
     continues: ClassVar[bool]
-    config: DecoderConfig
-    embed: Embedding
-    blocks: nn.ModuleList
-    run: RunBlock
-    label_smoothing: float
-    score: Score
+    runtime: Runtime
+
+    def __init__(self, config: Any, kit: Kit, words: Iterable[str], rows: int | None = None) -> None:
+        super().__init__()
+        self.config, self.kit = config, kit
+        self.runtime = Runtime(ROPES[config.rope].table, config.rope_base)
+        self.embed: Embedding = kit.embedding(rows or config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block.of(config, kit, word) for word in words)
+        self.head = kit.head(config)
+        if config.tie_embeddings:
+            self.head.linear.weight = self.embed.weight
 
     @classmethod
     def single_layers(cls, config: Any) -> dict[Any, int]:
         """Configs of one layer each, and how many such layers the model of `config` has: what is counted once for all alike."""
         return {replace(config, n_layers=1): config.n_layers}
 
-    @abstractmethod
-    def init_weights(self) -> None:
-        """Draw every weight anew, from the distributions that the model's module states."""
+    def stacks(self) -> list[nn.ModuleList]:
+        """The lists of blocks that each carry a hidden state of their own."""
+        return [self.blocks]
 
-    @abstractmethod
+    def init_weights(self) -> None:
+        """Draw every weight anew, from the distributions that the kit's module states."""
+        self.kit.draw(self)
+        for module in self.modules():
+            if isinstance(module, StateSpace):
+                module.init_weights()
+            elif isinstance(module, Router):
+                module.reset_balance()
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """The hidden state that int64 tokens [batch, seq] start from: [batch, seq, d_model], in the compute dtype."""
+        return embedded(self.embed, tokens, self.runtime)
+
     def readout(self, h: Tensor) -> Readout:
         """What turns the last hidden state [..., d_model] into logits."""
+        read: Readout = self.head(h)
+        return read
 
     def trunk(
         self,
@@ -115,28 +150,41 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         run: RunBlock | None = None,
-        context: tuple[object, ...] = (),
+        memory: Memory | None = None,
     ) -> Tensor:
         """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds.
 
         mask: bool [batch, 1, seq, past + seq], True where a query may look; by default everything up to itself.
         positions: [seq], or [batch, seq] where sequences start at different ones; by default they go on from the cache.
-        run: calls a block with its arguments, `self.run` by default; whoever must record what blocks do passes another.
-        context: what every block is given besides.
+        run: calls a block, `runtime.run` by default; whoever must record what blocks do passes another.
+        memory: what an encoder made of the source.
         """
-        past, seq = 0 if cache is None else cache.length, h.shape[1]
+        past, seq, since = 0 if cache is None else cache.length, h.shape[1], self._since(h, mask, positions)
         if mask is None and past and seq > 1:
             mask = torch.ones(seq, past + seq, dtype=torch.bool, device=h.device).tril(past)
         if positions is None:
             positions = torch.arange(past, past + seq, device=h.device)
-        elif positions.ndim == 2:
-            positions = positions.unsqueeze(1)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        table = self.rotary_table(positions.to(wide), self.d_k, self.rope_base)
-        run = run or self.run
+        table = table_of(self.runtime, self.config.d_k, positions.unsqueeze(1) if positions.ndim == 2 else positions, h)
+        around = Surroundings(table, mask, None, since, memory, self.runtime.attend)
+        run = run or self.runtime.run
         for i, block in enumerate(self.blocks):
-            h = run(block, h, table, mask, None if cache is None else cache.layers[i], *context)
+            h = run(block, h, around if cache is None else around._replace(cache=cache.layers[i]))
         return h
+
+    def _since(self, h: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """How many positions ahead of each belong to its text, for mixers, where texts begin in mid-row.
+
+        Raises `ValueError` for a mask without such positions, which attention alone would heed.
+        """
+        if not any("M" in block.letters for block in self.blocks):  # type: ignore[operator]
+            return None
+        if positions is not None and positions.ndim == 2:
+            return positions.expand(h.shape[:2])
+        if mask is not None:
+            raise ValueError(
+                "a Mamba-2 layer does not read the mask: give positions [batch, seq] that are 0 where a text begins"
+            )
+        return None
 
     @abstractmethod
     def loss(
@@ -153,7 +201,7 @@ class Decoder(nn.Module):
 
     def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
         """The first layer alone, which stands for all where their cost is counted: [batch, seq, d_model] -> the same."""
-        return run_block(self.blocks[0], h, table)
+        return run_block(self.blocks[0], h, Surroundings(table))
 
     @abstractmethod
     def reader(self, tokens: Tensor) -> Decoder:
@@ -168,34 +216,39 @@ class Decoder(nn.Module):
 
         What routers of experts have pending is in its gradient and not in its value.
         """
-        smoothing = self.label_smoothing if self.training else 0.0
+        smoothing = self.runtime.label_smoothing if self.training else 0.0
         features, weight, pullback = self.readout(h)
         features = features.flatten(0, 1)
-        loss = linear_cross_entropy(features, weight, targets.flatten(), pullback, smoothing, self.score)
+        loss = linear_cross_entropy(features, weight, targets.flatten(), pullback, smoothing, self.runtime.score)
         return with_gradients_of(loss, pending_losses(self))
 
     def new_cache(self) -> KVCache:
-        """An empty cache of keys and values, to be passed to `forward` with the prompt and then with each new token."""
-        return KVCache(len(self.blocks))
-
-    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Compute in `dtype` from the embedding on; the weights keep theirs. None: in the dtype of the weights."""
-        self.embed.compute_dtype = dtype
-
-    def _remember_shape(self, config: DecoderConfig) -> None:
-        self.config, self.run, self.label_smoothing, self.score = config, run_block, 0.0, score
-        self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
-        self.rotary_table = ROPES[config.rope].table
+        """An empty cache, to be passed to `forward` with the prompt and then with each new token."""
+        return KVCache(StateCache() if block.letters == "M" else LayerCache() for block in self.blocks)
 
 
 class LanguageModel(Decoder):
-    """A causal language model: int64 tokens [batch, seq] -> logits [batch, seq, vocab] of every next token."""
+    """A causal language model: int64 tokens [batch, seq] -> logits [batch, seq, vocab] of every next token.
+
+    Its layers are attention and MLP, or those of the config's `pattern`, a letter each.
+    """
 
     continues = True
 
+    def __init__(self, config: Any, kit: Kit) -> None:
+        super().__init__(config, kit, getattr(config, "pattern", ["A-"] * config.n_layers))
+        self.init_weights()
+
+    @classmethod
+    def single_layers(cls, config: Any) -> dict[Any, int]:
+        """As in `Decoder`: of a pattern one for each letter that occurs."""
+        if not hasattr(config, "pattern"):
+            return super().single_layers(config)
+        return {replace(config, n_layers=1, pattern=letter): n for letter, n in Counter(config.pattern).items()}
+
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""
-        return read_logits(self.readout(self.trunk(self.embed(tokens), cache)))
+        return read_logits(self.readout(self.trunk(self.embedded(tokens), cache)))
 
     def loss(
         self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
@@ -204,7 +257,7 @@ class LanguageModel(Decoder):
 
         mask, positions: as for `trunk`.
         """
-        return self.read_loss(self.trunk(self.embed(tokens), mask=mask, positions=positions), targets)
+        return self.read_loss(self.trunk(self.embedded(tokens), mask=mask, positions=positions), targets)
 
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
         """This model: it goes on from the prompts themselves."""
@@ -221,3 +274,15 @@ class LanguageModel(Decoder):
     def repeated(self, count: int) -> LanguageModel:
         """The model of a batch in which every row stands `count` times, one copy beside the other: the same for all rows."""
         return self
+
+
+def embedded(embedding: Embedding, tokens: Tensor, runtime: Runtime) -> Tensor:
+    """The rows of `embedding` that int64 `tokens` name, in the compute dtype (eq. 1)."""
+    rows: Tensor = embedding(tokens)
+    return rows if runtime.compute_dtype is None else rows.to(runtime.compute_dtype)
+
+
+def table_of(runtime: Runtime, d_k: int, positions: Tensor, h: Tensor) -> RotaryTable:
+    """The rotary table of `positions` [..., seq], for a hidden state like `h`: float32, or wider where that is."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return runtime.table(positions.to(wide), d_k, runtime.rope_base)

@@ -1,47 +1,89 @@
-"""The baseline encoder: the GPT of `gpt.py`, read in both directions. Read beside `nencoder.py`.
+"""Encoders over a kit: a text is read in both directions, and tokens that are hidden in it are filled in.
 
-Weights start as GPT's; the input embedding has a row more, that of hidden tokens.
+Masked language modelling (Devlin et al., arXiv 1810.04805). The blocks are a language model's, whose queries look at every
+position instead of at those before them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from spherelm.layers.linear import Embedding, Linear
-from spherelm.layers.readout import Readout
-from spherelm.models.gpt import GPTBlock, GPTConfig, RMSNorm, draw_plain
-from spherelm.models.masked import MaskedModel, check_masked
-
-
-@dataclass(frozen=True)
-class EncoderConfig(GPTConfig):
-    """The shape of an `Encoder`, as in `GPTConfig`. hidden_part: of the tokens, while it is trained."""
-
-    hidden_part: float = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_masked(self)
+from spherelm.layers.cache import KVCache
+from spherelm.layers.cross_attention import Memory
+from spherelm.layers.readout import read_logits
+from spherelm.layers.rope import RotaryTable
+from spherelm.models.decoder import Decoder, Rows, RunBlock, run_block
+from spherelm.models.kit import Kit, Surroundings
 
 
-class Encoder(MaskedModel):
-    """The baseline: logits `z = RMSNorm(h) E_out^T` of the token at each position."""
+class MaskedModel(Decoder):
+    """int64 tokens [batch, seq] -> logits [batch, seq, vocab] of the token at every position, seen or hidden.
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self._remember_shape(config)
-        self.embed = Embedding(config.vocab_size + 1, config.d_model)
-        self.blocks = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, eps=1e-6)
-        self.head = Linear(config.d_model, config.vocab_size, role="output_embedding")
-        self.init_std = config.init_std
+    A hidden token is `mask_token`, the last row of the input embedding, which has vocab_size + 1 rows; it is never predicted.
+    Training hides the part `hidden_part` of the tokens (`data.masking`) and predicts those.
+    """
+
+    continues = False
+
+    def __init__(self, config: Any, kit: Kit) -> None:
+        super().__init__(config, kit, ["A-"] * config.n_layers, config.vocab_size + 1)
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """Draw every weight anew from GPT's distributions."""
-        draw_plain(self, self.init_std, 2 * len(self.blocks))
+    @property
+    def mask_token(self) -> int:
+        """The id that stands for a hidden token: vocab_size."""
+        size: int = self.config.vocab_size
+        return size
 
-    def readout(self, h: Tensor) -> Readout:
-        return Readout(self.norm(h), self.head.scaled_weight())
+    @property
+    def hidden_part(self) -> float:
+        """The part of the tokens that training hides."""
+        part: float = self.config.hidden_part
+        return part
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, seq, vocab] of what stands at each position, for int64 tokens [batch, seq]."""
+        return read_logits(self.readout(self.trunk(self.embedded(tokens))))
+
+    def trunk(
+        self,
+        h: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        run: RunBlock | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """As in `Decoder`; without a mask every position sees every other."""
+        mask = everywhere(h) if mask is None else mask
+        return super().trunk(h, cache, mask, positions, run, memory)
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats of `targets` int64 [batch, seq], the tokens that were hidden, -100 elsewhere."""
+        return self.read_loss(self.trunk(self.embedded(tokens), mask=mask, positions=positions), targets)
+
+    def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
+        return run_block(self.blocks[0], h, Surroundings(table, everywhere(h)))
+
+    def reader(self, tokens: Tensor) -> Decoder:
+        """This model."""
+        return self
+
+    def conditioned(self, prompts: Rows, end_token: int | None) -> NoReturn:
+        """Raises `ValueError`: it does not write."""
+        raise ValueError("an encoder fills in hidden tokens and writes no text: give a run of another arm")
+
+    def places(self, prompt: Sequence[int]) -> NoReturn:
+        """Raises `ValueError`: it does not write."""
+        self.conditioned((), None)
+
+
+def everywhere(h: Tensor) -> Tensor:
+    """The mask that lets every position of `h` [batch, seq, d_model] be seen: bool [1, 1, 1, seq]."""
+    return torch.ones(1, 1, 1, h.shape[1], dtype=torch.bool, device=h.device)

@@ -1,13 +1,15 @@
-"""What both encoder-decoders share: a source is read in both directions, a target written from left to right beside it.
+"""Encoder-decoders over a kit: a source is read in both directions, a target written from left to right beside it.
 
-`EncDec` and `NEncDec` say what is different. An encoder-decoder that has read its source is a language model of the target,
-p(y | x): `given` returns it as one, so that whatever reads or writes with a language model does so with a translation model.
+The encoder's blocks have attention without the causal mask and an MLP, the decoder's have cross-attention between the two, each
+part added to the hidden state as the kit does it. The nGPT paper calls this extension straightforward. An encoder-decoder that
+has read its source is a language model of the target, p(y | x): `given` returns it as one, so that whatever reads or writes
+with a language model does so with a translation model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,46 +18,44 @@ from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.linear import Embedding
 from spherelm.layers.readout import Readout, read_logits
-from spherelm.layers.rope import ROPES, RotaryTable
-from spherelm.models.decoder import Decoder, DecoderConfig, LanguageModel, Rows, RunBlock, run_block
+from spherelm.layers.rope import RotaryTable
+from spherelm.models.decoder import (
+    Block,
+    Decoder,
+    LanguageModel,
+    Rows,
+    RunBlock,
+    Runtime,
+    embedded,
+    run_block,
+    table_of,
+)
+from spherelm.models.kit import Kit, Surroundings
 
 PADDING = -100
 """What fills the rows of a source behind its end; any negative number does."""
 
 
-class EncoderDecoderConfig(DecoderConfig, Protocol):
-    """The fields that configs of encoder-decoders share."""
-
-    @property
-    def n_encoder_layers(self) -> int | None: ...
-
-
-def check_encoder(config: EncoderDecoderConfig) -> None:
-    """Raise `ValueError`, naming the value and the fix, if the encoder's depth makes no model."""
-    layers = config.n_encoder_layers
-    if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 1):
-        raise ValueError(f"n_encoder_layers must be a positive whole number or None, got {layers!r}")
-
-
 class SourceEncoder(nn.Module):
-    """Reads a sequence in both directions: the blocks of a language model, none of whose positions is hidden from another.
+    """Reads a sequence in both directions: none of its positions is hidden from another.
 
     Padding is seen by nobody, so that a row is read as it would be alone. `norm` is what the last state goes through.
     """
 
-    def __init__(self, config: DecoderConfig, embed: Embedding, blocks: Iterable[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, config: Any, kit: Kit, embed: Embedding) -> None:
         super().__init__()
-        self.embed, self.blocks, self.norm = embed, nn.ModuleList(blocks), norm
-        self.d_k, self.rope_base = config.d_model // config.n_heads, config.rope_base
-        self.rotary_table = ROPES[config.rope].table
+        self.d_k, self.embed = config.d_k, embed
+        depth = config.n_encoder_layers or config.n_layers
+        self.blocks = nn.ModuleList(Block.of(config, kit, "A-") for _ in range(depth))
+        self.norm = kit.source_norm(config)
 
-    def forward(self, source: Tensor, run: RunBlock = run_block) -> Memory:
+    def forward(self, source: Tensor, runtime: Runtime, run: RunBlock | None = None) -> Memory:
         """int64 [batch, source], negative where padded -> the states of its positions; run: as for `Decoder.trunk`."""
-        h, mask = self.embed(source.clamp_min(0)), real_tokens(source)
+        h, mask = embedded(self.embed, source.clamp_min(0), runtime), real_tokens(source)
         positions = torch.arange(source.shape[1], device=source.device)
-        table = self.rotary_table(positions.to(torch.promote_types(h.dtype, torch.float32)), self.d_k, self.rope_base)
+        around = Surroundings(table_of(runtime, self.d_k, positions, h), mask, attend=runtime.attend)
         for block in self.blocks:
-            h = run(block, h, table, mask, None)
+            h = (run or runtime.run)(block, h, around)
         return Memory(self.norm(h), mask)
 
 
@@ -63,7 +63,20 @@ class EncoderDecoder(Decoder):
     """An `encoder`, and a decoder whose blocks attend to what it made of the source."""
 
     continues = False
-    encoder: SourceEncoder
+
+    def __init__(self, config: Any, kit: Kit) -> None:
+        super().__init__(config, kit, ["AC-"] * config.n_layers)
+        source = self.embed if config.share_embeddings else kit.embedding(config.vocab_size, config.d_model)
+        self.encoder = SourceEncoder(config, kit, source)
+        self.init_weights()
+
+    def stacks(self) -> list[nn.ModuleList]:
+        return [self.encoder.blocks, self.blocks]
+
+    def encoded(self, source: Tensor) -> Memory:
+        """What the encoder makes of int64 `source` [batch, source], negative where padded."""
+        memory: Memory = self.encoder(source, self.runtime)
+        return memory
 
     def forward(self, source: Tensor, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, target, vocab] of every target position's next token.
@@ -71,7 +84,7 @@ class EncoderDecoder(Decoder):
         source: int64 [batch, source], negative where padded on the right; tokens: int64 [batch, target], from the token on that
         begins every target. With a cache the source is read again: to write a text, use `given`.
         """
-        h = self.trunk(self.embed(tokens), cache, context=(self.encoder(source, self.run),))
+        h = self.trunk(self.embedded(tokens), cache, memory=self.encoded(source))
         return read_logits(self.readout(h))
 
     def loss(
@@ -83,12 +96,13 @@ class EncoderDecoder(Decoder):
         batch is two tensors as it is for a language model. mask, positions: of the target, as for `trunk`.
         """
         source, written = tokens.split((tokens.shape[1] - targets.shape[1], targets.shape[1]), dim=1)
-        h = self.trunk(self.embed(written), mask=mask, positions=positions, context=(self.encoder(source, self.run),))
+        h = self.embedded(written)
+        h = self.trunk(h, mask=mask, positions=positions, memory=self.encoded(source))
         return self.read_loss(h, targets)
 
     def given(self, source: Tensor) -> Conditioned:
         """The language model of the targets of `source` int64 [batch, source], row by row; it shares all weights."""
-        return Conditioned(self, self.encoder(source, self.run))
+        return Conditioned(self, self.encoded(source))
 
     @torch.no_grad()
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
@@ -106,8 +120,8 @@ class EncoderDecoder(Decoder):
         if len(self.encoder.blocks) != len(self.blocks):
             raise ValueError("what an encoder-decoder costs is counted where n_encoder_layers is n_layers, or None")
         mask = torch.ones(h.shape[0], 1, 1, h.shape[1], dtype=torch.bool, device=h.device)
-        memory = Memory(run_block(self.encoder.blocks[0], h, table, mask, None), mask)
-        return run_block(self.blocks[0], h, table, None, None, memory)
+        memory = Memory(run_block(self.encoder.blocks[0], h, Surroundings(table, mask)), mask)
+        return run_block(self.blocks[0], h, Surroundings(table, memory=memory))
 
     def reader(self, tokens: Tensor) -> LanguageModel:
         """The decoder, given the same tokens as their source."""
@@ -122,30 +136,19 @@ class EncoderDecoder(Decoder):
             )
         return 1
 
-    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        self.embed.compute_dtype = self.encoder.embed.compute_dtype = dtype
-
 
 class Conditioned(LanguageModel):
     """An encoder-decoder that has read its sources: a language model of their targets, a row of the batch for each."""
 
     def __init__(self, model: EncoderDecoder, memory: Memory) -> None:
-        super().__init__()
-        self._remember_shape(model.config)
-        self.embed, self.blocks, self.memory = model.embed, model.blocks, memory
-        self._whole = (model,)  # in a tuple, so that its encoder is none of this module's parts
+        nn.Module.__init__(self)
+        self.config, self.kit, self.runtime = model.config, model.kit, model.runtime
+        self.embed, self.blocks, self.head, self.memory = model.embed, model.blocks, model.head, memory
         self.train(model.training)
-
-    def init_weights(self) -> None:
-        """Draw every weight of the whole model anew."""
-        self._whole[0].init_weights()
-
-    def readout(self, h: Tensor) -> Readout:
-        return self._whole[0].readout(h)
 
     def repeated(self, count: int) -> Conditioned:
         """The same with every source `count` times, one copy beside the other: for several texts from each."""
-        return Conditioned(self._whole[0], Memory(*(part.repeat_interleave(count, dim=0) for part in self.memory)))
+        return Conditioned(self, Memory(*(part.repeat_interleave(count, dim=0) for part in self.memory)))
 
     def trunk(
         self,
@@ -154,10 +157,10 @@ class Conditioned(LanguageModel):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         run: RunBlock | None = None,
-        context: tuple[object, ...] = (),
+        memory: Memory | None = None,
     ) -> Tensor:
         """As in `Decoder`; every block is given the source."""
-        return super().trunk(h, cache, mask, positions, run, (self.memory, *context))
+        return super().trunk(h, cache, mask, positions, run, memory or self.memory)
 
 
 def padded(rows: Rows, device: torch.device | str = "cpu") -> Tensor:

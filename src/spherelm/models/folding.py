@@ -17,22 +17,25 @@ queries and keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
-from spherelm.layers.attention import Attention, UnitAttention, join_heads, split_heads
+from spherelm.layers.attention import Attend, Attention, UnitAttention, attend, join_heads, split_heads
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import FeedForward, UnitFeedForward
 from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, UnitLinear
 from spherelm.layers.readout import Readout
+from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import RotaryTable, Rotation
-from spherelm.models.decoder import Decoder, LanguageModel
-from spherelm.models.gpt import GPT, GPTBlock, RMSNorm
-from spherelm.models.ngpt import NGPT, NGPTBlock, nvidia_step
+from spherelm.models import gpt, ngpt
+from spherelm.models.config import nvidia_step
+from spherelm.models.decoder import Block, Decoder, LanguageModel
+from spherelm.models.kit import Surroundings
 
 Transform = Callable[[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,6 +67,8 @@ STEPS: dict[Step, Step] = {
 class FoldedFeedForward(nn.Module):
     """`W_o (u * SiLU(v))`, u and v out of one product with [2 d_ff, d_model]."""
 
+    reads: tuple[str, ...] = ()
+
     def __init__(self, u: Tensor, v: Tensor, o: Tensor) -> None:
         super().__init__()
         self.uv, self.o = fixed(torch.cat((u, v))), fixed(o)
@@ -94,16 +99,23 @@ class FoldedAttention(nn.Module):
     qkv: [(n_heads + 2 n_kv_heads) d_k, d_model].
     """
 
+    reads = Attention.reads
+
     def __init__(
         self, source: Attention | UnitAttention, qkv: Tensor, o: Tensor, rotation: Rotation, finish: nn.Module
     ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.softmax_scale = source.n_heads, source.n_kv_heads, source.softmax_scale
-        self.rotation, self.attend, self.finish = rotation, source.attend, finish
+        self.rotation, self.finish = rotation, finish
         self.qkv, self.o = fixed(qkv), fixed(o)
 
     def forward(
-        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        h: Tensor,
+        table: RotaryTable,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        attend: Attend = attend,
     ) -> Tensor:
         """[batch, seq, d_model] -> the same; with a cache, `h` holds only the new positions."""
         heads = split_heads(self.qkv(h), self.n_heads + 2 * self.n_kv_heads)
@@ -111,7 +123,7 @@ class FoldedAttention(nn.Module):
         q, k = self.finish(self.rotation(qk, table)).split((self.n_heads, self.n_kv_heads), dim=1)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o(join_heads(self.attend(q, k, v, self.softmax_scale, mask)))
+        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))
 
 
 class GainlessNorm(nn.Module):
@@ -126,81 +138,96 @@ class GainlessNorm(nn.Module):
         return F.rms_norm(x, self.shape, None, self.eps)
 
 
-class FoldedGPTBlock(nn.Module):
-    """`GPTBlock` with its gains in the matrices."""
+class FoldedResidual(nn.Module):
+    """`Residual` whose gains are in the matrices of `part`."""
 
-    def __init__(self, block: GPTBlock, dtype: torch.dtype) -> None:
+    def __init__(self, source: gpt.Residual, dtype: torch.dtype) -> None:
         super().__init__()
-        a, m, gain_a, gain_m = block.attention, block.mlp, block.norm_a.weight, block.norm_m.weight
-        self.norm_a, self.norm_m = GainlessNorm(block.norm_a), GainlessNorm(block.norm_m)
-        qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight)) * gain_a
-        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), a.rotation, nn.Identity())
-        u, v = (matrix.weight * gain_m for matrix in (m.u, m.v))
-        self.mlp = FoldedFeedForward(u.to(dtype), v.to(dtype), m.o.weight.to(dtype))
+        self.norm, gain, part = GainlessNorm(source.norm), source.norm.weight, source.part
+        if isinstance(part, Attention):
+            qkv = torch.cat((part.q.weight, part.k.weight, part.v.weight)) * gain
+            self.part: nn.Module = FoldedAttention(
+                part, qkv.to(dtype), part.o.weight.to(dtype), part.rotation, nn.Identity()
+            )
+        else:
+            assert isinstance(part, FeedForward)
+            u, v = (matrix.weight * gain for matrix in (part.u, part.v))
+            self.part = FoldedFeedForward(u.to(dtype), v.to(dtype), part.o.weight.to(dtype))
 
-    def forward(
-        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, around: Surroundings) -> Tensor:
         """[batch, seq, d_model] -> the same."""
-        h = h + self.attention(self.norm_a(h), table, mask, cache)
-        return h + self.mlp(self.norm_m(h))
+        return h + self.part(self.norm(h), *around.for_part(self.part))
 
 
-class FoldedNGPTBlock(nn.Module):
-    """`NGPTBlock` with its scales in the matrices, as far as they can be."""
+class FoldedStep(nn.Module):
+    """`Step` whose scales are in the matrices of `part`, as far as they can be."""
 
-    alpha_a: Tensor
-    alpha_m: Tensor
+    alpha: Tensor
 
-    def __init__(self, block: NGPTBlock, dtype: torch.dtype) -> None:
+    def __init__(self, source: ngpt.Step, dtype: torch.dtype) -> None:
         super().__init__()
-        a, m = block.attention, block.mlp
-        self.step = STEPS[block.step]
+        self.step, part = STEPS[source.step], source.part
         wide = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("alpha_a", block.sign(block.alpha_a()).to(wide, copy=True))
-        self.register_buffer("alpha_m", block.sign(block.alpha_m()).to(wide, copy=True))
-        s_qk = a.s_qk().square().unsqueeze(1)
-        scale = torch.cat((s_qk, torch.ones_like(s_qk[:1]).expand(a.n_kv_heads, -1, -1)))
-        finish = UnitScale(unit if a.qk_norm else torch.positive, scale.to(dtype))
-        qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight))
-        self.attention = FoldedAttention(a, qkv.to(dtype), a.o.weight.to(dtype), a.rope.rotation, finish)
-        u, v = m.u.scaled_weight(m.s_u()), m.v.scaled_weight(m.s_v() * m.gate_gain)
-        self.mlp = FoldedFeedForward(u.to(dtype), v.to(dtype), m.o.weight.to(dtype))
+        self.register_buffer("alpha", source.sign(source.alpha()).to(wide, copy=True))
+        if isinstance(part, UnitAttention):
+            s_qk = part.s_qk().square().unsqueeze(1)
+            scale = torch.cat((s_qk, torch.ones_like(s_qk[:1]).expand(part.n_kv_heads, -1, -1)))
+            finish = UnitScale(unit if part.qk_norm else torch.positive, scale.to(dtype))
+            qkv = torch.cat((part.q.weight, part.k.weight, part.v.weight))
+            self.part: nn.Module = FoldedAttention(
+                part, qkv.to(dtype), part.o.weight.to(dtype), part.rope.rotation, finish
+            )
+        else:
+            assert isinstance(part, UnitFeedForward)
+            u, v = part.u.scaled_weight(part.s_u()), part.v.scaled_weight(part.s_v() * part.gate_gain)
+            self.part = FoldedFeedForward(u.to(dtype), v.to(dtype), part.o.weight.to(dtype))
 
-    def forward(
-        self, h: Tensor, table: RotaryTable, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, h: Tensor, around: Surroundings) -> Tensor:
         """Unit vectors [batch, seq, d_model] -> the same."""
-        h = self.step(h, unit(self.attention(h, table, mask, cache)), self.alpha_a)
-        return self.step(h, unit(self.mlp(h)), self.alpha_m)
+        return self.step(h, unit(self.part(h, *around.for_part(self.part))), self.alpha)
+
+
+class FoldedHead(nn.Module):
+    """Logits as one product."""
+
+    def __init__(self, source: gpt.Head | ngpt.Head, dtype: torch.dtype) -> None:
+        super().__init__()
+        if isinstance(source, gpt.Head):
+            self.norm: nn.Module = GainlessNorm(source.norm)
+            weight = source.linear.weight * source.norm.weight
+        else:
+            self.norm = nn.Identity()
+            weight = source.linear.scaled_weight(source.s_z())
+        self.linear = fixed(weight.to(dtype))
+
+    def forward(self, h: Tensor) -> Readout:
+        """[..., d_model] -> what the logits are computed from."""
+        return Readout(self.norm(h), self.linear.weight)
+
+
+def folded_block(block: Block, dtype: torch.dtype) -> Block:
+    """`block` with folded sublayers."""
+    fold: Any = {gpt.Residual: FoldedResidual, ngpt.Step: FoldedStep}
+    return Block(block.letters, {name: fold[type(part)](part, dtype) for name, part in block.sublayers.items()})
 
 
 class Folded(LanguageModel):
     """What `folded` makes: a decoder whose weights are fixed."""
 
-    def __init__(self, source: GPT | NGPT) -> None:
-        super().__init__()
-        self._remember_shape(source.config)
-        dtype = source.embed.compute_dtype or source.embed.weight.dtype
+    def __init__(self, source: LanguageModel) -> None:
+        nn.Module.__init__(self)
+        self.config, self.kit = source.config, source.kit
+        dtype = source.runtime.compute_dtype or source.embed.weight.dtype
+        self.runtime = replace(source.runtime, compute_dtype=None)
         with torch.device("meta"):
             self.embed = Embedding(*source.embed.weight.shape)
         self.embed.weight = frozen(source.embed.weight.to(dtype))
-        if isinstance(source, GPT):
-            self.blocks = nn.ModuleList(FoldedGPTBlock(block, dtype) for block in source.blocks)  # type: ignore[arg-type]
-            self.norm: nn.Module = GainlessNorm(source.norm)
-            head = source.head.weight * source.norm.weight
-        else:
-            self.blocks = nn.ModuleList(FoldedNGPTBlock(block, dtype) for block in source.blocks)  # type: ignore[arg-type]
-            self.norm = nn.Identity()
-            head = source.head.scaled_weight(source.s_z())
-        self.head = fixed(head.to(dtype))
+        self.blocks = nn.ModuleList(folded_block(block, dtype) for block in source.blocks)  # type: ignore[arg-type]
+        self.head = FoldedHead(source.head, dtype)
         self.eval()
 
     def init_weights(self) -> NoReturn:
         self._refuse()
-
-    def readout(self, h: Tensor) -> Readout:
-        return Readout(self.norm(h), self.head.weight)
 
     def train(self, mode: bool = True) -> Folded:
         """Refused, unless mode is False."""
@@ -227,18 +254,19 @@ def frozen(weight: Tensor) -> nn.Parameter:
 
 
 KNOWN: tuple[type[nn.Module], ...] = (
-    *(GPT, GPTBlock, Attention, FeedForward, RMSNorm, Embedding, Linear, nn.ModuleList),
-    *(NGPT, NGPTBlock, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear),
+    *(Block, RMSNorm, nn.ModuleList),
+    *(gpt.Residual, Attention, FeedForward, Embedding, Linear, gpt.Head),
+    *(ngpt.Step, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear, ngpt.Head),
 )
-"""What a foldable model consists of."""
+"""What a foldable model consists of, besides itself."""
 
 
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
-    if type(model) not in (GPT, NGPT):
-        return f"{type(model).__name__} is neither GPT nor NGPT"
+    if not isinstance(model, LanguageModel) or any(set(block.letters) > set("A-") for block in model.blocks):
+        return f"{type(model).__name__} is no language model of attention and MLP alone"
     for name, module in model.named_modules():
-        if type(module) not in KNOWN or "forward" in module.__dict__:
+        if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:
             return f"{name} is a {type(module).__name__} of another make"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which would not be called"
@@ -263,5 +291,5 @@ def folded(model: Decoder) -> Decoder:
     problem = obstacle(model)
     if problem is not None:
         raise ValueError(f"this model cannot be folded: {problem}; use it as it is (fold=False)")
-    assert isinstance(model, GPT | NGPT)
+    assert isinstance(model, LanguageModel)
     return Folded(model)

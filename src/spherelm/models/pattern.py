@@ -1,29 +1,16 @@
-"""What both hybrids share: a pattern of letters, each of them one layer, and what such a layer reads besides the hidden state.
-
-| letter | layer | it reads | it remembers |
-|---|---|---|---|
-| M | Mamba-2 mixer | positions before | a state |
-| A | attention | positions before, their distances unless `rope` is "none" | keys and values |
-| - | MLP | nothing else | nothing |
-| O | mixture of experts | nothing else | nothing |
-
-`Hybrid` and `NHybrid` say what is different.
-"""
+"""The configs of models of several kinds of layers, in the order that a pattern of letters gives."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
-
-from spherelm.layers.cache import KVCache, LayerCache, StateCache
 from spherelm.layers.mamba2 import MambaShape
 from spherelm.layers.moe import Router
-from spherelm.layers.rope import RotaryTable
-from spherelm.models.decoder import DecoderConfig, LanguageModel, RunBlock
+from spherelm.models.config import DecoderConfig, GPTConfig, NGPTConfig
+
+LETTERS = "MA-O"
+"""Of a pattern: Mamba-2 mixer, attention, MLP, mixture of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +74,10 @@ def check_pattern(config: PatternConfig) -> None:
     """Raise `ValueError`, naming the value and the fix, if the pattern cannot make a model."""
     if not isinstance(config.pattern, str):
         raise ValueError(f"pattern must be a text with a letter for each layer, such as 'MAM-', got {config.pattern!r}")
-    strange = sorted(set(config.pattern) - set(READS))
+    strange = sorted(set(config.pattern) - set(LETTERS))
     if strange:
         raise ValueError(
-            f"pattern {config.pattern!r} has {', '.join(map(repr, strange))}: a layer is one of {', '.join(READS)}"
+            f"pattern {config.pattern!r} has {', '.join(map(repr, strange))}: a layer is one of {', '.join(LETTERS)}"
         )
     if len(config.pattern) != config.n_layers:
         raise ValueError(
@@ -163,63 +150,29 @@ def mamba_shape(config: PatternConfig) -> MambaShape:
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a layer may read besides the hidden state. since: int64 [batch, seq], see `StateSpace`."""
+class HybridConfig(PatternFields, GPTConfig):
+    """The shape of a `Hybrid`: `GPTConfig` and `PatternFields`; n_layers counts letters."""
 
-    table: RotaryTable
-    mask: Tensor | None
-    cache: LayerCache | None
-    since: Tensor | None
-
-
-NAMES = {"M": "mamba", "A": "attention", "-": "mlp", "O": "experts"}
-"""What a block calls its layer, by letter; attention and MLP are called as GPT's are."""
-
-Read = Callable[[Any, Tensor, Surroundings], Tensor]
-"""(block, h, surroundings) -> what the block's layer proposes: [batch, seq, d_model] -> the same."""
-
-READS: dict[str, Read] = {
-    "M": lambda block, h, around: block.mamba(h, around.cache, around.since),
-    "A": lambda block, h, around: block.attention(h, around.table, around.mask, around.cache),
-    "-": lambda block, h, around: block.mlp(h),
-    "O": lambda block, h, around: block.experts(h),
-}
-"""How the layer of each letter is called."""
-
-CACHES: dict[str, type[LayerCache]] = {"M": StateCache}
-"""What remembers for the layer of a letter, where it is not a `LayerCache`."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern(self)
 
 
-class PatternModel(LanguageModel):
-    """A causal language model of the layers that a pattern names: `blocks`, one a letter."""
+@dataclass(frozen=True)
+class NHybridConfig(PatternFields, NGPTConfig):
+    """The shape of an `NHybrid` and where its learned scales start: `NGPTConfig` and `PatternFields`; n_layers counts letters.
 
-    pattern: str
+    s_mamba_init, s_mamba_scale, s_moe_init, s_moe_scale: of each mixer's and each router's number, as for the other scales.
+    """
 
-    @classmethod
-    def single_layers(cls, config: Any) -> dict[Any, int]:
-        """As in `Decoder`: one for each letter that occurs."""
-        return {replace(config, n_layers=1, pattern=letter): n for letter, n in Counter(config.pattern).items()}
+    s_mamba_init: float = 1.0
+    s_mamba_scale: float = 1.0
+    s_moe_init: float = 1.0
+    s_moe_scale: float = 1.0
 
-    def trunk(
-        self,
-        h: Tensor,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        run: RunBlock | None = None,
-        context: tuple[object, ...] = (),
-    ) -> Tensor:
-        """As in `Decoder`. In positions [batch, seq] a text begins at 0, and no state comes over from the one before.
-
-        Raises `ValueError` for a mask without such positions, which attention alone would heed.
-        """
-        since = None if positions is None or positions.ndim == 1 else positions.expand(h.shape[:2])
-        if mask is not None and since is None and "M" in self.pattern:
-            raise ValueError(
-                "a Mamba-2 layer does not read the mask: give positions [batch, seq] that are 0 where a text begins"
-            )
-        return super().trunk(h, cache, mask, positions, run, (since, *context))
-
-    def new_cache(self) -> KVCache:
-        """An empty cache: keys and values of attention, states of mixers."""
-        return KVCache(CACHES.get(letter, LayerCache)() for letter in self.pattern)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern(self)
+        for name in ("s_mamba_init", "s_mamba_scale", "s_moe_init", "s_moe_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
-from spherelm.layers.linear import Embedding
+from spherelm.models.decoder import Decoder
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
@@ -34,7 +34,7 @@ def product_dtype(model: nn.Module) -> torch.dtype:
     Else bfloat16, which is enough, on an accelerator, and float32 on a processor, since most emulate bfloat16 at a hundredth
     of their speed.
     """
-    named = (module.compute_dtype for module in model.modules() if isinstance(module, Embedding))
+    named = (module.runtime.compute_dtype for module in model.modules() if isinstance(module, Decoder))
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     return next((dtype for dtype in named if dtype is not None), torch.float32 if on_cpu else torch.bfloat16)
 

@@ -25,6 +25,7 @@ from spherelm.layers.linear import ExpertLinear
 from spherelm.layers.loss import chunk_rows, linear_cross_entropy
 from spherelm.layers.moe import idle_weights
 from spherelm.models import ARMS, Config, Decoder, arm_of, build
+from spherelm.models.decoder import table_of
 
 aten: Any = torch.ops.aten
 
@@ -130,7 +131,7 @@ def _cost(forward: Callable[[], Tensor], parameters: Iterator[nn.Parameter]) -> 
 def _fake_model(config: Config, dtype: torch.dtype) -> Decoder:
     """A model of one block, without data; call it under `FakeTensorMode`."""
     model = build(next(iter(single_layers(config))))
-    model.set_compute_dtype(dtype)
+    model.runtime.compute_dtype = dtype
     return model
 
 
@@ -151,7 +152,7 @@ def _block_cost(config: Config, batch_size: int, seq_len: int, dtype: torch.dtyp
         model = _fake_model(config, dtype)
         h = torch.empty(batch_size, seq_len, config.d_model, dtype=dtype, requires_grad=True)
         h.grad = torch.zeros_like(h)
-        table = model.rotary_table(torch.arange(seq_len, dtype=torch.float32), model.d_k, model.rope_base)
+        table = table_of(model.runtime, config.d_k, torch.arange(seq_len), h)
         layers = (parameter for name, parameter in model.named_parameters() if "blocks." in name)
         return _cost(lambda: model.layer(h, table), layers)
 
@@ -198,5 +199,5 @@ def flops_per_token(model: Decoder, seq_len: int) -> int:
     """
     matrices = [module for module in model.modules() if isinstance(module, nn.Linear | ExpertLinear)]
     weights = sum(module.weight.numel() for module in matrices) - idle_weights(model, ExpertLinear)
-    width, pattern = model.config.n_heads * model.d_k, getattr(model, "pattern", "A" * len(model.blocks))
-    return 6 * weights + 12 * pattern.count("A") * width * seq_len
+    attentions = sum("A" in block.letters for block in model.blocks)  # type: ignore[operator]
+    return 6 * weights + 12 * attentions * model.config.d_model * seq_len

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spherelm import sphere
+from spherelm.analysis.parts import layers_with
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder
@@ -59,18 +60,25 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
+ALPHAS = {
+    "attention": "alpha_A",
+    "cross-attention": "alpha_C",
+    "MLP": "alpha_M",
+    "mixer": "alpha_mixer",
+    "experts": "alpha_experts",
+}
+"""What a run's log calls the eigen learning rates of each part."""
+
+
 @torch.no_grad()
 def learned_scales(model: nn.Module) -> dict[str, Any]:
-    """Mean effective `|alpha_A|` and `|alpha_M|` of each layer, and the mean of `s_z`; empty for a model without them.
-
-    A layer of a hybrid has one `alpha`.
-    """
+    """Mean effective `|alpha|` of the layers that have each part, and the mean of `s_z`; empty for a model without them."""
     found: dict[str, Any] = {}
-    for name in ("alpha_a", "alpha_m", "alpha"):
-        scales = [getattr(block, name) for block in model.blocks if hasattr(block, name)]  # type: ignore[union-attr]
+    for name, key in ALPHAS.items():
+        scales = [sublayer.alpha for sublayer in layers_with(model, name).values() if hasattr(sublayer, "alpha")]
         if scales:
-            found[name.replace("_a", "_A").replace("_m", "_M")] = [_mean(scale.value, scale) for scale in scales]
-    s_z: Any = getattr(model, "s_z", None)
+            found[key] = [_mean(scale.value, scale) for scale in scales]
+    s_z: Any = getattr(model.head, "s_z", None)
     return found if s_z is None else {**found, "s_z": (whole(s_z.value).mean() * s_z.init / s_z.scale).item()}
 
 

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import uncounted
 from spherelm.models import Decoder
+from spherelm.models.kit import Surroundings
 from spherelm.train.config import TrainConfig
 
 T = TypeVar("T")
@@ -236,7 +237,7 @@ def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
     Weights are cut between unit vectors, so that their lengths need no communication; see `place`.
     """
     if recompute:
-        model.run = recompute_block
+        model.runtime.run = recompute_block
     if group.is_alone:
         return Spread(model.loss, group.device)
     if group.mesh is None:
@@ -299,8 +300,8 @@ def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[Any], Ab
     return nullcontext(), uncounted(block)
 
 
-def recompute_block(block: nn.Module, *arguments: object) -> Tensor:
+def recompute_block(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
     """Call a block that keeps only its arguments, and is called again in the backward pass, where nothing is counted."""
     contexts = partial(_first_and_second, block)
-    h: Tensor = recomputed(block, *arguments, use_reentrant=False, context_fn=contexts)
-    return h
+    after: Tensor = recomputed(block, h, around, use_reentrant=False, context_fn=contexts)
+    return after

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spherelm.layers.mamba2 import StateSpace
+from spherelm.models import Decoder
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -43,7 +44,7 @@ def leave_state_spaces_uncompiled(model: nn.Module) -> None:
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
 
 
-def compile_blocks(model: nn.Module, trial: Callable[[], object]) -> None:
+def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
     """Compile each block of `model` in place, and its read-out: blocks share one compilation, a fraction of the whole's time.
 
     trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the process
@@ -51,10 +52,10 @@ def compile_blocks(model: nn.Module, trial: Callable[[], object]) -> None:
     """
     try:
         leave_state_spaces_uncompiled(model)
-        for block in model.blocks:  # type: ignore[union-attr]
+        for block in model.blocks:
             block.compile()
-        for name in ("readout", "score"):
-            setattr(model, name, torch.compile(getattr(model, name)))
+        model.head.compile()
+        model.runtime.score = torch.compile(model.runtime.score)
         trial()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

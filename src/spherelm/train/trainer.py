@@ -54,8 +54,8 @@ class Trainer:
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
-        model.set_compute_dtype(resolve_dtype(train.dtype, self.device))
-        model.label_smoothing = train.label_smoothing
+        model.runtime.compute_dtype = resolve_dtype(train.dtype, self.device)
+        model.runtime.label_smoothing = train.label_smoothing
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)

@@ -61,5 +61,5 @@ def to_hf(model: Decoder) -> SphereModel:
         owner, _, leaf = name.rpartition(".")
         setattr(wrapped.model.get_submodule(owner), leaf, buffer)
     wrapped.config.dtype = model.embed.weight.dtype
-    wrapped.model.set_compute_dtype(model.embed.compute_dtype)
+    wrapped.model.runtime.compute_dtype = model.runtime.compute_dtype
     return wrapped.train(model.training)

@@ -21,6 +21,7 @@ from spherelm.layers.cache import KVCache, LayerCache
 from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
+from spherelm.models.kit import Surroundings
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the installed transformers calls the cache of keys and values, in arguments and results."""
@@ -120,7 +121,7 @@ def check_adapters(model: nn.Module) -> None:
                 f"{type(module).__name__} takes {name} off the unit sphere: "
                 "pass peft the config that spherelm.interop.huggingface.adapters.on_sphere(config) returns"
             )
-        if name.endswith("model.head"):
+        if name.endswith("model.head.linear"):
             raise ValueError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
 
 
@@ -133,11 +134,9 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
-    _no_split_modules = [  # noqa: RUF012 (transformers' own way)
-        *("GPTBlock", "NGPTBlock", "EncDecBlock", "NEncDecBlock", "HybridBlock", "NHybridBlock")
-    ]
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own way)
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
-    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"model.head.linear.weight": "model.embed.weight"}  # noqa: RUF012
     _input_embed_layer = "embed"
     _supports_sdpa = True
     _gradient_checkpointing_func: Callable[..., Tensor]
@@ -145,9 +144,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SphereLMConfig) -> None:
         super().__init__(config)
         self.model = build(config.arm_config())
-        for module in self.model.modules():
-            if hasattr(module, "attend"):
-                module.attend = ChosenAttention(config)
+        self.model.runtime.attend = ChosenAttention(config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,7 +162,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
             tensor._is_hf_initialized = True
 
     def get_output_embeddings(self) -> nn.Module:
-        head: nn.Module = self.model.head
+        head: nn.Module = self.model.head.linear
         return head
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -176,7 +173,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """As `set_input_embeddings`."""
         self._check_kind(self.get_output_embeddings(), value)
-        self.model.head = value
+        self.model.head.linear = value
 
     @staticmethod
     def _check_kind(ours: nn.Module, other: nn.Module) -> None:
@@ -224,11 +221,11 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     def _run_recording(self, states: list[Tensor]) -> Callable[..., Tensor]:
         """What calls a block: notes its input in `states`, and recomputes it in the backward pass if that was enabled."""
 
-        def run(block: nn.Module, h: Tensor, *rest: object) -> Tensor:
+        def run(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
             states.append(h)
             if self.gradient_checkpointing and self.training:
-                return self._gradient_checkpointing_func(block.__call__, h, *rest)
-            return run_block(block, h, *rest)
+                return self._gradient_checkpointing_func(block.__call__, h, around)
+            return run_block(block, h, around)
 
         return run
 
@@ -301,7 +298,7 @@ class SphereLMForCausalLM(SphereModel):
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        h: Tensor = self.model.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        h: Tensor = self.model.embedded(input_ids) if inputs_embeds is None else inputs_embeds
         return h
 
     def _cache_to_use(self, given: Cache | None, use_cache: bool | None) -> Cache | None:

@@ -82,7 +82,7 @@ class SphereSeq2SeqLM(SphereModel):
     main_input_name = "input_ids"
 
     def __init__(self, config: SphereSeq2SeqConfig) -> None:
-        tied = {"model.head.weight": "model.embed.weight"} if config.tie_word_embeddings else {}
+        tied = {"model.head.linear.weight": "model.embed.weight"} if config.tie_word_embeddings else {}
         shared = {"model.encoder.embed.weight": "model.embed.weight"} if config.share_embeddings else {}
         self._tied = {**tied, **shared}
         super().__init__(config)
@@ -117,7 +117,9 @@ class SphereSeq2SeqLM(SphereModel):
         """The encoder's states of sources padded on either side; in a row of the result the real ones stand first."""
         states: list[Tensor] = []
         with recorded_attention(self._wants_attentions(output_attentions)) as weights:
-            memory = self.model.encoder(moved_left(input_ids, attention_mask), self._run_recording(states))
+            memory = self.model.encoder(
+                moved_left(input_ids, attention_mask), self.model.runtime, self._run_recording(states)
+            )
         wanted = self._wants_hidden(output_hidden_states)
         return BaseModelOutput(
             last_hidden_state=memory.states,
@@ -159,7 +161,7 @@ class SphereSeq2SeqLM(SphereModel):
         memory = self._memory(encoder_outputs[0], attention_mask)
         given: Any = past_key_values if cache is None else cache
         both, states = self._cache_to_use(given, use_cache), list[Tensor]()
-        h = self.model.embed(decoder_input_ids)
+        h = self.model.embedded(decoder_input_ids)
         positions = self._positions(h, None, decoder_attention_mask, both)
         mask = create_causal_mask(
             config=self.config, inputs_embeds=h, attention_mask=decoder_attention_mask, position_ids=positions,
@@ -167,7 +169,7 @@ class SphereSeq2SeqLM(SphereModel):
         )  # fmt: skip
         view = None if both is None else CrossCacheView(both, self.config.n_layers)
         with recorded_attention(self._wants_attentions(output_attentions)) as weights:
-            h = self.model.trunk(h, view, mask, positions, self._run_recording(states), (memory,))
+            h = self.model.trunk(h, view, mask, positions, self._run_recording(states), memory)
         readout = self.model.readout(h)
         logits, loss = read_logits(readout), None
         if labels is not None:
