@@ -57,7 +57,7 @@ def ours(model: Decoder) -> Decode:
     def decode(prompt: Tensor) -> Iterator[None]:
         cache, tokens = model.new_cache(), prompt
         while True:
-            h = model.trunk(model.embed(tokens), cache)
+            h = model.trunk(model.embedded(tokens), cache)
             tokens = read_logits(model.readout(h[:, -1:]))[:, -1:].argmax(-1)
             yield
 

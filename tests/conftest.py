@@ -17,8 +17,7 @@ from torch import Tensor
 
 from spherelm.models import build
 from spherelm.models.decoder import Decoder
-from spherelm.models.gpt import GPTConfig
-from spherelm.models.ngpt import NGPTConfig
+from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import torch
 from paper_moe import Experts
 from torch import Tensor
 
-from spherelm.models import HybridConfig, NHybridConfig, PatternModel, build
+from spherelm.models import HybridConfig, NHybridConfig, LanguageModel, build
 
 SIZES: dict[str, Any] = {"vocab_size": 37, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 32}
 MIXERS: dict[str, Any] = {"mamba_d_head": 12, "mamba_d_state": 5, "mamba_chunk": 4, "mamba_groups": 2, "mamba_conv": 3}
@@ -27,7 +27,7 @@ class HybridCase:
     """A model, its weights for the oracle, and a batch."""
 
     arm: str
-    model: PatternModel
+    model: LanguageModel
     weights: paper.Params
     shape: paper_hybrid.Shape
     tokens: Tensor
@@ -58,7 +58,7 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCa
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = build(config).double()
-    assert isinstance(model, PatternModel)
+    assert isinstance(model, LanguageModel)
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

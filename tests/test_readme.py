@@ -404,7 +404,7 @@ def attention(row: Row) -> None:
     assert row.names == ["n_kv_heads"]
     for arm in ARMS:
         model = small(arm, n_kv_heads=2)
-        assert model.blocks[0].attention.k.weight.shape == (8, 16)
+        assert model.blocks[0].attention.part.k.weight.shape == (8, 16)
         tokens, targets = tokens_and_targets()
         assert (
             model.loss(tokens, targets[:, -5:]).isfinite()
@@ -417,11 +417,11 @@ def attention(row: Row) -> None:
 def embeddings(row: Row) -> None:
     assert row.names == ["tie_embeddings"]
     for arm in ARMS:
-        assert small(arm).head.weight is not small(arm).embed.weight
+        assert small(arm).head.linear.weight is not small(arm).embed.weight
         if arm.endswith("encoder"):  # whose input has a row more than their output
             continue
         tied = small(arm, tie_embeddings=True)
-        assert tied.head.weight is tied.embed.weight
+        assert tied.head.linear.weight is tied.embed.weight
 
 
 @check("Number formats")

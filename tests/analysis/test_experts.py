@@ -106,13 +106,13 @@ def test_layers_are_found_by_their_parts(arm: str) -> None:
         **dict.fromkeys(("E_u", "E_v", "E_o"), (1, E)),
         **dict.fromkeys(("W_u", "W_v", "W_oMLP"), (1, 1)),
     }
-    bank = model.get_parameter("blocks.0.mlp.o.weight").detach().double().numpy()
+    bank = model.get_parameter("blocks.0.mlp.part.o.weight").detach().double().numpy()
     np.testing.assert_allclose(singular["E_o"][0, 3], np.linalg.svd(bank[3], compute_uv=False), rtol=1e-6)
 
 
 def test_off_sphere_looks_at_every_expert() -> None:
     model = model_of("ngpt")
-    model.get_parameter("blocks.1.mlp.o.weight").data[4, :, 2] *= 1.25
+    model.get_parameter("blocks.1.mlp.part.o.weight").data[4, :, 2] *= 1.25
     found = geometry.off_sphere(model)
     assert max(found, key=found.__getitem__) == "E_o"
     assert found["E_o"] == pytest.approx(departure(model)) == pytest.approx(0.25, abs=1e-6)

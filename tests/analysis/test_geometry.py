@@ -76,10 +76,10 @@ def test_singular_values_are_those_of_every_head_and_of_unit_vectors() -> None:
         "Q": (2, 3, 8), "K": (2, 1, 8), "V": (2, 1, 8), "W_o": (2, 3, 8),
         "W_u": (2, 1, 24), "W_v": (2, 1, 24), "W_oMLP": (2, 1, 24),
     }  # fmt: skip
-    o = model.get_parameter("blocks.1.attention.o.weight").detach().double().numpy()
+    o = model.get_parameter("blocks.1.attention.part.o.weight").detach().double().numpy()
     head = o[:, 8:16] / np.linalg.norm(o[:, 8:16], axis=0)
     np.testing.assert_allclose(unit["W_o"][1, 1], np.linalg.svd(head, compute_uv=False), rtol=1e-9)
-    u = model.get_parameter("blocks.0.mlp.u.weight").detach().double().numpy()
+    u = model.get_parameter("blocks.0.mlp.part.u.weight").detach().double().numpy()
     np.testing.assert_allclose(plain["W_u"][0, 0], np.linalg.svd(u, compute_uv=False), rtol=1e-9)
 
 
@@ -93,7 +93,7 @@ def test_unit_vectors_change_nothing_on_the_sphere() -> None:
 def test_off_sphere_is_the_departure_matrix_by_matrix() -> None:
     model = build(NGPTConfig(**SHAPE))
     with torch.no_grad():
-        model.get_parameter("blocks.1.mlp.o.weight")[:, 3] *= 1.25
+        model.get_parameter("blocks.1.mlp.part.o.weight")[:, 3] *= 1.25
     found = geometry.off_sphere(model)
     assert max(found, key=found.__getitem__) == "W_oMLP"
     assert found["W_oMLP"] == pytest.approx(departure(model)) == pytest.approx(0.25, abs=1e-6)
@@ -109,5 +109,5 @@ def test_off_sphere_of_a_gpt_is_how_far_its_vectors_are_from_unit() -> None:
 
 def test_vector_lengths_are_sorted_and_of_one_layer() -> None:
     model = build(GPTConfig(**SHAPE))
-    expected = model.get_parameter("blocks.1.attention.k.weight").detach().double().norm(dim=1).sort().values
+    expected = model.get_parameter("blocks.1.attention.part.k.weight").detach().double().norm(dim=1).sort().values
     np.testing.assert_allclose(geometry.vector_lengths(model, "K", 1), expected.numpy(), rtol=1e-12)

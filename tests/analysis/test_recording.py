@@ -46,8 +46,8 @@ def test_it_starts_at_the_embedding_and_ends_where_the_model_does(recorded: tupl
     assert found.n_layers == 3
     assert len(found.stops) == 7
     assert len(found.proposals) == 6
-    torch.testing.assert_close(found.stops[0], model.embed(tokens()).flatten(0, 1), rtol=0, atol=0)
-    torch.testing.assert_close(found.stops[-1], model.trunk(model.embed(tokens())).flatten(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(found.stops[0], model.embedded(tokens()).flatten(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(found.stops[-1], model.trunk(model.embedded(tokens())).flatten(0, 1), rtol=0, atol=0)
 
 
 def test_each_step_of_a_gpt_adds_its_proposal() -> None:
@@ -105,7 +105,7 @@ def test_entropies_come_from_the_models_own_attention() -> None:
     """Where s_qk is zero every query looks at all keys alike."""
     model = model_of("ngpt")
     with torch.no_grad():
-        model.blocks[1].attention.s_qk.value.zero_()  # type: ignore[union-attr, operator]
+        model.blocks[1].attention.part.s_qk.value.zero_()  # type: ignore[union-attr, operator]
     found = motion.measure_motion(model, record(model, tokens()))
     assert found.entropies.shape == found.spread.shape == (3, 3)
     assert found.spread[1] == pytest.approx(1.0, abs=1e-5)
@@ -171,7 +171,7 @@ def test_output_directions_are_those_in_which_logits_grow(recorded: tuple[Decode
     assert directions.norm(dim=-1) == pytest.approx(torch.ones(37).numpy(), abs=1e-5)
     states = torch.cat((directions[5:6], norm(torch.randn(200, 24))))
     logits = motion._logits(model, states)[:, 5]
-    best = logits.argmax() if hasattr(model, "norm") or model.s_z()[5] > 0 else logits.argmin()  # type: ignore[operator]
+    best = logits.argmax() if hasattr(model, "norm") or model.head.s_z()[5] > 0 else logits.argmin()  # type: ignore[operator]
     assert best == 0
 
 
@@ -192,7 +192,7 @@ def test_all_is_measured_at_once_and_agrees_with_its_parts(arm: str) -> None:
 
 def test_a_model_with_nan_is_refused() -> None:
     model = model_of("gpt")
-    model.get_parameter("blocks.1.mlp.u.weight").data[0, 0] = math.nan
+    model.get_parameter("blocks.1.mlp.part.u.weight").data[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.u\.weight holds NaN or Inf"):
         look_inside(model, tokens())
 
@@ -200,7 +200,7 @@ def test_a_model_with_nan_is_refused() -> None:
 def test_states_that_overflow_are_refused() -> None:
     model = model_of("gpt")
     with torch.no_grad():
-        model.get_parameter("blocks.1.mlp.u.weight").mul_(1e30)
-        model.get_parameter("blocks.1.mlp.v.weight").mul_(1e30)
+        model.get_parameter("blocks.1.mlp.part.u.weight").mul_(1e30)
+        model.get_parameter("blocks.1.mlp.part.v.weight").mul_(1e30)
     with pytest.raises(ValueError, match="the hidden state at stop 4 holds NaN or Inf"):
         look_inside(model, tokens())

@@ -46,8 +46,8 @@ def test_the_last_stop_is_what_the_model_predicts(arm: str) -> None:
 def test_angles_are_those_to_the_output_vectors_and_steps_those_of_the_states() -> None:
     walk, model = walk_of("ngpt"), model_of("ngpt")
     ids = torch.tensor([load_tokenizer("bytes").encode(SENTENCE)])
-    start, end = model.embed(ids)[0], model.trunk(model.embed(ids))[0]
-    rows = model.get_parameter("head.weight").detach().numpy()
+    start, end = model.embedded(ids)[0], model.trunk(model.embedded(ids))[0]
+    rows = model.get_parameter("head.linear.weight").detach().numpy()
     cosine = (end.detach().numpy()[3] * rows[walk.entries[-1, 3, 0]]).sum()
     assert walk.angles[-1, 3, 0] == pytest.approx(np.degrees(np.arccos(cosine)), abs=0.01)
     between = torch.nn.functional.cosine_similarity(start, end, dim=-1).acos().rad2deg().detach().numpy()

@@ -32,21 +32,21 @@ def test_condition_numbers_are_numpys_median_over_heads(arm: str) -> None:
     measured = weights.condition_numbers(model)
     for layer in range(3):
         for name, path, heads in (("Q", "q", 3), ("K", "k", 1), ("V", "v", 1), ("W_o", "o", 3)):
-            weight = array(model, f"blocks.{layer}.attention.{path}.weight")
+            weight = array(model, f"blocks.{layer}.attention.part.{path}.weight")
             slices = np.split(weight, heads, axis=1 if name == "W_o" else 0)
             assert all(8 in piece.shape for piece in slices)
             assert measured[name][layer] == pytest.approx(
                 np.median([np.linalg.cond(piece) for piece in slices]), rel=1e-9
             )
         for name, path in (("W_u", "u"), ("W_v", "v"), ("W_oMLP", "o")):
-            weight = array(model, f"blocks.{layer}.mlp.{path}.weight")
+            weight = array(model, f"blocks.{layer}.mlp.part.{path}.weight")
             assert measured[name][layer] == pytest.approx(np.linalg.cond(weight), rel=1e-9)
 
 
 def test_a_matrix_without_full_rank_has_an_infinite_condition_number() -> None:
     model = perturbed("gpt", n_layers=1)
-    model.get_parameter("blocks.0.mlp.u.weight").data.zero_()
-    model.get_parameter("blocks.0.mlp.u.weight").data[0, 0] = 1
+    model.get_parameter("blocks.0.mlp.part.u.weight").data.zero_()
+    model.get_parameter("blocks.0.mlp.part.u.weight").data[0, 0] = 1
     assert weights.condition_numbers(model)["W_u"][0] == np.inf
 
 
@@ -67,7 +67,7 @@ def test_singular_values_are_those_a_matrix_was_made_of(condition: float, shape:
 def test_embedding_norms_are_sorted_row_norms(arm: str) -> None:
     model = perturbed(arm)
     norms = weights.embedding_norms(model)
-    for table, name in (("input", "embed.weight"), ("output", "head.weight")):
+    for table, name in (("input", "embed.weight"), ("output", "head.linear.weight")):
         expected = np.sort(np.sqrt((array(model, name) ** 2).sum(axis=1)))
         np.testing.assert_allclose(norms[table], expected, rtol=1e-12)
 
@@ -91,7 +91,7 @@ def test_scales_are_averaged_per_layer_and_alpha_is_absolute() -> None:
         alpha = array(model, f"blocks.{layer}.alpha_a.value") * 0.05 / stored
         assert (alpha < 0).any()
         assert scales["alpha_A"][layer] == pytest.approx(np.abs(alpha).mean(), rel=1e-6)
-        s_qk = array(model, f"blocks.{layer}.attention.s_qk.value") / stored
+        s_qk = array(model, f"blocks.{layer}.attention.part.s_qk.value") / stored
         assert scales["s_qk"][layer] == pytest.approx(s_qk.mean(), rel=1e-6)
     expected = np.sort(array(model, "s_z.value") / stored)
     np.testing.assert_allclose(weights.logit_scales(model), expected, rtol=1e-6)
@@ -110,13 +110,13 @@ def test_quantiles_span_smallest_to_largest() -> None:
 def test_a_state_dict_measures_as_its_model() -> None:
     model = perturbed("ngpt")
     ours, its = weights.from_state(model.config, model.state_dict()), weights.measure(model)
-    np.testing.assert_array_equal(ours.s_z, its.s_z)
+    np.testing.assert_array_equal(ours.head.s_z, its.s_z)
     for name in its.condition_numbers:
         np.testing.assert_array_equal(ours.condition_numbers[name], its.condition_numbers[name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["blocks.1.mlp.o.weight", "head.weight", "blocks.2.norm_a.weight"])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.part.o.weight", "head.linear.weight", "blocks.2.norm_a.weight"])
 def test_a_diverged_model_is_refused(name: str, value: float) -> None:
     model = perturbed("gpt")
     model.get_parameter(name).data.view(-1)[3] = value

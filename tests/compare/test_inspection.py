@@ -267,7 +267,7 @@ def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path
     assert (tmp_path / "out" / "walk.html").is_file()
     model, tokens = load_model(runs[1]), torch.randint(256, (2, 9))
     seen = record(model, tokens)
-    h = model.trunk(model.embed(tokens), context=(model.encoder(tokens),))
+    h = model.trunk(model.embedded(tokens), context=(model.encoder(tokens),))
     torch.testing.assert_close(seen.stops[-1], h.detach().flatten(0, 1))
     kinds = {"attention": "alpha_a", "cross-attention": "alpha_c", "MLP": "alpha_m"}
     assert seen.steps == [(layer, kind) for layer in range(1, len(model.blocks) + 1) for kind in kinds]
@@ -293,7 +293,7 @@ def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: P
     shutil.copytree(runs["ngpt-0"], run)
     checkpoint = run / "checkpoints" / "step-00000006"
     stored = load_file(checkpoint / WEIGHTS)
-    stored["blocks.1.mlp.o.weight"][0, 0] = torch.nan
+    stored["blocks.1.mlp.part.o.weight"][0, 0] = torch.nan
     save_file(stored, checkpoint / WEIGHTS)
     state = json.loads((checkpoint / "state.json").read_text())
     state["sha256"].pop(WEIGHTS)

@@ -35,7 +35,7 @@ def llama(model: GPT, scaling: dict[str, Any]) -> LlamaForCausalLM:
     names = {
         "embed.weight": "model.embed_tokens.weight",
         "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
+        "head.linear.weight": "lm_head.weight",
     }
     for i in range(2):
         names |= {f"blocks.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for a, b in parts.items()}
@@ -78,7 +78,7 @@ def test_the_temperature_reaches_ngpts_scores() -> None:
     """A factor on cosines and sines would be normalized away: the same as `s_qk`, on q and on k, times 0.1 ln(factor) + 1."""
     model, other = (build_ngpt() for _ in range(2))
     place(model, Positions(scaling="yarn", factor=8), trained_length=64)
-    other.rotary_table = yarn(8, 64)
+    other.runtime.table = yarn(8, 64)
     with torch.no_grad():
         for block in other.blocks:
             block.attention.s_qk.value.mul_(0.1 * math.log(8) + 1)  # type: ignore[union-attr,operator]

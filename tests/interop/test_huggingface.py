@@ -61,7 +61,7 @@ def test_logits_are_those_of_the_bare_model(arm: str, variant: str, attention: s
     hf = to_hf(model)
     hf.set_attn_implementation(attention)
     close(hf(tokens).logits, model(tokens))
-    close(hf(inputs_embeds=model.embed(tokens)).logits, model(tokens))
+    close(hf(inputs_embeds=model.embedded(tokens)).logits, model(tokens))
     close(hf(tokens, logits_to_keep=2).logits, model(tokens)[:, -2:])
     close(hf(tokens, logits_to_keep=torch.tensor([1, 4])).logits, model(tokens)[:, [1, 4]])
     assert isinstance(hf(tokens, return_dict=False), tuple)
@@ -137,7 +137,7 @@ def test_hidden_states_and_attentions() -> None:
     hf.set_attn_implementation("eager")
     out = hf(tokens, output_attentions=True, output_hidden_states=True)
     assert [s.shape for s in out.hidden_states] == [(2, 9, 32)] * 3
-    close(out.hidden_states[0], model.embed(tokens))
+    close(out.hidden_states[0], model.embedded(tokens))
     close(out.hidden_states[-1] @ model.readout(out.hidden_states[-1])[1].T, out.logits)
     assert [w.shape for w in out.attentions] == [(2, 4, 9, 9)] * 2
     for weights in out.attentions:
@@ -205,7 +205,7 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, variant: str, shard: str, tmp
     ours, theirs = model.state_dict(), loaded.model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (loaded.model.head.weight is loaded.model.embed.weight) == (variant == "tied")
+    assert (loaded.model.head.linear.weight is loaded.model.embed.weight) == (variant == "tied")
     assert torch.equal(loaded(tokens).logits, to_hf(model)(tokens).logits)
     assert departure(loaded) < 1e-6
 
@@ -232,7 +232,7 @@ def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_is_left_alone(tmp_path: P
     model = make_model("ngpt")
     to_hf(model).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    lost = ["model.blocks.1.mlp.o.weight", "model.s_z.value"]
+    lost = ["model.blocks.1.mlp.part.o.weight", "model.head.s_z.value"]
     kept = {name: tensor for name, tensor in tensors.items() if name not in lost}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     transformers.utils.logging.set_verbosity_error()
@@ -241,7 +241,7 @@ def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_is_left_alone(tmp_path: P
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
     assert departure(loaded) < 1e-6
-    assert torch.equal(loaded.model.s_z.value, model.s_z.value), "a learned scale starts at its start"
+    assert torch.equal(loaded.model.head.s_z.value, model.head.s_z.value), "a learned scale starts at its start"
 
 
 @both_arms
@@ -304,7 +304,7 @@ def test_eager_and_fused_attention_have_the_same_gradients() -> None:
 def test_retraction_and_copies() -> None:
     hf, tokens = to_hf(make_model("ngpt")), make_tokens(2, 9)
     twin = copy.deepcopy(hf)
-    assert twin.model.blocks[0].attention.attend.config is twin.config
+    assert twin.model.blocks[0].attention.part.attend.config is twin.config
     optimizer = torch.optim.AdamW(hf.parameters(), lr=0.1)
     attach_retraction(optimizer, hf)
     with torch.enable_grad():
@@ -352,7 +352,7 @@ def test_configs_that_make_no_model_are_refused(fields: dict[str, Any], message:
 def test_requests_that_make_no_sense_are_refused() -> None:
     hf, tokens = to_hf(make_model("ngpt")), make_tokens(1, 3)
     with pytest.raises(ValueError, match="one of the two"):
-        hf(tokens, inputs_embeds=hf.model.embed(tokens))
+        hf(tokens, inputs_embeds=hf.model.embedded(tokens))
     with pytest.raises(ValueError, match="cannot be resized to 51"):
         hf.resize_token_embeddings(51)
     with pytest.raises(ValueError, match="cannot be resized to 64"):

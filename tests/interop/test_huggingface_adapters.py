@@ -157,11 +157,11 @@ def test_gpt_is_adapted_as_any_other_model(tokens: Tensor) -> None:
 def test_adapters_that_cannot_be_merged_or_mixed(tokens: Tensor) -> None:
     model = adapted(["q"]).eval()
     with pytest.raises(ValueError, match=r"set_adapter\(\['other'\]\) first"):
-        model.base_model.model.model.blocks[0].attention.q.merge(adapter_names=["other"])
+        model.base_model.model.model.blocks[0].attention.part.q.merge(adapter_names=["other"])
     with pytest.raises(ValueError, match="one adapter for the whole batch: leave out adapter_names"):
         model(tokens, adapter_names=["default", "__base__"])
     with torch.no_grad():
-        model.base_model.model.model.blocks[0].attention.q.lora_B["default"].weight[0, 0] = torch.nan
+        model.base_model.model.model.blocks[0].attention.part.q.lora_B["default"].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)
 

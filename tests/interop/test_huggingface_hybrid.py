@@ -12,7 +12,7 @@ import torch
 from hybrid_case import ARMS, hybrid_config
 
 from spherelm.layers.grouped import grouped_product
-from spherelm.models import PatternModel, build
+from spherelm.models import LanguageModel, build
 from spherelm.models.generate import generate
 
 transformers = pytest.importorskip("transformers")
@@ -29,9 +29,9 @@ def _no_gradients() -> Any:
         yield
 
 
-def make_model(arm: str, pattern: str, **fields: Any) -> PatternModel:
+def make_model(arm: str, pattern: str, **fields: Any) -> LanguageModel:
     model = build(hybrid_config(arm, pattern, **fields)).eval()
-    assert isinstance(model, PatternModel)
+    assert isinstance(model, LanguageModel)
     return model
 
 
@@ -59,13 +59,13 @@ def test_logits_and_every_cache_are_those_of_the_bare_model(arm: str, pattern: s
 @both_arms
 def test_the_biases_of_routers_go_with_the_weights(arm: str, tmp_path: Path) -> None:
     model, tokens = make_model(arm, "AO"), some_tokens(2, 12)
-    router = model.get_submodule("blocks.1.experts.router")
+    router = model.get_submodule("blocks.1.experts.part.router")
     router.score_bias.copy_(torch.randn(4))  # type: ignore[operator, union-attr]
     to_hf(model).save_pretrained(tmp_path)
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     close(read(tokens).logits, model(tokens))
     read.train()(tokens)
-    assert read.get_submodule("model.blocks.1.experts.router").load.sum() == 2 * tokens.numel(), "counted from 0 on"
+    assert read.get_submodule("model.blocks.1.experts.part.router").load.sum() == 2 * tokens.numel(), "counted from 0 on"
 
 
 @both_arms

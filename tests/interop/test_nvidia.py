@@ -88,10 +88,10 @@ def test_weights_are_kept_as_stored_or_put_on_the_sphere(real: Path) -> None:
     as_stored, on_sphere = (load_checkpoint(real / "ckpt.pt", rope) for rope in ("nvidia", "standard"))
     query = "transformer.h.1.query.weight"
     assert theirs[query].dtype == torch.bfloat16
-    assert torch.equal(as_stored.blocks[1].attention.q.weight, theirs[query].float())
+    assert torch.equal(as_stored.blocks[1].attention.part.q.weight, theirs[query].float())
     u, v = theirs["transformer.h.0.c_fc.weight"].float().split(256)
-    assert torch.equal(as_stored.blocks[0].mlp.u.weight, u)
-    assert torch.equal(as_stored.blocks[0].mlp.v.weight, v)
+    assert torch.equal(as_stored.blocks[0].mlp.part.u.weight, u)
+    assert torch.equal(as_stored.blocks[0].mlp.part.v.weight, v)
     # 8 bits of mantissa
     worst = 2**-8 if isinstance(as_stored.config, NGPTConfig) else 0.0
     assert worst / 8 <= departure(as_stored) <= worst
@@ -140,9 +140,9 @@ def test_training_goes_on_with_the_moments_on_the_sphere(shared: Path) -> None:
     model = to_model(read, "nvidia")
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     load_optimizer(read, model, optimizer)
-    state = optimizer.state[model.blocks[0].mlp.v.weight]
+    state = optimizer.state[model.blocks[0].mlp.part.v.weight]
     assert state["exp_avg"].dtype == torch.float32
-    assert torch.equal(state["exp_avg"], read.moments["blocks.0.mlp.v.weight"]["exp_avg"].float())
+    assert torch.equal(state["exp_avg"], read.moments["blocks.0.mlp.part.v.weight"]["exp_avg"].float())
     before = model.loss(batch["tokens"], batch["targets"])
     before.backward()
     optimizer.step()
@@ -344,12 +344,12 @@ def test_a_made_up_checkpoint_is_read(use_ngpt: int, save: Save) -> None:
     assert read.weights.keys() == read.moments.keys() == dict(model.named_parameters()).keys()
     if use_ngpt:
         # base_scale is not 1/sqrt(n_embd) here: what is used is stored * init / base_scale
-        assert torch.equal(model.s_z(), content["model"]["sz"] * 8)
+        assert torch.equal(model.head.s_z(), content["model"]["sz"] * 8)
         sqk = content["model"]["transformer.h.1.sqk"].view(2, 4) * 8
-        assert torch.equal(model.blocks[1].attention.s_qk(), sqk)
+        assert torch.equal(model.blocks[1].attention.part.s_qk(), sqk)
         alpha = content["model"]["transformer.h.0.mlp_alpha"] * (0.05 * 8)
         torch.testing.assert_close(model.blocks[0].alpha_m(), alpha)
-        assert torch.equal(model.blocks[0].mlp.s_v(), content["model"]["transformer.h.0.suv"][32:])
+        assert torch.equal(model.blocks[0].mlp.part.s_v(), content["model"]["transformer.h.0.suv"][32:])
 
 
 def test_the_model_shares_no_memory_with_what_was_read(save: Save) -> None:

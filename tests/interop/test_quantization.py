@@ -148,7 +148,7 @@ def test_it_writes_text_in_any_compute_dtype(arm: str, dtype: torch.dtype) -> No
 
 def test_matrices_of_columns_can_be_written_out() -> None:
     torch.manual_seed(1)
-    source = make_model("ngpt").blocks[0].mlp.o
+    source = make_model("ngpt").blocks[0].mlp.part.o
     packed, scale, x = Int8Linear(source, renormalize=True), torch.rand(48), torch.randn(3, 96)
     torch.testing.assert_close(packed(x, scale), x @ packed.scaled_weight(scale).T)
     torch.testing.assert_close(packed.scaled_weight(), source.weight, rtol=0, atol=3e-3)
@@ -180,5 +180,5 @@ def test_a_hybrid_computes_with_the_weights_that_its_numbers_mean(arm: str) -> N
     packed, tokens = quantized(model), make_tokens(2, 9)
     wanted = with_dequantized_weights(model, packed)(tokens)
     assert (packed(tokens) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
-    assert isinstance(packed.get_submodule("blocks.0.mamba.in_proj"), Int8Linear)
+    assert isinstance(packed.get_submodule("blocks.0.mixer.part.in_proj"), Int8Linear)
     assert departure(packed) < 1e-6

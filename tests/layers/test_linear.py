@@ -25,8 +25,8 @@ class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = UnitEmbedding(6, 4)
-        self.head = UnitLinear(4, 6, unit_axis=1)
-        self.head.weight = self.embed.weight
+        self.head = UnitLinear(4, 6)
+        self.head.linear.weight = self.embed.weight
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -39,7 +39,7 @@ def test_retract_normalizes_along_the_declared_axis(axis: int) -> None:
 
 
 def test_retract_is_in_place_and_leaves_everything_else() -> None:
-    model = nn.Sequential(UnitLinear(4, 4, unit_axis=0), Linear(4, 4), Scale(4, 1.0, 0.5), UnitEmbedding(4, 4))
+    model = nn.Sequential(UnitLinear(4, 4, writes=True), Linear(4, 4), Scale(4, 1.0, 0.5), UnitEmbedding(4, 4))
     addresses = [p.data_ptr() for p in model.parameters()]
     untouched = [p.clone() for p in (*model[1].parameters(), *model[2].parameters())]
     retract(model)
@@ -61,7 +61,7 @@ def test_retracting_again_changes_nothing(seed: int, axis: int, n: int) -> None:
 
 
 def test_retract_leaves_unit_vectors_alone_and_no_others() -> None:
-    module = UnitLinear(3, 3, unit_axis=1)
+    module = UnitLinear(3, 3)
     eps = torch.finfo(torch.float32).eps
     with torch.no_grad():
         module.weight.copy_(torch.diag(torch.tensor([1 + eps, 1.0, 1 + 16 * eps])))
@@ -70,7 +70,7 @@ def test_retract_leaves_unit_vectors_alone_and_no_others() -> None:
 
 
 def test_retract_of_bfloat16_weights_reduces_in_float32() -> None:
-    module = UnitLinear(4096, 2, unit_axis=1).bfloat16()
+    module = UnitLinear(4096, 2).bfloat16()
     with torch.no_grad():
         module.weight.fill_(3.0)
     retract(module)
@@ -78,7 +78,7 @@ def test_retract_of_bfloat16_weights_reduces_in_float32() -> None:
 
 
 def test_departure_is_that_of_the_worst_vector() -> None:
-    model = nn.Sequential(UnitLinear(4, 4, unit_axis=0), UnitLinear(4, 3, unit_axis=1))
+    model = nn.Sequential(UnitLinear(4, 4, writes=True), UnitLinear(4, 3))
     retract(model)
     with torch.no_grad():
         model[1].weight[2] *= 1.25

@@ -15,14 +15,14 @@ from spherelm.layers.linear import UnitLinear
 from spherelm.layers.loss import linear_cross_entropy
 from spherelm.layers.readout import preconditioned, preconditioner, read_logits, scaled
 from spherelm.models import build
-from spherelm.models.ngpt import NGPT, NGPTConfig
+from spherelm.models import NGPT, NGPTConfig
 
 CONFIG: dict[str, Any] = {"vocab_size": 31, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
 
 
 def parts() -> tuple[Tensor, UnitLinear, Tensor, Tensor]:
     """Features [5, 6], a head of 9 entries, positive scales, and targets, in float64."""
-    head = UnitLinear(6, 9, unit_axis=1).double()
+    head = UnitLinear(6, 9).double()
     with torch.no_grad():
         head.weight.copy_(paper.norm(torch.randn(9, 6).double()))
     h = paper.norm(torch.randn(5, 6).double()).requires_grad_()
@@ -62,7 +62,7 @@ def pair(q: float) -> tuple[NGPT, NGPT]:
     assert isinstance(plain, NGPT)
     assert isinstance(other, NGPT)
     with torch.no_grad():
-        plain.s_z.value.mul_(torch.rand(31) * 8 + 2)
+        plain.head.s_z.value.mul_(torch.rand(31) * 8 + 2)
     other.load_state_dict(plain.state_dict())
     return plain.double(), other.double()
 
@@ -70,7 +70,7 @@ def pair(q: float) -> tuple[NGPT, NGPT]:
 def test_at_q_1_it_is_the_plain_gradient_over_the_mean_scale() -> None:
     plain, other = pair(1.0)
     tokens = torch.randint(31, (2, 8))
-    mean = plain.s_z().mean()
+    mean = plain.head.s_z().mean()
     expected = gradients(plain, tokens)
     for name, gradient in gradients(other, tokens).items():
         torch.testing.assert_close(gradient, expected[name] / (1 if name == "s_z.value" else mean))

@@ -90,7 +90,7 @@ def test_texts_that_do_not_end_are_taken_where_too_few_do(model: EncoderDecoder)
 
 def test_it_leaves_the_mode_of_the_model(model: EncoderDecoder) -> None:
     model.train()
-    model.label_smoothing = 0.3
+    model.runtime.label_smoothing = 0.3
     beam_search(model, [[1]], 2, END)
     assert model.training
 

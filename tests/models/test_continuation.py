@@ -159,7 +159,7 @@ def test_a_pass_that_is_broken_off_leaves_the_text_as_it_was(broken: int, case: 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    hook = model.blocks[broken].mlp.register_forward_hook(interrupt)
+    hook = model.blocks[broken].mlp.part.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         text.step()
     hook.remove()

@@ -21,8 +21,8 @@ def test_parameter_names_are_pinned(gpt_config: GPTConfig, ngpt_config: NGPTConf
     """Checkpoints, the optimizer's roles and the importers depend on these."""
     gpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | {"norm_a.weight", "norm_m.weight"}}
     ngpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | SCALES}
-    assert set(build(gpt_config).state_dict()) == gpt | {"embed.weight", "head.weight", "norm.weight"}
-    assert set(build(ngpt_config).state_dict()) == ngpt | {"embed.weight", "head.weight", "s_z.value"}
+    assert set(build(gpt_config).state_dict()) == gpt | {"embed.weight", "head.linear.weight", "norm.weight"}
+    assert set(build(ngpt_config).state_dict()) == ngpt | {"embed.weight", "head.linear.weight", "s_z.value"}
 
 
 @both_arms
@@ -71,7 +71,7 @@ def test_with_alpha_zero_the_logits_are_scaled_cosines_of_embeddings(case: Any) 
             block.alpha_m.value.zero_()
     p = c.weights
     s_z = paper.effective(p["s_z.value"], c.shape.s_z, c.shape.d_model)
-    wanted = s_z * (p["embed.weight"][c.tokens] @ p["head.weight"].T)
+    wanted = s_z * (p["embed.weight"][c.tokens] @ p["head.linear.weight"].T)
     torch.testing.assert_close(c.model(c.tokens), wanted, rtol=1e-12, atol=1e-13)
 
 

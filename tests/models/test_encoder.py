@@ -37,9 +37,9 @@ def oracle(p: paper.Params, shape: paper.Shape, tokens: Tensor) -> Tensor:
     """The encoder of an encoder-decoder, with a read-out."""
     inside = {f"encoder.{name}" if name.startswith(("blocks.", "norm.")) else name: w for name, w in p.items()}
     if "s_z.value" not in p:
-        return torch.stack([paper.gpt_encoder(inside, shape, row) @ p["head.weight"].T for row in tokens])
+        return torch.stack([paper.gpt_encoder(inside, shape, row) @ p["head.linear.weight"].T for row in tokens])
     s_z = paper.effective(p["s_z.value"], shape.s_z, shape.d_model)
-    return torch.stack([s_z * (paper.encoder(inside, shape, row) @ p["head.weight"].T) for row in tokens])
+    return torch.stack([s_z * (paper.encoder(inside, shape, row) @ p["head.linear.weight"].T) for row in tokens])
 
 
 def shape_of(model: MaskedModel) -> paper.Shape:

@@ -70,7 +70,7 @@ def test_retraction_finds_every_matrix_and_nothing_of_the_state_space() -> None:
     c = make_hybrid_case("nhybrid", "MAMO", n_shared_experts=1)
     declared = {f"{name}.weight": axis for name, _, axis in unit_modules(c.model)}
     assert declared == {name: axis for name in c.weights if (axis := paper.unit_axis(name)) is not None}
-    assert {"blocks.0.mamba.in_proj.weight", "blocks.2.mamba.out_proj.weight", "blocks.3.experts.o.weight"} < set(
+    assert {"blocks.0.mixer.part.in_proj.weight", "blocks.2.mixer.part.out_proj.weight", "blocks.3.experts.part.o.weight"} < set(
         declared
     )
     with torch.no_grad():

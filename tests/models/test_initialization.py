@@ -33,7 +33,7 @@ def test_gpt_matrices_by_role() -> None:
 def test_gpt_init_std_is_a_field() -> None:
     model = build(GPTConfig(**SIZES, init_std=0.5))
     assert model.embed.weight.std().item() == pytest.approx(0.5, rel=0.05)
-    assert model.blocks[0].mlp.o.weight.std().item() == pytest.approx(0.5 / math.sqrt(6), rel=0.05)
+    assert model.blocks[0].mlp.part.o.weight.std().item() == pytest.approx(0.5 / math.sqrt(6), rel=0.05)
 
 
 def test_ngpt_matrices_are_unit_along_their_axis_in_every_direction() -> None:
@@ -71,10 +71,10 @@ def test_ngpt_scales_start_at_the_papers_values() -> None:
 
 
 COMMON: dict[str, tuple[Any, set[str]]] = {
-    "ngpt": (NGPTConfig(**SIZES), {"embed.weight", "head.weight"}),
+    "ngpt": (NGPTConfig(**SIZES), {"embed.weight", "head.linear.weight"}),
     "tied": (NGPTConfig(**SIZES, tie_embeddings=True), {"embed.weight"}),
-    "nencoder": (NEncoderConfig(**SIZES), {"embed.weight", "head.weight"}),
-    "nhybrid": (NHybridConfig(**SIZES, pattern="MA-"), {"embed.weight", "head.weight"}),
+    "nencoder": (NEncoderConfig(**SIZES), {"embed.weight", "head.linear.weight"}),
+    "nhybrid": (NHybridConfig(**SIZES, pattern="MA-"), {"embed.weight", "head.linear.weight"}),
 }
 
 
@@ -108,7 +108,7 @@ def test_logits_start_nearly_equal_where_rows_start_together() -> None:
     spread = []
     for common_start in (0.0, 8.0):
         model = build(NGPTConfig(**SIZES, s_z_init=32.0, common_start=common_start))
-        spread.append((32 * h @ model.head.weight.T).std(dim=-1).mean().item())
+        spread.append((32 * h @ model.head.linear.weight.T).std(dim=-1).mean().item())
     assert spread[0] == pytest.approx(32 / 8, rel=0.05)
     assert spread[1] == pytest.approx(32 / 8 / math.sqrt(65), rel=0.1)
 

@@ -52,8 +52,8 @@ def test_logits_loss_and_every_gradient(arm: str, name: str, case: Any) -> None:
 def test_a_tied_model_has_one_embedding(case: Any) -> None:
     for arm in golden.ARMS:
         model = case(arm, tie_embeddings=True).model
-        assert model.head.weight is model.embed.weight
-        assert "head.weight" not in dict(model.named_parameters())
+        assert model.head.linear.weight is model.embed.weight
+        assert "head.linear.weight" not in dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("arm", golden.ARMS)

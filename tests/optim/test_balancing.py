@@ -107,7 +107,7 @@ def test_what_is_recomputed_is_counted_once() -> None:
     once = loads(model)
     clear_loads(model)
     spread(model, Group(), recompute=True)
-    assert model.run is recompute_block
+    assert model.runtime.run is recompute_block
     recomputed = gradients(model)
     assert loads(model) == once
     assert all(router.pending is None for _, router in routers(model))
@@ -155,7 +155,7 @@ def test_the_auxiliary_loss_makes_the_load_more_even() -> None:
 
 def test_roles_of_a_model_with_experts() -> None:
     roles = parameter_roles(moe_case.model_with_experts())
-    of_mlp = {name.removeprefix("blocks.0.mlp."): role for name, role in roles.items() if "blocks.0.mlp" in name}
+    of_mlp = {name.removeprefix("blocks.0.mlp.part."): role for name, role in roles.items() if "blocks.0.mlp" in name}
     assert of_mlp == {
         "router.weight": "router",
         **dict.fromkeys(("u.weight", "v.weight", "o.weight"), "matrix"),

@@ -53,7 +53,7 @@ def test_every_parameter_is_in_exactly_one_group(arm: str, tie: bool, case: Any)
 def test_a_tied_weight_is_an_output_embedding(arm: str, case: Any) -> None:
     roles = parameter_roles(case(arm, tie_embeddings=True).model)
     assert roles["embed.weight"] == "output_embedding"
-    assert "head.weight" not in roles
+    assert "head.linear.weight" not in roles
 
 
 @pytest.mark.parametrize(("arm", "asked", "decay"), [("gpt", None, 0.1), ("ngpt", None, 0.0), ("gpt", 0.3, 0.3)])

@@ -184,7 +184,7 @@ def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
 
 
 def test_the_tangent_projection_takes_the_radial_part_out_of_the_momentum() -> None:
-    model = nn.Sequential(UnitLinear(6, 5, unit_axis=1), UnitLinear(5, 6, unit_axis=0))
+    model = nn.Sequential(UnitLinear(6, 5), UnitLinear(5, 6, writes=True))
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer="muon", tangent=True))
     before = [module.weight.detach().clone() for _, module, _ in unit_modules(model)]
     pushed(optimizer, model, 0)

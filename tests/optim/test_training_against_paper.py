@@ -45,7 +45,7 @@ def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any, train: Any
     def rate(name: str) -> float:
         if name.endswith(".value"):
             return 3 * LR
-        special = {"embed.weight": 0.5, "head.weight": 0.25}
+        special = {"embed.weight": 0.5, "head.linear.weight": 0.25}
         return LR * (0.1 if "norm" in name else special.get(name, 2.0))
 
     recipe = dataclasses.replace(paper.paper_recipe(arm, LR), lr=rate)

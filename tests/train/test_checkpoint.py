@@ -114,11 +114,11 @@ def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, 
     model, other = (moe_case.model_with_experts(arm) for _ in range(2))
     optimizer, fresh = (build_optimizer(each, OptimConfig(lr=1e-2)) for each in (model, other))
     before = updated(model, optimizer)
-    assert before["blocks.0.mlp.router.score_bias"].abs().max() > 0
+    assert before["blocks.0.mlp.part.router.score_bias"].abs().max() > 0
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
     names = set(load_file(path / WEIGHTS))
     assert {name for name in names if "router" in name} == {
-        f"blocks.{i}.mlp.router.{part}" for i in (0, 1) for part in ("weight", "score_bias")
+        f"blocks.{i}.mlp.part.router.{part}" for i in (0, 1) for part in ("weight", "score_bias")
     }
     load_checkpoint(path, other, fresh)
     assert_equal(updated(other, fresh), updated(model, optimizer))

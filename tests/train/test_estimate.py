@@ -135,7 +135,7 @@ def test_recomputed_blocks_hold_what_they_hold(arm: str) -> None:
         return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def step() -> None:
-        features, weight, pullback = model.readout(model.trunk(model.embed(tokens), run=run))
+        features, weight, pullback = model.readout(model.trunk(model.embedded(tokens), run=run))
         linear_cross_entropy(features.flatten(0, 1), weight, tokens.flatten(), pullback).backward()
 
     step()

@@ -72,7 +72,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arm: str, balance: s
     tiny.assert_bitwise(ours, theirs)
     assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
     saved = {name: tensor for name, tensor in load_file(ours / WEIGHTS).items() if "score_bias" in name}
-    assert list(saved) == [f"blocks.{i}.experts.router.score_bias" for i in (1, 2)]
+    assert list(saved) == [f"blocks.{i}.experts.part.router.score_bias" for i in (1, 2)]
     assert all((tensor.abs().max() > 0) == (balance == "bias") for tensor in saved.values())
     assert all(torch.equal(a, b) for a, b in zip(biases(load_model(ours)), saved.values(), strict=True))
 

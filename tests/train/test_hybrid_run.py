@@ -15,7 +15,7 @@ from torch import Tensor
 from spherelm import departure, load_model
 from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
-from spherelm.models import NHybridConfig, PatternModel, build
+from spherelm.models import NHybridConfig, LanguageModel, build
 from spherelm.recipes import make_run
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config
@@ -47,7 +47,7 @@ def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path:
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert loss < 0.8 * next(r["loss"] for r in records if r["kind"] == "val")
     model = load_model(tmp_path / "run")
-    assert isinstance(model, PatternModel)
+    assert isinstance(model, LanguageModel)
     assert model.pattern == PATTERN
     assert departure(model) < 1e-6
     assert read_config(tmp_path / "run" / "config.json") == config

@@ -59,7 +59,7 @@ def test_weights_and_computation_are_in_that_format(
     for name, parameter in exact.named_parameters():
         assert half.get_parameter(name).equal(parameter.to(dtype)), "rounded once and left there"
     assert half(tokens).dtype == dtype
-    assert (half.head.weight is half.embed.weight) == (variant == "tied")
+    assert (half.head.linear.weight is half.embed.weight) == (variant == "tied")
     error, of_the_weights = (relative_error(model, exact, tokens) for model in (half, load_model(run, dtype).float()))
     assert 1.05 * of_the_weights < error < 2 * torch.finfo(dtype).eps, "the weights' rounding, and the computation's"
     targets = make_tokens(2, 16).roll(1)
@@ -94,7 +94,7 @@ def test_float16_has_room_for_large_learned_scales(runs: dict[tuple[str, str], P
     exact, half = load_model(run), load_model(run, torch.float16)
     with torch.no_grad():
         for model in (exact, half):
-            model.s_z.value.mul_(100)
+            model.head.s_z.value.mul_(100)
             for block in model.blocks:
                 block.mlp.s_u.value.mul_(100)
                 block.attention.s_qk.value.mul_(10)
