@@ -1,7 +1,9 @@
 """Record the losses of short seeded runs of every architecture, optimizer and recipe, and compare them after a refactor.
 
-    python research/same_losses.py record DIR     # before: writes DIR/losses.json and the initial weights of each run
-    python research/same_losses.py compare DIR    # after: trains again and asks for the same losses, to the last bit
+    python research/same_losses.py record DIR [WORD ...]     # writes DIR/losses.json and the initial weights of each run
+    python research/same_losses.py compare DIR [WORD ...]    # trains again and asks for the same losses, to the last bit
+
+With words, only the runs whose names hold one of them. The names of arms are those of version 0.1.0.
 
 Both sum the gradient norm in an order that does not depend on the order of parameters, and the second one starts from the
 weights that the first one wrote, so that neither the order of parameters nor that of random draws matters. A run whose own
@@ -38,7 +40,13 @@ def cases() -> dict[str, dict[str, Any]]:
     for arm in ("gpt", "ngpt"):
         for recipe in ("adam", "paper", "nugpt", "muon", "training-ngpt"):
             found[f"{arm}-{recipe}"] = {"arm": arm, "recipe": recipe, **DECODER}
-        found[f"{arm}-tied-grouped"] = {"arm": arm, "recipe": "muon", **DECODER, "tie_embeddings": True, "n_kv_heads": 1}
+        found[f"{arm}-tied-grouped"] = {
+            "arm": arm,
+            "recipe": "muon",
+            **DECODER,
+            "tie_embeddings": True,
+            "n_kv_heads": 1,
+        }
         found[f"{arm}-documents"] = {"arm": arm, "recipe": "muon", **DECODER, "mask_documents": True, "recompute": True}
         found[f"{arm}-bfloat16"] = {"arm": arm, "recipe": "muon", **DECODER, "dtype": "bfloat16"}
         found[f"{arm}-compiled"] = {"arm": arm, "recipe": "muon", **DECODER, "compile": True}
@@ -48,7 +56,8 @@ def cases() -> dict[str, dict[str, Any]]:
     for arm in ("hybrid", "nhybrid"):
         for pattern in ("MA-O", "A-A-"):
             found[f"{arm}-{pattern}"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": pattern}
-        found[f"{arm}-loss"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "AOM-", "balance": "loss", "n_shared_experts": 1}
+        balanced = {**HYBRID, "pattern": "AOM-", "balance": "loss", "n_shared_experts": 1}
+        found[f"{arm}-loss"] = {"arm": arm, "recipe": "adam", **balanced}
         found[f"{arm}-compiled"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "compile": True}
         found[f"{arm}-resumed"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "save_every": 4}
     for arm in ("encdec", "nencdec"):
@@ -86,13 +95,11 @@ def ordered_clip(model: torch.nn.Module, limit: float | None) -> float:
     return total
 
 
-def renamed(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` by the names of today."""
-    try:
-        from spherelm.models.names import today
-    except ImportError:
-        return state
-    return dict(today(state))
+    from spherelm.models.older import today
+
+    return today(state)
 
 
 class Start:
@@ -108,7 +115,7 @@ class Start:
         if self.recording:
             save_file(own, self.path)
         else:
-            noted = renamed(load_file(self.path), model)
+            noted = renamed(load_file(self.path))
             assert own.keys() == noted.keys(), sorted(own.keys() ^ noted.keys())
             self.same = all(torch.equal(own[name], noted[name]) for name in own)
             model.load_state_dict(noted, strict=False)
@@ -127,9 +134,13 @@ def carry_out(name: str, case: dict[str, Any], start: Start, pairs: Path) -> lis
     data = str(pairs) if "encdec" in given["arm"] else None
     if name.endswith("compiled"):
         torch.compiler.reset()
+    from spherelm.models.older import ARMS
     from spherelm.train.batches import vocabulary_size
 
-    config = make_run(given.pop("arm"), given.pop("preset", "demo"), given.pop("recipe"), vocab_size=vocabulary_size(data), data=data, **given)
+    arm = given.pop("arm")
+    arm, architecture = ARMS.get(arm, (arm, "decoder"))
+    given.setdefault("preset", {"encoder": "encoder"}.get(architecture, "demo"))
+    config = make_run(arm, vocab_size=vocabulary_size(data), data=data, **given)
     trainer.build, trainer.clip_gradients = start, ordered_clip
     try:
         with tempfile.TemporaryDirectory() as directory:
@@ -160,9 +171,9 @@ def main() -> None:
             start = Start(directory / f"{name}.safetensors", mode == "record")
             found[name] = carry_out(name, case, start, pairs)
             redrawn += [] if start.same else [name]
-            if mode == "compare" and found[name] != before[name]:
-                different.append(name)
-            print(f"{name:28s} {found[name][-1]:.6f}" + (" DIFFERS" if name in different else ""), flush=True)
+            gap = 0.0 if mode == "record" else max(abs(a - b) for a, b in zip(found[name], before[name], strict=True))
+            different += [name] if gap else []
+            print(f"{name:28s} {found[name][-1]:.6f}" + (f" differs by {gap:.1e}" if gap else ""), flush=True)
     if mode == "record":
         path.write_text(json.dumps({**before, **found}, indent=1) + "\n", encoding="utf-8")
         return

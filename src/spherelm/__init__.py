@@ -9,20 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spherelm.layers.linear import departure, retract
+    from spherelm.layers.linear import Scale, UnitEmbedding, UnitLinear, departure, retract
     from spherelm.models import (
         GPT,
         NGPT,
-        EncDec,
-        EncDecConfig,
+        DecoderArch,
+        EncDecArch,
+        EncoderArch,
         GPTConfig,
-        Hybrid,
-        HybridConfig,
-        NEncDec,
-        NEncDecConfig,
         NGPTConfig,
-        NHybrid,
-        NHybridConfig,
+        ScaleSpec,
+        Variant,
         build,
     )
     from spherelm.models.generate import generate
@@ -34,17 +31,17 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "NGPT",
-    "EncDec",
-    "EncDecConfig",
+    "DecoderArch",
+    "EncDecArch",
+    "EncoderArch",
     "GPTConfig",
-    "Hybrid",
-    "HybridConfig",
-    "NEncDec",
-    "NEncDecConfig",
     "NGPTConfig",
-    "NHybrid",
-    "NHybridConfig",
     "OptimConfig",
+    "Scale",
+    "ScaleSpec",
+    "UnitEmbedding",
+    "UnitLinear",
+    "Variant",
     "attach_retraction",
     "build",
     "build_optimizer",
@@ -55,26 +52,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EncDec": "spherelm.models",
-    "EncDecConfig": "spherelm.models",
-    "GPT": "spherelm.models",
-    "Hybrid": "spherelm.models",
-    "HybridConfig": "spherelm.models",
-    "NEncDec": "spherelm.models",
-    "NEncDecConfig": "spherelm.models",
-    "NGPT": "spherelm.models",
-    "NHybrid": "spherelm.models",
-    "NHybridConfig": "spherelm.models",
-    "GPTConfig": "spherelm.models",
-    "NGPTConfig": "spherelm.models",
-    "OptimConfig": "spherelm.optim",
-    "attach_retraction": "spherelm.optim",
-    "build": "spherelm.models",
-    "build_optimizer": "spherelm.optim",
-    "departure": "spherelm.layers.linear",
+    **dict.fromkeys(("GPT", "NGPT", "GPTConfig", "NGPTConfig", "ScaleSpec", "Variant", "build"), "spherelm.models"),
+    **dict.fromkeys(("DecoderArch", "EncDecArch", "EncoderArch"), "spherelm.models"),
+    **dict.fromkeys(("Scale", "UnitEmbedding", "UnitLinear", "departure", "retract"), "spherelm.layers.linear"),
+    **dict.fromkeys(("OptimConfig", "attach_retraction", "build_optimizer"), "spherelm.optim"),
     "generate": "spherelm.models.generate",
     "load_model": "spherelm.train.checkpoint",
-    "retract": "spherelm.layers.linear",
 }
 
 

@@ -18,11 +18,11 @@ STARTS = {
 """Table 4: which scale, its init, and what it is stored at, in words: rsqrt is 1/sqrt(d_model), sqrt is sqrt(d_model)."""
 
 FIELDS: dict[str, dict[str, Any]] = {
-    **{f"{name}-{form}": {f"{name}_form": form} for name in ("s_qk", "s_z", "alpha") for form in ("scalar", "fixed")},
-    **{f"s_uv-{form}": {"s_u_form": form, "s_v_form": form} for form in ("scalar", "fixed")},
-    "no-qk-norm": {"qk_norm": False},
-    "alpha-free": {"alpha_sign": "free"},
-    "riemannian": {"step": "riemannian"},
+    **{f"{name}-{form}": {f"{name}.form": form} for name in ("s_qk", "s_z", "alpha") for form in ("scalar", "fixed")},
+    **{f"s_uv-{form}": {"s_u.form": form, "s_v.form": form} for form in ("scalar", "fixed")},
+    "no-qk-norm": {"variant.qk_norm": False},
+    "alpha-free": {"variant.alpha_sign": "free"},
+    "riemannian": {"variant.step": "riemannian"},
 }
 """Tables 5 and 6: what differs from the base."""
 
@@ -34,11 +34,11 @@ NAMES = tuple(name for name in (*STARTS, *FIELDS) if name not in BASES)
 
 
 def start_fields(name: str, init: str, scale: str, d_model: int) -> dict[str, float]:
-    """The fields of an `NGPTConfig` that an entry of `STARTS` stands for."""
+    """The fields of an `NGPTConfig`, by path, that an entry of `STARTS` stands for."""
     numbers = {"rsqrt": 1 / math.sqrt(d_model), "sqrt": math.sqrt(d_model)}
     values = {"init": numbers.get(init) or float(init), "scale": numbers.get(scale) or float(scale)}
     names = ("s_u", "s_v") if name == "s_uv" else (name,)
-    return {f"{one}_{what}": value for one in names for what, value in values.items()}
+    return {f"{one}.{what}": value for one in names for what, value in values.items()}
 
 
 def fields_of(name: str, d_model: int) -> dict[str, Any]:

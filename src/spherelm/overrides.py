@@ -10,10 +10,12 @@ from typing import Any, get_args, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
+from spherelm.models import ARCHITECTURES, Architecture, Config, DecoderArch
+from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import BaseShape
-from spherelm.presets import PRESETS, Preset
+from spherelm.presets import Preset
 from spherelm.train.config import RunConfig, TrainConfig
 
 
@@ -69,18 +71,59 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
     return {"n_heads": width // d_k}
 
 
-def layers_of(given: dict[str, Any], preset: str, size: Preset) -> dict[str, str]:
-    """Remove the pattern from `given` and make n_layers follow it: the one asked for, or that of the preset."""
-    pattern = given.pop("pattern", size.pattern)
-    if pattern is None and size.pattern is None:
-        named = ", ".join(name for name, other in PRESETS.items() if other.pattern is not None)
-        raise ValueError(f"preset {preset!r} has no pattern of layers: give one (--set pattern=MAM-), or take {named}")
-    if not isinstance(pattern, str):
-        raise ValueError(f"pattern must be text, a letter a layer such as MAM-, got {pattern!r}")
+def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture:
+    """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
+    kind = given.pop("architecture", preset.kind)
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
+    start = preset if kind == preset.kind else ARCHITECTURES[kind]()
+    changed: dict[str, Any] = {}
+    if isinstance(start, DecoderArch):
+        changed["mixer"] = dataclasses.replace(start.mixer, **take(given, MixerSizes))
+        changed["experts"] = dataclasses.replace(start.experts, **take(given, ExpertSizes))
+    return dataclasses.replace(start, **changed, **take(given, type(start), but=("kind", "mixer", "experts")))
+
+
+def layers_of(given: Mapping[str, Any], size: Preset) -> dict[str, int]:
+    """The n_layers that a pattern of the architecture makes, where it has one and `given` does not say otherwise."""
+    pattern = size.architecture.pattern if isinstance(size.architecture, DecoderArch) else None
+    if pattern is None:
+        return {}
     if given.get("n_layers", len(pattern)) != len(pattern):
         raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
-    given["n_layers"] = len(pattern)
-    return {"pattern": pattern}
+    return {"n_layers": len(pattern)}
+
+
+def model_config(
+    kind: type[Config], architecture: Architecture, chosen: Mapping[str, Any], given: dict[str, Any]
+) -> Config:
+    """The config of the fields `chosen`, by name or path ("alpha.init"), and over them those that are removed from `given`."""
+    arch_names = {field.name for field in dataclasses.fields(architecture)}
+    architecture = dataclasses.replace(
+        architecture, **{name: value for name, value in chosen.items() if name in arch_names}
+    )
+    values: dict[str, Any] = {
+        name: value for name, value in chosen.items() if name not in arch_names and "." not in name
+    }
+    values |= take(given, kind, but=("architecture", *GROUPS))
+    for name, group in nested(kind).items():
+        fields = {path[len(name) + 1 :]: value for path, value in chosen.items() if path.startswith(f"{name}.")}
+        own = {path[len(name) + 1 :]: given.pop(path) for path in list(given) if path.startswith(f"{name}.")}
+        fields |= take(own, type(group))
+        if name == "variant":
+            fields |= take(given, type(group))
+        given |= {f"{name}.{rest}": value for rest, value in own.items()}
+        values[name] = dataclasses.replace(group, **fields)
+    return kind(architecture=architecture, **values)
+
+
+def nested(kind: type[Config]) -> dict[str, Any]:
+    """The fields of a config that are dataclasses themselves, all but the architecture, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.name in GROUPS}
+
+
+GROUPS = ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe", "variant")
+"""Fields of an `NGPTConfig` whose own fields are set by paths, such as "alpha.init"."""
 
 
 def multipliers_of(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:

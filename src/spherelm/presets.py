@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spherelm.models import ARMS
+from spherelm.models import ARMS, Architecture, DecoderArch, EncDecArch, EncoderArch
 from spherelm.optim.transfer import BaseShape
 
 WAYS = ("adam", "paper", "nugpt", "muon", "training-ngpt")
@@ -19,8 +19,8 @@ class Preset:
     rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
     of the recipe "nugpt" was tuned. For pairs seq_len is the longest text of either side and
-    batch_size the pairs of an update. pattern: a hybrid's layers, a letter each; n_layers counts them. logit_scale: where
-    nGPT's s_z starts in the recipes "adam" and "muon" (in a run as long as the base's, `start_of_logits`),
+    batch_size the pairs of an update. architecture: of the model; n_layers counts the letters of its pattern. logit_scale:
+    where nGPT's s_z starts in the recipes "adam" and "muon" (in a run as long as the base's, `start_of_logits`),
     `None` for sqrt(d_model): longer runs and surer predictions want more. even_start: whether logits and attention start nearly
     even and little decays in those recipes, as short runs want it (`recipes.EVEN_START`, `recipes.SHORT_DECAY`). Found
     at 64 and 128 channels and carried over to the ladder's wider sizes.
@@ -40,7 +40,7 @@ class Preset:
     vocab_size: int | None = field(default=None)
     base: BaseShape = field(kw_only=True)
     label_smoothing: float = 0.0
-    pattern: str | None = None
+    architecture: Architecture = field(default_factory=DecoderArch)
     logit_scale: float | None = None
     even_start: bool = False
 
@@ -108,10 +108,10 @@ def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
 
     The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices.
     """
-    rates = {("adam", "hybrid"): baseline, ("adam", "nhybrid"): normalized}
+    rates = {("adam", "gpt"): baseline, ("adam", "ngpt"): normalized}
     return Preset(
-        len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, pattern=pattern, even_start=True,
-        base=BaseShape(128, len(pattern), 240),
+        len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, even_start=True,
+        architecture=DecoderArch(pattern=pattern), base=BaseShape(128, len(pattern), 240),
     )  # fmt: skip
 
 
@@ -133,12 +133,26 @@ PRESETS: dict[str, Preset] = {
             ("muon", "ngpt"): 1.3e-2,
             ("training-ngpt", "gpt"): 2e-3,
             ("training-ngpt", "ngpt"): 1.6e-2,
-            ("adam", "encoder"): 2e-3,
-            ("adam", "nencoder"): 1.6e-2,
         },
         eval_every=40,
         eval_windows=32,
         compile=False,
+        base=BaseShape(128, 4, 240),
+        logit_scale=22.63,
+        even_start=True,
+    ),
+    "encoder": Preset(
+        n_layers=4,
+        d_model=128,
+        n_heads=2,
+        seq_len=256,
+        batch_size=4,
+        steps=240,
+        rates={("adam", "gpt"): 2e-3, ("adam", "ngpt"): 1.6e-2},
+        eval_every=40,
+        eval_windows=32,
+        compile=False,
+        architecture=EncoderArch(),
         base=BaseShape(128, 4, 240),
         logit_scale=22.63,
         even_start=True,
@@ -151,13 +165,14 @@ PRESETS: dict[str, Preset] = {
         batch_size=32,
         steps=600,
         rates={
-            ("adam", "encdec"): 2e-3,
-            ("adam", "nencdec"): 1e-2,
+            ("adam", "gpt"): 2e-3,
+            ("adam", "ngpt"): 1e-2,
         },
         eval_every=100,
         eval_windows=512,
         compile=False,
         label_smoothing=0.1,
+        architecture=EncDecArch(),
         base=BaseShape(128, 2, 600),
         logit_scale=25.0,
         even_start=True,

@@ -12,18 +12,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from spherelm import ablations
-from spherelm.models import ARMS, EncoderDecoder, has_pattern, is_normalized
+from spherelm.models import CONFIGS, Architecture, DecoderArch
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, transfer
-from spherelm.overrides import base_of, check_effects, heads_of, layers_of, multipliers_of, schedule_of, take
+from spherelm.overrides import (
+    architecture_of,
+    base_of,
+    check_effects,
+    heads_of,
+    layers_of,
+    model_config,
+    multipliers_of,
+    schedule_of,
+    take,
+)
 from spherelm.presets import PRESETS, Preset
 from spherelm.train.config import RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe decides for one arm at one size and length: fields of the model's config, optimizer and schedule."""
+    """What a recipe decides for one arm at one size and length: fields of the model's config, optimizer and schedule.
+
+    model: by name, or by path such as "alpha.init".
+    """
 
     model: Mapping[str, Any]
     optim: Mapping[str, Any]
@@ -39,7 +52,7 @@ def paper(arm: str, preset: Preset, steps: int) -> Choices:
 
     Baselines warm up over 2000 steps, or over a tenth of a run that is shorter than 20000; normalized arms do not warm up.
     """
-    warmup = 0 if is_normalized(arm) else min(2000, steps // 10)
+    warmup = 0 if arm == "ngpt" else min(2000, steps // 10)
     return Choices({}, {}, ScheduleConfig("cosine", warmup_steps=warmup))
 
 
@@ -66,45 +79,52 @@ def adam(arm: str, preset: Preset, steps: int) -> Choices:
     two of a hybrid's layers are one of GPT's, and in encoder-decoders source and target share their input embedding.
     """
     schedule = dataclasses.replace(paper(arm, preset, steps).schedule, kind="linear")
-    kind = "experts" if arm == "hybrid" and "M" not in str(preset.pattern) else arm
+    kind = kind_of(preset.architecture)
     optim: dict[str, Any] = {"betas": (first_beta(steps), second_beta(preset.batch_size * preset.seq_len))}
-    if kind in RATES:
-        optim["multipliers"] = RATES[kind]
-    own = shared_embeddings(arm)
-    if not is_normalized(arm):
-        if not (preset.even_start and arm in EVEN_START):
+    if (arm, kind) in RATES:
+        optim["multipliers"] = RATES[arm, kind]
+    own = shared_embeddings(preset.architecture)
+    if arm == "gpt":
+        if not (preset.even_start and (arm, kind) in EVEN_START):
             own["init_std"] = 0.02 * math.sqrt(1024 / preset.d_model)
-        if preset.even_start and arm in FORGETFUL:
+        if preset.even_start and kind in FORGETFUL:
             optim["weight_decay"] = SHORT_DECAY
         return Choices(own, optim, schedule)
     model = {
         **own,
-        "s_z_init": start_of_logits(preset, steps),
-        "s_z_scale": S_Z_SCALE,
-        "alpha_init": 0.05 * math.sqrt(24 / depth(arm, preset.n_layers)),
-        **(EVEN_START.get(arm, {}) if preset.even_start else {}),
+        "s_z.init": start_of_logits(preset, steps),
+        "s_z.scale": S_Z_SCALE,
+        "alpha.init": 0.05 * math.sqrt(24 / depth(preset.architecture, preset.n_layers)),
+        **(EVEN_START.get((arm, kind), {}) if preset.even_start else {}),
     }
     return Choices(model, optim, schedule)
 
 
-def shared_embeddings(arm: str) -> dict[str, Any]:
-    """That source and target share their input embedding, in the arms that have both; only "paper" leaves them apart."""
-    return {"share_embeddings": True} if issubclass(ARMS[arm][1], EncoderDecoder) else {}
+def kind_of(architecture: Architecture) -> str:
+    """What tuned numbers are kept by: the architecture, where a decoder has a pattern "hybrid", or "experts" without mixers."""
+    if isinstance(architecture, DecoderArch) and architecture.pattern is not None:
+        return "hybrid" if "M" in architecture.pattern else "experts"
+    return architecture.kind
 
 
-EVEN_START: dict[str, dict[str, float]] = {
-    **{arm: {} for arm in ("gpt", "hybrid")},
-    **{arm: {"common_start": 8.0, "s_qk_init": 0.5} for arm in ("ngpt", "nhybrid", "nencoder")},
-    "nencdec": {"s_qk_init": 0.5},
+def shared_embeddings(architecture: Architecture) -> dict[str, Any]:
+    """That source and target share their input embedding, where there are both; only "paper" leaves them apart."""
+    return {"share_embeddings": True} if architecture.kind == "encdec" else {}
+
+
+EVEN_START: dict[tuple[str, str], dict[str, float]] = {
+    **{("gpt", kind): {} for kind in ("decoder", "hybrid", "experts")},
+    **{("ngpt", kind): {"common_start": 8.0, "s_qk.init": 0.5} for kind in ("decoder", "hybrid", "experts", "encoder")},
+    ("ngpt", "encdec"): {"s_qk.init": 0.5},
 }
-"""How logits and attention are made to start nearly even, by arm; those that are not here were not better for it.
+"""How logits and attention are made to start nearly even; the arms and kinds that are not here were not better for it.
 
 A baseline has it from the paper's small weights of 0.02, at every width; encoders and encoder-decoders want wider ones.
 On the sphere a direction that all tokens share does it, and queries and keys that start shorter; of an encoder-decoder only the
 latter helps.
 """
 
-FORGETFUL = ("gpt", "hybrid", "encdec")
+FORGETFUL = ("decoder", "hybrid", "experts", "encdec")
 SHORT_DECAY = 0.025
 """The weight decay of these baselines in short runs; the paper's is 0.1.
 
@@ -149,12 +169,12 @@ PAPER_BATCH = 512 * 1024
 """Tokens of an update in the nGPT paper's shortest context."""
 
 RATES = {
-    "gpt": RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0),
-    "hybrid": RateMultipliers(input_embedding=128.0, output_embedding=16.0, gain=16.0),
-    "experts": RateMultipliers(input_embedding=32.0, output_embedding=32.0, gain=4.0),
-    "encoder": RateMultipliers(input_embedding=64.0, output_embedding=8.0, gain=4.0),
-    "encdec": RateMultipliers(input_embedding=64.0, output_embedding=16.0, gain=8.0),
-    "nencdec": RateMultipliers(input_embedding=2.0, matrix=0.5),
+    ("gpt", "decoder"): RateMultipliers(input_embedding=32.0, output_embedding=16.0, gain=8.0),
+    ("gpt", "hybrid"): RateMultipliers(input_embedding=128.0, output_embedding=16.0, gain=16.0),
+    ("gpt", "experts"): RateMultipliers(input_embedding=32.0, output_embedding=32.0, gain=4.0),
+    ("gpt", "encoder"): RateMultipliers(input_embedding=64.0, output_embedding=8.0, gain=4.0),
+    ("gpt", "encdec"): RateMultipliers(input_embedding=64.0, output_embedding=16.0, gain=8.0),
+    ("ngpt", "encdec"): RateMultipliers(input_embedding=2.0, matrix=0.5),
 }
 """Of the arms that want different rates for different roles, in the recipe "adam"; a baseline's peak is its block matrices'.
 
@@ -166,9 +186,9 @@ S_Z_SCALE = 1.4
 """What s_z is stored at in the recipe "adam", at every width. Found at 128 channels; the paper's is 0.088 there."""
 
 
-def depth(arm: str, n_layers: int) -> float:
-    """How many layers of GPT, each of two steps, as many layers of `arm` are."""
-    return n_layers / 2 if has_pattern(arm) else n_layers
+def depth(architecture: Architecture, n_layers: int) -> float:
+    """How many layers of two steps each the model has: of a pattern every letter is one step."""
+    return n_layers / 2 if kind_of(architecture) in ("hybrid", "experts") else n_layers
 
 
 def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
@@ -180,16 +200,16 @@ def nugpt(arm: str, preset: Preset, steps: int) -> Choices:
     stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and the batch size of the base. GPT has no
     such rules: it is trained by "adam".
     """
-    if not is_normalized(arm):
+    if arm == "gpt":
         return adam(arm, preset, steps)
     base = preset.base
     rules = transfer(base, preset.d_model, preset.n_layers, steps)
     model: dict[str, Any] = {
-        **shared_embeddings(arm),
-        "alpha_init": 0.05 * 10 / depth(arm, base.n_layers) * rules.alpha_init,
-        "s_z_init": math.sqrt(base.d_model) * rules.s_z_init,
-        **{f"{name}_scale": SCALE for name in ("alpha", "s_qk")},
-        "s_z_scale": SCALE * math.sqrt(base.d_model),
+        **shared_embeddings(preset.architecture),
+        "alpha.init": 0.05 * 10 / depth(preset.architecture, base.n_layers) * rules.alpha_init,
+        "s_z.init": math.sqrt(base.d_model) * rules.s_z_init,
+        **{f"{name}.scale": SCALE for name in ("alpha", "s_qk")},
+        "s_z.scale": SCALE * math.sqrt(base.d_model),
     }
     multipliers = RateMultipliers(**{role: rules.rate * getattr(rules.multipliers, role) for role in ROLES})
     return Choices(model, {"eps": 1e-16, "multipliers": multipliers}, ScheduleConfig("cosine", final=0.1))
@@ -217,7 +237,7 @@ def muon_rates(arm: str, steps: int) -> RateMultipliers:
     peak at 240 and 320 updates and 2 times at 1280. Found at 128 and 64 channels, GPT's at all three lengths, where it is one
     (docs/experiments.md).
     """
-    if not is_normalized(arm):
+    if arm == "gpt":
         return RateMultipliers(input_embedding=6.4, output_embedding=0.8, gain=0.8)
     return RateMultipliers(matrix=min(4.0, max(2.0, 4 * math.sqrt(320 / steps))), input_embedding=0.5)
 
@@ -232,7 +252,7 @@ def training_ngpt(arm: str, preset: Preset, steps: int) -> Choices:
     """
     choices = adam(arm, preset, steps)
     schedule = ScheduleConfig("log", warmup_steps=steps // 10, rho=0.9)
-    if not is_normalized(arm):
+    if arm == "gpt":
         return dataclasses.replace(choices, schedule=schedule)
     optim = {"optimizer": "gated_adamw", "eps": 1e-16, "eps_gate": 1e-8, "max_angle": 0.2, "angle_follows_lr": True}
     return Choices({**choices.model, "logit_preconditioning": 1.0}, {**choices.optim, **optim}, schedule)
@@ -243,7 +263,7 @@ def ablation(name: str) -> Recipe:
 
     def recipe(arm: str, preset: Preset, steps: int) -> Choices:
         choices = paper(arm, preset, steps)
-        if not is_normalized(arm):
+        if arm == "gpt":
             return choices
         return dataclasses.replace(choices, model={**choices.model, **ablations.fields_of(name, preset.d_model)})
 
@@ -275,7 +295,7 @@ def distinct(choices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`choices` of arms and recipes, each once: the ablations change nGPT, and GPT by any of them is the paper's GPT."""
     found = []
     for choice in choices:
-        same = choice["recipe"] in ABLATIONS and not is_normalized(choice["arm"])
+        same = choice["recipe"] in ABLATIONS and choice["arm"] == "gpt"
         one = {**choice, "recipe": "paper"} if same else dict(choice)
         if not (same and one in found):
             found.append(one)
@@ -288,7 +308,7 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
         recipe = "paper"
     elif recipe == "default":
         recipe = best_way(arm, preset)
-    elif recipe == "nugpt" and not is_normalized(arm):
+    elif recipe == "nugpt" and arm == "gpt":
         recipe = "adam"
     return preset.rates.get((recipe, arm))
 
@@ -318,19 +338,20 @@ def make_run(
     """The run of `arm` at the size `preset` by the recipe `recipe`.
 
     vocab_size: that of the data; by default the preset's. lr: the peak learning rate, by default the tuned one.
-    overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha_init`, ...), of
+    overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha.init`, ...), of
     the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
-    like; `d_k`, the width of a head, makes n_heads follow d_model, a hybrid's `pattern` its n_layers; `base_d_model`,
+    like; `d_k`, the width of a head, makes n_heads follow d_model, a `pattern` its n_layers; `base_d_model`,
     `base_n_layers` and `base_steps` are the preset's base. `None` is a value, of fields that may have none. Raises
     `ValueError` naming an unknown arm, preset, recipe or field, or a field that would change nothing.
     """
-    config_class, model_class = _look_up("arm", arm, ARMS)
+    config_class = _look_up("arm", arm, CONFIGS)
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = dict(overrides)
     given |= heads_of(given, size.d_model)
-    layers = layers_of(given, preset, size) if has_pattern(arm) else {}
-    size = dataclasses.replace(size, **{**take(given, Preset, but=("pattern", "logit_scale", "even_start")), **layers})
+    size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
+    given |= layers_of(given, size)
+    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "logit_scale", "even_start")))
     size = dataclasses.replace(size, base=base_of(size.base, given))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
@@ -342,25 +363,18 @@ def make_run(
     optim["multipliers"] = multipliers_of(optim.get("multipliers", RateMultipliers()), given)
     train = {name: getattr(size, name) for name in OF_TRAINING}
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
-    model = {
-        "vocab_size": vocab_size or size.vocab_size,
-        "max_seq_len": size.seq_len,
-        **shape,
-        **layers,
-        **choices.model,
-    }
+    model = {"vocab_size": vocab_size or size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
     config = RunConfig(
-        arm=arm,
         recipe=recipe,
         preset=preset,
-        model=config_class(**(model | take(given, config_class))),
+        model=model_config(config_class, size.architecture, model, given),
         optim=OptimConfig(**optim),
         schedule=schedule_of(choices.schedule, given),
         train=TrainConfig(**(train | take(given, TrainConfig))),
         data=data,
-        base=size.base if recipe == "nugpt" and is_normalized(arm) else None,
+        base=size.base if recipe == "nugpt" and arm == "ngpt" else None,
     )
     if given:
         raise ValueError(f"no field is called {', '.join(sorted(given))}")
-    check_effects(overrides, config, is_normalized(arm))
+    check_effects(overrides, config, arm == "ngpt")
     return config

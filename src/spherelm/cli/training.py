@@ -49,8 +49,6 @@ def compare(
 ) -> None:
     """Train a baseline and its normalized twin, and write a page that says how many fewer tokens the better one needs.
 
-    GPT and nGPT, or hybrids of several kinds of layers where the preset has a pattern of them (hybrid, moe, hybrid-moe).
-
     Args:
         out: Directory for both arms' runs, summary.json and report.html.
         data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
@@ -91,7 +89,7 @@ def compare(
 
 
 def train(
-    arm: Literal["gpt", "ngpt", "encdec", "nencdec", "encoder", "nencoder", "hybrid", "nhybrid"],
+    arm: Literal["gpt", "ngpt"],
     out: Path,
     data: Path | None = None,
     preset: str = "demo",
@@ -117,7 +115,7 @@ def train(
     """Train one model.
 
     Args:
-        arm: Baseline or normalized (n...): Transformer, encoder-decoder for pairs of texts, encoder for hidden tokens, hybrid.
+        arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
@@ -183,10 +181,7 @@ def describe(config: RunConfig, asked: DryRun) -> None:
 
 def sweep(
     out: Path,
-    arms: tuple[Literal["gpt", "ngpt", "encdec", "nencdec", "encoder", "nencoder", "hybrid", "nhybrid"], ...] = (
-        "gpt",
-        "ngpt",
-    ),
+    arms: tuple[Literal["gpt", "ngpt"], ...] = ("gpt", "ngpt"),
     lr: tuple[float, ...] = (),
     vary: tuple[str, ...] = (),
     preset: str = "demo",
@@ -202,7 +197,7 @@ def sweep(
         out: Directory for the runs, sweep.json and the page index.html.
         arms: Which arms.
         lr: Peak learning rates; the tuned one if left out.
-        vary: Fields and their values, such as alpha_init=0.05,0.25 or batch_size=4,8.
+        vary: Fields and their values, such as alpha.init=0.05,0.25 or batch_size=4,8.
         preset: Size and length of the runs.
         recipe: How the arms are trained, one or several; ablations stands for the paper's recipe and all of its ablations.
         steps: Updates; the preset's if left out.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from spherelm.compare.cost import StepCost, TimedSteps, measure_cost
-from spherelm.compare.record import pair_for
 from spherelm.compare.wording import NAMES
 from spherelm.layers.linear import retract
+from spherelm.models import ARMS
 from spherelm.recipes import make_run
 from spherelm.train.config import RunConfig
 from spherelm.train.counting import training_flops
@@ -58,7 +58,7 @@ def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None
     if pattern is not None:
         sizes["pattern"] = pattern
         del sizes["n_layers"]
-    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in pair_for(pattern)}
+    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in ARMS}
 
 
 def matmul_rate(dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 3) -> float:

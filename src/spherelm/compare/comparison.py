@@ -12,13 +12,11 @@ import numpy as np
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.compare.cost import StepCost, measure_cost
 from spherelm.compare.jobs import Job, run_jobs, threads, threads_each, workers_for
-from spherelm.compare.record import pair_for
 from spherelm.compare.report import write_report
 from spherelm.compare.speedup import Point, losing_losses, speedup, winner
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.perplexity import bits_per_byte
-from spherelm.models import parameter_count
-from spherelm.presets import PRESETS
+from spherelm.models import ARMS, parameter_count
 from spherelm.recipes import make_run
 from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
@@ -59,18 +57,12 @@ class CompareConfig:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
-    @property
-    def arms(self) -> tuple[str, str]:
-        """The baseline and the normalized arm: hybrids where the preset has a pattern of layers."""
-        preset = PRESETS.get(self.preset)
-        return pair_for(None if preset is None else preset.pattern)
-
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
         asked: dict[str, Any] = {"steps": steps or self.steps, "seq_len": self.seq_len, "batch_size": self.batch_size}
         asked |= {"dtype": self.dtype, "compile": self.compile, "seed": seed}
         given = {name: value for name, value in asked.items() if value is not None}
-        lr = self.lr_gpt if arm == self.arms[0] else self.lr_ngpt
+        lr = self.lr_gpt if arm == "gpt" else self.lr_ngpt
         return make_run(arm, self.preset, self.recipe, vocab_size=vocab_size, data=self.data, lr=lr, **given)
 
 
@@ -83,9 +75,8 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     require_matplotlib()  # the page comes last: do not train for it in vain
     workers_for(1, workers)  # a wrong number is refused before anything is written
     vocab_size = vocabulary_size(config.data)
-    full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in config.arms}
-    baseline, normalized = config.arms
-    data = open_data(full[baseline][0])
+    full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
+    data = open_data(full["gpt"][0])
     claim_directory(out, {**vars(config), "data_identity": data.identity}, resume)
     jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
     # Seed by seed, so that both arms of a pair run side by side.
@@ -96,7 +87,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     targets = losing_losses(final, best)
     ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
     with threads(threads_each(workers_for(len(in_order), workers))):
-        cost = measure_cost(full[baseline][0], full[normalized][0])
+        cost = measure_cost(full["gpt"][0], full["ngpt"][0])
         drawn = samples({arm: jobs[arm][0].out for arm in jobs})
     summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
     summary["wall_seconds"] = time.perf_counter() - start
@@ -148,7 +139,7 @@ def summarize(
     rate: float,
 ) -> dict[str, Any]:
     """What `summary.json` says; rate: tokens a byte of the validation text."""
-    best, first = winner(final), jobs[config.arms[0]][0].config
+    best, first = winner(final), jobs["gpt"][0].config
     if config.quick:
         curves, method = [in_run_curve(job.out) for job in jobs[best]], "in-run"
     else:
@@ -157,7 +148,7 @@ def summarize(
         for job, loss in shorter:
             ends[job.config.train.seed].append((float(tokens_of(job.config)), loss))
         curves, method = list(ends.values()), "schedule-ends"
-    seconds = dict(zip(config.arms, (cost.gpt_seconds, cost.ngpt_seconds), strict=True))
+    seconds = dict(zip(ARMS, (cost.gpt_seconds, cost.ngpt_seconds), strict=True))
     micro = (first.train.micro_batch_size or first.train.batch_size) * first.train.seq_len
     return {
         "arms": {
@@ -173,7 +164,7 @@ def summarize(
                 "parameters": parameter_count(jobs[arm][0].config.model),
                 "runs": [job.out.name for job in jobs[arm]],
             }
-            for arm in config.arms
+            for arm in ARMS
         },
         "short_runs": [
             {

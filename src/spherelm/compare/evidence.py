@@ -31,7 +31,6 @@ from spherelm.compare.sweep import UNTRAINED, name_of
 from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
-from spherelm.models import is_normalized
 from spherelm.presets import PRESETS, Preset
 from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
@@ -103,7 +102,7 @@ class Grid:
     @property
     def compares(self) -> bool:
         """Whether there is a baseline and a normalized contender among the contenders."""
-        return len({is_normalized(CONTENDERS[name][0]) for name in self.contenders}) == 2
+        return len({CONTENDERS[name][0] == "ngpt" for name in self.contenders}) == 2
 
     def points(self) -> list[Point]:
         """Cheapest budgets first, so that what a short time allows is whole."""
@@ -236,7 +235,7 @@ class Ladder:
         configs = {name: self.job(name, point, self.first_rate(name, point), 0).config for name in self.grid.contenders}
         with threads(threads_each(workers_for(len(configs), self.workers))):
             times = time_in_turn(configs)
-        baselines = [name for name in times if not is_normalized(CONTENDERS[name][0])]
+        baselines = [name for name in times if CONTENDERS[name][0] != "ngpt"]
         return {
             "size": point.size, "context": point.context, "compiled": point.compiled,
             "seconds": {name: statistics.median(own) for name, own in times.items()},

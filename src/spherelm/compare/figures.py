@@ -15,7 +15,6 @@ from spherelm.analysis.drawing import Drawing
 from spherelm.analysis.weights import MATRICES, WeightReport
 from spherelm.compare.record import Arm, Comparison
 from spherelm.compare.wording import NAMES, bound_on_tokens, listed, loss_text, si
-from spherelm.models import is_normalized
 
 Weights = Mapping[str, Sequence[WeightReport]]
 Numbers = Mapping[str, Mapping[str, Sequence[Any]]]
@@ -65,7 +64,7 @@ def weight_figures(weights: Weights, unit_conditions: Numbers | None = None) -> 
     unit_conditions: condition numbers of the same matrices with their vectors made unit, drawn dotted,
     `{"gpt": {"Q": [array [n_layers] per seed], ...}}`.
     """
-    sphere = next((reports for arm, reports in weights.items() if is_normalized(arm)), ())
+    sphere = next((reports for arm, reports in weights.items() if arm == "ngpt"), ())
     figures = []
     scales = _by_name([report.scales for report in sphere])
     places = {arm: reports[0].places for arm, reports in weights.items() if reports}
@@ -197,7 +196,7 @@ def _norm_figure(norms: Mapping[str, dict[str, list[Any]]]) -> Figure:
     }
     unit = "are 1 by construction, so its two lines coincide"
     said = [
-        f"{NAMES[arm]}&rsquo;s {unit if is_normalized(arm) and _all_unit(tables) else f'go {spans[arm]}'}"
+        f"{NAMES[arm]}&rsquo;s {unit if arm == 'ngpt' and _all_unit(tables) else f'go {spans[arm]}'}"
         for arm, tables in norms.items()
     ]
     caption = f"Lengths of the embedding vectors, sorted. {'; '.join(said)}. Corresponds to figure 4 of the paper."

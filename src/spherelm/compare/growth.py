@@ -13,7 +13,6 @@ import numpy as np
 
 from spherelm.compare.cost import COMPILE_FROM
 from spherelm.compare.speedup import interval, mean_curve, tokens_to_reach
-from spherelm.models import is_normalized
 
 DISTINCT = 1e-3
 """A direction in which the points differ by less than this part of their size, as by rounding to whole updates, is none."""
@@ -29,10 +28,10 @@ def all_speedups(
     `None` where the steps were not timed.
     """
     for baseline in measured:
-        if is_normalized(baseline["arm"]) or any(math.isnan(loss) for loss in baseline["test"]):
+        if baseline["arm"] == "ngpt" or any(math.isnan(loss) for loss in baseline["test"]):
             continue
         place = {key: baseline[key] for key in ("size", "context")}
-        rungs = [m for m in measured if is_normalized(m["arm"]) and all(m[key] == place[key] for key in place)]
+        rungs = [m for m in measured if m["arm"] == "ngpt" and all(m[key] == place[key] for key in place)]
         for contender in dict.fromkeys(rung["contender"] for rung in rungs):
             own = [rung for rung in rungs if rung["contender"] == contender]
             ratio = one_speedup(baseline, own)

@@ -27,7 +27,7 @@ from spherelm.compare.inspect_page import figure_sections, plain_page, plain_tab
 from spherelm.compare.wording import NAMES, si
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.models import MASKED_CONFIGS
+from spherelm.models import EncoderArch
 from spherelm.models.decoder import Decoder
 from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
 from spherelm.train.config import read_config
@@ -35,7 +35,7 @@ from spherelm.train.record import command_line, git_commit, versions, write_json
 
 SENTENCE = "The old man looked out over the sea and thought of home."
 
-SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "pattern", "n_experts", "d_expert")
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "architecture")
 """The fields of a config that runs must agree in to be drawn as one model; not every config has all."""
 
 
@@ -127,9 +127,9 @@ def check_shapes(paths: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
         config = read_config(run_directory(path) / "config.json")
         model = config.model
-        if isinstance(model, MASKED_CONFIGS):
+        if isinstance(model.architecture, EncoderArch):
             raise ValueError(f"{path} is an encoder: what is drawn here is of models that predict the next token")
-        shape = tuple(getattr(model, name, None) for name in SHAPE)
+        shape = tuple(getattr(model, name) for name in SHAPE)
         first, known = shapes.setdefault(config.arm, (path, shape))
         if shape != known:
             raise ValueError(

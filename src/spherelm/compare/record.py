@@ -17,16 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spherelm.models import ARMS
 from spherelm.train.metrics import read_metrics
 
 Array = NDArray[np.float64]
-PAIRS = (("gpt", "ngpt"), ("hybrid", "nhybrid"))
-"""What is compared with what: a baseline and its normalized twin."""
-
-
-def pair_for(pattern: str | None) -> tuple[str, str]:
-    """The baseline and the normalized arm of models with this pattern of layers: hybrids where there is one."""
-    return PAIRS[0] if pattern is None else PAIRS[1]
 
 
 @dataclass(frozen=True)
@@ -193,7 +187,7 @@ def read_comparison(directory: Path) -> Comparison:
     """
     summary = _read_json(directory / "summary.json")
     _require(summary, directory / "summary.json")
-    arms = {name: _read_arm(directory, name, summary["arms"][name]) for name in _pair(summary)}
+    arms = {name: _read_arm(directory, name, summary["arms"][name]) for name in ARMS}
     ends = _read_ends(directory, summary.get("short_runs") or [])
     return Comparison(directory, arms, ends, summary, _disagreements(arms, summary))
 
@@ -251,15 +245,9 @@ def _require(summary: Mapping[str, Any], path: Path) -> None:
     """ValueError that names what the report cannot do without."""
     if not isinstance(summary.get("speedup"), dict):
         raise ValueError(f"{path} has no `speedup`: it was not written by `spherelm compare`, run that again")
-    for arm in _pair(summary):
+    for arm in ARMS:
         if not (summary.get("arms") or {}).get(arm, {}).get("runs"):
             raise ValueError(f"{path} names no runs in `arms.{arm}.runs`: run `spherelm compare` again")
-
-
-def _pair(summary: Mapping[str, Any]) -> tuple[str, str]:
-    """The arms that `summary.json` is about; GPT and nGPT where it does not say."""
-    named = set(summary.get("arms") or {})
-    return next((pair for pair in PAIRS if named & set(pair)), PAIRS[0])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

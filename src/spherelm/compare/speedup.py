@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from spherelm.models import is_normalized
-
 Point = tuple[float, float]
 """(tokens, validation loss in nats per token)."""
 
@@ -85,7 +83,7 @@ def speedup(
     losing = losing_losses(final_losses, best)
 
     def ratio(reach: Reach) -> float:
-        return tokens / reach.tokens if is_normalized(best) else reach.tokens / tokens
+        return tokens / reach.tokens if best == "ngpt" else reach.tokens / tokens
 
     if math.isnan(float(np.mean(losing))):
         reach: Reach | None = None
@@ -98,7 +96,7 @@ def speedup(
     bounds = interval(known) if len(known) == len(by_seed) else None
     value = ratio(reach) if reach else None
     bound = reach.bound if reach else None
-    if bound and is_normalized(best):
+    if bound and best == "ngpt":
         # The fewer the tokens, the larger the ratio: at most so many tokens is a speedup of at least so much.
         bound = {"at most": "at least", "at least": "at most"}[bound]
     return {

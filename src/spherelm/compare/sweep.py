@@ -39,13 +39,13 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`"alpha_init=0.05,0.25"` as ("alpha_init", [0.05, 0.25]); raises `ValueError` if it does not read so.
+    """`"alpha.init=0.05,0.25"` as ("alpha_init", [0.05, 0.25]); raises `ValueError` if it does not read so.
 
     A value that is a list itself stands in brackets: `"betas=[0.9,0.95],[0.9,0.99]"`.
     """
     field, _, values = text.partition("=")
     if not field or not values:
-        raise ValueError(f"cannot read {text!r}: write a field and its values, such as alpha_init=0.05,0.25")
+        raise ValueError(f"cannot read {text!r}: write a field and its values, such as alpha.init=0.05,0.25")
     together = _value(f"[{values}]")
     if isinstance(together, list):
         return field, together
@@ -66,7 +66,7 @@ FIXED = {
 
 
 def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection[str]) -> dict[str, list[Any]]:
-    """`["alpha_init=0.05,0.25", "batch_size=4,8"]` as a mapping; raises `ValueError` for a field that is chosen twice.
+    """`["alpha.init=0.05,0.25", "batch_size=4,8"]` as a mapping; raises `ValueError` for a field that is chosen twice.
 
     flags: what the command's own flags say, `None` where they were left out; fixed: which of `FIXED` cannot stand here.
     """

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spherelm.layers.linear import retract
-from spherelm.models import Config, Decoder, GPTConfig, NGPTConfig, build
+from spherelm.models import Config, Decoder, GPTConfig, NGPTConfig, ScaleSpec, Variant, build
 
 STORAGES = ("BFloat16", "Half", "Float", "Double", "Byte", "Int", "Long")
 TENSORS = (
@@ -116,8 +116,8 @@ class ModelArgs:
         shape |= {"n_heads": self.n_head, "max_seq_len": self.block_size, "rope": rope}
         if not self.use_nGPT:
             return GPTConfig(**shape, init_std=self.base_scale)
-        shape |= {f"{name}_scale": self.base_scale for name in ("alpha", "s_qk", "s_z")}
-        return NGPTConfig(**shape, step="nvidia" if rope == "nvidia" else "lerp")
+        one, variant = ScaleSpec(1.0, self.base_scale), Variant("nvidia" if rope == "nvidia" else "lerp")
+        return NGPTConfig(**shape, alpha=ScaleSpec(0.05, self.base_scale), s_qk=one, s_z=one, variant=variant)
 
 
 @dataclass(frozen=True)

@@ -1,165 +1,83 @@
-"""Complete models, built from a config: the baseline of each kind and its normalized twin."""
+"""Complete models, built from a config: GPT, the baseline, and nGPT, each in any architecture."""
 
 from __future__ import annotations
 
 import torch
 
-from spherelm.models import gpt, ngpt
 from spherelm.models.config import (
-    EncDecConfig,
-    EncoderConfig,
+    ARCHITECTURES,
+    CONFIGS,
+    Architecture,
+    Config,
+    DecoderArch,
+    EncDecArch,
+    EncoderArch,
     GPTConfig,
-    NEncDecConfig,
-    NEncoderConfig,
     NGPTConfig,
+    ScaleSpec,
+    Variant,
 )
 from spherelm.models.decoder import Decoder, LanguageModel
 from spherelm.models.encoder import MaskedModel
 from spherelm.models.encoder_decoder import EncoderDecoder
-from spherelm.models.pattern import HybridConfig, NHybridConfig
 
 __all__ = [
+    "ARCHITECTURES",
     "ARMS",
+    "CONFIGS",
     "GPT",
-    "MASKED_CONFIGS",
     "NGPT",
-    "TWINS",
+    "Architecture",
     "Config",
     "Decoder",
-    "EncDec",
-    "EncDecConfig",
-    "Encoder",
-    "EncoderConfig",
+    "DecoderArch",
+    "EncDecArch",
+    "EncoderArch",
     "EncoderDecoder",
     "GPTConfig",
-    "Hybrid",
-    "HybridConfig",
     "LanguageModel",
     "MaskedModel",
-    "NEncDec",
-    "NEncDecConfig",
-    "NEncoder",
-    "NEncoderConfig",
     "NGPTConfig",
-    "NHybrid",
-    "NHybridConfig",
-    "arm_of",
+    "ScaleSpec",
+    "Variant",
     "build",
-    "has_pattern",
-    "is_normalized",
+    "model_class",
     "parameter_count",
 ]
 
+ARMS = tuple(CONFIGS)
+"""The baseline, then the normalized arm."""
 
 
 class GPT(LanguageModel):
-    """The baseline (`gpt.py`), a language model."""
+    """The baseline as a language model: the parts of `gpt.py`."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config, gpt.KIT)
+        super().__init__(config)
 
 
 class NGPT(LanguageModel):
-    """The normalized Transformer (`ngpt.py`), a language model."""
+    """The normalized Transformer as a language model: the parts of `ngpt.py`."""
 
     def __init__(self, config: NGPTConfig) -> None:
-        super().__init__(config, ngpt.KIT)
+        super().__init__(config)
 
 
-class Hybrid(LanguageModel):
-    """The baseline with layers of several kinds."""
-
-    def __init__(self, config: HybridConfig) -> None:
-        super().__init__(config, gpt.KIT)
+LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "ngpt": NGPT}
+OTHERS: dict[str, type[Decoder]] = {"encdec": EncoderDecoder, "encoder": MaskedModel}
 
 
-class NHybrid(LanguageModel):
-    """The normalized Transformer with layers of several kinds ("Training nGPT", arXiv 2608.01284)."""
-
-    def __init__(self, config: NHybridConfig) -> None:
-        super().__init__(config, ngpt.KIT)
-
-
-class EncDec(EncoderDecoder):
-    """The baseline as an encoder-decoder."""
-
-    def __init__(self, config: EncDecConfig) -> None:
-        super().__init__(config, gpt.KIT)
-
-
-class NEncDec(EncoderDecoder):
-    """The normalized Transformer as an encoder-decoder."""
-
-    def __init__(self, config: NEncDecConfig) -> None:
-        super().__init__(config, ngpt.KIT)
-
-
-class Encoder(MaskedModel):
-    """The baseline as an encoder."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config, gpt.KIT)
-
-
-class NEncoder(MaskedModel):
-    """The normalized Transformer as an encoder."""
-
-    def __init__(self, config: NEncoderConfig) -> None:
-        super().__init__(config, ngpt.KIT)
-
-
-Config = (
-    GPTConfig
-    | NGPTConfig
-    | EncDecConfig
-    | NEncDecConfig
-    | EncoderConfig
-    | NEncoderConfig
-    | HybridConfig
-    | NHybridConfig
-)
-
-MASKED_CONFIGS = (EncoderConfig, NEncoderConfig)
-"""Of models that fill in what is hidden in a text."""
-
-ARMS: dict[str, tuple[type[Config], type[Decoder]]] = {
-    "gpt": (GPTConfig, GPT),
-    "ngpt": (NGPTConfig, NGPT),
-    "encdec": (EncDecConfig, EncDec),
-    "nencdec": (NEncDecConfig, NEncDec),
-    "encoder": (EncoderConfig, Encoder),
-    "nencoder": (NEncoderConfig, NEncoder),
-    "hybrid": (HybridConfig, Hybrid),
-    "nhybrid": (NHybridConfig, NHybrid),
-}
-"""The config and the model of each arm, by the name that the command line and run directories use."""
-
-TWINS = {"ngpt": "gpt", "nencdec": "encdec", "nencoder": "encoder", "nhybrid": "hybrid"}
-"""The baseline of each normalized arm."""
+def model_class(config: Config) -> type[Decoder]:
+    """The class of the model that `config` describes."""
+    kind = config.architecture.kind
+    return LANGUAGE_MODELS[config.arm] if kind == "decoder" else OTHERS[kind]
 
 
 def build(config: Config) -> Decoder:
     """The model that `config` describes, freshly initialized from torch's global random state, in float32."""
-    for config_class, model_class in ARMS.values():
-        if type(config) is config_class:
-            return model_class(config)
-    names = ", ".join(config_class.__name__ for config_class, _ in ARMS.values())
-    raise ValueError(f"no model is built from a {type(config).__name__}: pass one of {names}")
-
-
-def arm_of(config: Config) -> str:
-    """The name of the arm that `config` belongs to, a key of `ARMS`."""
-    return next(arm for arm, (config_class, _) in ARMS.items() if type(config) is config_class)
-
-
-def is_normalized(arm: str) -> bool:
-    """Whether the weights of `arm` live on the sphere."""
-    return arm in TWINS
-
-
-def has_pattern(arm: str) -> bool:
-    """Whether the layers of `arm` are those of a pattern of letters."""
-    return hasattr(ARMS[arm][0], "mamba_expand")
+    if not isinstance(config, Config):
+        raise ValueError(f"no model is built from a {type(config).__name__}: pass a GPTConfig or an NGPTConfig")
+    return model_class(config)(config)  # type: ignore[call-arg]
 
 
 def parameter_count(config: Config) -> int:

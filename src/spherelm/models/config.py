@@ -1,109 +1,147 @@
-"""The configs of all models: sizes, and for each arm how its weights and learned scales start."""
+"""The configs of all models: sizes, an architecture, and for each arm how its weights and learned scales start."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from spherelm.layers.linear import FORMS, Scale
+from spherelm.layers.mamba2 import MambaShape
+from spherelm.layers.moe import BALANCINGS, SCORES
 from spherelm.layers.rope import ROPES
-from spherelm.sphere import norm, riemannian_step, step
+from spherelm.models.variants import SIGNS, STEPS
+
+T = TypeVar("T")
+
+LETTERS = "MA-O"
+"""Of a pattern: Mamba-2 mixer, attention, MLP, mixture of experts."""
 
 
-class DecoderConfig(Protocol):
-    """The fields that every decoder's config shares."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def n_kv_heads(self) -> int | None: ...
-    @property
-    def d_ff(self) -> int | None: ...
-    @property
-    def max_seq_len(self) -> int: ...
-    @property
-    def rope_base(self) -> float: ...
-    @property
-    def rope(self) -> str: ...
+def check_counts(owner: Any, names: Iterable[str], least: int = 1) -> None:
+    """Raise `ValueError` for a field of `owner` that is no whole number of at least `least`; `None` is let pass."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
-def check_shape(config: DecoderConfig) -> None:
-    """Raise `ValueError`, naming the value and the fix, if the sizes cannot make a model."""
-    for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    if config.d_model % config.n_heads:
-        raise ValueError(
-            f"n_heads={config.n_heads} does not divide d_model={config.d_model}: choose n_heads among the divisors of d_model"
-        )
-    if (config.d_model // config.n_heads) % 2:
-        raise ValueError(
-            f"d_model / n_heads = {config.d_model // config.n_heads} is odd, and rotary embedding pairs channels: "
-            "choose sizes that give an even number of channels per head"
-        )
-    if config.n_kv_heads is not None and config.n_heads % config.n_kv_heads:
-        raise ValueError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
-    if not config.rope_base > 1:
-        raise ValueError(f"rope_base must be greater than 1, got {config.rope_base}")
-    if config.rope not in ROPES:
-        raise ValueError(f"unknown rope {config.rope!r}: choose one of {', '.join(ROPES)}")
-
-
-def nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """`step` from `Norm(h)`, as NVIDIA/ngpt takes it: for a unit `h` the same point, whose gradient has no part along `h`.
-
-    Only the input embeddings notice: every later `h` is the result of a `norm`, which lets no such part through.
-    """
-    return step(norm(h), target, alpha)
-
-
-STEPS = {"lerp": step, "nvidia": nvidia_step, "riemannian": riemannian_step}
-"""The steps on the sphere, by the name that a config's field `step` has."""
-
-SIGNS: dict[str, Callable[[Tensor], Tensor]] = {"positive": torch.abs, "free": torch.positive}
-"""What becomes of a learned alpha, by the name that a config's field `alpha_sign` has; `torch.positive` leaves it."""
-
-SCALES = ("alpha", "s_qk", "s_u", "s_v", "s_z")
-"""The learned scales; each has `*_init`, `*_scale` and `*_form` in the config."""
-
-
-class Sizes:
-    """What follows from the fields of a config."""
-
-    @property
-    def d_k(self: DecoderConfig) -> int:
-        """Channels of a head."""
-        return self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self: DecoderConfig) -> int:
-        """Heads of keys and values."""
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def ff_width(self: DecoderConfig) -> int:
-        """Channels inside of an MLP."""
-        return self.d_ff or 4 * self.d_model
+def check_known(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise `ValueError` for a value that is not among those `known`."""
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
-class GPTConfig(Sizes):
-    """The shape of a `GPT`. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model.
+class MixerSizes:
+    """Sizes of Mamba-2 mixers.
+
+    mamba_expand: channels inside of a mixer over d_model, in heads of mamba_d_head with states of mamba_d_state. mamba_groups:
+    heads in one group share B and C. mamba_conv: positions that the convolution sees. mamba_chunk: positions computed as one
+    product.
+    """
+
+    mamba_expand: int = 2
+    mamba_d_head: int = 64
+    mamba_d_state: int = 64
+    mamba_groups: int = 1
+    mamba_conv: int = 4
+    mamba_chunk: int = 64
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("mamba_expand", "mamba_d_head", "mamba_d_state", "mamba_groups", "mamba_chunk"))
+        check_counts(self, ("mamba_conv",), least=2)
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of mixtures of experts.
+
+    n_experts: of which a token meets experts_per_token, and beside them n_shared_experts. d_expert: the width of each; by
+    default those that a token meets are as wide as an MLP together. router_score, balance: as for `Router`.
+    """
+
+    n_experts: int = 8
+    experts_per_token: int = 2
+    n_shared_experts: int = 0
+    d_expert: int | None = None
+    router_score: str = "sigmoid"
+    balance: str = "bias"
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("n_experts", "experts_per_token", "d_expert"))
+        check_counts(self, ("n_shared_experts",), least=0)
+        check_known("router_score", self.router_score, SCORES)
+        check_known("balance", self.balance, BALANCINGS)
+        if self.experts_per_token > self.n_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} of n_experts={self.n_experts} cannot be picked: "
+                f"choose 1 to {self.n_experts}"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderArch:
+    """A causal language model: attention and MLP in each layer, or the layers that `pattern` names, a letter each.
+
+    pattern: such as "MAM-MAMO", of the letters M (mixer), A (attention), - (MLP) and O (experts); n_layers counts them.
+    """
+
+    kind: Literal["decoder"] = "decoder"
+    pattern: str | None = None
+    mixer: MixerSizes = MixerSizes()
+    experts: ExpertSizes = ExpertSizes()
+
+
+@dataclass(frozen=True)
+class EncDecArch:
+    """A source is read in both directions, a target written beside it.
+
+    n_encoder_layers: `None` means n_layers. share_embeddings: source and target have one input embedding; with
+    tie_embeddings it is the output embedding too. max_seq_len is that of a source and of a target, each.
+    """
+
+    kind: Literal["encdec"] = "encdec"
+    n_encoder_layers: int | None = None
+    share_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("n_encoder_layers",))
+
+
+@dataclass(frozen=True)
+class EncoderArch:
+    """A text is read in both directions, and hidden tokens are filled in. hidden_part: of the tokens, in training."""
+
+    kind: Literal["encoder"] = "encoder"
+    hidden_part: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hidden_part < 1:
+            raise ValueError(f"hidden_part must lie between 0 and 1, got {self.hidden_part}")
+
+
+Architecture = DecoderArch | EncDecArch | EncoderArch
+
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "decoder": DecoderArch,
+    "encdec": EncDecArch,
+    "encoder": EncoderArch,
+}
+"""By the name that `kind` has."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape that both arms share. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model.
 
     rope: "standard", "nvidia" for the formula that NVIDIA/ngpt's checkpoints were trained with, or "none" for no positions.
+    Raises `ValueError`, naming the value and the fix, for sizes that make no model.
     """
+
+    arm: ClassVar[str]
 
     vocab_size: int
     n_layers: int
@@ -115,167 +153,220 @@ class GPTConfig(Sizes):
     rope_base: float = 10000.0
     rope: str = "standard"
     tie_embeddings: bool = False
+    architecture: Architecture = DecoderArch()
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"))
+        check_heads(self)
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base must be greater than 1, got {self.rope_base}")
+        check_known("rope", self.rope, ROPES)
+        if isinstance(self.architecture, DecoderArch):
+            check_pattern(self, self.architecture)
+        elif isinstance(self.architecture, EncoderArch) and self.tie_embeddings:
+            raise ValueError("an encoder's embeddings cannot be tied: the input has a row more, that of hidden tokens")
+
+    @property
+    def d_k(self) -> int:
+        """Channels of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        """Channels inside of an MLP."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def pattern(self) -> str | None:
+        """The letters of a decoder's layers, where it has a pattern."""
+        return self.architecture.pattern if isinstance(self.architecture, DecoderArch) else None
+
+    @property
+    def experts(self) -> ExpertSizes:
+        """Of a decoder's mixtures."""
+        assert isinstance(self.architecture, DecoderArch)
+        return self.architecture.experts
+
+    @property
+    def expert_width(self) -> int:
+        """Channels inside of each expert."""
+        sizes = self.experts
+        return sizes.d_expert or self.ff_width // (sizes.experts_per_token + sizes.n_shared_experts)
+
+    @property
+    def mamba(self) -> MambaShape:
+        """The sizes of a decoder's mixers."""
+        assert isinstance(self.architecture, DecoderArch)
+        sizes = self.architecture.mixer
+        return MambaShape(
+            d_model=self.d_model,
+            n_heads=sizes.mamba_expand * self.d_model // sizes.mamba_d_head,
+            d_head=sizes.mamba_d_head,
+            d_state=sizes.mamba_d_state,
+            n_groups=sizes.mamba_groups,
+            conv_width=sizes.mamba_conv,
+            chunk_size=sizes.mamba_chunk,
+        )
+
+
+@dataclass(frozen=True)
+class GPTConfig(ModelConfig):
+    """The shape of a baseline, as in `ModelConfig`. init_std: the spread of its weights at the start."""
+
+    arm: ClassVar[str] = "gpt"
+
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        check_shape(self)
+        super().__post_init__()
         if not self.init_std > 0:
             raise ValueError(f"init_std must be positive, got {self.init_std}")
 
 
 @dataclass(frozen=True)
-class NGPTConfig(Sizes):
-    """The shape of an `NGPT` and where its learned scales start; the defaults are the paper's (section 2.5).
+class ScaleSpec:
+    """A learned scale (nGPT, section 2.5): its effective start `init`, and the value `scale` that is stored for it.
 
-    `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model). rope: as in `GPTConfig`.
-    step: "lerp", the paper's step on the sphere, or "nvidia", which normalizes the point that it starts from as well.
-    logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which
-    weight every row of an embedding starts towards one direction (`draw_on_sphere`). For ablations (Tables
-    4 to 6): step "riemannian" (eqs. 24-26); a `*_form` is one of `FORMS`, a value for each entry, one learned for all, or one
-    fixed; alpha_sign "free" lets eigen learning rates be negative; without qk_norm queries and keys are not normalized.
+    scale: `None` for 1/sqrt(d_model). form: one of `FORMS` (Table 5): a value for each entry, one learned for all, or one
+    fixed.
     """
 
-    vocab_size: int
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
-    max_seq_len: int = 1024
-    rope_base: float = 10000.0
-    rope: str = "standard"
+    init: float = 1.0
+    scale: float | None = None
+    form: str = "vector"
+
+    def __post_init__(self) -> None:
+        if not self.init > 0:
+            raise ValueError(f"the init of a learned scale must be positive, got {self.init}")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"the scale of a learned scale must be positive or None, got {self.scale}")
+        check_known("form", self.form, FORMS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of nGPT is done otherwise, for ablations (Tables 5, 6) and for checkpoints of NVIDIA's code.
+
+    step: "lerp", the paper's step on the sphere; "riemannian" (eqs. 24-26); "nvidia", which normalizes the point that it starts
+    from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether queries and keys are normalized.
+    """
+
     step: str = "lerp"
-    tie_embeddings: bool = False
-    alpha_init: float = 0.05
-    alpha_scale: float | None = None
-    s_qk_init: float = 1.0
-    s_qk_scale: float | None = None
-    s_u_init: float = 1.0
-    s_u_scale: float = 1.0
-    s_v_init: float = 1.0
-    s_v_scale: float = 1.0
-    s_z_init: float = 1.0
-    s_z_scale: float | None = None
-    logit_preconditioning: float = 0.0
-    common_start: float = 0.0
-    alpha_form: str = "vector"
-    s_qk_form: str = "vector"
-    s_u_form: str = "vector"
-    s_v_form: str = "vector"
-    s_z_form: str = "vector"
     alpha_sign: str = "positive"
     qk_norm: bool = True
 
     def __post_init__(self) -> None:
-        check_shape(self)
-        named: dict[str, Iterable[str]] = {"step": STEPS, "alpha_sign": SIGNS}
-        named |= {f"{name}_form": FORMS for name in SCALES}
-        for name, known in named.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        for name in SCALES:
-            if not getattr(self, f"{name}_init") > 0:
-                raise ValueError(f"{name}_init must be positive, got {getattr(self, f'{name}_init')}")
-            stored = getattr(self, f"{name}_scale")
-            if stored is not None and not stored > 0:
-                raise ValueError(f"{name}_scale must be positive or None, got {stored}")
+        check_known("step", self.step, STEPS)
+        check_known("alpha_sign", self.alpha_sign, SIGNS)
+
+
+@dataclass(frozen=True)
+class NGPTConfig(ModelConfig):
+    """The shape of an nGPT, as in `ModelConfig`, and where its learned scales start; the defaults are the paper's.
+
+    s_mamba, s_moe: of each mixer's and each router's number. logit_preconditioning: the exponent q of
+    `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which weight every row of an embedding starts
+    towards one direction (`models.start.share_direction`).
+    """
+
+    arm: ClassVar[str] = "ngpt"
+
+    alpha: ScaleSpec = ScaleSpec(0.05)
+    s_qk: ScaleSpec = ScaleSpec()
+    s_u: ScaleSpec = ScaleSpec(scale=1.0)
+    s_v: ScaleSpec = ScaleSpec(scale=1.0)
+    s_z: ScaleSpec = ScaleSpec()
+    s_mamba: ScaleSpec = ScaleSpec(scale=1.0)
+    s_moe: ScaleSpec = ScaleSpec(scale=1.0)
+    logit_preconditioning: float = 0.0
+    common_start: float = 0.0
+    variant: Variant = Variant()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("logit_preconditioning", "common_start"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
-
-def default_scale(config: NGPTConfig, name: str) -> float:
-    """The stored start of the learned scale `name`: its `*_scale` field, or 1/sqrt(d_model) where that is None."""
-    value: float | None = getattr(config, f"{name}_scale")
-    return 1 / math.sqrt(config.d_model) if value is None else value
+    def learned(self, spec: ScaleSpec, *shape: int) -> Scale:
+        """The learned scale that `spec` describes."""
+        return Scale(shape, spec.init, spec.scale or 1 / math.sqrt(self.d_model), spec.form)
 
 
-def learned_scale(config: NGPTConfig, name: str, shape: int | tuple[int, ...]) -> Scale:
-    """The learned scale `name` with the init and scale that the config gives it."""
-    return Scale(shape, getattr(config, f"{name}_init"), default_scale(config, name), getattr(config, f"{name}_form", "vector"))
+Config = GPTConfig | NGPTConfig
+
+CONFIGS: dict[str, type[Config]] = {"gpt": GPTConfig, "ngpt": NGPTConfig}
+"""By the name of the arm."""
 
 
-class EncoderDecoderConfig(DecoderConfig, Protocol):
-    """The fields that configs of encoder-decoders share."""
+def check_heads(config: ModelConfig) -> None:
+    """Raise `ValueError` if the heads do not share the channels."""
+    if config.d_model % config.n_heads:
+        raise ValueError(
+            f"n_heads={config.n_heads} does not divide d_model={config.d_model}: choose n_heads among the divisors of d_model"
+        )
+    if config.d_k % 2:
+        raise ValueError(
+            f"d_model / n_heads = {config.d_k} is odd, and rotary embedding pairs channels: "
+            "choose sizes that give an even number of channels per head"
+        )
+    if config.n_kv_heads is not None and config.n_heads % config.n_kv_heads:
+        raise ValueError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
 
-    @property
-    def n_encoder_layers(self) -> int | None: ...
+
+def check_pattern(config: ModelConfig, arch: DecoderArch) -> None:
+    """Raise `ValueError` if the pattern, or the sizes of the parts that it names, cannot make a model."""
+    if arch.pattern is None:
+        return
+    strange = sorted(set(arch.pattern) - set(LETTERS))
+    if strange or not arch.pattern:
+        named = ", ".join(map(repr, strange)) or "no letters"
+        raise ValueError(f"pattern {arch.pattern!r} has {named}: a layer is one of {', '.join(LETTERS)}")
+    if len(arch.pattern) != config.n_layers:
+        raise ValueError(
+            f"pattern {arch.pattern!r} has {len(arch.pattern)} letters for n_layers={config.n_layers}: one for each layer"
+        )
+    width, sizes = arch.mixer.mamba_expand * config.d_model, arch.mixer
+    if "M" in arch.pattern and width % sizes.mamba_d_head:
+        raise ValueError(
+            f"mamba_d_head={sizes.mamba_d_head} does not divide mamba_expand * d_model = {width}: choose a divisor"
+        )
+    if "M" in arch.pattern and width // sizes.mamba_d_head % sizes.mamba_groups:
+        raise ValueError(
+            f"mamba_groups={sizes.mamba_groups} does not divide the {width // sizes.mamba_d_head} heads of a mixer"
+        )
+    if "O" in arch.pattern and config.expert_width < 1:
+        raise ValueError(
+            f"d_ff={config.d_ff} is too narrow for {arch.experts.experts_per_token} experts a token: give d_expert"
+        )
 
 
-def check_encoder(config: EncoderDecoderConfig) -> None:
-    """Raise `ValueError`, naming the value and the fix, if the encoder's depth makes no model."""
-    layers = config.n_encoder_layers
-    if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 1):
-        raise ValueError(f"n_encoder_layers must be a positive whole number or None, got {layers!r}")
+def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
+    """The dataclass `kind` of plain values such as JSON has them; architectures by their `kind`.
 
-
-@dataclass(frozen=True)
-class EncDecConfig(GPTConfig):
-    """The shape of an `EncDec`: that of its decoder, as in `GPTConfig`, and its encoder's.
-
-    n_encoder_layers: `None` means n_layers. share_embeddings: source and target have one input embedding; with tie_embeddings
-    it is the output embedding too. max_seq_len: of a source and of a target, each.
+    Raises `ValueError` for a field that there is not, and whatever `kind` raises.
     """
-
-    n_encoder_layers: int | None = None
-    share_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_encoder(self)
-
-
-@dataclass(frozen=True)
-class NEncDecConfig(NGPTConfig):
-    """The shape of an `NEncDec` and where its learned scales start: `NGPTConfig`, and the encoder's as in `EncDecConfig`.
-
-    alpha_init, s_qk_init, ...: of every such scale, in the encoder and in the decoder.
-    """
-
-    n_encoder_layers: int | None = None
-    share_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_encoder(self)
+    hints, values = get_type_hints(kind), dict(plain)
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{kind.__name__} has no field {name}")
+        if isinstance(value, Mapping):
+            owner = ARCHITECTURES[value.get("kind", "decoder")] if name == "architecture" else hints[name]
+            values[name] = from_plain(owner, value)
+    return kind(**values)
 
 
-class MaskedConfig(DecoderConfig, Protocol):
-    """The fields that configs of encoders share."""
-
-    @property
-    def tie_embeddings(self) -> bool: ...
-    @property
-    def hidden_part(self) -> float: ...
-
-
-def check_masked(config: MaskedConfig) -> None:
-    """Raise `ValueError`, naming the value and the fix, for what no encoder can be made of."""
-    if not 0 < config.hidden_part < 1:
-        raise ValueError(f"hidden_part must lie between 0 and 1, got {config.hidden_part}")
-    if config.tie_embeddings:
-        raise ValueError("an encoder's embeddings cannot be tied: the input has a row more, that of hidden tokens")
-
-
-@dataclass(frozen=True)
-class EncoderConfig(GPTConfig):
-    """The shape of an `Encoder`, as in `GPTConfig`. hidden_part: of the tokens, while it is trained."""
-
-    hidden_part: float = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_masked(self)
-
-
-@dataclass(frozen=True)
-class NEncoderConfig(NGPTConfig):
-    """The shape of an `NEncoder`, as in `NGPTConfig`. hidden_part: of the tokens, while it is trained."""
-
-    hidden_part: float = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_masked(self)
-
-
+def to_plain(config: Config) -> dict[str, Any]:
+    """The fields of `config` as plain values, which `from_plain` reads, without those of parts that the model does not have."""
+    plain, pattern = asdict(config), config.pattern or ""
+    for letter, group, scale in (("M", "mixer", "s_mamba"), ("O", "experts", "s_moe")):
+        if letter not in pattern:
+            plain["architecture"].pop(group, None)
+            plain.pop(scale, None)
+    return plain

@@ -31,7 +31,12 @@ from spherelm.layers.mamba2 import StateSpace
 from spherelm.layers.moe import Router, pending_losses
 from spherelm.layers.readout import Readout, read_logits
 from spherelm.layers.rope import ROPES, MakeTable, RotaryTable
+from spherelm.models import gpt, ngpt
+from spherelm.models.config import Config
 from spherelm.models.kit import Kit, Surroundings
+
+KITS: dict[str, Kit] = {"gpt": gpt.KIT, "ngpt": ngpt.KIT}
+"""By the name of the arm."""
 
 NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
 """What a block calls the sublayer of a letter, and a kit what makes its part."""
@@ -53,10 +58,10 @@ def run_block(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
 class Runtime:
     """How a model is run: all that trainers, compilers and inspectors may change on a model after it was built.
 
-    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything computed from it; `None`
-    for that of the weights, which keep theirs. run: calls a block. attend: computes attention. score: what a chunk of logits
-    costs, and their gradients. label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode
-    there is none.
+    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything computed from
+    it; `None` for that of the weights, which keep theirs. run: calls a block. attend: computes attention. score: what a chunk
+    of logits costs, and their gradients. label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval
+    mode there is none.
     """
 
     table: MakeTable
@@ -78,8 +83,9 @@ class Block(nn.Module):
             self.add_module(name, sublayer)
 
     @classmethod
-    def of(cls, config: Any, kit: Kit, letters: str) -> Block:
-        """The block of a kit's parts."""
+    def of(cls, config: Config, letters: str) -> Block:
+        """The block of the arm's parts."""
+        kit = KITS[config.arm]
         names = [NAMES[letter] for letter in letters]
         return cls(letters, {name: kit.sublayer(config, getattr(kit, name)(config)) for name in names})
 
@@ -96,28 +102,33 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What is trained and written with: `embed`, `blocks`, `head`, all made by a kit.
+    """What is trained and written with: `embed`, `blocks` and a `head`.
 
-    words: the letters of each block. rows: of the input embedding, the vocabulary by default. What a model reads besides the
-    tokens before is its own business: `loss` takes a batch of the data that it is for, `conditioned` the prompts of texts that
-    are to be written. continues: whether the texts that it writes begin with their prompts.
+    Its parts are those of the config's arm. words: the letters of each block. rows: of the input embedding, the vocabulary by
+    default. What a model reads besides the tokens before is its own business: `loss` takes a batch of the data that it is for,
+    `conditioned` the prompts of texts that are to be written. continues: whether the texts that it writes begin with their
+    prompts.
     """
 
     continues: ClassVar[bool]
+    config: Config
     runtime: Runtime
+    embed: Embedding
+    blocks: nn.ModuleList
+    head: Any
 
-    def __init__(self, config: Any, kit: Kit, words: Iterable[str], rows: int | None = None) -> None:
+    def __init__(self, config: Config, words: Iterable[str], rows: int | None = None) -> None:
         super().__init__()
-        self.config, self.kit = config, kit
+        self.config, kit = config, KITS[config.arm]
         self.runtime = Runtime(ROPES[config.rope].table, config.rope_base)
-        self.embed: Embedding = kit.embedding(rows or config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block.of(config, kit, word) for word in words)
+        self.embed = kit.embedding(rows or config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block.of(config, word) for word in words)
         self.head = kit.head(config)
         if config.tie_embeddings:
             self.head.linear.weight = self.embed.weight
 
     @classmethod
-    def single_layers(cls, config: Any) -> dict[Any, int]:
+    def single_layers(cls, config: Config) -> dict[Config, int]:
         """Configs of one layer each, and how many such layers the model of `config` has: what is counted once for all alike."""
         return {replace(config, n_layers=1): config.n_layers}
 
@@ -127,7 +138,7 @@ class Decoder(nn.Module):
 
     def init_weights(self) -> None:
         """Draw every weight anew, from the distributions that the kit's module states."""
-        self.kit.draw(self)
+        KITS[self.config.arm].draw(self)
         for module in self.modules():
             if isinstance(module, StateSpace):
                 module.init_weights()
@@ -235,16 +246,20 @@ class LanguageModel(Decoder):
 
     continues = True
 
-    def __init__(self, config: Any, kit: Kit) -> None:
-        super().__init__(config, kit, getattr(config, "pattern", ["A-"] * config.n_layers))
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, config.pattern or ["A-"] * config.n_layers)
         self.init_weights()
 
     @classmethod
-    def single_layers(cls, config: Any) -> dict[Any, int]:
+    def single_layers(cls, config: Config) -> dict[Config, int]:
         """As in `Decoder`: of a pattern one for each letter that occurs."""
-        if not hasattr(config, "pattern"):
+        if config.pattern is None:
             return super().single_layers(config)
-        return {replace(config, n_layers=1, pattern=letter): n for letter, n in Counter(config.pattern).items()}
+        arch: Any = config.architecture
+        return {
+            replace(config, n_layers=1, architecture=replace(arch, pattern=letter)): count
+            for letter, count in Counter(config.pattern).items()
+        }
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, seq, vocab] of every position's next token, for int64 tokens [batch, seq]."""

@@ -7,7 +7,7 @@ position instead of at those before them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory
 from spherelm.layers.readout import read_logits
 from spherelm.layers.rope import RotaryTable
+from spherelm.models.config import Config, EncoderArch
 from spherelm.models.decoder import Decoder, Rows, RunBlock, run_block
-from spherelm.models.kit import Kit, Surroundings
+from spherelm.models.kit import Surroundings
 
 
 class MaskedModel(Decoder):
@@ -29,21 +30,20 @@ class MaskedModel(Decoder):
 
     continues = False
 
-    def __init__(self, config: Any, kit: Kit) -> None:
-        super().__init__(config, kit, ["A-"] * config.n_layers, config.vocab_size + 1)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, ["A-"] * config.n_layers, config.vocab_size + 1)
         self.init_weights()
 
     @property
     def mask_token(self) -> int:
         """The id that stands for a hidden token: vocab_size."""
-        size: int = self.config.vocab_size
-        return size
+        return self.config.vocab_size
 
     @property
     def hidden_part(self) -> float:
         """The part of the tokens that training hides."""
-        part: float = self.config.hidden_part
-        return part
+        assert isinstance(self.config.architecture, EncoderArch)
+        return self.config.architecture.hidden_part
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, seq, vocab] of what stands at each position, for int64 tokens [batch, seq]."""

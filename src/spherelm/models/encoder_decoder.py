@@ -9,7 +9,6 @@ with a language model does so with a translation model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.linear import Embedding
-from spherelm.layers.readout import Readout, read_logits
+from spherelm.layers.readout import read_logits
 from spherelm.layers.rope import RotaryTable
+from spherelm.models.config import Config, EncDecArch
 from spherelm.models.decoder import (
+    KITS,
     Block,
     Decoder,
     LanguageModel,
@@ -30,7 +31,7 @@ from spherelm.models.decoder import (
     run_block,
     table_of,
 )
-from spherelm.models.kit import Kit, Surroundings
+from spherelm.models.kit import Surroundings
 
 PADDING = -100
 """What fills the rows of a source behind its end; any negative number does."""
@@ -42,12 +43,11 @@ class SourceEncoder(nn.Module):
     Padding is seen by nobody, so that a row is read as it would be alone. `norm` is what the last state goes through.
     """
 
-    def __init__(self, config: Any, kit: Kit, embed: Embedding) -> None:
+    def __init__(self, config: Config, embed: Embedding, depth: int) -> None:
         super().__init__()
         self.d_k, self.embed = config.d_k, embed
-        depth = config.n_encoder_layers or config.n_layers
-        self.blocks = nn.ModuleList(Block.of(config, kit, "A-") for _ in range(depth))
-        self.norm = kit.source_norm(config)
+        self.blocks = nn.ModuleList(Block.of(config, "A-") for _ in range(depth))
+        self.norm = KITS[config.arm].source_norm(config)
 
     def forward(self, source: Tensor, runtime: Runtime, run: RunBlock | None = None) -> Memory:
         """int64 [batch, source], negative where padded -> the states of its positions; run: as for `Decoder.trunk`."""
@@ -64,10 +64,13 @@ class EncoderDecoder(Decoder):
 
     continues = False
 
-    def __init__(self, config: Any, kit: Kit) -> None:
-        super().__init__(config, kit, ["AC-"] * config.n_layers)
-        source = self.embed if config.share_embeddings else kit.embedding(config.vocab_size, config.d_model)
-        self.encoder = SourceEncoder(config, kit, source)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, ["AC-"] * config.n_layers)
+        arch = config.architecture
+        assert isinstance(arch, EncDecArch)
+        make = KITS[config.arm].embedding
+        source = self.embed if arch.share_embeddings else make(config.vocab_size, config.d_model)
+        self.encoder = SourceEncoder(config, source, arch.n_encoder_layers or config.n_layers)
         self.init_weights()
 
     def stacks(self) -> list[nn.ModuleList]:
@@ -140,9 +143,9 @@ class EncoderDecoder(Decoder):
 class Conditioned(LanguageModel):
     """An encoder-decoder that has read its sources: a language model of their targets, a row of the batch for each."""
 
-    def __init__(self, model: EncoderDecoder, memory: Memory) -> None:
+    def __init__(self, model: Decoder, memory: Memory) -> None:
         nn.Module.__init__(self)
-        self.config, self.kit, self.runtime = model.config, model.kit, model.runtime
+        self.config, self.runtime = model.config, model.runtime
         self.embed, self.blocks, self.head, self.memory = model.embed, model.blocks, model.head, memory
         self.train(model.training)
 

@@ -33,9 +33,9 @@ from spherelm.layers.readout import Readout
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import RotaryTable, Rotation
 from spherelm.models import gpt, ngpt
-from spherelm.models.config import nvidia_step
 from spherelm.models.decoder import Block, Decoder, LanguageModel
 from spherelm.models.kit import Surroundings
+from spherelm.models.variants import nvidia_step
 
 Transform = Callable[[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -216,7 +216,7 @@ class Folded(LanguageModel):
 
     def __init__(self, source: LanguageModel) -> None:
         nn.Module.__init__(self)
-        self.config, self.kit = source.config, source.kit
+        self.config = source.config
         dtype = source.runtime.compute_dtype or source.embed.weight.dtype
         self.runtime = replace(source.runtime, compute_dtype=None)
         with torch.device("meta"):
@@ -263,7 +263,7 @@ KNOWN: tuple[type[nn.Module], ...] = (
 
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
-    if not isinstance(model, LanguageModel) or any(set(block.letters) > set("A-") for block in model.blocks):
+    if not isinstance(model, LanguageModel) or any(block.letters != "A-" for block in model.blocks):
         return f"{type(model).__name__} is no language model of attention and MLP alone"
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:

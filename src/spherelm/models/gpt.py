@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,8 +25,7 @@ from spherelm.layers.readout import Readout
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import ROPES
 from spherelm.models.config import GPTConfig
-from spherelm.models.kit import Kit, Surroundings
-from spherelm.models.pattern import expert_width, mamba_shape, router_of
+from spherelm.models.kit import Kit, Surroundings, router_of
 from spherelm.models.start import depths_of
 
 
@@ -59,13 +59,13 @@ def mlp(config: GPTConfig, width: int | None = None) -> FeedForward:
 
 def mixer(config: GPTConfig) -> Mamba2:
     """The part M."""
-    return Mamba2(mamba_shape(config))
+    return Mamba2(config.mamba)
 
 
 def experts(config: GPTConfig) -> MixtureOfExperts:
     """The part O."""
-    width = expert_width(config)
-    shared = (mlp(config, width) for _ in range(config.n_shared_experts))
+    width, sizes = config.expert_width, config.experts
+    shared = (mlp(config, width) for _ in range(sizes.n_shared_experts))
     return MixtureOfExperts(config.d_model, width, router_of(config), shared)
 
 
@@ -87,7 +87,7 @@ class Head(nn.Module):
         return Readout(self.norm(h), self.linear.scaled_weight().to(h.dtype))
 
 
-def draw(model: nn.Module) -> None:
+def draw(model: Any) -> None:
     """Draw every weight of `model` anew from the distributions in this module's docstring."""
     depths, drawn = depths_of(model), set()
     for module in model.modules():

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.cross_attention import Memory
+from spherelm.layers.moe import Router
 from spherelm.layers.rope import RotaryTable
+from spherelm.models.config import ModelConfig
 
 
 class Surroundings(NamedTuple):
@@ -41,10 +43,10 @@ MakePart = Callable[[Any], nn.Module]
 class Kit:
     """One arm: the parts of its models, and how they start.
 
-    embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which adds what the
-    part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts. source_norm: makes what the
-    last state of an encoder goes through. head: (config) -> what turns the last hidden state into a `Readout`. draw: (model) draws every
-    matrix and learned scale anew.
+    embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which adds what
+    the part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts. source_norm: makes
+    what the last state of an encoder goes through. head: makes what turns the last hidden state into a `Readout`. draw:
+    (model) draws every matrix and learned scale anew.
     """
 
     embedding: Callable[[int, int], Any]
@@ -57,3 +59,13 @@ class Kit:
     source_norm: MakePart
     head: MakePart
     draw: Callable[[Any], None]
+
+
+def router_of(config: ModelConfig) -> Router:
+    """A router with the config's choices.
+
+    The weights of several picked experts are their scores over their sum; of a single one that would be 1, whatever the router
+    says, and its weight is its score.
+    """
+    sizes, count = config.experts, config.experts.experts_per_token
+    return Router(config.d_model, sizes.n_experts, count, sizes.router_score, count > 1, sizes.balance)

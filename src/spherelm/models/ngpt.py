@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,10 +24,10 @@ from spherelm.layers.mamba2 import UnitMamba2
 from spherelm.layers.moe import Router, UnitMixtureOfExperts
 from spherelm.layers.readout import Readout, reading
 from spherelm.layers.rope import ROPES
-from spherelm.models.config import SIGNS, STEPS, NGPTConfig, learned_scale
-from spherelm.models.kit import Kit, Surroundings
-from spherelm.models.pattern import expert_width, mamba_shape, router_of
+from spherelm.models.config import NGPTConfig
+from spherelm.models.kit import Kit, Surroundings, router_of
 from spherelm.models.start import share_direction
+from spherelm.models.variants import SIGNS, STEPS
 from spherelm.sphere import norm
 
 
@@ -35,8 +36,8 @@ class Step(nn.Module):
 
     def __init__(self, config: NGPTConfig, part: nn.Module) -> None:
         super().__init__()
-        self.alpha = learned_scale(config, "alpha", config.d_model)
-        self.step, self.sign = STEPS[config.step], SIGNS[config.alpha_sign]
+        self.alpha = config.learned(config.alpha, config.d_model)
+        self.step, self.sign = STEPS[config.variant.step], SIGNS[config.variant.alpha_sign]
         self.part = part
 
     def forward(self, h: Tensor, around: Surroundings) -> Tensor:
@@ -46,34 +47,35 @@ class Step(nn.Module):
 
 def attention(config: NGPTConfig) -> UnitAttention:
     """The part A."""
-    s_qk = learned_scale(config, "s_qk", (config.n_heads, config.d_k))
-    return UnitAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, ROPES[config.rope], config.qk_norm)
+    s_qk, qk_norm = config.learned(config.s_qk, config.n_heads, config.d_k), config.variant.qk_norm
+    return UnitAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, ROPES[config.rope], qk_norm)
 
 
 def cross_attention(config: NGPTConfig) -> UnitCrossAttention:
     """The part C."""
-    s_qk = learned_scale(config, "s_qk", (config.n_heads, config.d_k))
-    return UnitCrossAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, config.qk_norm)
+    s_qk = config.learned(config.s_qk, config.n_heads, config.d_k)
+    return UnitCrossAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, config.variant.qk_norm)
 
 
 def mlp(config: NGPTConfig, width: int | None = None) -> UnitFeedForward:
     """The part -."""
     d_ff = width or config.ff_width
-    return UnitFeedForward(config.d_model, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
+    return UnitFeedForward(config.d_model, d_ff, *(config.learned(s, d_ff) for s in (config.s_u, config.s_v)))
 
 
 def mixer(config: NGPTConfig) -> UnitMamba2:
     """The part M."""
-    return UnitMamba2(mamba_shape(config), learned_scale(config, "s_mamba", 1))
+    return UnitMamba2(config.mamba, config.learned(config.s_mamba, 1))
 
 
 def experts(config: NGPTConfig) -> UnitMixtureOfExperts:
     """The part O."""
-    width = expert_width(config)
-    s_u, s_v = (learned_scale(config, name, (config.n_experts, width)) for name in ("s_u", "s_v"))
-    shared = (mlp(config, width) for _ in range(config.n_shared_experts))
-    s_moe = learned_scale(config, "s_moe", 1)
-    return UnitMixtureOfExperts(config.d_model, width, router_of(config), s_moe, s_u, s_v, shared)
+    width, sizes = config.expert_width, config.experts
+    shared = (mlp(config, width) for _ in range(sizes.n_shared_experts))
+    s_u, s_v = (config.learned(s, sizes.n_experts, width) for s in (config.s_u, config.s_v))
+    return UnitMixtureOfExperts(
+        config.d_model, width, router_of(config), config.learned(config.s_moe, 1), s_u, s_v, shared
+    )
 
 
 def source_norm(config: NGPTConfig) -> nn.Identity:
@@ -87,7 +89,7 @@ class Head(nn.Module):
     def __init__(self, config: NGPTConfig) -> None:
         super().__init__()
         self.linear = UnitLinear(config.d_model, config.vocab_size, role="output_embedding")
-        self.s_z = learned_scale(config, "s_z", config.vocab_size)
+        self.s_z = config.learned(config.s_z, config.vocab_size)
         self.reading = reading(config.logit_preconditioning)
 
     def forward(self, h: Tensor) -> Readout:
@@ -95,7 +97,7 @@ class Head(nn.Module):
         return self.reading(h, self.linear, self.s_z())
 
 
-def draw(model: nn.Module) -> None:
+def draw(model: Any) -> None:
     """Draw every weight of `model` anew from the distributions in this module's docstring."""
     for module in model.modules():
         if isinstance(module, Scale):

@@ -25,7 +25,7 @@ from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.evaluate.perplexity import summed_loss
 from spherelm.layers.loss import IGNORED
-from spherelm.models import ARMS, MASKED_CONFIGS, Decoder, EncoderDecoder
+from spherelm.models import Decoder, EncDecArch, EncoderArch
 from spherelm.train.config import RunConfig
 from spherelm.train.parallel import Group
 
@@ -150,13 +150,16 @@ def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
     Raises `ValueError` or `FileNotFoundError` if it cannot be read or does not fit the model or the lengths asked for.
     """
     spec = stream_spec(config.data or "")
-    if issubclass(ARMS[config.arm][1], EncoderDecoder):
+    architecture = config.model.architecture
+    if isinstance(architecture, EncDecArch):
         data = _open_pairs(config, rank, world_size)
     elif config.data is not None and holds_pairs(Path(config.data)):
-        raise ValueError(f"{config.data} holds pairs, which {config.arm} does not read: give encdec or nencdec")
+        raise ValueError(
+            f"{config.data} holds pairs of texts, which are for encoder-decoders: train with --preset pairs"
+        )
     else:
         data = _open_stream(config, spec, rank, world_size) if spec else _open_directories(config, rank, world_size)
-    if isinstance(config.model, MASKED_CONFIGS):
+    if isinstance(architecture, EncoderArch):
         data = _masked(data, config, rank)
     size = data.tokenizer.vocab_size
     if size > config.model.vocab_size:
@@ -194,8 +197,8 @@ def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
     """The same text with tokens hidden in it, in the validation windows always the same ones."""
     if data.end_token is not None:
         raise ValueError("--mask-documents is for models that write: an encoder reads a window as one text")
-    assert isinstance(config.model, MASKED_CONFIGS)
-    size, part, seed = config.model.vocab_size, config.model.hidden_part, config.train.seed
+    assert isinstance(config.model.architecture, EncoderArch)
+    size, part, seed = config.model.vocab_size, config.model.architecture.hidden_part, config.train.seed
     held_out = tuple(
         replace(one, tokens=tokens, targets=targets)
         for one in data.held_out

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spherelm.models import ARMS, Config
+from spherelm.models import CONFIGS, Config, older
+from spherelm.models.config import from_plain, to_plain
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 
@@ -99,7 +100,6 @@ class RunConfig:
     its rates over from, `None` with any other; what it made of them stands in the other fields.
     """
 
-    arm: str
     recipe: str
     preset: str
     model: Config
@@ -108,6 +108,11 @@ class RunConfig:
     train: TrainConfig
     data: str | None = None
     base: BaseShape | None = None
+
+    @property
+    def arm(self) -> str:
+        """The arm that is trained: "gpt" or "ngpt"."""
+        return self.model.arm
 
     def __post_init__(self) -> None:
         if self.train.seq_len > self.model.max_seq_len:
@@ -139,24 +144,23 @@ def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
+    return {"arm": config.arm, **plain, "model": to_plain(config.model)}
 
 
 def from_dict(record: dict[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` wrote; keys that are not its own are left alone.
+    """The configuration that `to_dict` wrote, of this version or of 0.1.0; keys that are not its own are left alone.
 
     Raises `ValueError` naming what is missing or unknown.
     """
     try:
-        config_class, _ = ARMS[record["arm"]]
+        model = older.fields_today(record["arm"], record["model"])
         optim = dict(record["optim"])
         optim["betas"] = tuple(optim["betas"])
         optim["multipliers"] = RateMultipliers(**optim["multipliers"])
         return RunConfig(
-            arm=record["arm"],
             recipe=record["recipe"],
             preset=record["preset"],
-            model=config_class(**record["model"]),
+            model=from_plain(CONFIGS[older.arm_today(record["arm"])], model),
             optim=OptimConfig(**optim),
             schedule=ScheduleConfig(**record["schedule"]),
             train=TrainConfig(**record["train"]),
@@ -170,6 +174,12 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
 def read_config(path: Path) -> RunConfig:
     """The configuration stored in the file `path`; raises `ValueError` naming the file if it is not one."""
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(read_record(path))
     except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Everything in a run's `config.json`."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record

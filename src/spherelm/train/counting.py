@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spherelm.layers.linear import ExpertLinear
 from spherelm.layers.loss import chunk_rows, linear_cross_entropy
 from spherelm.layers.moe import idle_weights
-from spherelm.models import ARMS, Config, Decoder, arm_of, build
+from spherelm.models import Config, Decoder, build, model_class
 from spherelm.models.decoder import table_of
 
 aten: Any = torch.ops.aten
@@ -137,7 +137,7 @@ def _fake_model(config: Config, dtype: torch.dtype) -> Decoder:
 
 def single_layers(config: Config) -> dict[Config, int]:
     """`Decoder.single_layers` of the config's model."""
-    return ARMS[arm_of(config)][1].single_layers(config)
+    return model_class(config).single_layers(config)
 
 
 def block_costs(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype) -> list[tuple[int, Cost]]:

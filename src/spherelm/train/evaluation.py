@@ -14,7 +14,7 @@ from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_task
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
-from spherelm.models import Decoder, EncoderDecoder, MaskedModel, arm_of
+from spherelm.models import Decoder, EncoderDecoder, MaskedModel
 from spherelm.models.beam import BeamSettings
 from spherelm.train.checkpoint import STATE, checkpoint_of, load_model, run_directory
 from spherelm.train.config import TrainConfig, read_config
@@ -56,7 +56,7 @@ def about(run: Path) -> dict[str, Any]:
     """What an evaluation was made of: the run, its arm, the update of its checkpoint, versions and the command."""
     checkpoint = checkpoint_of(run)
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
-    arm = arm_of(read_config(run_directory(run) / "config.json").model)
+    arm = read_config(run_directory(run) / "config.json").arm
     return {"run": str(run), "arm": arm, "step": step, "versions": versions(), "command": command_line()}
 
 

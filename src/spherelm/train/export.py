@@ -12,6 +12,7 @@ import torch
 
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.train.checkpoint import STATE, checkpoint_of, load_model
+from spherelm.train.config import read_config, read_record, to_dict
 from spherelm.train.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
     facts = Facts(
         name=out.resolve().name,
-        config=json.loads((directory / "config.json").read_text(encoding="utf-8")),
+        config={**read_record(directory / "config.json"), **to_dict(read_config(directory / "config.json"))},
         step=step,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         validation=last_validation(directory, step),

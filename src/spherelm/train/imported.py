@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
-from spherelm.models import Decoder, arm_of
+from spherelm.models import Decoder
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.optim.groups import parameter_groups
 from spherelm.train.checkpoint import Progress, save_checkpoint
@@ -56,7 +56,6 @@ def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
     model, settings = read.model_args.config(rope), dict(read.optimizer)
     settings["lr"] = settings.get("lr") or THEIR_RATE
     return RunConfig(
-        arm=arm_of(model),
         recipe="imported",
         preset="imported",
         model=model,

@@ -13,7 +13,7 @@ import torch
 from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.layers.linear import departure
-from spherelm.models import ARMS
+from spherelm.models import model_class
 from spherelm.models.beam import BeamSettings, beam_search
 from spherelm.models.continuation import Continuation
 from spherelm.models.decoder import Decoder, Rows
@@ -105,7 +105,7 @@ def searched(
 
 def continues(run: Path) -> bool:
     """Whether the texts of a run's model begin with their prompts, as a language model's do and a translation does not."""
-    return ARMS[read_config(run_directory(run) / "config.json").arm][1].continues
+    return model_class(read_config(run_directory(run) / "config.json").model).continues
 
 
 def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, Tokenizer]:

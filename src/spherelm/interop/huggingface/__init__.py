@@ -37,7 +37,7 @@ AutoModelForSeq2SeqLM.register(SphereSeq2SeqConfig, SphereSeq2SeqLM, exist_ok=Tr
 
 def classes_of(model: Decoder) -> tuple[type[SphereLMConfig], type[SphereModel]]:
     """The config and the class that wrap `model`; `ValueError` for a kind that has none."""
-    found = next(((c, w) for c, w in WRAPPERS if isinstance(model, c.kind)), None)
+    found = next(((c, w) for c, w in WRAPPERS if model.config.architecture.kind in c.kinds), None)
     if found is None:
         raise ValueError(f"there is no Hugging Face class for {type(model).__name__}: use spherelm.load_model")
     return found

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spherelm.models import is_normalized
-
 ARM_NAMES = {
     "gpt": "GPT (pre-norm, RMSNorm, rotary embedding, SwiGLU), the baseline of the nGPT paper",
     "ngpt": "nGPT, the normalized Transformer (arXiv 2410.01131): weights and hidden states are unit vectors",
-    "encdec": "encoder-decoder of the GPT baseline's blocks (pre-norm, RMSNorm, rotary embedding, SwiGLU)",
-    "nencdec": "normalized encoder-decoder of nGPT's blocks: weights and hidden states are unit vectors",
-    "hybrid": "hybrid of Mamba-2, attention, MLP and experts (pre-norm, RMSNorm), the baseline of nGPT's hybrid",
-    "nhybrid": "normalized hybrid of Mamba-2, attention, MLP and experts (arXiv 2608.01284): every layer a step on the sphere",
+}
+KIND_NAMES = {
+    "decoder": "a language model",
+    "pattern": "a language model of Mamba-2, attention, MLP and experts",
+    "encdec": "an encoder-decoder",
 }
 
 
@@ -45,10 +44,8 @@ READS_AND_WRITES = Purpose(
     "A text to read.",
     "max_new_tokens=40, num_beams=5, do_sample=False",
 )
-PURPOSES = {
-    **dict.fromkeys(("gpt", "ngpt", "hybrid", "nhybrid"), WRITES_ON),
-    **dict.fromkeys(("encdec", "nencdec"), READS_AND_WRITES),
-}
+PURPOSES = {"decoder": WRITES_ON, "encdec": READS_AND_WRITES}
+"""By architecture."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Facts:
     @property
     def purpose(self) -> Purpose:
         """What the model is for."""
-        return PURPOSES[self.config["arm"]]
+        return PURPOSES[self.config["model"]["architecture"]["kind"]]
 
 
 def table(rows: Iterable[tuple[str, object]]) -> str:
@@ -180,11 +177,13 @@ def licence_note(facts: Facts) -> str:
 def model_card(facts: Facts) -> str:
     """The text of the exported folder's README.md."""
     model, arm = facts.config["model"], facts.config["arm"]
+    pattern = model["architecture"].get("pattern")
+    kind = "pattern" if pattern else model["architecture"]["kind"]
     shape = [
-        ("architecture", ARM_NAMES[arm]),
+        ("architecture", f"{ARM_NAMES[arm]}; {KIND_NAMES[kind]}"),
         ("parameters", f"{facts.parameters:,}, stored as {facts.dtype}"),
         ("layers, width, heads", f"{model['n_layers']}, {model['d_model']}, {model['n_heads']}"),
-        ("pattern of layers", f"`{model['pattern']}`" if "pattern" in model else None),
+        ("pattern of layers", f"`{pattern}`" if pattern else None),
         ("vocabulary", f"{model['vocab_size']:,}"),
         ("longest sequence", f"{model['max_seq_len']:,} tokens"),
     ]
@@ -199,7 +198,7 @@ def model_card(facts: Facts) -> str:
             f"```python\n{loading(facts)}\n```",
             *(
                 ["On further training, `spherelm.attach_retraction(optimizer, model)` keeps the weights on the sphere."]
-                if is_normalized(arm)
+                if arm == "ngpt"
                 else []
             ),
             "## How it came about",

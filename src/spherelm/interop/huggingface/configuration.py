@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from spherelm.models import ARMS, Config, EncoderDecoder, LanguageModel, arm_of
+from spherelm.models import ARMS, CONFIGS, Config, EncDecArch, older
+from spherelm.models.config import from_plain, to_plain
 
 
 class SphereLMConfig(PreTrainedConfig):
-    """`arm` ("gpt", "ngpt", "hybrid", "nhybrid") and the fields of `GPTConfig`, `NGPTConfig` and both hybrids by their names.
+    """`arm` ("gpt" or "ngpt"), the fields of `ModelConfig` by their names, and those of the arm's own config in `start`.
 
-    What transformers calls otherwise (hidden_size, num_hidden_layers, ...) is understood too; the fields of the other arm are
-    ignored. Raises `ValueError`, as our configs do, for sizes that make no model.
+    architecture: the fields of a `DecoderArch`. What transformers calls otherwise (hidden_size, num_hidden_layers, ...) is
+    understood too, and so is what version 0.1.0 wrote. Raises `ValueError`, as our configs do, for sizes that make no model.
     """
 
     model_type = "spherelm"
-    kind: ClassVar[Any] = LanguageModel
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own way)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
@@ -29,6 +29,7 @@ class SphereLMConfig(PreTrainedConfig):
         "max_position_embeddings": "max_seq_len",
         "tie_embeddings": "tie_word_embeddings",
     }
+    kinds: ClassVar[tuple[str, ...]] = ("decoder",)
 
     arm: str = "ngpt"
     vocab_size: int = 4096
@@ -40,69 +41,47 @@ class SphereLMConfig(PreTrainedConfig):
     max_seq_len: int = 1024
     rope_base: float = 10000.0
     rope: str = "standard"
-    step: str = "lerp"
     tie_word_embeddings: bool = False
-    init_std: float = 0.02
-    alpha_init: float = 0.05
-    alpha_scale: float | None = None
-    s_qk_init: float = 1.0
-    s_qk_scale: float | None = None
-    s_u_init: float = 1.0
-    s_u_scale: float = 1.0
-    s_v_init: float = 1.0
-    s_v_scale: float = 1.0
-    s_z_init: float = 1.0
-    s_z_scale: float | None = None
-    logit_preconditioning: float = 0.0
-    common_start: float = 0.0
-    alpha_form: str = "vector"
-    s_qk_form: str = "vector"
-    s_u_form: str = "vector"
-    s_v_form: str = "vector"
-    s_z_form: str = "vector"
-    alpha_sign: str = "positive"
-    qk_norm: bool = True
-    pattern: str | None = None
-    mamba_expand: int = 2
-    mamba_d_head: int = 64
-    mamba_d_state: int = 64
-    mamba_groups: int = 1
-    mamba_conv: int = 4
-    mamba_chunk: int = 64
-    n_experts: int = 8
-    experts_per_token: int = 2
-    n_shared_experts: int = 0
-    d_expert: int | None = None
-    router_score: str = "sigmoid"
-    balance: str = "bias"
-    s_mamba_init: float = 1.0
-    s_mamba_scale: float = 1.0
-    s_moe_init: float = 1.0
-    s_moe_scale: float = 1.0
+    architecture: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        old = {name: kwargs.pop(name) for name in list(kwargs) if older.is_field(name)}
         super().__post_init__(**kwargs)
+        if old:
+            read = older.fields_today(self.arm, old)
+            self.architecture = read.pop("architecture", None)
+            self.arm = older.arm_today(self.arm)
+            names = {field.name for field in fields(CONFIGS[self.arm])}
+            self.start = {name: value for name, value in read.items() if name in names}
         # Caches and other tools of transformers count on these two being numbers.
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.d_ff = self.d_ff or 4 * self.d_model
+        self.architecture = self.architecture or {"kind": self.kinds[0]}
+        self.start = self.start or {}
         self.arm_config()
 
     def arm_config(self) -> Config:
         """The config of ours that this describes."""
-        known = [arm for arm, (_, model_class) in ARMS.items() if issubclass(model_class, self.kind)]
-        if self.arm not in known:
-            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(known)}")
-        config_class, _ = ARMS[self.arm]
-        return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})
+        if self.arm not in ARMS:
+            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
+        assert self.architecture is not None
+        assert self.start is not None
+        if self.architecture.get("kind") not in self.kinds:
+            raise ValueError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
+        shape = {name: getattr(self, name) for name in SHAPE}
+        return from_plain(CONFIGS[self.arm], {**shape, "architecture": self.architecture, **self.start})
 
     @classmethod
     def of(cls, config: Config) -> SphereLMConfig:
         """The same model as `config` describes."""
-        return cls(arm=arm_of(config), **{field.name: getattr(config, field.name) for field in fields(config)})
+        plain = to_plain(config)
+        shape = {name: plain.pop(name) for name in SHAPE}
+        return cls(arm=config.arm, architecture=plain.pop("architecture"), start=plain, **shape)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it.
@@ -112,22 +91,40 @@ class SphereLMConfig(PreTrainedConfig):
         described: dict[str, Any] = super().to_diff_dict()
         if self._auto_class is None:
             described.pop("auto_map", None)
-        annotated = {**SphereLMConfig.__annotations__, **type(self).__annotations__}
-        model_fields = [name for name in annotated if name != "kind" and not name.endswith("_token_id")]
-        return described | {name: getattr(self, name) for name in model_fields}
+        written = ["arm", *SHAPE, "architecture", "start"]
+        return described | {name: getattr(self, name) for name in written}
+
+
+SHAPE = (
+    "vocab_size",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "max_seq_len",
+    "rope_base",
+    "rope",
+    "tie_embeddings",
+)
+"""The fields that both arms share."""
 
 
 class SphereSeq2SeqConfig(SphereLMConfig):
-    """`arm` ("encdec" or "nencdec") and the fields of `EncDecConfig` and `NEncDecConfig` under their own names.
+    """As `SphereLMConfig`; architecture: the fields of an `EncDecArch`.
 
-    decoder_start_token_id: begins every target, where trained here the end token. The rest is as in `SphereLMConfig`.
+    decoder_start_token_id: begins every target, where trained here the end token.
     """
 
     model_type = "spherelm-seq2seq"
-    kind: ClassVar[Any] = EncoderDecoder
+    kinds: ClassVar[tuple[str, ...]] = ("encdec",)
 
-    arm: str = "nencdec"
-    n_encoder_layers: int | None = None
-    share_embeddings: bool = False
     is_encoder_decoder: bool = True
     decoder_start_token_id: int | None = None
+
+    @property
+    def share_embeddings(self) -> bool:
+        """Whether source and target have one input embedding."""
+        architecture = self.arm_config().architecture
+        assert isinstance(architecture, EncDecArch)
+        return architecture.share_embeddings

@@ -275,7 +275,7 @@ class SphereLMForCausalLM(SphereModel):
             position_ids=position_ids,
             **{CACHE: given},
         )
-        view = None if cache is None else CacheView(cache, self.config.pattern or "A" * self.config.n_layers)
+        view = None if cache is None else CacheView(cache, "".join(block.letters[0] for block in self.model.blocks))
         states: list[Tensor] = []
         with recorded_attention(self._wants_attentions(output_attentions)) as weights:
             h = self.model.trunk(h, view, mask, positions, self._run_recording(states))

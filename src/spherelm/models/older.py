@@ -1,0 +1,97 @@
+"""What version 0.1.0 wrote, and what it is called today: names of parameters, arms and fields. The one place that reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TOP = {"head.weight": "head.linear.weight", "norm.weight": "head.norm.weight", "s_z.value": "head.s_z.value"}
+SUBLAYERS = {"a": "attention", "c": "cross_attention", "m": "mlp"}
+PARTS = {"attention": "attention", "cross": "cross_attention", "mlp": "mlp", "mamba": "mixer", "experts": "experts"}
+BLOCK = re.compile(r"(?P<block>(?:.*\.)?blocks\.\d+\.)(?P<rest>.+)")
+
+
+def is_old(names: Iterable[str]) -> bool:
+    """Whether these are the names of a state dict of version 0.1.0, with or without a prefix such as "model."."""
+    return not any(".part." in name for name in names)
+
+
+def renames(names: Iterable[str]) -> dict[str, str]:
+    """For each name of version 0.1.0 the name of today."""
+    names = list(names)
+    only: dict[str, str] = {}
+    for name in names:
+        match = BLOCK.fullmatch(name)
+        if match and match["rest"].split(".")[0] in PARTS:
+            only[match["block"]] = PARTS[match["rest"].split(".")[0]]  # of a block with one part, that part
+    return {name: _renamed(name, only) for name in names}
+
+
+def _renamed(name: str, only: Mapping[str, str]) -> str:
+    match = BLOCK.fullmatch(name)
+    if match is None:
+        for old, new in TOP.items():
+            if name == old or (name.endswith(f".{old}") and not name.endswith(f"encoder.{old}")):
+                return name.removesuffix(old) + new
+        return name
+    block, (first, _, rest) = match["block"], match["rest"].partition(".")
+    if first in PARTS:
+        return f"{block}{PARTS[first]}.part.{rest}"
+    kind, _, letter = first.partition("_")  # norm_a, alpha_m; of a block with one part norm, alpha
+    return f"{block}{SUBLAYERS[letter] if letter else only[block]}.{kind}.{rest}"
+
+
+def today(state: Mapping[str, T]) -> dict[str, T]:
+    """`state`, of any version, by the names of today."""
+    new = renames(state) if is_old(state) else {name: name for name in state}
+    return {new[name]: value for name, value in state.items()}
+
+
+ARMS = {
+    **{arm: ("gpt", arm) for arm in ("encdec", "encoder")},
+    **{f"n{arm}": ("ngpt", arm) for arm in ("encdec", "encoder")},
+    "hybrid": ("gpt", "decoder"),
+    "nhybrid": ("ngpt", "decoder"),
+}
+"""The arm and the architecture of each arm that there is no more."""
+
+MIXER = ("mamba_expand", "mamba_d_head", "mamba_d_state", "mamba_groups", "mamba_conv", "mamba_chunk")
+EXPERTS = ("n_experts", "experts_per_token", "n_shared_experts", "d_expert", "router_score", "balance")
+ARCHITECTURE = ("pattern", "n_encoder_layers", "share_embeddings", "hidden_part")
+VARIANT = ("step", "alpha_sign", "qk_norm")
+SCALE = re.compile(r"(alpha|s_[a-z]+)_(init|scale|form)")
+
+
+def is_field(name: str) -> bool:
+    """Whether version 0.1.0 had this field of an arm's own in a flat config."""
+    own = (*VARIANT, *MIXER, *EXPERTS, *ARCHITECTURE, "init_std", "logit_preconditioning", "common_start")
+    return name in own or SCALE.fullmatch(name) is not None
+
+
+def arm_today(arm: str) -> str:
+    """What an arm of any version is called today."""
+    return ARMS.get(arm, (arm, ""))[0]
+
+
+def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model's config, as any version wrote them for `arm`, as plain values of today's config."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        scale = SCALE.fullmatch(name)
+        if scale:
+            found.setdefault(scale[1], {})[scale[2]] = value
+        elif name in VARIANT:
+            found.setdefault("variant", {})[name] = value
+        elif name in MIXER or name in EXPERTS:
+            group = "mixer" if name in MIXER else "experts"
+            found.setdefault("architecture", {}).setdefault(group, {})[name] = value
+        elif name in ARCHITECTURE:
+            found.setdefault("architecture", {})[name] = value
+        else:
+            found[name] = value
+    if arm in ARMS or "architecture" in found:
+        found.setdefault("architecture", {}).setdefault("kind", ARMS.get(arm, (arm, "decoder"))[1])
+    return found
