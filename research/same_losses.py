@@ -134,11 +134,11 @@ def carry_out(name: str, case: dict[str, Any], start: Start, pairs: Path) -> lis
     data = str(pairs) if "encdec" in given["arm"] else None
     if name.endswith("compiled"):
         torch.compiler.reset()
-    from spherelm.models.older import ARMS
+    from spherelm.models.older import FORMER_ARMS
     from spherelm.train.batches import vocabulary_size
 
     arm = given.pop("arm")
-    arm, architecture = ARMS.get(arm, (arm, "decoder"))
+    arm, architecture = FORMER_ARMS.get(arm, (arm, "decoder"))
     given.setdefault("preset", {"encoder": "encoder"}.get(architecture, "demo"))
     config = make_run(arm, vocab_size=vocabulary_size(data), data=data, **given)
     trainer.build, trainer.clip_gradients = start, ordered_clip

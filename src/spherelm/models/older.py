@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 TOP = {"head.weight": "head.linear.weight", "norm.weight": "head.norm.weight", "s_z.value": "head.s_z.value"}
 SUBLAYERS = {"a": "attention", "c": "cross_attention", "m": "mlp"}
@@ -44,13 +44,13 @@ def _renamed(name: str, only: Mapping[str, str]) -> str:
     return f"{block}{SUBLAYERS[letter] if letter else only[block]}.{kind}.{rest}"
 
 
-def today(state: Mapping[str, T]) -> dict[str, T]:
+def today(state: Mapping[str, Value]) -> dict[str, Value]:
     """`state`, of any version, by the names of today."""
     new = renames(state) if is_old(state) else {name: name for name in state}
     return {new[name]: value for name, value in state.items()}
 
 
-ARMS = {
+FORMER_ARMS = {
     **{arm: ("gpt", arm) for arm in ("encdec", "encoder")},
     **{f"n{arm}": ("ngpt", arm) for arm in ("encdec", "encoder")},
     "hybrid": ("gpt", "decoder"),
@@ -73,7 +73,7 @@ def is_field(name: str) -> bool:
 
 def arm_today(arm: str) -> str:
     """What an arm of any version is called today."""
-    return ARMS.get(arm, (arm, ""))[0]
+    return FORMER_ARMS.get(arm, (arm, ""))[0]
 
 
 def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +92,6 @@ def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
             found.setdefault("architecture", {})[name] = value
         else:
             found[name] = value
-    if arm in ARMS or "architecture" in found:
-        found.setdefault("architecture", {}).setdefault("kind", ARMS.get(arm, (arm, "decoder"))[1])
+    if arm in FORMER_ARMS or "architecture" in found:
+        found.setdefault("architecture", {}).setdefault("kind", FORMER_ARMS.get(arm, (arm, "decoder"))[1])
     return found

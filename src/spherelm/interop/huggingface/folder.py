@@ -50,8 +50,8 @@ def save_folder(
 
 def ride_along(out: Path) -> None:
     """Put the modeling code into the saved folder `out`, and say in its config.json where the Auto classes find it."""
-    (out / FILE).write_text(standalone_source(), encoding="utf-8")
     path = out / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    (out / FILE).write_text(standalone_source(config["arm"]), encoding="utf-8")
     config |= {"auto_map": AUTO_MAPS[config["model_type"]]}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

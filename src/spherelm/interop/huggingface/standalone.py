@@ -25,6 +25,7 @@ MODULES = (
     "sphere",
     "layers.grouped",
     "layers.linear",
+    "layers.rmsnorm",
     "layers.rope",
     "layers.cache",
     "layers.causal_backward",
@@ -37,25 +38,30 @@ MODULES = (
     "layers.moe",
     "layers.loss",
     "layers.readout",
+    "models.variants",
+    "models.config",
+    "models.kit",
+    "models.start",
+    "models.{arm}",
     "models.decoder",
-    "models.gpt",
-    "models.ngpt",
     "models.encoder_decoder",
-    "models.encdec",
-    "models.nencdec",
-    "models.masked",
     "models.encoder",
-    "models.nencoder",
-    "models.pattern",
-    "models.hybrid",
-    "models.nhybrid",
     "models",
+    "models.older",
     "interop.huggingface.configuration",
     "interop.huggingface.states",
     "interop.huggingface.modeling",
     "interop.huggingface.seq2seq",
 )
-"""What the file is made of, each after what it imports."""
+"""What the file is made of, each after what it imports: of the two kits of parts, the one of the model's arm."""
+
+NAMESPACES = {
+    "sphere": "sphere = SimpleNamespace({members})",
+    "models.gpt": "gpt, ngpt = SimpleNamespace(KIT=KIT), SimpleNamespace(KIT=None)",
+    "models.ngpt": "gpt, ngpt = SimpleNamespace(KIT=None), SimpleNamespace(KIT=KIT)",
+    "models.older": "older = SimpleNamespace({members})",
+}
+"""What stands behind the source of a module that others use by its name."""
 
 HEADER = '''"""GPT and nGPT for transformers: the sources of spherelm {version} in one file, by `spherelm export --standalone`.
 
@@ -121,17 +127,16 @@ def take_apart(module: str) -> tuple[list[str], list[str], str]:
     return [line for line in imports if not line.startswith("from __future__")], names, "\n".join(lines).strip()
 
 
-def standalone_source() -> str:
-    """The file's text."""
+def standalone_source(arm: str) -> str:
+    """The text of the file for models of `arm`."""
     imports, names, parts = {"from types import SimpleNamespace"}, [], []
-    for module in MODULES:
+    for module in (name.format(arm=arm) for name in MODULES):
         needed, defined, text = take_apart(module)
         imports.update(needed)
         names += defined
         parts.append(f"# ---- spherelm.{module}\n\n{text}")
-        if module == "sphere":
-            members = ", ".join(f"{name}={name}" for name in defined)
-            parts.append(f"sphere = SimpleNamespace({members})")
+        if module in NAMESPACES:
+            parts.append(NAMESPACES[module].format(members=", ".join(f"{name}={name}" for name in defined)))
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"defined in more than one module: {', '.join(sorted(twice))}"
     header = HEADER.format(version=metadata.version("spherelm"), imports="\n".join(sorted(imports)))
