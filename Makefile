@@ -95,4 +95,4 @@ format: $(TEST_READY)
 clean:
 	rm -rf $(VENV) build dist src/spherelm.egg-info htmlcov .coverage coverage.xml
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
+	find src tests research examples -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -42,8 +42,8 @@ def provenance() -> str:
 
 @cache
 def script() -> ModuleType:
-    """scripts/build_corpus.py as a module."""
-    spec = importlib.util.spec_from_file_location("build_corpus", ROOT / "scripts" / "build_corpus.py")
+    """research/build_corpus.py as a module."""
+    spec = importlib.util.spec_from_file_location("build_corpus", ROOT / "research" / "build_corpus.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """Evaluates the runs of a comparison: tasks, and perplexity over length. Made docs/results/eval-demo.json and length.json.
 
-    python scripts/evaluate_demo.py lengths runs/demo ../shared/data/books/test-000.jsonl.xz docs/results/length.json
-    python scripts/evaluate_demo.py tasks runs/demo ../shared/data/evals docs/results/eval-demo.json
+    python research/evaluate_demo.py lengths runs/demo ../shared/data/books/test-000.jsonl.xz docs/results/length.json
+    python research/evaluate_demo.py tasks runs/demo ../shared/data/evals docs/results/eval-demo.json
 
 The file is written anew after each run, and what it holds already is not measured again. A number behind the words ends it
 after so many runs.
@@ -77,7 +77,7 @@ def main() -> None:
     wanted = [(name, job) for name, job in {"lengths": lengths, "tasks": tasks}[kind](runs, data) if name not in found]
     for name, job in wanted[: int(sys.argv[5]) if len(sys.argv) > 5 else None]:
         found[name] = job()
-        command = " ".join(["python scripts/evaluate_demo.py", *sys.argv[1:5]])
+        command = " ".join(["python research/evaluate_demo.py", *sys.argv[1:5]])
         write_json(out, {"command": command, "versions": versions(), "results": found})
         print(name, flush=True)
 

@@ -1,6 +1,6 @@
 """What `search_rates.py` found in several searches, as one JSON: the runs of each, best first, and its command.
 
-python scripts/search_summary.py runs/search/*.json --about "preset demo, one seed" --out docs/results/tuning.json
+python research/search_summary.py runs/search/*.json --about "preset demo, one seed" --out docs/results/tuning.json
 """
 
 from __future__ import annotations

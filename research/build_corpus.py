@@ -1,6 +1,6 @@
 """Build the text and the tokenizer that ship inside spherelm.
 
-    python scripts/build_corpus.py --books ../shared/data/books --out src/spherelm/data/shipped
+    python research/build_corpus.py --books ../shared/data/books --out src/spherelm/data/shipped
 
 Reads a folder of ``*.jsonl.xz`` shards of public-domain books, keeps the books listed in `BOOKS`, cleans them and
 writes four files: ``train.jsonl.xz``, ``val.jsonl.xz``, ``bpe4096.json`` and ``PROVENANCE.md``. The choice is an
@@ -308,9 +308,9 @@ def provenance(records: dict[str, list[Record]], sources: dict[int, str], files:
 PROVENANCE = """# The text and the tokenizer in this directory
 
 Public-domain English prose, most of it of 1851 to 1918, and a 4096-entry byte-level BPE trained on its train
-split only. This page is written by `scripts/build_corpus.py`; rebuild everything with
+split only. This page is written by `research/build_corpus.py`; rebuild everything with
 
-    python scripts/build_corpus.py --books ../shared/data/books --out src/spherelm/data/shipped
+    python research/build_corpus.py --books ../shared/data/books --out src/spherelm/data/shipped
 
 ## Licence
 Every book is in the public domain in the United States: all were in print before 1919. Elsewhere the author's year of

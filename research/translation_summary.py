@@ -1,6 +1,6 @@
 """What runs of encoder-decoders came to, as one JSON: losses, BLEU and chrF by seed, mean and standard error over seeds.
 
-    python scripts/translation_summary.py --runs final/* --scores scores/*.json --tuning tune/* --out translation.json
+    python research/translation_summary.py --runs final/* --scores scores/*.json --tuning tune/* --out translation.json
 
 Runs that differ only in their seed are one row. `scores` are what `spherelm eval RUN --translate ... --json` wrote.
 """

@@ -1,6 +1,6 @@
 """Search an arm's rates, role by role, and its other numbers: one coordinate at a time, both arms equally far.
 
-    python scripts/search_rates.py --arm gpt --data data/tuning --out runs/search --fixed lr=2e-3 --start gain_rate=8
+    python research/search_rates.py --arm gpt --data data/tuning --out runs/search --fixed lr=2e-3 --start gain_rate=8
 
 Each field in turn is multiplied and divided by its factor as long as that is better; `--turns` times around, or until
 `--evaluations` runs are done. What is done already is taken as it is. Writes `OUT/ARM-NAME.json` with every run in the order it

@@ -1,6 +1,6 @@
 """Print the table of docs/scale.md: what an update of nGPT 1B at 4k would cost on 8, 64 and 512 GPUs. Nothing is measured.
 
-    python scripts/predict_scale.py
+    python research/predict_scale.py
 
 Operations and memory are counted from the model's code as `spherelm train --dry-run` does; bytes sent follow from the size of
 the weights; rates are those of data sheets.

@@ -1,6 +1,6 @@
-"""The picture and the table of docs/evaluation.md from docs/results/length.json, which scripts/evaluate_demo.py made.
+"""The picture and the table of docs/evaluation.md from docs/results/length.json, which research/evaluate_demo.py made.
 
-python scripts/length_picture.py docs/results/length.json docs/images/length.svg
+python research/length_picture.py docs/results/length.json docs/images/length.svg
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One JSON and the tables of docs/evidence.md from what several `spherelm evidence` commands measured.
 
-    python scripts/ladder_summary.py docs/results/ladder-older.json runs/evidence-*.json --out docs/results/ladder.json
+    python research/ladder_summary.py docs/results/ladder-older.json runs/evidence-*.json --out docs/results/ladder.json
 
 Points on the same text stand together, whatever grid they were part of; speedups are looked for among all of them. A summary
 that was written before is taken too; of what was measured twice the last counts.

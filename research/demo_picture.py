@@ -1,6 +1,6 @@
 """The README's picture: the first figure of a comparison's page as a file of its own, and the summary beside it.
 
-python scripts/demo_picture.py runs/demo --picture docs/images/demo.svg --summary docs/results/demo.json
+python research/demo_picture.py runs/demo --picture docs/images/demo.svg --summary docs/results/demo.json
 """
 
 from __future__ import annotations

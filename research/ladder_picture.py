@@ -1,6 +1,6 @@
 """The picture of docs/evidence.md: where both arms end over their tokens, and how many fewer nGPT needs at every point.
 
-python scripts/ladder_picture.py docs/results/ladder.json docs/images/ladder.svg
+python research/ladder_picture.py docs/results/ladder.json docs/images/ladder.svg
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def picture(texts: list[dict[str, Any]]) -> Drawing:
 def main() -> None:
     """What the module says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("summary", type=Path, help="what scripts/ladder_summary.py wrote")
+    parser.add_argument("summary", type=Path, help="what research/ladder_summary.py wrote")
     parser.add_argument("picture", type=Path)
     given = parser.parse_args()
     given.picture.write_text(standalone(picture(read_json(given.summary)["texts"]).svg), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Loss over peak learning rate, plain nGPT above nuGPT, a column for each of width, budget and depth; and the table of minima.
 
-    python scripts/pairs_summary.py --sweeps runs/{width,budget,depth}-{adam,nugpt} --out docs/results/transfer.json
-    python scripts/transfer_picture.py docs/results/transfer.json docs/images/transfer.svg
+    python research/pairs_summary.py --sweeps runs/{width,budget,depth}-{adam,nugpt} --out docs/results/transfer.json
+    python research/transfer_picture.py docs/results/transfer.json docs/images/transfer.svg
 
 The sweeps are those of docs/recipes.md, named after what they vary and their recipe.
 """
