@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from spherelm.interop.huggingface.configuration import SphereLMConfig
+from spherelm.interop.huggingface.retracting import check_departure, kept
 from spherelm.interop.huggingface.states import CountView, views
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
@@ -128,7 +129,7 @@ def check_adapters(model: nn.Module) -> None:
 class SphereModel(PreTrainedModel, GenerationMixin):
     """One of our models (attribute `model`), which transformers can save, load, train and generate with.
 
-    Under any optimizer, `attach_retraction(optimizer, this)` keeps the weights of a normalized one on the sphere.
+    The weights of a normalized one stay on the sphere under any torch optimizer, the Trainer's own too (`retracting`).
     """
 
     base_model_prefix = "model"
@@ -146,6 +147,22 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         self.model = build(config.arm_config())
         self.model.runtime.attend = ChosenAttention(config)
         self.post_init()
+        self._passes = 0
+        kept.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which `__init__` has not seen."""
+        super().__setstate__(state)
+        kept.add(self)
+
+    def _check(self) -> None:
+        """Raise `ValueError` for adapters that do not fit; in training also, now and then, for weights off the sphere."""
+        if "peft_config" in self.__dict__:
+            check_adapters(self)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._passes += 1
+            if self._passes & (self._passes - 1) == 0:  # ever more rarely: on a GPU it waits for all that was asked for
+                check_departure(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone.
@@ -261,8 +278,7 @@ class SphereLMForCausalLM(SphereModel):
         attention_mask: 1 for tokens, 0 for padding on either side, [batch, past + seq]; or ready to use, [batch, 1, seq, past +
         seq]. inputs_embeds: [batch, seq, d_model], taken as they are (rows of an nGPT's embedding are unit).
         """
-        if "peft_config" in self.__dict__:
-            check_adapters(self)
+        self._check()
         h = self._embedded(input_ids, inputs_embeds)
         given = past_key_values if cache is None else cache
         cache = self._cache_to_use(given, use_cache)

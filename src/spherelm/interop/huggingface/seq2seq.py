@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from spherelm.interop.huggingface.configuration import SphereSeq2SeqConfig
-from spherelm.interop.huggingface.modeling import CACHE, LayerView, SphereModel, check_adapters, recorded_attention
+from spherelm.interop.huggingface.modeling import CACHE, LayerView, SphereModel, recorded_attention
 from spherelm.layers.cache import KVCache, Pair
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.readout import read_logits
@@ -148,8 +148,7 @@ class SphereSeq2SeqLM(SphereModel):
         attention_mask: of the source, 1 for tokens, 0 for padding on either side. encoder_outputs: what `encode` returned for
         the same mask. cache: an `EncoderDecoderCache`, also by its older name `past_key_values`.
         """
-        if "peft_config" in self.__dict__:
-            check_adapters(self)
+        self._check()
         if encoder_outputs is None:
             encoder_outputs = self.encode(
                 self._given(input_ids), attention_mask, output_attentions, output_hidden_states

@@ -50,6 +50,7 @@ MODULES = (
     "models.older",
     "interop.huggingface.configuration",
     "interop.huggingface.states",
+    "interop.huggingface.retracting",
     "interop.huggingface.modeling",
     "interop.huggingface.seq2seq",
 )
