@@ -16,7 +16,7 @@ from spherelm.data.shards import BODY_START
 from spherelm.train.checkpoint import latest_checkpoint, load_model
 from spherelm.train.trainer import train
 
-SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--dtype", "float32", "--no-compile", "--lr", 0.01]
+SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--lr", 0.01, "--dtype", "float32", "--no-compile"]
 Refused = Callable[..., str]
 
 
@@ -53,7 +53,7 @@ def refused(command: commands.Command) -> Refused:
 
 
 def training(out: Path, data: Path | str, *more: object) -> list[object]:
-    return ["train", "--arm", "ngpt", "--out", out, "--data", data, *SMALL, *more]
+    return ["train", "--arm", "ngpt", "--out", out, "--data", data, *commands.replaced(SMALL, more)]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "seed=true"], "seed must be a whole number, got True"),
         (["--set", "warmup_steps=soon"], "warmup_steps must be a whole number, got 'soon'"),
         (["--set", "warmup_steps=1000"], "warmup_steps=1000 is more than the run's steps=2: lower it"),
-        (["--set", "eval_limit=-1"], "eval_limit must be at least 1 or None, got -1"),
+        (["--set", "eval_tasks=winogrande", "eval_limit=-1"], "eval_limit must be at least 1 or None, got -1"),
         (["--set", "d_k=abc"], "d_k='abc' has to divide d_model=128, with no n_heads beside it"),
         (["--set", "d_k=64", "d_model=abc"], "d_k=64 has to divide d_model='abc', with no n_heads beside it"),
         (["--set", "arm=gpt"], "'arm=gpt': arm is chosen by --arm"),

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 from spherelm.cli.flags import Flag
+from spherelm.cli.given import Needs
 
 
 def prepare(
     out: Path,
-    input: list[Path] | None = None,
+    input: tuple[Path, ...] = (),
     hf: str | None = None,
-    hf_config: str | None = None,
-    hf_split: str = "train",
-    text_column: str = "text",
-    limit: int | None = None,
+    hf_config: Annotated[str | None, Needs("--hf")] = None,
+    hf_split: Annotated[str, Needs("--hf")] = "train",
+    text_column: Annotated[str, Needs("--hf")] = "text",
+    limit: Annotated[int | None, Needs("--hf")] = None,
     tokenizer: str = "default",
-    val: list[Path] | None = None,
-    val_fraction: float = 0.0,
+    val: tuple[Path, ...] = (),
+    val_fraction: Annotated[float, Needs(without=["--val"])] = 0.0,
     deduplicate: Flag = False,
     workers: int | None = None,
 ) -> None:
@@ -44,7 +46,7 @@ def prepare(
     hub = None if hf is None else HubRequest(hf, hf_config, hf_split, text_column, limit)
     processes = workers or os.cpu_count() or 1
     manifest = run_preparation(
-        input or [], out, tokenizer, val, val_fraction, processes, progress=True, hub=hub, deduplicate=deduplicate
+        input, out, tokenizer, val, val_fraction, processes, progress=True, hub=hub, deduplicate=deduplicate
     )
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
@@ -59,7 +61,7 @@ def pairs(
     val_source: Path,
     val_target: Path,
     out: Path,
-    vocab_size: int = 8000,
+    vocab_size: Annotated[int, Needs(without=["--tokenizer"])] = 8000,
     tokenizer: str | None = None,
     max_tokens: int = 256,
 ) -> None:

@@ -122,6 +122,10 @@ def _open_builder(request: HubRequest) -> Any:
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
             raise DocumentError(f"{path}: only .parquet and .jsonl files are streamed; give others with --input")
+        if request.config is not None:
+            raise DocumentError(
+                f"{path} is one file, which has no configurations: leave out --hf-config {request.config}"
+            )
         files = [str(path.resolve())]
         return datasets.load_dataset_builder(loader, data_files={request.split: files})
     if path.is_dir():
