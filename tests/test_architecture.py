@@ -20,8 +20,9 @@ Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 OWNERS = {
     "matplotlib": {"analysis"},
     "datasets": {"data/hub"},
+    "fsspec": {"data/hub"},
     "pyarrow": {"data/documents", "analysis/tables"},
-    "zstandard": {"data/documents"},
+    "zstandard": {"data/compression"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
     "transformers": {"data/tokenizer", "interop/huggingface"},

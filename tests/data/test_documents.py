@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
 import lzma
 import sys
@@ -18,13 +20,23 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spherelm.data.documents import Block, DocumentError, check_input, cut_after, documents_in, format_of, read_blocks
+from spherelm.data.documents import (
+    Block,
+    DocumentError,
+    check_input,
+    cut_after,
+    documents_in,
+    format_of,
+    read_blocks,
+    read_lines,
+)
 
 TEXTS = ["one two\n", "", "Zoë 東京 🙂\r\nline\u2028three", '"quoted" \\ {}', "x" * 300]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
+    ".bz2": bz2.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 
@@ -144,7 +156,7 @@ def test_cut_after() -> None:
 
 def test_names() -> None:
     assert format_of(Path("x.jsonl.zst")) == ".jsonl"
-    for name in ["x", "x.gz", "x.csv", "x.parquet.gz", "x.txt.bz2", ".txt"]:
+    for name in ["x", "x.gz", "x.csv", "x.parquet.gz", "x.txt.lz4", ".txt"]:
         with pytest.raises(DocumentError, match=r"rename it to end in \.txt, \.jsonl"):
             format_of(Path(name))
 
@@ -206,15 +218,41 @@ def test_lines_that_are_no_documents(tmp_path: Path, line: str, problem: str) ->
             documents(path, block_size=size)
 
 
-def test_damaged_compression(tmp_path: Path) -> None:
-    data = bytes(i * i % 251 for i in range(10_000))
-    for suffix in (".gz", ".xz", ".zst"):
-        whole = COMPRESS[suffix](data)
-        for damaged in (whole[: len(whole) // 2], b"no such format", whole[:40] + b"\0\xff\0\xff" + whole[44:]):
-            path = tmp_path / f"a.jsonl{suffix}"
-            path.write_bytes(damaged)
-            with pytest.raises(DocumentError, match="damaged or cut off"):
-                list(read_blocks(path))
+NOISE = "".join(chr(32 + i * i % 251) for i in range(10_000))
+COMPRESSED = {suffix: compress for suffix, compress in COMPRESS.items() if suffix}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+@pytest.mark.parametrize("streams", [1, 3])
+def test_damaged_compression(tmp_path: Path, suffix: str, streams: int) -> None:
+    """Refused in whichever stream the damage is, whatever stands behind the last one, and wherever a file is cut off."""
+    stream = COMPRESSED[suffix](NOISE.encode())
+    whole, last = stream * streams, len(stream) * (streams - 1)
+    path = tmp_path / f"a.jsonl{suffix}"
+    faults = [whole[: last + size] for size in (1, 5, len(stream) // 2, len(stream) - 1)]
+    faults += [whole[:last] + b"no such format", whole + b"trailing garbage", whole + b"x", whole + b"\0\0\0\0x"]
+    faults += [whole[: last + 40] + b"\0\xff\0\xff" + whole[last + 44 :]]
+    for content in faults:
+        path.write_bytes(content)
+        with pytest.raises(DocumentError, match="damaged or cut off"):
+            list(read_blocks(path))
+        with pytest.raises(DocumentError, match="damaged or cut off"):
+            read_lines(path)
+    path.write_bytes(whole + bytes(512))
+    assert b"".join(block.data for block in read_blocks(path)).decode() == NOISE * streams  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_an_error_of_the_disk_is_not_called_damage(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr("builtins.open", lambda *given: Broken())
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(read_blocks(tmp_path / f"a.jsonl{suffix}"))
 
 
 def test_parquet_faults(tmp_path: Path) -> None:

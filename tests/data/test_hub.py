@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
@@ -189,6 +193,21 @@ def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     refused(HubRequest("Skylion007/openwebtext"), "cannot reach the Hugging Face hub for 'Skylion007/openwebtext'")
+
+
+PACKED = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_damaged_compression_is_refused(jsonl: Path, tmp_path: Path, suffix: str) -> None:
+    """Also in a second stream, which the libraries below take for the end of some formats."""
+    parts = [PACKED[suffix](path.read_bytes()) for path in sorted(jsonl.iterdir())]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"".join(parts))
+    assert list(HubText(HubRequest(str(path))).documents()) == TEXTS
+    for content in (parts[0] + parts[1][:-9], parts[0] + b"?" + parts[1], parts[0] + b"?", parts[0][:-9]):
+        path.write_bytes(content)
+        refused(HubRequest(str(path)), "damaged or cut off|[Nn]ot a gzipped file|file ended before")
 
 
 def test_the_command(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

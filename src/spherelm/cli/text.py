@@ -24,7 +24,7 @@ def prepare(
     deduplicate: Flag = False,
     workers: int | None = None,
 ) -> None:
-    """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) or a dataset into a data directory of token shards.
+    """Turn text files (.txt, .jsonl, .parquet, also compressed) or a dataset into a data directory of token shards.
 
     Args:
         out: The data directory to make.
@@ -68,7 +68,7 @@ def pairs(
     """Turn parallel text, a line a text and line i belonging to line i, into a data directory for encoder-decoders.
 
     Args:
-        source: What is read; a text file of any name, also .gz, .xz, .zst.
+        source: What is read; a text file of any name, also .gz, .xz, .bz2, .zst.
         target: What is to be written.
         val_source: Validation texts to read.
         val_target: Validation texts to write.

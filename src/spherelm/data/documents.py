@@ -1,33 +1,27 @@
 """Reading documents from .txt, .jsonl and .parquet files, in blocks of bounded size that workers can share.
 
 A .txt file is one document. A .jsonl file holds one JSON object a line, its text under "text"; a .parquet file has a
-column "text". .txt and .jsonl may be compressed (.gz, .xz, .zst). Blocks depend on the file alone, never on who reads
-them, so that whatever is made of them in order is the same for any number of workers.
+column "text". .txt and .jsonl may be compressed (.gz, .xz, .bz2, .zst). Blocks depend on the file alone, never on who
+reads them, so that whatever is made of them in order is the same for any number of workers.
 """
 
 from __future__ import annotations
 
 import codecs
-import gzip
 import hashlib
 import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
+
+from spherelm.data.compression import COMPRESSIONS, read_bytes
+from spherelm.data.compression import DocumentError as DocumentError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = (".gz", ".xz", ".zst")
 BLOCK_SIZE = 1 << 22  # characters of text, or bytes of JSON lines, a block at least (but the last)
-_READ_BYTES = 1 << 20
 _ROWS = 256
-
-
-class DocumentError(ValueError):
-    """An input that cannot be read as documents; the message names the file, the place and the fix."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,8 @@ def format_of(path: Path) -> str:
     kind = suffixes[-2:-1] if compressed else suffixes[-1:]
     if not kind or kind[0] not in SUFFIXES or (compressed and kind[0] == ".parquet"):
         raise DocumentError(
-            f"{path}: cannot tell what this file holds; rename it to end in .txt, .jsonl (these also with .gz, .xz or "
-            ".zst) or .parquet"
+            f"{path}: cannot tell what this file holds; rename it to end in .txt, .jsonl (these also with .gz, .xz, "
+            ".bz2 or .zst) or .parquet"
         )
     return kind[0]
 
@@ -143,7 +137,7 @@ def _text_blocks(path: Path, size: int, can_cut: bool, digest: str | None) -> It
 def _line_blocks(path: Path, size: int) -> Iterator[Block]:
     first, offset, held, parts = 1, 0, 0, list[bytes]()
     position = 0
-    for data, position in _raw(path):
+    for data, position in read_bytes(path):
         parts.append(data)
         held += len(data)
         if held < size or b"\n" not in data:
@@ -220,7 +214,7 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     fed, waiting, position = 0, 0, 0
     try:
-        for data, position in _raw(path):
+        for data, position in read_bytes(path):
             waiting = len(decoder.getstate()[0])
             text = decoder.decode(data)
             if fed == 0:
@@ -257,44 +251,3 @@ def _text_digest(path: Path) -> str:
     for text, _ in _decoded(path):
         digest.update(text.encode("utf-8"))
     return digest.hexdigest()
-
-
-def _raw(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(decompressed bytes, position in the file) piece by piece."""
-    suffix = path.suffix.lower()
-    damaged = DocumentError(f"{path}: damaged or cut off, or not a {suffix} file; get it again")
-    try:
-        with open(path, "rb") as file:
-            if suffix == ".zst":
-                yield from ((data, file.tell()) for data in _decompressed_zst(file, damaged))
-                return
-            openers: dict[str, Callable[[IO[bytes]], Any]] = {".gz": _gunzipped, ".xz": lzma.LZMAFile}
-            content = openers[suffix](file) if suffix in openers else file
-            while data := content.read(_READ_BYTES):
-                yield data, file.tell()
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise damaged from error
-
-
-def _gunzipped(file: IO[bytes]) -> gzip.GzipFile:
-    return gzip.GzipFile(fileobj=file)
-
-
-def _decompressed_zst(file: IO[bytes], damaged: DocumentError) -> Iterator[bytes]:
-    """By frames and by hand: zstandard's own stream reader takes a file cut off in a frame for a whole one."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DocumentError("a .zst file needs zstandard: pip install 'spherelm[data]'") from error
-    frame: Any = None
-    try:
-        while data := file.read(_READ_BYTES // 8):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                if out := frame.decompress(data):
-                    yield out
-                data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        raise damaged from error
-    if frame is not None:
-        raise damaged

@@ -13,14 +13,16 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from spherelm.data.compression import open_compressed
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
-_COMPRESSED = re.compile(r"\.(gz|xz|zst)$")
+_COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _open_builder(request: HubRequest) -> Any:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
+    _refuse_damage()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failed attempts end in one line of ours
     path = Path(request.name).expanduser()
     if path.is_file():
@@ -132,6 +135,20 @@ def _open_builder(request: HubRequest) -> Any:
         return datasets.load_dataset_builder(str(path.resolve()), request.config)
     name, _, revision = request.name.partition("@")
     return datasets.load_dataset_builder(name, request.config, revision=revision or None)
+
+
+@cache
+def _refuse_damage() -> None:
+    """Have compressed files read by `open_compressed`: the readers that fsspec comes with take some damage for the end."""
+    from fsspec.compression import compr, register_compression
+
+    def opened(suffix: str, other: Any, file: Any, mode: str = "rb", **given: Any) -> Any:
+        if "r" not in mode:
+            return other(file, mode=mode, **given)
+        return open_compressed(file, suffix, str(getattr(file, "path", f"a {suffix} file")))
+
+    for name, suffix in (("xz", ".xz"), ("bz2", ".bz2"), ("zstd", ".zst")):
+        register_compression(name, partial(opened, suffix, compr.get(name)), suffix[1:], force=True)
 
 
 def _identity(request: HubRequest, builder: Any) -> dict[str, Any]:

@@ -134,9 +134,9 @@ class JsonTokenizer:
         # Declared special so that `encode_special_tokens` (take special spellings as text) and decode cover it.
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(self.eos_token, special=True, normalized=False)])
         self._tokenizer.encode_special_tokens = True
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        unknown = _unknown_id(self._tokenizer, definition)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {i: t.content for i, t in added.items() if t.special and t.content != unknown}
+        self._special = {i: t.content for i, t in added.items() if t.special and i != unknown}
         self.fingerprint = _fingerprint("json", self.eos_id, definition)
 
     def encode(self, text: str) -> list[int]:
@@ -208,6 +208,15 @@ class SentencePieceTokenizer:
     def _lookup(self, piece: str) -> int | None:
         index = int(self._model.piece_to_id(piece))
         return None if index == self._model.unk_id() else index
+
+
+def _unknown_id(tokenizer: tokenizers.Tokenizer, definition: bytes) -> int | None:
+    """The id of what the model cannot spell. Unigram has it as a number, which the library does not show."""
+    if isinstance(tokenizer.model, tokenizers.models.Unigram):
+        index: int | None = json.loads(definition)["model"].get("unk_id")
+        return index
+    token = getattr(tokenizer.model, "unk_token", None)
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 def _find_end(name: str, eos_token: str | None, lookup: Any) -> tuple[str, int]:
