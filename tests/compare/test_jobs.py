@@ -213,7 +213,12 @@ def lives(group: int) -> bool:
 
 @pytest.mark.parametrize(
     ("stop", "code", "workers"),
-    [("SIGTERM to the parent", 143, 1), ("Ctrl-C", 130, 2), ("SIGKILL to the parent", -9, 1)],
+    [
+        ("SIGTERM to the parent", 143, 1),
+        ("Ctrl-C", 130, 2),
+        ("lost terminal", 129, 1),
+        ("SIGKILL to the parent", -9, 1),
+    ],
 )
 def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
     stop: str, code: int, workers: int, data: Path, tmp_path: Path
@@ -221,8 +226,8 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
     sweep = Sweep(data, tmp_path / "sweep", workers)
     try:
         sweep.wait_for_runs(workers)
-        if stop == "Ctrl-C":  # a terminal sends it to the whole group
-            os.killpg(sweep.process.pid, signal.SIGINT)
+        if code in (130, 129):  # a terminal sends it to the whole group
+            os.killpg(sweep.process.pid, code - 128)
         else:
             sweep.process.send_signal(signal.SIGTERM if code == 143 else signal.SIGKILL)
         out, err = sweep.process.communicate(timeout=PATIENCE)

@@ -79,7 +79,10 @@ app = program()
 
 def stop(message: str, code: int) -> NoReturn:
     """Say one line and leave with `code`."""
-    print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
+    except OSError:  # the terminal is gone, which may be why a run stops
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     raise SystemExit(code)
 
 

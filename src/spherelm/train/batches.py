@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -64,16 +65,23 @@ class RunData:
         return 1 / sum(part.weight / part.tokens_per_byte for part in self.held_out)
 
 
-def validation_losses(model: Decoder, data: RunData, batch_size: int, group: Group | None = None) -> dict[str, float]:
+def validation_losses(
+    model: Decoder,
+    data: RunData,
+    batch_size: int,
+    group: Group | None = None,
+    before_each: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """The mean loss on each source's validation windows, in nats per token, `batch_size` windows at a time.
 
-    The processes of `group` share the windows, and must all call.
+    The processes of `group` share the windows, and must all call. before_each: called before each batch, by all processes
+    equally often; what it raises breaks off.
     """
     group = group or Group()
     losses: dict[str, float] = {}
     for part in data.held_out:
         own = share(part.tokens, 0, group), share(part.targets, IGNORED, group)
-        sums = group.gather([float(x) for x in summed_loss(model, *own, batch_size, data.end_token)])
+        sums = group.gather([float(x) for x in summed_loss(model, *own, batch_size, data.end_token, before_each)])
         losses[part.name] = sum(total for total, _ in sums) / sum(count for _, count in sums)
     return losses
 

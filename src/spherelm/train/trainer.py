@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from spherelm.train.metrics import MetricsLog, NoLog
 from spherelm.train.parallel import Group, RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.record import open_run
-from spherelm.train.signals import Interrupted, signals_noted
+from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 
 
@@ -60,15 +61,16 @@ class Trainer:
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
         self.progress = Progress(0, 0.0)
+        self._saved: int | None = None
         if checkpoint is not None:
             self.progress = load_checkpoint(checkpoint, model, self.optimizer, group)
             self.data.loader.restore(self.progress.data)
+            self._saved = self.progress.step
         self.guard = Guard(train, self.progress.skipped, self.progress.norm)
         self.speed = Speed(model, train, self.device, group.world_size)
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
         self.metrics = self._open_log() if group.is_first else NoLog()
-        self._received: list[int] = []
-        self._stop = 0
+        self._noted, self._stop = Noted(), 0
 
     def _prepare(self, resume: bool) -> Path | None:
         """Everything that may be refused: text, tasks, sinks, the directory. Returns the checkpoint to go on from."""
@@ -97,7 +99,7 @@ class Trainer:
     def run(self, show_progress: bool = True) -> float:
         """Train to the last step and return the final validation loss in nats per token.
 
-        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on SIGINT, SIGTERM or SIGUSR1, `RankLost`
+        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on one of the signals `NOTED`, `RankLost`
         naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
         """
         train, show = self.config.train, show_progress and self.group.is_first
@@ -106,7 +108,7 @@ class Trainer:
             self.optimizer.zero_grad()
             clear_loads(self.model)
         bar = tqdm(total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show)
-        with closing(self.metrics), signals_noted() as self._received, bar, closing(self.checkpoints):
+        with closing(self.metrics), signals_noted() as self._noted, bar, closing(self.checkpoints):
             try:
                 with self.group.answering():
                     return self._run(bar)
@@ -115,23 +117,45 @@ class Trainer:
                 raise
 
     def _run(self, bar: Any) -> float:
-        train, loss = self.config.train, math.nan
-        if self.progress.step == 0:
-            loss = self._validate()
-        while self.progress.step < train.steps:
-            self._step(bar)
-            step, stop = self.progress.step, self._stop
-            if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-                loss = self._validate()
-            if step == train.steps or (train.eval_tasks_every and step % train.eval_tasks_every == 0):
-                self._score_tasks()
-            if step == train.steps or stop or (train.save_every and step % train.save_every == 0):
+        """Train to the end, or until a signal asks to stop: then save first, and leave the rest to --resume."""
+        try:
+            # A run that was stopped at this step may have been saved before it was measured.
+            loss = self._measure(self.group.first(lambda: self.metrics.present))
+            while self.progress.step < self.config.train.steps:
+                self._step(bar)
+                loss = self._measure({})
+                if self._is_due(self.config.train.save_every):
+                    self._save()
+            return loss
+        except Stop as stop:
+            step = self.progress.step
+            if step != self._saved:
                 self._save()
-            if stop and step < train.steps:
-                self.checkpoints.wait()
-                name = signal.Signals(stop).name
-                raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", stop)
-        return loss if not math.isnan(loss) else total_loss(self.data, self._validation_losses())
+            self.checkpoints.wait()
+            name = signal.Signals(stop.number).name
+            raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", stop.number) from None
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that is done every so many updates, and at the end, is to be done now."""
+        step = self.progress.step
+        return step == self.config.train.steps or (bool(every) and step % every == 0)
+
+    def _measure(self, present: Mapping[str, Mapping[str, Any]]) -> float:
+        """Validate and score tasks where that is due and not `present` in the log; returns the validation loss, or NaN."""
+        step, train = self.progress.step, self.config.train
+        loss: float = present["val"]["loss"] if "val" in present else math.nan
+        if "val" not in present and (step == 0 or self._is_due(train.eval_every)):
+            loss = self._validate()
+            self._heed()
+        if "eval" not in present and step and self._is_due(train.eval_tasks_every):
+            self._score_tasks()
+            self._heed()
+        return loss
+
+    def _heed(self) -> None:
+        """Raise `Stop` on every process if a signal came to one of them; all must call."""
+        if number := int(max(first for (first,) in self.group.gather([float(self._noted.first)]))):
+            raise Stop(number)
 
     def _step(self, bar: Any) -> None:
         diagnosis = Diagnosis(self.model, self.optimizer) if self._is_diagnosed() else None
@@ -148,6 +172,8 @@ class Trainer:
             self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
+        if self._stop:
+            raise Stop(self._stop)
 
     def _is_diagnosed(self) -> bool:
         every = self.config.train.diagnose_every
@@ -159,8 +185,7 @@ class Trainer:
         Notes the signal by which any of the processes was asked to stop.
         """
         set_rate(self.optimizer, lr)
-        loss = self._gradients(step)
-        reports = self.group.gather([loss, float(self._received[0] if self._received else 0)])
+        reports = self.group.gather([self._gradients(step), float(self._noted.first)])
         losses, self._stop = [loss for loss, _ in reports], int(max(number for _, number in reports))
         norm: float | None = clip_gradients(self.model, self.config.optim.grad_clip)
         fault = self.guard.fault(losses, norm or 0.0, step)
@@ -197,9 +222,10 @@ class Trainer:
         return {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.progress.seconds, 4)}
 
     def _validation_losses(self) -> dict[str, float]:
-        losses = validation_losses(self.model, self.data, self.micro_batch_size, self.group)
-        self.spread.rest()
-        return losses
+        try:
+            return validation_losses(self.model, self.data, self.micro_batch_size, self.group, self._heed)
+        finally:
+            self.spread.rest()
 
     def _validate(self) -> float:
         losses, step = self._validation_losses(), self.progress.step
@@ -219,14 +245,18 @@ class Trainer:
         return loss
 
     def _score_tasks(self) -> None:
+        """Score the tasks, of a run of one process; a signal breaks that off wherever it is, and nothing is half done."""
         if self.score_tasks is not None:
-            self.metrics.write("eval", **self._position(), **self.score_tasks(self.model))
+            with self._noted.at_once():
+                scores = self.score_tasks(self.model)
+            self.metrics.write("eval", **self._position(), **scores)
 
     def _save(self) -> None:
         data = self.data.loader.state(self.progress.step)
         self.progress = replace(self.progress, data=data, skipped=self.guard.skipped, norm=self.guard.norm)
         self.metrics.flush()
         self.checkpoints.save(self.model, self.optimizer, self.progress)
+        self._saved = self.progress.step
 
 
 def gradients_of_batch(
