@@ -225,10 +225,3 @@ def test_nothing_is_kept_widened() -> None:
             (alpha.shape, torch.float32),
         }
         assert any(t.data_ptr() == out.data_ptr() for t in kept(out)), "the result, which the next layer keeps as well"
-
-
-def test_a_second_derivative_is_refused_and_not_wrong() -> None:
-    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(sphere.norm(x)[:, 0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()

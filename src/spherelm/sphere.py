@@ -11,10 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 TINY = 1e-12
-"""Lengths below this are taken as this, so that a zero vector stays zero instead of becoming NaN."""
+"""Vectors shorter than this are taken for zero, which stays zero instead of becoming NaN, and so does its gradient."""
+
+
+def shortest(*dtypes: torch.dtype) -> float:
+    """Below which length a vector of these dtypes is taken for zero: `TINY`, in float16 the smallest normal number, 6.1e-5.
+
+    What is shorter has lost its digits there, and its gradient, which grows as 1 / length, would not fit into the format.
+    """
+    return max(TINY, *(torch.finfo(dtype).tiny for dtype in dtypes))
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on: then plain operations serve, which have every derivative."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,52 +35,79 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unit_gradient(out: Tensor, inverse: Tensor, grad: Tensor | None, grad_inverse: Tensor | None, dim: int) -> Tensor:
+    """The gradient of x from those of `out = x / ||x||` along `dim` and of `inverse = 1 / ||x||`, at full precision.
+
+    The second is there only where the backward pass is itself differentiated, to which x is known by these two alone.
+    """
+    moved = tangent(out, _wide(torch.zeros_like(out) if grad is None else grad), dim) * inverse
+    if grad_inverse is None or torch.compiler.is_compiling():
+        return moved
+    return moved - out * (inverse.square() * grad_inverse)
+
+
 class _Norm(torch.autograd.Function):
-    """`x / ||x||`, whose backward pass is `(g - o (o . g)) / ||x||` for the result o, which it keeps as it is given back."""
+    """`x / ||x||`, whose backward pass is `(g - o (o . g)) / ||x||` for the result o, which it keeps as it is given back.
+
+    `1 / ||x||` is given back too, for nobody but a second derivative, whose way to x leads through both.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        wide = _wide(x)
-        inverse = inverse_length(wide, dim)
-        out = (wide * inverse).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        out, inverse = _normalized(x, dim)
         ctx.dim = dim
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverse)
-        return out
+        return out, inverse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None]:
         out, inverse = ctx.saved_tensors
-        (grad,) = grad_outputs
-        return (tangent(out, _wide(grad), ctx.dim) * inverse).to(grad.dtype), None
+        return unit_gradient(out, inverse, *grad_outputs, ctx.dim).to(out.dtype), None
 
 
 class _Step(torch.autograd.Function):
-    """`Norm(h + alpha (target - h))`; of all it computes, it keeps its arguments, its result and one length a vector."""
+    """`Norm(h + alpha (target - h))`; of all it computes, it keeps its arguments, its result and one length a vector.
+
+    What it gives back is as in `_Norm`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-        start = _wide(h)
-        moved = torch.addcmul(start, _wide(target) - start, alpha)
-        inverse = inverse_length(moved, -1)
+    def forward(ctx: Any, h: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        moved, inverse = _moved(h, target, alpha)
         out = moved.mul_(inverse).to(h.dtype)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, target, alpha, inverse, out)
-        return out
+        return out, inverse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         h, target, alpha, inverse, out = ctx.saved_tensors
-        grad_moved = tangent(out, _wide(grad_outputs[0])) * inverse
+        grad_moved = unit_gradient(out, inverse, *grad_outputs, -1)
         grad_target = grad_moved * alpha
         # Narrow factors are widened within the products: a compiler would keep a copy that has the name of its own.
         grad_alpha = _summed_to(grad_moved * target - grad_moved * h, alpha.shape)
         return (grad_moved - grad_target).to(h.dtype), grad_target.to(target.dtype), grad_alpha
 
 
-def inverse_length(x: Tensor, dim: int = -1) -> Tensor:
-    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; no more than `1 / TINY`."""
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(TINY).reciprocal()
+def inverse_length(x: Tensor, dim: int = -1, least: float = TINY) -> Tensor:
+    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; 0 for those shorter than `least`."""
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return length.masked_fill(length < least, torch.inf).reciprocal()
+
+
+def _normalized(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`x / ||x||` in the dtype of `x`, and `1 / ||x||`."""
+    wide = _wide(x)
+    inverse = inverse_length(wide, dim, shortest(x.dtype))
+    return (wide * inverse).to(x.dtype), inverse
+
+
+def _moved(h: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """`h + alpha (target - h)` at full precision, and one over its length."""
+    start = _wide(h)
+    moved = torch.addcmul(start, _wide(target) - start, alpha)
+    return moved, inverse_length(moved, -1, shortest(h.dtype, target.dtype))
 
 
 def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
@@ -81,9 +121,9 @@ def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
 def norm(x: Tensor, dim: int = -1) -> Tensor:
     """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
 
-    x: any shape and floating dtype; the result has the same. A zero vector stays zero.
+    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero.
     """
-    unit: Tensor = _Norm.apply(x, dim)
+    unit: Tensor = (_normalized(x, dim) if transformed() else _Norm.apply(x, dim))[0]
     return unit
 
 
@@ -109,8 +149,11 @@ def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     h, target: [..., d] unit vectors; alpha: broadcastable, [d] in the paper, non-negative. Linear interpolation followed
     by normalization approximates `slerp` for small angles (nGPT, eqs. 6-9). Result: [..., d], unit.
     """
-    moved: Tensor = _Step.apply(h, target, alpha)
-    return moved
+    if transformed():
+        moved, inverse = _moved(h, target, alpha)
+        return (moved * inverse).to(h.dtype)
+    out: Tensor = _Step.apply(h, target, alpha)[0]
+    return out
 
 
 def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:

@@ -185,6 +185,19 @@ def test_the_kernel_is_called_for_what_it_computes(kernel: Callable[..., Any], p
     torch.testing.assert_close(y, chunked(x, dt, *rest)[0], rtol=0, atol=0)  # on the CPU there is no kernel
 
 
+@pytest.mark.usefixtures("kernel")
+def test_the_kernel_refuses_second_derivatives() -> None:
+    """What it computes backward is constant to autograd. The plain scan in its place has them."""
+    mamba, h = mixer("unit").float(), torch.randn(2, 9, 12)
+    mamba.ssm.scan = mamba_kernel.fused
+    mamba(h).sum().backward()
+    with pytest.raises(RuntimeError, match=r"ssm\.scan = spherelm\.layers\.state_space\.chunked"):
+        mamba(h).sum().backward(create_graph=True)
+    mamba.ssm.scan = chunked
+    (first,) = torch.autograd.grad(mamba(h).sum(), mamba.ssm.A_log, create_graph=True)
+    assert torch.autograd.grad(first.sum(), mamba.ssm.A_log)[0].any()
+
+
 def test_without_the_package_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     mamba_kernel.kernel.cache_clear()

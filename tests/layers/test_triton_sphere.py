@@ -34,8 +34,20 @@ for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
         alpha = torch.rand(shape[-1]).requires_grad_()
         same(triton_sphere.norm(3 * h), sphere.norm(3 * h), [h], 4 * tolerance)
         same(triton_sphere.step(h, target, alpha), sphere.step(h, target, alpha), [h, target, alpha], 4 * tolerance)
+
+def curvature(module):
+    out = module.step(module.norm(h), module.norm(target), alpha).square()
+    first = torch.autograd.grad((out * torch.arange(5.0)).sum(), [h, target, alpha], create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), [h, target, alpha])
+
+h, target = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+for ours, reference in zip(curvature(triton_sphere), curvature(sphere), strict=True):
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+each = torch.func.vmap(torch.func.grad(lambda x: triton_sphere.norm(x)[0]))(h)
+torch.testing.assert_close(each, torch.autograd.grad(sphere.norm(h)[:, 0].sum(), h)[0], rtol=1e-5, atol=1e-6)
 zero = torch.zeros(2, 8, requires_grad=True)
 assert not triton_sphere.norm(zero).any()
+assert not torch.autograd.grad(triton_sphere.norm(zero).sum(), zero)[0].any()
 strided = torch.randn(6, 4, 5).transpose(0, 2).requires_grad_()
 same(triton_sphere.norm(strided), sphere.norm(strided), [strided], 1e-5)
 try:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spherelm.sphere import transformed
+
 SMALLEST_KEY_BLOCK = 128
 """Of keys; longer sequences are cut into four blocks, of which what lies behind the diagonal is left out."""
 
@@ -21,12 +23,16 @@ LONGEST_BY_PRODUCTS = 2048
 
 
 def products_are_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attend_by_products` beats torch: compiled, in training, in bfloat16 on a CPU, causal, without groups."""
+    """Whether `attend_by_products` beats torch: compiled, in training, in bfloat16 on a CPU, causal, without groups.
+
+    Not under torch.func, whose transforms it has no rules for.
+    """
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     alike = (
         mask is None and q.shape == k.shape == v.shape and 2 * SMALLEST_KEY_BLOCK <= q.shape[2] <= LONGEST_BY_PRODUCTS
     )
-    return alike and training and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.compiler.is_compiling()
+    here = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.compiler.is_compiling() and not transformed()
+    return alike and training and here
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -50,7 +56,16 @@ class _ProductAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grad_outputs
         q, k, v, out, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            logsumexp = causal_logsumexp(q, k, ctx.scale)  # to be differentiated, which what the kernel left cannot be
         return *attention_gradients(q, k, v, out, logsumexp, grad, ctx.scale), None
+
+
+def causal_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The logarithm of each row's sum in the softmax of `q k^T scale`: float32 [batch, heads, seq], float64 for float64."""
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -torch.inf).logsumexp(-1)
 
 
 def attention_gradients(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spherelm.sphere import transformed
+
 KERNEL_BYTES = 16
 """The kernel wants rows whose length in bytes is a multiple of this."""
 
@@ -151,4 +153,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return (*grouped_product_backward(grad, *ctx.saved_tensors), None)
 
 
+def _second_backward(ctx: Any, of_grad_rows: Tensor, of_grad_weight: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    """The gradients of `grouped_product_backward`'s arguments: each result is a product of two of the three tensors."""
+    grad, rows, weight, ends = ctx.saved_tensors
+    of_grad = grouped_product(of_grad_rows, weight, ends) + grouped_product(rows, of_grad_weight, ends)
+    of_rows, _ = grouped_product_backward(grad, rows, of_grad_weight, ends)
+    _, of_weight = grouped_product_backward(grad, of_grad_rows, weight, ends)
+    return of_grad, of_rows, of_weight, None
+
+
 grouped_product.register_autograd(_backward, setup_context=_keep)
+grouped_product_backward.register_autograd(_second_backward, setup_context=_keep)
+
+
+def product_by_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product`, or where torch.func transforms it `plain_product`."""
+    product = plain_product if transformed() else grouped_product
+    return product(rows, weight, ends)
+
+
+def plain_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product` by torch's plain operations, which can be transformed: rows times all matrices, then each row's own."""
+    group = (torch.arange(len(rows), device=ends.device).unsqueeze(1) >= ends).sum(1)
+    products = torch.einsum("ri,goi->rgo", rows, weight)
+    return products.take_along_dim(group[:, None, None], dim=1).squeeze(1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
-from spherelm.layers.grouped import grouped_product
+from spherelm.layers.grouped import product_by_groups
 
 
 class Linear(nn.Linear):
@@ -78,7 +78,7 @@ class ExpertLinear(nn.Module):
         the weight.
         """
         weight = self.weight if scale is None else self.weight * scale.unsqueeze(-1)
-        return grouped_product(rows, weight.to(rows.dtype), ends)
+        return product_by_groups(rows, weight.to(rows.dtype), ends)
 
 
 class UnitExpertLinear(ExpertLinear):

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spherelm.layers.readout import Readout, read_logits
+from spherelm.sphere import transformed
+
 IGNORED = -100
 """A target that counts for nothing."""
 
@@ -57,7 +60,10 @@ Score = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy whose backward pass only multiplies gradients that the forward pass computed."""
+    """Mean cross-entropy whose backward pass only multiplies gradients that the forward pass computed.
+
+    Where it is to be differentiated itself, they are computed again by plain operations.
+    """
 
     @staticmethod
     def forward(
@@ -76,13 +82,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += part
             grad_h[rows] = grad_logits @ back_weight
             grad_weight += grad_logits.T @ h[rows]
-        ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
+        ctx.smoothing = smoothing
+        ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype), h, weight, targets, pullback)
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        grad_h, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        grad_h, grad_weight, h, weight, *rest = ctx.saved_tensors
         (grad,) = grad_outputs
+        if torch.is_grad_enabled():
+            wanted = [x for x, needed in zip((h, weight), ctx.needs_input_grad, strict=False) if needed]
+            loss = plain_cross_entropy(h, weight, *rest, ctx.smoothing)
+            found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+            of_h, of_weight = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+            return of_h, of_weight, None, None, None, None
         return grad_h * grad.to(grad_h.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None, None
 
 
@@ -108,15 +121,24 @@ def linear_cross_entropy(
     score: `score`, or that compiled.
     smoothing: the part of each target's probability, in [0, 1), that is spread over the whole vocabulary (label smoothing,
     Szegedy et al., arXiv 1512.00567, section 7).
-    Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. Once differentiable.
+    Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. A second derivative, and one of
+    torch.func, holds the logits.
     """
-    if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad) and not transformed():
         return _ChunkedCrossEntropy.apply(h, weight, targets, pullback, smoothing, score)
+    return plain_cross_entropy(h, weight, targets, pullback, smoothing)
+
+
+def plain_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, pullback: Tensor | None, smoothing: float
+) -> Tensor:
+    """`linear_cross_entropy` by torch's own operations, a chunk at a time; autograd keeps the logits of all."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    product_weight, size = weight.to(h.dtype), chunk_rows(h.shape[0], weight.shape[0])
+    size = chunk_rows(h.shape[0], weight.shape[0])
+    weight, pullback = weight.to(h.dtype), None if pullback is None else pullback.to(h.dtype)
     losses = [
         F.cross_entropy(
-            F.linear(part, product_weight).to(wide),
+            read_logits(Readout(part, weight, pullback)).to(wide),
             wanted,
             ignore_index=IGNORED,
             reduction="sum",

@@ -53,14 +53,15 @@ class StateSpace(nn.Module):
     """x, B and C through a causal convolution and SiLU, then `y_t = S_t C_t + D x_t` of the state that they write.
 
     conv_weight [channels, width], conv_bias [channels], A_log, D, dt_bias [heads]: none of them a vector of the hidden state,
-    so none lives on the sphere; they have no weight decay. Positions enter by order alone.
+    so none lives on the sphere; they have no weight decay. Positions enter by order alone. `scan` computes the recurrence of a
+    sequence; it can be replaced by another function with its arguments, such as `state_space.chunked`.
     """
 
     role = "gain"
 
     def __init__(self, shape: MambaShape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.scan = shape, scan
         self.conv_weight = nn.Parameter(torch.empty(shape.mixed, shape.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(shape.mixed))
         self.A_log = nn.Parameter(torch.empty(shape.n_heads))
@@ -94,7 +95,7 @@ class StateSpace(nn.Module):
         if x.shape[1] == 1:
             y, state = recurrent(x, dt, rate, b, c, state, begins)
         else:
-            y, state = scan(x, dt, rate, b, c, state, shape.chunk_size, begins)
+            y, state = self.scan(x, dt, rate, b, c, state, shape.chunk_size, begins)
         if cache is not None:
             cache.write(torch.cat((before, xbc), dim=1)[:, 1 - shape.conv_width :], state, xbc.shape[1])
         # Channel by channel, as the convolution leaves x, is what compiled code must not get to read (`train.precision`).

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spherelm.layers.state_space import Scanned, chunked
+from spherelm.sphere import transformed
 
 
 @lru_cache
@@ -52,7 +53,24 @@ def fused(
         seq_idx=text,
         return_final_states=True,
     )
-    return y, last.to(state.dtype)
+    return _KernelResult.apply(y, last.to(state.dtype))
+
+
+class _KernelResult(torch.autograd.Function):
+    """Hands on what it is given; its backward pass refuses to be differentiated, for the kernel's would count as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, state: Tensor) -> Scanned:
+        return y.view_as(y), state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the kernel of mamba_ssm has no second derivatives: give every StateSpace of the model the plain scan, "
+                "ssm.scan = spherelm.layers.state_space.chunked"
+            )
+        return grad_outputs
 
 
 def scan(
@@ -65,6 +83,6 @@ def scan(
     chunk_size: int,
     begins: Tensor | None = None,
 ) -> Scanned:
-    """`fused` where it can run, else `chunked`; arguments and result are theirs."""
-    compute = fused if x.is_cuda and kernel() is not None else chunked
+    """`fused` where it can run, and not under torch.func, else `chunked`; arguments and result are theirs."""
+    compute = fused if x.is_cuda and kernel() is not None and not transformed() else chunked
     return compute(x, dt, rate, b, c, state, chunk_size, begins)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm.layers.linear import ExpertLinear, Linear, Scale, UnitExpertLinear
+from spherelm.sphere import transformed
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda z: torch.softmax(z, -1)}
 """What turns a router's logits [tokens, n_experts] into scores, by name."""
@@ -102,6 +103,10 @@ class Router(Linear):
         scores = self.score(super().forward(x.to(torch.promote_types(x.dtype, torch.float32)), scale))
         experts = (scores.detach() + self.score_bias).topk(self.top_k).indices
         if self.training:
+            if transformed():
+                raise RuntimeError(
+                    "in training mode a router counts its choices, which torch.func cannot do: call model.eval()"
+                )
             chosen = experts.flatten()
             self.load.scatter_add_(0, chosen, torch.ones_like(chosen))
             self.pending = self.penalty(scores, experts, self.coefficient)
@@ -122,9 +127,13 @@ class Groups(NamedTuple):
 def grouped(experts: Tensor, n_experts: int) -> Groups:
     """`experts` int64 [tokens, top_k] sorted by expert, and within each in the order of tokens."""
     chosen, order = experts.flatten().sort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     numbers = torch.arange(n_experts, device=chosen.device)
     return Groups(order, place, torch.searchsorted(chosen, numbers, right=True, out_int32=True))
+
+
+def _taken(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
+    return x.index_select(0, order // copies)
 
 
 class _Taken(torch.autograd.Function):
@@ -134,7 +143,7 @@ class _Taken(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
         ctx.copies = copies
         ctx.save_for_backward(place)
-        return x.index_select(0, order // copies)
+        return _taken(x, order, place, copies)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
@@ -151,8 +160,9 @@ def mixed(h: Tensor, routing: Routing, n_experts: int, experts: Callable[[Tensor
     """
     top_k = routing.experts.shape[-1]
     groups = grouped(routing.experts, n_experts)
-    made = experts(_Taken.apply(h, groups.order, groups.place, top_k), groups.ends)
-    back = _Taken.apply(made, groups.place, groups.order, 1).unflatten(0, (-1, top_k))
+    take = _taken if transformed() else _Taken.apply
+    made = experts(take(h, groups.order, groups.place, top_k), groups.ends)
+    back = take(made, groups.place, groups.order, 1).unflatten(0, (-1, top_k))
     return (routing.weights.unsqueeze(-1).to(back.dtype) * back).sum(1)
 
 

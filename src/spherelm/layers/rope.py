@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from spherelm.sphere import inverse_length, norm, tangent
+from spherelm.sphere import inverse_length, norm, shortest, transformed, unit_gradient
 
 RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, each [seq, d_k/2] (or [batch, 1, seq, d_k/2] where sequences start at different positions)."""
@@ -53,29 +52,47 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def _unit_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate(Norm(x))` in the dtype of `x`, and `1 / ||x||`."""
+    wide = x.to(cos.dtype)
+    inverse = inverse_length(wide, -1, shortest(x.dtype))
+    return (rotate(wide, (cos, sin)) * inverse).to(x.dtype), inverse
+
+
 class _UnitRotation(torch.autograd.Function):
-    """`rotate(Norm(x))` in one pass; keeps its result, which attention keeps anyway, and one length a vector."""
+    """`rotate(Norm(x))` in one pass; keeps its result, which attention keeps anyway, and one length a vector.
+
+    What it gives back is as in `sphere`'s `_Norm`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        wide = x.to(cos.dtype)
-        inverse = inverse_length(wide)
-        out = (rotate(wide, (cos, sin)) * inverse).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        out, inverse = _unit_rotated(x, cos, sin)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverse, cos, sin)
-        return out
+        return out, inverse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out, inverse, cos, sin = ctx.saved_tensors
-        (grad,) = grad_outputs
-        turned_back = rotate(tangent(out, grad.to(cos.dtype)) * inverse, (cos, -sin))
-        return turned_back.to(grad.dtype), None, None
+        back = (cos, -sin)
+        of_x = rotate(unit_gradient(out, inverse, *grad_outputs, -1), back).to(out.dtype)
+        grad = grad_outputs[0]
+        if grad is None or not any(ctx.needs_input_grad[1:]):
+            return of_x, None, None
+        return of_x, *_table_gradient(rotate(out.to(cos.dtype), back), grad.to(cos.dtype), cos.shape)
+
+
+def _table_gradient(x: Tensor, grad: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The gradients of cos and sin, each of `shape`, from that of `rotate(x, (cos, sin))`."""
+    (first, second), (grad_first, grad_second) = x.chunk(2, dim=-1), grad.chunk(2, dim=-1)
+    of_cos, of_sin = grad_first * first + grad_second * second, grad_second * first - grad_first * second
+    return of_cos.sum_to_size(shape), of_sin.sum_to_size(shape)
 
 
 def unit_rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """`rotate(Norm(x))`, which is `Norm(rotate(x))`: a rotation keeps lengths. Shapes and dtypes as in `rotate`."""
-    out: Tensor = _UnitRotation.apply(x, *table)
+    out: Tensor = (_unit_rotated if transformed() else _UnitRotation.apply)(x, *table)[0]
     return out
 
 

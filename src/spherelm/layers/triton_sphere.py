@@ -1,7 +1,8 @@
 """`sphere.norm` and `sphere.step` as hand-written Triton kernels, forward and backward, for CUDA without torch.compile.
 
 Same arguments, results and autograd as there, along the last axis. Each row is read once and written once a pass; lengths are
-float32. Not timed: no GPU was at hand. Tested against `sphere` in Triton's interpreter on a CPU (TRITON_INTERPRET=1).
+float32. Second derivatives are computed by `sphere`'s own passes, and by `sphere` what torch.func transforms. Not timed: no GPU
+was at hand. Tested against `sphere` in Triton's interpreter on a CPU (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spherelm.sphere import TINY
+from spherelm import sphere
+from spherelm.sphere import shortest, transformed
 
 try:
     import triton
@@ -25,8 +27,8 @@ PROGRAMS = 256
 
 @triton.jit
 def _unit_row(x, width, offsets, tiny):
-    square = tl.sum(tl.where(offsets < width, x * x, 0.0), axis=0)
-    inverse = 1.0 / tl.maximum(tl.sqrt(square), tiny)
+    length = tl.sqrt(tl.sum(tl.where(offsets < width, x * x, 0.0), axis=0))
+    inverse = tl.where(length < tiny, 0.0, 1.0 / tl.maximum(length, tiny))
     return x * inverse, inverse
 
 
@@ -93,36 +95,53 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x.contiguous(), x.numel() // width, width, triton.next_power_of_2(width)
 
 
-class _Norm(torch.autograd.Function):
+def _lengths(x: Tensor) -> Tensor:
+    """Room for one length a row of `x`."""
+    return torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+
+
+def _differentiated(grads: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward pass is itself differentiated: is to be, or is now, through the lengths that it was given back."""
+    return torch.is_grad_enabled() or grads[0] is None or grads[1] is not None
+
+
+class _TritonNorm(sphere._Norm):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
         x, rows, width, size = _rows(x)
-        out, inverses = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-        _norm_forward[(rows,)](x, out, inverses, width, TINY, size=size)
+        out, inverses = torch.empty_like(x), _lengths(x)
+        _norm_forward[(rows,)](x, out, inverses, width, shortest(x.dtype), size=size)
+        ctx.dim = dim
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverses)
-        return out
+        return out, inverses
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None]:
+        if _differentiated(grad_outputs):
+            return sphere._Norm.backward(ctx, *grad_outputs)
         out, inverses = ctx.saved_tensors
         grad, rows, width, size = _rows(grad_outputs[0])
         grad_x = torch.empty_like(grad)
         _norm_backward[(rows,)](out, grad, inverses, grad_x, width, size=size)
-        return grad_x
+        return grad_x, None
 
 
-class _Step(torch.autograd.Function):
+class _TritonStep(sphere._Step):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         (h, rows, width, size), target, alpha = _rows(h), target.contiguous(), alpha.contiguous()
-        out, inverses = torch.empty_like(h), torch.empty(rows, dtype=torch.float32, device=h.device)
-        _step_forward[(rows,)](h, target, alpha, out, inverses, width, TINY, size=size)
-        ctx.save_for_backward(h, target, alpha, inverses)
-        return out
+        out, inverses = torch.empty_like(h), _lengths(h)
+        _step_forward[(rows,)](h, target, alpha, out, inverses, width, shortest(h.dtype), size=size)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, target, alpha, inverses, out)
+        return out, inverses
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, target, alpha, inverses = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if _differentiated(grad_outputs):
+            return sphere._Step.backward(ctx, *grad_outputs)
+        h, target, alpha, inverses, _ = ctx.saved_tensors
         grad, rows, width, size = _rows(grad_outputs[0])
         programs = min(rows, PROGRAMS)
         grad_h, grad_target = torch.empty_like(h), torch.empty_like(target)
@@ -134,7 +153,7 @@ class _Step(torch.autograd.Function):
 
 def norm(x: Tensor) -> Tensor:
     """`sphere.norm` along the last axis; float32, bfloat16 or float16."""
-    unit: Tensor = _Norm.apply(x)
+    unit: Tensor = sphere.norm(x) if transformed() else _TritonNorm.apply(x)[0]
     return unit
 
 
@@ -145,5 +164,5 @@ def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
             f"the Triton step takes h and target alike and alpha [{h.shape[-1]}], got {tuple(h.shape)}, "
             f"{tuple(target.shape)} and {tuple(alpha.shape)}: use spherelm.sphere.step"
         )
-    moved: Tensor = _Step.apply(h, target, alpha)
+    moved: Tensor = sphere.step(h, target, alpha) if transformed() else _TritonStep.apply(h, target, alpha)[0]
     return moved
