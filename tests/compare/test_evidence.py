@@ -111,17 +111,29 @@ def test_a_search_goes_away_from_what_diverges_and_ends_where_everything_does() 
     assert len(search(lambda rate: math.nan)) == evidence.PATIENCE
 
 
+IDENTITY = {"data": "1,2", "test": "3"}
+
+
 def test_what_is_no_record_of_evidence_is_refused(tmp_path: Path) -> None:
     grid = Grid("d", "t")
-    assert on_record(tmp_path / "evidence.json", grid) == ([], [])
+    assert on_record(tmp_path / "evidence.json", grid, IDENTITY) == ([], [])
     told = '{"grid": {"data": "d", "test": "t", "test_windows": 256}, "measured": [%s], "costs": [%s]}'
     for text in ("{", "[1]", '{"mine": 1}', told % ('{"a": 1}', ""), told % ("", "1")):
         (tmp_path / "evidence.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"is not what spherelm evidence wrote .*: move it away"):
-            on_record(tmp_path / "evidence.json", grid)
+            on_record(tmp_path / "evidence.json", grid, IDENTITY)
     (tmp_path / "evidence.json").write_text(told % ("", ""), encoding="utf-8")
     with pytest.raises(ValueError, match="was measured with test 't', now it is 'u': choose another --out"):
-        on_record(tmp_path / "evidence.json", Grid("d", "u"))
+        on_record(tmp_path / "evidence.json", Grid("d", "u"), IDENTITY)
+
+
+def test_text_that_was_moved_is_the_same_and_other_text_in_its_place_is_not(tmp_path: Path) -> None:
+    path, grid = tmp_path / "evidence.json", Grid("d", "t")
+    write_json(path, evidence.summary(grid, IDENTITY, []))
+    assert on_record(path, Grid("./d", "/elsewhere/t"), IDENTITY) == ([], [])
+    for name in IDENTITY:
+        with pytest.raises(ValueError, match=f"was measured with {name} "):
+            on_record(path, grid, {**IDENTITY, name: "4"})
 
 
 @pytest.fixture

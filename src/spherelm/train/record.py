@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spherelm.train.batches import proportions
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, to_dict
 
@@ -92,6 +93,7 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
 
     Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for, and
     `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed then.
+    Where "data_identity" says what the text is, the text may lie elsewhere than it did.
     """
     path = out / "config.json"
     if out.exists() and not out.is_dir():
@@ -109,9 +111,11 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         raise FileExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
     try:
         before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
-    except (ValueError, TypeError) as error:
+        moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
-    differing = [field for field in now if field not in FREE_TO_CHANGE and before.get(field) != now[field]]
+    free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE
+    differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
         field = min(differing, key=lambda name: ("." in name, not name.startswith("train.")))
