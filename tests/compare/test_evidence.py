@@ -27,7 +27,7 @@ from spherelm.evaluate.perplexity import mean_loss
 from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
 from spherelm.recipes import make_run
 from spherelm.train.checkpoint import load_model
-from spherelm.train.record import write_json
+from spherelm.train.record import alone_in, write_json
 
 
 def test_the_sizes_are_what_they_are_called() -> None:
@@ -211,6 +211,15 @@ def test_text_of_another_tokenizer_cannot_judge(data: Path, tmp_path: Path) -> N
 def test_what_chose_the_rates_cannot_judge(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which chooses the rates: --test needs other text"):
         climb(Grid(str(data), str(data)), tmp_path / "out")
+
+
+def test_two_never_work_through_one_directory(
+    data: Path, test_data: Path, tmp_path: Path, jobs_done: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(FileExistsError, match="out is in use by another process"):
+        climb(Grid(str(data), str(test_data)), tmp_path / "out")
+    assert jobs_done == []
 
 
 def test_what_could_not_be_done_to_the_end_is_not_begun(data: Path, test_data: Path, tmp_path: Path) -> None:

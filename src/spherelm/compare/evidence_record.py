@@ -34,7 +34,8 @@ def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[di
 def on_record(path: Path, grid: Grid, identity: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The measurements and the costs of steps that earlier commands left in `path`, nothing where there is no such file.
 
-    identity: the sha256 of the grid's "data" and "test". Raises `ValueError` for what `spherelm evidence` did not write, or wrote of other text than that of `grid`.
+    identity: the sha256 of the grid's "data" and "test".
+    Raises `ValueError` for what `spherelm evidence` did not write, or wrote of other text than that of `grid`.
     """
     if not path.is_file():
         return [], []

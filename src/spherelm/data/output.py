@@ -66,18 +66,24 @@ def remove_if_useless(partial: Path, out: Path) -> None:
 
 
 @contextmanager
-def locked(partial: Path, out: Path) -> Iterator[None]:
-    """Hold `partial` for this process. Raises OutputExistsError while another one does."""
-    with open(partial / "lock", "a") as file:
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the file `path`, which is made for it and removed at the end, for this process; the hold ends with the process.
+
+    Raises OutputExistsError, with the text `busy`, while another process holds it.
+    """
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OutputExistsError(
-                f"another process is preparing {out}: wait for it or choose another --out"
-            ) from error
+            raise OutputExistsError(busy) from error
         except OSError:
             pass  # some network file systems have no locks
-        yield
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+            raise OutputExistsError(busy)  # the one that held it was just about to end, and has removed it
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
