@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,30 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` at the end of the context, or vanishes where that is not reached.
+
+    Every file in it gets the permissions that the user's umask gives to new files, also those of libraries that write under
+    a temporary name, which nobody else may read.
+    """
+    part = out.resolve().with_name(f".{out.resolve().name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        new = part / ".new"
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+        new.unlink()
+        for path in part.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
