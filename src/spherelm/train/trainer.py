@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from spherelm.data.loader import Batches
@@ -252,13 +253,17 @@ def gradients_of_batch(
     # Pairs of texts have different numbers of targets, and the mean is over targets.
     counts = [int((wanted != IGNORED).sum()) for _, wanted in parts]
     weight, total = loader.weight(step) / sum(counts), 0.0
-    for number, (part, wanted) in enumerate(parts, 1):
+
+    def loss_of(part: Tensor, wanted: Tensor) -> Tensor:
         part = part.to(model.device)
-        with model.last(number == len(parts)):
-            loss = model.loss(part, wanted.to(model.device), *separate_documents(part, end_token))
-            loss = loss * (counts[number - 1] * weight)
-            loss.backward()
-        total += loss.item()
+        return model.loss(part, wanted.to(model.device), *separate_documents(part, end_token))
+
+    with model.whole(len(parts), lambda: [loss_of(*part) for part in parts]):
+        for number, (part, wanted) in enumerate(parts, 1):
+            with model.last(number == len(parts)):
+                loss = loss_of(part, wanted) * (counts[number - 1] * weight)
+                loss.backward()
+            total += loss.item()
     return total
 
 
