@@ -24,14 +24,32 @@ FREE_TO_CHANGE = (
     *(
         f"train.{name}"
         for name in (
-            *("save_every", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
-            *("strategy", "shard_size", "recompute", "timeout", "on_bad_step", "skip_budget", "spike_factor"),
+            *(
+                "save_every",
+                "keep",
+                "keep_every",
+                "compile",
+                "log_to",
+                "diagnose_every",
+                "micro_batch_size",
+                "eval_every",
+            ),
+            *(
+                "strategy",
+                "shard_size",
+                "recompute",
+                "timeout",
+                "on_bad_step",
+                "skip_budget",
+                "spike_factor",
+                "stop_above",
+            ),
             *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
         )
     ),
-    *("base", "base.d_model", "base.n_layers", "base.steps"),
+    *("base", "base.d_model", "base.n_layers", "base.steps", "model.mamba_chunk"),
 )
-"""What may differ when a run is resumed, since it does not change what is learned."""
+"""What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
 
 
 def versions() -> dict[str, str]:
