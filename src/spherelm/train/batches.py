@@ -141,6 +141,20 @@ def sources_of(data: str | None) -> dict[Path, Fraction]:
     return {path: Fraction(part, sum(parts)) for (path, _), part in zip(pairs, parts, strict=True)}
 
 
+def proportions(data: str | None) -> tuple[float | str | Fraction, ...]:
+    """What a run's `data` says that is not in the identity of its texts: the weights of a mixture, a stream's held-out part.
+
+    Two `data` with equal identities and equal proportions are the same text, wherever it lies.
+    """
+    spec = stream_spec(data or "")
+    if spec is None:
+        return (Fraction(1),) if data is None else tuple(sources_of(data).values())
+    try:
+        return (float(spec.val),)
+    except ValueError:
+        return ("a file",)
+
+
 def vocabulary_size(data: str | None) -> int:
     """The number of token ids in the data that a run's `data` names."""
     spec = stream_spec(data or "")
