@@ -30,9 +30,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from spherelm.layers.readout import read_logits
 from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
-from spherelm.models.folding import folded
-from spherelm.models.generate import stream
-from spherelm.models.sampling import Sampling
+from spherelm.generation.folding import folded
+from spherelm.generation.generate import stream
+from spherelm.generation.sampling import Sampling
 
 Clock = Callable[[], float]
 

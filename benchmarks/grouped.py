@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from spherelm.layers import grouped
-from spherelm.train.record import versions, write_json
+from spherelm.runs.record import versions, write_json
 
 
 def seconds(dtype: torch.dtype, ends: torch.Tensor, shape: tuple[int, int, int]) -> float:

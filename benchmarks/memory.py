@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from spherelm.compare.bench import Shape, configs, parse_shape
-from spherelm.compare.cost import TimedSteps
+from spherelm.experiments.bench import Shape, configs, parse_shape
+from spherelm.experiments.cost import TimedSteps
 
 
 def held(step: TimedSteps) -> int:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spherelm.compare.bench import configs, parse_shape
+from spherelm.experiments.bench import configs, parse_shape
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer
 from spherelm.optim.groups import parameter_roles
-from spherelm.train.config import RunConfig
+from spherelm.runs.config import RunConfig
 from spherelm.train.precision import compile_blocks
 
 

@@ -23,7 +23,7 @@ from spherelm.data.corpus import shipped_directory
 from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
-from spherelm.interop.quantization import quantized, weight_bytes
+from spherelm.generation.quantization import quantized, weight_bytes
 from spherelm.layers.linear import unit_modules
 from spherelm.models import Decoder
 

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spherelm.compare.bench import Shape, configs, parse_shape
-from spherelm.compare.cost import TimedSteps
+from spherelm.experiments.bench import Shape, configs, parse_shape
+from spherelm.experiments.cost import TimedSteps
 from spherelm.layers.linear import retract
 from spherelm.train.counting import training_flops
 

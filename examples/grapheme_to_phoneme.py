@@ -20,10 +20,10 @@ from tokenizers import models, pre_tokenizers
 from spherelm.data.documents import read_lines
 from spherelm.data.pairs import PairFiles, prepare_pairs
 from spherelm.evaluate.translation import error_rates
-from spherelm.models.beam import BeamSettings, beam_search
+from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.recipes import make_run
 from spherelm.train.batches import vocabulary_size
-from spherelm.train.checkpoint import load_model
+from spherelm.runs.checkpoint import load_model
 from spherelm.train.trainer import train
 
 END = "<|endoftext|>"

@@ -9,9 +9,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from spherelm.analysis.svg import standalone
-from spherelm.compare.figures import loss_figures
-from spherelm.compare.record import read_comparison
+from spherelm.experiments.record import read_comparison
+from spherelm.report.figures import loss_figures
+from spherelm.report.svg import standalone
 
 
 def main() -> None:

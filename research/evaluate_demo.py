@@ -20,10 +20,11 @@ import torch
 from spherelm.evaluate.harness import PAPER_TASKS, TaskSettings, evaluate_tasks
 from spherelm.evaluate.lengths import Plan
 from spherelm.evaluate.positions import Positions
+from spherelm.interop.huggingface import to_hf
 from spherelm.models import build
-from spherelm.train.config import read_config
+from spherelm.runs.config import read_config
+from spherelm.runs.record import versions, write_json
 from spherelm.train.evaluation import perplexity_of_run, tasks_of_run, transformers_tokenizer
-from spherelm.train.record import versions, write_json
 
 LENGTHS = (256, 512, 1024, 2048)
 STRETCH = LENGTHS[-1] / LENGTHS[0]
@@ -59,7 +60,7 @@ def untrained(run: Path, settings: TaskSettings) -> dict[str, Any]:
     """The scores of a model of the shape of `run` as it is before its first update."""
     torch.manual_seed(0)
     model = build(read_config(run / "config.json").model).eval()
-    return evaluate_tasks(model, transformers_tokenizer(run), PAPER_TASKS, settings)
+    return evaluate_tasks(to_hf(model), transformers_tokenizer(run), PAPER_TASKS, settings)
 
 
 def tasks(runs: Path, data: Path) -> Jobs:

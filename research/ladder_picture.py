@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pairs_summary import read_json
 
-from spherelm.analysis.drawing import COLOURS, FG, Drawing
-from spherelm.analysis.ladder_plots import LOOKS
-from spherelm.analysis.svg import standalone
+from spherelm.report.drawing import COLOURS, FG, Drawing
+from spherelm.report.ladder_plots import LOOKS
+from spherelm.report.svg import standalone
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

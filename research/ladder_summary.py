@@ -16,8 +16,8 @@ from typing import Any
 
 from pairs_summary import read_json, shortened
 
-from spherelm.compare.evidence_record import restored, table, with_row
-from spherelm.compare.growth import all_speedups, growth
+from spherelm.experiments.evidence_record import restored, table, with_row
+from spherelm.experiments.growth import all_speedups, growth
 
 Text = tuple[str, str]
 """The last parts of the data directories, training and test."""

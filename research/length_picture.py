@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from spherelm.analysis.length_plots import LengthLine, change_over_length
-from spherelm.analysis.svg import standalone
+from spherelm.report.length_plots import LengthLine, change_over_length
+from spherelm.report.svg import standalone
 
 ARMS = ("gpt", "ngpt")
 

@@ -15,7 +15,7 @@ import torch
 from spherelm.layers.linear import unit_modules
 from spherelm.models import build
 from spherelm.recipes import make_run
-from spherelm.train.config import RunConfig
+from spherelm.runs.config import RunConfig
 from spherelm.train.estimate import H100_TFLOPS, MFU, Layout, estimate
 
 NODE = 8

@@ -134,8 +134,8 @@ def carry_out(name: str, case: dict[str, Any], start: Start, pairs: Path) -> lis
     data = str(pairs) if "encdec" in given["arm"] else None
     if name.endswith("compiled"):
         torch.compiler.reset()
+    from spherelm.data.sources import vocabulary_size
     from spherelm.models.older import FORMER_ARMS
-    from spherelm.train.batches import vocabulary_size
 
     arm = given.pop("arm")
     arm, architecture = FORMER_ARMS.get(arm, (arm, "decoder"))

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from spherelm.compare.jobs import Job, do_job
-from spherelm.compare.sweep import FIXED, UNTRAINED, name_of, parse_fields
+from spherelm.data.sources import vocabulary_size
+from spherelm.experiments.jobs import Job, do_job
+from spherelm.experiments.sweep import FIXED, UNTRAINED, name_of, parse_fields
 from spherelm.recipes import make_run
-from spherelm.train.batches import vocabulary_size
-from spherelm.train.record import command_line, git_commit, versions, write_json
+from spherelm.runs.record import command_line, git_commit, versions, write_json
 
 
 def fixed_fields(words: Sequence[str]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spherelm.analysis.drawing import COLOURS, Drawing
-from spherelm.analysis.ladder_plots import LOOKS
-from spherelm.analysis.svg import standalone
-from spherelm.compare.robustness import best_between
+from spherelm.experiments.robustness import best_between
+from spherelm.report.drawing import COLOURS, Drawing
+from spherelm.report.ladder_plots import LOOKS
+from spherelm.report.svg import standalone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from typing import Any
 
 from pairs_summary import read_json, shortened
 
-from spherelm.train.metrics import read_metrics
+from spherelm.runs.metrics import read_metrics
 
 
 def spread(values: list[float]) -> dict[str, Any]:

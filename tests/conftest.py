@@ -15,9 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from spherelm.models import build
+from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.models.decoder import Decoder
-from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
 
 ROOT = Path(__file__).resolve().parents[1]

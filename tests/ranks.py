@@ -97,7 +97,7 @@ def _wait(pids: list[int], seconds: float) -> list[int]:
 
 USED = (
     "spherelm.train.trainer",
-    "spherelm.compare.sweep",
+    "spherelm.experiments.sweep",
     "spherelm.cli",
     "torch._dynamo",
     "torch.distributed._composable",

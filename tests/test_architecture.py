@@ -21,7 +21,7 @@ OWNERS = {
     "matplotlib": {"analysis"},
     "datasets": {"data/hub"},
     "fsspec": {"data/hub"},
-    "pyarrow": {"data/documents", "analysis/tables"},
+    "pyarrow": {"data/documents", "report/tables"},
     "zstandard": {"data/compression"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
@@ -30,7 +30,7 @@ OWNERS = {
     "lm_eval": {"evaluate/harness"},
     "mamba_ssm": {"layers/mamba_kernel"},
     "sacrebleu": {"evaluate/translation"},
-    "torchao": {"interop/quantization"},
+    "torchao": {"generation/quantization"},
     "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},
     "trackio": {"train/sinks/trackio"},

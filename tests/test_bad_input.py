@@ -13,7 +13,7 @@ import tiny
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from spherelm.data.shards import BODY_START
-from spherelm.train.checkpoint import latest_checkpoint, load_model
+from spherelm.runs.checkpoint import latest_checkpoint, load_model
 from spherelm.train.trainer import train
 
 SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--lr", 0.01, "--dtype", "float32", "--no-compile"]

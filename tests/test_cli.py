@@ -19,15 +19,15 @@ import tiny
 
 import spherelm
 from spherelm import cli
-from spherelm.compare import comparison
-from spherelm.compare import sweep as sweep_module
-from spherelm.compare.jobs import Job
+from spherelm.experiments import comparison
+from spherelm.experiments import sweep as sweep_module
+from spherelm.experiments.jobs import Job
 from spherelm.models import parameter_count
 from spherelm.recipes import RECIPES, WAYS, make_run
+from spherelm.runs.config import from_dict
+from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer
-from spherelm.train.config import from_dict
 from spherelm.train.guard import Diverged
-from spherelm.train.metrics import read_metrics
 from spherelm.train.signals import Interrupted
 
 PINNED = {

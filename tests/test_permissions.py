@@ -10,7 +10,7 @@ import pytest
 import tiny
 import tiny_pairs
 
-from spherelm.train.export import export
+from spherelm.interop.export import export
 from spherelm.train.trainer import train
 
 

@@ -26,12 +26,15 @@ from test_docs import PAGES, ROOT, exists, name_of
 import spherelm
 from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_optimizer, departure
 from spherelm.cli import main
-from spherelm.compare.cost import measure_cost
-from spherelm.compare.jobs import Job, do_job
 from spherelm.data.documents import COMPRESSIONS, SUFFIXES
 from spherelm.data.prepare import prepare
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.translation import translation_scores
+from spherelm.experiments.cost import measure_cost
+from spherelm.experiments.jobs import Job, do_job
+from spherelm.generation.beam import BeamSettings, beam_search
+from spherelm.generation.generate import generate
+from spherelm.generation.samples import PRECISIONS
 from spherelm.models import (
     ARMS,
     EncDec,
@@ -47,13 +50,10 @@ from spherelm.models import (
     NHybrid,
     NHybridConfig,
 )
-from spherelm.models.beam import BeamSettings, beam_search
-from spherelm.models.generate import generate
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
-from spherelm.train.config import DTYPES
-from spherelm.train.samples import PRECISIONS
+from spherelm.runs.config import DTYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -120,27 +120,27 @@ def test_every_command_is_understood(
             assert all(make_run(**choice, vocab_size=4096) for choice in choices)
         return []
 
-    monkeypatch.setattr("spherelm.compare.comparison.compare", understood_comparison)
-    monkeypatch.setattr("spherelm.compare.sweep.sweep", understood_sweep)
-    monkeypatch.setattr("spherelm.compare.evidence.climb", lambda *_: {"measured": [], "speedups": []})
-    monkeypatch.setattr("spherelm.compare.bench.bench", lambda *rest: {})
-    monkeypatch.setattr("spherelm.compare.bench.table", str)
-    monkeypatch.setattr("spherelm.compare.bench.profile", str)
+    monkeypatch.setattr("spherelm.experiments.comparison.compare", understood_comparison)
+    monkeypatch.setattr("spherelm.experiments.sweep.sweep", understood_sweep)
+    monkeypatch.setattr("spherelm.experiments.evidence.climb", lambda *_: {"measured": [], "speedups": []})
+    monkeypatch.setattr("spherelm.experiments.bench.bench", lambda *rest: {})
+    monkeypatch.setattr("spherelm.experiments.bench.table", str)
+    monkeypatch.setattr("spherelm.experiments.bench.profile", str)
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
     monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
-    monkeypatch.setattr("spherelm.train.samples.continues", lambda run: True)
+    monkeypatch.setattr("spherelm.generation.samples.continues", lambda run: True)
     monkeypatch.setattr("spherelm.train.evaluation.translation_of_run", lambda *rest: {})
-    monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])
-    monkeypatch.setattr("spherelm.train.export.export", lambda *rest, **more: None)
+    monkeypatch.setattr("spherelm.generation.samples.continuations", lambda *rest, **more: [])
+    monkeypatch.setattr("spherelm.interop.export.export", lambda *rest, **more: None)
     monkeypatch.setattr("spherelm.train.evaluation.about", lambda *rest: {})
     monkeypatch.setattr("spherelm.train.evaluation.tasks_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.train.evaluation.perplexity_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.cli.evaluation.tables", lambda results: [])
-    monkeypatch.setattr("spherelm.compare.inspection.inspect", lambda *rest: [])
-    monkeypatch.setattr("spherelm.compare.ladder.write_ladder", lambda *rest: [])
-    monkeypatch.setattr("spherelm.train.imported.import_nvidia", lambda *rest, **more: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("spherelm.report.inspection.inspect", lambda *rest: [])
+    monkeypatch.setattr("spherelm.report.ladder.write_ladder", lambda *rest: [])
+    monkeypatch.setattr("spherelm.interop.imported.import_nvidia", lambda *rest, **more: torch.nn.Linear(1, 1))
     monkeypatch.chdir(tmp_path)
     if words[1] == "eval" and "--json" in words:
         Path(words[words.index("--json") + 1]).parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def test_every_block_runs(
     monkeypatch.chdir(tmp_path)
     for module in ("comparison", "sweep"):
         monkeypatch.setattr(f"spherelm.compare.{module}.run_jobs", run_jobs_here)
-    monkeypatch.setattr("spherelm.compare.comparison.measure_cost", partial(measure_cost, steps=1, warmup=1))
+    monkeypatch.setattr("spherelm.experiments.comparison.measure_cost", partial(measure_cost, steps=1, warmup=1))
     write_inputs(tmp_path)
     commands = [words for kind, text in BLOCKS if kind == "sh" for words in commands_in(text)]
     commands.sort(key=lambda words: words[1] != "data")

@@ -15,7 +15,7 @@ from spherelm.models import NGPTConfig, parameter_count
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, distinct, make_run, recipe_names
-from spherelm.train.config import from_dict, to_dict
+from spherelm.runs.config import from_dict, to_dict
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 

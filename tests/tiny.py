@@ -20,9 +20,9 @@ from torch import Tensor
 from spherelm.data.prepare import prepare
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import WAYS, Preset, make_run
-from spherelm.train.checkpoint import MOMENTS, WEIGHTS
-from spherelm.train.config import RunConfig
-from spherelm.train.metrics import MEASURED, read_metrics
+from spherelm.runs.checkpoint import MOMENTS, WEIGHTS
+from spherelm.runs.config import RunConfig
+from spherelm.runs.metrics import MEASURED, read_metrics
 
 COMPILES = (
     pytest.mark.slow,

@@ -9,7 +9,7 @@ from typing import Any
 from spherelm.data.pairs import PairFiles, prepare_pairs
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.recipes import make_run
-from spherelm.train.config import RunConfig
+from spherelm.runs.config import RunConfig
 
 SYLLABLES = [a + b for a in "bdklm" for b in "aiu"]
 

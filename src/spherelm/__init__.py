@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spherelm.generation.generate import generate
     from spherelm.layers.linear import Scale, UnitEmbedding, UnitLinear, departure, retract
     from spherelm.models import (
         GPT,
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
         Variant,
         build,
     )
-    from spherelm.models.generate import generate
     from spherelm.optim import OptimConfig, attach_retraction, build_optimizer
-    from spherelm.train.checkpoint import load_model
+    from spherelm.runs.checkpoint import load_model
 
 __version__ = "0.1.0"
 
@@ -56,8 +56,8 @@ _HOMES = {
     **dict.fromkeys(("DecoderArch", "EncDecArch", "EncoderArch"), "spherelm.models"),
     **dict.fromkeys(("Scale", "UnitEmbedding", "UnitLinear", "departure", "retract"), "spherelm.layers.linear"),
     **dict.fromkeys(("OptimConfig", "attach_retraction", "build_optimizer"), "spherelm.optim"),
-    "generate": "spherelm.models.generate",
-    "load_model": "spherelm.train.checkpoint",
+    "generate": "spherelm.generation.generate",
+    "load_model": "spherelm.runs.checkpoint",
 }
 
 

@@ -17,13 +17,13 @@ from spherelm.analysis.experts import between_proposals, between_rows, look_at_e
 from spherelm.analysis.inside import attention_layer, look_inside
 from spherelm.analysis.motion import measure_motion
 from spherelm.analysis.recording import record
-from spherelm.compare.expert_figures import expert_section
-from spherelm.compare.inside_figures import motion_section, weight_section
-from spherelm.compare.inside_tables import write_tables
 from spherelm.layers.linear import departure
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.report.expert_figures import expert_section
+from spherelm.report.inside_figures import motion_section, weight_section
+from spherelm.report.inside_tables import write_tables
 from spherelm.train.diagnostics import Diagnosis, load_of_experts
 
 TOKENS = torch.randint(23, (4, 8), generator=torch.Generator().manual_seed(5))

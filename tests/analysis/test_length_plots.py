@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spherelm.analysis.length_plots import LengthLine, change_over_length
+from spherelm.report.length_plots import LengthLine, change_over_length
 
 LENGTHS = np.array([256.0, 512.0, 1024.0])
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spherelm.analysis import plots
-from spherelm.analysis.svg import VARIABLES, standalone
+from spherelm.report import plots
+from spherelm.report.svg import VARIABLES, standalone
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spherelm.analysis.sphere_map import principal_places, sphere_map
+from spherelm.report.sphere_map import principal_places, sphere_map
 
 
 def unit(n: int, d: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from spherelm.analysis.sweep_plots import Curve, Panel, small_multiples
+from spherelm.report.sweep_plots import Curve, Panel, small_multiples
 
 
 def curve(end: float) -> Curve:

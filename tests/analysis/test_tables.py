@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spherelm.analysis.tables import long_table, write_table
+from spherelm.report.tables import long_table, write_table
 
 COLUMNS = {"run": np.array(["a", "a", "b"]), "layer": np.array([0, 1, 0]), "value": np.array([0.5, np.inf, -1.25])}
 

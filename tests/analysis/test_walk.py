@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from spherelm.analysis.walk import MAX_TOKENS, Walk, readable, trace_walk, walk_page
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.models.decoder import Decoder
+from spherelm.report.walk import MAX_TOKENS, Walk, readable, trace_walk, walk_page
 
 SENTENCE = "A </script> sea"
 STOPS = 5

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from spherelm.compare import comparison, evidence, sweep
-from spherelm.compare.jobs import Job, do_job
+from spherelm.experiments import comparison, evidence, sweep
+from spherelm.experiments.jobs import Job, do_job
 from spherelm.recipes import PRESETS
 
 

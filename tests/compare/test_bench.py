@@ -11,9 +11,9 @@ import pytest
 import tiny
 import torch
 
-from spherelm.compare import bench as module
-from spherelm.compare.bench import Shape, bench, configs, parse_shape, peak_memory, table
-from spherelm.compare.cost import StepCost
+from spherelm.experiments import bench as module
+from spherelm.experiments.bench import Shape, bench, configs, parse_shape, peak_memory, table
+from spherelm.experiments.cost import StepCost
 from spherelm.train.counting import training_flops
 
 SHAPE = Shape(n_layers=2, d_model=16, n_heads=2, seq_len=16, batch_size=4, vocab_size=61)

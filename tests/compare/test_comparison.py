@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import tiny
 
-from spherelm.compare import comparison as module
-from spherelm.compare.comparison import CompareConfig, compare, samples
-from spherelm.compare.record import read_comparison
 from spherelm.data.shards import open_tokens
-from spherelm.presets import PRESETS
+from spherelm.experiments import comparison as module
+from spherelm.experiments.comparison import CompareConfig, compare, samples
+from spherelm.experiments.record import read_comparison
+from spherelm.recipes.presets import PRESETS
+from spherelm.runs.metrics import read_metrics
+from spherelm.runs.record import alone_in
 from spherelm.train.batches import tokens_per_byte
-from spherelm.train.metrics import read_metrics
-from spherelm.train.record import alone_in
 from spherelm.train.trainer import train
 
 FULL_TOKENS = 6 * 4 * 16

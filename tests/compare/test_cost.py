@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from spherelm.compare import cost as module
-from spherelm.compare.cost import measure_cost, median_ratio, time_in_turn
+from spherelm.experiments import cost as module
+from spherelm.experiments.cost import measure_cost, median_ratio, time_in_turn
 
 
 def test_a_step_of_each_arm_takes_time(data: Path) -> None:

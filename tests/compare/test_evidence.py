@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import tiny
 
-from spherelm.compare import evidence
-from spherelm.compare.evidence import (
+from spherelm.data.prepare import prepare
+from spherelm.evaluate.perplexity import mean_loss
+from spherelm.experiments import evidence
+from spherelm.experiments.evidence import (
     Grid,
     Ladder,
     Point,
@@ -21,13 +23,11 @@ from spherelm.compare.evidence import (
     climb,
     time_limit,
 )
-from spherelm.compare.evidence_record import on_record, table
-from spherelm.data.prepare import prepare
-from spherelm.evaluate.perplexity import mean_loss
-from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
+from spherelm.experiments.evidence_record import on_record, table
 from spherelm.recipes import make_run
-from spherelm.train.checkpoint import load_model
-from spherelm.train.record import alone_in, write_json
+from spherelm.recipes.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
+from spherelm.runs.checkpoint import load_model
+from spherelm.runs.record import alone_in, write_json
 
 
 def test_the_sizes_are_what_they_are_called() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spherelm.compare.growth import all_speedups, growth, one_speedup
+from spherelm.experiments.growth import all_speedups, growth, one_speedup
 
 
 def rung(tokens: int, *test: float) -> dict[str, Any]:

@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from synthetic_runs import write_comparison
 
 from spherelm import sphere
-from spherelm.analysis import sphere_map, weights
-from spherelm.analysis.drawing import Drawing
+from spherelm.analysis import weights
 from spherelm.analysis.recording import record
-from spherelm.compare import inspection
-from spherelm.compare.figures import Figure
-from spherelm.compare.inspection import Request, expand, inspect
-from spherelm.compare.report import write_report
 from spherelm.data.tokenizer import load_tokenizer
-from spherelm.train.checkpoint import WEIGHTS, load_model
+from spherelm.report import inspection, sphere_map
+from spherelm.report.drawing import Drawing
+from spherelm.report.figures import Figure
+from spherelm.report.inspection import Request, expand, inspect
+from spherelm.report.report import write_report
+from spherelm.runs.checkpoint import WEIGHTS, load_model
 from spherelm.train.evaluation import load_decoder
 from spherelm.train.trainer import Trainer
 
@@ -221,14 +221,14 @@ def test_a_comparisons_page_links_the_walk(
     write_comparison(tmp_path)
     for run in ("gpt-0", "ngpt-0"):
         load_tokenizer("bytes").save(tmp_path / run)
-    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="x" * 41))
+    monkeypatch.setattr("spherelm.report.report.trace_walks", partial(inspection.trace_walks, sentence="x" * 41))
     page = write_report(tmp_path).read_text("utf-8")
     assert "walk.html" not in page
     assert "spherelm inspect . --out inside" in page
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("spherelm: The walk on the sphere cannot be shown: the sentence has 41 tokens")
     assert said.removeprefix("spherelm: ") in page
-    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
+    monkeypatch.setattr("spherelm.report.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
     page = write_report(tmp_path).read_text("utf-8")
     assert '<a href="walk.html">' in page
     assert "cannot be shown" not in page
@@ -243,8 +243,8 @@ def test_a_file_that_the_package_lacks_is_no_reason_to_leave_the_walk_out(
     write_comparison(tmp_path)
     for run in ("gpt-0", "ngpt-0"):
         load_tokenizer("bytes").save(tmp_path / run)
-    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
-    monkeypatch.setattr("spherelm.analysis.walk.files", lambda package: tmp_path)
+    monkeypatch.setattr("spherelm.report.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
+    monkeypatch.setattr("spherelm.report.walk.files", lambda package: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"walk\.html"):
         write_report(tmp_path)
 

@@ -17,11 +17,11 @@ import pytest
 import tiny
 import torch
 
-from spherelm.compare import jobs as module
-from spherelm.compare.jobs import Job, default_workers, do_job, final_loss, run_jobs, steps_done
 from spherelm.data.prepare import prepare
-from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.metrics import read_metrics
+from spherelm.experiments import jobs as module
+from spherelm.experiments.jobs import Job, default_workers, do_job, final_loss, run_jobs, steps_done
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.metrics import read_metrics
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import train
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from spherelm.compare import length_figures
-from spherelm.compare.ladder import write_ladder
 from spherelm.recipes import make_run
-from spherelm.train.config import to_dict
-from spherelm.train.record import write_json
+from spherelm.report import length_figures
+from spherelm.report.ladder import write_ladder
+from spherelm.runs.config import to_dict
+from spherelm.runs.record import write_json
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
 
@@ -51,7 +51,7 @@ def report(tmp_path: Path) -> tuple[list[Any], dict[str, Any], str]:
 
 def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What is given to the drawing of each figure, by its key."""
-    from spherelm.compare import ladder
+    from spherelm.report import ladder
 
     seen: dict[str, list[Any]] = {}
     real = ladder.ends_of_runs

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from synthetic_runs import SHAPE, write_comparison
 
-from spherelm.compare.record import Arm, Comparison, read_comparison
-from spherelm.compare.report import write_report
-from spherelm.compare.wording import caveats, verdict
+from spherelm.experiments.record import Arm, Comparison, read_comparison
+from spherelm.report.report import write_report
+from spherelm.report.wording import caveats, verdict
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spherelm.compare.robustness import best_between, tolerated, where_best
+from spherelm.experiments.robustness import best_between, tolerated, where_best
 
 
 @given(st.floats(-6, -1), st.floats(0.05, 2.0), st.floats(1.0, 8.0))

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from spherelm.compare.speedup import Point, Reach, interval, mean_curve, speedup, tokens_to_reach, winner
+from spherelm.experiments.speedup import Point, Reach, interval, mean_curve, speedup, tokens_to_reach, winner
 
 NAN = math.nan
 CURVE = [(100.0, 4.0), (400.0, 3.0), (1600.0, 2.0)]

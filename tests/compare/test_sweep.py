@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import tiny
 
-from spherelm.compare import sweep as module
-from spherelm.compare.jobs import Job
-from spherelm.compare.sweep import UNTRAINED, against_base, grid, name_of, parse_axis, parse_fields, sweep, table
-from spherelm.compare.sweep_page import Row, label, varying
-from spherelm.train.metrics import read_metrics
+from spherelm.experiments import sweep as module
+from spherelm.experiments.jobs import Job
+from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, parse_axis, parse_fields, sweep, table
+from spherelm.report.sweep_page import Row, label, varying
+from spherelm.runs.metrics import read_metrics
 
 
 def test_a_grid_has_every_combination_once() -> None:

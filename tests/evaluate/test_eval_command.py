@@ -14,8 +14,8 @@ import tiny
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
+from spherelm.runs.checkpoint import load_model
 from spherelm.train import evaluation
-from spherelm.train.checkpoint import load_model
 from spherelm.train.trainer import train
 
 

@@ -19,6 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from spherelm.evaluate import harness
 from spherelm.evaluate.harness import PAPER_TASKS, TaskSettings, evaluate_tasks, load_tasks, paper_average, subdued
+from spherelm.interop.huggingface import to_hf
 from spherelm.interop.huggingface.tokenization import END, byte_definition, fast_tokenizer
 from spherelm.models import GPTConfig, NGPTConfig, build
 
@@ -205,7 +206,7 @@ def test_an_untrained_model_guesses(arm: str, names: tuple[str, ...], tokenizer:
     model = untrained(arm)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state, drawn = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
-    found = evaluate_tasks(model, tokenizer, names, TaskSettings(shared / "data/evals", limit=24), False)
+    found = evaluate_tasks(to_hf(model), tokenizer, names, TaskSettings(shared / "data/evals", limit=24), False)
     assert list(found["tasks"]) == list(names)
     for name, record in found["tasks"].items():
         assert record["documents"] == 24
@@ -232,7 +233,9 @@ def test_likelihoods_are_our_models(tokenizer: Any, shared: Path, monkeypatch: p
     kept: dict[str, Any] = {}
     monkeypatch.setattr(harness, "task_record", lambda name, found: kept.update(found) or {})
     model = untrained("ngpt")
-    evaluate_tasks(model, tokenizer, ["winogrande"], TaskSettings(shared / "data/evals", limit=5, batch_size=3), False)
+    evaluate_tasks(
+        to_hf(model), tokenizer, ["winogrande"], TaskSettings(shared / "data/evals", limit=5, batch_size=3), False
+    )
     for sample in kept["samples"]["winogrande"]:
         for (context, continuation), answer in zip(sample["arguments"], sample["filtered_resps"], strict=True):
             ids = torch.tensor(list((context + continuation).encode()))
@@ -246,12 +249,12 @@ def test_what_does_not_fit_is_counted_or_refused(tokenizer: Any, shared: Path) -
     rows = lines(shared / "data/evals/winogrande/winogrande_xl.validation.jsonl")[:20]
     longest = [len(row["sentence"].encode()) - 1 + max(len(row[f"option{i}"].encode()) for i in (1, 2)) for row in rows]
     short = build(GPTConfig(vocab_size=257, n_layers=1, d_model=16, n_heads=2, max_seq_len=100))
-    found = evaluate_tasks(short, tokenizer, ["winogrande"], settings, False)["tasks"]["winogrande"]
+    found = evaluate_tasks(to_hf(short), tokenizer, ["winogrande"], settings, False)["tasks"]["winogrande"]
     assert found["cut"] == sum(length > 101 for length in longest)
     assert 0 < found["cut"] < 20
     tiny = build(GPTConfig(vocab_size=257, n_layers=1, d_model=16, n_heads=2, max_seq_len=8))
     with pytest.raises(ValueError, match="an answer may be longer than the model's max_seq_len=8: choose other tasks"):
-        evaluate_tasks(tiny, tokenizer, ["winogrande"], settings, False)
+        evaluate_tasks(to_hf(tiny), tokenizer, ["winogrande"], settings, False)
 
 
 def test_few_shot_examples_come_before(shared: Path, tmp_path: Path) -> None:
@@ -301,7 +304,7 @@ def test_settings_are_checked(fields: dict[str, Any], message: str) -> None:
 def test_tasks_are_named_once(tokenizer: Any) -> None:
     for names in ([], ["winogrande", "winogrande"]):
         with pytest.raises(ValueError, match="tasks must be named, and each once"):
-            evaluate_tasks(untrained("gpt"), tokenizer, names, TaskSettings())
+            evaluate_tasks(to_hf(untrained("gpt")), tokenizer, names, TaskSettings())
 
 
 def test_the_average_is_over_the_papers_five() -> None:

@@ -15,9 +15,9 @@ import tiny_pairs
 import torch
 
 from spherelm.evaluate.translation import edit_distance, error_rates, translation_scores
-from spherelm.models.beam import BeamSettings, beam_search
-from spherelm.models.generate import generate
-from spherelm.train.checkpoint import load_model
+from spherelm.generation.beam import BeamSettings, beam_search
+from spherelm.generation.generate import generate
+from spherelm.runs.checkpoint import load_model
 from spherelm.train.trainer import train
 
 

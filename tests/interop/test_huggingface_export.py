@@ -23,7 +23,7 @@ import torch
 from spherelm import departure, load_model
 from spherelm.cli import main
 from spherelm.data.tokenizer import load_tokenizer
-from spherelm.train.export import export
+from spherelm.interop.export import export
 from spherelm.train.trainer import train
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -205,7 +205,7 @@ def test_a_run_with_a_tokenizer_json(runs: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_sentencepiece_is_refused(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spherelm.train.export.load_tokenizer", lambda run: SimpleNamespace(name="some.model"))
+    monkeypatch.setattr("spherelm.interop.export.load_tokenizer", lambda run: SimpleNamespace(name="some.model"))
     with pytest.raises(ValueError, match=r"some.model is a SentencePiece model.*--no-tokenizer"):
         export(runs["gpt"], tmp_path / "out")
 

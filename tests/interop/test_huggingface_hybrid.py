@@ -11,9 +11,9 @@ import pytest
 import torch
 from hybrid_case import ARMS, hybrid_config
 
+from spherelm.generation.generate import generate
 from spherelm.layers.grouped import grouped_product
 from spherelm.models import LanguageModel, build
-from spherelm.models.generate import generate
 
 transformers = pytest.importorskip("transformers")
 from spherelm.interop.huggingface import to_hf  # noqa: E402
@@ -65,7 +65,9 @@ def test_the_biases_of_routers_go_with_the_weights(arm: str, tmp_path: Path) -> 
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     close(read(tokens).logits, model(tokens))
     read.train()(tokens)
-    assert read.get_submodule("model.blocks.1.experts.part.router").load.sum() == 2 * tokens.numel(), "counted from 0 on"
+    assert read.get_submodule("model.blocks.1.experts.part.router").load.sum() == 2 * tokens.numel(), (
+        "counted from 0 on"
+    )
 
 
 @both_arms

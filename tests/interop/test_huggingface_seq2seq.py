@@ -14,9 +14,9 @@ from pair_case import ARMS, LENGTHS, PairCase, make_pair_case
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from spherelm import attach_retraction, departure, load_model  # noqa: E402
+from spherelm.generation.beam import BeamSettings, beam_search  # noqa: E402
+from spherelm.interop.export import export  # noqa: E402
 from spherelm.interop.huggingface import SphereSeq2SeqConfig, SphereSeq2SeqLM, to_hf  # noqa: E402
-from spherelm.models.beam import BeamSettings, beam_search  # noqa: E402
-from spherelm.train.export import export  # noqa: E402
 from spherelm.train.trainer import train  # noqa: E402
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
@@ -109,7 +109,7 @@ def test_its_beams_and_ours_find_the_same(arm: str, length_penalty: float) -> No
 
 @both_arms
 def test_greedy_generation_is_the_bare_models(arm: str) -> None:
-    from spherelm.models.generate import generate
+    from spherelm.generation.generate import generate
 
     c = make_pair_case(arm, max_seq_len=32)
     model = c.model.float().eval()

@@ -32,8 +32,8 @@ from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.models.decoder import Decoder
 from spherelm.optim import OptimConfig, build_optimizer
 from spherelm.optim.groups import parameter_groups
-from spherelm.train import checkpoint as saved
-from spherelm.train.config import read_config
+from spherelm.runs import checkpoint as saved
+from spherelm.runs.config import read_config
 
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 EXPECTED = {"nvidia": "expected", "standard": "oracle"}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from spherelm import departure, generate
-from spherelm.interop.quantization import Int8Linear, Int8Matrix, int8_vectors, quantized, weight_bytes
+from spherelm.generation.folding import folded
+from spherelm.generation.quantization import Int8Linear, Int8Matrix, int8_vectors, quantized, weight_bytes
 from spherelm.layers.linear import Embedding, Linear, unit_modules
 from spherelm.models import ARMS, Decoder, build
-from spherelm.models.folding import folded
 
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_layers": 2, "d_model": 48, "n_heads": 4, "d_ff": 96, "max_seq_len": 32}
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "grouped": {"n_kv_heads": 2}, "tied": {"tie_embeddings": True}}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from pair_case import make_pair_case
 
+from spherelm.generation.beam import BeamSettings, beam_search
+from spherelm.generation.generate import generate
 from spherelm.models import EncoderDecoder, NGPTConfig, build
-from spherelm.models.beam import BeamSettings, beam_search
-from spherelm.models.generate import generate
 
 END = 0
 

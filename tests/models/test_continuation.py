@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spherelm.generation.continuation import Continuation
+from spherelm.generation.sampling import Sampling
 from spherelm.models import Decoder
-from spherelm.models.continuation import Continuation
-from spherelm.models.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)

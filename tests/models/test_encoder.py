@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spherelm.generation.generate import generate
 from spherelm.layers.linear import departure, unit_modules
 from spherelm.models import ARMS, EncoderConfig, MaskedModel, NEncoderConfig, build
-from spherelm.models.generate import generate
 from spherelm.optim import OptimConfig, build_optimizer
 
 TINY: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 16}

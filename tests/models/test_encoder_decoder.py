@@ -26,7 +26,10 @@ def test_parameter_names_are_pinned() -> None:
         of_blocks = {f"blocks.{i}.{n}" for i in range(2) for n in block}
         return of_blocks | {f"encoder.blocks.{i}.{n}" for i in range(3) for n in encoder_block} | rest
 
-    embeddings, gains = {"embed.weight", "encoder.embed.weight", "head.linear.weight"}, {"norm_a.weight", "norm_m.weight"}
+    embeddings, gains = (
+        {"embed.weight", "encoder.embed.weight", "head.linear.weight"},
+        {"norm_a.weight", "norm_m.weight"},
+    )
     plain, unit = (build(pair_config(arm)) for arm in ARMS)
     assert {name for name, _ in plain.named_parameters()} == names(
         DECODER | gains | {"norm_c.weight"}, ENCODER | gains, embeddings | {"norm.weight", "encoder.norm.weight"}

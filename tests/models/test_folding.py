@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spherelm import departure
+from spherelm.generation.folding import Folded, folded, obstacle
 from spherelm.layers.linear import Linear, Scale
 from spherelm.models import Decoder
-from spherelm.models.folding import Folded, folded, obstacle
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt", {}),

@@ -8,9 +8,9 @@ import golden
 import pytest
 import torch
 
-from spherelm.models.folding import Folded
-from spherelm.models.generate import generate, stream
-from spherelm.models.sampling import Sampling
+from spherelm.generation.folding import Folded
+from spherelm.generation.generate import generate, stream
+from spherelm.generation.sampling import Sampling
 
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 

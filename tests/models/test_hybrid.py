@@ -10,14 +10,14 @@ import pytest
 import torch
 from hybrid_case import ARMS, CONFIGS, MIXERS, SIZES, hybrid_config, make_hybrid_case
 
+from spherelm.generation.beam import BeamSettings, beam_search
+from spherelm.generation.continuation import Continuation
+from spherelm.generation.generate import generate
+from spherelm.generation.sampling import Sampling
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.linear import departure, retract, unit_modules
 from spherelm.models import ARMS as ALL
 from spherelm.models import GPTConfig, NGPTConfig, build
-from spherelm.models.beam import BeamSettings, beam_search
-from spherelm.models.continuation import Continuation
-from spherelm.models.generate import generate
-from spherelm.models.sampling import Sampling
 from spherelm.optim import OptimConfig, build_optimizer
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
@@ -70,9 +70,11 @@ def test_retraction_finds_every_matrix_and_nothing_of_the_state_space() -> None:
     c = make_hybrid_case("nhybrid", "MAMO", n_shared_experts=1)
     declared = {f"{name}.weight": axis for name, _, axis in unit_modules(c.model)}
     assert declared == {name: axis for name in c.weights if (axis := paper.unit_axis(name)) is not None}
-    assert {"blocks.0.mixer.part.in_proj.weight", "blocks.2.mixer.part.out_proj.weight", "blocks.3.experts.part.o.weight"} < set(
-        declared
-    )
+    assert {
+        "blocks.0.mixer.part.in_proj.weight",
+        "blocks.2.mixer.part.out_proj.weight",
+        "blocks.3.experts.part.o.weight",
+    } < set(declared)
     with torch.no_grad():
         for parameter in c.model.parameters():
             parameter.mul_(1.7)

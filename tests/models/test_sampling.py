@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spherelm.models.sampling import Sampling, draw, filtered_probabilities, penalized
+from spherelm.generation.sampling import Sampling, draw, filtered_probabilities, penalized
 
 seeds = st.integers(0, 2**20)
 

@@ -16,11 +16,12 @@ import torch
 from spherelm.data import stream
 from spherelm.data.prepare import prepare
 from spherelm.data.shards import open_tokens
+from spherelm.data.sources import proportions, sources_of, stream_spec, vocabulary_size
 from spherelm.layers.attention import separate_documents
-from spherelm.train.batches import open_data, proportions, sources_of, stream_spec, tokens_per_byte, vocabulary_size
-from spherelm.train.checkpoint import load_model
-from spherelm.train.config import RunConfig
-from spherelm.train.metrics import read_metrics
+from spherelm.runs.checkpoint import load_model
+from spherelm.runs.config import RunConfig
+from spherelm.runs.metrics import read_metrics
+from spherelm.train.batches import open_data, tokens_per_byte
 from spherelm.train.trainer import Trainer, train
 
 

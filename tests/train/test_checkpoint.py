@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from spherelm import load_model
 from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
-from spherelm.train import checkpoint as module
-from spherelm.train.checkpoint import (
+from spherelm.runs import checkpoint as module
+from spherelm.runs.checkpoint import (
     MOMENTS,
     STATE,
     WEIGHTS,
@@ -35,8 +35,8 @@ from spherelm.train.checkpoint import (
     run_directory,
     save_checkpoint,
 )
-from spherelm.train.config import to_dict
-from spherelm.train.record import write_json
+from spherelm.runs.config import to_dict
+from spherelm.runs.record import write_json
 from spherelm.train.trainer import Trainer, train
 
 SHAPE: dict[str, Any] = {"vocab_size": 11, "n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 12, "max_seq_len": 8}

@@ -19,11 +19,11 @@ from spherelm.data.shards import open_tokens
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder, build
 from spherelm.recipes import make_run
+from spherelm.runs.checkpoint import WEIGHTS, latest_checkpoint
+from spherelm.runs.config import RunConfig
+from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer
-from spherelm.train.checkpoint import WEIGHTS, latest_checkpoint
-from spherelm.train.config import RunConfig
 from spherelm.train.estimate import estimate, estimate_table
-from spherelm.train.metrics import read_metrics
 from spherelm.train.parallel import Group, spread
 from spherelm.train.trainer import Trainer, gradients_of_batch, train
 

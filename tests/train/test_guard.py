@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from spherelm.train.config import TrainConfig
+from spherelm.runs.config import TrainConfig
 from spherelm.train.guard import TRUSTED, Diverged, Guard
 
 

@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 from spherelm.data.output import locked
-from spherelm.train.checkpoint import WEIGHTS, latest_checkpoint
-from spherelm.train.record import LOCK, alone_in
+from spherelm.runs.checkpoint import WEIGHTS, latest_checkpoint
+from spherelm.runs.record import LOCK, alone_in
 from spherelm.train.trainer import Trainer, train
 
 IN_USE = r"is in use by another process: wait until that ends, or choose another --out"

@@ -15,13 +15,13 @@ from torch import Tensor
 from spherelm import departure, load_model
 from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
-from spherelm.models import NHybridConfig, LanguageModel, build
+from spherelm.models import LanguageModel, NHybridConfig, build
 from spherelm.recipes import make_run
-from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.config import RunConfig, read_config
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.metrics import read_metrics
 from spherelm.train.counting import counted_flops, flops_per_token, training_flops
 from spherelm.train.estimate import activation_memory, estimate
-from spherelm.train.metrics import read_metrics
 from spherelm.train.parallel import Group, spread
 from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import gradients_of_batch, train

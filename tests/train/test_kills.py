@@ -13,7 +13,7 @@ import ranks
 import tiny
 from test_parallel import arguments
 
-from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.runs.checkpoint import latest_checkpoint
 
 KILLS = 12
 """For each arm, beside those at chosen moments."""
@@ -21,7 +21,8 @@ KILLS = 12
 AT_CALL = """
 import os, signal
 from torch.distributed.checkpoint.filesystem import FileSystem
-from spherelm.train import checkpoint, trainer
+from spherelm.runs import checkpoint
+from spherelm.train import trainer
 
 def killed_at(owner, name, call):
     function, calls = getattr(owner, name), iter(range(10**6))

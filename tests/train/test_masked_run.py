@@ -11,8 +11,8 @@ from commands import make_command
 
 from spherelm.layers.linear import departure
 from spherelm.models import MaskedModel, build
+from spherelm.runs.checkpoint import load_model
 from spherelm.train.batches import open_data
-from spherelm.train.checkpoint import load_model
 from spherelm.train.counting import counted_flops, training_flops
 from spherelm.train.trainer import Trainer, train
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spherelm.train.metrics import MetricsLog, read_metrics
+from spherelm.runs.metrics import read_metrics
+from spherelm.train.metrics_log import MetricsLog
 
 
 def written(path: Path, steps: int) -> list[dict[str, object]]:

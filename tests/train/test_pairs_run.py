@@ -14,8 +14,8 @@ from pair_case import ARMS
 
 from spherelm.layers.linear import departure
 from spherelm.models import EncoderDecoder
-from spherelm.train.checkpoint import load_model
-from spherelm.train.config import TrainConfig, read_config
+from spherelm.runs.checkpoint import load_model
+from spherelm.runs.config import TrainConfig, read_config
 from spherelm.train.trainer import Trainer, train
 
 both_arms = pytest.mark.parametrize("arm", ARMS)

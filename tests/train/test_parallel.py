@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from spherelm import departure, load_model
-from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.config import TrainConfig
-from spherelm.train.metrics import read_metrics
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.config import TrainConfig
+from spherelm.runs.metrics import read_metrics
 from spherelm.train.parallel import place
 
 SPREADS = {

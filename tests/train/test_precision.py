@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from spherelm import departure, load_model, retract
+from spherelm.generation.generate import generate
+from spherelm.generation.samples import continuations
 from spherelm.models import Decoder
-from spherelm.models.generate import generate
-from spherelm.train.samples import continuations
 from spherelm.train.trainer import train
 
 HALVES = (torch.bfloat16, torch.float16)

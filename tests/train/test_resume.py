@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from spherelm.data.prepare import prepare
+from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.train import trainer as module
-from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.signals import Interrupted, Noted
 from spherelm.train.trainer import Trainer, train
 

@@ -16,8 +16,8 @@ import tiny
 from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.recipes import PRESETS, RECIPES, make_run
-from spherelm.train.config import RunConfig, TrainConfig, from_dict, read_config, to_dict
-from spherelm.train.record import FREE_TO_CHANGE, _flat, claim_directory, command_line, git_commit, versions, write_json
+from spherelm.runs.config import RunConfig, TrainConfig, from_dict, read_config, to_dict
+from spherelm.runs.record import FREE_TO_CHANGE, _flat, claim_directory, command_line, git_commit, versions, write_json
 
 WANTED: dict[str, Any] = {"arm": "gpt", "train": {"steps": 3, "keep": 2}, "betas": (0.9, 0.95)}
 

@@ -16,9 +16,9 @@ import torch
 
 from spherelm import load_model
 from spherelm.data.tokenizer import ByteTokenizer
-from spherelm.models.folding import Folded
-from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.samples import BATCH, PRECISIONS, Conversation, continuations, load_for_inference, read_prompts
+from spherelm.generation.folding import Folded
+from spherelm.generation.samples import BATCH, PRECISIONS, Conversation, continuations, load_for_inference, read_prompts
+from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.train.trainer import train
 
 
@@ -264,7 +264,7 @@ def test_stopping_a_text_goes_on_with_the_next(
     run: Path, command: commands.Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C ends the answer, not the program."""
-    from spherelm.models.continuation import Continuation
+    from spherelm.generation.continuation import Continuation
 
     steps, original = 0, Continuation.step
 

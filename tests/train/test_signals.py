@@ -17,8 +17,8 @@ import pytest
 import tiny
 
 from spherelm.recipes import make_run
-from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.metrics import read_metrics
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.metrics import read_metrics
 from spherelm.train.signals import Interrupted, signals_noted
 from spherelm.train.trainer import Trainer
 

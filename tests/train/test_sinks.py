@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import tiny
 
-from spherelm.train.metrics import MetricsLog, read_metrics
+from spherelm.runs.metrics import read_metrics
+from spherelm.train.metrics_log import MetricsLog
 from spherelm.train.sinks import NAMES, check_names, numbers, open_sinks
 from spherelm.train.trainer import Interrupted, Trainer
 
@@ -194,7 +195,7 @@ def local_only(self, address):
     return connect(self, address)
 
 socket.socket.connect = local_only
-from spherelm.train.metrics import MetricsLog
+from spherelm.train.metrics_log import MetricsLog
 from spherelm.train.sinks import open_sinks
 
 run = Path(sys.argv[1])

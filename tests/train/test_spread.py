@@ -10,7 +10,7 @@ import tiny_pairs
 import torch
 
 from spherelm import departure, load_model
-from spherelm.train.metrics import read_metrics
+from spherelm.runs.metrics import read_metrics
 
 SPREADS = {
     "alone": (1, ()),

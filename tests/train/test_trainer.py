@@ -18,10 +18,10 @@ from spherelm.data.shards import open_tokens
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.recipes import S_Z_SCALE
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer as module
-from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.guard import Diverged
-from spherelm.train.metrics import read_metrics
 from spherelm.train.parallel import Group, spread
 from spherelm.train.precision import compile_blocks, resolve_dtype
 from spherelm.train.signals import Interrupted
@@ -302,7 +302,7 @@ def test_the_run_directory_explains_itself(trainer: MakeTrainer, data: Path, tmp
 
 
 def test_a_run_needs_no_data_directory_once_it_is_done(tmp_path: Path) -> None:
-    from spherelm.train.samples import continuations
+    from spherelm.generation.samples import continuations
 
     data = tiny.make_data(tmp_path)
     train(tiny.run_config("ngpt", data), tmp_path / "run", show_progress=False)

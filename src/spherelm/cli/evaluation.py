@@ -55,8 +55,8 @@ def eval_(
         raise FileExistsError(f"{json} already exists: choose another --json")
     if json is not None and not json.parent.is_dir():
         raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
+    from spherelm.runs.record import write_json
     from spherelm.train.evaluation import about
-    from spherelm.train.record import write_json
 
     results = translated(run, texts, reference)
     if perplexity:
@@ -74,7 +74,7 @@ def translated(run: Path, texts: Translation, reference: tuple[Path, ...]) -> di
     """The scores of translations, under that name; nothing where none are asked for."""
     if texts.translate is None:
         return {}
-    from spherelm.models.beam import BeamSettings
+    from spherelm.generation.beam import BeamSettings
     from spherelm.train.evaluation import translation_of_run
 
     settings = BeamSettings(texts.beams, texts.length_penalty)

@@ -27,8 +27,8 @@ def inspect(
         layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
         no_images: Write no PNG files.
     """
-    from spherelm.compare.inspection import SENTENCE, Request
-    from spherelm.compare.inspection import inspect as run_inspection
+    from spherelm.report.inspection import SENTENCE, Request
+    from spherelm.report.inspection import inspect as run_inspection
 
     request = Request(text, SENTENCE if sentence is None else sentence, tokens, layer, not no_images)
     figures = run_inspection(runs, out, request)
@@ -42,7 +42,7 @@ def report(directories: Runs, out: Path) -> None:
         directories: Directories of compare and sweep, or runs; what eval --json left in a run is read too.
         out: Directory to make: index.html, figures (SVG, PNG), ends.json.
     """
-    from spherelm.compare.ladder import write_ladder
+    from spherelm.report.ladder import write_ladder
 
     figures = write_ladder(directories, out)
     print(f"{len(figures)} figures: {(out / 'index.html').resolve()}")

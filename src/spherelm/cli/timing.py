@@ -27,7 +27,7 @@ def bench(
         profile: Show the operations that take the time, of each arm, by torch's profiler.
         pattern: Time both hybrids of these layers, such as MAM-MAM-, in place of both transformers; it says how many there are.
     """
-    from spherelm.compare import bench as module
+    from spherelm.experiments import bench as module
 
     what = module.parse_shape(shape)
     if steps < 1:

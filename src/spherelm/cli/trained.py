@@ -13,7 +13,7 @@ from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
 from spherelm.cli.given import Needs
 
 if TYPE_CHECKING:
-    from spherelm.train.samples import Conversation
+    from spherelm.generation.samples import Conversation
 
 
 Drawn = Needs(without=["--beams", "--temperature 0"])
@@ -36,8 +36,8 @@ def import_nvidia(
         tokenizer: What it was trained with (a tokenizer.json, a SentencePiece .model, a Hugging Face name); not in the file.
         moments: Keep the optimizer's moments as well, for training on.
     """
+    from spherelm.interop.imported import import_nvidia as run_import
     from spherelm.layers.linear import departure
-    from spherelm.train.imported import import_nvidia as run_import
 
     model = run_import(ckpt, out, rope, tokenizer, moments)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -89,8 +89,8 @@ def generate(
         raise ValueError("give exactly one of --prompt, --prompts and --interactive")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    from spherelm.models.beam import BeamSettings
-    from spherelm.train import samples as texts
+    from spherelm.generation import samples as texts
+    from spherelm.generation.beam import BeamSettings
 
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, "window": window}
@@ -105,7 +105,7 @@ def generate(
 
 def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, as_json: bool, **settings: Any) -> None:
     """Print the texts that `continuations` gives: one as it comes, several in full, with --- between those that go on."""
-    from spherelm.train.samples import continuations, continues
+    from spherelm.generation.samples import continuations, continues
 
     goes_on = continues(run)
     asked = [(prompt, i) for prompt in given for i in range(samples)]
@@ -170,7 +170,7 @@ def export(
         dtype: Format of the weights.
         no_tokenizer: Leave the tokenizer out.
     """
-    from spherelm.train.export import export as run_export
+    from spherelm.interop.export import export as run_export
 
     run_export(run, out, dtype, standalone, with_tokenizer=not no_tokenizer)
     print(f"The folder: {out.resolve()}")

@@ -27,7 +27,7 @@ from spherelm.cli.flags import (
 )
 
 if TYPE_CHECKING:
-    from spherelm.train.config import RunConfig
+    from spherelm.runs.config import RunConfig
 
 
 def compare(
@@ -66,8 +66,10 @@ def compare(
         workers: Runs at once; one a core if left out, one in all on an accelerator.
         resume: Go on with the comparison in `out`.
     """
-    from spherelm.compare.comparison import CompareConfig
-    from spherelm.compare.comparison import compare as run_comparison
+    from spherelm.experiments.comparison import CompareConfig
+    from spherelm.experiments.comparison import compare as run_comparison
+    from spherelm.report.drawing import require_matplotlib
+    from spherelm.report.report import write_report
 
     config = CompareConfig(
         preset=preset,
@@ -83,7 +85,9 @@ def compare(
         dtype=dtype,
         compile=False if no_compile else None,
     )
+    require_matplotlib()  # the page comes last: do not train for it in vain
     summary = run_comparison(config, out, resume, workers)
+    write_report(out)
     print(json.dumps({"speedup": summary["speedup"], "step_time_ratio": summary["step_time_ratio"]}, indent=2))
     print(f"The page: {(out / 'report.html').resolve()}")
 
@@ -132,7 +136,7 @@ def train(
         fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
         resume: Go on with the run in `out` from its last checkpoint.
     """
-    from spherelm.compare.sweep import parse_fields
+    from spherelm.experiments.sweep import parse_fields
     from spherelm.recipes import make_run
 
     path, compiled = None if data is None else str(data), False if no_compile else None
@@ -162,8 +166,8 @@ def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> No
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     """How many token ids the data has; a size that names its own vocabulary needs no data to be described."""
-    from spherelm.presets import PRESETS
-    from spherelm.train.batches import vocabulary_size
+    from spherelm.data.sources import vocabulary_size
+    from spherelm.recipes.presets import PRESETS
 
     known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
     return known or vocabulary_size(data)
@@ -205,17 +209,21 @@ def sweep(
         seeds: Runs a combination.
         workers: Runs at once; one a core if left out.
     """
-    from spherelm.compare.sweep import grid, parse_axes, table
-    from spherelm.compare.sweep import sweep as run_sweep
+    from spherelm.data.sources import vocabulary_size
+    from spherelm.experiments.sweep import grid, parse_axes, table
+    from spherelm.experiments.sweep import sweep as run_sweep
     from spherelm.recipes import distinct, recipe_names
-    from spherelm.train.batches import vocabulary_size
+    from spherelm.report.drawing import require_matplotlib
+    from spherelm.report.sweep_page import write_page
 
+    require_matplotlib()  # the page comes last: do not train for it in vain
     path = None if data is None else str(data)
     varied = parse_axes(vary, {"lr": lr or None, "steps": steps}, ("seed", "data", "vocab_size"))
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
     rows = run_sweep(distinct(grid(axes)), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
+    write_page(rows, out)
     print(table(rows))
 
 
@@ -245,8 +253,9 @@ def evidence(
         workers: Runs at once; one a core if left out.
         minutes: Save what is under way and stop after so long; no limit if left out.
     """
-    from spherelm.compare.evidence import Grid, climb
-    from spherelm.compare.evidence_record import table
+    from spherelm.experiments.evidence import climb
+    from spherelm.experiments.evidence_plan import Grid
+    from spherelm.experiments.evidence_record import table
 
     grid = Grid(str(data), str(test), sizes, contexts, budgets, contenders, seeds)
     print(table(climb(grid, out, workers, minutes)))

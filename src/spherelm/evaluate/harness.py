@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
-from spherelm.models import Decoder
 
 PAPER_TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
 """The five tasks whose average the nGPT paper shows."""
@@ -160,11 +159,12 @@ def check_few_shot(local: dict[str, dict[str, list[Record]]], few_shot: int) -> 
 
 
 def evaluate_tasks(
-    model: Decoder, tokenizer: Any, names: Sequence[str], settings: TaskSettings, progress: bool = True
+    model: Any, tokenizer: Any, names: Sequence[str], settings: TaskSettings, progress: bool = True
 ) -> dict[str, Any]:
     """Score `model` on tasks by the harness; neither the model nor torch's random state is changed.
 
-    tokenizer: the run's, as a transformers tokenizer. progress: show on stderr how far it is. Result, plain JSON values:
+    model, tokenizer: as transformers has them (`interop.huggingface.to_hf`). progress: show on stderr how far it is.
+    Result, plain JSON values:
     `tasks`, one record each with `documents`, `few_shot`, `chance` (accuracy of guessing, where the answers are choices),
     `cut` (how many documents do not fit the model's max_seq_len, whose prompts the harness cuts at their beginning), `version`
     of the task and `metrics`, each a `value` and its `stderr`; and `average` where all of the paper's tasks are among them.
@@ -183,15 +183,13 @@ def evaluate_tasks(
 
 
 @torch.no_grad()
-def run_harness(model: Decoder, tokenizer: Any, loaded: dict[str, Any], settings: TaskSettings) -> dict[str, Any]:
+def run_harness(model: Any, tokenizer: Any, loaded: dict[str, Any], settings: TaskSettings) -> dict[str, Any]:
     """What the harness says of `model` on the tasks that `load_tasks` gave."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from spherelm.interop.huggingface import to_hf
-
     lm = HFLM(
-        pretrained=to_hf(model).eval(),
+        pretrained=model.eval(),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=settings.batch_size,

@@ -26,6 +26,7 @@ __all__ = [
     "ARMS",
     "CONFIGS",
     "GPT",
+    "NAMES",
     "NGPT",
     "Architecture",
     "Config",
@@ -47,6 +48,9 @@ __all__ = [
 
 ARMS = tuple(CONFIGS)
 """The baseline, then the normalized arm."""
+
+NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
+"""What people call the arms."""
 
 
 class GPT(LanguageModel):

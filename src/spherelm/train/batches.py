@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from spherelm.data.corpus import shipped_directory
 from spherelm.data.documents import check_input, read_blocks
-from spherelm.data.hub import HubRequest, HubText
+from spherelm.data.hub import HubText
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.masking import MaskedBatches, hidden
-from spherelm.data.mixture import MixtureLoader, shares
+from spherelm.data.mixture import MixtureLoader
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.shards import Split, Tokens, open_tokens
+from spherelm.data.sources import StreamSpec, sources_of, stream_spec
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.evaluate.perplexity import summed_loss
 from spherelm.layers.loss import IGNORED
 from spherelm.models import Decoder, EncDecArch, EncoderArch
-from spherelm.train.config import RunConfig
-from spherelm.train.parallel import Group
+from spherelm.runs.config import RunConfig
+from spherelm.runs.group import Group
 
 SPLITS: tuple[Split, Split] = ("train", "val")
-_WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -96,74 +93,6 @@ def share(windows: Tensor, filling: int, group: Group) -> Tensor:
 def total_loss(data: RunData, losses: dict[str, float]) -> float:
     """One number for the losses of all sources: their mean by weight."""
     return sum(part.weight * losses[part.name] for part in data.held_out)
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """What `stream:NAME,key=value,...` says. val: the part of the documents that is held out, or a file of validation text."""
-
-    request: HubRequest
-    tokenizer: str = "default"
-    val: str = "0.01"
-
-
-def stream_spec(data: str) -> StreamSpec | None:
-    """The stream that a run's `data` names, `None` if it names none; raises `ValueError` naming an unknown key."""
-    if not data.startswith("stream:"):
-        return None
-    name, *pairs = data.removeprefix("stream:").split(",")
-    given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    known = {"config", "split", "column", "limit", "tokenizer", "val"}
-    if not name or len(given) < len(pairs) or given.keys() - known:
-        raise ValueError(f"{data!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
-    limit = given.pop("limit", None)
-    if limit is not None and not limit.isdecimal():
-        raise ValueError(f"{data!r}: limit={limit} is no number of rows")
-    own = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
-    return StreamSpec(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
-
-
-def sources_of(data: str | None) -> dict[Path, Fraction]:
-    """The data directories that a run's `data` names, with their weights, which sum to 1.
-
-    `None` is the text that ships with spherelm, prepared on first use; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture, unless a
-    directory is called so; all else is one directory.
-    """
-    if data is None:
-        return {shipped_directory(): Fraction(1)}
-    found = [_WEIGHTED.fullmatch(part) for part in data.split(",")]
-    if Path(data).is_dir() or not all(found):
-        return {Path(data): Fraction(1)}
-    pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"{data!r} names a directory twice: add its weights up")
-    parts = shares([weight for _, weight in pairs])
-    return {path: Fraction(part, sum(parts)) for (path, _), part in zip(pairs, parts, strict=True)}
-
-
-def proportions(data: str | None) -> tuple[float | str | Fraction, ...]:
-    """What a run's `data` says that is not in the identity of its texts: the weights of a mixture, a stream's held-out part.
-
-    Two `data` with equal identities and equal proportions are the same text, wherever it lies.
-    """
-    spec = stream_spec(data or "")
-    if spec is None:
-        return (Fraction(1),) if data is None else tuple(sources_of(data).values())
-    try:
-        return (float(spec.val),)
-    except ValueError:
-        return ("a file",)
-
-
-def vocabulary_size(data: str | None) -> int:
-    """The number of token ids in the data that a run's `data` names."""
-    spec = stream_spec(data or "")
-    if spec is not None:
-        return load_tokenizer(spec.tokenizer).vocab_size
-    if data is not None and holds_pairs(Path(data)):
-        size: int = read_pairs_manifest(Path(data))["tokenizer"]["vocab_size"]
-        return size
-    return open_tokens(next(iter(sources_of(data))), "train").vocab_size
 
 
 def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:

@@ -19,9 +19,9 @@ from spherelm.analysis.parts import layers_with
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder
-from spherelm.train.config import TrainConfig
+from spherelm.runs.config import TrainConfig
+from spherelm.runs.group import own_part
 from spherelm.train.counting import flops_per_token
-from spherelm.train.parallel import own_part
 from spherelm.train.precision import resolve_dtype
 
 

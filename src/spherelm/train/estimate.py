@@ -17,7 +17,7 @@ import torch
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
-from spherelm.train.config import STRATEGIES, RunConfig, micro_batches, to_dict
+from spherelm.runs.config import STRATEGIES, RunConfig, micro_batches, to_dict
 from spherelm.train.counting import block_costs, readout_cost, training_flops
 
 H100_TFLOPS = 989.0

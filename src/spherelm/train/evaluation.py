@@ -14,14 +14,14 @@ from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_task
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
+from spherelm.generation.beam import BeamSettings
+from spherelm.generation.samples import encode_prompt, load_for_inference, searched
+from spherelm.interop.export import tokenizer_definition
 from spherelm.models import Decoder, EncoderDecoder, MaskedModel
-from spherelm.models.beam import BeamSettings
-from spherelm.train.checkpoint import STATE, checkpoint_of, load_model, run_directory
-from spherelm.train.config import TrainConfig, read_config
-from spherelm.train.export import tokenizer_definition
+from spherelm.runs.checkpoint import STATE, checkpoint_of, load_model, run_directory
+from spherelm.runs.config import TrainConfig, read_config
+from spherelm.runs.record import command_line, versions
 from spherelm.train.precision import best_device
-from spherelm.train.record import command_line, versions
-from spherelm.train.samples import encode_prompt, load_for_inference, searched
 
 AS_TRAINED, NO_LIMIT = Positions(), 10**9
 
@@ -75,9 +75,11 @@ def load_decoder(run: Path) -> Decoder:
 def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progress: bool = True) -> dict[str, Any]:
     """The result of `evaluate_tasks` for a run directory or one of its checkpoints. Raises as that and `load_model` do."""
     check_harness()  # first, since it imports with less noise than the tokenizer would
+    from spherelm.interop.huggingface import to_hf
+
     model = load_decoder(run)
     tokenizer = transformers_tokenizer(run_directory(run))
-    return evaluate_tasks(model, tokenizer, names, settings, progress)
+    return evaluate_tasks(to_hf(model), tokenizer, names, settings, progress)
 
 
 def perplexity_of_run(
@@ -139,8 +141,10 @@ def task_scorer(train: TrainConfig, tokenizer: Tokenizer) -> Callable[[Decoder],
         converted = transformers_tokenizer(Path(directory))
         load_tasks(names, settings, Path(directory))
 
+    from spherelm.interop.huggingface import to_hf
+
     def score(model: Decoder) -> dict[str, Any]:
-        found = evaluate_tasks(model, converted, names, settings, progress=False)
+        found = evaluate_tasks(to_hf(model), converted, names, settings, progress=False)
         tasks = {name: flat_scores(record["metrics"]) for name, record in found["tasks"].items()}
         return {"tasks": tasks, **({"average": flat_scores(found["average"])} if "average" in found else {})}
 

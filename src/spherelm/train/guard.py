@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spherelm.train.config import TrainConfig
+from spherelm.runs.config import TrainConfig
 
 MEMORY = 0.98
 """What stays of the running average of gradient norms with each update: it looks back about 50."""

@@ -8,15 +8,13 @@ everything here does nothing, so that there is one training loop and not two.
 from __future__ import annotations
 
 import gc
-import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -33,129 +31,8 @@ from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
 from spherelm.models.kit import Surroundings
-from spherelm.train.config import TrainConfig
-
-T = TypeVar("T")
-ANSWER_SECONDS = 10.0
-"""How long ranks wait for one another's sign of life after a collective operation failed."""
-
-
-class RankLost(RuntimeError):
-    """Some processes of the run no longer answer."""
-
-
-class ElsewhereFailed(RuntimeError):
-    """What all ranks were to do failed on another rank, which says why."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes of a run, seen from one of them.
-
-    mesh: [replicas, parts] or [parts] for sharded strategies, else `None`. store: where ranks leave signs of life.
-    saving: the ranks again, for writing checkpoints beside the training.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    mesh: DeviceMesh | None = None
-    store: Any = None
-    saving: dist.ProcessGroup | None = None
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes what only one may write."""
-        return self.rank == 0
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether there are no others."""
-        return self.world_size == 1
-
-    def gather(self, values: list[float]) -> list[list[float]]:
-        """The `values` of every rank, in the order of ranks; all must call, with equally many."""
-        if self.is_alone:
-            return [values]
-        parts = [torch.empty(len(values), dtype=torch.float64) for _ in range(self.world_size)]
-        dist.all_gather(parts, torch.tensor(values, dtype=torch.float64))
-        return [part.tolist() for part in parts]
-
-    def summed(self, counts: Tensor) -> Tensor:
-        """The sum of the `counts` of every rank; all must call, with one shape."""
-        if not self.is_alone:
-            dist.all_reduce(counts := counts.clone())
-        return counts
-
-    def together(self, action: Callable[[], T]) -> T:
-        """Do `action` on every rank; where it fails on any, it fails on all.
-
-        What it raises is raised where it is raised; the other ranks raise `ElsewhereFailed`.
-        """
-        failure: Exception | None = None
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-        failed = [rank for rank, (flag,) in enumerate(self.gather([float(failure is not None)])) if flag]
-        if failure is not None:
-            raise failure
-        if failed:
-            raise ElsewhereFailed(f"rank {failed[0]} says why")
-        return result
-
-    def first(self, action: Callable[[], T]) -> T:
-        """Have the first rank do `action`, and return its result on every rank. Fails as `together` does."""
-        box: list[Any] = [self.together(action if self.is_first else lambda: None)]
-        if not self.is_alone:
-            dist.broadcast_object_list(box, src=0)
-        result: T = box[0]
-        return result
-
-    @torch.no_grad()
-    def strangers(self, model: nn.Module) -> list[int]:
-        """The ranks whose weights differ from those of the first rank that should hold the same; all must call."""
-        if self.is_alone:
-            return []
-        parts = 1 if self.mesh is None else self.mesh.size(-1)
-        own = sum((own_part(p).double().sum() for p in model.parameters()), torch.zeros((), dtype=torch.float64))
-        sums = [value for (value,) in self.gather([float(own)])]
-        return [rank for rank, value in enumerate(sums) if math.isfinite(value) and value != sums[rank % parts]]
-
-    def silent_ranks(self) -> list[int]:
-        """Which ranks give no sign of life after a collective operation failed, having waited a while for them."""
-        waiting = set(range(self.world_size))
-        try:
-            self.store.set(f"alive/{self.rank}", "1")
-            end = time.monotonic() + ANSWER_SECONDS
-            while waiting and time.monotonic() < end:
-                waiting = {rank for rank in waiting if not self.store.check([f"alive/{rank}"])}
-                time.sleep(0.1)
-        except RuntimeError:  # the store itself is gone, and with it the process that kept it
-            return [0]
-        return sorted(waiting)
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Turn the failure of a collective operation into `RankLost`, which names the ranks that do not answer."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.is_alone or not is_communication(error):
-                raise
-            silent = self.silent_ranks()
-            names = ", ".join(map(str, silent)) or "none, so that it is the network"
-            raise RankLost(
-                f"rank {self.rank} could not reach the others ({str(error).splitlines()[0][:200]}); ranks that no longer "
-                f"answer (killed, hung, or their machine lost): {names}; the run goes on from its last checkpoint with --resume"
-            ) from error
-
-
-def is_communication(error: RuntimeError) -> bool:
-    """Whether an error comes from processes that do not reach each other."""
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Timed out")
-    )
+from spherelm.runs.config import TrainConfig
+from spherelm.runs.group import Group
 
 
 @contextmanager
@@ -292,11 +169,6 @@ def place(shape: torch.Size, unit_axis: int | None, parts: int) -> int:
 def _synchronized(model: FSDPModule, is_last: bool) -> Iterator[None]:
     model.set_requires_gradient_sync(is_last)
     yield
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """`tensor`, or of a sharded one the part that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _Loss(nn.Module):

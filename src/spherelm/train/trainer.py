@@ -27,17 +27,18 @@ from spherelm.layers.moe import clear_loads
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
+from spherelm.runs.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from spherelm.runs.config import RunConfig, micro_batches, to_dict
+from spherelm.runs.group import Group, RankLost
+from spherelm.runs.record import open_run
 from spherelm.train.batches import open_data, total_loss, validation_losses
-from spherelm.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
-from spherelm.train.config import RunConfig, micro_batches, to_dict
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import Diverged, Guard
 from spherelm.train.heap import keep_freed_memory
-from spherelm.train.metrics import MetricsLog, NoLog
-from spherelm.train.parallel import Group, RankLost, Spread, joined, spread
+from spherelm.train.metrics_log import MetricsLog, NoLog
+from spherelm.train.parallel import Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
-from spherelm.train.record import open_run
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 

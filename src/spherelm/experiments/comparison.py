@@ -1,0 +1,203 @@
+"""The main job: both arms on the same text, batches and budget, and a page that says what came of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spherelm.data.sources import vocabulary_size
+from spherelm.data.tokenizer import load_tokenizer
+from spherelm.evaluate.perplexity import bits_per_byte
+from spherelm.experiments.cost import StepCost, measure_cost
+from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
+from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
+from spherelm.generation.samples import continuations
+from spherelm.models import ARMS, parameter_count
+from spherelm.recipes import make_run
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.metrics import read_metrics
+from spherelm.runs.record import claimed, command_line, git_commit, versions, write_json
+from spherelm.train.batches import open_data
+
+SHORTER = (0.65, 0.4, 0.25)
+"""The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until one is
+too short for it to win."""
+
+PROMPT = "The old man looked out over the sea, and"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared: a preset, a recipe, seeds, and what shall differ from the preset (`None`: nothing).
+
+    lr_gpt, lr_ngpt: peak learning rates of the baseline and of the normalized arm, also where these are hybrids.
+    quick: read the speedup off the curve within the full runs instead of training at shorter budgets as well.
+    """
+
+    preset: str = "demo"
+    recipe: str = "default"
+    data: str | None = None
+    seeds: int = 1
+    quick: bool = False
+    steps: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    lr_gpt: float | None = None
+    lr_ngpt: float | None = None
+    dtype: str | None = None
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
+        """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
+        asked: dict[str, Any] = {"steps": steps or self.steps, "seq_len": self.seq_len, "batch_size": self.batch_size}
+        asked |= {"dtype": self.dtype, "compile": self.compile, "seed": seed}
+        given = {name: value for name, value in asked.items() if value is not None}
+        lr = self.lr_gpt if arm == "gpt" else self.lr_ngpt
+        return make_run(arm, self.preset, self.recipe, vocab_size=vocab_size, data=self.data, lr=lr, **given)
+
+
+def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int | None = None) -> dict[str, Any]:
+    """Train both arms as `config` says in directories below `out`; write `summary.json` and `samples.json`.
+
+    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given.
+    """
+    start = time.perf_counter()
+    workers_for(1, workers)  # a wrong number is refused before anything is written
+    vocab_size = vocabulary_size(config.data)
+    full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
+    data = open_data(full["gpt"][0])
+    with claimed(out, {**vars(config), "data_identity": data.identity}, resume):
+        jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
+        # Seed by seed, so that both arms of a pair run side by side.
+        in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
+        losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
+        final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
+        best = winner(final)
+        targets = losing_losses(final, best)
+        ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
+        with threads(threads_each(workers_for(len(in_order), workers))):
+            cost = measure_cost(full["gpt"][0], full["ngpt"][0])
+            drawn = samples({arm: jobs[arm][0].out for arm in jobs})
+        summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
+        summary["wall_seconds"] = time.perf_counter() - start
+        write_json(out / "summary.json", summary)
+        write_json(out / "samples.json", drawn)
+        return summary
+
+
+def shorter_budgets(steps: int) -> list[int]:
+    """The parts `SHORTER` of `steps` in whole updates, longest first, without repetition."""
+    return sorted({round(part * steps) for part in SHORTER} - {0, steps}, reverse=True)
+
+
+def shorter_runs(
+    config: CompareConfig, arm: str, full: RunConfig, targets: list[float], out: Path, workers: int | None
+) -> list[tuple[Job, float]]:
+    """Train `arm` over ever shorter budgets until no seed reaches its target any more: there the crossing is bracketed.
+
+    full: the run over the whole budget; targets: the loss to reach, by seed. Returns the runs and how they ended.
+    """
+    done: list[tuple[Job, float]] = []
+    for count in shorter_budgets(full.train.steps):
+        runs = [config.run(arm, full.model.vocab_size, seed, steps=count) for seed in range(config.seeds)]
+        jobs = [Job(run, out / f"{arm}-{run.train.seed}-steps{count}") for run in runs]
+        losses = run_jobs(jobs, workers, f"{count} steps")
+        done += zip(jobs, losses, strict=True)
+        if not any(loss <= target for loss, target in zip(losses, targets, strict=True)):
+            break
+    return done
+
+
+def in_run_curve(run: Path) -> list[Point]:
+    """(tokens, validation loss) along a run, its untrained start left out."""
+    return [(r["tokens"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "val" and r["step"]]
+
+
+def tokens_of(config: RunConfig) -> int:
+    """How many tokens a whole run trains on."""
+    return config.train.steps * config.train.batch_size * config.train.seq_len
+
+
+def summarize(
+    config: CompareConfig,
+    jobs: dict[str, list[Job]],
+    final: dict[str, list[float]],
+    shorter: list[tuple[Job, float]],
+    cost: StepCost,
+    rate: float,
+) -> dict[str, Any]:
+    """What `summary.json` says; rate: tokens a byte of the validation text."""
+    best, first = winner(final), jobs["gpt"][0].config
+    if config.quick:
+        curves, method = [in_run_curve(job.out) for job in jobs[best]], "in-run"
+    else:
+        whole = zip(jobs[best], final[best], strict=True)
+        ends = {job.config.train.seed: [(float(tokens_of(job.config)), loss)] for job, loss in whole}
+        for job, loss in shorter:
+            ends[job.config.train.seed].append((float(tokens_of(job.config)), loss))
+        curves, method = list(ends.values()), "schedule-ends"
+    seconds = dict(zip(ARMS, (cost.gpt_seconds, cost.ngpt_seconds), strict=True))
+    micro = (first.train.micro_batch_size or first.train.batch_size) * first.train.seq_len
+    return {
+        "arms": {
+            arm: {
+                "final_loss": float(np.mean(final[arm])),
+                "final_loss_by_seed": final[arm],
+                "final_loss_se": float(np.std(final[arm], ddof=1) / len(final[arm]) ** 0.5) if config.seeds > 1 else None,
+                "bits_per_byte": bits_per_byte(float(np.mean(final[arm])), rate),
+                "tokens_per_second": micro / seconds[arm],
+                "lr": jobs[arm][0].config.optim.lr,
+                "recipe": config.recipe,
+                "optimizer": jobs[arm][0].config.optim.optimizer,
+                "parameters": parameter_count(jobs[arm][0].config.model),
+                "runs": [job.out.name for job in jobs[arm]],
+            }
+            for arm in ARMS
+        },
+        "short_runs": [
+            {
+                "run": job.out.name,
+                "arm": job.config.arm,
+                "seed": job.config.train.seed,
+                "steps": job.config.train.steps,
+                "tokens": tokens_of(job.config),
+                "final_loss": loss,
+            }
+            for job, loss in shorter
+        ],
+        "speedup": speedup(final, tokens_of(first), curves, cost.ratio, method),
+        "step_time_ratio": cost.ratio,
+        "config": {**vars(config), "steps": first.train.steps, "seq_len": first.train.seq_len,
+                   "batch_size": first.train.batch_size, "tokens": tokens_of(first)},
+        "command": command_line(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }  # fmt: skip
+
+
+def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str, Any]:
+    """`samples.json`: what each arm's first run makes of the same beginning, drawn at temperature 0.8 among 50 tokens.
+
+    Where models read too few tokens for that, beginning and continuation share what there is. A run that diverged before
+    it saved anything has no samples.
+    """
+    first = next(iter(runs.values()))
+    tokenizer, limit = load_tokenizer(first), read_config(first / "config.json").model.max_seq_len
+    prompt = tokenizer.decode(tokenizer.encode(PROMPT)[: max(1, limit // 2)])
+    length = max(0, min(length, limit - len(tokenizer.encode(prompt))))
+    drawn = {
+        arm: continuations(run, prompt, count, length, temperature=0.8, top_k=50, seed=0)
+        if latest_checkpoint(run)
+        else []
+        for arm, run in runs.items()
+    }
+    return {"prompt": prompt, **drawn}

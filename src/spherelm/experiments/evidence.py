@@ -1,0 +1,216 @@
+"""`spherelm evidence`: what each way of training saves, in tokens and seconds, over sizes, contexts and budgets, tuned at each.
+
+At every point (a size, a context, a budget) each contender searches its own peak learning rate on validation text, the best
+rate is run with all seeds, and those runs are judged on test text that nothing was chosen on. The speedup at a budget is how
+many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at that budget; in
+seconds it is that over how much longer a step takes, all contenders' steps timed in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spherelm.data.loader import validation_windows
+from spherelm.data.shards import open_tokens
+from spherelm.evaluate.perplexity import mean_loss
+from spherelm.experiments.cost import median_ratio, time_in_turn
+from spherelm.experiments.evidence_plan import CONTENDERS, TOKENS_AN_UPDATE, Grid, Point
+from spherelm.experiments.evidence_record import on_record, summary, with_row
+from spherelm.experiments.growth import timed_at
+from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
+from spherelm.experiments.record import standard_error
+from spherelm.experiments.sweep import UNTRAINED, name_of
+from spherelm.recipes import make_run, tuned_rate
+from spherelm.runs.checkpoint import load_model
+from spherelm.runs.record import alone_in, write_json
+from spherelm.train.precision import best_device
+
+STEP = 2.0
+"""Neighbouring learning rates of a search are this far apart."""
+
+PATIENCE = 8
+"""After so many rates that diverged, and none that did not, a search gives up."""
+
+
+class Ladder:
+    """A grid being worked through in the directory `out`; what is done there already is taken as it is."""
+
+    def __init__(self, grid: Grid, out: Path, workers: int | None = None) -> None:
+        self.grid, self.out, self.workers = grid, out, workers
+        workers_for(1, workers)  # a wrong number is refused before anything is written
+        train, val = open_tokens(Path(grid.data), "train"), open_tokens(Path(grid.data), "val")
+        self.test = open_tokens(Path(grid.test), "val")
+        if train.tokenizer_fingerprint != self.test.tokenizer_fingerprint:
+            raise ValueError(
+                f"{grid.test} was made with another tokenizer than {grid.data}: prepare it with the same one"
+            )
+        if self.test.fingerprint == val.fingerprint:
+            raise ValueError(
+                f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
+            )
+        self.vocab_size = train.vocab_size
+        self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
+        for point, contender in itertools.product(grid.points(), grid.contenders):
+            self.first_rate(contender, point)  # what cannot be trained is refused before anything is
+
+    def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
+        """A run; its directory is named after all that was chosen."""
+        arm, recipe = CONTENDERS[contender]
+        choice = {
+            "arm": arm,
+            "recipe": recipe,
+            "size": point.size,
+            "context": point.context,
+            "steps": point.steps,
+            "lr": lr,
+        }
+        config = make_run(
+            arm, point.size, recipe, vocab_size=self.vocab_size, data=self.grid.data, lr=lr, steps=point.steps,
+            seq_len=point.context, batch_size=TOKENS_AN_UPDATE // point.context, seed=seed,
+            compile=point.compiled, eval_every=max(1, point.steps // 8),
+            stop_above=math.log(self.vocab_size) + UNTRAINED,
+        )  # fmt: skip
+        return Job(config, self.out / name_of(choice, seed))
+
+    def run(self, contender: str, point: Point, rates: Sequence[float], seeds: Sequence[int]) -> list[float]:
+        """Final validation losses of every rate and seed, rate by rate."""
+        jobs = [self.job(contender, point, lr, seed) for lr in rates for seed in seeds]
+        title = f"{contender} {point.size} {point.context} {point.budget:g}"
+        return run_jobs(jobs, self.workers, title)
+
+    def tune(self, contender: str, point: Point) -> dict[float, float]:
+        """Seed 0's losses by learning rate, from the carried-over rate outwards until the best lies between two worse."""
+        found: dict[float, float] = {}
+        pending = [self.first_rate(contender, point) * STEP**k for k in (0, -1, 1)]
+        while pending:
+            rates = [round_rate(rate) for rate in pending]
+            found |= dict(zip(rates, self.run(contender, point, rates, [0]), strict=True))
+            pending = beyond(found)
+        return found
+
+    def first_rate(self, contender: str, point: Point) -> float:
+        """Where the search begins: the preset's rate, carried over from its length to this one as steps^(-1/3)."""
+        arm, recipe = CONTENDERS[contender]
+        if tuned_rate(point.preset, recipe, arm) is None:
+            raise ValueError(
+                f"no learning rate to start from is known for {contender} at {point.size!r}: take another size"
+            )
+        config = make_run(arm, point.size, recipe, vocab_size=self.vocab_size)
+        own = 1.0 if recipe == "nugpt" else (point.steps / config.train.steps) ** (-1 / 3)
+        return config.optim.lr * own
+
+    def measure(self, contender: str, point: Point) -> dict[str, Any]:
+        """Tune, run all seeds at the best rate, and judge them on the test text."""
+        rates = self.tune(contender, point)
+        lr = best_rate(rates)
+        seeds = list(range(self.grid.seeds))
+        val = self.run(contender, point, [lr], seeds)
+        runs = [self.job(contender, point, lr, seed).out for seed in seeds]
+        test = [self.test_loss(run, loss, point.context) for run, loss in zip(runs, val, strict=True)]
+        return {
+            **asdict(point), "contender": contender, "arm": CONTENDERS[contender][0], "recipe": CONTENDERS[contender][1],
+            "block_parameters": point.block_parameters, "steps": point.steps, "tokens": point.tokens,
+            "rates": {f"{rate:g}": loss for rate, loss in sorted(rates.items())}, "lr": lr, "validation": val, "test": test,
+            "test_mean": float(np.mean(test)), "test_error": standard_error(test), "runs": [run.name for run in runs],
+        }  # fmt: skip
+
+    def cost_of_steps(self, point: Point) -> dict[str, Any]:
+        """The median seconds of a step of every contender, and its ratio to each baseline's, all timed in turn."""
+        configs = {name: self.job(name, point, self.first_rate(name, point), 0).config for name in self.grid.contenders}
+        with threads(threads_each(workers_for(len(configs), self.workers))):
+            times = time_in_turn(configs)
+        baselines = [name for name in times if CONTENDERS[name][0] != "ngpt"]
+        return {
+            "size": point.size, "context": point.context, "compiled": point.compiled,
+            "seconds": {name: statistics.median(own) for name, own in times.items()},
+            "ratios": {base: {name: median_ratio(own, times[base]) for name, own in times.items()} for base in baselines},
+        }  # fmt: skip
+
+    def test_loss(self, run: Path, val: float, context: int) -> float:
+        """The loss of a finished run on the test windows, nats per token; NaN if it diverged."""
+        if math.isnan(val):
+            return math.nan
+        windows = validation_windows(self.test, context, self.grid.test_windows)
+        return mean_loss(load_model(run).to(best_device()), *windows, batch_size=max(1, 4096 // context))
+
+
+def round_rate(rate: float) -> float:
+    """To three digits, so that a directory's name is the rate."""
+    return float(f"{rate:.3g}")
+
+
+def best_rate(found: Mapping[float, float]) -> float:
+    """The rate with the lowest loss; diverged runs (NaN) lose."""
+    return min(found, key=lambda rate: math.inf if math.isnan(found[rate]) else found[rate])
+
+
+def beyond(found: Mapping[float, float]) -> list[float]:
+    """The next rates of a search: one further where the best stands at an edge of what was tried, none where it does not.
+
+    Where everything diverged, a lower one, until `PATIENCE` rates have.
+    """
+    if not any(map(math.isfinite, found.values())):
+        return [min(found) / STEP] if len(found) < PATIENCE else []
+    best = best_rate(found)
+    edges = {min(found): best / STEP, max(found): best * STEP}
+    return [edges[best]] if best in edges else []
+
+
+def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | None = None) -> dict[str, Any]:
+    """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
+
+    What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which runs
+    under way save themselves and `Interrupted` is raised, to go on by calling again.
+    """
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise ValueError(f"minutes must be a positive number, got {minutes:g}")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out")
+    ladder = Ladder(grid, out, workers)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out), time_limit(minutes):
+        measured, costs = on_record(out / "evidence.json", grid, ladder.identity)
+        record = summary(grid, ladder.identity, measured, costs)
+        for point in grid.points():
+            for contender in grid.contenders:
+                measured = with_row(measured, ladder.measure(contender, point))
+                record = summary(grid, ladder.identity, measured, costs)
+                write_json(out / "evidence.json", record)
+            if grid.compares and not is_timed(costs, point, grid.contenders):
+                costs.append(ladder.cost_of_steps(point))
+                record = summary(grid, ladder.identity, measured, costs)
+                write_json(out / "evidence.json", record)
+    return record
+
+
+def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
+    """Whether `costs` has the steps of all `contenders` at the size, context and compilation of `point`."""
+    there = timed_at(costs, point.size, point.context, point.compiled)
+    return any(set(contenders) <= set(cost["seconds"]) for cost in there)
+
+
+@contextmanager
+def time_limit(minutes: float | None) -> Iterator[None]:
+    """Send this process SIGTERM after so many minutes, which runs take as the order to save themselves; `None`: never."""
+    if minutes is None:
+        yield
+        return
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,115 @@
+"""What a measurement of evidence trains: contenders at points of size, context and budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from spherelm.experiments.cost import COMPILE_FROM
+from spherelm.recipes.presets import PRESETS, Preset
+
+CONTENDERS = {
+    "gpt-paper": ("gpt", "paper"),
+    "gpt-adamw": ("gpt", "adam"),
+    "gpt-muon": ("gpt", "muon"),
+    "ngpt-paper": ("ngpt", "paper"),
+    "ngpt-adam": ("ngpt", "adam"),
+    "ngpt-muon": ("ngpt", "muon"),
+    "nugpt": ("ngpt", "nugpt"),
+    "training-ngpt": ("ngpt", "training-ngpt"),
+}
+"""(arm, recipe) of each contender."""
+
+TOKENS_AN_UPDATE = 1024
+"""The same at every point, as nuGPT's rules ask for."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: sizes (presets), contexts in tokens, budgets in tokens for each block parameter, contenders, seeds.
+
+    data: a data directory; test: another with the same tokenizer, whose validation text decides, `test_windows` of it.
+    """
+
+    data: str
+    test: str
+    sizes: tuple[str, ...] = ("0.3m",)
+    contexts: tuple[int, ...] = (256,)
+    budgets: tuple[float, ...] = (5.0, 10.0)
+    contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon")
+    seeds: int = 3
+    test_windows: int = 256
+
+    def __post_init__(self) -> None:
+        for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
+            unknown = [value for value in getattr(self, name) if value not in known]
+            if unknown:
+                raise ValueError(f"unknown {name[:-1]} {unknown[0]!r}: choose among {', '.join(known)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        for context in self.contexts:
+            if context < 1 or TOKENS_AN_UPDATE % context:
+                raise ValueError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
+        if not all(budget > 0 and math.isfinite(budget) for budget in self.budgets):
+            raise ValueError(f"budgets must be positive numbers, got {self.budgets}")
+        for name in ("sizes", "contexts", "budgets", "contenders"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice, {values}: let each occur once")
+        steps: dict[tuple[str, int, int], float] = {}
+        for point in self.points():
+            other = steps.setdefault((point.size, point.context, point.steps), point.budget)
+            if other != point.budget:
+                raise ValueError(
+                    f"budgets {other:g} and {point.budget:g} are both {point.steps} updates of {point.size}: leave one out"
+                )
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a baseline and a normalized contender among the contenders."""
+        return len({CONTENDERS[name][0] == "ngpt" for name in self.contenders}) == 2
+
+    def points(self) -> list[Point]:
+        """Cheapest budgets first, so that what a short time allows is whole."""
+        found = [Point(*what) for what in itertools.product(self.sizes, self.contexts, sorted(self.budgets))]
+        return sorted(found, key=lambda point: point.cost)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size, context and budget (tokens for each block parameter)."""
+
+    size: str
+    context: int
+    budget: float
+
+    @property
+    def preset(self) -> Preset:
+        """The size's layers, width and heads."""
+        return PRESETS[self.size]
+
+    @property
+    def block_parameters(self) -> int:
+        """Of attention and MLP matrices, embeddings and scales not counted."""
+        return 16 * self.preset.n_layers * self.preset.d_model**2
+
+    @property
+    def steps(self) -> int:
+        """Updates of a whole run."""
+        return max(1, round(self.budget * self.block_parameters / TOKENS_AN_UPDATE))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole run."""
+        return self.steps * TOKENS_AN_UPDATE
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a run is long enough to earn back its compilation."""
+        return self.steps >= COMPILE_FROM
+
+    @property
+    def cost(self) -> float:
+        """Roughly the operations of a run, to order points by."""
+        return float(self.tokens * self.block_parameters)

@@ -1,0 +1,142 @@
+"""Text from a model, a token at a time, with cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from spherelm.generation.continuation import Continuation
+from spherelm.generation.folding import folded, obstacle
+from spherelm.generation.sampling import Sampling
+from spherelm.models.decoder import Decoder
+
+Rows = Sequence[Sequence[int]]
+Prompt = TypeVar("Prompt", Tensor, Rows)
+
+
+def for_inference(model: Decoder) -> Decoder:
+    """`folded(model)`, which is faster, where the model can be folded; else the model itself."""
+    return model if obstacle(model) else folded(model)
+
+
+def stream(
+    model: Decoder,
+    prompts: Rows,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int | Sequence[int] | None = None,
+    eos_id: int | None = None,
+    window: bool = False,
+    fold: bool = True,
+) -> Iterator[Tensor]:
+    """The tokens that `generate` appends, one step after the other: int64 [batch] each, on the model's device.
+
+    prompts: token ids of each row, at least one, rows of any lengths. The rest is as for `generate`, which is built on this.
+    Raises `ValueError` at once, not at the first step.
+    """
+    check(model, prompts, max_new_tokens, window)
+    seeds = row_seeds(seed, len(prompts))
+    if fold and max_new_tokens > 0:
+        model = for_inference(model)
+    ready, rows = model.conditioned(prompts, eos_id)
+    return _steps(Continuation(ready, rows, sampling or Sampling(), seeds, window), max_new_tokens, eos_id)
+
+
+def _steps(continuation: Continuation, max_new_tokens: int, eos_id: int | None) -> Iterator[Tensor]:
+    ended = torch.zeros(len(continuation.rows), dtype=torch.bool, device=continuation.device)
+    for _ in range(max_new_tokens):
+        new = continuation.step()
+        if eos_id is not None:
+            new = new.masked_fill(ended, eos_id)
+            ended |= new == eos_id
+        yield new
+        if eos_id is not None and ended.all():
+            return
+
+
+def generate(
+    model: Decoder,
+    prompt: Prompt,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    eos_id: int | None = None,
+    window: bool = False,
+    fold: bool = True,
+) -> Prompt:
+    """Continue every row of `prompt` by up to `max_new_tokens` tokens, each row as if it were alone.
+
+    prompt: int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an encoder-decoder the rows are the
+    sources, without an end, and what is continued is `eos_id`, which it needs. temperature (0 is greedy), top_k,
+    top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or with
+    seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id` is filled with it;
+    generation ends when all have. window: go on past the model's max_seq_len as `Continuation` says. fold: compute with
+    `folded(model)`, where it can be folded; False spares the copy, and is right for a few tokens of a large model.
+
+    Result: for a tensor int64 [batch, seq + new], for a list each row with its new tokens up to its first `eos_id`. Raises
+    `ValueError` for an empty prompt, settings out of range, or without `window` a length beyond max_seq_len.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if isinstance(prompt, Tensor) and (prompt.ndim != 2 or prompt.shape[1] < 1):
+        raise ValueError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
+    given: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    check(model, given, max_new_tokens, window)
+    ready, rows = model.conditioned(given, eos_id)
+    steps = stream(ready, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
+    new: list[Tensor] = list(steps)
+    if isinstance(prompt, Tensor):
+        begun = torch.tensor(rows, device=prompt.device)
+        return torch.cat((begun, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
+    columns = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
+    return lengthened(rows, columns, eos_id)
+
+
+def lengthened(rows: Rows, added: Rows, eos_id: int | None) -> list[list[int]]:
+    """Each row with its tokens of `added` up to the first `eos_id`."""
+    return [[*row, *up_to(list(new), eos_id)] for row, new in zip(rows, added, strict=True)]
+
+
+def up_to(tokens: list[int], eos_id: int | None) -> list[int]:
+    """`tokens` up to and with the first `eos_id`."""
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+
+
+def row_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` rows: `seed + i`, or `seed[i]`, or from torch's global random state."""
+    if seed is None:
+        drawn: list[int] = torch.randint(2**62, (count,)).tolist()
+        return drawn
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} rows: give one for each, or one number for all")
+    return seeds
+
+
+def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False) -> None:
+    """Raise `ValueError` if there is no row, one is empty, holds what is no token, or leaves no room for `max_new_tokens`."""
+    limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
+    if not len(rows):
+        raise ValueError("there is no prompt: give at least one row")
+    for row in rows:
+        if not len(row):
+            raise ValueError("a prompt is empty: give at least one token")
+        if min(row) < 0 or max(row) >= vocab_size:
+            raise ValueError(
+                f"a prompt holds tokens from {min(row)} to {max(row)}, the model has 0 to {vocab_size - 1}"
+            )
+        taken = model.places(row)
+        if max_new_tokens < 0 or (taken + max_new_tokens > limit and not window):
+            raise ValueError(
+                f"{taken} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+                f"max_seq_len={limit}: ask for 0 to {max(0, limit - taken)} new tokens or shorten the prompt, "
+                "or let the window slide (window=True, --window)"
+            )

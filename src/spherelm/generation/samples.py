@@ -1,0 +1,249 @@
+"""Text that a trained run writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spherelm.data.text_stream import TextStream
+from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.generation.beam import BeamSettings, beam_search
+from spherelm.generation.continuation import Continuation
+from spherelm.generation.generate import check, for_inference, row_seeds, stream
+from spherelm.generation.sampling import Sampling
+from spherelm.layers.linear import departure
+from spherelm.models import model_class
+from spherelm.models.decoder import Decoder, Rows
+from spherelm.runs.checkpoint import load_model, run_directory
+from spherelm.runs.config import read_config
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+"""What the weights of a loaded model may be."""
+
+BATCH = 16
+"""Texts that are written at a time; how many does not change them."""
+
+
+def continuations(
+    run: Path,
+    prompts: str | Sequence[str],
+    count: int,
+    max_new_tokens: int,
+    *,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    window: bool = False,
+    write: Callable[[str], None] | None = None,
+    precision: str = "float32",
+    beams: BeamSettings | None = None,
+    **settings: Any,
+) -> list[str]:
+    """`count` texts by which the model of `run` (a run directory or a checkpoint) continues each prompt, prompt by prompt.
+
+    An encoder-decoder's prompts are what it reads, its texts whole: see `continues`. beams: the best `count` texts that a beam
+    search finds, instead of drawn ones; neither seed nor settings count then, and write is given whole texts.
+    settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be alone.
+    A text ends where the model ends the document, and before the first `stop` string. window: as for `Continuation`. write: is
+    given every piece of text that is certain, as soon as it is, of one text after the other. precision: as for
+    `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt or one that leaves no room for
+    `max_new_tokens`.
+    """
+    if count < 1:
+        raise ValueError(f"samples must be at least 1, got {count}")
+    sampling = Sampling(**settings)
+    TextStream(lambda tokens: "", stops=stop)  # refuses what is no stop string before the model is read
+    model, tokenizer = load_for_inference(run, precision)
+    given = [prompts] if isinstance(prompts, str) else prompts
+    encoded = [
+        encode_prompt(tokenizer, prompt, f"prompt {i}" if len(given) > 1 else "prompt")
+        for i, prompt in enumerate(given, 1)
+    ]
+    rows = [ids for ids in encoded for _ in range(count)]
+    check(model, rows, max_new_tokens, window)
+    if beams is not None:
+        return searched(model, tokenizer, encoded, count, max_new_tokens, beams, stop, write)
+    seeds, size = row_seeds(seed, len(rows)), BATCH if write is None else 1
+    texts: list[str] = []
+    for i in range(0, len(rows), size):
+        batch = rows[i : i + size]
+        ready, begun = model.conditioned(batch, tokenizer.eos_id)
+        streams = [TextStream(tokenizer.decode, row, stop) for row in begun]
+        steps = stream(
+            ready, begun, max_new_tokens, sampling, seed=seeds[i : i + size], eos_id=tokenizer.eos_id, window=window
+        )
+        texts += collect((step.tolist() for step in steps), streams, tokenizer.eos_id, write)
+    return texts
+
+
+def searched(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Rows,
+    count: int,
+    max_new_tokens: int,
+    beams: BeamSettings,
+    stop: Sequence[str] = (),
+    write: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The `count` best texts of a beam search for each prompt, as `continuations` has them."""
+    if count > beams.beams:
+        raise ValueError(f"{beams.beams} beams find no {count} texts: ask for at most as many samples as beams")
+    texts = []
+    found = beam_search(model, prompts, max_new_tokens, tokenizer.eos_id, beams)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        read = list(prompt) if model.continues else []
+        for hypothesis in hypotheses[:count]:
+            steps = ([token] for token in hypothesis.tokens)
+            texts += collect(steps, [TextStream(tokenizer.decode, read, stop)], tokenizer.eos_id, write)
+    return texts
+
+
+def continues(run: Path) -> bool:
+    """Whether the texts of a run's model begin with their prompts, as a language model's do and a translation does not."""
+    return model_class(read_config(run_directory(run) / "config.json").model).continues
+
+
+def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, Tokenizer]:
+    """The model of a run directory or a checkpoint, folded where it can be, and its tokenizer.
+
+    precision: one of `PRECISIONS`; "int8" is of the weights, with which float32 is computed. Says on stderr how far rounding
+    has taken the weights off the sphere. Raises `ValueError` if torchao is missing.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision == "int8":
+        from spherelm.generation.quantization import quantized
+
+        model = quantized(load_model(run))
+    else:
+        model = load_model(run, getattr(torch, precision))
+    if precision != "float32":
+        print(f"spherelm: weights in {precision}, departure from the sphere {departure(model):.1e}", file=sys.stderr)
+    return for_inference(model), load_tokenizer(run_directory(run))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> list[int]:
+    """The tokens of a prompt; `ValueError` if there are none."""
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError(f"the {name} is empty: give at least one character")
+    return ids
+
+
+def collect(
+    steps: Iterator[list[int]], streams: list[TextStream], eos_id: int, write: Callable[[str], None] | None = None
+) -> list[str]:
+    """The texts of rows whose tokens come in `steps`, one a row each, until all rows have ended."""
+    texts = [""] * len(streams)
+
+    def add(i: int, piece: str) -> None:
+        texts[i] += piece
+        if write is not None and piece:
+            write(piece)
+
+    for tokens in steps:
+        for i, (token, text) in enumerate(zip(tokens, streams, strict=True)):
+            if not text.ended:
+                add(i, text.close() if token == eos_id else text.push(token))
+        if all(text.ended for text in streams):
+            break
+    for i, text in enumerate(streams):
+        add(i, text.close())
+    return texts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: one a line, empty lines left out; of a .jsonl the "prompt" of each line's object.
+
+    Raises `ValueError` that names the line, `FileNotFoundError`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {path}: give one with a prompt a line") from None
+    read = _from_json if path.suffix == ".jsonl" else lambda path, number, line: line.rstrip("\r")
+    prompts = [read(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: write one a line")
+    return prompts
+
+
+def _from_json(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{path}, line {number}: expected an object like {{"prompt": "text"}}')
+    return prompt
+
+
+class Conversation:
+    """A text that a model and a reader write in turn; what was read stays in the cache.
+
+    run, settings, stop, window, precision: as for `continuations`.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        window: bool = False,
+        precision: str = "float32",
+        **settings: Any,
+    ) -> None:
+        self._sampling, self._stop, self._seed, self._window = Sampling(**settings), tuple(stop), seed, window
+        TextStream(lambda tokens: "", stops=stop)
+        self._model, self._tokenizer = load_for_inference(run, precision)
+        if not self._model.continues:
+            raise ValueError(
+                f"{run} holds an encoder-decoder, which writes one text for one: give --prompt or --prompts"
+            )
+        self._text: Continuation | None = None
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens may still come; `None` for any number."""
+        written = 0 if self._text is None else len(self._text.rows[0])
+        return None if self._window else self._model.config.max_seq_len - written
+
+    def answer(self, said: str, max_new_tokens: int) -> Iterator[str]:
+        """Append `said` and continue by up to `max_new_tokens` tokens, as far as there is room: pieces of text.
+
+        Broken off in between, the text stays as far as it has been written. Where the model ends the document, the end is
+        left out of the text, so that it can go on. Raises `ValueError`, the text unchanged, for nothing said or too much.
+        """
+        ids = encode_prompt(self._tokenizer, said, "text")
+        room = self.room
+        if room is not None and len(ids) >= room:
+            raise ValueError(
+                f"the context of {self._model.config.max_seq_len} tokens has room for {room} more and your text has "
+                f"{len(ids)}: say less, begin anew, or let the window slide (--window)"
+            )
+        if self._text is None:
+            self._text = Continuation(self._model, [ids], self._sampling, [self._seed], self._window)
+        else:
+            self._text.extend(ids)
+        return self._written(self._text, max_new_tokens if room is None else min(max_new_tokens, room - len(ids)))
+
+    def _written(self, text: Continuation, count: int) -> Iterator[str]:
+        row = text.rows[0]
+        pieces = TextStream(self._tokenizer.decode, row, self._stop)
+        for _ in range(count):
+            text.step()
+            if row[-1] == self._tokenizer.eos_id:
+                row.pop()
+                break
+            yield pieces.push(row[-1])
+            if pieces.ended:
+                return
+        yield pieces.close()

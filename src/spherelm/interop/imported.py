@@ -1,0 +1,78 @@
+"""Checkpoints of other programs as run directories of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from torch.optim import AdamW
+
+from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
+from spherelm.models import Decoder
+from spherelm.optim import OptimConfig, ScheduleConfig
+from spherelm.optim.groups import parameter_groups
+from spherelm.runs.checkpoint import Progress, save_checkpoint
+from spherelm.runs.config import RunConfig, TrainConfig, to_dict
+from spherelm.runs.record import claim_directory
+
+THEIR_RATE = 15e-4
+"""The peak learning rate in NVIDIA/ngpt's train.py, for a file that was written when the rate had come down to 0."""
+
+
+def import_nvidia(
+    checkpoint: Path, out: Path, rope: str = "nvidia", tokenizer: str | None = None, moments: bool = False
+) -> Decoder:
+    """Make `out` the run directory of the model that NVIDIA/ngpt's train.py saved in `checkpoint`, and return the model.
+
+    rope: as in `interop.nvidia.load_checkpoint`. tokenizer: what `load_tokenizer` takes, to be stored with the run; their
+    file does not hold one. moments: keep Adam's state as well. Raises `FileExistsError` if `out` holds something, and
+    `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
+    """
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise FileExistsError(f"{out} already holds something: choose another directory for the imported run")
+    read = read_checkpoint(checkpoint)
+    model, chosen = to_model(read, rope), None if tokenizer is None else load_tokenizer(tokenizer)
+    if chosen is not None and chosen.vocab_size > read.model_args.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {chosen.vocab_size} token ids, the model in {checkpoint} only "
+            f"{read.model_args.vocab_size}: choose the one that it was trained with"
+        )
+    config = run_config(read, rope)
+    source = {"format": "NVIDIA/ngpt", "path": str(checkpoint.resolve()), "iteration": read.iteration}
+    source["model_args"] = dataclasses.asdict(read.model_args)
+    claim_directory(out, {**to_dict(config), "imported": source}, resume=False)
+    try:
+        _fill(out, read, model, config.optim, chosen, moments)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    return model
+
+
+def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
+    """What the file says of the run that wrote it; what it does not say (batch size, schedule, text) stands at its default."""
+    model, settings = read.model_args.config(rope), dict(read.optimizer)
+    settings["lr"] = settings.get("lr") or THEIR_RATE
+    return RunConfig(
+        recipe="imported",
+        preset="imported",
+        model=model,
+        optim=OptimConfig(**settings),
+        schedule=ScheduleConfig("constant"),
+        train=TrainConfig(steps=max(1, read.iteration), seq_len=read.model_args.block_size, batch_size=1),
+    )
+
+
+def _fill(
+    out: Path, read: NvidiaCheckpoint, model: Decoder, optim: OptimConfig, tokenizer: Tokenizer | None, moments: bool
+) -> None:
+    """Write the tokenizer and the checkpoint into a run directory."""
+    # Not `build_optimizer`: that would put the weights on the sphere, and they shall be stored as they are.
+    optimizer = AdamW(parameter_groups(model, optim), lr=optim.lr)
+    if moments:
+        load_optimizer(read, model, optimizer)
+    if tokenizer is not None:
+        tokenizer.save(out)
+    save_checkpoint(out, model, optimizer, Progress(read.iteration, 0.0), keep=1)

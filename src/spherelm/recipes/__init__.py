@@ -1,0 +1,26 @@
+"""Named runs: sizes (`presets`) and ways to train them (`named`)."""
+
+from spherelm.recipes.named import (
+    ABLATIONS,
+    RECIPES,
+    WAYS,
+    Choices,
+    distinct,
+    make_run,
+    recipe_names,
+    tuned_rate,
+)
+from spherelm.recipes.presets import PRESETS, Preset
+
+__all__ = [
+    "ABLATIONS",
+    "PRESETS",
+    "RECIPES",
+    "WAYS",
+    "Choices",
+    "Preset",
+    "distinct",
+    "make_run",
+    "recipe_names",
+    "tuned_rate",
+]

@@ -1,0 +1,177 @@
+"""Fields of a run that are given one by one: which config each belongs to, and whether its value is of the field's type."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from typeguard import TypeCheckError, check_type
+
+from spherelm.models import ARCHITECTURES, Architecture, Config, DecoderArch
+from spherelm.models.config import ExpertSizes, MixerSizes
+from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim.groups import ROLES
+from spherelm.optim.transfer import BaseShape
+from spherelm.recipes.presets import Preset
+from spherelm.runs.config import RunConfig, TrainConfig
+
+
+def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
+    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them.
+
+    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Sizes of
+    models, whole numbers, are left to it altogether.
+    """
+    hints = get_type_hints(owner)
+    names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
+    checks_counts = owner not in (OptimConfig, ScheduleConfig, TrainConfig)
+    found = {name: given.pop(name) for name in names}
+    return {
+        name: value if checks_counts and hints[name] is int else of_type(name, value, hints[name])
+        for name, value in found.items()
+    }
+
+
+def of_type(name: str, value: Any, hint: Any) -> Any:
+    """`value`, a list as a tuple, if it is of the type `hint` and no number that is none; else `ValueError`."""
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        check_type(value, hint)
+        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
+            raise TypeCheckError(name)
+    except TypeCheckError:
+        raise ValueError(f"{name} must be {in_words(hint)}, got {value!r}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def in_words(hint: Any) -> str:
+    """A type as it is told to people; of a union each of its types."""
+    if isinstance(hint, UnionType):
+        return " or ".join(map(in_words, get_args(hint)))
+    return WORDS.get(hint, str(hint).replace("float", "number"))
+
+
+def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
+    """Remove `d_k` from `given`; the number of heads that it makes of the `d_model` there, or of this one."""
+    if "d_k" not in given:
+        return {}
+    d_k = given.pop("d_k")
+    width = given.get("d_model", d_model)
+    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
+    if "n_heads" in given or not counts or width % d_k:
+        raise ValueError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
+    return {"n_heads": width // d_k}
+
+
+def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture:
+    """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
+    kind = given.pop("architecture", preset.kind)
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
+    start = preset if kind == preset.kind else ARCHITECTURES[kind]()
+    changed: dict[str, Any] = {}
+    if isinstance(start, DecoderArch):
+        changed["mixer"] = dataclasses.replace(start.mixer, **take(given, MixerSizes))
+        changed["experts"] = dataclasses.replace(start.experts, **take(given, ExpertSizes))
+    return dataclasses.replace(start, **changed, **take(given, type(start), but=("kind", "mixer", "experts")))
+
+
+def layers_of(given: Mapping[str, Any], size: Preset) -> dict[str, int]:
+    """The n_layers that a pattern of the architecture makes, where it has one and `given` does not say otherwise."""
+    pattern = size.architecture.pattern if isinstance(size.architecture, DecoderArch) else None
+    if pattern is None:
+        return {}
+    if given.get("n_layers", len(pattern)) != len(pattern):
+        raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
+    return {"n_layers": len(pattern)}
+
+
+def model_config(
+    kind: type[Config], architecture: Architecture, chosen: Mapping[str, Any], given: dict[str, Any]
+) -> Config:
+    """The config of the fields `chosen`, by name or path ("alpha.init"), and over them those that are removed from `given`."""
+    arch_names = {field.name for field in dataclasses.fields(architecture)}
+    architecture = dataclasses.replace(
+        architecture, **{name: value for name, value in chosen.items() if name in arch_names}
+    )
+    values: dict[str, Any] = {
+        name: value for name, value in chosen.items() if name not in arch_names and "." not in name
+    }
+    values |= take(given, kind, but=("architecture", *GROUPS))
+    for name, group in nested(kind).items():
+        fields = {path[len(name) + 1 :]: value for path, value in chosen.items() if path.startswith(f"{name}.")}
+        own = {path[len(name) + 1 :]: given.pop(path) for path in list(given) if path.startswith(f"{name}.")}
+        fields |= take(own, type(group))
+        if name == "variant":
+            fields |= take(given, type(group))
+        given |= {f"{name}.{rest}": value for rest, value in own.items()}
+        values[name] = dataclasses.replace(group, **fields)
+    return kind(architecture=architecture, **values)
+
+
+def nested(kind: type[Config]) -> dict[str, Any]:
+    """The fields of a config that are dataclasses themselves, all but the architecture, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.name in GROUPS}
+
+
+GROUPS = ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe", "variant")
+"""Fields of an `NGPTConfig` whose own fields are set by paths, such as "alpha.init"."""
+
+
+def multipliers_of(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
+    """Remove the multipliers from `given` and set them."""
+    names = {role: f"{role}_rate" for role in ROLES}
+    found = {role: of_type(name, given.pop(name), float) for role, name in names.items() if name in given}
+    return dataclasses.replace(chosen, **found)
+
+
+def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig:
+    """Remove the schedule's fields from `given` and set them."""
+    kind = {"kind": of_type("schedule", given.pop("schedule"), str)} if "schedule" in given else {}
+    return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
+
+
+def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
+    """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
+    names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
+    found = {field: of_type(name, given.pop(name), int) for field, name in names.items() if name in given}
+    return dataclasses.replace(base, **found)
+
+
+def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) -> None:
+    """Raise `ValueError` for a field of `given` that changes nothing in a run of `config`, and say what would make it act.
+
+    on_sphere: whether the arm has unit vectors. A field that is switched off, by false or none, is let pass.
+    """
+    optim, schedule = config.optim, config.schedule
+    acts = {
+        "optimizer=gated_adamw": (optim.optimizer == "gated_adamw", ("eps_gate", "gate_sharpness", "gated_step")),
+        "optimizer=muon": (optim.optimizer == "muon", ("momentum", "tangent")),
+        "schedule=log": (schedule.kind == "log", ("rho",)),
+        "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
+        "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
+        "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr", "tangent")),
+        "recipe 'nugpt' and an arm on the sphere": (
+            config.base is not None,
+            ("base", "base_d_model", "base_n_layers", "base_steps"),
+        ),
+    }
+    for wanted, (holds, names) in acts.items():
+        idle = [
+            name
+            for name in names
+            if not holds and name in given and given[name] is not None and given[name] is not False
+        ]
+        if idle:
+            raise ValueError(
+                f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}, or is left out "
+                "(a sweep of the others can go into the same --out)"
+            )

@@ -1,0 +1,160 @@
+"""The walk on the sphere: a sentence's hidden states over the layers of a model, as one page to turn and to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spherelm import sphere
+from spherelm.analysis.motion import output_directions
+from spherelm.analysis.recording import record
+from spherelm.data.tokenizer import Tokenizer
+from spherelm.layers.readout import read_logits
+from spherelm.models.decoder import Decoder
+from spherelm.report import svg
+from spherelm.report.sphere_map import SphereMap, sphere_map
+
+Array = NDArray[np.float64]
+
+MAX_TOKENS = 40
+"""Paths of more tokens than this can be told apart by nobody."""
+
+NEAREST = 5
+"""Vocabulary entries that are named at each stop."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One model's walk over a sentence of T tokens, with S stops: at the embedding and after each step.
+
+    `steps`: what each step is, (number of the layer, from 1; its part), [S - 1].
+    `dimensions`: d_model. `tokens`: their texts. `map`: places of the stops, [S * T, 3], stop by stop. `moved`: degrees
+    between a token's successive stops, [S - 1, T]. `lengths`: of the states, [S, T], 1 for nGPT. `entries`, `probabilities`,
+    `angles`: the most probable next tokens at each stop, their probabilities, and the degrees between the state and their
+    output vectors, [S, T, NEAREST]. `words`: text of each entry that occurs.
+    """
+
+    name: str
+    arm: str
+    dimensions: int
+    tokens: list[str]
+    map: SphereMap
+    moved: Array
+    lengths: Array
+    entries: NDArray[np.int64]
+    probabilities: Array
+    angles: Array
+    words: dict[int, str]
+    steps: list[tuple[int, str]]
+
+
+@torch.no_grad()
+def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -> Walk:
+    """Run the model over the sentence; `ValueError` for an empty one, one beyond `MAX_TOKENS`, or a state with NaN or Inf."""
+    ids = tokenizer.encode(sentence)
+    check_sentence(ids, model)
+    recording = record(model, torch.tensor([ids]))
+    states = torch.stack(recording.stops)
+    if not torch.isfinite(states).all():
+        raise ValueError("a hidden state holds NaN or Inf: this model diverged, take an earlier checkpoint")
+    unit = sphere.norm(states.double())
+    entries, probabilities, angles = nearest_entries(model, states)
+    with torch.enable_grad():
+        places = sphere_map(unit.flatten(0, 1).numpy(), _steps(len(states), len(ids)))
+    return Walk(
+        name=name,
+        arm="ngpt" if hasattr(model, "s_z") else "gpt",
+        dimensions=states.shape[-1],
+        tokens=[readable(tokenizer.decode([i])) for i in ids],
+        map=places,
+        moved=sphere.angle(unit[:-1], unit[1:]).rad2deg().numpy(),
+        lengths=states.norm(dim=-1).double().numpy(),
+        entries=entries.numpy(),
+        probabilities=probabilities.double().numpy(),
+        angles=angles.double().numpy(),
+        words={i: readable(tokenizer.decode([i])) for i in entries.unique().tolist()},
+        steps=recording.steps,
+    )
+
+
+def check_sentence(ids: Sequence[int], model: Decoder) -> None:
+    """`ValueError` if the sentence's tokens cannot be walked with."""
+    limit, known = min(MAX_TOKENS, model.config.max_seq_len), model.config.vocab_size
+    if not 1 <= len(ids) <= limit:
+        raise ValueError(f"the sentence has {len(ids)} tokens: give one of 1 to {limit}")
+    if max(ids) >= known:
+        raise ValueError(
+            f"the sentence has token {max(ids)}, the model knows 0 to {known - 1}: this is not its tokenizer"
+        )
+
+
+def nearest_entries(model: Decoder, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each state [S, T, d_model] the `NEAREST` most probable next tokens, their probabilities and angles in degrees."""
+    directions, found = output_directions(model), []
+    count = min(NEAREST, len(directions))
+    for stop in states:
+        top = read_logits(model.readout(stop)).to(torch.float32).softmax(-1).topk(count)
+        turns = sphere.angle(sphere.norm(stop).unsqueeze(-2), directions[top.indices]).rad2deg()
+        found.append((top.indices, top.values, turns))
+    entries, probabilities, angles = (torch.stack(part) for part in zip(*found, strict=True))
+    return entries, probabilities, angles
+
+
+def _steps(stops: int, tokens: int) -> NDArray[np.int64]:
+    """Pairs of places, stop by stop, that a path joins: [(S - 1) * T, 2]."""
+    places = np.arange(stops * tokens).reshape(stops, tokens)
+    return np.stack((places[:-1].ravel(), places[1:].ravel()), axis=1)
+
+
+def readable(piece: str) -> str:
+    """A token as one can read it: without the space before it, a line's end and what cannot be printed as signs."""
+    shown = piece.replace("\n", "↵").replace("\t", "⇥").strip()
+    return "".join(letter if letter.isprintable() else "·" for letter in shown) or ("␣" if piece else "∅")
+
+
+def walk_page(walks: Sequence[Walk], sentence: str) -> str:
+    """One self-contained page: no network, no library; it runs from a disk in any browser of today."""
+    resources = files("spherelm.report")
+    data = json.dumps(
+        {"sentence": sentence, "runs": [_plain(walk) for walk in walks]}, ensure_ascii=False, allow_nan=False
+    )
+    return Template(resources.joinpath("walk.html").read_text("utf-8")).substitute(
+        palette=svg.palette(":root", ':root[data-theme="dark"]', ':root:not([data-theme="light"])'),
+        css=resources.joinpath("walk.css").read_text("utf-8").strip(),
+        data=data.replace("<", "\\u003c"),
+        script=resources.joinpath("walk.js").read_text("utf-8").strip(),
+    )
+
+
+def _plain(walk: Walk) -> dict[str, Any]:
+    """A walk as JSON, numbers rounded to what can be seen."""
+    stops, tokens = walk.lengths.shape
+    order = {entry: i for i, entry in enumerate(walk.words)}
+    return {
+        "name": walk.name,
+        "arm": walk.arm,
+        "dimensions": walk.dimensions,
+        "tokens": walk.tokens,
+        "points": walk.map.points.reshape(stops, tokens, 3).round(4).tolist(),
+        "steps": walk.steps,
+        "moved": walk.moved.round(2).tolist(),
+        "lengths": walk.lengths.round(3).tolist(),
+        "words": list(walk.words.values()),
+        "nearest": np.vectorize(order.__getitem__)(walk.entries).tolist(),
+        "probabilities": walk.probabilities.round(4).tolist(),
+        "angles": walk.angles.round(1).tolist(),
+        "lost": {
+            "error": round(walk.map.error, 2),
+            "step": round(walk.map.step_error, 2),
+            "correlation": round(walk.map.correlation, 3),
+        },
+    }

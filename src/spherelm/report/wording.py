@@ -1,0 +1,156 @@
+"""What a comparison says, in words: the speedup as sentences, numbers as text. Plain text, no markup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from spherelm.experiments.record import Arm, Comparison, standard_error
+from spherelm.models import NAMES
+
+OPTIMIZERS = {"adamw": "AdamW", "gated_adamw": "GatedAdamW", "muon": "Muon for block matrices, AdamW for the rest"}
+
+
+def optimizer_name(optimizer: str | None) -> str:
+    """What an optimizer of `OptimConfig` is called in a text."""
+    return "unknown" if optimizer is None else OPTIMIZERS.get(optimizer, optimizer)
+
+
+def si(value: float) -> str:
+    """A count with three digits and a unit: 1.64M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def loss_text(value: float) -> str:
+    """A loss to three decimals."""
+    return number(value, ".3f")
+
+
+def number(value: Any, form: str) -> str:
+    """`value` in the given format; a dash where there is none."""
+    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, form)
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def verdict(comparison: Comparison) -> str:
+    """The result in one sentence: who wins, by what factor in tokens, with its interval."""
+    winner, loser = comparison.arms[comparison.winner], comparison.arms[comparison.loser]
+    factor, reached = comparison.speedup.get("tokens"), comparison.speedup.get("tokens_to_reach")
+    name, other = NAMES[winner.name], NAMES[loser.name]
+    if any(run.diverged for run in (*winner.runs, *loser.runs)):
+        gone = listed([run.name for run in (*winner.runs, *loser.runs) if run.diverged])
+        return f"There is no speedup to report, since {gone} diverged: lower that arm’s learning rate."
+    if tie := _tie(winner, loser):
+        return tie
+    level = f"{other}’s final validation loss ({loss_text(loser.final_loss)} nats per token)"
+    if not factor:
+        return f"{name} did not reach {level} within {si(winner.tokens)} tokens, so there is no speedup to report."
+    inverse = winner.name == comparison.baseline
+    times = 1 / factor if inverse else factor
+    spread = _interval(comparison, "tokens_interval", inverse)
+    counts = (
+        "" if reached is None else f": {_bound(bound_on_tokens(comparison))}{si(reached)} instead of {si(loser.tokens)}"
+    )
+    sentence = (
+        f"{name} reaches {level} with {_bound(_bound_on_factor(comparison))}{times:.2f}× fewer tokens{spread}{counts}."
+    )
+    return f"{name} wins here. {sentence}" if inverse else sentence
+
+
+def _tie(winner: Arm, loser: Arm) -> str:
+    """That no arm is ahead, where the means differ by no more than the standard error of their difference; else nothing."""
+    errors = [standard_error(arm.final_losses) for arm in (winner, loser)]
+    if None in errors or loser.final_loss - winner.final_loss > math.hypot(*(error or 0.0 for error in errors)):
+        return ""
+    ends = [
+        f"{NAMES[arm.name]} ends at {loss_text(arm.final_loss)} ± {number(error, '.3f')}"
+        for arm, error in zip((winner, loser), errors, strict=True)
+    ]
+    return f"No arm is ahead here, as far as these seeds can tell: {listed(ends)} nats per token."
+
+
+def caveats(comparison: Comparison) -> list[str]:
+    """The sentences that belong beside the verdict: time, doubt, method, and how far it reaches."""
+    return [text for text in (_time(comparison), _doubt(comparison), _method(comparison), REACH) if text]
+
+
+REACH = (
+    "This factor belongs to this size, context length and budget. The paper reports that the gain grows with the length of "
+    "the context and of the run; small models have also been seen to gain less the longer they run. Read it as a measurement "
+    "of these runs, not as a forecast for others."
+)
+
+
+def _time(comparison: Comparison) -> str:
+    factor, ratio = comparison.speedup.get("seconds"), comparison.summary.get("step_time_ratio")
+    baseline, normalized = NAMES[comparison.baseline], NAMES[comparison.normalized]
+    cost = (
+        ""
+        if ratio is None
+        else f"One {normalized} step takes {ratio:.2f}× as long as a {baseline} step on this machine. "
+    )
+    if not factor:
+        return cost.strip()
+    bound, inverse = comparison.speedup.get("bound"), factor < 1
+    name, times = (baseline, 1 / factor) if inverse else (normalized, factor)
+    spread = _interval(comparison, "seconds_interval", inverse) if comparison.speedup.get("seconds_interval") else ""
+    qualifier = _bound(_flip(bound) if inverse else bound)
+    return f"{cost}Counted in seconds, {name} gets there {qualifier}{times:.2f}× faster{spread}."
+
+
+def _doubt(comparison: Comparison) -> str:
+    interval = comparison.speedup.get("tokens_interval")
+    if interval and interval[0] <= 1 <= interval[1]:
+        return "The interval contains 1: these seeds do not tell the arms apart."
+    return ""
+
+
+def _method(comparison: Comparison) -> str:
+    if comparison.quick:
+        return (
+            "Quick mode: the crossing is read off the curve inside one schedule. A run whose learning rate has not decayed yet "
+            "is not comparable with one that has, so take it as a hint; without --quick, whole schedules are compared."
+        )
+    return (
+        f"{NAMES[comparison.winner]} was also trained at shorter budgets, each with its whole schedule, and the crossing is "
+        "interpolated between the ends of these runs: a run with a decaying learning rate is only comparable at its end."
+    )
+
+
+def bound_on_tokens(comparison: Comparison) -> str | None:
+    """What is known of the tokens that the winner needs: "at most", "at least", or None where they are known."""
+    bound = comparison.speedup.get("bound")
+    # summary.json bounds the baseline's tokens over the other's: with those below the line, the bound on them is the other one.
+    return _flip(bound) if comparison.winner == comparison.normalized else bound
+
+
+def _bound_on_factor(comparison: Comparison) -> str | None:
+    """What is known of how many times fewer tokens the winner needs."""
+    return _flip(bound_on_tokens(comparison))
+
+
+def _flip(bound: str | None) -> str | None:
+    return {"at least": "at most", "at most": "at least"}.get(bound) if bound else None
+
+
+def _bound(bound: str | None) -> str:
+    return f"{bound} " if bound else ""
+
+
+def _interval(comparison: Comparison, key: str, inverse: bool) -> str:
+    """The interval in parentheses, or why there is none."""
+    if comparison.seeds == 1:
+        return " (one seed, so no interval)"
+    interval = comparison.speedup.get(key)
+    if not interval:
+        return " (no interval, since not every seed crosses within these budgets)"
+    low, high = (1 / interval[1], 1 / interval[0]) if inverse else interval
+    return f" (95% interval over {comparison.seeds} seeds: {low:.2f} to {high:.2f})"

@@ -1,0 +1,372 @@
+"""Checkpoints: written by `torch.distributed.checkpoint` as safetensors, in a directory that appears whole or not at all.
+
+Every process writes the parts that it holds, beside the training, and any number of processes can read them. `state.json` is
+written last and lists the sha256 of each file, which reading verifies. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from spherelm.models import Decoder, build
+from spherelm.runs.config import read_config
+from spherelm.runs.group import Group
+
+WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+REMEDY = "delete this checkpoint to go on from the one before"
+NAME = re.compile(r"step-(\d{8})")
+RANDOM_STATE = "random_state"
+_WRITTEN = re.compile(r"shard-(\d+)-model-0000([12])-of-\d+\.safetensors")
+ALONE = Group()
+
+# What torch says of a run of one process, where it is what is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming the intent")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: updates made, seconds spent training, and where a stream of text goes on (`Batches.state`).
+
+    skipped: updates that were left out. norm: what `Guard` remembers of gradient norms.
+    """
+
+    step: int
+    seconds: float
+    data: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    norm: float = 0.0
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a model is: its parameters, each once, and what else its state dict holds, such as the biases of routers."""
+    state = model.state_dict(keep_vars=True)
+    buffers = {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: `blocks.0.mlp.u.weight/exp_avg`, and torch's random state."""
+    tensors = {RANDOM_STATE: torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            assert isinstance(value, Tensor), f"optimizer state {key} of {name} is not a tensor"
+            tensors[f"{name}/{key}"] = value
+    return tensors
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the file or directory on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@torch.no_grad()
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in the processor's memory, that training does not change; of a sharded tensor, of this process's part."""
+    if isinstance(tensor, DTensor):
+        own = tensor.to_local().detach().to("cpu", copy=True)
+        mesh, places = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(own, mesh, places, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run beside its training, one at a time.
+
+    `run/checkpoints/step-XXXXXXXX` are written under another name, flushed to the disk and renamed, so a crash or a full disk
+    leaves the earlier ones as they were. The newest `keep` stay, and those of every `keep_every`-th step (0: none). Every
+    process of the group makes one; what a process that was killed had not finished is removed then.
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int = 0, group: Group = ALONE) -> None:
+        self.run, self.keep, self.keep_every, self.group = run, keep, keep_every, group
+        group.first(lambda: drop_unfinished(run))  # before any process begins to write
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+        """Copy what is to be saved and begin to write it; every process of the group must call. Returns where it will be.
+
+        Waits for the one before, and raises what `wait` does.
+        """
+        self.wait()
+        weights = {name: _copied(tensor) for name, tensor in _weights(model).items()}
+        moments = {name: _copied(value) for name, value in _optimizer_tensors(model, optimizer).items()}
+        final = self.run / "checkpoints" / f"step-{progress.step:08d}"
+        self._pending = self._pool.submit(self._write, final, weights, moments, progress)
+        return final
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises `OSError` naming the directory if what was could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, and end."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def abandon(self) -> None:
+        """Leave what is being written to itself: the processes that share in it are gone."""
+        self._pending = None
+        self._pool.shutdown(wait=False)
+
+    def _write(self, final: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress) -> None:
+        part = final.with_name(f".{final.name}.part")
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            files = dict.fromkeys(weights, 1) | dict.fromkeys(moments, 2)
+            writer = HuggingFaceStorageWriter(str(part), files, save_distributed=True)
+            save(
+                {**weights, **moments},
+                storage_writer=writer,
+                process_group=self.group.saving,
+                no_dist=self.group.is_alone,
+            )
+            hashes = self._hashes(part)
+            if self.group.is_first:
+                self._finish(part, final, hashes, progress)
+        except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+            shutil.rmtree(part, ignore_errors=True)
+            last = latest_checkpoint(self.run)
+            good = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+            raise OSError(
+                f"could not save a checkpoint in {final.parent} ({reason(error)}); {good}: free some space and --resume"
+            ) from error
+
+    def _hashes(self, part: Path) -> dict[str, str]:
+        """Give this process's files their names, and return the sha256 of all processes' files on the first."""
+        own: dict[str, str] = {}
+        for path in sorted(part.iterdir()):
+            match = _WRITTEN.fullmatch(path.name)
+            if match and int(match[1]) == self.group.rank + 1:
+                named = path.with_name(self._name(WEIGHTS if match[2] == "1" else MOMENTS))
+                path.rename(named)
+                _sync(named)
+                own[named.name] = _digest(named)
+        if self.group.is_alone:
+            return own
+        every: list[Any] = [None] * self.group.world_size
+        dist.all_gather_object(every, own, group=self.group.saving)
+        return {name: digest for hashes in every for name, digest in hashes.items()}
+
+    def _name(self, name: str) -> str:
+        if self.group.is_alone:
+            return name
+        return name.replace(".", f"-{self.group.rank + 1:05d}-of-{self.group.world_size:05d}.")
+
+    def _finish(self, part: Path, final: Path, hashes: dict[str, str], progress: Progress) -> None:
+        """Make the written files a checkpoint, and drop those that need not stay."""
+        state = {**vars(progress), "processes": self.group.world_size, "sha256": hashes}
+        (part / STATE).write_text(json.dumps(state))
+        for path in (part / STATE, part):
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(part, final)
+        _sync(final.parent)
+        for old in _checkpoints(self.run)[: -self.keep]:
+            if not (self.keep_every and int(old.name.removeprefix("step-")) % self.keep_every == 0):
+                shutil.rmtree(old)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: of a `CheckpointException`, on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {reason(cause)}" if len(error.failures) > 1 or rank else reason(cause)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
+    """Write a checkpoint of a run of one process and wait until it is there. As `CheckpointWriter.save`."""
+    writer = CheckpointWriter(run, keep)
+    try:
+        return writer.save(model, optimizer, progress)
+    finally:
+        writer.close()
+
+
+def drop_unfinished(run: Path) -> None:
+    """Remove what a process that was killed has left of checkpoints that it was writing."""
+    for part in (run / "checkpoints").glob(".step-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(c for c in (run / "checkpoints").glob("step-*") if NAME.fullmatch(c.name))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or `None`."""
+    found = [checkpoint for checkpoint in _checkpoints(run) if (checkpoint / STATE).exists()]
+    return found[-1] if found else None
+
+
+def named_checkpoint(run: str | Path) -> Path | None:
+    """The checkpoint that `run` is, by any of its names (a symbolic link, `.` from inside), or `None` if it is none."""
+    path = Path(run).resolve()
+    return path if NAME.fullmatch(path.name) and path.parent.name == "checkpoints" else None
+
+
+def checkpoint_of(run: str | Path) -> Path:
+    """The checkpoint that `run` is, or the newest one of the run directory `run`.
+
+    Raises `FileNotFoundError` if there is none.
+    """
+    found = named_checkpoint(run) or latest_checkpoint(Path(run))
+    if found is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint: pass a run directory that spherelm train wrote")
+    return found
+
+
+def run_directory(run: str | Path) -> Path:
+    """The run directory that `run` is or that holds the checkpoint `run`. Raises as `checkpoint_of` does."""
+    return checkpoint_of(run).parent.parent
+
+
+def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[str, Any]:
+    """`state.json` of a checkpoint whose files are what they were when written; else a `ValueError` that says what is not.
+
+    of: how the names of the files that are looked at begin. The processes of the group share the work, and must all call.
+    """
+
+    def verified() -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            hashes = sorted(item for item in state["sha256"].items() if item[0].startswith(of))
+            for name, expected in hashes[group.rank :: group.world_size]:
+                if _digest(checkpoint / name) != expected:
+                    raise ValueError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
+            return state
+        except (KeyError, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError) as error:
+            raise ValueError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
+
+    return group.together(verified)
+
+
+def _headers(checkpoint: Path) -> dict[str, torch.Size]:
+    """The shape of everything in a checkpoint, by name."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    try:
+        metadata = reader.read_metadata()
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{checkpoint} holds a file that is not safetensors ({error}): {REMEDY}") from error
+    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+
+
+def _read(checkpoint: Path, into: dict[str, Tensor], group: Group) -> None:
+    """Fill the tensors `into` from the checkpoint, whatever number of processes wrote it."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> None:
+    """Copy the weights in a checkpoint into `model`; names and shapes must agree exactly.
+
+    Raises `ValueError` naming what does not.
+    """
+    shapes = {n: s for n, s in _headers(checkpoint).items() if "/" not in n and n != RANDOM_STATE}
+    weights = _weights(model)
+    for name in sorted(weights.keys() ^ shapes.keys()):
+        where = "the model" if name in weights else "the checkpoint"
+        raise ValueError(f"{checkpoint} belongs to another model: only {where} has {name}")
+    for name, weight in weights.items():
+        if weight.shape != shapes[name]:
+            raise ValueError(
+                f"{checkpoint} belongs to another config: {name} is {tuple(shapes[name])} there, "
+                f"{tuple(weight.shape)} in the model"
+            )
+    _read(checkpoint, {name: weight.detach() for name, weight in weights.items()}, group)
+
+
+def count_devices(optimizer: Optimizer) -> dict[Tensor, torch.device]:
+    """Where the optimizer keeps its count of a parameter's updates, a tensor without dimensions.
+
+    torch's fused and capturable ones do beside the parameter, any other on the CPU.
+    """
+    cpu = torch.device("cpu")
+    return {
+        parameter: parameter.device if group.get("fused") or group.get("capturable") else cpu
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@torch.no_grad()
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, group: Group = ALONE) -> Progress:
+    """Put `model`, `optimizer` and torch's random state back to where they were saved; returns how far the run had come.
+
+    The checkpoint may come from any number of processes. Raises `ValueError` for one that is incomplete, damaged or of
+    another config.
+    """
+    if not any(checkpoint.glob(f"{Path(MOMENTS).stem}*.safetensors")):
+        raise ValueError(
+            f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot go on from it; "
+            f"{REMEDY}"
+        )
+    state = _read_state(checkpoint, group)
+    load_weights(model, checkpoint, group)
+    parameters = dict(model.named_parameters())
+    into = {RANDOM_STATE: torch.empty_like(torch.get_rng_state())}
+    devices = count_devices(optimizer)
+    for path, shape in _headers(checkpoint).items():
+        name, _, key = path.partition("/")
+        if key:
+            parameter = parameters[name]
+            count = torch.zeros((), device=devices.get(parameter, "cpu"))
+            optimizer.state[parameter][key] = into[path] = torch.zeros_like(parameter) if len(shape) else count
+    _read(checkpoint, into, group)
+    torch.set_rng_state(into[RANDOM_STATE])
+    rest = {name: state[name] for name in ("data", "skipped", "norm") if name in state}
+    return Progress(state["step"], state["seconds"], **rest)
+
+
+def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
+
+    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in float32 all the same. A
+    rounded unit vector stays as it is: a correction of its length would be rounded again (`departure` says how far it is off).
+    Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
+    """
+    checkpoint = checkpoint_of(run)
+    _read_state(checkpoint, of=Path(WEIGHTS).stem)  # moments may have been deleted, to save space
+    model = build(read_config(checkpoint.parent.parent / "config.json").model)
+    load_weights(model, checkpoint)
+    return model.to(dtype).eval()

@@ -1,0 +1,182 @@
+"""The run directory: what it must look like before a run starts, and what it says about how the run came about."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from spherelm.data.output import locked
+from spherelm.data.sources import proportions
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.config import RunConfig, to_dict
+
+FREE_TO_CHANGE = (
+    *(
+        f"train.{name}"
+        for name in (
+            *(
+                "save_every",
+                "keep",
+                "keep_every",
+                "compile",
+                "log_to",
+                "diagnose_every",
+                "micro_batch_size",
+                "eval_every",
+            ),
+            *(
+                "strategy",
+                "shard_size",
+                "recompute",
+                "timeout",
+                "on_bad_step",
+                "skip_budget",
+                "spike_factor",
+                "stop_above",
+            ),
+            *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
+        )
+    ),
+    *("base", "base.d_model", "base.n_layers", "base.steps", "model.mamba_chunk"),
+)
+"""What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers of a run depend on."""
+    names = ("spherelm", "torch", "numpy", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "platform": platform.platform(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with "+changes" if it was edited; `None` outside of one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        commit = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
+        edited = subprocess.run(
+            (*git, "status", "--porcelain", "-uno"), capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if edited.strip() else "")
+
+
+def command_line() -> str:
+    """The command that started this process, as one would type it."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["spherelm" if program in ("__main__.py", "spherelm") else program, *sys.argv[1:]])
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every number that JSON cannot write (NaN, infinities) as `None`."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` so that the file is never seen half written; NaN and infinities become null."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def or_nan(value: float | None) -> float:
+    """A number as `write_json` wrote it: what became null is NaN again."""
+    return math.nan if value is None else float(value)
+
+
+LOCK = ".lock"
+"""The file in a directory that is there while a process works in the directory."""
+
+
+def alone_in(out: Path) -> AbstractContextManager[None]:
+    """No other process works in the directory `out` as long as the context lasts; `FileExistsError` while one does."""
+    return locked(out / LOCK, f"{out} is in use by another process: wait until that ends, or choose another --out")
+
+
+@contextmanager
+def claimed(out: Path, wanted: dict[str, Any], resume: bool) -> Iterator[bool]:
+    """`claim_directory`, and be `alone_in` the directory as long as the context lasts. Raises what both raise."""
+    if not is_taken(out, resume):
+        out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        yield claim_directory(out, wanted, resume)
+
+
+def is_taken(out: Path, resume: bool) -> bool:
+    """Whether `out` holds something that may be resumed; raises `FileExistsError` for what may not, or if `resume` is False."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out")
+    if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
+        return False
+    if not resume:
+        raise FileExistsError(
+            f"{out} already holds something: choose another --out, or --resume to go on with what is there"
+        )
+    if not (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
+    return True
+
+
+def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
+    """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
+
+    Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for, and
+    `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed then.
+    Where "data_identity" says what the text is, the text may lie elsewhere than it did.
+    """
+    path = out / "config.json"
+    if not is_taken(out, resume):
+        out.mkdir(parents=True, exist_ok=True)
+        about = {"versions": versions(), "git_commit": git_commit(), "command": command_line()}
+        write_json(path, {**wanted, **about})
+        return False
+    try:
+        before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
+        moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+    free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE
+    differing = [field for field in now if field not in free and before.get(field) != now[field]]
+    if differing:
+        # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
+        field = min(differing, key=lambda name: ("." in name, not name.startswith("train.")))
+        raise ValueError(
+            f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
+            "give the same value, or another --out"
+        )
+    return True
+
+
+@contextmanager
+def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -> Iterator[Path | None]:
+    """Have `out` as the directory of this run as long as the context lasts, and give the checkpoint to go on from, if any.
+
+    data: what identifies the text, stored under "data_identity". Raises as `claimed` does.
+    """
+    with claimed(out, {**to_dict(config), "data_identity": data}, resume) as resumed:
+        yield latest_checkpoint(out) if resumed else None
