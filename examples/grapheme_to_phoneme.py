@@ -1,6 +1,6 @@
 """How words are spoken: an encoder-decoder from letters to phonemes, on the CMU Pronouncing Dictionary.
 
-    python examples/grapheme_to_phoneme.py cmudict.dict.gz runs/g2p --arm nencdec --steps 600
+    python examples/grapheme_to_phoneme.py cmudict.dict.gz runs/g2p --arm ngpt --steps 600
 
 One word in twenty, by a hash of its spelling, is held out, so that no pronunciation of a test word is seen in training; half of
 these are for validation, half for the test. Prints phoneme and word error rate; of several pronunciations the nearest counts.
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Letters to phonemes.")
     parser.add_argument("dictionary", type=Path, help="cmudict.dict, also compressed")
     parser.add_argument("out", type=Path, help="directory for the data, the run and scores.json")
-    parser.add_argument("--arm", choices=("encdec", "nencdec"), default="nencdec")
+    parser.add_argument("--arm", choices=("gpt", "ngpt"), default="ngpt")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)

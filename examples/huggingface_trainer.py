@@ -10,7 +10,7 @@ import argparse
 import torch
 from transformers import Trainer, TrainingArguments
 
-from spherelm import NGPT, NGPTConfig, departure
+from spherelm import NGPT, NGPTConfig, ScaleSpec, departure
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.interop.huggingface import to_hf
@@ -30,7 +30,7 @@ def main() -> None:
     ids = torch.tensor(tokenizer.encode(next(shipped_documents("train"))["text"][:400_000]))
     windows = [{"input_ids": window, "labels": window} for window in ids.split(128)[:-1]]
     # In a short run the learned scales cannot travel far: start them near where they belong (docs/paper.md).
-    config = NGPTConfig(tokenizer.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z_init=128**0.5, alpha_init=0.25)
+    config = NGPTConfig(tokenizer.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(128**0.5), alpha=ScaleSpec(0.25))
     model = to_hf(NGPT(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     settings = TrainingArguments(
