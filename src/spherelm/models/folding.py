@@ -32,7 +32,7 @@ from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, Unit
 from spherelm.layers.readout import Readout
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import RotaryTable, Rotation
-from spherelm.models import gpt, ngpt
+from spherelm.models import ARMS, gpt, ngpt
 from spherelm.models.config import nvidia_step
 from spherelm.models.decoder import Block, Decoder, LanguageModel
 from spherelm.models.kit import Surroundings
@@ -253,6 +253,9 @@ def frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
+MODELS = (LanguageModel, *(model_class for _, model_class in ARMS.values() if issubclass(model_class, LanguageModel)))
+"""The language models whose forward pass is known here; another class may have one of its own."""
+
 KNOWN: tuple[type[nn.Module], ...] = (
     *(Block, RMSNorm, nn.ModuleList),
     *(gpt.Residual, Attention, FeedForward, Embedding, Linear, gpt.Head),
@@ -263,7 +266,7 @@ KNOWN: tuple[type[nn.Module], ...] = (
 
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
-    if not isinstance(model, LanguageModel) or any(set(block.letters) > set("A-") for block in model.blocks):
+    if type(model) not in MODELS or any(set(block.letters) - set("A-") for block in model.blocks):  # type: ignore
         return f"{type(model).__name__} is no language model of attention and MLP alone"
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:
