@@ -13,6 +13,7 @@ import paper
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from oracle_names import oracle_names, oracle_parameters
 from torch import Tensor
 
 from spherelm.models import GPTConfig, NGPTConfig, build
@@ -104,7 +105,7 @@ def make_case(arm: str, **fields: Any) -> Case:
         model = build(config).double()
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in oracle_parameters(model):
             if paper.unit_axis(name) is None:
                 parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
             if "alpha" in name:
@@ -117,7 +118,7 @@ def make_case(arm: str, **fields: Any) -> Case:
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in oracle_parameters(model)}
     return Case(arm, model, weights, oracle_shape(config), tokens, targets)
 
 
@@ -137,7 +138,8 @@ def make_golden_model(files: golden.Golden) -> Decoder:
         "max_seq_len": files.tokens.shape[1],
     }
     model = build(GPTConfig(**sizes) if files.arm == "gpt" else NGPTConfig(**sizes)).double()
-    model.load_state_dict(files.weights)
+    names = oracle_names(model.state_dict())
+    model.load_state_dict({name: files.weights[theirs] for name, theirs in names.items()})
     return model
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import paper
+from oracle_names import by_oracle_names
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ ARMS = ("gpt", "ngpt")
 
 @dataclass(frozen=True)
 class Golden:
-    """One arm's files. ``weights``, ``gradients``: float64, by our names; ``losses [20]``; ``logits [B, T, V]``."""
+    """One arm's files. ``weights``, ``gradients``: float64, by the oracle's names; ``losses [20]``; ``logits [B, T, V]``."""
 
     arm: str
     shape: paper.Shape
@@ -56,11 +57,13 @@ def load(shared: Path, arm: str) -> Golden:
         arm=arm,
         shape=shape,
         vocab_size=arguments["vocab_size"],
-        weights={name: w.double() for name, w in read_checkpoint(directory / "ckpt.pt").weights.items()},
+        weights={
+            name: w.double() for name, w in by_oracle_names(read_checkpoint(directory / "ckpt.pt").weights).items()
+        },
         tokens=batch["tokens"],
         targets=batch["targets"],
         loss=float(oracle["loss"]),
         logits=oracle["logits"],
-        gradients=to_ours(gradients, n_heads),
+        gradients=by_oracle_names(to_ours(gradients, n_heads)),
         losses=oracle["losses"].tolist(),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import paper
 import paper_hybrid
 import torch
+from oracle_names import oracle_parameters
 from paper_moe import Experts
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCa
     assert isinstance(model, LanguageModel)
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in oracle_parameters(model):
             axis = paper.unit_axis(name)
             if axis is None:
                 parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
@@ -76,7 +77,7 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCa
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in oracle_parameters(model)}
     return HybridCase(arm, model, weights, hybrid_shape(config), tokens, targets)
 
 

@@ -27,6 +27,6 @@ def model_with_experts(arm: str = "ngpt", **router: Any) -> Decoder:
     """A `GPT` or an `NGPT` of two layers with experts in place of its MLPs."""
     model = build(GPTConfig(**SIZES) if arm == "gpt" else NGPTConfig(**SIZES))
     for block in model.blocks:
-        block.mlp = mixture(arm, **router)
+        block.mlp.part = mixture(arm, **router)
     model.init_weights()
     return model

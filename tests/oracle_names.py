@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 TOP = {"head.linear.weight": "head.weight", "head.norm.weight": "norm.weight", "head.s_z.value": "s_z.value"}
 PARTS = {"attention": "attention", "cross_attention": "cross", "mlp": "mlp", "mixer": "mamba", "experts": "experts"}
@@ -14,8 +17,9 @@ LETTERS = {"attention": "a", "cross_attention": "c", "mlp": "m"}
 BLOCK = re.compile(r"(.*?blocks\.\d+\.)(\w+)\.(part|alpha|norm)\.(.*)")
 
 
-def oracle_names(names: list[str]) -> dict[str, str]:
+def oracle_names(ours: Iterable[str]) -> dict[str, str]:
     """Each of our names -> the oracle's."""
+    names = list(ours)
     parts: dict[str, set[str]] = defaultdict(set)
     for name in names:
         if match := BLOCK.fullmatch(name):
@@ -33,8 +37,12 @@ def _oracle_name(name: str, parts: dict[str, set[str]]) -> str:
     return f"{block}{kind}.{rest}" if len(parts[block]) == 1 else f"{block}{kind}_{LETTERS[sublayer]}.{rest}"
 
 
+def by_oracle_names(values: Mapping[str, T]) -> dict[str, T]:
+    """What `values` holds by our names, by the oracle's."""
+    names = oracle_names(values)
+    return {names[name]: value for name, value in values.items()}
+
+
 def oracle_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """`model.named_parameters()` by the oracle's names."""
-    parameters = dict(model.named_parameters())
-    names = oracle_names(list(parameters))
-    return ((names[name], parameter) for name, parameter in parameters.items())
+    return iter(by_oracle_names(dict(model.named_parameters())).items())

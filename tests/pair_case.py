@@ -8,6 +8,7 @@ from typing import Any
 
 import paper
 import torch
+from oracle_names import oracle_parameters
 from torch import Tensor
 
 from spherelm.models import EncDecConfig, EncoderDecoder, NEncDecConfig, build
@@ -63,7 +64,7 @@ def make_pair_case(arm: str, **fields: Any) -> PairCase:
     assert isinstance(model, EncoderDecoder)
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in oracle_parameters(model):
             axis = paper.unit_axis(name)
             if axis is None:
                 parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
@@ -79,7 +80,7 @@ def make_pair_case(arm: str, **fields: Any) -> PairCase:
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in oracle_parameters(model)}
     return PairCase(arm, model, weights, pair_shape(config), source, tokens, targets)
 
 

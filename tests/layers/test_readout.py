@@ -72,7 +72,7 @@ def test_at_q_1_it_is_the_plain_gradient_over_the_mean_scale() -> None:
     mean = plain.head.s_z().mean()
     expected = gradients(plain, tokens)
     for name, gradient in gradients(other, tokens).items():
-        torch.testing.assert_close(gradient, expected[name] / (1 if name == "s_z.value" else mean))
+        torch.testing.assert_close(gradient, expected[name] / (1 if name == "head.s_z.value" else mean))
 
 
 def test_the_forward_pass_is_unchanged_at_any_q() -> None:

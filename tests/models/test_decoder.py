@@ -12,17 +12,21 @@ import torch
 from spherelm.layers.linear import Scale
 from spherelm.models import GPTConfig, NGPTConfig, build
 
-BLOCK = {f"attention.{w}.weight" for w in "qkvo"} | {f"mlp.{w}.weight" for w in "uvo"}
-SCALES = {"alpha_a.value", "alpha_m.value", "attention.s_qk.value", "mlp.s_u.value", "mlp.s_v.value"}
+BLOCK = {f"attention.part.{w}.weight" for w in "qkvo"} | {f"mlp.part.{w}.weight" for w in "uvo"}
+SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {
+    "attention.part.s_qk.value",
+    "mlp.part.s_u.value",
+    "mlp.part.s_v.value",
+}
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 
 
 def test_parameter_names_are_pinned(gpt_config: GPTConfig, ngpt_config: NGPTConfig) -> None:
     """Checkpoints, the optimizer's roles and the importers depend on these."""
-    gpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | {"norm_a.weight", "norm_m.weight"}}
+    gpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | {"attention.norm.weight", "mlp.norm.weight"}}
     ngpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | SCALES}
-    assert set(build(gpt_config).state_dict()) == gpt | {"embed.weight", "head.linear.weight", "norm.weight"}
-    assert set(build(ngpt_config).state_dict()) == ngpt | {"embed.weight", "head.linear.weight", "s_z.value"}
+    assert set(build(gpt_config).state_dict()) == gpt | {"embed.weight", "head.linear.weight", "head.norm.weight"}
+    assert set(build(ngpt_config).state_dict()) == ngpt | {"embed.weight", "head.linear.weight", "head.s_z.value"}
 
 
 @both_arms
@@ -67,11 +71,11 @@ def test_with_alpha_zero_the_logits_are_scaled_cosines_of_embeddings(case: Any) 
     c = case("ngpt")
     with torch.no_grad():
         for block in c.model.blocks:
-            block.alpha_a.value.zero_()
-            block.alpha_m.value.zero_()
+            block.attention.alpha.value.zero_()
+            block.mlp.alpha.value.zero_()
     p = c.weights
     s_z = paper.effective(p["s_z.value"], c.shape.s_z, c.shape.d_model)
-    wanted = s_z * (p["embed.weight"][c.tokens] @ p["head.linear.weight"].T)
+    wanted = s_z * (p["embed.weight"][c.tokens] @ p["head.weight"].T)
     torch.testing.assert_close(c.model(c.tokens), wanted, rtol=1e-12, atol=1e-13)
 
 
@@ -80,8 +84,8 @@ def test_only_the_size_of_alpha_counts(case: Any) -> None:
     before = c.model(c.tokens)
     with torch.no_grad():
         for block in c.model.blocks:
-            block.alpha_a.value.neg_()
-            block.alpha_m.value.neg_()
+            block.attention.alpha.value.neg_()
+            block.mlp.alpha.value.neg_()
     assert torch.equal(c.model(c.tokens), before)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import paper
 import pytest
 import torch
+from oracle_names import oracle_names, oracle_parameters
 from torch import Tensor
 
 from spherelm.generation.generate import generate
@@ -25,7 +26,7 @@ def model_of(arm: str, **fields: Any) -> MaskedModel:
     assert isinstance(model, MaskedModel)
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in oracle_parameters(model):
             if paper.unit_axis(name) is None:
                 parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
             elif arm == "encoder":
@@ -37,9 +38,9 @@ def oracle(p: paper.Params, shape: paper.Shape, tokens: Tensor) -> Tensor:
     """The encoder of an encoder-decoder, with a read-out."""
     inside = {f"encoder.{name}" if name.startswith(("blocks.", "norm.")) else name: w for name, w in p.items()}
     if "s_z.value" not in p:
-        return torch.stack([paper.gpt_encoder(inside, shape, row) @ p["head.linear.weight"].T for row in tokens])
+        return torch.stack([paper.gpt_encoder(inside, shape, row) @ p["head.weight"].T for row in tokens])
     s_z = paper.effective(p["s_z.value"], shape.s_z, shape.d_model)
-    return torch.stack([s_z * (paper.encoder(inside, shape, row) @ p["head.linear.weight"].T) for row in tokens])
+    return torch.stack([s_z * (paper.encoder(inside, shape, row) @ p["head.weight"].T) for row in tokens])
 
 
 def shape_of(model: MaskedModel) -> paper.Shape:
@@ -52,7 +53,7 @@ def shape_of(model: MaskedModel) -> paper.Shape:
 @pytest.mark.parametrize("arm", CONFIGS)
 def test_logits_loss_and_every_gradient(arm: str, fields: str) -> None:
     model = model_of(arm, **FIELDS[fields])
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in oracle_parameters(model)}
     tokens = torch.randint(38, (3, 9))  # the hidden token, 37, among them
     targets = torch.randint(37, (3, 9)).where(torch.rand(3, 9) < 0.4, -100)
     shape = shape_of(model)
@@ -62,7 +63,7 @@ def test_logits_loss_and_every_gradient(arm: str, fields: str) -> None:
     ours = model.loss(tokens, targets)
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
-    for name, parameter in model.named_parameters():
+    for name, parameter in oracle_parameters(model):
         assert parameter.grad is not None
         assert (parameter.grad - gradients[name]).abs().max() <= 2e-12 * gradients[name].abs().max(), name
 
@@ -78,8 +79,9 @@ def test_every_position_is_seen_from_every_other(arm: str) -> None:
 
 def test_unit_axes_are_ngpts_and_hidden_tokens_are_a_point_on_the_sphere() -> None:
     model = model_of("nencoder")
-    declared = {f"{name}.weight": axis for name, _, axis in unit_modules(model)}
-    assert declared == {n: axis for n, _ in model.named_parameters() if (axis := paper.unit_axis(n)) is not None}
+    names = oracle_names(model.state_dict())
+    declared = {names[f"{name}.weight"]: axis for name, _, axis in unit_modules(model)}
+    assert declared == {n: axis for n, _ in oracle_parameters(model) if (axis := paper.unit_axis(n)) is not None}
     assert model.embed.weight.shape == (38, 24)
     assert departure(model) < 1e-6  # drawn in float32
 

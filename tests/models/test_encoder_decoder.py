@@ -12,9 +12,13 @@ from spherelm.models import EncDecConfig, EncoderDecoder, NEncDecConfig, arm_of,
 from spherelm.models.encoder_decoder import padded
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
-ENCODER = {f"attention.{w}.weight" for w in "qkvo"} | {f"mlp.{w}.weight" for w in "uvo"}
-DECODER = ENCODER | {f"cross.{w}.weight" for w in "qkvo"}
-SCALES = {"alpha_a.value", "alpha_m.value", "attention.s_qk.value", "mlp.s_u.value", "mlp.s_v.value"}
+ENCODER = {f"attention.part.{w}.weight" for w in "qkvo"} | {f"mlp.part.{w}.weight" for w in "uvo"}
+DECODER = ENCODER | {f"cross_attention.part.{w}.weight" for w in "qkvo"}
+SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {
+    "attention.part.s_qk.value",
+    "mlp.part.s_u.value",
+    "mlp.part.s_v.value",
+}
 
 
 def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -26,16 +30,18 @@ def test_parameter_names_are_pinned() -> None:
         of_blocks = {f"blocks.{i}.{n}" for i in range(2) for n in block}
         return of_blocks | {f"encoder.blocks.{i}.{n}" for i in range(3) for n in encoder_block} | rest
 
-    embeddings, gains = (
-        {"embed.weight", "encoder.embed.weight", "head.linear.weight"},
-        {"norm_a.weight", "norm_m.weight"},
-    )
+    embeddings = {"embed.weight", "encoder.embed.weight", "head.linear.weight"}
+    gains = {"attention.norm.weight", "mlp.norm.weight"}
     plain, unit = (build(pair_config(arm)) for arm in ARMS)
     assert {name for name, _ in plain.named_parameters()} == names(
-        DECODER | gains | {"norm_c.weight"}, ENCODER | gains, embeddings | {"norm.weight", "encoder.norm.weight"}
+        DECODER | gains | {"cross_attention.norm.weight"},
+        ENCODER | gains,
+        embeddings | {"head.norm.weight", "encoder.norm.weight"},
     )
     assert {name for name, _ in unit.named_parameters()} == names(
-        DECODER | SCALES | {"alpha_c.value", "cross.s_qk.value"}, ENCODER | SCALES, embeddings | {"s_z.value"}
+        DECODER | SCALES | {"cross_attention.alpha.value", "cross_attention.part.s_qk.value"},
+        ENCODER | SCALES,
+        embeddings | {"head.s_z.value"},
     )
 
 
@@ -45,7 +51,7 @@ def test_embeddings_can_be_shared(arm: str) -> None:
     assert "embed.weight" in names
     assert "encoder.embed.weight" not in names
     names = {name for name, _ in build(pair_config(arm, share_embeddings=True, tie_embeddings=True)).named_parameters()}
-    assert [name for name in names if "embed" in name or "head" in name] == ["embed.weight"]
+    assert [name for name in names if "embed" in name or "head.linear" in name] == ["embed.weight"]
 
 
 @both_arms
@@ -66,7 +72,7 @@ def test_the_encoder_sees_in_both_directions_and_the_decoder_in_one(arm: str) ->
     for changed in (0, LENGTHS[1] - 1):
         source = c.source.clone()
         source[1, changed] = (source[1, changed] + 1) % 37
-        before, after = c.model.encoder(c.source).states[1], c.model.encoder(source).states[1]
+        before, after = c.model.encoded(c.source).states[1], c.model.encoded(source).states[1]
         assert ((before - after).abs().amax(-1) > 1e-6).all()
     tokens = c.tokens.clone()
     tokens[:, 5:] = (tokens[:, 5:] + 1) % 37
@@ -158,8 +164,10 @@ def test_each_step_has_its_own_alpha() -> None:
             if "alpha" in name and not name.startswith("encoder."):
                 parameter.zero_()
     still = c.model(c.source, c.tokens)
-    for name in ("alpha_a", "alpha_c", "alpha_m"):
-        scale = getattr(c.model.blocks[1], name).value
+    sublayers = c.model.blocks[1].sublayers
+    assert list(sublayers) == ["attention", "cross_attention", "mlp"]
+    for sublayer in sublayers.values():
+        scale = sublayer.alpha.value
         with torch.no_grad():
             scale.fill_(0.1)
         assert (c.model(c.source, c.tokens) - still).abs().max() > 1e-4

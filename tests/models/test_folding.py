@@ -120,7 +120,7 @@ class OtherMLP(nn.Module):
 
 
 def change_mlp(model: Any) -> None:
-    model.blocks[1].mlp = OtherMLP()
+    model.blocks[1].mlp.part = OtherMLP()
 
 
 def add_hook(model: Any) -> None:
@@ -128,7 +128,7 @@ def add_hook(model: Any) -> None:
 
 
 def change_step(model: Any) -> None:
-    model.blocks[0].step = lambda h, target, alpha: h
+    model.blocks[0].mlp.step = lambda h, target, alpha: h
 
 
 def compile_block(model: Any) -> None:
@@ -138,10 +138,10 @@ def compile_block(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (change_mlp, "blocks.1.mlp is a OtherMLP of another make"),
+        (change_mlp, "blocks.1.mlp.part is a OtherMLP of another make"),
         (add_hook, "blocks.0 has hooks, which would not be called"),
-        (change_step, "blocks.0 takes a step on the sphere that is not known here"),
-        (compile_block, "blocks.0 is a NGPTBlock of another make"),
+        (change_step, "blocks.0.mlp takes a step on the sphere that is not known here"),
+        (compile_block, "blocks.0 is a Block of another make"),
     ],
 )
 def test_what_is_not_known_is_not_folded(change: Callable[[Any], None], reason: str, case: Any) -> None:
@@ -159,7 +159,7 @@ def test_another_decoder_is_not_folded(case: Any) -> None:
 
     c = case("gpt")
     c.model.__class__ = Mine
-    with pytest.raises(ValueError, match="Mine is neither GPT nor NGPT"):
+    with pytest.raises(ValueError, match="Mine is no language model of attention and MLP alone"):
         folded(c.model)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import paper
 import pytest
 import torch
+from oracle_names import oracle_names, oracle_parameters
 
 from spherelm.layers.linear import departure
 from spherelm.models import GPTConfig, NEncoderConfig, NGPTConfig, NHybridConfig, build, parameter_count
@@ -19,7 +20,7 @@ BUILDERS = [GPTConfig, NGPTConfig]
 
 def test_gpt_matrices_by_role() -> None:
     model = build(GPTConfig(**SIZES))
-    for name, w in model.named_parameters():
+    for name, w in oracle_parameters(model):
         if w.ndim == 1:
             assert torch.equal(w, torch.ones_like(w)), name
             continue
@@ -39,7 +40,7 @@ def test_gpt_init_std_is_a_field() -> None:
 def test_ngpt_matrices_are_unit_along_their_axis_in_every_direction() -> None:
     model = build(NGPTConfig(**SIZES))
     assert departure(model) < 3e-7
-    for name, w in model.named_parameters():
+    for name, w in oracle_parameters(model):
         axis = paper.unit_axis(name)
         if axis is None:
             continue
@@ -58,11 +59,11 @@ def test_ngpt_scales_start_at_the_papers_values() -> None:
     used = {"alpha_a": 0.05, "alpha_m": 0.05, "s_qk": 1.0, "s_u": 1.0, "s_v": 1.0, "s_z": 1.0}
     shapes = {"alpha_a": (64,), "alpha_m": (64,), "s_qk": (4, 16), "s_u": (256,), "s_v": (256,), "s_z": (300,)}
     seen = set()
-    for name, value in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, theirs in oracle_names(parameters).items():
         if not name.endswith(".value"):
             continue
-        path = name.removesuffix(".value")
-        scale = path.rpartition(".")[2]
+        path, value, scale = name.removesuffix(".value"), parameters[name], theirs.split(".")[-2]
         seen.add(scale)
         assert value.shape == shapes[scale], name
         assert value.unique().tolist() == pytest.approx([stored[scale]]), name

@@ -32,7 +32,7 @@ from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, Unit
 from spherelm.layers.readout import Readout
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import RotaryTable, Rotation
-from spherelm.models import gpt, ngpt
+from spherelm.models import GPT, NGPT, gpt, ngpt
 from spherelm.models.decoder import Block, Decoder, LanguageModel
 from spherelm.models.kit import Surroundings
 from spherelm.models.variants import nvidia_step
@@ -263,7 +263,7 @@ KNOWN: tuple[type[nn.Module], ...] = (
 
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
-    if not isinstance(model, LanguageModel) or any(block.letters != "A-" for block in model.blocks):
+    if type(model) not in (GPT, NGPT) or any(block.letters != "A-" for block in model.blocks):  # type: ignore[operator, union-attr]
         return f"{type(model).__name__} is no language model of attention and MLP alone"
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:
