@@ -12,6 +12,7 @@ import golden
 import paper
 import pytest
 import torch
+from configs import make_config, scales_of
 from hypothesis import HealthCheck, settings
 from oracle_names import oracle_names, oracle_parameters
 from torch import Tensor
@@ -85,21 +86,21 @@ class Case:
             yield self.tokens.roll(i, 1), self.targets.roll(i, 1)
 
 
-def oracle_shape(config: GPTConfig | NGPTConfig) -> paper.Shape:
+def oracle_shape(config: Config) -> paper.Shape:
     """What the oracle needs to know of ``config``."""
-    shape = paper.Shape(
-        config.n_layers, config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, config.rope_base
+    return paper.Shape(
+        config.n_layers,
+        config.d_model,
+        config.n_heads,
+        config.kv_heads,
+        config.rope_base,
+        **scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z"),
     )
-    if isinstance(config, GPTConfig):
-        return shape
-    names = ("alpha", "s_qk", "s_u", "s_v", "s_z")
-    scales = {n: (getattr(config, f"{n}_init"), getattr(config, f"{n}_scale") or 0.0) for n in names}
-    return paper.Shape(**{**shape.__dict__, **scales})
 
 
 def make_case(arm: str, **fields: Any) -> Case:
     """The same case at every call. All gains and scales differ and some alphas are negative, so that nothing cancels."""
-    config = (GPTConfig if arm == "gpt" else NGPTConfig)(**{**TINY, **fields})
+    config = make_config(arm, **{**TINY, **fields})
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = build(config).double()

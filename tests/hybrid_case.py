@@ -9,18 +9,18 @@ from typing import Any
 import paper
 import paper_hybrid
 import torch
+from configs import make_config, scales_of
 from oracle_names import oracle_parameters
 from paper_moe import Experts
 from torch import Tensor
 
-from spherelm.models import HybridConfig, LanguageModel, NHybridConfig, build
+from spherelm.models import Config, LanguageModel, build
 
 SIZES: dict[str, Any] = {"vocab_size": 37, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 32}
 MIXERS: dict[str, Any] = {"mamba_d_head": 12, "mamba_d_state": 5, "mamba_chunk": 4, "mamba_groups": 2, "mamba_conv": 3}
 EXPERTS: dict[str, Any] = {"n_experts": 4, "d_expert": 10}
-ARMS = ("hybrid", "nhybrid")
-CONFIGS = {"hybrid": HybridConfig, "nhybrid": NHybridConfig}
-ORACLES = {"hybrid": paper_hybrid.hybrid, "nhybrid": paper_hybrid.nhybrid}
+ARMS = ("gpt", "ngpt")
+ORACLES = {"gpt": paper_hybrid.hybrid, "ngpt": paper_hybrid.nhybrid}
 
 
 @dataclass
@@ -44,13 +44,10 @@ class HybridCase:
             yield self.tokens.roll(i, 1), self.targets.roll(i, 1)
 
 
-def hybrid_config(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridConfig | NHybridConfig:
+def hybrid_config(arm: str, pattern: str = "MAM-", **fields: Any) -> Config:
     """A small model of the layers in ``pattern``."""
-    config_class: Any = CONFIGS[arm]
-    config: HybridConfig | NHybridConfig = config_class(
-        n_layers=len(pattern), pattern=pattern, **{**SIZES, **MIXERS, **EXPERTS, **fields}
-    )
-    return config
+    sizes = {**SIZES, **MIXERS, **EXPERTS, **fields}
+    return make_config(arm, n_layers=len(pattern), pattern=pattern, **sizes)
 
 
 def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCase:
@@ -70,9 +67,9 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCa
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
             if "alpha" in name:
                 parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if arm == "hybrid" and axis is not None:
+            if arm == "gpt" and axis is not None:
                 parameter.mul_(5)
-            if arm == "nhybrid" and axis is not None:
+            if arm == "ngpt" and axis is not None:
                 parameter.copy_(paper.norm(parameter, axis))
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
@@ -81,21 +78,25 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCa
     return HybridCase(arm, model, weights, hybrid_shape(config), tokens, targets)
 
 
-def hybrid_shape(config: HybridConfig | NHybridConfig) -> paper_hybrid.Shape:
+def hybrid_shape(config: Config) -> paper_hybrid.Shape:
     """What the oracle needs to know of ``config``."""
-    names = ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba") if isinstance(config, NHybridConfig) else ()
+    assert config.pattern is not None
+    experts, mixer = config.experts, config.mamba
     return paper_hybrid.Shape(
         config.n_layers,
         config.d_model,
         config.n_heads,
-        config.n_kv_heads or config.n_heads,
+        config.kv_heads,
         config.rope_base,
         pattern=config.pattern,
-        heads=config.mamba_expand * config.d_model // config.mamba_d_head,
-        d_state=config.mamba_d_state,
-        groups=config.mamba_groups,
+        heads=mixer.n_heads,
+        d_state=mixer.d_state,
+        groups=mixer.n_groups,
         experts=Experts(
-            config.experts_per_token, config.router_score, config.experts_per_token > 1, config.n_shared_experts
+            experts.experts_per_token,
+            experts.router_score,
+            experts.experts_per_token > 1,
+            experts.n_shared_experts,
         ),
-        **{n: (getattr(config, f"{n}_init"), getattr(config, f"{n}_scale") or 0.0) for n in names},
+        **scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba"),
     )

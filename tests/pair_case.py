@@ -8,15 +8,15 @@ from typing import Any
 
 import paper
 import torch
+from configs import make_config, scales_of
 from oracle_names import oracle_parameters
 from torch import Tensor
 
-from spherelm.models import EncDecConfig, EncoderDecoder, NEncDecConfig, build
+from spherelm.models import Config, EncDecArch, EncoderDecoder, build
 
 TINY: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 16}
-ARMS = ("encdec", "nencdec")
-CONFIGS = {"encdec": EncDecConfig, "nencdec": NEncDecConfig}
-ORACLES = {"encdec": paper.encdec, "nencdec": paper.nencdec}
+ARMS = ("gpt", "ngpt")
+ORACLES = {"gpt": paper.encdec, "ngpt": paper.nencdec}
 LENGTHS = (5, 8, 1)
 """Real tokens of each source of the batch, which is 8 wide."""
 
@@ -48,11 +48,9 @@ class PairCase:
             yield torch.cat((self.source, self.tokens.roll(i, 1)), 1), self.targets.roll(i, 1)
 
 
-def pair_config(arm: str, **fields: Any) -> EncDecConfig | NEncDecConfig:
+def pair_config(arm: str, **fields: Any) -> Config:
     """A decoder of two layers behind an encoder of three, unless ``fields`` say otherwise."""
-    config_class: Any = CONFIGS[arm]
-    config: EncDecConfig | NEncDecConfig = config_class(**{**TINY, "n_encoder_layers": 3, **fields})
-    return config
+    return make_config(arm, "encdec", **{**TINY, "n_encoder_layers": 3, **fields})
 
 
 def make_pair_case(arm: str, **fields: Any) -> PairCase:
@@ -70,9 +68,9 @@ def make_pair_case(arm: str, **fields: Any) -> PairCase:
                 parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
             if "alpha" in name:
                 parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if arm == "encdec" and parameter.ndim == 2:
+            if arm == "gpt" and parameter.ndim == 2:
                 parameter.mul_(5)
-            if arm == "nencdec" and axis is not None:
+            if arm == "ngpt" and axis is not None:
                 parameter.copy_(paper.norm(parameter, axis))
     source = torch.randint(config.vocab_size, (3, max(LENGTHS)), generator=noise)
     for row, length in zip(source, LENGTHS, strict=True):
@@ -84,15 +82,15 @@ def make_pair_case(arm: str, **fields: Any) -> PairCase:
     return PairCase(arm, model, weights, pair_shape(config), source, tokens, targets)
 
 
-def pair_shape(config: EncDecConfig | NEncDecConfig) -> paper.Shape:
+def pair_shape(config: Config) -> paper.Shape:
     """What the oracle needs to know of ``config``."""
-    names = ("alpha", "s_qk", "s_u", "s_v", "s_z") if isinstance(config, NEncDecConfig) else ()
+    assert isinstance(config.architecture, EncDecArch)
     return paper.Shape(
         config.n_layers,
         config.d_model,
         config.n_heads,
-        config.n_kv_heads or config.n_heads,
+        config.kv_heads,
         config.rope_base,
-        n_encoder_layers=config.n_encoder_layers or config.n_layers,
-        **{n: (getattr(config, f"{n}_init"), getattr(config, f"{n}_scale") or 0.0) for n in names},
+        n_encoder_layers=config.architecture.n_encoder_layers or config.n_layers,
+        **scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z"),
     )

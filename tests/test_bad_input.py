@@ -80,7 +80,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
         (["--set", "matrix_rate=-1"], "matrix_rate must be a number of at least 0, got -1"),
-        (["--set", "s_z_scale=0"], "s_z_scale must be positive or None, got 0"),
+        (["--set", "s_z.scale=0"], "s_z_scale must be positive or None, got 0"),
         (["--set", "lr=1e-3"], "'lr=1e-3': lr is given by --lr too, give it once"),
         (["--set", "seed=1.5"], "seed must be a whole number, got 1.5"),
         (["--set", "seed=true"], "seed must be a whole number, got True"),
@@ -123,7 +123,7 @@ def test_validation_text_shorter_than_a_sequence(refused: Refused, data: Path, t
         ("n_layers=0", "n_layers must be a positive whole number, got 0"),
         ("d_model=wide", "d_model must be a positive whole number, got 'wide'"),
         ("colour=red", "no field is called colour"),
-        ("alpha_init", "cannot read 'alpha_init': write a field and its values, such as alpha_init=0.05,0.25"),
+        ("alpha.init", "cannot read 'alpha_init': write a field and its values, such as alpha.init=0.05,0.25"),
         ("batch_size=2,2", "two runs would share the directory"),
         ("seed=0,1", "'seed=0,1': seed is chosen by --seeds"),
         ("lr=1e-3,2e-3", "'lr=1e-3,2e-3': lr is given by --lr too, give it once"),
@@ -153,8 +153,8 @@ def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_
     fields += [
         "weight_decay=0.1000000000001",
         "momentum=0.9000000000001",
-        "alpha_init=0.0500000001",
-        "s_z_init=8.00000001",
+        "alpha.init=0.0500000001",
+        "s_z.init=8.00000001",
     ]
     fields += [
         "input_embedding_rate=1.5",

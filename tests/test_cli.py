@@ -337,7 +337,7 @@ def test_sweep_passes_on_what_was_asked(
         0.1,
         0.2,
         "--vary",
-        "alpha_init=0.1,0.3",
+        "alpha.init=0.1,0.3",
         "seq_len=16",
         "--steps",
         9,

@@ -46,8 +46,8 @@ def test_the_papers_recipe_is_tables_2_and_3(arm: str) -> None:
     assert run.optim == OptimConfig(1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=None, grad_clip=1.0)
     if arm == "ngpt":
         names = ("alpha", "s_qk", "s_u", "s_v", "s_z")
-        assert [getattr(run.model, f"{name}_init") for name in names] == [0.05, 1, 1, 1, 1]
-        assert [getattr(run.model, f"{name}_scale") for name in names] == [None, None, 1, 1, None]
+        assert [getattr(run.model, f"{name}.init") for name in names] == [0.05, 1, 1, 1, 1]
+        assert [getattr(run.model, f"{name}.scale") for name in names] == [None, None, 1, 1, None]
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(100_000, 2000), (20_000, 2000), (300, 30), (9, 0)])
@@ -86,7 +86,7 @@ def test_adam_differs_from_the_papers_recipe_only_where_it_says(preset: str) -> 
     assert differences(adam, paper) - {"optim"} == {"recipe", "model", "schedule"}
     assert differences(adam.schedule, paper.schedule) == {"kind"}
     assert differences(adam.optim, paper.optim) <= {"betas"}
-    assert differences(adam.model, paper.model) <= {"s_z_init", "s_z_scale", "alpha_init", "common_start", "s_qk_init"}
+    assert differences(adam.model, paper.model) <= {"s_z.init", "s_z.scale", "alpha.init", "common_start", "s_qk.init"}
     model: Any = adam.model
     starts = {"pairs": 25.0, "demo": 22.63, "0.3m": 32.0, "1m": 45.25, "4m": 61.34, "12m": 64.0}
     assert model.s_z_init == pytest.approx(starts.get(preset, math.sqrt(model.d_model)), rel=1e-3)
@@ -166,7 +166,7 @@ def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of
 
 
 @pytest.mark.parametrize(
-    ("arm", "preset", "common_start", "s_qk_init"),
+    ("arm", "preset", "common_start", "s_qk.init"),
     [
         ("nhybrid", "hybrid", 8.0, 0.5),
         ("nhybrid", "moe", 8.0, 0.5),
@@ -314,7 +314,7 @@ def test_an_explicit_init_beats_the_recipes() -> None:
         ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, pairs, "),
         ("gpt", "demo", "secret", {}, "unknown recipe 'secret': choose one of default, adam"),
         ("gpt", "demo", "default", {"colour": "red", "zeal": 1}, "no field is called colour, zeal"),
-        ("gpt", "demo", "default", {"alpha_init": 0.1}, "no field is called alpha_init"),
+        ("gpt", "demo", "default", {"alpha.init": 0.1}, "no field is called alpha_init"),
         ("ngpt", "demo", "default", {"n_layers": 0}, "n_layers must be a positive whole number, got 0"),
         ("ngpt", "demo", "default", {"lr": "abc"}, "the learning rate must be a positive number, got 'abc'"),
         ("nhybrid", "hybrid", "default", {"pattern": 5}, "pattern must be text, a letter a layer such as MAM-, got 5"),
@@ -479,25 +479,25 @@ def test_heads_of_one_width_follow_the_model() -> None:
 
 R = 1 / math.sqrt(128)
 WANTED: dict[str, dict[str, Any]] = {
-    "s_qk-from-1-at-1": {"s_qk_scale": 1},
-    "s_qk-from-0.33-at-rsqrt": {"s_qk_init": 0.33},
-    "s_qk-from-0.33-at-1": {"s_qk_init": 0.33, "s_qk_scale": 1},
-    "s_qk-from-0.05-at-rsqrt": {"s_qk_init": 0.05},
-    "s_qk-from-0.05-at-1": {"s_qk_init": 0.05, "s_qk_scale": 1},
-    "s_uv-from-1-at-rsqrt": {"s_u_scale": R, "s_v_scale": R},
-    "s_uv-from-rsqrt-at-rsqrt": {"s_u_init": R, "s_v_init": R, "s_u_scale": R, "s_v_scale": R},
-    "s_uv-from-rsqrt-at-1": {"s_u_init": R, "s_v_init": R},
-    "s_z-from-1-at-1": {"s_z_scale": 1},
-    "s_z-from-sqrt-at-rsqrt": {"s_z_init": math.sqrt(128)},
-    "s_z-from-sqrt-at-1": {"s_z_init": math.sqrt(128), "s_z_scale": 1},
-    "s_qk-scalar": {"s_qk_form": "scalar"},
-    "s_qk-fixed": {"s_qk_form": "fixed"},
-    "s_uv-scalar": {"s_u_form": "scalar", "s_v_form": "scalar"},
-    "s_uv-fixed": {"s_u_form": "fixed", "s_v_form": "fixed"},
-    "s_z-scalar": {"s_z_form": "scalar"},
-    "s_z-fixed": {"s_z_form": "fixed"},
-    "alpha-scalar": {"alpha_form": "scalar"},
-    "alpha-fixed": {"alpha_form": "fixed"},
+    "s_qk-from-1-at-1": {"s_qk.scale": 1},
+    "s_qk-from-0.33-at-rsqrt": {"s_qk.init": 0.33},
+    "s_qk-from-0.33-at-1": {"s_qk.init": 0.33, "s_qk.scale": 1},
+    "s_qk-from-0.05-at-rsqrt": {"s_qk.init": 0.05},
+    "s_qk-from-0.05-at-1": {"s_qk.init": 0.05, "s_qk.scale": 1},
+    "s_uv-from-1-at-rsqrt": {"s_u.scale": R, "s_v.scale": R},
+    "s_uv-from-rsqrt-at-rsqrt": {"s_u.init": R, "s_v.init": R, "s_u.scale": R, "s_v.scale": R},
+    "s_uv-from-rsqrt-at-1": {"s_u.init": R, "s_v.init": R},
+    "s_z-from-1-at-1": {"s_z.scale": 1},
+    "s_z-from-sqrt-at-rsqrt": {"s_z.init": math.sqrt(128)},
+    "s_z-from-sqrt-at-1": {"s_z.init": math.sqrt(128), "s_z.scale": 1},
+    "s_qk-scalar": {"s_qk.form": "scalar"},
+    "s_qk-fixed": {"s_qk.form": "fixed"},
+    "s_uv-scalar": {"s_u.form": "scalar", "s_v.form": "scalar"},
+    "s_uv-fixed": {"s_u.form": "fixed", "s_v.form": "fixed"},
+    "s_z-scalar": {"s_z.form": "scalar"},
+    "s_z-fixed": {"s_z.form": "fixed"},
+    "alpha-scalar": {"alpha.form": "scalar"},
+    "alpha-fixed": {"alpha.form": "fixed"},
     "no-qk-norm": {"qk_norm": False},
     "alpha-free": {"alpha_sign": "free"},
     "riemannian": {"step": "riemannian"},
@@ -527,7 +527,7 @@ def test_an_ablation_is_the_papers_recipe_with_one_change(name: str) -> None:
     """Said with the numbers themselves, which `None` fields of the config stand for."""
     run, base = (make_run("ngpt", "demo", recipe, vocab_size=9) for recipe in (name, "paper"))
     assert differences(run, base) == {"recipe", "model"}
-    unsaid = {f"{scale}_scale": R for scale in ("alpha", "s_qk", "s_z")}
+    unsaid = {f"{scale}.scale": R for scale in ("alpha", "s_qk", "s_z")}
     plain, paper = (
         {k: unsaid[k] if v is None and k in unsaid else v for k, v in vars(r.model).items()} for r in (run, base)
     )

@@ -187,10 +187,10 @@ MODELS = {
     "gpt": lambda case: case("gpt"),
     "ngpt": lambda case: case("ngpt"),
     "ngpt, tied, shared keys": lambda case: case("ngpt", tie_embeddings=True, n_kv_heads=1),
-    "hybrid": lambda case: make_hybrid_case("hybrid", "MA-O"),
-    "nhybrid": lambda case: make_hybrid_case("nhybrid", "MA-O", n_shared_experts=1),
-    "encdec": lambda case: make_pair_case("encdec", n_encoder_layers=1),
-    "nencdec": lambda case: make_pair_case("nencdec", n_encoder_layers=1),
+    "hybrid": lambda case: make_hybrid_case("gpt", "MA-O"),
+    "nhybrid": lambda case: make_hybrid_case("ngpt", "MA-O", n_shared_experts=1),
+    "encdec": lambda case: make_pair_case("gpt", n_encoder_layers=1),
+    "nencdec": lambda case: make_pair_case("ngpt", n_encoder_layers=1),
 }
 
 
@@ -290,6 +290,6 @@ def test_preconditioned_logits_have_first_derivatives_alone() -> None:
 
 
 def test_a_router_that_counts_is_refused_under_torch_func() -> None:
-    c = make_hybrid_case("nhybrid", "O")
+    c = make_hybrid_case("ngpt", "O")
     with pytest.raises(RuntimeError, match=r"call model\.eval\(\)"):
         grad(lambda w: loss_of(c.model, w, c.tokens, c.targets))(c.weights)

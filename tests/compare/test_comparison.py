@@ -179,7 +179,7 @@ def test_what_each_arm_learns_with_can_be_chosen(
     assert (summary["arms"]["gpt"]["lr"], summary["arms"]["ngpt"]["lr"]) == (0.02, 0.03)
     assert summary["config"]["tokens"] == 2 * 2 * 8
     record = tiny.read_json(tmp_path / "out" / "ngpt-0" / "config.json")
-    assert record["model"]["s_z_init"] == 1.0
+    assert record["model"]["s_z.init"] == 1.0
     assert (record["train"]["steps"], record["train"]["seq_len"], record["train"]["batch_size"]) == (2, 8, 2)
 
 

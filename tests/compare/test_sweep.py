@@ -30,7 +30,7 @@ def test_a_grid_has_every_combination_once() -> None:
 @pytest.mark.parametrize(
     ("text", "axis"),
     [
-        ("alpha_init=0.05,0.25", ("alpha_init", [0.05, 0.25])),
+        ("alpha.init=0.05,0.25", ("alpha.init", [0.05, 0.25])),
         ("batch_size=4", ("batch_size", [4])),
         ("dtype=float32,bfloat16", ("dtype", ["float32", "bfloat16"])),
         ("tie_embeddings=true,false", ("tie_embeddings", [True, False])),
@@ -45,10 +45,10 @@ def test_an_axis_is_read_from_a_word(text: str, axis: tuple[str, list[Any]]) -> 
     assert parse_axis(text) == axis
 
 
-@pytest.mark.parametrize("text", ["alpha_init", "alpha_init=", "=1,2", ""])
+@pytest.mark.parametrize("text", ["alpha.init", "alpha.init=", "=1,2", ""])
 def test_a_word_that_is_no_axis_is_refused(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"cannot read '.*': write a field and its values, such as alpha_init=0\.05,0\.25"
+        ValueError, match=r"cannot read '.*': write a field and its values, such as alpha.init=0\.05,0\.25"
     ):
         parse_axis(text)
 
@@ -249,7 +249,7 @@ def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(module, "run_jobs", record)
     monkeypatch.setattr(module, "write_page", lambda *_: None)
-    choice = {"arm": "ngpt", "alpha_init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
+    choice = {"arm": "ngpt", "alpha.init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
     sweep([choice], 2, tmp_path, vocab_size=99, data="d", workers=3)
     for seed, job in enumerate(seen):
         config = job.config

@@ -34,7 +34,7 @@ every_variant = pytest.mark.parametrize("variant", sorted(VARIANTS))
 def make_model(arm: str, **fields: Any) -> Decoder:
     """A small model whose logits differ enough for a greedy choice to be clear."""
     config_class, _ = ARMS[arm]
-    extra = {"s_z_init": 20.0, "alpha_init": 0.3} if arm == "ngpt" else {"init_std": 0.3}
+    extra = {"s_z.init": 20.0, "alpha.init": 0.3} if arm == "ngpt" else {"init_std": 0.3}
     return build(config_class(**{**SIZES, **extra, **fields})).eval()
 
 
@@ -247,7 +247,7 @@ def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_is_left_alone(tmp_path: P
 @both_arms
 def test_a_new_model_starts_as_ours_does(arm: str) -> None:
     hf = transformers.AutoModelForCausalLM.from_config(SphereLMConfig(**SIZES, arm=arm))
-    fresh = make_model(arm, **({"s_z_init": 1.0, "alpha_init": 0.05} if arm == "ngpt" else {"init_std": 0.02}))
+    fresh = make_model(arm, **({"s_z.init": 1.0, "alpha.init": 0.05} if arm == "ngpt" else {"init_std": 0.02}))
     assert departure(hf) < 1e-6
     for (name, one), (_, other) in zip(hf.model.named_parameters(), fresh.named_parameters(), strict=True):
         if one.ndim == 1:

@@ -143,7 +143,7 @@ def test_what_is_saved_comes_back(arm: str, share: bool, tie: bool, tmp_path: Pa
 
 
 def test_hidden_states_and_attentions_are_shown_on_request() -> None:
-    c = make_pair_case("nencdec")
+    c = make_pair_case("ngpt")
     wrapped = to_hf(c.model)
     wrapped.set_attn_implementation("eager")
     out = wrapped(**inputs(c), decoder_input_ids=c.tokens, output_hidden_states=True, output_attentions=True)
@@ -183,7 +183,7 @@ def test_the_trainer_of_transformers_trains_it(arm: str, tmp_path: Path) -> None
 
 
 def test_what_is_missing_is_named() -> None:
-    c = make_pair_case("nencdec")
+    c = make_pair_case("ngpt")
     wrapped = to_hf(c.model)
     with pytest.raises(ValueError, match="there is no source"):
         wrapped(decoder_input_ids=c.tokens)

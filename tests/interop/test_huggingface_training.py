@@ -28,7 +28,7 @@ from spherelm.interop.huggingface import to_hf  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 CONFIG = {"vocab_size": 257, "n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 64, "max_seq_len": 32}
-CONFIG |= {"s_z_init": 6.0, "alpha_init": 0.3}
+CONFIG |= {"s_z.init": 6.0, "alpha.init": 0.3}
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ END = 0
 @pytest.fixture
 def model() -> EncoderDecoder:
     """Random weights far from the start, so that probabilities differ: 5 tokens."""
-    return make_pair_case("encdec", vocab_size=5).model.float()
+    return make_pair_case("gpt", vocab_size=5).model.float()
 
 
 def all_texts(model: Any, source: list[int], limit: int) -> dict[tuple[int, ...], float]:

@@ -23,11 +23,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rope base": {"rope_base": 100.0},
 }
 SCALES: dict[str, dict[str, Any]] = {
-    "alpha": {"alpha_init": 0.5, "alpha_scale": 0.3},
-    "s_qk": {"s_qk_init": 0.33, "s_qk_scale": 1.0},
-    "s_u, s_v, s_z": {"s_u_init": 0.2, "s_v_scale": 2.0, "s_z_init": 24**0.5},
+    "alpha": {"alpha.init": 0.5, "alpha.scale": 0.3},
+    "s_qk": {"s_qk.init": 0.33, "s_qk.scale": 1.0},
+    "s_u, s_v, s_z": {"s_u.init": 0.2, "s_v.scale": 2.0, "s_z.init": 24**0.5},
 }
-CASES = [(arm, name) for arm in ARMS for name in FIELDS] + [("nencdec", name) for name in SCALES]
+CASES = [(arm, name) for arm in ARMS for name in FIELDS] + [("ngpt", name) for name in SCALES]
 LR = 3e-3
 
 
@@ -84,7 +84,7 @@ def test_training_is_the_oracles(arm: str, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"share_embeddings": True}, {"tie_embeddings": True}], ids=str)
 def test_retraction_finds_every_matrix_along_the_papers_axis(fields: dict[str, Any]) -> None:
-    c = make_pair_case("nencdec", **fields)
+    c = make_pair_case("ngpt", **fields)
     names = oracle_names(c.model.state_dict())
     declared = {names[f"{name}.weight"]: axis for name, _, axis in unit_modules(c.model)}
     assert declared == {name: axis for name in c.weights if (axis := paper.unit_axis(name)) is not None}
@@ -96,7 +96,7 @@ def test_retraction_finds_every_matrix_along_the_papers_axis(fields: dict[str, A
     assert departure(c.model) < 1e-14
     for name, parameter in oracle_parameters(c.model):
         assert_near(parameter.detach(), wanted[name], 1e-14, name)
-    assert not list(unit_modules(make_pair_case("encdec", **fields).model))
+    assert not list(unit_modules(make_pair_case("gpt", **fields).model))
 
 
 MISTAKES = {
@@ -114,6 +114,6 @@ right_encoder = paper.encoder
 def test_the_oracle_notices(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, replacement = MISTAKES[mistake]
     monkeypatch.setattr(paper, name, replacement)
-    c = make_pair_case("nencdec")
+    c = make_pair_case("ngpt")
     wanted = c.forward(c.weights, c.shape, (c.source, c.tokens))
     assert (c.model(c.source, c.tokens) - wanted).abs().max() > 1e-6 * wanted.abs().max()

@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nvidia": ("ngpt", {"rope": "nvidia", "step": "nvidia"}),
     "riemannian": ("ngpt", {"step": "riemannian", "alpha_sign": "free"}),
     "no norm of q and k": ("ngpt", {"qk_norm": False}),
-    "scalars": ("ngpt", {f"{name}_form": "scalar" for name in ("alpha", "s_qk", "s_u", "s_v", "s_z")}),
+    "scalars": ("ngpt", {f"{name}.form": "scalar" for name in ("alpha", "s_qk", "s_u", "s_v", "s_z")}),
     "preconditioned": ("ngpt", {"logit_preconditioning": 1.0}),
 }
 every_variant = pytest.mark.parametrize("variant", list(VARIANTS))

@@ -8,7 +8,8 @@ from typing import Any
 import paper
 import pytest
 import torch
-from hybrid_case import ARMS, CONFIGS, MIXERS, SIZES, hybrid_config, make_hybrid_case
+from configs import make_config
+from hybrid_case import ARMS, MIXERS, SIZES, hybrid_config, make_hybrid_case
 from oracle_names import oracle_names, oracle_parameters
 
 from spherelm.generation.beam import BeamSettings, beam_search
@@ -17,7 +18,6 @@ from spherelm.generation.generate import generate
 from spherelm.generation.sampling import Sampling
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.linear import departure, retract, unit_modules
-from spherelm.models import ARMS as ALL
 from spherelm.models import build
 from spherelm.optim import OptimConfig, build_optimizer
 
@@ -26,7 +26,7 @@ PATTERNS = ("MAM-", "A-", "M", "-MA", "MOAO")
 CASES: list[tuple[str, str, dict[str, Any]]] = [(arm, pattern, {}) for arm in ARMS for pattern in PATTERNS]
 CASES += [(arm, "MA", {"tie_embeddings": True, "n_heads": 6, "n_kv_heads": 2, "mamba_groups": 1}) for arm in ARMS]
 CASES += [(arm, "AO", {"n_shared_experts": 1, "router_score": "softmax", "experts_per_token": 1}) for arm in ARMS]
-CASES += [("nhybrid", "M-", {"s_mamba_init": 0.5, "s_mamba_scale": 0.3, "alpha_init": 0.4, "s_z_init": 5.0})]
+CASES += [("nhybrid", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
 LR = 3e-3
 
 
@@ -68,7 +68,7 @@ def test_training_is_the_oracles(arm: str) -> None:
 
 
 def test_retraction_finds_every_matrix_and_nothing_of_the_state_space() -> None:
-    c = make_hybrid_case("nhybrid", "MAMO", n_shared_experts=1)
+    c = make_hybrid_case("ngpt", "MAMO", n_shared_experts=1)
     names = oracle_names(c.model.state_dict())
     declared = {names[f"{name}.weight"]: axis for name, _, axis in unit_modules(c.model)}
     assert declared == {name: axis for name in c.weights if (axis := paper.unit_axis(name)) is not None}
@@ -83,13 +83,13 @@ def test_retraction_finds_every_matrix_and_nothing_of_the_state_space() -> None:
     assert departure(c.model) < 1e-14
     for name, parameter in oracle_parameters(c.model):
         assert_near(parameter.detach(), wanted[name], 1e-14, name)
-    assert not list(unit_modules(make_hybrid_case("hybrid").model))
+    assert not list(unit_modules(make_hybrid_case("gpt").model))
 
 
 def test_mixers_alone_are_transformers_mamba2() -> None:
     """`Mamba2ForCausalLM` from the same weights, to 1e-4 and better: an implementation that is not ours."""
     transformers = pytest.importorskip("transformers")
-    ours = build(hybrid_config("hybrid", "MMM")).eval()
+    ours = build(hybrid_config("gpt", "MMM")).eval()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
@@ -197,20 +197,19 @@ def test_what_makes_no_hybrid(arm: str) -> None:
         "mamba_d_head=7 does not divide mamba_expand \\* d_model = 48: choose a divisor": {"mamba_d_head": 7},
         "mamba_groups=3 does not divide the 4 heads of a mixer": {"mamba_groups": 3},
         "mamba_conv must be a whole number of at least 2, got 1": {"mamba_conv": 1},
-        "mamba_chunk must be a whole number of at least 1, got 0": {"mamba_chunk": 0},
-        "mamba_expand must be a whole number of at least 1, got 1.5": {"mamba_expand": 1.5},
-        "pattern must be a text with a letter for each layer, such as 'MAM-', got 3": {"pattern": 3},
-        "experts_per_token must be a whole number of at least 1, got 0": {"pattern": "MO", "experts_per_token": 0},
-        "top_k=9 of n_experts=4 cannot be picked": {"pattern": "MO", "n_experts": 4, "experts_per_token": 9},
+        "mamba_chunk must be a positive whole number, got 0": {"mamba_chunk": 0},
+        "mamba_expand must be a positive whole number, got 1.5": {"mamba_expand": 1.5},
+        "pattern must be text or null, got 3": {"pattern": 3},
+        "experts_per_token must be a positive whole number, got 0": {"pattern": "MO", "experts_per_token": 0},
+        "experts_per_token=9 of n_experts=4 cannot be picked": {"pattern": "MO", "n_experts": 4, "experts_per_token": 9},
         "unknown balance 'scales'": {"pattern": "MO", "balance": "scales"},
         "d_ff=1 is too narrow for 2 experts a token: give d_expert": {"pattern": "MO", "d_ff": 1},
     }
     for message, fields in wrong.items():
         with pytest.raises(ValueError, match=message):
-            CONFIGS[arm](**{**SIZES, **MIXERS, "pattern": "MA", "n_layers": 2, **fields})
-    assert ALL[arm][0] is CONFIGS[arm]
+            make_config(arm, **{**SIZES, **MIXERS, "pattern": "MA", "n_layers": 2, **fields})
 
 
 def test_the_scale_of_a_mixer_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="s_mamba_init must be positive, got 0"):
-        hybrid_config("nhybrid", s_mamba_init=0)
+    with pytest.raises(ValueError, match="s_mamba.init must be positive, got 0"):
+        hybrid_config("ngpt", **{"s_mamba.init": 0})

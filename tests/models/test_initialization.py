@@ -12,7 +12,15 @@ import torch
 from oracle_names import oracle_names, oracle_parameters
 
 from spherelm.layers.linear import departure
-from spherelm.models import GPTConfig, NEncoderConfig, NGPTConfig, NHybridConfig, build, parameter_count
+from spherelm.models import (
+    DecoderArch,
+    EncoderArch,
+    GPTConfig,
+    NGPTConfig,
+    ScaleSpec,
+    build,
+    parameter_count,
+)
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "n_layers": 3, "d_model": 64, "n_heads": 4, "max_seq_len": 16}
 BUILDERS = [GPTConfig, NGPTConfig]
@@ -74,8 +82,8 @@ def test_ngpt_scales_start_at_the_papers_values() -> None:
 COMMON: dict[str, tuple[Any, set[str]]] = {
     "ngpt": (NGPTConfig(**SIZES), {"embed.weight", "head.linear.weight"}),
     "tied": (NGPTConfig(**SIZES, tie_embeddings=True), {"embed.weight"}),
-    "nencoder": (NEncoderConfig(**SIZES), {"embed.weight", "head.linear.weight"}),
-    "nhybrid": (NHybridConfig(**SIZES, pattern="MA-"), {"embed.weight", "head.linear.weight"}),
+    "encoder": (NGPTConfig(**SIZES, architecture=EncoderArch()), {"embed.weight", "head.linear.weight"}),
+    "hybrid": (NGPTConfig(**SIZES, architecture=DecoderArch(pattern="MA-")), {"embed.weight", "head.linear.weight"}),
 }
 
 
@@ -108,7 +116,7 @@ def test_logits_start_nearly_equal_where_rows_start_together() -> None:
     h = torch.nn.functional.normalize(torch.randn(50, 64), dim=-1)
     spread = []
     for common_start in (0.0, 8.0):
-        model = build(NGPTConfig(**SIZES, s_z_init=32.0, common_start=common_start))
+        model = build(NGPTConfig(**SIZES, s_z=ScaleSpec(32.0), common_start=common_start))
         spread.append((32 * h @ model.head.linear.weight.T).std(dim=-1).mean().item())
     assert spread[0] == pytest.approx(32 / 8, rel=0.05)
     assert spread[1] == pytest.approx(32 / 8 / math.sqrt(65), rel=0.1)

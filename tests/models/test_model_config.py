@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spherelm.models import GPT, NGPT, GPTConfig, NGPTConfig, arm_of, build
+from spherelm.models import GPT, NGPT, GPTConfig, NGPTConfig, ScaleSpec, build
 
 CONFIGS = [GPTConfig, NGPTConfig]
 GOOD: dict[str, Any] = {"vocab_size": 11, "n_layers": 1, "d_model": 12, "n_heads": 3, "max_seq_len": 8}
@@ -35,12 +35,12 @@ def test_sizes_that_cannot_make_a_model_are_refused(config_class: Any, fields: d
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["alpha", "s_qk", "s_u", "s_v", "s_z"])
+@pytest.mark.parametrize("name", ["alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe"])
 def test_scales_that_cannot_be_stored_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}_init must be positive, got 0"):
-        NGPTConfig(**GOOD, **{f"{name}_init": 0.0})
-    with pytest.raises(ValueError, match=r"positive.*-1\.0"):
-        build(NGPTConfig(**GOOD, **{f"{name}_scale": -1.0}))
+    with pytest.raises(ValueError, match=rf"{name}\.init must be positive, got 0"):
+        NGPTConfig(**GOOD, **{name: ScaleSpec(init=0.0)})
+    with pytest.raises(ValueError, match=rf"{name}\.scale must be positive or None, got -1\.0"):
+        NGPTConfig(**GOOD, **{name: ScaleSpec(scale=-1.0)})
 
 
 def test_a_spread_of_nothing_is_refused() -> None:
@@ -67,6 +67,6 @@ def test_build_picks_the_model_of_the_config() -> None:
         model = build(config)
         assert type(model) is model_class
         assert model.config is config
-        assert arm_of(config) == arm
+        assert config.arm == arm
     with pytest.raises(ValueError, match="no model is built from a dict"):
         build({})  # type: ignore[arg-type]

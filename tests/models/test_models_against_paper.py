@@ -23,10 +23,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rope base": {"rope_base": 100.0},
 }
 SCALES: dict[str, dict[str, Any]] = {
-    "alpha": {"alpha_init": 0.5, "alpha_scale": 0.3},
-    "s_qk": {"s_qk_init": 0.33, "s_qk_scale": 1.0},
-    "s_u and s_v": {"s_u_init": 0.2, "s_u_scale": 0.5, "s_v_init": 0.3, "s_v_scale": 2.0},
-    "s_z": {"s_z_init": 24**0.5, "s_z_scale": 0.03},
+    "alpha": {"alpha.init": 0.5, "alpha.scale": 0.3},
+    "s_qk": {"s_qk.init": 0.33, "s_qk.scale": 1.0},
+    "s_u and s_v": {"s_u.init": 0.2, "s_u.scale": 0.5, "s_v.init": 0.3, "s_v.scale": 2.0},
+    "s_z": {"s_z.init": 24**0.5, "s_z.scale": 0.03},
 }
 CASES = [(arm, name) for arm in golden.ARMS for name in FIELDS] + [("ngpt", name) for name in SCALES]
 

@@ -241,10 +241,6 @@ class ScaleSpec:
     form: str = "vector"
 
     def __post_init__(self) -> None:
-        if not self.init > 0:
-            raise ValueError(f"the init of a learned scale must be positive, got {self.init}")
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"the scale of a learned scale must be positive or None, got {self.scale}")
         check_known("form", self.form, FORMS)
 
 
@@ -289,6 +285,12 @@ class NGPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe"):
+            spec: ScaleSpec = getattr(self, name)
+            if not spec.init > 0:
+                raise ValueError(f"{name}.init must be positive, got {spec.init}")
+            if spec.scale is not None and not spec.scale > 0:
+                raise ValueError(f"{name}.scale must be positive or None, got {spec.scale}")
         for name in ("logit_preconditioning", "common_start"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -323,6 +325,8 @@ def check_pattern(config: ModelConfig, arch: DecoderArch) -> None:
     """Raise `ValueError` if the pattern, or the sizes of the parts that it names, cannot make a model."""
     if arch.pattern is None:
         return
+    if not isinstance(arch.pattern, str):
+        raise ValueError(f"pattern must be a text with a letter for each layer, such as 'MAM-', got {arch.pattern!r}")
     strange = sorted(set(arch.pattern) - set(LETTERS))
     if strange or not arch.pattern:
         named = ", ".join(map(repr, strange)) or "no letters"
