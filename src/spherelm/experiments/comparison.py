@@ -157,7 +157,7 @@ def summarize(
                 "tokens_per_second": micro / seconds[arm],
                 "lr": jobs[arm][0].config.optim.lr,
                 "recipe": config.recipe,
-                "optimizer": jobs[arm][0].config.optim.optimizer,
+                "optimizer": jobs[arm][0].config.optim.optimizer.kind,
                 "parameters": parameter_count(jobs[arm][0].config.model),
                 "runs": [job.out.name for job in jobs[arm]],
             }

@@ -6,12 +6,12 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from torch.optim import AdamW
+import torch
 
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
 from spherelm.models import Decoder
-from spherelm.optim import OptimConfig, ScheduleConfig
+from spherelm.optim import AdamW, OptimConfig, ScheduleConfig
 from spherelm.optim.groups import parameter_groups
 from spherelm.runs.checkpoint import Progress, save_checkpoint
 from spherelm.runs.config import RunConfig, TrainConfig, to_dict
@@ -59,7 +59,9 @@ def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
         recipe="imported",
         preset="imported",
         model=model,
-        optim=OptimConfig(**settings),
+        optim=OptimConfig(
+            settings.pop("lr"), weight_decay=settings.pop("weight_decay", None), optimizer=AdamW(**settings)
+        ),
         schedule=ScheduleConfig("constant"),
         train=TrainConfig(steps=max(1, read.iteration), seq_len=read.model_args.block_size, batch_size=1),
     )
@@ -70,7 +72,7 @@ def _fill(
 ) -> None:
     """Write the tokenizer and the checkpoint into a run directory."""
     # Not `build_optimizer`: that would put the weights on the sphere, and they shall be stored as they are.
-    optimizer = AdamW(parameter_groups(model, optim), lr=optim.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, optim), lr=optim.lr)
     if moments:
         load_optimizer(read, model, optimizer)
     if tokenizer is not None:

@@ -95,3 +95,20 @@ def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     if arm in FORMER_ARMS or "architecture" in found:
         found.setdefault("architecture", {}).setdefault("kind", FORMER_ARMS.get(arm, (arm, "decoder"))[1])
     return found
+
+
+RULE = {
+    "adamw": ("betas", "eps"),
+    "gated_adamw": ("betas", "eps", "eps_gate", "gate_sharpness", "gated_step"),
+    "muon": ("betas", "eps", "momentum", "tangent"),
+}
+"""The fields of each optimizer, which stood beside those that all have."""
+
+
+def rule_today(optim: dict[str, Any]) -> dict[str, Any]:
+    """Remove what belongs to one optimizer from the fields `optim`, as any version wrote them, and return it as today's."""
+    rule = optim.pop("optimizer")
+    if isinstance(rule, Mapping):
+        return dict(rule)
+    own = {name: optim.pop(name) for name in {name for names in RULE.values() for name in names} if name in optim}
+    return {"kind": rule, **{name: own[name] for name in RULE[rule]}}

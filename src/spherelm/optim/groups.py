@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from numbers import Real
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.optim.balancing import Summed, attach_balancing
-from spherelm.optim.gated_adamw import GatedAdamW
-from spherelm.optim.muon import MuonAdamW, product_dtype
 from spherelm.optim.retraction import AngleCap, attach_retraction
+from spherelm.optim.rules import AdamW, Rule, is_finite
 
 DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 """Weight decay acts on these; never on gains and learned scales (nGPT paper, A.5)."""
@@ -47,35 +44,24 @@ ROLES = tuple(f.name for f in fields(RateMultipliers))
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-OPTIMIZERS = ("adamw", "gated_adamw", "muon")
-
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
 
-    lr: the peak learning rate. weight_decay: `None` means the paper's for the arm, 0.1 for a plain model and 0 on the
-    sphere. grad_clip: the largest global gradient norm, `None` for no limit. optimizer: "adamw"; "gated_adamw", with its
-    eps_gate, gate_sharpness and gated_step; "muon" for block matrices, at the rate matrix_lr, and Adam for the rest.
-    matrix_lr: the peak rate of the block matrices, where it is not lr times their multiplier. momentum, tangent: Muon's;
-    tangent projects the gradients of unit vectors first. max_angle: radians by which one update may turn a unit vector
-    of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the rate does.
-    balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
+    lr: the peak learning rate. optimizer: which one, with its own fields. weight_decay: `None` means the paper's for the arm,
+    0.1 for a plain model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr: the
+    peak rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may turn a
+    unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the rate
+    does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
     """
 
     lr: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    optimizer: Rule = AdamW()
     weight_decay: float | None = None
     grad_clip: float | None = 1.0
-    multipliers: RateMultipliers = field(default_factory=RateMultipliers)
-    optimizer: str = "adamw"
+    multipliers: RateMultipliers = RateMultipliers()
     matrix_lr: float | None = None
-    eps_gate: float = 1e-8
-    gate_sharpness: float = 0.5
-    gated_step: float = 1.0
-    momentum: float = 0.95
-    tangent: bool = False
     max_angle: float | None = None
     angle_follows_lr: bool = False
     balance_rate: float = 1e-3
@@ -83,40 +69,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not (is_finite(self.lr) and self.lr > 0):
             raise ValueError(f"the learning rate must be a positive number, got {self.lr!r}")
-        if not is_pair_of_numbers(self.betas):
-            raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "balance_rate", "eps"):
+        for name in ("weight_decay", "balance_rate"):
             value = getattr(self, name)
             if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         for name in ("grad_clip", "matrix_lr", "max_angle"):
             value = getattr(self, name)
             if value is not None and not (is_finite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number or None, got {value!r}")
-        for name in ("eps_gate", "gate_sharpness", "gated_step"):
-            if not (is_finite(value := getattr(self, name)) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}")
-
-
-def is_pair_of_numbers(value: Any) -> bool:
-    """Whether `value` is a list or tuple of two numbers."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a number, which true and false are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether `value` is a number and no infinity."""
-    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -178,20 +138,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torc
     """The optimizer that `config` names over the groups of `model`, retraction attached if any weight lives on the sphere.
 
     So is the balancing of experts where there are any; summed: as for `attach_balancing`.
-    With weight decay 0, as on the sphere, AdamW is Adam. The learning rate of a group is `lr * lr_multiplier`; a schedule
+    The learning rate of a group is `lr * lr_multiplier`; a schedule
     sets it to `factor * lr * lr_multiplier` before each step.
     """
-    groups = parameter_groups(model, config)
-    if config.optimizer == "gated_adamw":
-        gate = {"eps_gate": config.eps_gate, "a": config.gate_sharpness, "alpha": config.gated_step}
-        optimizer: Optimizer = GatedAdamW(groups, config.lr, config.betas, config.eps, **gate)
-    else:
-        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in model.parameters())
-        if config.optimizer == "muon":
-            marked = with_muon(model, groups, config)
-            optimizer = MuonAdamW(marked, config.lr, config.betas, config.eps, fused, product_dtype(model))
-        else:
-            optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    optimizer = config.optimizer.build(model, parameter_groups(model, config), config.lr)
     if next(unit_modules(model), None) is not None:
         if config.max_angle is not None:
             AngleCap(optimizer, model, angle_limit(optimizer, config, config.max_angle))
@@ -199,19 +149,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torc
     if next(routers(model), None) is not None:
         attach_balancing(optimizer, model, config.balance_rate, summed)
     return optimizer
-
-
-def with_muon(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> list[dict[str, Any]]:
-    """`groups`, the block matrices among them marked for Muon, each with its unit axis or `None`.
-
-    A bank of experts is as many matrices as it has experts. Routers are left to Adam, as embeddings are.
-    """
-    axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
-    for group in groups:
-        if group["role"] == "matrix":
-            unit_axes = [axes.get(id(parameter)) for parameter in group["params"]]
-            group |= {"muon": True, "momentum": config.momentum, "tangent": config.tangent, "unit_axes": unit_axes}
-    return groups
 
 
 def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> float | Callable[[], float]:

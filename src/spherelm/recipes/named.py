@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spherelm.models import CONFIGS, Architecture, DecoderArch
-from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim import RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, transfer
 from spherelm.recipes import ablations
@@ -23,7 +23,7 @@ from spherelm.recipes.overrides import (
     heads_of,
     layers_of,
     model_config,
-    multipliers_of,
+    optim_config,
     schedule_of,
     take,
 )
@@ -359,8 +359,7 @@ def make_run(
         raise ValueError(
             f"no learning rate was tuned for {arm} at {preset!r} by {recipe!r}: give --lr (compare: --lr-gpt, --lr-ngpt)"
         )
-    optim = {"lr": rate, **choices.optim, **take(given, OptimConfig)}
-    optim["multipliers"] = multipliers_of(optim.get("multipliers", RateMultipliers()), given)
+    optim = optim_config(rate, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
     model = {"vocab_size": vocab_size or size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
@@ -368,7 +367,7 @@ def make_run(
         recipe=recipe,
         preset=preset,
         model=model_config(config_class, size.architecture, model, given),
-        optim=OptimConfig(**optim),
+        optim=optim,
         schedule=schedule_of(choices.schedule, given),
         train=TrainConfig(**(train | take(given, TrainConfig))),
         data=data,

@@ -12,7 +12,7 @@ from typeguard import TypeCheckError, check_type
 
 from spherelm.models import ARCHITECTURES, Architecture, Config, DecoderArch
 from spherelm.models.config import ExpertSizes, MixerSizes
-from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes.presets import Preset
@@ -126,6 +126,30 @@ GROUPS = ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe", "variant")
 """Fields of an `NGPTConfig` whose own fields are set by paths, such as "alpha.init"."""
 
 
+def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) -> OptimConfig:
+    """The optimizer's config of the fields `chosen`, and over them those that are removed from `given`.
+
+    Raises `ValueError` for a field of another optimizer than the one that is chosen.
+    """
+    kind = given.pop("optimizer", chosen.get("optimizer", "adamw"))
+    if kind not in RULES:
+        raise ValueError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
+    names = {name: {field.name for field in dataclasses.fields(rule)} - {"kind"} for name, rule in RULES.items()}
+    own = {name: value for name, value in chosen.items() if name in names[kind]} | take(
+        given, RULES[kind], but=("kind",)
+    )
+    for name in list(given):
+        others = [other for other in RULES if name in names[other]]
+        if others and given[name] in (None, False):
+            del given[name]  # switched off
+        elif others:
+            raise ValueError(f"{name} is a field of the optimizer {others[0]}, and this run has {kind}: leave it out")
+    common = {name: value for name, value in chosen.items() if name not in {"optimizer", *set().union(*names.values())}}
+    common = {"lr": lr, **common, **take(given, OptimConfig, but=("optimizer", "multipliers"))}
+    common["multipliers"] = multipliers_of(common.get("multipliers", RateMultipliers()), given)
+    return OptimConfig(**common, optimizer=RULES[kind](**own))
+
+
 def multipliers_of(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
     """Remove the multipliers from `given` and set them."""
     names = {role: f"{role}_rate" for role in ROLES}
@@ -153,8 +177,6 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
     """
     optim, schedule = config.optim, config.schedule
     acts = {
-        "optimizer=gated_adamw": (optim.optimizer == "gated_adamw", ("eps_gate", "gate_sharpness", "gated_step")),
-        "optimizer=muon": (optim.optimizer == "muon", ("momentum", "tangent")),
         "schedule=log": (schedule.kind == "log", ("rho",)),
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
         "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),

@@ -59,7 +59,7 @@ class End:
     @property
     def way(self) -> str:
         """What its peak learning rate is a rate of: the recipe, and the optimizer where the name does not say it."""
-        optimizer = self.config.optim.optimizer
+        optimizer = self.config.optim.optimizer.kind
         return self.config.recipe if optimizer == self.config.recipe else f"{self.config.recipe}, {optimizer}"
 
     @property

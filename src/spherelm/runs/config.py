@@ -10,7 +10,7 @@ from typing import Any
 
 from spherelm.models import CONFIGS, Config, older
 from spherelm.models.config import from_plain, to_plain
-from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -155,7 +155,8 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
     try:
         model = older.fields_today(record["arm"], record["model"])
         optim = dict(record["optim"])
-        optim["betas"] = tuple(optim["betas"])
+        rule = older.rule_today(optim)
+        optim["optimizer"] = RULES[rule.pop("kind")](**{**rule, "betas": tuple(rule["betas"])})
         optim["multipliers"] = RateMultipliers(**optim["multipliers"])
         return RunConfig(
             recipe=record["recipe"],

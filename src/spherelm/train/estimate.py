@@ -26,8 +26,6 @@ H100_TFLOPS = 989.0
 MFU = 0.4
 """The part of the peak that is assumed to be reached if nothing is said."""
 
-MOMENTS = {"adamw": 2, "gated_adamw": 2, "muon": 2}
-"""Numbers that the optimizer keeps for a parameter; Muon keeps one for those of role "matrix"."""
 
 FLOAT32 = 4
 
@@ -105,8 +103,7 @@ def memory_per_device(config: RunConfig, layout: Layout) -> dict[str, int]:
     """Bytes on each device by kind, and their "total"."""
     counts, train = parameters_by_role(config.model), config.train
     parameters = sum(counts.values())
-    moments = MOMENTS[config.optim.optimizer] * parameters
-    moments -= counts["matrix"] if config.optim.optimizer == "muon" else 0
+    moments = config.optim.optimizer.state_size(counts)
     share = {"weights": parameters, "gradients": parameters, "moments": moments}
     held = {kind: float(ceil(FLOAT32 * numbers / layout.parts)) for kind, numbers in share.items()}
     if layout.parts > 1:
