@@ -12,7 +12,7 @@ from pair_case import make_pair_case
 
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.generate import generate
-from spherelm.models import EncoderDecoder, NGPTConfig, build
+from spherelm.models import EncoderDecoder, NGPTConfig, ScaleSpec, build
 
 END = 0
 
@@ -37,7 +37,7 @@ def all_texts(model: Any, source: list[int], limit: int) -> dict[tuple[int, ...]
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 def test_with_enough_beams_it_finds_the_best_texts_there_are(model: EncoderDecoder, length_penalty: float) -> None:
     limit = 4
-    (found,) = beam_search(model, [[3, 1, 4]], limit, END, BeamSettings(64 + 16 + 4 + 1, length_penalty))
+    (found,) = beam_search(model, [[3, 1, 4]], limit, END, BeamSettings(5**limit, length_penalty))
     found = [hypothesis for hypothesis in found if hypothesis.tokens[-1] == END]
     worth = {text: p / len(text) ** length_penalty for text, p in all_texts(model, [3, 1, 4], limit).items()}
     wanted = sorted(worth, key=lambda text: -worth[text])
@@ -48,7 +48,7 @@ def test_with_enough_beams_it_finds_the_best_texts_there_are(model: EncoderDecod
 
 def test_one_beam_is_the_greedy_choice() -> None:
     torch.manual_seed(3)
-    config = NGPTConfig(vocab_size=11, n_layers=2, d_model=16, n_heads=2, max_seq_len=32, s_z_init=20.0)
+    config = NGPTConfig(vocab_size=11, n_layers=2, d_model=16, n_heads=2, max_seq_len=32, s_z=ScaleSpec(20.0))
     lm = build(config)
     prompts = [[1, 2, 3], [4], [5, 6, 7]]
     greedy = generate(lm, prompts, 8, temperature=0.0, eos_id=END, fold=False)

@@ -26,7 +26,7 @@ PATTERNS = ("MAM-", "A-", "M", "-MA", "MOAO")
 CASES: list[tuple[str, str, dict[str, Any]]] = [(arm, pattern, {}) for arm in ARMS for pattern in PATTERNS]
 CASES += [(arm, "MA", {"tie_embeddings": True, "n_heads": 6, "n_kv_heads": 2, "mamba_groups": 1}) for arm in ARMS]
 CASES += [(arm, "AO", {"n_shared_experts": 1, "router_score": "softmax", "experts_per_token": 1}) for arm in ARMS]
-CASES += [("nhybrid", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
+CASES += [("ngpt", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
 LR = 3e-3
 
 
@@ -201,7 +201,11 @@ def test_what_makes_no_hybrid(arm: str) -> None:
         "mamba_expand must be a positive whole number, got 1.5": {"mamba_expand": 1.5},
         "pattern must be text or null, got 3": {"pattern": 3},
         "experts_per_token must be a positive whole number, got 0": {"pattern": "MO", "experts_per_token": 0},
-        "experts_per_token=9 of n_experts=4 cannot be picked": {"pattern": "MO", "n_experts": 4, "experts_per_token": 9},
+        "experts_per_token=9 of n_experts=4 cannot be picked": {
+            "pattern": "MO",
+            "n_experts": 4,
+            "experts_per_token": 9,
+        },
         "unknown balance 'scales'": {"pattern": "MO", "balance": "scales"},
         "d_ff=1 is too narrow for 2 experts a token: give d_expert": {"pattern": "MO", "d_ff": 1},
     }

@@ -20,7 +20,7 @@ from moe_case import model_with_experts
 
 from spherelm.layers.linear import retract
 from spherelm.models import NGPTConfig, build
-from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.optim import GatedAdamW, Muon, OptimConfig, build_optimizer
 from spherelm.optim.groups import set_rate
 from spherelm.train.parallel import Group, spread
 
@@ -28,9 +28,9 @@ CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, m
 CAP: dict[str, Any] = {"max_angle": 0.03, "angle_follows_lr": True}
 OPTIMS = {
     "adamw": OptimConfig(lr=0.1, **CAP),
-    "gated": OptimConfig(lr=0.1, optimizer="gated_adamw", eps_gate=0.5, **CAP),
-    "muon": OptimConfig(lr=0.01, optimizer="muon", matrix_lr=0.05),
-    "muon, tangent, capped": OptimConfig(lr=0.01, optimizer="muon", matrix_lr=0.05, tangent=True, **CAP),
+    "gated": OptimConfig(lr=0.1, optimizer=GatedAdamW(eps_gate=0.5), **CAP),
+    "muon": OptimConfig(lr=0.01, optimizer=Muon(), matrix_lr=0.05),
+    "muon, tangent, capped": OptimConfig(lr=0.01, optimizer=Muon(tangent=True), matrix_lr=0.05, **CAP),
 }
 EXPERTS = {f"experts, {name}": OPTIMS[name] for name in ("adamw", "muon, tangent, capped")}
 """With a mixture of experts in place of each MLP: six are cut between experts, of five with d_ff even each expert is."""

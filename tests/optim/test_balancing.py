@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spherelm.layers.moe import Router, clear_loads, routers
 from spherelm.models import Decoder
-from spherelm.optim import OptimConfig, attach_balancing, build_optimizer, parameter_roles
+from spherelm.optim import RULES, OptimConfig, attach_balancing, build_optimizer, parameter_roles
 from spherelm.optim.balancing import moved_bias
 from spherelm.train.parallel import Group, recompute_block, spread
 
@@ -155,7 +155,9 @@ def test_the_auxiliary_loss_makes_the_load_more_even() -> None:
 
 def test_roles_of_a_model_with_experts() -> None:
     roles = parameter_roles(moe_case.model_with_experts())
-    of_mlp = {name.removeprefix("blocks.0.mlp.part."): role for name, role in roles.items() if "blocks.0.mlp" in name}
+    of_mlp = {
+        name.removeprefix("blocks.0.mlp.part."): role for name, role in roles.items() if "blocks.0.mlp.part" in name
+    }
     assert of_mlp == {
         "router.weight": "router",
         **dict.fromkeys(("u.weight", "v.weight", "o.weight"), "matrix"),
@@ -169,7 +171,7 @@ def test_every_optimizer_moves_banks_and_keeps_them_on_the_sphere(optimizer: str
 
     model = moe_case.model_with_experts()
     before = [p.detach().clone() for p in model.parameters()]
-    made = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=optimizer, max_angle=0.1))
+    made = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=RULES[optimizer](), max_angle=0.1))
     losses = []
     for _ in range(5):
         loss = model.loss(TOKENS, TOKENS)

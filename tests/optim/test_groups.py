@@ -10,6 +10,7 @@ import torch
 from oracle_names import oracle_names, oracle_parameters
 from torch import nn
 
+from spherelm.optim import AdamW, GatedAdamW, Muon
 from spherelm.optim.groups import (
     ROLES,
     OptimConfig,
@@ -67,7 +68,8 @@ def test_decay_reaches_matrices_and_embeddings_only(arm: str, asked: float | Non
 
 def test_defaults_are_the_papers() -> None:
     config = OptimConfig(lr=1e-3)
-    assert (config.betas, config.eps, config.grad_clip, config.weight_decay) == ((0.9, 0.95), 1e-8, 1.0, None)
+    rule = config.optimizer
+    assert (rule.betas, rule.eps, config.grad_clip, config.weight_decay) == ((0.9, 0.95), 1e-8, 1.0, None)
     assert dataclasses.astuple(config.multipliers) == (1.0,) * len(ROLES)
 
 
@@ -149,5 +151,7 @@ def test_an_unknown_role_is_refused() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
+    kind = {"gated_step": GatedAdamW, "eps_gate": GatedAdamW, "momentum": Muon}.get(next(iter(fields)), AdamW)
+    own = {field.name for field in dataclasses.fields(kind)} & fields.keys()
     with pytest.raises(ValueError, match=message):
-        OptimConfig(**{"lr": 1e-3, **fields})
+        OptimConfig(**{"lr": 1e-3, **({"optimizer": kind(**fields)} if own else fields)})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spherelm import sphere
 from spherelm.layers.linear import UnitLinear, departure, unit_modules
 from spherelm.models import NGPT, GPTConfig, NGPTConfig, build
-from spherelm.optim import OptimConfig, build_optimizer, muon
+from spherelm.optim import RULES, Muon, OptimConfig, build_optimizer, muon
 from spherelm.optim.groups import RateMultipliers, set_rate
 from spherelm.optim.muon import MuonAdamW, orthogonalized, step_size
 
@@ -97,7 +97,7 @@ CONFIG: dict[str, Any] = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_hea
 @pytest.mark.parametrize("tangent", [False, True])
 def test_ngpt_stays_on_the_sphere_and_only_block_matrices_are_muons(tangent: bool) -> None:
     model = build(NGPTConfig(**CONFIG))
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.05, tangent=tangent))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=Muon(tangent=tangent), matrix_lr=0.05))
     for seed in range(3):
         pushed(optimizer, model, seed)
         assert departure(model) < 3e-7
@@ -163,7 +163,7 @@ def test_its_products_are_computed_as_the_model_is(
     for asked, expected in ((dtype, dtype), (None, torch.float32)):
         model = build(arm(**CONFIG))
         model.runtime.compute_dtype = asked
-        pushed(build_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon")), model, 0)
+        pushed(build_optimizer(model, OptimConfig(lr=1e-2, optimizer=Muon())), model, 0)
         assert used == {expected}
         used.clear()
 
@@ -171,7 +171,7 @@ def test_its_products_are_computed_as_the_model_is(
 def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
     models = [build(GPTConfig(**CONFIG)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    mixed = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.05))
+    mixed = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer=Muon(), matrix_lr=0.05))
     adam = build_optimizer(models[1], OptimConfig(lr=1e-2))
     for seed in range(3):
         for optimizer in (mixed, adam):
@@ -185,7 +185,7 @@ def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
 
 def test_the_tangent_projection_takes_the_radial_part_out_of_the_momentum() -> None:
     model = nn.Sequential(UnitLinear(6, 5), UnitLinear(5, 6, writes=True))
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer="muon", tangent=True))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer=Muon(tangent=True)))
     before = [module.weight.detach().clone() for _, module, _ in unit_modules(model)]
     pushed(optimizer, model, 0)
     for (_, module, axis), weight in zip(unit_modules(model), before, strict=True):
@@ -196,7 +196,7 @@ def test_the_tangent_projection_takes_the_radial_part_out_of_the_momentum() -> N
 
 @pytest.mark.parametrize("arm", [GPTConfig, NGPTConfig])
 def test_half_of_it_saved_and_loaded_goes_on_to_the_bit(arm: Any) -> None:
-    config = OptimConfig(lr=1e-2, optimizer="muon", matrix_lr=0.02)
+    config = OptimConfig(lr=1e-2, optimizer=Muon(), matrix_lr=0.02)
     whole, half = build(arm(**CONFIG)), build(arm(**CONFIG))
     half.load_state_dict(whole.state_dict())
     optimizer, first = build_optimizer(whole, config), build_optimizer(half, config)
@@ -242,7 +242,7 @@ def test_groups_that_are_added_later_are_trained_too() -> None:
 
 
 def test_a_copy_that_would_leave_the_sphere_is_refused() -> None:
-    optimizer = build_optimizer(build(NGPTConfig(**CONFIG)), OptimConfig(lr=1e-2, optimizer="muon"))
+    optimizer = build_optimizer(build(NGPTConfig(**CONFIG)), OptimConfig(lr=1e-2, optimizer=Muon()))
     with pytest.raises(TypeError, match="cannot be copied: build another"):
         copy.deepcopy(optimizer)
 
@@ -258,7 +258,7 @@ def rows_turned(model: NGPT, before: dict[str, Tensor]) -> float:
 def test_no_vector_turns_beyond_the_cap(optimizer_name: str, reloaded: bool) -> None:
     model = build(NGPTConfig(**CONFIG))
     assert isinstance(model, NGPT)
-    capped = OptimConfig(lr=0.3, optimizer=optimizer_name, max_angle=0.1, angle_follows_lr=True)
+    capped = OptimConfig(lr=0.3, optimizer=RULES[optimizer_name](), max_angle=0.1, angle_follows_lr=True)
     optimizer = build_optimizer(model, capped)
     if reloaded:  # as accelerate does before the first step, which puts other group objects into the optimizer
         optimizer.load_state_dict(optimizer.state_dict())

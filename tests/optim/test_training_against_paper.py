@@ -11,6 +11,7 @@ import paper
 import pytest
 from oracle_names import oracle_parameters
 
+from spherelm.optim import AdamW
 from spherelm.optim.groups import OptimConfig, RateMultipliers
 from spherelm.optim.schedule import ScheduleConfig, factor
 
@@ -63,7 +64,7 @@ def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any, train: Any
 
 def test_other_constants_reach_the_optimizer(case: Any, train: Any) -> None:
     c = case("gpt")
-    config = OptimConfig(lr=LR, betas=(0.8, 0.99), eps=1e-3, weight_decay=0.5, grad_clip=None)
+    config = OptimConfig(lr=LR, optimizer=AdamW(betas=(0.8, 0.99), eps=1e-3), weight_decay=0.5, grad_clip=None)
     recipe = paper.Recipe(
         lambda name: LR, lambda name: 5 * paper.gpt_decay(name), betas=(0.8, 0.99), eps=1e-3, limit=float("inf")
     )
