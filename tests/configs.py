@@ -9,7 +9,7 @@ from spherelm.recipes.overrides import architecture_of, model_config
 
 
 def make_config(arm: str, kind: str = "decoder", **fields: Any) -> Config:
-    """The config of `arm` in the architecture `kind`: ``make_config("ngpt", pattern="MA", n_layers=2, **{"alpha.init": 0.1})``."""
+    """The config of `arm` in the architecture `kind`; a field of a field by its path, such as "alpha.init"."""
     given = dict(fields)
     architecture = architecture_of(ARCHITECTURES[kind](), given)
     config = model_config(CONFIGS[arm], architecture, {}, given)
