@@ -53,17 +53,17 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        out, inverse = _normalized(x, dim)
+    def forward(ctx: Any, x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:
+        out, inverse = _normalized(x, dim, least)
         ctx.dim = dim
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverse)
         return out, inverse
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:
         out, inverse = ctx.saved_tensors
-        return unit_gradient(out, inverse, *grad_outputs, ctx.dim).to(out.dtype), None
+        return unit_gradient(out, inverse, *grad_outputs, ctx.dim).to(out.dtype), None, None
 
 
 class _Step(torch.autograd.Function):
@@ -96,10 +96,10 @@ def inverse_length(x: Tensor, dim: int = -1, least: float = TINY) -> Tensor:
     return length.masked_fill(length < least, torch.inf).reciprocal()
 
 
-def _normalized(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _normalized(x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:
     """`x / ||x||` in the dtype of `x`, and `1 / ||x||`."""
     wide = _wide(x)
-    inverse = inverse_length(wide, dim, shortest(x.dtype))
+    inverse = inverse_length(wide, dim, least)
     return (wide * inverse).to(x.dtype), inverse
 
 
@@ -118,12 +118,14 @@ def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     return rows.new_ones(1, len(rows)).mm(rows).squeeze(0)
 
 
-def norm(x: Tensor, dim: int = -1) -> Tensor:
+def norm(x: Tensor, dim: int = -1, least: float | None = None) -> Tensor:
     """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
 
-    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero.
+    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero; so does
+    one shorter than `least`, by default what is `shortest` in the dtype of `x`.
     """
-    unit: Tensor = (_normalized(x, dim) if transformed() else _Norm.apply(x, dim))[0]
+    least = shortest(x.dtype) if least is None else least
+    unit: Tensor = (_normalized if transformed() else _Norm.apply)(x, dim, least)[0]
     return unit
 
 
@@ -163,7 +165,7 @@ def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     """
     start, end = _wide(h), _wide(target)
     along = (start * end).sum(-1, keepdim=True)
-    return norm(start - alpha * (start * along - end)).to(h.dtype)
+    return norm(start - alpha * (start * along - end), least=shortest(h.dtype, target.dtype)).to(h.dtype)
 
 
 def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
@@ -190,14 +192,15 @@ def tangent(w: Tensor, g: Tensor, dim: int = -1) -> Tensor:
 
 
 def angle(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
-    """The angle in radians between unit vectors along `dim`, in [0, pi]; that dimension is removed.
+    """The angle in radians between unit vectors along `dim`, in [0, pi], of zero vectors 0; that dimension is removed.
 
     `2 atan2(||a - b||, ||a + b||)` (Kahan) is accurate everywhere, where `acos(a . b)` loses half its digits near 0 and pi.
     """
     start, end = _wide(a), _wide(b)
     apart = torch.linalg.vector_norm(start - end, dim=dim)
     together = torch.linalg.vector_norm(start + end, dim=dim)
-    return 2 * torch.atan2(apart, together)
+    nowhere = (apart == 0) & (together == 0)
+    return 2 * torch.atan2(apart, together.masked_fill(nowhere, 1))
 
 
 def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Tensor:

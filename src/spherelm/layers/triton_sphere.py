@@ -117,14 +117,14 @@ class _TritonNorm(sphere._Norm):
         return out, inverses
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:
         if _differentiated(grad_outputs):
             return sphere._Norm.backward(ctx, *grad_outputs)
         out, inverses = ctx.saved_tensors
         grad, rows, width, size = _rows(grad_outputs[0])
         grad_x = torch.empty_like(grad)
         _norm_backward[(rows,)](out, grad, inverses, grad_x, width, size=size)
-        return grad_x, None
+        return grad_x, None, None
 
 
 class _TritonStep(sphere._Step):
