@@ -35,11 +35,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit_gradient(out: Tensor, inverse: Tensor, grad: Tensor | None, grad_inverse: Tensor | None, dim: int) -> Tensor:
-    """The gradient of x from those of `out = x / ||x||` along `dim` and of `inverse = 1 / ||x||`, at full precision.
+def unit_gradient(out: Tensor, inverse: Tensor, grads: tuple[Tensor | None, ...], dim: int) -> Tensor:
+    """The gradient of x from `grads`, those of `out = x / ||x||` along `dim` and of `inverse = 1 / ||x||`, at full precision.
 
     The second is there only where the backward pass is itself differentiated, to which x is known by these two alone.
     """
+    grad, grad_inverse = grads
     moved = tangent(out, _wide(torch.zeros_like(out) if grad is None else grad), dim) * inverse
     if grad_inverse is None or torch.compiler.is_compiling():
         return moved
@@ -63,7 +64,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:
         out, inverse = ctx.saved_tensors
-        return unit_gradient(out, inverse, *grad_outputs, ctx.dim).to(out.dtype), None, None
+        return unit_gradient(out, inverse, grad_outputs, ctx.dim).to(out.dtype), None, None
 
 
 class _Step(torch.autograd.Function):
@@ -83,7 +84,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         h, target, alpha, inverse, out = ctx.saved_tensors
-        grad_moved = unit_gradient(out, inverse, *grad_outputs, -1)
+        grad_moved = unit_gradient(out, inverse, grad_outputs, -1)
         grad_target = grad_moved * alpha
         # Narrow factors are widened within the products: a compiler would keep a copy that has the name of its own.
         grad_alpha = _summed_to(grad_moved * target - grad_moved * h, alpha.shape)

@@ -89,8 +89,9 @@ def _step_backward(
     tl.store(alpha_sums + first * width + offsets, total, mask=inside)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+def _rows(x: Tensor | None) -> tuple[Tensor, int, int, int]:
     """`x` with its rows one behind the other, how many there are, how wide, and the power of two that holds one."""
+    assert x is not None
     width = x.shape[-1]
     return x.contiguous(), x.numel() // width, width, triton.next_power_of_2(width)
 

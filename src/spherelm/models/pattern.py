@@ -178,12 +178,28 @@ NAMES = {"M": "mamba", "A": "attention", "-": "mlp", "O": "experts"}
 Read = Callable[[Any, Tensor, Surroundings], Tensor]
 """(block, h, surroundings) -> what the block's layer proposes: [batch, seq, d_model] -> the same."""
 
-READS: dict[str, Read] = {
-    "M": lambda block, h, around: block.mamba(h, around.cache, around.since),
-    "A": lambda block, h, around: block.attention(h, around.table, around.mask, around.cache),
-    "-": lambda block, h, around: block.mlp(h),
-    "O": lambda block, h, around: block.experts(h),
-}
+
+def read_mamba(block: Any, h: Tensor, around: Surroundings) -> Tensor:
+    """The layer M. These functions have names so that models which keep them can be pickled."""
+    return block.mamba(h, around.cache, around.since)
+
+
+def read_attention(block: Any, h: Tensor, around: Surroundings) -> Tensor:
+    """The layer A."""
+    return block.attention(h, around.table, around.mask, around.cache)
+
+
+def read_mlp(block: Any, h: Tensor, around: Surroundings) -> Tensor:
+    """The layer -."""
+    return block.mlp(h)
+
+
+def read_experts(block: Any, h: Tensor, around: Surroundings) -> Tensor:
+    """The layer O."""
+    return block.experts(h)
+
+
+READS: dict[str, Read] = {"M": read_mamba, "A": read_attention, "-": read_mlp, "O": read_experts}
 """How the layer of each letter is called."""
 
 CACHES: dict[str, type[LayerCache]] = {"M": StateCache}

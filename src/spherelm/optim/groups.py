@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -195,7 +196,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torc
     if next(unit_modules(model), None) is not None:
         if config.max_angle is not None:
             AngleCap(optimizer, model, angle_limit(optimizer, config, config.max_angle))
-        attach_retraction(optimizer, model)
+        attach_retraction(optimizer, model, allow_decay=True)  # a config names it, or has none
     if next(routers(model), None) is not None:
         attach_balancing(optimizer, model, config.balance_rate, summed)
     return optimizer
@@ -220,11 +221,12 @@ def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> 
     if not config.angle_follows_lr or moving is None:
         return max_angle
 
-    def limit() -> float:
-        group = optimizer.param_groups[moving]  # looked up anew: `load_state_dict` puts other groups in their places
-        return float(max_angle * group["lr"] / (config.lr * group["lr_multiplier"]))
+    return partial(_limit, optimizer, moving, config.lr, max_angle)
 
-    return limit
+
+def _limit(optimizer: Optimizer, moving: int, lr: float, max_angle: float) -> float:
+    group = optimizer.param_groups[moving]  # looked up anew: `load_state_dict` puts other groups in their places
+    return float(max_angle * group["lr"] / (lr * group["lr_multiplier"]))
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:
