@@ -27,8 +27,11 @@ from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_
 from spherelm.cli import main
 from spherelm.compare.cost import measure_cost
 from spherelm.compare.jobs import Job, do_job
+from spherelm.data.corpus import shipped_directory
 from spherelm.data.documents import COMPRESSIONS, SUFFIXES
+from spherelm.data.loader import Loader
 from spherelm.data.prepare import prepare
+from spherelm.data.shards import open_tokens
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.translation import translation_scores
 from spherelm.models import (
@@ -196,14 +199,27 @@ def run_jobs_here(jobs: list[Job], *rest: Any) -> list[float]:
 
 
 def check_python_block(text: str) -> None:
-    """Execute it; where it leaves a model and an optimizer, take a step and look whether that ends on the sphere."""
-    names: dict[str, Any] = {}
+    """Execute it, a training loop with one batch, and look whether the model that it leaves is on the sphere."""
+    tokens = torch.randint(257, (1, 9))
+    names: dict[str, Any] = {"batches": [(tokens[:, :-1], tokens[:, 1:])]}
     exec(compile(text, "README.md", "exec"), names)
-    if "optimizer" in names:
-        tokens = torch.randint(names["model"].config.vocab_size, (1, 9))
-        names["model"].loss(tokens[:, :-1], tokens[:, 1:]).backward()
-        names["optimizer"].step()
     assert departure(names["model"]) < 1e-6
+
+
+def test_the_readmes_loop_learns_more_than_gpt_in_it() -> None:
+    """A new user's first comparison: the same loop, the same batches of the shipped text, the other arm's name."""
+    (loop,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.S) if "in batches" in text)
+    attachment = next(line for line in loop.splitlines() if line.startswith("attach_retraction("))
+    losses = {}
+    for arm, text in (("ngpt", loop), ("gpt", loop.replace('"ngpt"', '"gpt"').replace(attachment, ""))):
+        torch.manual_seed(0)
+        train, val = (Loader(open_tokens(shipped_directory(), split), 64, 8, seed=0) for split in ("train", "val"))
+        names: dict[str, Any] = {"batches": [train.batch(i) for i in range(40)]}
+        exec(compile(text, "README.md", "exec"), names)
+        assert isinstance(names["model"], NGPT if arm == "ngpt" else GPT)
+        with torch.no_grad():
+            losses[arm] = sum(names["model"].loss(*val.batch(i)).item() for i in range(4)) / 4
+    assert losses["ngpt"] < losses["gpt"]
 
 
 def test_the_example_of_a_loop_of_your_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

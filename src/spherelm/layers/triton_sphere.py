@@ -108,10 +108,10 @@ def _differentiated(grads: tuple[Tensor | None, ...]) -> bool:
 
 class _TritonNorm(sphere._Norm):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:
         x, rows, width, size = _rows(x)
         out, inverses = torch.empty_like(x), _lengths(x)
-        _norm_forward[(rows,)](x, out, inverses, width, shortest(x.dtype), size=size)
+        _norm_forward[(rows,)](x, out, inverses, width, least, size=size)
         ctx.dim = dim
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverses)
@@ -154,7 +154,7 @@ class _TritonStep(sphere._Step):
 
 def norm(x: Tensor) -> Tensor:
     """`sphere.norm` along the last axis; float32, bfloat16 or float16."""
-    unit: Tensor = sphere.norm(x) if transformed() else _TritonNorm.apply(x)[0]
+    unit: Tensor = sphere.norm(x) if transformed() else _TritonNorm.apply(x, -1, shortest(x.dtype))[0]
     return unit
 
 

@@ -34,7 +34,7 @@ def _reduced(reference: weakref.ref[Optimizer], protocol: Any) -> tuple[Any, ...
     """How copy and pickle take the optimizer apart: as torch does, and the hooks to be kept."""
     optimizer = reference()
     assert optimizer is not None
-    state, kept = dict(optimizer.__getstate__()), vars(optimizer)["_kept_hooks"]  # type: ignore[arg-type]
+    state, kept = dict(optimizer.__getstate__()), vars(optimizer)["_kept_hooks"]
     # Under names: the numbers of another process's handles would be given away again.
     for name in HOOKS:
         state[name] = OrderedDict((f"kept {key}", hook) for key, hook in vars(optimizer)[name].items() if key in kept)
