@@ -266,6 +266,12 @@ def check(title: str) -> Callable[[Callable[[Row], None]], Callable[[Row], None]
 
 
 TESTED_ELSEWHERE = {
+    "Derivatives": (
+        "test_second_derivatives.py:test_hessian_vector_products_of_a_model",
+        "test_second_derivatives.py:test_a_model_under_torch_func",
+        "test_second_derivatives.py:test_preconditioned_logits_have_first_derivatives_alone",
+        "layers/test_mamba2.py:test_the_kernel_refuses_second_derivatives",
+    ),
     "Compilation": (
         "train/test_compiled.py:test_compiled_gradients_are_eager_gradients",
         "train/test_trainer.py:test_compiling_that_fails_is_said_and_changes_nothing",
