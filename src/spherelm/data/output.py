@@ -37,15 +37,23 @@ def publish(partial: Path, out: Path, plan: Plan) -> None:
 
 def finished(out: Path, plan: Plan, progress: bool) -> dict[str, Any]:
     """The manifest of `out`, if it is what `plan` would write and undamaged."""
-    manifest = read_manifest(out)
-    _check_same(out, manifest, plan)
-    for split in manifest["splits"]:
-        open_tokens(out, split).verify()
-    if load_tokenizer(out).fingerprint != plan.tokenizer.fingerprint:
-        raise ShardError.about(out, "its tokenizer is not the one its shards were made with")
+    _check_same(out, read_manifest(out), plan)
+    manifest = verify_tokens(out)
     shutil.rmtree(out / PARTIAL_DIRECTORY, ignore_errors=True)
     if progress:
         print(f"{out} is already prepared: nothing to do", file=sys.stderr)
+    return manifest
+
+
+def verify_tokens(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory of token shards, every one read and compared; ShardError for one that is not what it was."""
+    manifest = read_manifest(directory)
+    fingerprint = load_tokenizer(directory).fingerprint
+    for split in manifest["splits"]:
+        tokens = open_tokens(directory, split)
+        tokens.verify()
+        if tokens.tokenizer_fingerprint != fingerprint:
+            raise ShardError.about(directory, "its tokenizer is not the one its shards were made with")
     return manifest
 
 

@@ -49,6 +49,7 @@ class RunData:
     """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`.
 
     tokens_per_update: where updates have another number of tokens than batch_size sequences of seq_len, that on average.
+    shards: the prepared texts that are read as they are needed; others were verified when they were opened.
     """
 
     loader: Batches
@@ -57,6 +58,7 @@ class RunData:
     identity: dict[str, str]
     end_token: int | None = None
     tokens_per_update: int | None = None
+    shards: tuple[Tokens, ...] = ()
 
     @property
     def tokens_per_byte(self) -> float:
@@ -201,6 +203,7 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
             "tokenizer": texts[0].tokenizer_fingerprint,
         },
         end_token=texts[0].eos_id if train.mask_documents else None,
+        shards=(*texts, *held_out),
     )
 
 

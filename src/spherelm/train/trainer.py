@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spherelm.data.loader import Batches
+from spherelm.data.verification import verify_where_cheap
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
@@ -92,6 +93,9 @@ class Trainer:
             )
         opened = open_run(self.out, config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
+        if checkpoint is not None:
+            begun = (self.out / "config.json").stat().st_mtime
+            group.together(lambda: verify_where_cheap(self.data.shards, begun, group.rank, group.world_size))
         group.first(lambda: self.data.tokenizer.save(self.out))
         return checkpoint
 
