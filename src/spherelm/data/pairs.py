@@ -122,13 +122,18 @@ def prepare_pairs(
 
     tokenizer: as for `load_tokenizer`, for both sides; `None` trains a BPE of `vocab_size` entries on both sides of `train`.
     max_tokens: pairs with a side of more tokens than this, its end included, are left out of the training pairs; among the
-    validation pairs they are an error. Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
+    validation pairs they are an error, and so is it if all of those are training pairs.
+    Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} already holds something: choose another --out")
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
     texts = {"train": read_texts(train), "val": read_texts(val)}
+    if _pairs_of(texts["val"]) <= _pairs_of(texts["train"]):
+        raise DocumentError(
+            f"every pair of {val.source} and {val.target} is in the training text too: name other files"
+        )
     both = texts["train"].source + texts["train"].target
     shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
     with made_whole(out) as part:
@@ -144,6 +149,10 @@ def prepare_pairs(
         }
         write_json(part / MANIFEST, manifest)
     return manifest
+
+
+def _pairs_of(texts: Texts) -> set[tuple[str, str]]:
+    return set(zip(texts.source, texts.target, strict=True))
 
 
 def _write_split(out: Path, name: str, texts: Texts, tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.documents import check_input, read_blocks
-from spherelm.data.hub import HubRequest, HubText
+from spherelm.data.hub import HubRequest, HubText, sha256_of
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
+from spherelm.data.plan import check_held_out
 from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -256,6 +257,7 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:
         check_input(file)
+        check_held_out(file, sha256_of(file), text.local_files)
     blocks = read_blocks(file) if fraction is None else text.blocks(None)
     with closing(blocks):
         windows, per_byte, fingerprint = held_out_windows(
