@@ -42,6 +42,12 @@ def test_whole_data_are_said_to_be_so(command: commands.Command, tmp_path: Path)
     assert f"val {counts['source_tokens'] + counts['target_tokens']:,} tokens" in second
 
 
+def test_without_a_directory_there_is_nothing_to_do(command: commands.Command) -> None:
+    answer = command("data", "verify")
+    assert answer.code == 2
+    assert answer.err == "spherelm: no data directory is named: give at least one\n"
+
+
 @pytest.mark.parametrize("damage", ["train-00000.bin", "val-00000.bin", "pairs", "missing", "tokenizer"])
 def test_what_changed_is_named_and_the_rest_is_looked_at(
     damage: str, command: commands.Command, tmp_path: Path

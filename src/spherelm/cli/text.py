@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from spherelm.cli.flags import Flag
+from spherelm.cli.flags import DataDirectories, Flag
 
 
 def prepare(
@@ -89,7 +87,7 @@ def pairs(
         )
 
 
-def verify(directories: Positional[tuple[Path, ...]]) -> None:
+def verify(directories: DataDirectories) -> None:
     """Read data directories whole and compare every file with the sha256 that was stored when it was written.
 
     Args:
