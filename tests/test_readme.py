@@ -132,6 +132,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
+    monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})
     monkeypatch.setattr("spherelm.train.samples.continues", lambda run: True)
     monkeypatch.setattr("spherelm.train.evaluation.translation_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.train.samples.continuations", lambda *rest, **more: [])

@@ -19,6 +19,7 @@ from spherelm.data.shards import open_tokens
 from spherelm.presets import PRESETS
 from spherelm.train.batches import tokens_per_byte
 from spherelm.train.metrics import read_metrics
+from spherelm.train.record import alone_in
 from spherelm.train.trainer import train
 
 FULL_TOKENS = 6 * 4 * 16
@@ -222,6 +223,13 @@ def test_an_occupied_directory_is_refused(
     with pytest.raises(FileExistsError, match="already holds something"):
         compare(config(data), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert jobs_done == []
+
+
+def test_two_comparisons_never_share_a_directory(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
+    tmp_path.joinpath("out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(FileExistsError, match="out is in use by another process"):
+        compare(config(data), tmp_path / "out")
     assert jobs_done == []
 
 

@@ -27,7 +27,7 @@ from spherelm.evaluate.perplexity import mean_loss
 from spherelm.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
 from spherelm.recipes import make_run
 from spherelm.train.checkpoint import load_model
-from spherelm.train.record import write_json
+from spherelm.train.record import alone_in, write_json
 
 
 def test_the_sizes_are_what_they_are_called() -> None:
@@ -111,17 +111,29 @@ def test_a_search_goes_away_from_what_diverges_and_ends_where_everything_does() 
     assert len(search(lambda rate: math.nan)) == evidence.PATIENCE
 
 
+IDENTITY = {"data": "1,2", "test": "3"}
+
+
 def test_what_is_no_record_of_evidence_is_refused(tmp_path: Path) -> None:
     grid = Grid("d", "t")
-    assert on_record(tmp_path / "evidence.json", grid) == ([], [])
+    assert on_record(tmp_path / "evidence.json", grid, IDENTITY) == ([], [])
     told = '{"grid": {"data": "d", "test": "t", "test_windows": 256}, "measured": [%s], "costs": [%s]}'
     for text in ("{", "[1]", '{"mine": 1}', told % ('{"a": 1}', ""), told % ("", "1")):
         (tmp_path / "evidence.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"is not what spherelm evidence wrote .*: move it away"):
-            on_record(tmp_path / "evidence.json", grid)
+            on_record(tmp_path / "evidence.json", grid, IDENTITY)
     (tmp_path / "evidence.json").write_text(told % ("", ""), encoding="utf-8")
     with pytest.raises(ValueError, match="was measured with test 't', now it is 'u': choose another --out"):
-        on_record(tmp_path / "evidence.json", Grid("d", "u"))
+        on_record(tmp_path / "evidence.json", Grid("d", "u"), IDENTITY)
+
+
+def test_text_that_was_moved_is_the_same_and_other_text_in_its_place_is_not(tmp_path: Path) -> None:
+    path, grid = tmp_path / "evidence.json", Grid("d", "t")
+    write_json(path, evidence.summary(grid, IDENTITY, []))
+    assert on_record(path, Grid("./d", "/elsewhere/t"), IDENTITY) == ([], [])
+    for name in IDENTITY:
+        with pytest.raises(ValueError, match=f"was measured with {name} "):
+            on_record(path, grid, {**IDENTITY, name: "4"})
 
 
 @pytest.fixture
@@ -199,6 +211,15 @@ def test_text_of_another_tokenizer_cannot_judge(data: Path, tmp_path: Path) -> N
 def test_what_chose_the_rates_cannot_judge(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which chooses the rates: --test needs other text"):
         climb(Grid(str(data), str(data)), tmp_path / "out")
+
+
+def test_two_never_work_through_one_directory(
+    data: Path, test_data: Path, tmp_path: Path, jobs_done: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(FileExistsError, match="out is in use by another process"):
+        climb(Grid(str(data), str(test_data)), tmp_path / "out")
+    assert jobs_done == []
 
 
 def test_what_could_not_be_done_to_the_end_is_not_begun(data: Path, test_data: Path, tmp_path: Path) -> None:

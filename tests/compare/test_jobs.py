@@ -19,6 +19,7 @@ import torch
 
 from spherelm.compare import jobs as module
 from spherelm.compare.jobs import Job, default_workers, do_job, final_loss, run_jobs, steps_done
+from spherelm.data.prepare import prepare
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.metrics import read_metrics
 from spherelm.train.signals import Interrupted
@@ -93,6 +94,20 @@ def test_a_finished_run_of_another_config_is_not_taken(fields: dict[str, Any], d
     do_job(job(data, tmp_path / "run", **fields))
     with pytest.raises(ValueError, match=r"made with another config: train\.batch_size is 4 there and 2 now"):
         do_job(job(data, tmp_path / "run", batch_size=2, **fields))
+
+
+def test_a_finished_run_is_taken_where_its_text_was_moved_and_not_where_it_was_exchanged(tmp_path: Path) -> None:
+    def one(data: Path) -> Job:
+        return job(data, tmp_path / "run", steps=1)
+
+    data = tiny.make_data(tmp_path)
+    loss = do_job(one(data))
+    moved = data.rename(tmp_path / "moved")
+    assert do_job(one(moved)) == loss
+    (tmp_path / "train.txt").write_text(tiny.text(5))
+    prepare([tmp_path / "train.txt"], data, "bytes", val=[tmp_path / "val.txt"])
+    with pytest.raises(ValueError, match=r"made with another config: data_identity\.train is"):
+        do_job(one(data))
 
 
 def test_two_runs_never_share_a_directory(data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny
 
 from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
@@ -20,6 +21,7 @@ from spherelm.data.documents import DocumentError
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.prepare import OutputExistsError, prepare
 from spherelm.data.shards import Shard, open_tokens
+from spherelm.train.batches import open_data
 
 datasets = pytest.importorskip("datasets", reason="streaming needs datasets: pip install 'spherelm[data]'")
 
@@ -174,6 +176,18 @@ def refused(request: HubRequest, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         list(HubText(request).documents())
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_dataset_is_no_validation_text(jsonl: Path, tmp_path: Path) -> None:
+    """Whatever it is called; prepared, or streamed into training."""
+    (tmp_path / "val.jsonl").write_bytes(next(jsonl.glob("*.jsonl")).read_bytes())
+    val = tmp_path / "val.jsonl"
+    with pytest.raises(ValueError, match=r"val\.jsonl is also a training input \(.*: remove one"):
+        prepare([], tmp_path / "out", "bytes", val=[val], hub=HubRequest(str(jsonl)))
+    assert not (tmp_path / "out").exists()
+    config = tiny.run_config("gpt", Path(f"stream:{jsonl},tokenizer=bytes,val={val}"))
+    with pytest.raises(ValueError, match=r"val\.jsonl is also a training input \("):
+        open_data(config)
 
 
 def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

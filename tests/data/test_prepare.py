@@ -339,7 +339,7 @@ def test_a_long_text_over_blocks_and_shards(tmp_path: Path, small: None) -> None
         documents_found = [t for split in manifest["splits"] for t in texts_of(tmp_path / name, split)]
         assert sorted(documents_found) == sorted([text, "short", *(BOOKS if fraction else [])])
     tokens = open_tokens(tmp_path / "plain", "train")
-    assert len(tokens._shards) > 5
+    assert len(tokens.shards) > 5
     assert tokens.document_offsets.tolist() == [0, len(text) + 1]
 
 

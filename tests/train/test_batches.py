@@ -17,7 +17,7 @@ from spherelm.data import stream
 from spherelm.data.prepare import prepare
 from spherelm.data.shards import open_tokens
 from spherelm.layers.attention import separate_documents
-from spherelm.train.batches import open_data, sources_of, stream_spec, tokens_per_byte, vocabulary_size
+from spherelm.train.batches import open_data, proportions, sources_of, stream_spec, tokens_per_byte, vocabulary_size
 from spherelm.train.checkpoint import load_model
 from spherelm.train.config import RunConfig
 from spherelm.train.metrics import read_metrics
@@ -172,3 +172,35 @@ def test_documents_are_kept_apart(directories: list[Path], tmp_path: Path) -> No
     expected = run.model.loss(tokens, targets, *separate_documents(tokens, 256)).item()
     assert losses[True, None][0] == pytest.approx(expected, rel=1e-6)
     assert all(abs(a - b) > 1e-6 for a, b in zip(losses[True, None], losses[False, None], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["directory", "mixture", "stream"])
+def test_text_that_lies_elsewhere_is_the_same_text(
+    kind: str, directories: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another path, and after it was moved; in other proportions it is other text."""
+    place = directories[0].parent
+    data = {
+        "directory": "{}/a",
+        "mixture": "{}/a=0.7,{}/b=0.3",
+        "stream": "stream:{}/a.jsonl,tokenizer=bytes,val=0.3",
+    }[kind]
+    loss = train(run_config(data.replace("{}", str(place)), steps=2), tmp_path / "run", show_progress=False)
+    shutil.copytree(place, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for where in ("moved", str(tmp_path / "moved")):
+        config = run_config(data.replace("{}", where), steps=2)
+        assert train(config, tmp_path / "run", resume=True, show_progress=False) == loss
+    if kind != "directory":
+        other = data.replace("{}", "moved").replace("0.3", "0.31")
+        with pytest.raises(ValueError, match=r"made with another config: data(_identity\.val)? is"):
+            train(run_config(other, steps=2), tmp_path / "run", resume=True, show_progress=False)
+
+
+def test_the_part_that_a_stream_holds_out_is_part_of_what_it_is() -> None:
+    """Its first held-out documents may be the same, and then its identity is."""
+    stream_of = "stream:x,tokenizer=bytes,val="
+    assert proportions(f"{stream_of}0.30") == proportions(f"{stream_of}.3") != proportions(f"{stream_of}0.31")
+    assert (
+        proportions(f"{stream_of}a/val.txt") == proportions(f"{stream_of}b/val.txt") != proportions(stream_of + "0.3")
+    )

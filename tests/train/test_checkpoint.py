@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from spherelm.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    run_directory,
     save_checkpoint,
 )
 from spherelm.train.config import to_dict
@@ -286,6 +288,48 @@ def test_load_model_from_a_run_and_from_a_checkpoint(arm: str, data: Path, tmp_p
     finished = Trainer(config, run, resume=True)
     assert_equal(dict(finished.model.named_parameters()), dict(newest.named_parameters()))
     assert finished.run(show_progress=False) == loss
+
+
+def test_a_checkpoint_has_many_names(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A symbolic link, its own name where it lies, and the directory one stands in."""
+    run, place = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    train(tiny.run_config("gpt", data, save_every=3), run, show_progress=False)
+    early = place / "step-00000003"
+    (tmp_path / "best").symlink_to(early)
+    (tmp_path / "linked").symlink_to(run)
+    expected = dict(load_model(early).named_parameters())
+    for where, name in (
+        (tmp_path, "best"),
+        (place, early.name),
+        (early, "."),
+        (tmp_path, "linked/checkpoints/" + early.name),
+    ):
+        monkeypatch.chdir(where)
+        assert_equal(dict(load_model(name).named_parameters()), expected)
+        assert run_directory(name) == run
+    monkeypatch.chdir(run)
+    assert not torch.equal(load_model(".").embed.weight, expected["embed.weight"]), "a run stands for its newest"
+
+
+def test_weights_alone_can_be_used_and_not_trained_on(
+    data: Path, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    trainer("ngpt").run(show_progress=False)
+    run = tmp_path / "run"
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    expected = dict(load_model(run).named_parameters())
+    (newest / MOMENTS).unlink()
+    assert_equal(dict(load_model(run).named_parameters()), expected)
+    with pytest.raises(
+        ValueError, match=rf"holds weights alone, without the optimizer's state \({MOMENTS}\).*delete this"
+    ):
+        trainer("ngpt", resume=True)
+    weights = bytearray((newest / WEIGHTS).read_bytes())
+    weights[-5] ^= 1
+    (newest / WEIGHTS).write_bytes(weights)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged"):
+        load_model(run)
 
 
 def test_load_model_says_what_is_missing(tmp_path: Path, data: Path) -> None:

@@ -14,15 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm import load_model
+from spherelm.data.loader import Loader
+from spherelm.data.shards import open_tokens
 from spherelm.layers.moe import routers
-from spherelm.models import Decoder
+from spherelm.models import Decoder, build
 from spherelm.recipes import make_run
 from spherelm.train import trainer
 from spherelm.train.checkpoint import WEIGHTS, latest_checkpoint
 from spherelm.train.config import RunConfig
 from spherelm.train.estimate import estimate, estimate_table
 from spherelm.train.metrics import read_metrics
-from spherelm.train.trainer import Trainer, train
+from spherelm.train.parallel import Group, spread
+from spherelm.train.trainer import Trainer, gradients_of_batch, train
 
 both_arms = pytest.mark.parametrize("arm", ["hybrid", "nhybrid"])
 
@@ -85,6 +88,24 @@ def test_accumulated_micro_batches_are_the_batch(data: Path, tmp_path: Path) -> 
         found[name] = biases(load_model(tmp_path / name))
     for name in ("parts", "again"):
         assert all(torch.equal(a, b) for a, b in zip(found["whole"], found[name], strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_loss_that_balances_is_of_the_whole_batch(size: int, recompute: bool, data: Path) -> None:
+    """Its gradient from micro-batches is that from one pass over all; loads count once, and nothing is left behind."""
+    loader, found = Loader(open_tokens(data, "train"), 16, 4, seed=0), []
+    for parts in (None, size):
+        torch.manual_seed(0)
+        model = build(run_config("nhybrid", data, balance="loss").model).double()
+        for _, router in routers(model):
+            router.coefficient = 10.0  # else it is a small part of the gradient
+        gradients_of_batch(spread(model, Group(), recompute), loader, 0, parts)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert all(int(router.load.sum()) == 2 * 4 * 16 for _, router in routers(model))
+        assert all(router.batch_load is None is router.pending for _, router in routers(model))
+    for name, whole in found[0].items():
+        assert (found[1][name] - whole).abs().max() <= 1e-12 * whole.abs().max(), name
 
 
 def test_an_update_that_is_left_out_is_not_counted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,15 @@ REFUSED = {
     "three": ("--strategy", "hybrid", "--shard-size", "3"),
     "no-text": ("--data", "/nowhere"),
     "tasks": ("--eval-tasks", "arc_easy", "--task-data", "/nowhere"),
+    "in-use": ("--resume",),
 }
+IN_USE = """
+import fcntl, pathlib, sys
+pathlib.Path({run!r}).mkdir(parents=True)
+sys.held = open(pathlib.Path({run!r}, ".lock"), "a")
+fcntl.flock(sys.held, fcntl.LOCK_EX)
+"""
+"""As if another run were in the directory."""
 
 
 def spread_jobs(arm: str, root: Path, data: Path) -> dict[str, ranks.Job]:
@@ -102,7 +110,8 @@ def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     jobs |= {"nan": job("nan", NAN), "skipped": job("skipped", NAN, *SKIPPING, steps=(3, 5))}
     jobs["over"] = job("over", NAN, *SKIPPING, steps=(3, 4, 5))
     for name, flags in REFUSED.items():
-        jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags])
+        prepare = IN_USE.format(run=str(root / name)) if name == "in-use" else ""
+        jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags], prepare=prepare)
     return jobs
 
 
@@ -243,6 +252,7 @@ def test_a_signal_to_one_saves_and_ends_all(
         ("three", "--shard-size 3 does not divide the 2 processes"),
         ("no-text", "/nowhere"),
         ("tasks", "/nowhere"),
+        ("in-use", "in-use is in use by another process: wait until that ends"),
     ],
 )
 def test_what_cannot_be_is_said(name: str, message: str, ended: dict[str, list[ranks.Ended]], root: Path) -> None:

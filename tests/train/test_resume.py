@@ -130,6 +130,27 @@ def test_what_changes_nothing_may_change_on_resuming(trainer: MakeTrainer, data:
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@both_arms
+@pytest.mark.parametrize("sizes", [(None, 1), (1, None), (4, 2)], ids=str)
+def test_smaller_micro_batches_may_be_taken_on_resuming(
+    arm: str, sizes: tuple[int | None, int | None], trainer: MakeTrainer, data: Path, tmp_path: Path
+) -> None:
+    """As one does where memory ran out: the run ends where it would have ended, but for the rounding of sums."""
+    before, after = sizes
+    loss = train(tiny.run_config(arm, data), tmp_path / "whole", show_progress=False)
+    first = trainer(arm, save_every=2, micro_batch_size=before)
+    crash_at(first, 6)
+    with pytest.raises(SystemExit):
+        first.run(show_progress=False)
+    resumed = trainer(arm, resume=True, save_every=2, micro_batch_size=after, eval_every=4, stop_above=20.0)
+    assert resumed.micro_batch_size == (after or 4)
+    assert resumed.run(show_progress=False) == pytest.approx(loss, rel=1e-5)
+    curves = ([r for r in tiny.metrics(tmp_path / name) if r["kind"] == "train"] for name in ("run", "whole"))
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -17,7 +17,7 @@ from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.recipes import PRESETS, RECIPES, make_run
 from spherelm.train.config import RunConfig, TrainConfig, from_dict, read_config, to_dict
-from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
+from spherelm.train.record import FREE_TO_CHANGE, _flat, claim_directory, command_line, git_commit, versions, write_json
 
 WANTED: dict[str, Any] = {"arm": "gpt", "train": {"steps": 3, "keep": 2}, "betas": (0.9, 0.95)}
 
@@ -75,6 +75,12 @@ def test_a_field_that_differs_is_named(change: dict[str, Any], message: str, tmp
     claim_directory(tmp_path, WANTED, resume=False)
     with pytest.raises(ValueError, match=message):
         claim_directory(tmp_path, {**WANTED, **change}, resume=True)
+
+
+def test_what_may_change_on_resuming_is_called_as_in_the_config() -> None:
+    runs = make_run("ngpt", recipe="nugpt", vocab_size=9), make_run("nhybrid", "hybrid", vocab_size=9)
+    configs = [to_dict(run) for run in runs]
+    assert set(FREE_TO_CHANGE) <= {field for config in configs for field in ("base", *_flat(config))}
 
 
 def test_how_often_to_save_may_change(tmp_path: Path) -> None:

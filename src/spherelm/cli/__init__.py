@@ -20,6 +20,7 @@ RANK_LOST = 3
 data_app = tyro.extras.SubcommandApp()
 data_app.command(text.prepare)
 data_app.command(text.pairs)
+data_app.command(text.verify)
 import_app = tyro.extras.SubcommandApp()
 import_app.command(name="nvidia")(trained.import_nvidia)
 
@@ -40,7 +41,7 @@ COMMANDS: dict[str, Any] = {
 """In the order in which `--help` lists them."""
 
 GROUPS = {
-    "data": "Turn text into token shards.",
+    "data": "Turn text into token shards, and verify them.",
     "import": "Turn a checkpoint of another program into a run directory.",
 }
 """What the commands that have commands are for."""

@@ -14,6 +14,9 @@ Flag = Annotated[bool, FlagCreatePairsOff]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
 """One directory or more."""
 
+DataDirectories = Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]", help_behavior_hint="(required)")]
+"""One data directory or more."""
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 

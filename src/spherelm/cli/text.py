@@ -1,11 +1,11 @@
-"""Commands that turn text into training data: `data prepare`, `data pairs`."""
+"""Commands that turn text into training data: `data prepare`, `data pairs`, `data verify`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from spherelm.cli.flags import Flag
+from spherelm.cli.flags import DataDirectories, Flag
 
 
 def prepare(
@@ -85,3 +85,26 @@ def pairs(
             f"{split}: {counts['pairs']:,} pairs, {counts['source_tokens']:,} and {counts['target_tokens']:,} tokens, the "
             f"longest text {counts['longest']}; left out: {out_of['blank']:,} blank, {out_of['too_long']:,} too long"
         )
+
+
+def verify(directories: DataDirectories) -> None:
+    """Read data directories whole and compare every file with the sha256 that was stored when it was written.
+
+    Args:
+        directories: Data directories made by `spherelm data prepare` or `spherelm data pairs`.
+    """
+    from spherelm.data.verification import verify as run_verification
+
+    if not directories:
+        raise ValueError("no data directory is named: give at least one")
+    damaged = []
+    for directory in directories:
+        try:
+            tokens = run_verification(directory)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
+            print(f"{directory}: as it was prepared ({counts})")
+    if damaged:
+        raise ValueError("; and ".join(damaged))

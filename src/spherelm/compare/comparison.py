@@ -24,7 +24,7 @@ from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.metrics import read_metrics
-from spherelm.train.record import claim_directory, command_line, git_commit, versions, write_json
+from spherelm.train.record import claimed, command_line, git_commit, versions, write_json
 from spherelm.train.samples import continuations
 
 SHORTER = (0.65, 0.4, 0.25)
@@ -86,24 +86,24 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in config.arms}
     baseline, normalized = config.arms
     data = open_data(full[baseline][0])
-    claim_directory(out, {**vars(config), "data_identity": data.identity}, resume)
-    jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
-    # Seed by seed, so that both arms of a pair run side by side.
-    in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
-    losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
-    final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
-    best = winner(final)
-    targets = losing_losses(final, best)
-    ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
-    with threads(threads_each(workers_for(len(in_order), workers))):
-        cost = measure_cost(full[baseline][0], full[normalized][0])
-        drawn = samples({arm: jobs[arm][0].out for arm in jobs})
-    summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
-    summary["wall_seconds"] = time.perf_counter() - start
-    write_json(out / "summary.json", summary)
-    write_json(out / "samples.json", drawn)
-    write_report(out)
-    return summary
+    with claimed(out, {**vars(config), "data_identity": data.identity}, resume):
+        jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
+        # Seed by seed, so that both arms of a pair run side by side.
+        in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
+        losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
+        final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
+        best = winner(final)
+        targets = losing_losses(final, best)
+        ends = [] if config.quick else shorter_runs(config, best, jobs[best][0].config, targets, out, workers)
+        with threads(threads_each(workers_for(len(in_order), workers))):
+            cost = measure_cost(full[baseline][0], full[normalized][0])
+            drawn = samples({arm: jobs[arm][0].out for arm in jobs})
+        summary = summarize(config, jobs, final, ends, cost, data.tokens_per_byte)
+        summary["wall_seconds"] = time.perf_counter() - start
+        write_json(out / "summary.json", summary)
+        write_json(out / "samples.json", drawn)
+        write_report(out)
+        return summary
 
 
 def shorter_budgets(steps: int) -> list[int]:

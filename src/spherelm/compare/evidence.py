@@ -36,7 +36,7 @@ from spherelm.presets import PRESETS, Preset
 from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
 from spherelm.train.precision import best_device
-from spherelm.train.record import write_json
+from spherelm.train.record import alone_in, write_json
 
 CONTENDERS = {
     "gpt-paper": ("gpt", "paper"),
@@ -167,6 +167,7 @@ class Ladder:
                 f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
             )
         self.vocab_size = train.vocab_size
+        self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
         for point, contender in itertools.product(grid.points(), grid.contenders):
             self.first_rate(contender, point)  # what cannot be trained is refused before anything is
 
@@ -284,18 +285,18 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another --out")
     ladder = Ladder(grid, out, workers)
-    measured, costs = on_record(out / "evidence.json", grid)
     out.mkdir(parents=True, exist_ok=True)
-    record = summary(grid, measured, costs)
-    with time_limit(minutes):
+    with alone_in(out), time_limit(minutes):
+        measured, costs = on_record(out / "evidence.json", grid, ladder.identity)
+        record = summary(grid, ladder.identity, measured, costs)
         for point in grid.points():
             for contender in grid.contenders:
                 measured = with_row(measured, ladder.measure(contender, point))
-                record = summary(grid, measured, costs)
+                record = summary(grid, ladder.identity, measured, costs)
                 write_json(out / "evidence.json", record)
             if grid.compares and not is_timed(costs, point, grid.contenders):
                 costs.append(ladder.cost_of_steps(point))
-                record = summary(grid, measured, costs)
+                record = summary(grid, ladder.identity, measured, costs)
                 write_json(out / "evidence.json", record)
     return record
 

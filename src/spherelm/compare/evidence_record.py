@@ -19,7 +19,7 @@ PLACE = ("size", "context", "steps", "contender")
 """What tells two measurements on the same text apart."""
 
 TEXT = ("data", "test", "test_windows")
-"""The fields of a `Grid` that all measurements of one `evidence.json` share."""
+"""The fields of a `Grid` that all measurements of one `evidence.json` share, wherever the text that they name lies."""
 
 
 def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -31,9 +31,10 @@ def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[di
     return list(rows.values())
 
 
-def on_record(path: Path, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def on_record(path: Path, grid: Grid, identity: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The measurements and the costs of steps that earlier commands left in `path`, nothing where there is no such file.
 
+    identity: the sha256 of the grid's "data" and "test".
     Raises `ValueError` for what `spherelm evidence` did not write, or wrote of other text than that of `grid`.
     """
     if not path.is_file():
@@ -41,13 +42,15 @@ def on_record(path: Path, grid: Grid) -> tuple[list[dict[str, Any]], list[dict[s
     try:
         record = json.loads(path.read_text("utf-8"))
         text = {name: record["grid"][name] for name in TEXT}
+        before = record.get("identity", {})  # earlier versions did not write it
         measured = [restored(row) for row in record["measured"]]
         costs = [dict(cost) for cost in record.get("costs", [])]
-        summary(grid, measured, costs)  # holds what speedups are computed from
+        summary(grid, identity, measured, costs)  # holds what speedups are computed from
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is not what spherelm evidence wrote ({error!r}): move it away") from error
     for name in TEXT:
-        if text[name] != getattr(grid, name):
+        same = before[name] == identity[name] if name in before else text[name] == getattr(grid, name)
+        if not same:
             raise ValueError(
                 f"{path} was measured with {name} {text[name]!r}, now it is {getattr(grid, name)!r}: choose another --out"
             )
@@ -62,13 +65,19 @@ def restored(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(
-    grid: Grid, measured: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]] = ()
+    grid: Grid,
+    identity: Mapping[str, str],
+    measured: Sequence[Mapping[str, Any]],
+    costs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What `evidence.json` holds: every measurement, the speedups between them, how they grow, and how it was made."""
+    """What `evidence.json` holds: every measurement, the speedups between them, how they grow, and how it was made.
+
+    identity: as for `on_record`.
+    """
     speedups = list(all_speedups(measured, costs))
     about = {"command": command_line(), "git_commit": git_commit(), "versions": versions()}
     found = {"measured": list(measured), "costs": list(costs), "speedups": speedups, "growth": growth(speedups)}
-    return {"grid": asdict(grid), **found, **about}
+    return {"grid": asdict(grid), "identity": dict(identity), **found, **about}
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.models import MASKED_CONFIGS
 from spherelm.models.decoder import Decoder
-from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
+from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint
 from spherelm.train.config import read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
@@ -106,7 +106,7 @@ def expand(path: Path) -> list[Path]:
     if not summary.is_file():
         if not path.is_dir():
             raise FileNotFoundError(f"no run at {path}: pass run directories that spherelm train wrote")
-        return [path]
+        return [named_checkpoint(path) or path]
     try:
         arms = json.loads(summary.read_text("utf-8"))["arms"]
         return [path / name for arm in arms.values() for name in arm["runs"]]
@@ -116,7 +116,8 @@ def expand(path: Path) -> list[Path]:
 
 def run_directory(path: Path) -> Path:
     """The run that a run directory or one of its checkpoints belongs to."""
-    return path.parent.parent if NAME.fullmatch(path.name) and path.parent.name == "checkpoints" else path
+    checkpoint = named_checkpoint(path)
+    return path if checkpoint is None else checkpoint.parent.parent
 
 
 def check_shapes(paths: Sequence[Path]) -> None:
@@ -193,7 +194,7 @@ def _inspect(path: Path, text: str, request: Request) -> Inspected:
 def name_of(path: Path) -> str:
     """A short name of a run or a checkpoint: its last parts."""
     run = run_directory(path)
-    return run.name if run == path else f"{run.name} {path.name}"
+    return run.resolve().name if run == path else f"{run.name} {path.resolve().name}"
 
 
 def _distances(path: Path, model: Decoder) -> Iterator[tuple[int, dict[str, float]]]:

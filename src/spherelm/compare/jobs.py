@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from spherelm.train.batches import open_data
 from spherelm.train.config import RunConfig, to_dict
 from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
@@ -97,7 +98,8 @@ def do_job(job: Job) -> float:
     """
     done = final_loss(job.out, job.config.train.steps)
     if done is not None:
-        claim_directory(job.out, to_dict(job.config), resume=True)
+        wanted = {**to_dict(job.config), "data_identity": open_data(job.config).identity}
+        claim_directory(job.out, wanted, resume=True)
         return done
     try:
         return train(job.config, job.out, resume=True, show_progress=False)

@@ -39,8 +39,9 @@ class HubRequest:
 class HubText:
     """The documents of one dataset in their order, from any position.
 
-    `identity` (JSON) names what is read: two streams with the same one give the same documents. Raises DocumentError
-    for what cannot be opened, with one line that says why.
+    `identity` (JSON) names what is read: two streams with the same one give the same documents. `local_files` are those
+    of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened, with one line that
+    says why.
     """
 
     def __init__(self, request: HubRequest) -> None:
@@ -56,7 +57,9 @@ class HubText:
                 f"{request.name} has no column {request.column!r} (it has {', '.join(columns)}): name it with --text-column"
             )
         self._stream = stream if columns is None else stream.select_columns([request.column])
-        self.identity = _identity(request, builder)
+        files = _files(request, builder)
+        self.local_files = {version[0]: Path(file) for file, version in files if Path(file).is_file()}
+        self.identity = _identity(request, builder, files)
         self._start = json.dumps(self._stream.state_dict())
 
     @property
@@ -130,13 +133,18 @@ def _open_builder(request: HubRequest) -> Any:
     return datasets.load_dataset_builder(name, request.config, revision=revision or None)
 
 
-def _identity(request: HubRequest, builder: Any) -> dict[str, Any]:
-    """What is read: the request, and each file by the sha256 of a local one, by address and version of a remote one."""
+def _files(request: HubRequest, builder: Any) -> list[tuple[str, list[str]]]:
+    """Each file of the split and what tells it apart: the sha256 of a local one, address and version of a remote one."""
     files = (builder.config.data_files or {}).get(request.split, [])
     versions = getattr(files, "origin_metadata", [()] * len(files))
-    described = [_version_of(file, version) for file, version in zip(files, versions, strict=True)]
+    return [(str(file), _version_of(str(file), version)) for file, version in zip(files, versions, strict=True)]
+
+
+def _identity(request: HubRequest, builder: Any, files: list[tuple[str, list[str]]]) -> dict[str, Any]:
+    """What is read: the request, and its files."""
+    described = [version for _, version in files]
     local = Path(request.name).expanduser().exists()
-    revisions = {found[1] for file in files if (found := _REVISION.match(str(file)))}
+    revisions = {found[1] for file, _ in files if (found := _REVISION.match(file))}
     return {
         **asdict(request),
         "name": None if local else request.name,  # a folder may be moved
@@ -149,13 +157,16 @@ def _identity(request: HubRequest, builder: Any) -> dict[str, Any]:
 
 def _version_of(file: str, version: tuple[str, ...]) -> list[str]:
     path = Path(file)
-    if not path.is_file():
-        return [file, *map(str, version)]
+    return [sha256_of(path)] if path.is_file() else [file, *map(str, version)]
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as content:
         while data := content.read(1 << 22):
             digest.update(data)
-    return [digest.hexdigest()]
+    return digest.hexdigest()
 
 
 @contextmanager

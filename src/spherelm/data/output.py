@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,15 +37,23 @@ def publish(partial: Path, out: Path, plan: Plan) -> None:
 
 def finished(out: Path, plan: Plan, progress: bool) -> dict[str, Any]:
     """The manifest of `out`, if it is what `plan` would write and undamaged."""
-    manifest = read_manifest(out)
-    _check_same(out, manifest, plan)
-    for split in manifest["splits"]:
-        open_tokens(out, split).verify()
-    if load_tokenizer(out).fingerprint != plan.tokenizer.fingerprint:
-        raise ShardError.about(out, "its tokenizer is not the one its shards were made with")
+    _check_same(out, read_manifest(out), plan)
+    manifest = verify_tokens(out)
     shutil.rmtree(out / PARTIAL_DIRECTORY, ignore_errors=True)
     if progress:
         print(f"{out} is already prepared: nothing to do", file=sys.stderr)
+    return manifest
+
+
+def verify_tokens(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory of token shards, every one read and compared; ShardError for one that is not what it was."""
+    manifest = read_manifest(directory)
+    fingerprint = load_tokenizer(directory).fingerprint
+    for split in manifest["splits"]:
+        tokens = open_tokens(directory, split)
+        tokens.verify()
+        if tokens.tokenizer_fingerprint != fingerprint:
+            raise ShardError.about(directory, "its tokenizer is not the one its shards were made with")
     return manifest
 
 
@@ -66,18 +75,48 @@ def remove_if_useless(partial: Path, out: Path) -> None:
 
 
 @contextmanager
-def locked(partial: Path, out: Path) -> Iterator[None]:
-    """Hold `partial` for this process. Raises OutputExistsError while another one does."""
-    with open(partial / "lock", "a") as file:
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the file `path`, which is made for it and removed at the end, for this process; the hold ends with the process.
+
+    Raises OutputExistsError, with the text `busy`, while another process holds it.
+    """
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OutputExistsError(
-                f"another process is preparing {out}: wait for it or choose another --out"
-            ) from error
+            raise OutputExistsError(busy) from error
         except OSError:
             pass  # some network file systems have no locks
-        yield
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+            raise OutputExistsError(busy)  # the one that held it was just about to end, and has removed it
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` at the end of the context, or vanishes where that is not reached.
+
+    Every file in it gets the permissions that the user's umask gives to new files, also those of libraries that write under
+    a temporary name, which nobody else may read.
+    """
+    part = out.resolve().with_name(f".{out.resolve().name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        new = part / ".new"
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+        new.unlink()
+        for path in part.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,19 @@ def make_plan(
             [_source(Path(path), to, bar) for path in paths] for paths, to in ((inputs, split), (val, "val"))
         )
     trained_on = {source.sha256: source.path for source in train}
-    for source in held_out:
-        if source.sha256 in trained_on:
-            raise ValueError(f"{source.path} is also a training input ({trained_on[source.sha256]}): remove one")
     if hub is not None:
         stream = HubText(hub)
         train.append(Source(Path(hub.name), split, 0, stream.fingerprint, stream))
+        trained_on |= stream.local_files
+    for source in held_out:
+        check_held_out(source.path, source.sha256, trained_on)
     return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate)
+
+
+def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> None:
+    """`ValueError` if the file of validation text `path` is one of the training text, whose files are given by their sha256."""
+    if sha256 in trained_on:
+        raise ValueError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
 
 
 def _source(path: Path, split: Split | None, bar: Any) -> Source:

@@ -80,7 +80,7 @@ def prepare(
     if out.exists() and not partial.is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out} holds something else than prepared data: choose another --out")
     partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial, out):
+    with locked(partial / "lock", f"another process is preparing {out}: wait for it or choose another --out"):
         try:
             if not (out / MANIFEST_FILE).is_file():  # else another process finished it since
                 if not (partial / MANIFEST_FILE).is_file():

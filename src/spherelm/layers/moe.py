@@ -37,19 +37,24 @@ def normalized(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True)
 
 
-def balance_loss(scores: Tensor, experts: Tensor, coefficient: float = 1.0) -> Tensor:
+def balance_loss(scores: Tensor, experts: Tensor, coefficient: float = 1.0, batch_load: Tensor | None = None) -> Tensor:
     """`coefficient E sum_e f_e P_e`: the sum is 1/E where all experts are alike, 1 where one has everything.
 
     The auxiliary loss of Switch Transformer (arXiv 2101.03961, eqs. 4 to 6).
 
     f_e: the part of all choices `experts` [tokens, top_k] that is e; P_e: the mean part that e has of a token's `scores`
     [tokens, E], through which the gradient goes (for sigmoid scores as DeepSeek-V3 has it, eqs. 17 to 20).
+    batch_load: int64 [E], where the tokens are a part of a batch, the choices in all of it, of which f_e is then. The mean of
+    the losses of equal parts is the loss of the batch then, since P_e is a mean over tokens.
     """
-    chosen = F.one_hot(experts.flatten(), scores.shape[-1]).to(scores.dtype).mean(0)
+    if batch_load is None:
+        chosen = F.one_hot(experts.flatten(), scores.shape[-1]).to(scores.dtype).mean(0)
+    else:
+        chosen = batch_load.to(scores.dtype) / batch_load.sum()
     return coefficient * scores.shape[-1] * (chosen * normalized(scores).mean(0)).sum()
 
 
-def no_loss(scores: Tensor, experts: Tensor, coefficient: float) -> None:
+def no_loss(scores: Tensor, experts: Tensor, coefficient: float, batch_load: Tensor | None) -> None:
     """In place of `balance_loss` where there is none."""
 
 
@@ -67,7 +72,7 @@ class Router(Linear):
     `normalize`. Computed in float32 at least. balance: one of `BALANCINGS`. `score_bias` [n_experts], saved with the weights,
     is added to the scores for picking and for nothing else (DeepSeek-V3, eq. 16); the auxiliary loss times `coefficient`, as
     `pending`, waits to be added to the model's loss. `load` [n_experts] counts the choices in training mode until someone
-    clears it; `seen` is the load of the last update.
+    clears it; `seen` is the load of the last update; `batch_load` that of a whole batch while parts of it are computed.
     """
 
     score_bias: Tensor
@@ -94,6 +99,7 @@ class Router(Linear):
         self.score, self.weigh = SCORES[score], normalized if normalize else torch.positive
         self.penalty = balance_loss if balance == "loss" else no_loss
         self.pending: Tensor | None = None
+        self.batch_load: Tensor | None = None
         self.register_buffer("score_bias", torch.zeros(n_experts))
         for name in ("load", "seen"):
             self.register_buffer(name, torch.zeros(n_experts, dtype=torch.int64), persistent=False)
@@ -115,7 +121,7 @@ class Router(Linear):
                 )
             chosen = experts.flatten()
             self.load.scatter_add_(0, chosen, torch.ones_like(chosen))
-            self.pending = self.penalty(scores, experts, self.coefficient)
+            self.pending = self.penalty(scores, experts, self.coefficient, self.batch_load)
         return Routing(experts, self.weigh(scores.gather(-1, experts)))
 
 
@@ -270,6 +276,30 @@ def uncounted(model: nn.Module) -> Iterator[None]:
         for router, load, pending in before:
             router.load.copy_(load)
             router.pending = pending
+
+
+@contextmanager
+def parts_of_batch(
+    model: nn.Module, forward: Callable[[], object], summed: Callable[[Tensor], Tensor] = torch.positive
+) -> Iterator[None]:
+    """In this context the auxiliary losses of the routers of `model` are those of a batch that is computed in equal parts.
+
+    The mean of the losses of parts is not the loss of the batch, unless the load of the batch is known before. So it is counted
+    first, by `forward`, which passes all of the batch through the model and is called without gradients: as exact as one pass
+    over the whole batch, for about a third more work. summed: as for `optim.balancing.attach_balancing`.
+    """
+    found = [router for _, router in routers(model) if router.balance == "loss"]
+    with uncounted(model), torch.no_grad():
+        clear_loads(model)
+        forward()
+        loads = summed(torch.cat([router.load for router in found]))
+    for router, load in zip(found, loads.split([router.out_features for router in found]), strict=True):
+        router.batch_load = load
+    try:
+        yield
+    finally:
+        for router in found:
+            router.batch_load = None
 
 
 def pending_losses(model: nn.Module) -> list[Tensor]:

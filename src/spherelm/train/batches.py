@@ -14,12 +14,13 @@ from torch import Tensor
 
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.documents import check_input, read_blocks
-from spherelm.data.hub import HubRequest, HubText
+from spherelm.data.hub import HubRequest, HubText, sha256_of
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
+from spherelm.data.plan import check_held_out
 from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,7 @@ class RunData:
     """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`.
 
     tokens_per_update: where updates have another number of tokens than batch_size sequences of seq_len, that on average.
+    shards: the prepared texts that are read as they are needed; others were verified when they were opened.
     """
 
     loader: Batches
@@ -57,6 +59,7 @@ class RunData:
     identity: dict[str, str]
     end_token: int | None = None
     tokens_per_update: int | None = None
+    shards: tuple[Tokens, ...] = ()
 
     @property
     def tokens_per_byte(self) -> float:
@@ -133,6 +136,20 @@ def sources_of(data: str | None) -> dict[Path, Fraction]:
     return {path: Fraction(part, sum(parts)) for (path, _), part in zip(pairs, parts, strict=True)}
 
 
+def proportions(data: str | None) -> tuple[float | str | Fraction, ...]:
+    """What a run's `data` says that is not in the identity of its texts: the weights of a mixture, a stream's held-out part.
+
+    Two `data` with equal identities and equal proportions are the same text, wherever it lies.
+    """
+    spec = stream_spec(data or "")
+    if spec is None:
+        return (Fraction(1),) if data is None else tuple(sources_of(data).values())
+    try:
+        return (float(spec.val),)
+    except ValueError:
+        return ("a file",)
+
+
 def vocabulary_size(data: str | None) -> int:
     """The number of token ids in the data that a run's `data` names."""
     spec = stream_spec(data or "")
@@ -187,6 +204,7 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
             "tokenizer": texts[0].tokenizer_fingerprint,
         },
         end_token=texts[0].eos_id if train.mask_documents else None,
+        shards=(*texts, *held_out),
     )
 
 
@@ -239,6 +257,7 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:
         check_input(file)
+        check_held_out(file, sha256_of(file), text.local_files)
     blocks = read_blocks(file) if fraction is None else text.blocks(None)
     with closing(blocks):
         windows, per_byte, fingerprint = held_out_windows(

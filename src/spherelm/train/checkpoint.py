@@ -238,16 +238,20 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def named_checkpoint(run: str | Path) -> Path | None:
+    """The checkpoint that `run` is, by any of its names (a symbolic link, `.` from inside), or `None` if it is none."""
+    path = Path(run).resolve()
+    return path if NAME.fullmatch(path.name) and path.parent.name == "checkpoints" else None
+
+
 def checkpoint_of(run: str | Path) -> Path:
     """The checkpoint that `run` is, or the newest one of the run directory `run`.
 
     Raises `FileNotFoundError` if there is none.
     """
-    path = Path(run)
-    is_one = NAME.fullmatch(path.name) and path.parent.name == "checkpoints"
-    found = path if is_one else latest_checkpoint(path)
+    found = named_checkpoint(run) or latest_checkpoint(Path(run))
     if found is None:
-        raise FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+        raise FileNotFoundError(f"{run} holds no checkpoint: pass a run directory that spherelm train wrote")
     return found
 
 
@@ -256,16 +260,17 @@ def run_directory(run: str | Path) -> Path:
     return checkpoint_of(run).parent.parent
 
 
-def _read_state(checkpoint: Path, group: Group = ALONE) -> dict[str, Any]:
+def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[str, Any]:
     """`state.json` of a checkpoint whose files are what they were when written; else a `ValueError` that says what is not.
 
-    The processes of the group share the work, and must all call.
+    of: how the names of the files that are looked at begin. The processes of the group share the work, and must all call.
     """
 
     def verified() -> dict[str, Any]:
         try:
             state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-            for name, expected in sorted(state["sha256"].items())[group.rank :: group.world_size]:
+            hashes = sorted(item for item in state["sha256"].items() if item[0].startswith(of))
+            for name, expected in hashes[group.rank :: group.world_size]:
                 if _digest(checkpoint / name) != expected:
                     raise ValueError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
             return state
@@ -331,6 +336,11 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     The checkpoint may come from any number of processes. Raises `ValueError` for one that is incomplete, damaged or of
     another config.
     """
+    if not any(checkpoint.glob(f"{Path(MOMENTS).stem}*.safetensors")):
+        raise ValueError(
+            f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot go on from it; "
+            f"{REMEDY}"
+        )
     state = _read_state(checkpoint, group)
     load_weights(model, checkpoint, group)
     parameters = dict(model.named_parameters())
@@ -356,7 +366,7 @@ def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
     """
     checkpoint = checkpoint_of(run)
-    _read_state(checkpoint)
+    _read_state(checkpoint, of=Path(WEIGHTS).stem)  # moments may have been deleted, to save space
     model = build(read_config(checkpoint.parent.parent / "config.json").model)
     load_weights(model, checkpoint)
     return model.to(dtype).eval()

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from spherelm.layers.linear import unit_modules
-from spherelm.layers.moe import uncounted
+from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
 from spherelm.train.config import TrainConfig
 
@@ -220,13 +220,15 @@ class Spread:
 
     loss: what to differentiate. device: where it wants its tokens. last: a context in which gradients are summed over the
     processes or, for all micro-batches of an update but the last, are not. rest: lets go of weights that were gathered for a
-    forward pass without a backward pass, after which `model.parameters()` are this process's own again.
+    forward pass without a backward pass, after which `model.parameters()` are this process's own again. whole: a context in
+    which a batch is computed in so many parts by this process, given what passes all of them through the model.
     """
 
     loss: Loss
     device: torch.device
     last: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
     rest: Callable[[], None] = lambda: None
+    whole: Callable[[int, Callable[[], object]], AbstractContextManager[Any]] = lambda parts, forward: nullcontext()
 
 
 def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
@@ -237,13 +239,25 @@ def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
     """
     if recompute:
         model.run = recompute_block
+    spread = _spread(model, group)
+    if not any(router.balance == "loss" for _, router in routers(model)):
+        return spread
+
+    def whole(parts: int, forward: Callable[[], object]) -> AbstractContextManager[Any]:
+        is_one = group.is_alone and parts == 1
+        return nullcontext() if is_one else parts_of_batch(model, forward, group.summed)
+
+    return replace(spread, whole=whole)
+
+
+def _spread(model: Decoder, group: Group) -> Spread:
     if group.is_alone:
         return Spread(model.loss, group.device)
     if group.mesh is None:
         devices = None if group.device.type == "cpu" else [group.device]
         # Buffers are what each process counts by itself, or the same everywhere because all do the same to them.
-        whole = DistributedDataParallel(_Loss(model), device_ids=devices, broadcast_buffers=False)
-        return Spread(whole, group.device, lambda is_last: nullcontext() if is_last else whole.no_sync())
+        copied = DistributedDataParallel(_Loss(model), device_ids=devices, broadcast_buffers=False)
+        return Spread(copied, group.device, lambda is_last: nullcontext() if is_last else copied.no_sync())
     return _sharded(model, group.device, group.mesh)
 
 

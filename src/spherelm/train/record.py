@@ -9,10 +9,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spherelm.data.output import locked
+from spherelm.train.batches import proportions
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, to_dict
 
@@ -20,14 +24,32 @@ FREE_TO_CHANGE = (
     *(
         f"train.{name}"
         for name in (
-            *("save_every", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
-            *("strategy", "shard_size", "recompute", "timeout", "on_bad_step", "skip_budget", "spike_factor"),
+            *(
+                "save_every",
+                "keep",
+                "keep_every",
+                "compile",
+                "log_to",
+                "diagnose_every",
+                "micro_batch_size",
+                "eval_every",
+            ),
+            *(
+                "strategy",
+                "shard_size",
+                "recompute",
+                "timeout",
+                "on_bad_step",
+                "skip_budget",
+                "spike_factor",
+                "stop_above",
+            ),
             *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
         )
     ),
-    *("base", "base.d_model", "base.n_layers", "base.steps"),
+    *("base", "base.d_model", "base.n_layers", "base.steps", "model.mamba_chunk"),
 )
-"""What may differ when a run is resumed, since it does not change what is learned."""
+"""What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
 
 
 def versions() -> dict[str, str]:
@@ -87,31 +109,59 @@ def or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
-    """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
+LOCK = ".lock"
+"""The file in a directory that is there while a process works in the directory."""
 
-    Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for, and
-    `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed then.
-    """
-    path = out / "config.json"
+
+def alone_in(out: Path) -> AbstractContextManager[None]:
+    """No other process works in the directory `out` as long as the context lasts; `FileExistsError` while one does."""
+    return locked(out / LOCK, f"{out} is in use by another process: wait until that ends, or choose another --out")
+
+
+@contextmanager
+def claimed(out: Path, wanted: dict[str, Any], resume: bool) -> Iterator[bool]:
+    """`claim_directory`, and be `alone_in` the directory as long as the context lasts. Raises what both raise."""
+    if not is_taken(out, resume):
+        out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        yield claim_directory(out, wanted, resume)
+
+
+def is_taken(out: Path, resume: bool) -> bool:
+    """Whether `out` holds something that may be resumed; raises `FileExistsError` for what may not, or if `resume` is False."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another --out")
-    if not out.exists() or not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
-        about = {"versions": versions(), "git_commit": git_commit(), "command": command_line()}
-        write_json(path, {**wanted, **about})
+    if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return False
     if not resume:
         raise FileExistsError(
             f"{out} already holds something: choose another --out, or --resume to go on with what is there"
         )
-    if not path.exists():
+    if not (out / "config.json").exists():
         raise FileExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
+    return True
+
+
+def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
+    """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
+
+    Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for, and
+    `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed then.
+    Where "data_identity" says what the text is, the text may lie elsewhere than it did.
+    """
+    path = out / "config.json"
+    if not is_taken(out, resume):
+        out.mkdir(parents=True, exist_ok=True)
+        about = {"versions": versions(), "git_commit": git_commit(), "command": command_line()}
+        write_json(path, {**wanted, **about})
+        return False
     try:
         before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
-    except (ValueError, TypeError) as error:
+        moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
-    differing = [field for field in now if field not in FREE_TO_CHANGE and before.get(field) != now[field]]
+    free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE
+    differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
         field = min(differing, key=lambda name: ("." in name, not name.startswith("train.")))
@@ -122,10 +172,11 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
     return True
 
 
-def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -> Path | None:
-    """Make `out` the directory of this run and return the checkpoint to go on from, if there is one.
+@contextmanager
+def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -> Iterator[Path | None]:
+    """Have `out` as the directory of this run as long as the context lasts, and give the checkpoint to go on from, if any.
 
-    data: what identifies the text, stored under "data_identity". Raises as `claim_directory` does.
+    data: what identifies the text, stored under "data_identity". Raises as `claimed` does.
     """
-    resumed = claim_directory(out, {**to_dict(config), "data_identity": data}, resume)
-    return latest_checkpoint(out) if resumed else None
+    with claimed(out, {**to_dict(config), "data_identity": data}, resume) as resumed:
+        yield latest_checkpoint(out) if resumed else None

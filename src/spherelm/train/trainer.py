@@ -9,15 +9,17 @@ import math
 import os
 import signal
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from spherelm.data.loader import Batches
+from spherelm.data.verification import verify_where_cheap
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
@@ -43,11 +45,19 @@ from spherelm.train.sinks import check_names, open_sinks
 class Trainer:
     """One run: a model, its optimizer, its data and its directory, seen from one of the processes that train it.
 
+    held: keeps other processes out of the directory until it is closed, or `run` has ended.
     Raises what `open_run` and `open_data` raise if the directory or the text do not allow the run.
     """
 
-    def __init__(self, config: RunConfig, out: Path, resume: bool = False, group: Group | None = None) -> None:
-        self.config, self.out = config, out
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        resume: bool = False,
+        group: Group | None = None,
+        held: ExitStack | None = None,
+    ) -> None:
+        self.config, self.out, self.held = config, out, held or ExitStack()
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
         checkpoint = group.together(lambda: self._prepare(resume))
@@ -81,7 +91,11 @@ class Trainer:
             raise ValueError(
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
             )
-        checkpoint = group.first(lambda: open_run(self.out, config, self.data.identity, resume))
+        opened = open_run(self.out, config, self.data.identity, resume)
+        checkpoint = group.first(lambda: self.held.enter_context(opened))
+        if checkpoint is not None:
+            begun = (self.out / "config.json").stat().st_mtime
+            group.together(lambda: verify_where_cheap(self.data.shards, begun, group.rank, group.world_size))
         group.first(lambda: self.data.tokenizer.save(self.out))
         return checkpoint
 
@@ -106,7 +120,7 @@ class Trainer:
             self.optimizer.zero_grad()
             clear_loads(self.model)
         bar = tqdm(total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show)
-        with closing(self.metrics), signals_noted() as self._received, bar, closing(self.checkpoints):
+        with self.held, closing(self.metrics), signals_noted() as self._received, bar, closing(self.checkpoints):
             try:
                 with self.group.answering():
                     return self._run(bar)
@@ -243,13 +257,17 @@ def gradients_of_batch(
     # Pairs of texts have different numbers of targets, and the mean is over targets.
     counts = [int((wanted != IGNORED).sum()) for _, wanted in parts]
     weight, total = loader.weight(step) / sum(counts), 0.0
-    for number, (part, wanted) in enumerate(parts, 1):
+
+    def loss_of(part: Tensor, wanted: Tensor) -> Tensor:
         part = part.to(model.device)
-        with model.last(number == len(parts)):
-            loss = model.loss(part, wanted.to(model.device), *separate_documents(part, end_token))
-            loss = loss * (counts[number - 1] * weight)
-            loss.backward()
-        total += loss.item()
+        return model.loss(part, wanted.to(model.device), *separate_documents(part, end_token))
+
+    with model.whole(len(parts), lambda: [loss_of(*part) for part in parts]):
+        for number, (part, wanted) in enumerate(parts, 1):
+            with model.last(number == len(parts)):
+                loss = loss_of(part, wanted) * (counts[number - 1] * weight)
+                loss.backward()
+            total += loss.item()
     return total
 
 
@@ -264,5 +282,5 @@ def train(config: RunConfig, out: Path, resume: bool = False, show_progress: boo
     Under torchrun all its processes do it together, and a restart by torchrun goes on from the last checkpoint.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    with joined(config.train, best_device()) as group:
-        return Trainer(config, out, resume or restarted, group).run(show_progress)
+    with joined(config.train, best_device()) as group, ExitStack() as held:
+        return Trainer(config, out, resume or restarted, group, held).run(show_progress)
