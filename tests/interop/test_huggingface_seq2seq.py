@@ -125,6 +125,17 @@ def test_greedy_generation_is_the_bare_models(arm: str) -> None:
 
 
 @both_arms
+def test_a_begun_target_padded_on_the_right_is_refused(arm: str) -> None:
+    c = make_pair_case(arm)
+    seen = torch.tensor([[1] * 9, [1] * 9, [1] * 7 + [0] * 2])
+    begun = {"decoder_input_ids": c.tokens, "decoder_attention_mask": seen}
+    with pytest.raises(ValueError, match="prompts are padded on the right"):
+        to_hf(c.model.float().eval()).generate(
+            **inputs(c), **begun, decoder_start_token_id=0, pad_token_id=0, max_new_tokens=2
+        )
+
+
+@both_arms
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("tie", [False, True])
 def test_what_is_saved_comes_back(arm: str, share: bool, tie: bool, tmp_path: Path) -> None:
