@@ -124,6 +124,13 @@ def test_greedy_generation_is_the_bare_models(arm: str) -> None:
         assert theirs.tolist() == ours
 
 
+def test_embeddings_in_the_place_of_tokens_are_refused() -> None:
+    """They would be dropped otherwise."""
+    c = make_pair_case("nencdec")
+    with pytest.raises(ValueError, match="the encoder reads input_ids, not inputs_embeds"):
+        to_hf(c.model)(inputs_embeds=c.model.embed(c.tokens), labels=c.tokens)
+
+
 @both_arms
 def test_a_begun_target_padded_on_the_right_is_refused(arm: str) -> None:
     c = make_pair_case(arm)

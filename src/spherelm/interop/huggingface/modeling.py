@@ -153,6 +153,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     _input_embed_layer = "embed"
     _supports_sdpa = True
     _gradient_checkpointing_func: Callable[..., Tensor]
+    _passes = 0
 
     def __init__(self, config: SphereLMConfig) -> None:
         super().__init__(config)
@@ -161,7 +162,6 @@ class SphereModel(PreTrainedModel, GenerationMixin):
             if hasattr(module, "attend"):
                 module.attend = ChosenAttention(config)
         self.post_init()
-        self._passes = 0
         kept.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
