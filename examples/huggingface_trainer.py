@@ -1,6 +1,6 @@
 """nGPT in transformers' Trainer, on a book that ships with spherelm: `python examples/huggingface_trainer.py --steps 200`.
 
-Needs `pip install 'spherelm[hf]'`. One line keeps the weights on the sphere; everything else is transformers' own.
+Needs `pip install 'spherelm[hf]'`. The wrapped model keeps its weights on the sphere; everything else is transformers' own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import torch
 from transformers import Trainer, TrainingArguments
 
-from spherelm import NGPT, NGPTConfig, attach_retraction, departure
+from spherelm import NGPT, NGPTConfig, departure
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.interop.huggingface import to_hf
@@ -33,7 +33,6 @@ def main() -> None:
     config = NGPTConfig(tokenizer.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z_init=128**0.5, alpha_init=0.25)
     model = to_hf(NGPT(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    attach_retraction(optimizer, model)  # unit weights now and after every step
     settings = TrainingArguments(
         options.out,
         max_steps=options.steps,

@@ -215,16 +215,38 @@ def test_a_comparison_stands_for_its_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unseen")
-def test_a_comparisons_page_links_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparisons_page_links_the_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_comparison(tmp_path)
     for run in ("gpt-0", "ngpt-0"):
         load_tokenizer("bytes").save(tmp_path / run)
+    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="x" * 41))
     page = write_report(tmp_path).read_text("utf-8")
-    assert "walk.html" not in page, "96 entries do not hold the bytes of the sentence"
+    assert "walk.html" not in page
     assert "spherelm inspect . --out inside" in page
-    monkeypatch.setattr("spherelm.compare.report.write_walk", partial(inspection.write_walk, sentence="A B C"))
-    assert '<a href="walk.html">' in write_report(tmp_path).read_text("utf-8")
-    assert "A B C" in (tmp_path / "walk.html").read_text("utf-8")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("spherelm: The walk on the sphere cannot be shown: the sentence has 41 tokens")
+    assert said.removeprefix("spherelm: ") in page
+    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
+    page = write_report(tmp_path).read_text("utf-8")
+    assert '<a href="walk.html">' in page
+    assert "cannot be shown" not in page
+    assert '"tokens": ["A", "' in (tmp_path / "walk.html").read_text("utf-8")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_file_that_the_package_lacks_is_no_reason_to_leave_the_walk_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_comparison(tmp_path)
+    for run in ("gpt-0", "ngpt-0"):
+        load_tokenizer("bytes").save(tmp_path / run)
+    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
+    monkeypatch.setattr("spherelm.analysis.walk.files", lambda package: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"walk\.html"):
+        write_report(tmp_path)
 
 
 @pytest.mark.parametrize(

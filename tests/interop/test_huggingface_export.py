@@ -313,6 +313,18 @@ for arm in ("gpt", "ngpt"):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with torch.no_grad():
         logits = model(inputs["input_ids"][:1]).logits
+    try:
+        model.generate(**tokenizer(["badu kibo", "se"], return_tensors="pt", padding=True, padding_side="right"))
+        raise AssertionError("padding on the right was taken")
+    except ValueError as error:
+        assert "pad on the left" in str(error), error
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1)
+    for _ in range(3):
+        model(inputs["input_ids"], labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lengths = model.model.embed.weight.norm(dim=1) if arm == "ngpt" else torch.ones(1)
+    assert (lengths - 1).abs().max() < 1e-6, lengths
     result[arm] = {"logits": logits.tolist(), "text": text.tolist(), "file": sys.modules[type(model).__module__].__file__}
 assert not [name for name in sys.modules if name.startswith("spherelm.")]
 print(json.dumps(result))

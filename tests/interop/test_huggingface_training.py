@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import runpy
 import socket
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from spherelm import NGPT, NGPTConfig, OptimConfig, attach_retraction, build_optimizer, departure
+from spherelm import NGPT, NGPTConfig, OptimConfig, attach_retraction, build_optimizer, departure, retract
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import load_tokenizer
 
@@ -105,10 +107,130 @@ def test_the_trainer_of_transformers(optimizer_of: Any, windows: list[dict[str, 
     assert sum(measured[-4:]) / 4 < measured[0] - 1.5
 
 
-def test_without_the_line_the_weights_leave_the_sphere(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    trainer, watch = make_trainer(tmp_path, windows, adam)
-    trainer.train()
-    assert watch.departures[-1] > 1e-2
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_optimizer_that_the_trainer_makes(
+    weight_decay: float, windows: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Its weights stay on the sphere too, in what is saved as well, and learn what they do with the one line."""
+    plain, watch = make_trainer(tmp_path, windows, lambda model: None, learning_rate=2e-2, weight_decay=weight_decay)
+    plain.train()
+    assert len(watch.departures) == STEPS
+    assert max(watch.departures) < 1e-6
+    plain.save_model(str(tmp_path / "saved"))
+    assert departure(type(plain.model).from_pretrained(tmp_path / "saved")) < 1e-6
+    if not weight_decay:
+        lined, _ = make_trainer(tmp_path, windows, any_optimizer_with_one_line)
+        lined.train()
+        assert losses(plain) == pytest.approx(losses(lined), abs=1e-2)
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, windows: list[dict[str, Tensor]], count: int = 3) -> None:
+    """Updates of a loop that knows nothing of the sphere."""
+    for window in windows[:count]:
+        batch = window["input_ids"].unsqueeze(0)
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer_of", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor])
+def test_any_loop_around_any_copy(optimizer_of: Any, windows: list[dict[str, Tensor]]) -> None:
+    model = copy.deepcopy(make_model())
+    steps(model, optimizer_of(model.parameters(), lr=0.1), windows)
+    assert departure(model) < 1e-6
+
+
+def test_only_what_is_trained_is_moved(windows: list[dict[str, Tensor]]) -> None:
+    """Frozen weights keep their bits, as do those of a model that another optimizer trains."""
+    model, other = make_model().bfloat16(), make_model().bfloat16()
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    model.model.embed.requires_grad_(True)
+    steps(model, torch.optim.AdamW(model.model.embed.parameters(), lr=0.1), windows)
+    assert [name for name, p in model.named_parameters() if not torch.equal(p, start[name])] == ["model.embed.weight"]
+    assert all(torch.equal(p, start[name]) for name, p in other.named_parameters())
+    assert departure(model) < 2**-7
+
+
+@tiny.compiles
+def test_a_compiled_model_stays_too(windows: list[dict[str, Tensor]]) -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="eager")
+    steps(compiled, torch.optim.AdamW(compiled.parameters(), lr=0.1), windows)
+    assert departure(model) < 1e-6
+
+
+def test_updates_that_are_no_step_of_an_optimizer_are_refused(windows: list[dict[str, Tensor]]) -> None:
+    """As of optimizers that update in the backward pass; retracting by hand is right."""
+    model = make_model()
+
+    def update(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter.sub_(0.5 * parameter.grad.sign())
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    batch = windows[0]["input_ids"].unsqueeze(0)
+    for _ in range(4):
+        model(batch, labels=batch).loss.backward()
+        retract(model)
+    with pytest.raises(ValueError, match=r"embed is trained and .* off the unit sphere: call spherelm.retract"):
+        [model(batch, labels=batch).loss.backward() for _ in range(8)]
+    with torch.no_grad():
+        assert model(batch).logits.isfinite().all(), "reading is free"
+
+
+def test_pieces_of_vectors_are_refused(windows: list[dict[str, Tensor]]) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.model.embed.weight.data = model.model.embed.weight.data.flatten()[:40]
+    with pytest.raises(ValueError, match=r"embed is cut within its vectors, .* use FSDP 2"):
+        optimizer.step()
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from spherelm import NGPT, NGPTConfig
+from spherelm.interop.huggingface import to_hf
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+given = torch.load(folder + "/given.pt")
+model = NGPT(NGPTConfig(**given["config"]))
+model.load_state_dict(given["start"])
+model = to_hf(model)
+for block in model.model.blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+for batch in given["batches"]:
+    model(batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+weights = [p.full_tensor() for p in model.parameters()]
+if dist.get_rank() == 0:
+    torch.save(weights, folder + "/end.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_stays_too(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    model = make_model()
+    batches = [window["input_ids"].unsqueeze(0) for window in windows[:3]]
+    start = copy.deepcopy(model.model.state_dict())
+    torch.save({"config": CONFIG, "start": start, "batches": batches}, tmp_path / "given.pt")
+    assert run_on_two_processes(SHARDED, tmp_path) == [0, 0]
+    steps(model, torch.optim.SGD(model.parameters(), lr=0.5), windows)
+    assert departure(model) < 1e-6
+    end = torch.load(tmp_path / "end.pt")
+    assert len(end) == len(list(model.parameters()))
+    for one, other in zip(end, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-5)
 
 
 def test_the_trainer_resumes_from_its_checkpoint(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
@@ -201,17 +323,49 @@ def free_port() -> int:
     return port
 
 
-def test_accelerate_on_two_processes(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    ids = torch.stack([window["input_ids"] for window in windows[:128]])
-    model = make_model()
-    for name, value in {"windows": ids, "config": CONFIG, "start": model.model.state_dict()}.items():
-        torch.save(value, tmp_path / f"{name}.pt")
-    (tmp_path / "accelerated.py").write_text(ACCELERATED)
+FLATTENED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from spherelm import NGPT, NGPTConfig
+from spherelm.interop.huggingface import to_hf
+
+dist.init_process_group("gloo")
+for original in (True, False):
+    torch.manual_seed(0)
+    model = to_hf(NGPT(NGPTConfig(vocab_size=50, n_layers=2, d_model=32, n_heads=2, max_seq_len=32)))
+    model = FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy({type(model.model.blocks[0])}), use_orig_params=original,
+        device_id=torch.device("cpu"),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    batch = torch.randint(50, (2, 16))
+    try:
+        for _ in range(8):
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        raise AssertionError("trained off the sphere without a word")
+    except ValueError as error:
+        assert "FSDP 2" in str(error), error
+dist.destroy_process_group()
+"""
+
+
+def test_flattened_weights_are_refused(tmp_path: Path) -> None:
+    """FSDP 1 keeps vectors in pieces, or out of the optimizer's sight, and their memory away between uses."""
+    assert run_on_two_processes(FLATTENED, tmp_path) == [0, 0]
+
+
+def run_on_two_processes(program: str, folder: Path) -> list[int]:
+    """The exit codes of two ranks of `program`, given `folder`; what they print is shown where one fails."""
+    (folder / "program.py").write_text(program)
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "accelerated.py"), str(tmp_path)],
+            [sys.executable, str(folder / "program.py"), str(folder)],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -220,8 +374,17 @@ def test_accelerate_on_two_processes(windows: list[dict[str, Tensor]], tmp_path:
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    for process in processes:
+        print(process.communicate()[0])
+    return [process.returncode for process in processes]
+
+
+def test_accelerate_on_two_processes(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    ids = torch.stack([window["input_ids"] for window in windows[:128]])
+    model = make_model()
+    for name, value in {"windows": ids, "config": CONFIG, "start": model.model.state_dict()}.items():
+        torch.save(value, tmp_path / f"{name}.pt")
+    assert run_on_two_processes(ACCELERATED, tmp_path) == [0, 0]
     end = torch.load(tmp_path / "end.pt")
     assert end["losses"][-1] < end["losses"][0] - 0.8
 

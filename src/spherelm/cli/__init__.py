@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import tyro
 
 from spherelm.cli import evaluation, inspection, text, timing, trained, training
+from spherelm.third_parties import silenced
 
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
@@ -78,16 +79,17 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the command line. Other libraries are `silenced`; their errors are not.
 
     Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 3 processes of the run no longer answer,
     128 + n stopped by signal n.
     """
     try:
         asked = sys.argv[1] if len(sys.argv) > 1 else ""
-        program(asked).cli(
-            prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
-        )
+        with silenced():
+            program(asked).cli(
+                prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
+            )
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None

@@ -21,6 +21,7 @@ from spherelm.compare.record import pair_for
 from spherelm.compare.wording import NAMES
 from spherelm.layers.linear import retract
 from spherelm.recipes import make_run
+from spherelm.third_parties import silence
 from spherelm.train.config import RunConfig
 from spherelm.train.counting import training_flops
 from spherelm.train.precision import best_device, resolve_dtype
@@ -85,6 +86,7 @@ def peak_memory(config: RunConfig) -> float:
 
 
 def _set_threads(threads: int) -> None:
+    silence()
     torch.set_num_threads(threads)
 
 

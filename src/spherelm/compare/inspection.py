@@ -94,10 +94,9 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     return [figure for _, _, figures in sections for figure in figures]
 
 
-def write_walk(runs: Sequence[Path], out: Path, sentence: str = SENTENCE) -> None:
-    """Write only the walk of some runs, as the file `out`; raises as `inspect` does."""
-    walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), sentence, name_of(run)) for run in runs]
-    out.write_text(walk_page(walks, sentence), encoding="utf-8")
+def trace_walks(runs: Sequence[Path], sentence: str = SENTENCE) -> list[Walk]:
+    """The walk of each run over the sentence; raises as `inspect` does."""
+    return [trace_walk(load_model(run), load_tokenizer(run_directory(run)), sentence, name_of(run)) for run in runs]
 
 
 def expand(path: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
 from spherelm.train.config import RunConfig, to_dict
 from spherelm.train.guard import Diverged
@@ -78,6 +79,7 @@ def threads(count: int) -> Iterator[None]:
 
 def _start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
+    silence()
     torch.set_num_threads(threads)
     # tqdm's own lock is a semaphore between processes, which a worker that is stopped would be reported to leak.
     tqdm.set_lock(threading.RLock())

@@ -23,11 +23,11 @@ def page(
     weights_missing: str,
     samples: Mapping[str, Any] | None,
     run_configs: Mapping[str, Any],
-    walk: str | None = None,
+    walk_missing: str,
 ) -> str:
-    """The whole page. `weights_missing` says why there are no weight figures; `run_configs` are shown by name.
+    """The whole page. `run_configs` are shown by name.
 
-    walk: the name of the page with the walk on the sphere, if there is one beside it.
+    weights_missing, walk_missing: why there are no weight figures, and no walk.html beside the page; nothing where they are.
     """
     resources = files("spherelm.compare")
     template = Template(resources.joinpath("report.html").read_text("utf-8"))
@@ -44,7 +44,7 @@ def page(
         arm_table=_arm_table(comparison),
         end_table=_end_table(comparison),
         loss_figures=figure_list(loss_figures, 1),
-        weight_figures=weights + _inside(walk),
+        weight_figures=weights + _inside(walk_missing),
         samples=_samples(samples, list(comparison.arms)),
         reproduce=_reproduce(comparison, run_configs),
     )
@@ -205,14 +205,11 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _inside(walk: str | None) -> str:
-    """Where to look further: the walk, and the command that draws the rest."""
-    link = (
-        f'<a href="{escape(walk)}">The walk on the sphere</a> follows one sentence through both models. '
-        if walk
-        else ""
-    )
-    return f"<p>{link}Everything else is drawn by <code>spherelm inspect . --out inside</code>, given where this page lies.</p>"
+def _inside(walk_missing: str) -> str:
+    """Where to look further: the walk, or why there is none, and the command that draws the rest."""
+    link = '<a href="walk.html">The walk on the sphere</a> follows one sentence through both models.'
+    rest = "Everything else is drawn by <code>spherelm inspect . --out inside</code>, given where this page lies."
+    return f"<p>{escape(walk_missing) or link} {rest}</p>"
 
 
 def _missing(text: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from spherelm.analysis.walk import walk_page
 from spherelm.analysis.weights import WeightReport, measure
 from spherelm.compare.figures import Figure, loss_figures, weight_figures
-from spherelm.compare.inspection import write_walk
+from spherelm.compare.inspection import SENTENCE, trace_walks
 from spherelm.compare.page import page
 from spherelm.compare.record import Comparison, read_comparison, read_samples
 from spherelm.train.checkpoint import load_model
@@ -19,13 +21,13 @@ def write_report(directory: Path) -> Path:
     """Write `directory/report.html` anew from the runs, `summary.json` and `samples.json` in it; returns its path.
 
     One file, no network, no scripts needed; the same bytes for the same runs. Beside it walk.html, linked from it. Missing
-    checkpoints, samples or seeds are said in words. Raises FileNotFoundError for a missing summary or run, ValueError for a
-    damaged one or a missing matplotlib.
+    checkpoints, samples or seeds are said in words, as is why there is no walk, on stderr too. Raises FileNotFoundError for
+    a missing summary or run, ValueError for a damaged one or a missing matplotlib.
     """
     comparison = read_comparison(directory)
     figures, missing = _weight_figures(comparison)
     samples, configs = read_samples(directory), _run_configs(comparison)
-    html = page(comparison, loss_figures(comparison), figures, missing, samples, configs, _walk(comparison))
+    html = page(comparison, loss_figures(comparison), figures, missing, samples, configs, _write_walk(comparison))
     target, partial = directory / "report.html", directory / "report.html.partial"
     partial.write_text(html, "utf-8")
     os.replace(partial, target)
@@ -43,14 +45,17 @@ def _weight_figures(comparison: Comparison) -> tuple[list[Figure], str]:
     return weight_figures(weights), ""
 
 
-def _walk(comparison: Comparison) -> str | None:
-    """Write walk.html, the hidden states of each arm's first seed, beside the page; its name, or None if it cannot be made."""
+def _write_walk(comparison: Comparison) -> str:
+    """Write walk.html, the hidden states of each arm's first seed, beside the page; or say, and return, why there is none."""
     first = [comparison.directory / comparison.arms[arm].runs[0].name for arm in comparison.arms]
     try:
-        write_walk(first, comparison.directory / "walk.html")
-    except (FileNotFoundError, ValueError):
-        return None
-    return "walk.html"
+        walks = trace_walks(first)
+    except (FileNotFoundError, ValueError) as error:
+        missing = f"The walk on the sphere cannot be shown: {error}."
+        print(f"spherelm: {missing}", file=sys.stderr)
+        return missing
+    (comparison.directory / "walk.html").write_text(walk_page(walks, SENTENCE), encoding="utf-8")
+    return ""
 
 
 def _run_configs(comparison: Comparison) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from spherelm.data.documents import Block, cut_after, documents_in
 from spherelm.data.shards import Ids, Split, token_dtype
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.third_parties import silence
 
 _PIECE = 1 << 13  # characters: long documents are encoded in pieces of this size (fastest by measurement)
 _GROUP = 1 << 20  # characters encoded in one call: bounds what the libraries hold per token
@@ -207,6 +208,7 @@ _encoder: Callable[[Job], Encoded] | None = None
 def _start_worker(tokenizer_directory: Path, val_fraction: float, with_digests: bool) -> None:
     """One encoder a process, one thread each; Ctrl-C is for the parent, which shuts the workers down."""
     global _encoder
+    silence()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(load_tokenizer(tokenizer_directory), val_fraction, with_digests)

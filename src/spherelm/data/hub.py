@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -119,7 +118,6 @@ def _open_builder(request: HubRequest) -> Any:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failed attempts end in one line of ours
     path = Path(request.name).expanduser()
     if path.is_file():
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)

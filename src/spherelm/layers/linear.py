@@ -152,7 +152,6 @@ def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
             yield name, module, axis
 
 
-@torch.no_grad()
 def retract(model: nn.Module) -> None:
     """Put every declared weight back on the sphere, in place, its lengths computed in float32 (nGPT, section 2.6).
 
@@ -160,8 +159,14 @@ def retract(model: nn.Module) -> None:
     a model without unit weights is left as it is.
     """
     for _, module, axis in unit_modules(model):
-        weight = own_vectors(module.weight, axis)
-        weight.mul_(sphere.retraction_factor(weight, dim=axis))
+        retract_weight(module.weight, axis)
+
+
+@torch.no_grad()
+def retract_weight(weight: Any, axis: int) -> None:
+    """As `retract`, of one weight whose vectors along `axis` are unit."""
+    own = own_vectors(weight, axis)
+    own.mul_(sphere.retraction_factor(own, dim=axis))
 
 
 def own_vectors(weight: Any, axis: int) -> Tensor:

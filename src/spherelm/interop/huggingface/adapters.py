@@ -92,6 +92,8 @@ def on_sphere(config: LoraConfig) -> LoraConfig:
     Needed for loading too: `PeftModel.from_pretrained(model, folder, config=on_sphere(LoraConfig.from_pretrained(folder)))`.
     Weights without a unit axis (those of GPT) are adapted as always. Raises `ValueError` for options that do not fit.
     """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")
     for name, value in PLAIN.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")

@@ -9,6 +9,9 @@ from transformers import PreTrainedConfig
 
 from spherelm.models import ARMS, Config, EncoderDecoder, LanguageModel, arm_of
 
+HEADS = ("num_attention_heads", "num_key_value_heads")
+"""What transformers calls `n_heads` and `n_kv_heads`."""
+
 
 class SphereLMConfig(PreTrainedConfig):
     """`arm` ("gpt", "ngpt", "hybrid", "nhybrid") and the fields of `GPTConfig`, `NGPTConfig` and both hybrids by their names.
@@ -104,12 +107,23 @@ class SphereLMConfig(PreTrainedConfig):
         """The same model as `config` describes."""
         return cls(arm=arm_of(config), **{field.name: getattr(config, field.name) for field in fields(config)})
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers has it, with the heads by its names too: peft, which sizes its prompts by them, looks here only."""
+        described: dict[str, Any] = super().to_dict()
+        return described | {name: getattr(self, name) for name in HEADS}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers has it; where a number is given by two names, ours counts."""
+        said_twice = [name for name in HEADS if cls.attribute_map[name] in config_dict]
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in said_twice}, **kwargs)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it.
 
         Where this is not code that rode along with a model, the pointer to such code is left out: the code is not saved either.
         """
-        described: dict[str, Any] = super().to_diff_dict()
+        described: dict[str, Any] = {k: v for k, v in super().to_diff_dict().items() if k not in HEADS}
         if self._auto_class is None:
             described.pop("auto_map", None)
         annotated = {**SphereLMConfig.__annotations__, **type(self).__annotations__}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from spherelm.interop.huggingface.configuration import SphereLMConfig
+from spherelm.interop.huggingface.retracting import check_departure, kept
 from spherelm.interop.huggingface.states import CountView, views
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
+from spherelm.layers.linear import UnitEmbedding, UnitLinear
 from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
@@ -116,18 +119,27 @@ def check_adapters(model: nn.Module) -> None:
         if base is None or getattr(module, "keeps_sphere", False):
             continue
         if getattr(base, "unit_axis", None) is not None:
-            raise ValueError(
-                f"{type(module).__name__} takes {name} off the unit sphere: "
-                "pass peft the config that spherelm.interop.huggingface.adapters.on_sphere(config) returns"
-            )
+            raise ValueError(f"{type(module).__name__} takes {name} off the unit sphere: {adapter_fix(module, base)}")
         if name.endswith("model.head"):
             raise ValueError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
+
+
+def adapter_fix(module: nn.Module, base: nn.Module) -> str:
+    """What to do where `module` adapts `base`, whose vectors must be unit."""
+    if isinstance(base, UnitEmbedding):
+        return "an embedding takes no adapter: leave it out, or train it whole by modules_to_save"
+    if isinstance(base, UnitLinear) and hasattr(module, "lora_A"):
+        return (
+            "pass peft the config that spherelm.interop.huggingface.adapters.on_sphere(config) returns, and a model of "
+            "spherelm's own classes (no trust_remote_code)"
+        )
+    return "take LoRA on matrices alone, with spherelm.interop.huggingface.adapters.on_sphere"
 
 
 class SphereModel(PreTrainedModel, GenerationMixin):
     """One of our models (attribute `model`), which transformers can save, load, train and generate with.
 
-    Under any optimizer, `attach_retraction(optimizer, this)` keeps the weights of a normalized one on the sphere.
+    The weights of a normalized one stay on the sphere under any torch optimizer, the Trainer's own too (`retracting`).
     """
 
     base_model_prefix = "model"
@@ -141,6 +153,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     _input_embed_layer = "embed"
     _supports_sdpa = True
     _gradient_checkpointing_func: Callable[..., Tensor]
+    _passes = 0
 
     def __init__(self, config: SphereLMConfig) -> None:
         super().__init__(config)
@@ -149,6 +162,21 @@ class SphereModel(PreTrainedModel, GenerationMixin):
             if hasattr(module, "attend"):
                 module.attend = ChosenAttention(config)
         self.post_init()
+        kept.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which `__init__` has not seen."""
+        super().__setstate__(state)
+        kept.add(self)
+
+    def _check(self) -> None:
+        """Raise `ValueError` for adapters that do not fit; in training also, now and then, for weights off the sphere."""
+        if "peft_config" in self.__dict__:
+            check_adapters(self)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._passes += 1
+            if self._passes & (self._passes - 1) == 0:  # ever more rarely: on a GPU it waits for all that was asked for
+                check_departure(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone.
@@ -210,6 +238,15 @@ class SphereModel(PreTrainedModel, GenerationMixin):
             return counted.clamp_min(0)[:, past : past + seq]
         return torch.arange(past, past + seq, device=h.device).unsqueeze(0)
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask")
+        if kwargs.get("is_first_iteration") and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "prompts are padded on the right, where new tokens go: pad on the left (tokenizer.padding_side = 'left')"
+            )
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def _wants_hidden(self, asked: bool | None) -> bool:
         return bool(self.config.output_hidden_states if asked is None else asked)
 
@@ -264,8 +301,7 @@ class SphereLMForCausalLM(SphereModel):
         attention_mask: 1 for tokens, 0 for padding on either side, [batch, past + seq]; or ready to use, [batch, 1, seq, past +
         seq]. inputs_embeds: [batch, seq, d_model], taken as they are (rows of an nGPT's embedding are unit).
         """
-        if "peft_config" in self.__dict__:
-            check_adapters(self)
+        self._check()
         h = self._embedded(input_ids, inputs_embeds)
         given = past_key_values if cache is None else cache
         cache = self._cache_to_use(given, use_cache)

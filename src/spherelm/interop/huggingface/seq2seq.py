@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from spherelm.interop.huggingface.configuration import SphereSeq2SeqConfig
-from spherelm.interop.huggingface.modeling import CACHE, LayerView, SphereModel, check_adapters, recorded_attention
+from spherelm.interop.huggingface.modeling import CACHE, LayerView, SphereModel, recorded_attention
 from spherelm.layers.cache import KVCache, Pair
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.readout import read_logits
@@ -146,11 +146,10 @@ class SphereSeq2SeqLM(SphereModel):
         attention_mask: of the source, 1 for tokens, 0 for padding on either side. encoder_outputs: what `encode` returned for
         the same mask. cache: an `EncoderDecoderCache`, also by its older name `past_key_values`.
         """
-        if "peft_config" in self.__dict__:
-            check_adapters(self)
+        self._check()
         if encoder_outputs is None:
             encoder_outputs = self.encode(
-                self._given(input_ids), attention_mask, output_attentions, output_hidden_states
+                self._given(input_ids, kwargs), attention_mask, output_attentions, output_hidden_states
             )
         if decoder_input_ids is None:
             if labels is None:
@@ -186,7 +185,9 @@ class SphereSeq2SeqLM(SphereModel):
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
 
-    def _given(self, input_ids: Tensor | None) -> Tensor:
+    def _given(self, input_ids: Tensor | None, others: dict[str, Any]) -> Tensor:
+        if others.get("inputs_embeds") is not None:
+            raise ValueError("the encoder reads input_ids, not inputs_embeds (of trained prompts, for one)")
         if input_ids is None:
             raise ValueError("give input_ids or encoder_outputs: there is no source")
         return input_ids

@@ -52,6 +52,7 @@ MODULES = (
     "models",
     "interop.huggingface.configuration",
     "interop.huggingface.states",
+    "interop.huggingface.retracting",
     "interop.huggingface.modeling",
     "interop.huggingface.seq2seq",
 )
