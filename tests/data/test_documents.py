@@ -20,18 +20,20 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spherelm.data.cutting import Cutter
 from spherelm.data.documents import (
     Block,
     DocumentError,
     check_input,
-    cut_after,
     documents_in,
     format_of,
     read_blocks,
     read_lines,
 )
+from spherelm.data.tokenizer import ByteTokenizer
 
 TEXTS = ["one two\n", "", "Zoë 東京 🙂\r\nline\u2028three", '"quoted" \\ {}', "x" * 300]
+CUTTER = Cutter(ByteTokenizer())
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
@@ -96,22 +98,21 @@ def test_parquet(tmp_path: Path) -> None:
 
 @given(words=st.lists(st.sampled_from(["word", "été", "a", "-", "\n", "2 3", "東京"]), max_size=400),
        size=st.integers(1, 200))  # fmt: skip
-def test_long_texts_are_cut_between_words(
+def test_long_texts_are_cut_and_nothing_is_lost(
     words: list[str], size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("texts") / "a.txt"
     text = " ".join(["start", *words])
     path.write_text(text, encoding="utf-8", newline="")
-    blocks = list(read_blocks(path, block_size=size))
+    blocks = list(read_blocks(path, block_size=size, cutter=CUTTER))
     assert "".join(str(block.data) for block in blocks) == text
     assert [block.starts for block in blocks] == [True] + [False] * (len(blocks) - 1)
     assert [block.ends for block in blocks] == [False] * (len(blocks) - 1) + [True]
     for before, after in pairwise(blocks):
-        assert str(before.data)[-1].isalnum()
-        assert str(after.data)[0] == " "
-        assert str(after.data)[1].isalnum()
+        assert after.safe
+        assert after.context == str(before.data)[-1]
         assert len(str(before.data)) >= size
-    assert len(list(read_blocks(path, block_size=size, can_cut=False))) == 1
+    assert len(list(read_blocks(path, block_size=size))) == 1
 
 
 def test_blocks_do_not_depend_on_compression(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_blocks_do_not_depend_on_compression(tmp_path: Path) -> None:
         for suffix, compress in COMPRESS.items():
             path = tmp_path / f"a{kind}{suffix}"
             path.write_bytes(compress(content))
-            blocks = list(read_blocks(path, block_size=400_000))
+            blocks = list(read_blocks(path, block_size=400_000, cutter=CUTTER))
             results.append([(block.data, block.first, block.offset, block.starts, block.ends) for block in blocks])
             assert blocks[-1].read_bytes == path.stat().st_size
         assert len(results[0]) > 4
@@ -146,12 +147,6 @@ def test_digest_is_of_the_document(tmp_path: Path) -> None:
         (block,) = read_blocks(path, with_digest=True)
         assert block.data == "abc"
         assert block.digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
-
-
-def test_cut_after() -> None:
-    assert cut_after("one two three", 0) == 3
-    assert cut_after("one two three", 4) == 7
-    assert cut_after("one  two, \nthree .a", 0) is None
 
 
 def test_names() -> None:

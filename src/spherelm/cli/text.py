@@ -48,6 +48,11 @@ def prepare(
     )
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    if manifest["unsafe_cuts"]:
+        print(
+            f"{manifest['unsafe_cuts']:,} cuts where the tokenizer may not be cut, since long stretches of text have no better "
+            "place: the tokens there may differ from those of the whole text"
+        )
     left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
     if deduplicate:
         print(f"{left_out:,} duplicates left out")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from spherelm.data.compression import COMPRESSIONS, read_bytes
 from spherelm.data.compression import DocumentError as DocumentError
+from spherelm.data.cutting import Cutter
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 BLOCK_SIZE = 1 << 22  # characters of text, or bytes of JSON lines, a block at least (but the last)
@@ -28,7 +28,8 @@ _ROWS = 256
 class Block:
     """A piece of an input file. `read_bytes`: how much of the (compressed) file was read for it and those before.
 
-    kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last.
+    kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last, `context`
+    and `safe` how it was cut from the one before (`data.cutting`).
     kind "lines": `data` is bytes, whole lines of JSON. kind "rows": `data` is list[str], whole documents.
     `first` is the number (from 1) of its first line or row, `offset` where its first byte is in the (decompressed)
     file. `digest` is the document's sha256 (hex) for kind "text" when asked for. `after` is the position behind it of a
@@ -43,6 +44,8 @@ class Block:
     offset: int = 0
     starts: bool = True
     ends: bool = True
+    context: str = ""
+    safe: bool = True
     digest: str | None = None
     after: dict[str, Any] | None = None
 
@@ -72,11 +75,11 @@ def check_input(path: Path) -> None:
 
 
 def read_blocks(
-    path: Path, *, can_cut: bool = True, with_digest: bool = False, block_size: int = BLOCK_SIZE
+    path: Path, *, cutter: Cutter | None = None, with_digest: bool = False, block_size: int = BLOCK_SIZE
 ) -> Generator[Block, None, None]:
     """The blocks of one input, in order.
 
-    `can_cut`: whether a long .txt document may be cut between two words (else it is one block, whole in memory).
+    `cutter`: says where a long .txt document is cut; without one it is one block, whole in memory.
     `with_digest`: give each .txt document's sha256, at the price of reading its file twice.
     Raises DocumentError for what is not UTF-8, damaged or empty.
     """
@@ -86,7 +89,7 @@ def read_blocks(
     elif kind == ".jsonl":
         yield from _line_blocks(path, block_size)
     else:
-        yield from _text_blocks(path, block_size, can_cut, _text_digest(path) if with_digest else None)
+        yield from _text_blocks(path, block_size, cutter, _text_digest(path) if with_digest else None)
 
 
 def documents_in(block: Block) -> Iterator[str]:
@@ -103,35 +106,24 @@ def documents_in(block: Block) -> Iterator[str]:
         yield from block.data
 
 
-# The place between two words: a letter or digit before, one space, a letter or digit behind.
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])")
-
-
-def cut_after(text: str, at_least: int) -> int | None:
-    """The first place between two words at or after `at_least` characters; None where there is none.
-
-    The space belongs to what follows. No tokenizer that splits words lets a token cross such a place.
-    """
-    found = _BETWEEN_WORDS.search(text, max(1, at_least))
-    return found.start() if found else None
-
-
-def _text_blocks(path: Path, size: int, can_cut: bool, digest: str | None) -> Iterator[Block]:
+def _text_blocks(path: Path, size: int, cutter: Cutter | None, digest: str | None) -> Iterator[Block]:
     parts: list[str] = []
-    held, starts, position, total = 0, True, 0, 0
+    held, position, total = 0, 0, 0
+    begun: dict[str, Any] = {"starts": True, "context": "", "safe": True, "digest": digest}
     for text, position in _decoded(path):
         parts.append(text)
         held, total = held + len(text), total + len(text)
-        if not can_cut or held < 2 * size:
+        if cutter is None or held < 2 * size:
             continue
         whole, parts = "".join(parts), []
-        while len(whole) >= 2 * size and (cut := cut_after(whole, size)) is not None:
-            yield Block(path, "text", whole[:cut], position, starts=starts, ends=False, digest=digest)
-            whole, starts = whole[cut:], False
+        while len(whole) >= 2 * size and (cut := cutter.place(whole, size)) is not None:
+            yield Block(path, "text", whole[: cut.place], position, ends=False, **begun)
+            whole = whole[cut.place :]
+            begun |= {"starts": False, "context": cut.context, "safe": cut.safe}
         parts, held = [whole], 0 if len(whole) >= 2 * size else len(whole)
     if not total:
         raise DocumentError(f"{path} holds no text: remove it from the inputs")
-    yield Block(path, "text", "".join(parts), position, starts=starts, ends=True, digest=digest)
+    yield Block(path, "text", "".join(parts), position, **begun)
 
 
 def _line_blocks(path: Path, size: int) -> Iterator[Block]:

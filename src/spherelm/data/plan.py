@@ -14,7 +14,7 @@ from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
+FORMAT = 2  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
 SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to this many tokens
 
 

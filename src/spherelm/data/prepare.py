@@ -17,9 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spherelm.data.cutting import Cutter
 from spherelm.data.deduplication import Deduplicator
 from spherelm.data.documents import Block, DocumentError, read_blocks
-from spherelm.data.encoding import Encoded, Job, cut_rule, encode_all
+from spherelm.data.encoding import Encoded, Job, encode_all
 from spherelm.data.hub import HubRequest
 from spherelm.data.output import STATE_FILE, OutputExistsError, finished, locked, publish, remove_if_useless, write_json
 from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
@@ -43,6 +44,7 @@ class Position:
     after: dict[str, Any] | None = None
     read_bytes: int = 0
     empty: int = 0
+    unsafe_cuts: int = 0
     documents: list[int] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
 
@@ -99,6 +101,7 @@ class _Work:
         self._plan = plan
         self._partial = partial
         self._progress = progress
+        self._cutter = Cutter(plan.tokenizer)
         saved = self._load()
         zeros = [0] * len(plan.sources)
         self._position = Position(**saved["position"]) if saved else Position(documents=zeros, duplicates=zeros.copy())
@@ -146,8 +149,8 @@ class _Work:
         """The blocks of one input behind the first `skip`, or behind the position `after` of a stream."""
         if source.stream is not None:
             return source.stream.blocks(after)
-        can_cut, with_digest = cut_rule(self._plan.tokenizer) is not None, self._plan.needs_digest(source)
-        return itertools.islice(read_blocks(source.path, can_cut=can_cut, with_digest=with_digest), skip, None)
+        with_digest = self._plan.needs_digest(source)
+        return itertools.islice(read_blocks(source.path, cutter=self._cutter, with_digest=with_digest), skip, None)
 
     def _take(self, encoded: Encoded) -> None:
         """Write one result and move the position behind it."""
@@ -163,6 +166,7 @@ class _Work:
         position.blocks += 1
         position.after = encoded.after
         position.empty += encoded.empty
+        position.unsafe_cuts += encoded.unsafe_cuts
         position.documents[encoded.source] += encoded.documents
         position.duplicates[encoded.source] += duplicates
         position.read_bytes = sum(s.size for s in self._plan.sources[: encoded.source]) + encoded.read_bytes
@@ -216,6 +220,7 @@ class _Work:
             "tokenizer": {name: getattr(tokenizer, name) for name in described},
             "inputs": [self._described(number, source) for number, source in enumerate(plan.sources)],
             "empty_documents_left_out": self._position.empty,
+            "unsafe_cuts": self._position.unsafe_cuts,
             "splits": {
                 split: {**{key: sum(shard[key] for shard in shards) for key in totals}, "shards": shards}
                 for split, shards in splits.items()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherelm.data.corpus import shipped_directory
+from spherelm.data.cutting import Cutter
 from spherelm.data.documents import check_input, read_blocks
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.loader import Batches, Loader, validation_windows
@@ -239,7 +240,7 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:
         check_input(file)
-    blocks = read_blocks(file) if fraction is None else text.blocks(None)
+    blocks = read_blocks(file, cutter=Cutter(tokenizer)) if fraction is None else text.blocks(None)
     with closing(blocks):
         windows, per_byte, fingerprint = held_out_windows(
             blocks, tokenizer, 1.0 if fraction is None else fraction, train.seq_len, train.eval_windows
