@@ -21,7 +21,7 @@ OWNERS = {
     "matplotlib": {"analysis"},
     "datasets": {"data/hub"},
     "fsspec": {"data/hub"},
-    "pyarrow": {"data/documents", "analysis/tables"},
+    "pyarrow": {"data/rows", "analysis/tables"},
     "zstandard": {"data/compression"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.

@@ -36,7 +36,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents.
+    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents, of those
+    without text, and of bad rows.
 
     `unsafe_cuts`: how many places were cut that are not safe. `starts`, `ends`, `after`: as in its block. When asked for, by
     split and document: `digests`, the first 16 bytes of the text's sha256, and `sizes`, its UTF-8 bytes.
@@ -48,6 +49,7 @@ class Encoded:
     text_bytes: dict[Split, int]
     documents: int
     empty: int
+    bad: int = 0
     unsafe_cuts: int = 0
     starts: bool = True
     ends: bool = True
@@ -75,10 +77,10 @@ class Encoder:
         """Raises DocumentError for a block that cannot be read, ValueError where text encodes to the end token."""
         texts: dict[Split, list[str]] = {}
         digests: dict[Split, list[bytes]] = {}
-        empty = 0
+        empty = bad = 0
         for text in documents_in(job.block):
-            if not text:
-                empty += 1
+            if text is None or (not text.strip() and job.block.starts and job.block.ends):
+                bad, empty = bad + (text is None), empty + (text is not None)
                 continue
             digest = self._digest(job, text)
             split = job.split or split_of(digest.hex(), self._val_fraction)
@@ -98,6 +100,7 @@ class Encoder:
             text_bytes={split: sum(group) for split, group in sizes.items()},
             documents=documents,
             empty=empty,
+            bad=bad,
             unsafe_cuts=sum(not piece.safe for group in pieces.values() for text in group for piece in text),
             starts=job.block.starts,
             ends=job.block.ends,

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spherelm.data.cutting import Cutter
-from spherelm.data.documents import check_input, documents_in, read_blocks
+from spherelm.data.documents import documents_in, input_files, read_blocks
+from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.evaluate.perplexity import token_losses
 from spherelm.models import Decoder
@@ -121,19 +122,21 @@ class Scores:
     counts: Array
 
 
-def read_documents(paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None) -> Iterator[Document]:
+def read_documents(
+    paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None, field: str = "text"
+) -> Iterator[Document]:
     """The documents of text files (.txt, .jsonl, .parquet, also compressed), in order, one at a time.
 
-    needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded. Raises as
+    needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded. field: where
+    the text of a row is. Raises as
     `data.documents` does for what cannot be read.
     """
-    for path in paths:
-        check_input(path)
-    cutter = Cutter(tokenizer)
-    for path in paths:
-        for block in read_blocks(path):
+    files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
+    for path in files:
+        for block in read_blocks(path, rows=Rows(field)):
             for text in documents_in(block):
-                yield encode_document(text, cutter, needed)
+                if text is not None:
+                    yield encode_document(text, cutter, needed)
 
 
 def encode_document(text: str, cutter: Cutter, needed: int | None) -> Document:

@@ -21,6 +21,7 @@ from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -240,7 +241,11 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:
         check_input(file)
-    blocks = read_blocks(file, cutter=Cutter(tokenizer)) if fraction is None else text.blocks(None)
+    blocks = (
+        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        if fraction is None
+        else text.blocks(None)
+    )
     with closing(blocks):
         windows, per_byte, fingerprint = held_out_windows(
             blocks, tokenizer, 1.0 if fraction is None else fraction, train.seq_len, train.eval_windows
