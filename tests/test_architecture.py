@@ -20,8 +20,9 @@ Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 OWNERS = {
     "matplotlib": {"analysis"},
     "datasets": {"data/hub"},
-    "pyarrow": {"data/documents", "analysis/tables"},
-    "zstandard": {"data/documents"},
+    "fsspec": {"data/hub"},
+    "pyarrow": {"data/rows", "analysis/tables"},
+    "zstandard": {"data/compression"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
     "transformers": {"data/tokenizer", "interop/huggingface"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
+import zstandard
 
 from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
@@ -168,7 +172,7 @@ def test_limit_config_column_and_single_files(parquet: Path, jsonl: Path) -> Non
     renamed = parquet.parent / "renamed.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS[:3]}), renamed)
     assert list(HubText(HubRequest(str(renamed), column="content")).documents()) == TEXTS[:3]
-    with pytest.raises(ValueError, match=r"has no column 'text' \(it has content\): name it with --text-column"):
+    with pytest.raises(ValueError, match=r'has no column "text" \(it has content\): name another with --field'):
         HubText(HubRequest(str(renamed)))
 
 
@@ -192,16 +196,31 @@ def test_a_file_of_the_dataset_is_no_validation_text(jsonl: Path, tmp_path: Path
 
 def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(HubRequest(str(parquet), split="test"), "cannot read dataset .*test.*Available splits")
-    refused(HubRequest(str(parquet), column="n"), "row 1: 'n' is int, not a string")
+    refused(HubRequest(str(parquet), column="n"), r'row 1: no string under "n" \(it is a number\)')
     refused(HubRequest(str(parquet), limit=0), "limit of 0 rows")
     refused(HubRequest("./no/such"), "no dataset './no/such'")
     (tmp_path / "a.txt").write_text("text")
-    refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet and \.jsonl files are streamed")
+    refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet, \.jsonl and \.json files are streamed")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind")
     refused(HubRequest(str(tmp_path / "a.parquet")), "cannot read dataset")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     refused(HubRequest("Skylion007/openwebtext"), "cannot reach the Hugging Face hub for 'Skylion007/openwebtext'")
+
+
+PACKED = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_damaged_compression_is_refused(jsonl: Path, tmp_path: Path, suffix: str) -> None:
+    """Also in a second stream, which the libraries below take for the end of some formats."""
+    parts = [PACKED[suffix](path.read_bytes()) for path in sorted(jsonl.iterdir())]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"".join(parts))
+    assert list(HubText(HubRequest(str(path))).documents()) == TEXTS
+    for content in (parts[0] + parts[1][:-9], parts[0] + b"?" + parts[1], parts[0] + b"?", parts[0][:-9]):
+        path.write_bytes(content)
+        refused(HubRequest(str(path)), "damaged or cut off|[Nn]ot a gzipped file|file ended before")
 
 
 def test_the_command(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -160,6 +160,25 @@ def test_a_model_that_itself_finds_the_end_token_is_kept_from_it() -> None:
     assert tokenizer.encode_batch(["a</s>b"]) == [[6, 2, 3, 4, 5, 7]]
 
 
+@pytest.mark.parametrize("unknown", [0, 2])
+def test_a_unigram_model_that_knows_its_unknown_token_by_number(unknown: int, tmp_path: Path) -> None:
+    """As of T5 (number 2) and XLM-R: the unknown token is declared special, and text is full of what it stands for."""
+    names = {unknown: "<unk>", 1: "</s>"}
+    vocab = [[names.get(i, f"<pad{i}>"), 0.0] for i in range(3)] + [[c, -1.0 - i] for i, c in enumerate("▁abcé")]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": piece, "special": True, **flags} for i, (piece, _) in enumerate(vocab[:3])]
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    model = {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": False}
+    content = definition(model, added_tokens=added, pre_tokenizer=spaces, decoder=spaces)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    ours, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_str(content.decode())
+    texts = ["abc cab", "the cat", "slow 東京 é", "x"]
+    assert ours.encode_batch(texts) == [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    assert unknown in ours.encode("x")
+    assert ours.eos_id == 1
+    assert 1 not in ours.encode("a</s>b"), "the end token still cannot be forged"
+
+
 def test_truncation_padding_and_end_tokens_of_the_file_are_off() -> None:
     spaces = {"type": "Whitespace"}
     fields = {

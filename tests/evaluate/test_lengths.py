@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spherelm.data.cutting import Cutter
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate import lengths
 from spherelm.evaluate.lengths import Document, Plan, encode_document, perplexity_by_length, ratio, read_documents
@@ -224,13 +225,13 @@ def test_plans_that_cannot_be_are_refused(fields: dict[str, Any], message: str) 
 @pytest.mark.parametrize("name", ["default", "bytes"])
 def test_only_the_beginning_is_encoded_where_it_is_enough(name: str) -> None:
     tokenizer, text = load_tokenizer(name), tiny.text(4, 3000)
-    whole = encode_document(text, tokenizer, None)
+    whole = encode_document(text, Cutter(tokenizer), None)
     assert whole.bytes == len(text)
-    part = encode_document(text, tokenizer, 100)
+    part = encode_document(text, Cutter(tokenizer), 100)
     assert 100 <= len(part.tokens) < len(whole.tokens)
     assert torch.equal(part.tokens, whole.tokens[: len(part.tokens)])
     assert tokenizer.decode(part.tokens.tolist()) == text[: part.bytes]
-    assert len(encode_document(text, tokenizer, len(text)).tokens) == len(whole.tokens)
+    assert len(encode_document(text, Cutter(tokenizer), len(text)).tokens) == len(whole.tokens)
 
 
 def test_documents_are_read_from_any_file(tmp_path: Path) -> None:

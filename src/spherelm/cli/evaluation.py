@@ -18,6 +18,7 @@ def eval_(
     few_shot: int = 0,
     batch_size: int = 16,
     perplexity: list[Path] | None = None,
+    field: str | None = None,
     lengths: str | None = None,
     stride: int | None = None,
     document_tokens: int | None = None,
@@ -36,7 +37,8 @@ def eval_(
         limit: Documents of each task, the first ones; all if left out.
         few_shot: Examples before each document.
         batch_size: Sequences of a task at once.
-        perplexity: Text files (.txt, .jsonl, .parquet, also compressed) to measure perplexity on instead.
+        perplexity: Text files, of the kinds that `data prepare` reads, to measure perplexity on instead.
+        field: Where the text of a row is in those files; "text" if left out, body.text for "text" within "body".
         lengths: Tokens of a window, by commas, also beyond the length trained on; that length if left out.
         stride: Windows advance by so many tokens and score only these; windows do not overlap if left out.
         document_tokens: At most so many tokens of each document are scored; all if left out.
@@ -49,7 +51,12 @@ def eval_(
         raise FileExistsError(f"{json} already exists: choose another --json")
     if json is not None and not json.parent.is_dir():
         raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
-    for flag, value in (("--lengths", lengths), ("--stride", stride), ("--rope-scaling", rope_scaling)):
+    for flag, value in (
+        ("--field", field),
+        ("--lengths", lengths),
+        ("--stride", stride),
+        ("--rope-scaling", rope_scaling),
+    ):
         if value is not None and not perplexity:
             raise ValueError(f"{flag} is for --perplexity: name text files there")
     from spherelm.train.evaluation import about
@@ -58,7 +65,7 @@ def eval_(
     results = translated(run, texts)
     if perplexity:
         results["perplexity"] = measured(
-            run, perplexity, lengths, stride, document_tokens, bins, rope_base, rope_scaling
+            run, perplexity, field, lengths, stride, document_tokens, bins, rope_base, rope_scaling
         )
     if tasks is not None or not (perplexity or results):
         results |= scored(run, tasks, task_data, limit, few_shot, batch_size)
@@ -83,6 +90,7 @@ def translated(run: Path, texts: Translation) -> dict[str, Any]:
 def measured(
     run: Path,
     files: list[Path],
+    field: str | None,
     lengths: str | None,
     stride: int | None,
     document_tokens: int | None,
@@ -97,7 +105,8 @@ def measured(
 
     positions = parse_positions(rope_base, rope_scaling)
     chosen = numbers(lengths) if lengths else (trained_length(run),)
-    return perplexity_of_run(run, files, Plan(chosen, stride, document_tokens, bins), positions)
+    plan = Plan(chosen, stride, document_tokens, bins)
+    return perplexity_of_run(run, files, plan, positions, field or "text")
 
 
 def scored(

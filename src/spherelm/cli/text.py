@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from spherelm.cli.flags import DataDirectories, Flag
 
@@ -14,7 +15,8 @@ def prepare(
     hf: str | None = None,
     hf_config: str | None = None,
     hf_split: str = "train",
-    text_column: str = "text",
+    field: str = "text",
+    skip_bad_rows: Flag = False,
     limit: int | None = None,
     tokenizer: str = "default",
     val: list[Path] | None = None,
@@ -22,32 +24,61 @@ def prepare(
     deduplicate: Flag = False,
     workers: int | None = None,
 ) -> None:
-    """Turn text files (.txt, .jsonl, .parquet, also .gz, .xz, .zst) or a dataset into a data directory of token shards.
+    """Turn text files (.txt, .md, .jsonl, .json, .csv, .parquet) or a dataset into a data directory of token shards.
 
     Args:
         out: The data directory to make.
-        input: Text files: a .txt is one document, a .jsonl line or .parquet row has one in "text".
+        input: Text files, directories of such, or patterns: a .txt or .md is one document, a row of the others has one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
         hf_config: The configuration of that dataset, where it has several.
         hf_split: Its split.
-        text_column: Its column with the text.
+        field: Where the text of a row is, in every input; body.text for "text" within "body".
+        skip_bad_rows: Leave out rows that hold no text that can be read, and count them; without it they are errors.
         limit: Rows of it that are read, for a sample; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
-        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides.
+        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides. Of a
+            single .txt it is the end.
         deduplicate: Keep only the first of all documents with the same text.
         workers: Processes; one a core if left out.
     """
     from spherelm.data.hub import HubRequest
     from spherelm.data.prepare import prepare as run_preparation
+    from spherelm.data.rows import Rows
 
-    hub = None if hf is None else HubRequest(hf, hf_config, hf_split, text_column, limit)
+    hub = None if hf is None else HubRequest(hf, hf_config, hf_split, field, limit)
     processes = workers or os.cpu_count() or 1
     manifest = run_preparation(
-        input or [], out, tokenizer, val, val_fraction, processes, progress=True, hub=hub, deduplicate=deduplicate
+        input or [],
+        out,
+        tokenizer,
+        val,
+        val_fraction,
+        processes,
+        progress=True,
+        hub=hub,
+        deduplicate=deduplicate,
+        rows=Rows(field, skip_bad_rows),
     )
+    _say_what_was_made(manifest, deduplicate)
+
+
+def _say_what_was_made(manifest: dict[str, Any], deduplicate: bool) -> None:
+    for source in manifest["inputs"]:
+        begin, end = source.get("characters", (0, 0))
+        if end is None:
+            print(f"{source['name']} is one document: from character {begin:,} on it is the validation text")
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    if manifest["empty_documents_left_out"]:
+        print(f"{manifest['empty_documents_left_out']:,} empty documents left out")
+    if manifest["bad_rows_left_out"]:
+        print(f"{manifest['bad_rows_left_out']:,} bad rows left out")
+    if manifest["unsafe_cuts"]:
+        print(
+            f"{manifest['unsafe_cuts']:,} cuts where the tokenizer may not be cut, since long stretches of text have no better "
+            "place: the tokens there may differ from those of the whole text"
+        )
     left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
     if deduplicate:
         print(f"{left_out:,} duplicates left out")
@@ -66,7 +97,7 @@ def pairs(
     """Turn parallel text, a line a text and line i belonging to line i, into a data directory for encoder-decoders.
 
     Args:
-        source: What is read; a text file of any name, also .gz, .xz, .zst.
+        source: What is read; a text file of any name, also .gz, .xz, .bz2, .zst.
         target: What is to be written.
         val_source: Validation texts to read.
         val_target: Validation texts to write.

@@ -12,20 +12,23 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from spherelm.data.compression import open_compressed
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
+from spherelm.data.rows import Rows, no_column, top_field
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
-_COMPRESSED = re.compile(r"\.(gz|xz|zst)$")
+_COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 
 
 @dataclass(frozen=True)
 class HubRequest:
     """What to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision), a .parquet or .jsonl file,
-    or a folder of such. `config`, `split`: of the dataset. `column`: the one with the text. `limit`: rows at most.
+    or a folder of such. `config`, `split`: of the dataset. `column`: the field with the text. `limit`: rows at most.
     """
 
     name: str
@@ -43,7 +46,7 @@ class HubText:
     says why.
     """
 
-    def __init__(self, request: HubRequest) -> None:
+    def __init__(self, request: HubRequest, skip_bad: bool = False) -> None:
         if request.limit is not None and request.limit < 1:
             raise ValueError(f"a limit of {request.limit} rows: give at least 1")
         self.request = request
@@ -51,11 +54,11 @@ class HubText:
             builder = _open_builder(request)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
-        if columns is not None and request.column not in columns:
-            raise DocumentError(
-                f"{request.name} has no column {request.column!r} (it has {', '.join(columns)}): name it with --text-column"
-            )
-        self._stream = stream if columns is None else stream.select_columns([request.column])
+        self._rows_read = Rows(request.column, skip_bad)
+        column = None if columns is None else top_field(request.column, columns)
+        if columns is not None and column is None:
+            raise no_column(Path(request.name), request.column, columns)
+        self._stream = stream if column is None else stream.select_columns([column])
         files = _files(request, builder)
         self.local_files = {version[0]: Path(file) for file, version in files if Path(file).is_file()}
         self.identity = _identity(request, builder, files)
@@ -66,8 +69,11 @@ class HubText:
         """sha256 (hex) of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def documents(self, position: dict[str, Any] | None = None) -> Generator[str, None, None]:
-        """The texts from `position` on (the start where None). One such iterator at a time: `position` follows the last."""
+    def documents(self, position: dict[str, Any] | None = None) -> Generator[str | None, None, None]:
+        """The texts from `position` on (the start where None), None for a bad row that is skipped.
+
+        One such iterator at a time: `position` follows the last.
+        """
         given = position or {"rows": 0, "stream": json.loads(self._start)}
         self._rows = int(given["rows"])
         self._stream.load_state_dict(given["stream"])
@@ -78,7 +84,7 @@ class HubText:
                 if row is None:
                     return
                 self._rows += 1
-                yield self._text_of(row)
+                yield self._rows_read.text(f"{self.request.name}, row {self._rows}", row)
 
     def position(self) -> dict[str, Any]:
         """Where the document after the last one given begins (JSON)."""
@@ -87,11 +93,11 @@ class HubText:
     def blocks(self, after: dict[str, Any] | None, block_size: int = BLOCK_SIZE) -> Generator[Block, None, None]:
         """The documents in blocks of `block_size` characters, from behind the block whose `after` is given."""
         read = int(after["characters"]) if after else 0
-        held, texts = 0, list[str]()
+        held, texts = 0, list[str | None]()
         with closing(self.documents(after)) as documents:
             for text in documents:
                 texts.append(text)
-                held += len(text)
+                held += len(text or "")
                 if held >= block_size:
                     read += held
                     yield self._block(texts, read)
@@ -99,18 +105,9 @@ class HubText:
             if texts:
                 yield self._block(texts, read + held)
 
-    def _block(self, texts: list[str], characters: int) -> Block:
+    def _block(self, texts: list[str | None], characters: int) -> Block:
         after = {**self.position(), "characters": characters}
         return Block(Path(self.request.name), "rows", texts, characters, self._rows - len(texts) + 1, after=after)
-
-    def _text_of(self, row: dict[str, Any]) -> str:
-        text = row.get(self.request.column)
-        if not isinstance(text, str):
-            raise DocumentError(
-                f"{self.request.name}, row {self._rows}: {self.request.column!r} is {type(text).__name__}, not a string; "
-                "drop that row, or name another column with --text-column"
-            )
-        return text
 
 
 def _open_builder(request: HubRequest) -> Any:
@@ -118,17 +115,32 @@ def _open_builder(request: HubRequest) -> Any:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
+    _refuse_damage()
     path = Path(request.name).expanduser()
     if path.is_file():
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
-            raise DocumentError(f"{path}: only .parquet and .jsonl files are streamed; give others with --input")
+            raise DocumentError(f"{path}: only .parquet, .jsonl and .json files are streamed; give others with --input")
         files = [str(path.resolve())]
         return datasets.load_dataset_builder(loader, data_files={request.split: files})
     if path.is_dir():
         return datasets.load_dataset_builder(str(path.resolve()), request.config)
     name, _, revision = request.name.partition("@")
     return datasets.load_dataset_builder(name, request.config, revision=revision or None)
+
+
+@cache
+def _refuse_damage() -> None:
+    """Have compressed files read by `open_compressed`: the readers that fsspec comes with take some damage for the end."""
+    from fsspec.compression import compr, register_compression
+
+    def opened(suffix: str, other: Any, file: Any, mode: str = "rb", **given: Any) -> Any:
+        if "r" not in mode:
+            return other(file, mode=mode, **given)
+        return open_compressed(file, suffix, str(getattr(file, "path", f"a {suffix} file")))
+
+    for name, suffix in (("xz", ".xz"), ("bz2", ".bz2"), ("zstd", ".zst")):
+        register_compression(name, partial(opened, suffix, compr.get(name)), suffix[1:], force=True)
 
 
 def _files(request: HubRequest, builder: Any) -> list[tuple[str, list[str]]]:

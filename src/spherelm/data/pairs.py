@@ -32,7 +32,7 @@ SPLITS = ("train", "val")
 
 
 class PairFiles(NamedTuple):
-    """Two text files: line i of the target belongs to line i of the source. Names as they come, also .gz, .xz, .zst."""
+    """Two text files: line i of the target belongs to line i of the source. Names as they come, also .gz, .xz, .bz2, .zst."""
 
     source: Path
     target: Path

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from spherelm.data.documents import check_input, format_of
+from spherelm.data.documents import TEXTS, WHOLE, Span, format_of, input_files, split_place
 from spherelm.data.hub import HubRequest, HubText
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
+FORMAT = 2  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
 SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to this many tokens
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, or a stream (no size, the sha256 of its identity); `split` None: each document's hash decides."""
+    """One input file, or a stream (no size, the sha256 of its identity); `split` None: each document's hash decides.
+
+    `span`: the characters of a .txt that are read.
+    """
 
     path: Path
     split: Split | None
     size: int
     sha256: str
     stream: HubText | None = None
+    span: Span = WHOLE
 
     def parameters(self) -> dict[str, Any]:
         """What this input is, wherever it lies (JSON)."""
         if self.stream is not None:
             return {"format": "stream", "dataset": self.stream.identity, "split": self.split}
-        return {"format": format_of(self.path), "sha256": self.sha256, "split": self.split}
+        span = {} if self.span == WHOLE else {"characters": list(self.span)}
+        return {"format": format_of(self.path), "sha256": self.sha256, "split": self.split, **span}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Plan:
     val_fraction: float
     shard_tokens: int
     deduplicate: bool
+    rows: Rows = Rows()
 
     def needs_digest(self, source: Source) -> bool:
         """Whether a document's hash is needed before it is read whole."""
@@ -59,6 +66,8 @@ class Plan:
             "tokenizer": self.tokenizer.fingerprint,
             "val_fraction": self.val_fraction,
             **({"deduplicate": True} if self.deduplicate else {}),
+            **({"field": self.rows.field} if self.rows.field != "text" else {}),
+            **({"skip_bad_rows": True} if self.rows.skip_bad else {}),
         }
 
 
@@ -71,6 +80,7 @@ def make_plan(
     workers: int,
     shard_tokens: int,
     deduplicate: bool,
+    rows: Rows,
     progress: bool,
 ) -> Plan:
     """The plan of `prepare(...)` with these arguments. Raises ValueError or FileNotFoundError for what cannot be."""
@@ -82,8 +92,7 @@ def make_plan(
         raise ValueError("both --val and --val-fraction given: choose one")
     if workers < 1 or shard_tokens < 1:
         raise ValueError(f"{workers} workers and {shard_tokens} tokens a shard: both must be at least 1")
-    for path in [*inputs, *val]:
-        check_input(Path(path))
+    inputs, val = ([file for path in paths for file in input_files(Path(path))] for paths in (inputs, val))
     loaded = load_tokenizer(tokenizer)
     split: Split | None = None if val_fraction else "train"
     sizes = sum(Path(path).stat().st_size for path in [*inputs, *val])
@@ -95,12 +104,15 @@ def make_plan(
         )
     trained_on = {source.sha256: source.path for source in train}
     if hub is not None:
-        stream = HubText(hub)
+        stream = HubText(hub, rows.skip_bad)
         train.append(Source(Path(hub.name), split, 0, stream.fingerprint, stream))
         trained_on |= stream.local_files
+    elif val_fraction and len(train) == 1 and format_of(train[0].path) in TEXTS:
+        place = split_place(train[0].path, val_fraction)
+        train = [replace(train[0], split="train", span=(0, place)), replace(train[0], split="val", span=(place, None))]
     for source in held_out:
         check_held_out(source.path, source.sha256, trained_on)
-    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate)
+    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate, rows)
 
 
 def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherelm.data.corpus import shipped_directory
+from spherelm.data.cutting import Cutter
 from spherelm.data.documents import check_input, read_blocks
 from spherelm.data.hub import HubRequest, HubText, sha256_of
 from spherelm.data.loader import Batches, Loader, validation_windows
@@ -21,6 +22,7 @@ from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.plan import check_held_out
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -258,7 +260,11 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
     if fraction is None:
         check_input(file)
         check_held_out(file, sha256_of(file), text.local_files)
-    blocks = read_blocks(file) if fraction is None else text.blocks(None)
+    blocks = (
+        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        if fraction is None
+        else text.blocks(None)
+    )
     with closing(blocks):
         windows, per_byte, fingerprint = held_out_windows(
             blocks, tokenizer, 1.0 if fraction is None else fraction, train.seq_len, train.eval_windows

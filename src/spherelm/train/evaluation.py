@@ -81,7 +81,7 @@ def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progre
 
 
 def perplexity_of_run(
-    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED
+    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED, field: str = "text"
 ) -> dict[str, Any]:
     """The result of `perplexity_by_length` for a run directory or one of its checkpoints, with what it was measured on.
 
@@ -89,7 +89,8 @@ def perplexity_of_run(
     """
     model, trained = load_decoder(run), trained_length(run)
     place(model, positions, trained)
-    found = perplexity_by_length(model, read_documents(files, load_tokenizer(run_directory(run)), plan.needed), plan)
+    documents = read_documents(files, load_tokenizer(run_directory(run)), plan.needed, field)
+    found = perplexity_by_length(model, documents, plan)
     return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
 
 

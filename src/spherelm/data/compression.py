@@ -1,0 +1,97 @@
+"""Bytes out of a file that may be compressed. Whatever is cut off, damaged or followed by something else is refused.
+
+The libraries' own file readers take damage for the end: `lzma.LZMAFile` and `bz2.BZ2File` at the start of a second stream,
+zstandard's stream reader anywhere in a frame. So every format goes stream by stream through its bare decompressor.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+_READ_BYTES = 1 << 20
+_COMPRESSED_BYTES = 1 << 14  # few, since one may stand for thousands
+
+
+class DocumentError(ValueError):
+    """An input that cannot be read as documents; the message names the file, the place and the fix."""
+
+
+def read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(decompressed bytes, position in the file) piece by piece; the suffix says how the file is compressed, if it is.
+
+    Raises DocumentError for a file that is not whole or not what its suffix says, or where the library for .zst is missing.
+    """
+    suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        if suffix in COMPRESSIONS:
+            yield from ((data, file.tell()) for data in _decompressed(file, suffix, str(path)))
+        else:
+            while data := file.read(_READ_BYTES):
+                yield data, file.tell()
+
+
+def open_compressed(file: IO[bytes], suffix: str, name: str) -> io.BufferedReader:
+    """What is compressed in `file` as a file, which is read once from its start; `name` is said where it is damaged."""
+    return io.BufferedReader(_Decompressed(_decompressed(file, suffix, name)), _READ_BYTES)
+
+
+class _Decompressed(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._held = pieces, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._held = self._held or memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._held))
+        buffer[:count], self._held = self._held[:count], self._held[count:]
+        return count
+
+
+def _decompressed(file: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
+    """The content of the streams that stand one behind the other in `file`; zeros may fill up what is behind a stream."""
+    start, fault = _decompressor(suffix)
+    damaged = DocumentError(f"{name}: damaged or cut off, or not a {suffix} file; get it again")
+    stream, streams = None, 0
+    while data := file.read(_COMPRESSED_BYTES):
+        while data:
+            if stream is None:
+                data = data.lstrip(b"\0") if streams else data
+                if not data:
+                    break
+                stream, streams = start(), streams + 1
+            try:
+                out = stream.decompress(data)
+            except fault as error:
+                raise damaged from error
+            if out:
+                yield out
+            data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None or not streams:
+        raise damaged
+
+
+def _decompressor(suffix: str) -> tuple[Callable[[], Any], type[Exception]]:
+    """What reads one stream of this format, and what it raises for one that is damaged."""
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DocumentError("a .zst file needs zstandard: pip install 'spherelm[data]'") from error
+        return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
+    formats: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
+        ".gz": (lambda: zlib.decompressobj(wbits=31), zlib.error),
+        ".xz": (lzma.LZMADecompressor, lzma.LZMAError),
+        ".bz2": (bz2.BZ2Decompressor, OSError),
+    }
+    return formats[suffix]
