@@ -92,9 +92,9 @@ class _Step(torch.autograd.Function):
 
 
 def inverse_length(x: Tensor, dim: int = -1, least: float = TINY) -> Tensor:
-    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; 0 for those shorter than `least`."""
+    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; 0 for those no longer than `least`."""
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return length.masked_fill(length < least, torch.inf).reciprocal()
+    return torch.threshold(length, least, torch.inf).reciprocal()
 
 
 def _normalized(x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:

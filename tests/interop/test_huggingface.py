@@ -332,7 +332,7 @@ def test_retraction_and_copies() -> None:
     hf, tokens = to_hf(make_model("ngpt")), make_tokens(2, 9)
     twin = copy.deepcopy(hf)
     assert twin.model.blocks[0].attention.attend.config is twin.config
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=0.1, weight_decay=0.0)
     attach_retraction(optimizer, hf)
     with torch.enable_grad():
         hf(tokens, labels=tokens).loss.backward()
