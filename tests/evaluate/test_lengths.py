@@ -200,7 +200,9 @@ def test_the_model_is_left_in_its_mode() -> None:
 
 
 def test_texts_that_are_too_short_are_refused() -> None:
-    with pytest.raises(ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 are shorter\\)"):
+    with pytest.raises(
+        ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 documents too short\\)"
+    ):
         perplexity_by_length(model_of("gpt"), texts(32, 10), Plan((8, 32)))
 
 
