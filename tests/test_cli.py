@@ -161,8 +161,8 @@ def test_from_text_to_text(command: commands.Command, tmp_path: Path) -> None:
     answer = command("data", "prepare", *words, "--workers", 1)
     assert answer.code == 0
     size = len(tiny.text(1)) + 1
-    assert f"train: 1 documents, {size:,} tokens" in answer.out
-    assert "val: 1 documents" in answer.out
+    assert f"train: 1 document, {size:,} tokens" in answer.out
+    assert "val: 1 document," in answer.out
 
     answer = command("train", "--arm", "ngpt", "--out", run, "--data", data, *SMALL)
     assert answer.code == 0

@@ -198,7 +198,7 @@ def test_text_of_ones_own_is_read_in_whole_sequences(runs: dict[str, Path], tmp_
     assert inspection.windows(tokenizer, "abcdef", model, 5).tolist() == [list(b"abcde")], (
         "fewer than a sequence are one"
     )
-    with pytest.raises(ValueError, match="the text has 1 tokens: give at least two"):
+    with pytest.raises(ValueError, match="the text has 1 token: give at least two"):
         inspection.windows(tokenizer, "a", model, 2048)
     text.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"mine\.txt is not UTF-8 text"):

@@ -24,6 +24,7 @@ from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import DocumentError
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.prepare import OutputExistsError, prepare
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Shard, open_tokens
 from spherelm.train.batches import open_data
 
@@ -174,6 +175,18 @@ def test_limit_config_column_and_single_files(parquet: Path, jsonl: Path) -> Non
     assert list(HubText(HubRequest(str(renamed), column="content")).documents()) == TEXTS[:3]
     with pytest.raises(ValueError, match=r'has no column "text" \(it has content\): name another with --field'):
         HubText(HubRequest(str(renamed)))
+
+
+def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
+    rows = [{"body": {"text": text, "n": 1}} for text in TEXTS[:9]] + [{"body": {"text": None, "n": 1}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.parquet", "a.jsonl"):
+        request = HubRequest(str(tmp_path / name), column="body.text")
+        assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], None]
+        refused(request, r'row 10: no string under "body.text" \(it is null\); mend that row, or .*--skip-bad-rows')
+    manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=Rows("body.text", skip_bad=True))
+    assert (manifest["bad_rows_left_out"], manifest["splits"]["train"]["documents"]) == (1, 9)
 
 
 def refused(request: HubRequest, message: str) -> None:

@@ -55,10 +55,10 @@ def test_blank_and_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     assert splits["train"]["pairs"] == 2
     assert splits["train"]["left_out"] == {"blank": 2, "too_long": 1}
     with pytest.raises(
-        DocumentError, match="3 train pairs are longer than 2 tokens, the longest has 12: raise --max-tokens"
+        DocumentError, match="longer than 2 tokens: 3 train pairs, the longest has 12; raise --max-tokens"
     ):
         prepare_pairs(train, tmp_path / "other", val, tokenizer="bytes", max_tokens=2)
-    with pytest.raises(DocumentError, match="1 val pairs are longer than 5 tokens"):
+    with pytest.raises(DocumentError, match="longer than 5 tokens: 1 val pair, the longest"):
         prepare_pairs(val, tmp_path / "other", train, tokenizer="bytes", max_tokens=5)
     assert not (tmp_path / "other").exists()
 

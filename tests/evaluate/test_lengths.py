@@ -200,7 +200,9 @@ def test_the_model_is_left_in_its_mode() -> None:
 
 
 def test_texts_that_are_too_short_are_refused() -> None:
-    with pytest.raises(ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 are shorter\\)"):
+    with pytest.raises(
+        ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 documents too short\\)"
+    ):
         perplexity_by_length(model_of("gpt"), texts(32, 10), Plan((8, 32)))
 
 
@@ -237,6 +239,9 @@ def test_only_the_beginning_is_encoded_where_it_is_enough(name: str) -> None:
 def test_documents_are_read_from_any_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one ü", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"body": {"text": "other"}}\n')
+    (other,) = read_documents([tmp_path / "c.*"], load_tokenizer("bytes"), field="body.text")
+    assert bytes(other.tokens.tolist()) == b"other"
     found = list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], load_tokenizer("bytes")))
     assert [(bytes(d.tokens.tolist()).decode(), d.bytes) for d in found] == [("one ü", 6), ("two", 3), ("three", 5)]
     with pytest.raises(FileNotFoundError, match="no input file"):

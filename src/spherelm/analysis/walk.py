@@ -19,6 +19,7 @@ from spherelm.analysis import svg
 from spherelm.analysis.motion import output_directions
 from spherelm.analysis.recording import record
 from spherelm.analysis.sphere_map import SphereMap, sphere_map
+from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.layers.readout import read_logits
 from spherelm.models.decoder import Decoder
@@ -90,7 +91,7 @@ def check_sentence(ids: Sequence[int], model: Decoder) -> None:
     """`ValueError` if the sentence's tokens cannot be walked with."""
     limit, known = min(MAX_TOKENS, model.config.max_seq_len), model.config.vocab_size
     if not 1 <= len(ids) <= limit:
-        raise ValueError(f"the sentence has {len(ids)} tokens: give one of 1 to {limit}")
+        raise ValueError(f"the sentence has {counted(len(ids), 'token')}: give one of 1 to {limit}")
     if max(ids) >= known:
         raise ValueError(
             f"the sentence has token {max(ids)}, the model knows 0 to {known - 1}: this is not its tokenizer"

@@ -8,6 +8,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from spherelm.cli.flags import Translation, TranslationFlags
+from spherelm.counting import counted
 
 
 def eval_(
@@ -51,12 +52,8 @@ def eval_(
         raise FileExistsError(f"{json} already exists: choose another --json")
     if json is not None and not json.parent.is_dir():
         raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
-    for flag, value in (
-        ("--field", field),
-        ("--lengths", lengths),
-        ("--stride", stride),
-        ("--rope-scaling", rope_scaling),
-    ):
+    for_perplexity = {"--field": field, "--lengths": lengths, "--stride": stride, "--rope-scaling": rope_scaling}
+    for flag, value in for_perplexity.items():
         if value is not None and not perplexity:
             raise ValueError(f"{flag} is for --perplexity: name text files there")
     from spherelm.train.evaluation import about
@@ -150,7 +147,7 @@ def task_table(results: dict[str, Any]) -> str:
 def translation_table(found: dict[str, Any]) -> str:
     """A line for each score, under what was scored."""
     search = f"{found['beams']} beams, length penalty {found['length_penalty']:g}"
-    lines = [f"{found['texts']:,} texts of {found['source']}; {search}; intervals of 95 % over texts"]
+    lines = [f"{counted(found['texts'], 'text')} of {found['source']}; {search}; intervals of 95 % over texts"]
     for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
         score = found[name]
         lines.append(f"{label:<16} {score['value']:>7.2f} ± {score['interval']:.2f}  {score['signature']}")
@@ -175,7 +172,8 @@ def length_table(found: dict[str, Any]) -> str:
     """A line for each length, under what was read."""
     windows = "disjoint windows" if found["stride"] is None else f"windows sliding by {found['stride']}"
     head = (
-        f"{found['tokens']:,} tokens of {found['documents']:,} documents ({found['documents_left_out']:,} too short), the same "
+        f"{counted(found['tokens'], 'token')} of {counted(found['documents'], 'document')} "
+        f"({found['documents_left_out']:,} too short), the same "
         f"at each length; {windows}; positions {found['positions']}; standard errors over {found['clusters']}"
     )
     lines = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spherelm.cli.flags import DataDirectories, Flag
+from spherelm.counting import counted
 
 
 def prepare(
@@ -69,19 +70,19 @@ def _say_what_was_made(manifest: dict[str, Any], deduplicate: bool) -> None:
         if end is None:
             print(f"{source['name']} is one document: from character {begin:,} on it is the validation text")
     for split, counts in manifest["splits"].items():
-        print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        print(f"{split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
     if manifest["empty_documents_left_out"]:
-        print(f"{manifest['empty_documents_left_out']:,} empty documents left out")
+        print(f"{counted(manifest['empty_documents_left_out'], 'empty document')} left out")
     if manifest["bad_rows_left_out"]:
-        print(f"{manifest['bad_rows_left_out']:,} bad rows left out")
+        print(f"{counted(manifest['bad_rows_left_out'], 'bad row')} left out")
     if manifest["unsafe_cuts"]:
         print(
-            f"{manifest['unsafe_cuts']:,} cuts where the tokenizer may not be cut, since long stretches of text have no better "
-            "place: the tokens there may differ from those of the whole text"
+            f"{counted(manifest['unsafe_cuts'], 'cut')} in long stretches of text without a place where this tokenizer allows "
+            "it: the tokens there may differ from those of the whole text"
         )
     left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
     if deduplicate:
-        print(f"{left_out:,} duplicates left out")
+        print(f"{counted(left_out, 'duplicate')} left out")
 
 
 def pairs(
@@ -113,7 +114,8 @@ def pairs(
     for split, counts in manifest["splits"].items():
         out_of = counts["left_out"]
         print(
-            f"{split}: {counts['pairs']:,} pairs, {counts['source_tokens']:,} and {counts['target_tokens']:,} tokens, the "
+            f"{split}: {counted(counts['pairs'], 'pair')}, {counts['source_tokens']:,} and "
+            f"{counted(counts['target_tokens'], 'token')}, the "
             f"longest text {counts['longest']}; left out: {out_of['blank']:,} blank, {out_of['too_long']:,} too long"
         )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
+from spherelm.counting import counted
 
 if TYPE_CHECKING:
     from spherelm.train.samples import Conversation
@@ -36,7 +37,9 @@ def import_nvidia(
 
     model = run_import(ckpt, out, rope, tokenizer, moments)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__} of {count:,} parameters in {out}; departure from the sphere {departure(model):.1e}")
+    print(
+        f"{type(model).__name__} of {counted(count, 'parameter')} in {out}; departure from the sphere {departure(model):.1e}"
+    )
 
 
 def generate(

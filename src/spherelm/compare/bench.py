@@ -19,6 +19,7 @@ import torch
 from spherelm.compare.cost import StepCost, TimedSteps, measure_cost
 from spherelm.compare.record import pair_for
 from spherelm.compare.wording import NAMES
+from spherelm.counting import counted
 from spherelm.layers.linear import retract
 from spherelm.recipes import make_run
 from spherelm.third_parties import silence
@@ -182,9 +183,10 @@ def table(result: dict[str, Any]) -> str:
     baseline, normalized = (NAMES[arm] for arm in arms)
     layers = "" if result["pattern"] is None else f" {result['pattern']}"
     lines = [
-        f"{shape['n_layers']} layers{layers}, d {shape['d_model']}, {shape['n_heads']} heads, sequence {shape['seq_len']}, "
+        f"{counted(shape['n_layers'], 'layer')}{layers}, d {shape['d_model']}, "
+        f"{counted(shape['n_heads'], 'head')}, sequence {shape['seq_len']}, "
         f"batch {shape['batch_size']}, vocabulary {shape['vocab_size']}; {result['dtype']}, "
-        f"{'compiled' if result['compiled'] else 'not compiled'}, {result['device']}, {result['threads']} threads",
+        f"{'compiled' if result['compiled'] else 'not compiled'}, {result['device']}, {counted(result['threads'], 'thread')}",
         f"{'':24}{baseline:>12}{normalized:>12}",
     ]
     for name, key, unit, digits in (

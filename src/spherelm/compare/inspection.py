@@ -25,6 +25,7 @@ from spherelm.compare.inside_figures import lens_section, motion_section, traini
 from spherelm.compare.inside_tables import write_tables
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.wording import NAMES, si
+from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.models import MASKED_CONFIGS
@@ -157,7 +158,7 @@ def windows(tokenizer: Tokenizer, text: str, model: Decoder, positions: int) -> 
     """The first `positions` tokens of the text as int64 [batch, seq], whole sequences of the model's max_seq_len at most."""
     ids = tokenizer.encode(text[: 16 * positions])[:positions]
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens: give at least two")
+        raise ValueError(f"the text has {counted(len(ids), 'token')}: give at least two")
     check_ids(ids, model)
     seq = min(model.config.max_seq_len, len(ids))
     return torch.tensor(ids[: len(ids) // seq * seq]).reshape(-1, seq)

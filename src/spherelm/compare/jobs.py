@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from spherelm.counting import counted
 from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
 from spherelm.train.config import RunConfig, to_dict
@@ -231,7 +232,7 @@ def _watch(jobs: list[Job], futures: list[Future[float]], description: str) -> N
                 job.config.train.steps if f.done() else steps_done(job.out)
                 for job, f in zip(jobs, futures, strict=True)
             ]
-            bar.set_postfix_str(f"{finished} of {len(jobs)} runs done", refresh=False)
+            bar.set_postfix_str(f"{finished} of {counted(len(jobs), 'run')} done", refresh=False)
             bar.update(sum(steps) - bar.n)
             if finished == len(jobs):
                 return

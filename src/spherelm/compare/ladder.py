@@ -27,6 +27,7 @@ from spherelm.compare.length_figures import Measured, evaluations, length_figure
 from spherelm.compare.record import Run, read_run
 from spherelm.compare.robustness import TOLERANCE, tolerated, where_best
 from spherelm.compare.wording import NAMES, listed, si
+from spherelm.counting import counted
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
@@ -349,4 +350,4 @@ def _page(
     )
     command = f"<section><h2>Reproduce</h2><pre><code>{escape(command_line())}</code></pre></section>"
     body = f"{drawn}\n<section><h2>All runs</h2>{table}</section>\n{command}"
-    return plain_page("spherelm report", "Where the runs ended", f"{len(ends)} runs", body)
+    return plain_page("spherelm report", "Where the runs ended", counted(len(ends), "run"), body)

@@ -14,6 +14,7 @@ from spherelm.analysis import svg
 from spherelm.compare.figures import Figure
 from spherelm.compare.record import Comparison, standard_error
 from spherelm.compare.wording import NAMES, caveats, number, optimizer_name, si, verdict
+from spherelm.counting import counted
 
 
 def page(
@@ -54,7 +55,7 @@ def _subtitle(comparison: Comparison) -> str:
     config = comparison.summary.get("config", {})
     parts = [f"preset {config['preset']}"] if config.get("preset") else []
     if config.get("steps") and config.get("batch_size") and config.get("seq_len"):
-        parts.append(f"{config['steps']:,} steps of {config['batch_size']} × {config['seq_len']} tokens")
+        parts.append(f"{counted(config['steps'], 'step')} of {config['batch_size']} × {config['seq_len']} tokens")
     parts.append(f"{si(comparison.arms[comparison.winner].tokens)} tokens a run")
     parts.append("one seed an arm" if comparison.seeds == 1 else f"{comparison.seeds} seeds an arm")
     parts.append("quick mode" if comparison.quick else "")

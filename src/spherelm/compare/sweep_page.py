@@ -17,6 +17,7 @@ from spherelm.compare.figures import Figure
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.record import read_run, standard_error
 from spherelm.compare.wording import NAMES
+from spherelm.counting import counted
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def write_page(rows: Sequence[Row], out: Path, commands: Sequence[str]) -> None:
     command = f"<section><h2>Reproduce</h2><pre><code>{escape(chr(10).join(commands))}</code></pre></section>"
     body = f"<section><h2>All choices</h2>{_table(rows, keys)}</section>\n{figure_sections(sections)}\n{command}"
     count = sum(len(row.losses) for row in rows)
-    page = plain_page("spherelm sweep", "How the choices ended", f"{len(rows)} choices, {count} runs", body)
+    page = plain_page(
+        "spherelm sweep", "How the choices ended", f"{counted(len(rows), 'choice')}, {counted(count, 'run')}", body
+    )
     (out / "index.html").write_text(page, encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from spherelm.counting import counted
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.output import made_whole, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
@@ -78,8 +79,8 @@ def read_texts(files: PairFiles) -> Texts:
     source, target = (read_lines(path) for path in files)
     if len(source) != len(target):
         raise DocumentError(
-            f"{files.source} has {len(source)} lines and {files.target} {len(target)}: line i of one must belong to line i "
-            "of the other"
+            f"{files.source} has {counted(len(source), 'line')} and {files.target} {len(target):,}: line i of one "
+            "must belong to line i of the other"
         )
     kept = [(s, t) for s, t in zip(source, target, strict=True) if s.strip() and t.strip()]
     if not kept:
@@ -163,7 +164,8 @@ def _write_split(out: Path, name: str, texts: Texts, tokenizer: Tokenizer, max_t
     if (too_long and name == "val") or not fits:
         longest = max(max(len(source), len(target)) for source, target, _ in encoded) + 1
         raise DocumentError(
-            f"{too_long} {name} pairs are longer than {max_tokens} tokens, the longest has {longest}: raise --max-tokens"
+            f"longer than {counted(max_tokens, 'token')}: {counted(too_long, f'{name} pair')}, "
+            f"the longest has {longest}; raise --max-tokens"
         )
     tensors = {}
     for side, column in (("source", 0), ("target", 1)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spherelm.counting import counted
 from spherelm.data.documents import TEXTS, WHOLE, Span, format_of, input_files, split_place
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.rows import Rows
@@ -91,7 +92,9 @@ def make_plan(
     if val and val_fraction:
         raise ValueError("both --val and --val-fraction given: choose one")
     if workers < 1 or shard_tokens < 1:
-        raise ValueError(f"{workers} workers and {shard_tokens} tokens a shard: both must be at least 1")
+        raise ValueError(
+            f"{counted(workers, 'worker')} and {counted(shard_tokens, 'token')} a shard: both must be at least 1"
+        )
     inputs, val = ([file for path in paths for file in input_files(Path(path))] for paths in (inputs, val))
     loaded = load_tokenizer(tokenizer)
     split: Split | None = None if val_fraction else "train"

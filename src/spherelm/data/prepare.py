@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spherelm.counting import counted
 from spherelm.data.cutting import Cutter
 from spherelm.data.deduplication import Deduplicator
 from spherelm.data.documents import WHOLE, Block, DocumentError, read_blocks
@@ -254,8 +255,8 @@ class _Work:
             if split not in splits:
                 (self._partial / STATE_FILE).unlink(missing_ok=True)  # another fraction needs another start
                 raise ValueError(
-                    f"val fraction {self._plan.val_fraction} of {sum(self._position.documents)} documents leaves none "
-                    f"for {split}: choose another --val-fraction, give more documents, or name --val files"
+                    f"val fraction {self._plan.val_fraction} of {counted(sum(self._position.documents), 'document')} "
+                    f"leaves none for {split}: choose another --val-fraction, give more documents, or name --val files"
                 )
 
 

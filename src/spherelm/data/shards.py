@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
 
 MAGIC = b"\x93SPHERE\n"
@@ -234,7 +235,7 @@ class Shard:
         expected = header.table_start + 8 * header.documents
         if size != expected:
             problem = "truncated" if size < expected else "longer than its header says"
-            raise ShardError.about(path, f"{problem} ({size} bytes instead of {expected})")
+            raise ShardError.about(path, f"{problem} ({counted(size, 'byte')} instead of {expected:,})")
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(

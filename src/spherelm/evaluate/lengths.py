@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spherelm.counting import counted
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import documents_in, input_files, read_blocks
 from spherelm.data.rows import Rows
@@ -222,7 +223,8 @@ def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: Pl
     model.train(was_training)
     if not scored_bytes:
         raise ValueError(
-            f"no document has the {plan.longest + 1} tokens that a window of {plan.longest} needs ({left_out} are shorter): "
+            f"no document has the {plan.longest + 1} tokens that a window of {plan.longest} needs "
+            f"({counted(left_out, 'document')} too short): "
             "give longer texts or shorter lengths"
         )
     gathered = {length: gather(parts) for length, parts in scores.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spherelm.counting import counted
+
 BOOTSTRAP = 1000
 """Samples of the texts, drawn with replacement, that intervals are read off."""
 
@@ -38,7 +40,9 @@ def check_references(written: Sequence[str], references: Sequence[Sequence[str]]
         raise ValueError("there is nothing to score: give texts and references")
     for texts in references:
         if len(texts) != len(written):
-            raise ValueError(f"{len(written)} texts and {len(texts)} references: one line must belong to one line")
+            raise ValueError(
+                f"{counted(len(written), 'text')} and {counted(len(texts), 'reference')}: one line must belong to one line"
+            )
 
 
 def error_rates(written: Sequence[str], alternatives: Sequence[Sequence[str]]) -> dict[str, float]:

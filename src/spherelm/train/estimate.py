@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from spherelm.counting import counted
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
@@ -161,8 +162,8 @@ def estimate_table(found: dict[str, Any]) -> str:
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [
         "",
-        f"one update: {sequences['update']} sequences of {found['train']['seq_len']} tokens, on each device "
-        f"{sequences['micro_batches_per_update']} x {sequences['micro_batch']}",
+        f"one update: {counted(sequences['update'], 'sequence')} of {counted(found['train']['seq_len'], 'token')}, "
+        f"on each device {sequences['micro_batches_per_update']} x {sequences['micro_batch']}",
         "",
         "the run",
         _row("updates", f"{found['train']['steps']:,}"),
