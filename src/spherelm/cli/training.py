@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -158,8 +157,7 @@ def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> No
         describe(config, dry_run)
         return
     loss = run_training(config, out, resume)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-        print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
+    print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
 
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:

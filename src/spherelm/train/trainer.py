@@ -51,7 +51,9 @@ class Trainer:
         self.config, self.out = config, out
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
-        checkpoint = group.together(lambda: self._prepare(resume))
+        group.together(self._prepare)
+        checkpoint = group.first(lambda: open_run(out, config, self.data.identity, resume))
+        group.first(lambda: self.data.tokenizer.save(out))
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
@@ -69,11 +71,11 @@ class Trainer:
         self.guard = Guard(train, self.progress.skipped, self.progress.norm)
         self.speed = Speed(model, train, self.device, group.world_size)
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
-        self.metrics = self._open_log() if group.is_first else NoLog()
+        self.metrics = group.together(lambda: self._open_log() if group.is_first else NoLog())
         self._noted, self._stop = Noted(), 0
 
-    def _prepare(self, resume: bool) -> Path | None:
-        """Everything that may be refused: text, tasks, sinks, the directory. Returns the checkpoint to go on from."""
+    def _prepare(self) -> None:
+        """Everything that may be refused on any process: text, tasks, sinks."""
         config, group = self.config, self.group
         check_names(config.train.log_to)
         self.micro_batch_size, _ = micro_batches(config.train, group.world_size)
@@ -83,9 +85,6 @@ class Trainer:
             raise ValueError(
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
             )
-        checkpoint = group.first(lambda: open_run(self.out, config, self.data.identity, resume))
-        group.first(lambda: self.data.tokenizer.save(self.out))
-        return checkpoint
 
     def _open_log(self) -> MetricsLog:
         sinks = open_sinks(self.config.train.log_to, self.out, to_dict(self.config))
