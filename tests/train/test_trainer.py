@@ -239,6 +239,44 @@ def test_a_last_update_that_breaks_the_model_is_noticed(trainer: MakeTrainer, tm
     assert latest_checkpoint(tmp_path / "run") is None
 
 
+@both_arms
+@pytest.mark.parametrize(("start", "end", "worse"), [(6.0, 6.05, False), (6.0, 6.2, True), (3.0, 6.0, True)])
+def test_a_run_that_ends_worse_than_an_untrained_model_fails(
+    arm: str,
+    start: float,
+    end: float,
+    worse: bool,
+    trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its start, or where that is lower an even guess, ln(257) = 5.55 nats, also when resumed; in between it may be worse."""
+    validations = {0: start, 2: 9.0, 4: 9.0, 6: end}
+    for resume in (False, True):
+        run = trainer(arm, save_every=4, resume=resume)
+        (name,) = (part.name for part in run.data.held_out)
+        monkeypatch.setattr(
+            run, "_validation_losses", lambda run=run, name=name: {name: validations[run.progress.step]}
+        )
+        if not worse:
+            assert run.run(show_progress=False) == end
+            continue
+        with pytest.raises(
+            Diverged, match=f"the run ends worse than an untrained model: its validation loss is {end}00 at"
+        ):
+            run.run(show_progress=False)
+        assert tiny.metrics(tmp_path / "run")[-1]["kind"] == "stop"
+        last = latest_checkpoint(tmp_path / "run")
+        assert last is not None
+        assert last.name == "step-00000004", "the run directory stays as it is"
+
+
+def test_a_normalized_model_thrown_about_by_its_rate_fails(trainer: MakeTrainer) -> None:
+    """All of its weights stay unit vectors, and nothing becomes NaN."""
+    with pytest.raises(Diverged, match=r"the run ends worse than an untrained model: .* \(peak learning rate 1e\+06\)"):
+        trainer("ngpt", lr=1e6, eval_every=0).run(show_progress=False)
+
+
 def test_compiling_that_fails_is_said_and_changes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ from spherelm.train.checkpoint import CheckpointWriter, Progress, load_checkpoin
 from spherelm.train.config import RunConfig, micro_batches, to_dict
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
 from spherelm.train.evaluation import task_scorer
-from spherelm.train.guard import Diverged, Guard
+from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics import MetricsLog, NoLog
 from spherelm.train.parallel import Group, RankLost, Spread, joined, spread
@@ -162,7 +162,7 @@ class Trainer:
         lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
         loss, grad_norm = self._update(step, lr)
         seconds = time.perf_counter() - start
-        self.progress = Progress(step + 1, self.progress.seconds + seconds)
+        self.progress = replace(self.progress, step=step + 1, seconds=self.progress.seconds + seconds)
         speed = self.tokens_per_step / seconds
         if grad_norm is not None:
             record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
@@ -199,15 +199,15 @@ class Trainer:
 
     def _leave_out(self, fault: str, step: int) -> None:
         """Note an update that is not made; raises `Diverged` where the run has to end."""
-        record = {**self._position(), "step": step + 1, "reason": fault}
         try:
             self.guard.skip(fault)
         except Diverged as error:
-            self.metrics.write("stop", **record)
-            raise self._diverged(str(error)) from None
-        self.metrics.write("skip", **record)
+            raise self._diverged(str(error), step=step + 1) from None
+        self.metrics.write("skip", **{**self._position(), "step": step + 1, "reason": fault})
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, what: str, **position: int) -> Diverged:
+        """The error with which the run ends, noted in the log."""
+        self.metrics.write("stop", **{**self._position(), **position, "reason": what})
         rate = self.config.optim.lr
         return Diverged(
             f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or look at the text around this batch"
@@ -238,6 +238,14 @@ class Trainer:
         limit = self.config.train.stop_above
         if limit is not None and step and loss > limit:
             raise self._diverged(f"the validation loss {loss:.3f} at step {step} is above {limit:.3f}")
+        if step == 0:
+            self.progress = replace(self.progress, start=loss)
+        untrained = untrained_loss(self.config.model.vocab_size, self.progress.start)
+        if step == self.config.train.steps and loss > untrained + WORSE:
+            raise self._diverged(
+                f"the run ends worse than an untrained model: its validation loss is {loss:.3f} at step {step}, that of an "
+                f"untrained model {untrained:.3f}"
+            )
         by_source = {"loss_by_source": losses} if len(losses) > 1 else {}
         in_bits = bits_per_byte(loss, self.data.tokens_per_byte)
         self.metrics.write("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)
