@@ -200,7 +200,7 @@ def leave(say: Callable[[], object], code: int) -> NoReturn:
     then (SIGABRT) when an exception is under way.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
     if rank == 0:
         say()
     try:
