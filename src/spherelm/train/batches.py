@@ -152,6 +152,23 @@ def vocabulary_size(data: str | None) -> int:
     return open_tokens(next(iter(sources_of(data))), "train").vocab_size
 
 
+def epochs(config: RunConfig, steps: int) -> dict[str, float]:
+    """How often `steps` updates of the run read each of its training texts, by name; empty where a text's end is not known."""
+    train, pairs = config.train, issubclass(ARMS[config.arm][1], EncoderDecoder)
+    if stream_spec(config.data or "") or (pairs and config.data is None):
+        return {}
+    if config.data is not None and pairs:
+        return {
+            config.data: steps * train.batch_size / read_pairs_manifest(Path(config.data))["splits"]["train"]["pairs"]
+        }
+    tokens = steps * train.batch_size * train.seq_len
+    return {
+        "the text that ships with spherelm" if config.data is None else str(path): float(weight) * tokens / size
+        for path, weight in sources_of(config.data).items()
+        for size in (len(open_tokens(path, "train")),)
+    }
+
+
 def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
     """Open the text that `config` names for one process of `world_size`.
 

@@ -20,7 +20,7 @@ FREE_TO_CHANGE = (
     *(
         f"train.{name}"
         for name in (
-            *("save_every", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
+            *("save_every", "save_minutes", "keep", "keep_every", "compile", "log_to", "diagnose_every"),
             *("strategy", "shard_size", "recompute", "timeout", "on_bad_step", "skip_budget", "spike_factor"),
             *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
         )

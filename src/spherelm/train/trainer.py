@@ -26,7 +26,7 @@ from spherelm.layers.moe import clear_loads
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
-from spherelm.train.batches import open_data, total_loss, validation_losses
+from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
 from spherelm.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.train.config import RunConfig, micro_batches, to_dict
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
@@ -34,6 +34,7 @@ from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics import MetricsLog, NoLog
+from spherelm.train.opening import say_first
 from spherelm.train.parallel import Group, RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.record import open_run
@@ -73,6 +74,7 @@ class Trainer:
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
         self.metrics = group.together(lambda: self._open_log() if group.is_first else NoLog())
         self._noted, self._stop = Noted(), 0
+        self._now = self._saved_at = group.gather([time.monotonic()])[0][0]
 
     def _prepare(self) -> None:
         """Everything that may be refused on any process: text, tasks, sinks."""
@@ -102,6 +104,8 @@ class Trainer:
         naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
         """
         train, show = self.config.train, show_progress and self.group.is_first
+        if show:
+            say_first(train, self.tokens_per_step, epochs(self.config, train.steps), self.speed.peak())
         if train.compile:
             compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
@@ -123,7 +127,7 @@ class Trainer:
             while self.progress.step < self.config.train.steps:
                 self._step(bar)
                 loss = self._measure({})
-                if self._is_due(self.config.train.save_every):
+                if self._is_due(self.config.train.save_every) or self._is_time_to_save():
                     self._save()
             return loss
         except Stop as stop:
@@ -138,6 +142,12 @@ class Trainer:
         """Whether something that is done every so many updates, and at the end, is to be done now."""
         step = self.progress.step
         return step == self.config.train.steps or (bool(every) and step % every == 0)
+
+    def _is_time_to_save(self) -> bool:
+        """Whether a run that saves by the clock has not done so for long."""
+        train = self.config.train
+        by_clock = train.save_minutes > 0 and not train.save_every
+        return by_clock and self._now - self._saved_at >= 60 * train.save_minutes
 
     def _measure(self, present: Mapping[str, Mapping[str, Any]]) -> float:
         """Validate and score tasks where that is due and not `present` in the log; returns the validation loss, or NaN."""
@@ -181,11 +191,12 @@ class Trainer:
     def _update(self, step: int, lr: float) -> tuple[float, float | None]:
         """One optimizer step: the batch's loss and the norm of its gradient before clipping, `None` if it was left out.
 
-        Notes the signal by which any of the processes was asked to stop.
+        Notes the signal by which any of the processes was asked to stop, and the time.
         """
         set_rate(self.optimizer, lr)
-        reports = self.group.gather([self._gradients(step), float(self._noted.first)])
-        losses, self._stop = [loss for loss, _ in reports], int(max(number for _, number in reports))
+        reports = self.group.gather([self._gradients(step), float(self._noted.first), time.monotonic()])
+        losses, self._stop = [report[0] for report in reports], int(max(report[1] for report in reports))
+        self._now = reports[0][2]  # by the clock of the first process, so that all save at one update
         norm: float | None = clip_gradients(self.model, self.config.optim.grad_clip)
         fault = self.guard.fault(losses, norm or 0.0, step)
         if fault is None:
@@ -263,7 +274,7 @@ class Trainer:
         self.progress = replace(self.progress, data=data, skipped=self.guard.skipped, norm=self.guard.norm)
         self.metrics.flush()
         self.checkpoints.save(self.model, self.optimizer, self.progress)
-        self._saved = self.progress.step
+        self._saved, self._saved_at = self.progress.step, self._now
 
 
 def gradients_of_batch(
