@@ -22,6 +22,8 @@ from spherelm import cli
 from spherelm.compare import comparison
 from spherelm.compare import sweep as sweep_module
 from spherelm.compare.jobs import Job
+from spherelm.data.corpus import shipped_directory
+from spherelm.data.shards import open_tokens
 from spherelm.models import parameter_count
 from spherelm.recipes import RECIPES, WAYS, make_run
 from spherelm.train import trainer
@@ -205,6 +207,22 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
     assert f"{record['parameters']:,}" in table.out
     assert f"{record['tokens']:,}" in table.out
     assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
+
+
+def test_a_dry_run_says_what_does_not_fit_and_what_is_repeated(command: commands.Command, tmp_path: Path) -> None:
+    """The paper's 0.5B on one device, and on the shipped text."""
+    words = ["train", "--arm", "gpt", "--out", tmp_path / "run", "--preset", "0.5b-1k", "--dry-run"]
+    record = json.loads(command(*words, "--device-memory", 100, "--json").out)
+    size = len(open_tokens(shipped_directory(), "train"))
+    assert record["epochs"] == {"the text that ships with spherelm": pytest.approx(record["tokens"] / size)}
+    total = record["memory_per_device"]["total"] / 2**30
+    for memory, fits in ((total - 1, False), (total + 1, True)):
+        told = command(*words, "--device-memory", memory)
+        assert ("It does not fit" in told.out) != fits
+        assert json.loads(command(*words, "--device-memory", memory, "--json").out)["fits"] == fits
+        assert "warning: the text that ships with spherelm is read" in told.out
+    answer = command(*words, "--device-memory", 0)
+    assert (answer.code, answer.shown) == (2, ["spherelm: --device-memory must be positive, got 0"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -18,6 +18,7 @@ from spherelm.compare.record import read_comparison
 from spherelm.data.shards import open_tokens
 from spherelm.presets import PRESETS
 from spherelm.train.batches import tokens_per_byte
+from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import alone_in
 from spherelm.train.trainer import train
@@ -161,6 +162,14 @@ def test_an_arm_that_diverges_loses_and_the_rest_is_written(
     assert written["gpt"] == []
     assert len(written["ngpt"]) == 2
     assert no_page
+
+
+def test_where_every_run_diverged_there_is_nothing_to_compare(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
+    """GPT by a loss that is no number, nGPT by ending worse than an untrained model; no shorter run is tried."""
+    with pytest.raises(Diverged, match=r"out: every run of both arms diverged, .*: lower --lr-gpt and --lr-ngpt"):
+        compare(config(data, seeds=1, lr_gpt=1e30, lr_ngpt=1e6), tmp_path / "out")
+    assert [path.name for path in sorted((tmp_path / "out").glob("*/diverged.txt"))] == ["diverged.txt"] * 2
+    assert not list((tmp_path / "out").glob("*steps*"))
 
 
 def test_a_page_is_drawn_of_an_arm_that_diverged(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:

@@ -81,8 +81,9 @@ def test_no_jobs_are_done_at_once() -> None:
     assert run_jobs([]) == []
 
 
-def test_a_diverged_run_is_nan_and_stays_so(data: Path, tmp_path: Path) -> None:
-    diverging = job(data, tmp_path / "run", lr=1e30)
+@pytest.mark.parametrize(("arm", "lr"), [("gpt", 1e30), ("ngpt", 1e6)], ids=["no number", "worse than untrained"])
+def test_a_diverged_run_is_nan_and_stays_so(arm: str, lr: float, data: Path, tmp_path: Path) -> None:
+    diverging = Job(tiny.run_config(arm, data, lr=lr), tmp_path / "run")
     assert math.isnan(do_job(diverging))
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert math.isnan(do_job(diverging))
@@ -228,7 +229,12 @@ def lives(group: int) -> bool:
 
 @pytest.mark.parametrize(
     ("stop", "code", "workers"),
-    [("SIGTERM to the parent", 143, 1), ("Ctrl-C", 130, 2), ("SIGKILL to the parent", -9, 1)],
+    [
+        ("SIGTERM to the parent", 143, 1),
+        ("Ctrl-C", 130, 2),
+        ("lost terminal", 129, 1),
+        ("SIGKILL to the parent", -9, 1),
+    ],
 )
 def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
     stop: str, code: int, workers: int, data: Path, tmp_path: Path
@@ -236,8 +242,8 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
     sweep = Sweep(data, tmp_path / "sweep", workers)
     try:
         sweep.wait_for_runs(workers)
-        if stop == "Ctrl-C":  # a terminal sends it to the whole group
-            os.killpg(sweep.process.pid, signal.SIGINT)
+        if code in (130, 129):  # a terminal sends it to the whole group
+            os.killpg(sweep.process.pid, code - 128)
         else:
             sweep.process.send_signal(signal.SIGTERM if code == 143 else signal.SIGKILL)
         out, err = sweep.process.communicate(timeout=PATIENCE)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +62,31 @@ for checkpoint in pathlib.Path({run!r}, "checkpoints").iterdir():
 """
 """As if a run had been cut off before its later checkpoints."""
 
+IN_VALIDATION = """
+import itertools, signal
+from spherelm.evaluate import perplexity
+
+model_loss, calls = perplexity.separate_documents, itertools.count(1)
+
+def noted(*batch):
+    if rank == 1 and next(calls) == 3:  # of two a validation
+        signal.raise_signal(signal.SIGTERM)
+    return model_loss(*batch)
+
+perplexity.separate_documents = noted
+"""
+SMALL_PARTS = ("--micro-batch-size", "2", "--resume")
 SKIPPING = ("--on-bad-step", "skip", "--skip-budget", "2")
 NAN = "loss = float('nan')"
+NO_TEXT_ON_ONE = """
+from spherelm.train import trainer
+
+def no_text(*_):
+    raise ValueError("no text here")
+
+if rank == 1:
+    trainer.open_data = no_text
+"""
 REFUSED = {
     "uneven": ("--batch-size", "7"),
     "three": ("--strategy", "hybrid", "--shard-size", "3"),
@@ -107,11 +134,18 @@ def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     lost = {"killed": "os.kill(os.getpid(), signal.SIGKILL)", "hung": "time.sleep(12); os._exit(9)"}
     jobs = {name: job(name, action, "--timeout", "4", steps=(5,)) for name, action in lost.items()}
     jobs |= {name: job(name, f"signal.raise_signal(signal.{name})") for name in ("SIGUSR1", "SIGTERM")}
+    for strategy in ("replicate", "shard"):
+        given = arguments("ngpt", root / f"{strategy}-measuring", data, *SMALL_PARTS, "--strategy", strategy)
+        jobs[f"{strategy}-measuring"] = ranks.Job(2, given, IN_VALIDATION)
+        jobs[f"ngpt-{strategy}-measured"] = ranks.Job(2, given)
     jobs |= {"nan": job("nan", NAN), "skipped": job("skipped", NAN, *SKIPPING, steps=(3, 5))}
     jobs["over"] = job("over", NAN, *SKIPPING, steps=(3, 4, 5))
     for name, flags in REFUSED.items():
         prepare = IN_USE.format(run=str(root / name)) if name == "in-use" else ""
         jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags], prepare=prepare)
+    jobs |= {f"uneven-{i}": jobs["uneven"] for i in range(8)}
+    jobs["unreadable"] = ranks.Job(2, [*arguments("ngpt", root / "unreadable", data), "--lr", "fast"])
+    jobs["one"] = ranks.Job(2, arguments("ngpt", root / "one", data), NO_TEXT_ON_ONE)
     return jobs
 
 
@@ -121,8 +155,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("spread")
 
 
+AllEnded = dict[str, list[ranks.Ended]]
+
+
 @pytest.fixture(scope="module")
-def ended(data: Path, root: Path) -> dict[str, list[ranks.Ended]]:
+def ended(data: Path, root: Path) -> AllEnded:
     """What became of every run of this file, by name."""
     jobs = disturbed_jobs(root, data)
     for arm in tiny.ARMS:
@@ -146,7 +183,7 @@ def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(ended: dict[str, list[ranks.Ended]], root: Path) -> Path:
+def runs(ended: AllEnded, root: Path) -> Path:
     """Where the runs are, all of which must have ended well that nobody disturbed."""
     for name, of_job in ended.items():
         if name.startswith(tiny.ARMS):
@@ -193,7 +230,7 @@ def test_a_run_goes_on_over_other_numbers_of_processes(arm: str, runs: Path) -> 
     assert_close(runs / f"{arm}-moved", runs / f"{arm}-alone", 1e-5)
 
 
-def test_twenty_short_runs_end_with_code_zero(ended: dict[str, list[ranks.Ended]]) -> None:
+def test_twenty_short_runs_end_with_code_zero(ended: AllEnded) -> None:
     """Processes that part in the wrong order abort when all their work is done, some of the time."""
     short = {name: [rank.code for rank in of_job] for name, of_job in ended.items() if "short" in name}
     assert len(short) == 20
@@ -201,7 +238,7 @@ def test_twenty_short_runs_end_with_code_zero(ended: dict[str, list[ranks.Ended]
 
 
 @pytest.mark.parametrize(("name", "code"), [("killed", -9), ("hung", 9)])
-def test_a_process_that_is_lost_is_named(name: str, code: int, ended: dict[str, list[ranks.Ended]], root: Path) -> None:
+def test_a_process_that_is_lost_is_named(name: str, code: int, ended: AllEnded, root: Path) -> None:
     """The others do not wait forever."""
     first, second = ended[name]
     assert second.code == code
@@ -213,14 +250,14 @@ def test_a_process_that_is_lost_is_named(name: str, code: int, ended: dict[str, 
     assert saved is not None, "the one that was being written when another was begun"
 
 
-def test_a_process_whose_loss_is_no_number_is_named(ended: dict[str, list[ranks.Ended]]) -> None:
+def test_a_process_whose_loss_is_no_number_is_named(ended: AllEnded) -> None:
     first, second = ended["nan"]
     assert (first.code, second.code) == (1, 1)
     assert "the loss is nan at step 3 on rank 1 (peak learning rate 0.002)" in first.err
     assert "the loss is" not in second.err, "one says why"
 
 
-def test_bad_updates_are_skipped_within_the_budget(ended: dict[str, list[ranks.Ended]], root: Path) -> None:
+def test_bad_updates_are_skipped_within_the_budget(ended: AllEnded, root: Path) -> None:
     assert [rank.code for rank in ended["skipped"]] == [0, 0], ended["skipped"][0].err
     records = read_metrics(root / "skipped" / "metrics.jsonl")
     assert [(r["kind"], r["step"]) for r in records if r["kind"] in ("train", "skip")] == [
@@ -233,9 +270,7 @@ def test_bad_updates_are_skipped_within_the_budget(ended: dict[str, list[ranks.E
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 138), ("SIGTERM", 143)])
-def test_a_signal_to_one_saves_and_ends_all(
-    name: str, code: int, ended: dict[str, list[ranks.Ended]], root: Path
-) -> None:
+def test_a_signal_to_one_saves_and_ends_all(name: str, code: int, ended: AllEnded, root: Path) -> None:
     first, second = ended[name]
     assert [first.code, second.code] == [code, code]
     saved = latest_checkpoint(root / name)
@@ -243,6 +278,15 @@ def test_a_signal_to_one_saves_and_ends_all(
     assert saved.name == "step-00000003"
     assert f"spherelm: {name}: saved {root / name} at step 3; go on with --resume" in first.err
     assert "spherelm:" not in second.err
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_a_signal_in_the_validation_of_one_saves_and_ends_all(strategy: str, runs: Path, ended: AllEnded) -> None:
+    """And the run that goes on from there is the undisturbed one."""
+    first, second = ended[f"{strategy}-measuring"]
+    assert [first.code, second.code] == [143, 143], first.err
+    assert f"SIGTERM: saved {runs / f'{strategy}-measuring'} at step 10; go on with --resume" in first.err
+    assert_close(runs / f"{strategy}-measuring", runs / "ngpt-alone", 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -253,14 +297,35 @@ def test_a_signal_to_one_saves_and_ends_all(
         ("no-text", "/nowhere"),
         ("tasks", "/nowhere"),
         ("in-use", "in-use is in use by another process: wait until that ends"),
+        ("one", "spherelm: rank 1: no text here"),
+        *((f"uneven-{i}", "batch_size=7 cannot be shared") for i in range(8)),
     ],
 )
-def test_what_cannot_be_is_said(name: str, message: str, ended: dict[str, list[ranks.Ended]], root: Path) -> None:
+def test_what_cannot_be_is_said_once(name: str, message: str, ended: AllEnded, root: Path) -> None:
     assert [rank.code for rank in ended[name]] == [2, 2], [rank.err for rank in ended[name]]
-    said = [line for rank in ended[name] for line in rank.err.splitlines() if line.startswith("spherelm:")]
-    assert said
-    assert all(message in line for line in said)
+    said = [[line for line in rank.err.splitlines() if line.startswith("spherelm: ")] for rank in ended[name]]
+    assert [len(lines) for lines in said] == [1, 0], said
+    assert message in said[0][0]
+    assert "Traceback" not in ended[name][0].err + ended[name][1].err
     assert not (root / name / "metrics.jsonl").exists()
+
+
+def test_a_command_that_cannot_be_read_is_said_once(ended: AllEnded) -> None:
+    first, second = ended["unreadable"]
+    assert [first.code, second.code] == [2, 2]
+    assert "--lr" in first.err
+    assert second.err == ""
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", "7"), ("--data", "/nowhere")], ids=" ".join)
+def test_torchrun_shows_one_reason(flags: tuple[str, str], data: Path, tmp_path: Path) -> None:
+    """It ends all processes as soon as one has ended, whether that has said why or not."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.01"]
+    start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "spherelm"]
+    words = [*start, *arguments("ngpt", tmp_path / "run", data), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert len([line for line in done.stderr.splitlines() if line.startswith("spherelm: ")]) == 1, done.stderr
+    assert {int(code) for code in re.findall(r"exitcode *: *(-?\d+)", done.stderr)} == {2}, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import tiny
 from spherelm.data.prepare import prepare
 from spherelm.train import trainer as module
 from spherelm.train.checkpoint import latest_checkpoint
-from spherelm.train.signals import Interrupted
+from spherelm.train.signals import Interrupted, Noted
 from spherelm.train.trainer import Trainer, train
 
 MakeTrainer = Callable[..., Trainer]
@@ -73,8 +74,8 @@ def test_a_crash_before_the_first_checkpoint_starts_over(arm: str, trainer: Make
 
 
 @contextmanager
-def asked_to_stop(received: list[int]) -> Iterator[list[int]]:
-    yield received
+def asked_to_stop(noted: Noted) -> Iterator[Noted]:
+    yield noted
 
 
 @both_arms
@@ -84,18 +85,18 @@ def test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing(
 ) -> None:
     """The signal comes between two validations, where nothing would be saved otherwise."""
     train(tiny.run_config(arm, data), tmp_path / "whole", show_progress=False)
-    received: list[int] = []
+    noted = Noted()
     first = trainer(arm)
     update = first._update
 
     def update_and_signal(step: int, lr: float) -> tuple[float, float]:
         if step == 2:
-            received.append(number)
+            noted.numbers.append(number)
         return update(step, lr)
 
     first._update = update_and_signal  # type: ignore
     with monkeypatch.context() as patch:
-        patch.setattr(module, "signals_noted", lambda: asked_to_stop(received))
+        patch.setattr(module, "signals_noted", lambda: asked_to_stop(noted))
         with pytest.raises(Interrupted, match=r"SIG(TERM|INT): saved .*run at step 3; go on with --resume") as error:
             first.run(show_progress=False)
     assert error.value.signal_number == number
@@ -106,11 +107,67 @@ def test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "signals_noted", lambda: asked_to_stop([15]))
-    run = trainer("gpt", steps=1)
-    assert run.run(show_progress=False) > 0
-    assert run.progress.step == 1
+SCORED: dict[str, Any] = {"eval_tasks": "some", "eval_tasks_every": 4}
+MEASURING = {
+    "the first validation": ("validation", 2, 0),
+    "a later validation": ("validation", 5, 2),
+    "the last validation": ("validation", 11, 6),
+    "an evaluation": ("score", 1, 4),
+    "the last evaluation": ("score", 2, 6),
+    "an update after which a validation is due": ("update", 4, 4),
+    "the last update": ("update", 6, 6),
+}
+"""What is under way when the signal comes, its number among all of its kind, and the update that the run has come to."""
+
+
+@pytest.mark.parametrize("moment", MEASURING)
+def test_a_signal_saves_before_anything_else_is_measured(
+    moment: str, trainer: MakeTrainer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing goes on after it, and what was not measured is measured when the run goes on."""
+    kind, last, step = MEASURING[moment]
+    calls: list[str] = []
+    wanted: list[tuple[str, int]] = []
+
+    def note(called: str) -> None:
+        calls.append(called)
+        if (called, calls.count(called)) in wanted:
+            signal.raise_signal(signal.SIGHUP)
+
+    def score(model: Any) -> dict[str, Any]:
+        note("score")
+        note("scored")
+        return {"tasks": {"some": {"acc": sum(p.sum().item() for p in model.parameters())}}}
+
+    monkeypatch.setattr(module, "task_scorer", lambda *_: score)
+    settings = {**SCORED, "batch_size": 2}  # three batches of validation windows
+    loss = train(tiny.run_config("ngpt", data, **settings), tmp_path / "whole", show_progress=False)
+    calls.clear()
+    wanted.append((kind, last))
+    first = trainer("ngpt", **settings)
+    update, forward = first._update, first.model.loss
+
+    def noted_update(current: int, lr: float) -> tuple[float, float | None]:
+        note("update")
+        return update(current, lr)
+
+    def noted_loss(*batch: Any) -> Any:
+        note("training" if first.model.training else "validation")
+        return forward(*batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "_update", noted_update)
+        patch.setattr(first.model, "loss", noted_loss)
+        with pytest.raises(Interrupted, match=f"SIGHUP: saved .*run at step {step}; go on with --resume"):
+            first.run(show_progress=False)
+    assert [call for call in calls if call != "training"][-1] == kind
+    assert calls.count(kind) == last, "nothing comes after it"
+    saved = latest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert saved.name == f"step-{step:08d}"
+    wanted.clear()
+    assert trainer("ngpt", resume=True, **settings).run(show_progress=False) == loss
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_finished_run_is_left_as_it_is(trainer: MakeTrainer, tmp_path: Path) -> None:

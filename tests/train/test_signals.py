@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import tiny
 
 from spherelm.recipes import make_run
 from spherelm.train.checkpoint import latest_checkpoint
+from spherelm.train.metrics import read_metrics
 from spherelm.train.signals import Interrupted, signals_noted
 from spherelm.train.trainer import Trainer
 
@@ -23,18 +27,17 @@ PATIENCE = 300
 """Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
 
 
-def start(out: Path, data: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "spherelm", "train", "--arm", "ngpt", "--out", str(out), "--data", str(data)]
-    command += ["--steps", "1000000", "--seq-len", "8", "--batch-size", "1", "--dtype", "float32"]
-    command += ["--eval-every", "0", "--lr", "0.01"]
-    # One thread, as in this process: the order of sums would differ otherwise.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""As in this process: the order of sums would differ otherwise."""
 
 
-def wait_for_lines(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+def command(out: Path, data: Path) -> list[str]:
+    words = [sys.executable, "-m", "spherelm", "train", "--arm", "ngpt", "--out", str(out), "--data", str(data)]
+    words += ["--steps", "1000000", "--seq-len", "8", "--batch-size", "1", "--dtype", "float32"]
+    return [*words, "--eval-every", "0", "--lr", "0.01"]
+
+
+def wait_for_lines(path: Path, lines: int, process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert process.poll() is None, process.communicate()
@@ -60,7 +63,9 @@ def stop_after(trainer: Trainer, step: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_stopped_command_saves_and_goes_on_bitwise(number: signal.Signals, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(run, data)
+    process = subprocess.Popen(
+        command(run, data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
     wait_for_lines(run / "metrics.jsonl", 4, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
@@ -79,6 +84,27 @@ def test_a_stopped_command_saves_and_goes_on_bitwise(number: signal.Signals, dat
     assert ours is not None
     assert theirs is not None
     tiny.assert_bitwise(ours, theirs)
+
+
+def test_a_lost_connection_saves(data: Path, tmp_path: Path) -> None:
+    """The terminal that a run writes to is gone, and the kernel sends SIGHUP."""
+    run, (ours, theirs) = tmp_path / "run", pty.openpty()
+    process = subprocess.Popen(
+        command(run, data),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=ONE_THREAD,
+    )
+    os.close(theirs)
+    wait_for_lines(run / "metrics.jsonl", 4, process)
+    os.close(ours)
+    assert process.wait(PATIENCE) == 128 + signal.SIGHUP
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == int(checkpoint.name.removeprefix("step-"))
 
 
 def test_handlers_are_put_back(data: Path, tmp_path: Path) -> None:
@@ -106,10 +132,10 @@ def test_a_second_interrupt_ends_at_once(data: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_after_another_signal_is_still_a_first_one() -> None:
     """A sweep's parent sends SIGTERM for the Ctrl-C that its workers get as well, and theirs may be noticed last."""
-    with signals_noted() as received:
+    with signals_noted() as noted:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
-        assert received == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+        assert noted.numbers == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -118,10 +144,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
     """As Ctrl-C is in a sweep's workers: the parent alone takes it, and tells them otherwise."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signals_noted() as received:
+        with signals_noted() as noted:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
-            assert received == [signal.SIGTERM]
+            assert noted.numbers == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
 import tyro
@@ -72,24 +73,57 @@ def outline(command: Any) -> Callable[[], None]:
 app = program()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Which of the processes that torchrun started this is, and of how many."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def one_speaks() -> Iterator[None]:
+    """Of several processes, drop what all but the first write; what they raise is not written yet."""
+    if rank_and_size()[0] == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def say(message: str) -> None:
+    """Write one line to stderr."""
+    try:
+        print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
+    except OSError:  # the terminal is gone, which may be why a run stops
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def stop(message: str, code: int) -> NoReturn:
-    """Say one line and leave with `code`."""
-    print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
+    """Say one line and leave with `code`; of several processes, which all end so, one says it."""
+    if rank_and_size()[1] > 1:
+        from spherelm.train.parallel import leave
+
+        leave(lambda: say(message), code)
+    say(message)
     raise SystemExit(code)
 
 
 def main() -> None:
     """Run the command line. Other libraries are `silenced`; their errors are not.
 
-    Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 3 processes of the run no longer answer,
-    128 + n stopped by signal n.
+    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 something asked for cannot be,
+    3 processes of the run no longer answer, 128 + n stopped by signal n.
     """
     try:
         asked = sys.argv[1] if len(sys.argv) > 1 else ""
-        with silenced():
+        with one_speaks(), silenced():
             program(asked).cli(
                 prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
             )
+    except SystemExit as end:  # the parser has said what it could not read
+        if end.code == 2 and rank_and_size()[1] > 1:
+            from spherelm.train.parallel import leave
+
+            leave(lambda: None, 2)
+        raise
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None
@@ -104,8 +138,6 @@ def main() -> None:
         if code == RANK_LOST:  # whichever process notices must say so, and wait for nobody
             print(f"spherelm: {error}", file=sys.stderr, flush=True)
             os._exit(code)
-        if os.environ.get("RANK", "0") != "0":  # all processes of the run end so, and one says why
-            raise SystemExit(code) from None
         stop(str(error), code)
 
 

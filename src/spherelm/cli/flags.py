@@ -30,6 +30,7 @@ class DryRun:
         world_size: Devices that the dry run spreads the run over.
         mfu: Part of the peak that the dry run assumes to be reached.
         peak_tflops: Peak of a device in the dry run, in 10^12 operations a second; an H100's in bfloat16 if left out.
+        device_memory: Memory of a device in the dry run, in GiB; if left out, that of the accelerator here, else 80.
     """
 
     dry_run: Flag = False
@@ -37,6 +38,7 @@ class DryRun:
     world_size: int = 1
     mfu: float = 0.4
     peak_tflops: float = 989.0
+    device_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class Rhythm:
 
     Attributes:
         eval_every: Updates between validations; the preset's if left out.
-        save_every: Updates between checkpoints, 0 for only one at the end.
+        save_every: Updates between checkpoints; 0: by the clock, every --save-minutes, and at the end.
+        save_minutes: Minutes between checkpoints where --save-every is 0; 0: only one at the end.
         keep: Checkpoints that stay, the newest ones.
         keep_every: Checkpoints of every so many updates stay as well, 0 for none.
     """
 
     eval_every: int | None = None
     save_every: int = 0
+    save_minutes: float = 30.0
     keep: int = 2
     keep_every: int = 0
 

@@ -133,7 +133,8 @@ def bench(
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
     step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model FLOPs per
-    second over the measured rate of a large matrix product in the same number format), peak_memory_mb: by arm.
+    second over the measured rate of a large matrix product in the same number format, or of a step that was faster),
+    peak_memory_mb: by arm.
     retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as for
     `configs`.
     """
@@ -142,6 +143,8 @@ def bench(
     cost: StepCost = measure_cost(arms[baseline], arms[normalized], steps)
     seconds = {baseline: cost.gpt_seconds, normalized: cost.ngpt_seconds}
     rate, tokens = matmul_rate(resolve_dtype(dtype, device)), shape.batch_size * shape.seq_len
+    reached = {arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] for arm in arms}
+    peak = max(rate, *reached.values())
     uncompiled = configs(shape, dtype, compiled=False, pattern=pattern)
     return {
         "shape": {**asdict(shape), "n_layers": arms[baseline].model.n_layers},
@@ -154,9 +157,7 @@ def bench(
         "step_time_ratio": cost.ratio,
         "tokens_per_second": {arm: tokens / seconds[arm] for arm in arms},
         "matmul_gflops": rate / 1e9,
-        "mfu": {
-            arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] / rate for arm in arms
-        },
+        "mfu": {arm: reached[arm] / peak for arm in arms},
         "peak_memory_mb": {arm: peak_memory(uncompiled[arm]) for arm in arms},
         "retraction_share": retraction_seconds(uncompiled[normalized]) / cost.ngpt_seconds,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from spherelm.recipes import make_run
 from spherelm.train.batches import open_data, vocabulary_size
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config
+from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claimed, command_line, git_commit, versions, write_json
 from spherelm.train.samples import continuations
@@ -77,7 +79,8 @@ class CompareConfig:
 def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int | None = None) -> dict[str, Any]:
     """Train both arms as `config` says in directories below `out`; write `summary.json`, `samples.json`, `report.html`.
 
-    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given.
+    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given, and `Diverged`
+    if every run did.
     """
     start = time.perf_counter()
     require_matplotlib()  # the page comes last: do not train for it in vain
@@ -91,6 +94,10 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
         # Seed by seed, so that both arms of a pair run side by side.
         in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
         losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
+        if all(math.isnan(loss) for loss in losses.values()):
+            raise Diverged(
+                f"{out}: every run of both arms diverged, there is nothing to compare: lower --lr-gpt and --lr-ngpt"
+            )
         final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
         best = winner(final)
         targets = losing_losses(final, best)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -156,7 +156,8 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
-    pool_of_workers = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share)
+    with _interrupts_ignored():  # also by the process that multiprocessing starts to clean up
+        pool_of_workers = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share)
     with _noted_interrupts() as asked, pool_of_workers as pool:
         try:
             with _interrupts_ignored():
@@ -188,22 +189,27 @@ def _stop(pool: ProcessPoolExecutor) -> None:
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """Have SIGTERM raise `KeyboardInterrupt` as Ctrl-C does, and collect both in the list given."""
+    """Have SIGTERM and SIGHUP raise `KeyboardInterrupt` as Ctrl-C does, and collect all three in the list given."""
     asked: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
         asked.append(number)
         raise KeyboardInterrupt
 
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as nohup has it
-    with _handled(signal.SIGTERM, interrupt), _handled(signal.SIGINT, signal.SIG_IGN if ignored else interrupt):
+    def unless_ignored(number: signal.Signals) -> Any:  # SIGINT is in the background, SIGHUP under nohup
+        return signal.SIG_IGN if signal.getsignal(number) is signal.SIG_IGN else interrupt
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    with ExitStack() as handlers:
+        for number in numbers:
+            handlers.enter_context(_handled(number, unless_ignored(number)))
         yield asked
 
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Have processes that start now ignore Ctrl-C, which reaches them too: the parent stops them."""
-    with _handled(signal.SIGINT, signal.SIG_IGN):
+    """Have processes that start now ignore Ctrl-C and a lost terminal, which reach them too: the parent stops them."""
+    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGHUP, signal.SIG_IGN):
         yield
 
 

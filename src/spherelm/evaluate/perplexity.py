@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +22,32 @@ def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, 
 
 @torch.no_grad()
 def summed_loss(
-    model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, end_token: int | None = None
+    model: Decoder,
+    tokens: Tensor,
+    targets: Tensor,
+    batch_size: int,
+    end_token: int | None = None,
+    before_each: Callable[[], object] = lambda: None,
 ) -> tuple[float, int]:
     """The summed cross-entropy of `model` over all windows in nats, and of how many targets.
 
     tokens, targets: int64 [windows, seq], read `batch_size` windows at a time; -100 among the targets counts for nothing.
-    end_token: where given, documents, each ended by it, do not see one another.
+    end_token: where given, documents, each ended by it, do not see one another. before_each: called before each batch; what it
+    raises breaks off.
     """
     model_was_training = model.training
     model.eval()
     total, count = 0.0, 0
     device = next(model.parameters()).device
-    for part, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
-        counted = int((wanted != -100).sum())
-        part = part.to(device)
-        total += model.loss(part, wanted.to(device), *separate_documents(part, end_token)).item() * counted
-        count += counted
-    model.train(model_was_training)
+    try:
+        for part, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
+            before_each()
+            counted = int((wanted != -100).sum())
+            part = part.to(device)
+            total += model.loss(part, wanted.to(device), *separate_documents(part, end_token)).item() * counted
+            count += counted
+    finally:
+        model.train(model_was_training)
     return total, count
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -69,16 +70,23 @@ class RunData:
         return 1 / sum(part.weight / part.tokens_per_byte for part in self.held_out)
 
 
-def validation_losses(model: Decoder, data: RunData, batch_size: int, group: Group | None = None) -> dict[str, float]:
+def validation_losses(
+    model: Decoder,
+    data: RunData,
+    batch_size: int,
+    group: Group | None = None,
+    before_each: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """The mean loss on each source's validation windows, in nats per token, `batch_size` windows at a time.
 
-    The processes of `group` share the windows, and must all call.
+    The processes of `group` share the windows, and must all call. before_each: called before each batch, by all processes
+    equally often; what it raises breaks off.
     """
     group = group or Group()
     losses: dict[str, float] = {}
     for part in data.held_out:
         own = share(part.tokens, 0, group), share(part.targets, IGNORED, group)
-        sums = group.gather([float(x) for x in summed_loss(model, *own, batch_size, data.end_token)])
+        sums = group.gather([float(x) for x in summed_loss(model, *own, batch_size, data.end_token, before_each)])
         losses[part.name] = sum(total for total, _ in sums) / sum(count for _, count in sums)
     return losses
 
@@ -161,6 +169,23 @@ def vocabulary_size(data: str | None) -> int:
         size: int = read_pairs_manifest(Path(data))["tokenizer"]["vocab_size"]
         return size
     return open_tokens(next(iter(sources_of(data))), "train").vocab_size
+
+
+def epochs(config: RunConfig, steps: int) -> dict[str, float]:
+    """How often `steps` updates of the run read each of its training texts, by name; empty where a text's end is not known."""
+    train, pairs = config.train, issubclass(ARMS[config.arm][1], EncoderDecoder)
+    if stream_spec(config.data or "") or (pairs and config.data is None):
+        return {}
+    if config.data is not None and pairs:
+        return {
+            config.data: steps * train.batch_size / read_pairs_manifest(Path(config.data))["splits"]["train"]["pairs"]
+        }
+    tokens = steps * train.batch_size * train.seq_len
+    return {
+        "the text that ships with spherelm" if config.data is None else str(path): float(weight) * tokens / size
+        for path, weight in sources_of(config.data).items()
+        for size in (len(open_tokens(path, "train")),)
+    }
 
 
 def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:

@@ -20,11 +20,13 @@ class MetricsLog:
 
     Opening it for a run that continues at `step` drops what lies beyond (updates that will be made again) and any torn line.
     sinks: told every record after it is in the file; what is dropped they have been told, and are not told again.
+    present: the records of that step by kind.
     """
 
     def __init__(self, path: Path, step: int, sinks: Sequence[Sink] = ()) -> None:
         records = read_metrics(path) if (step or sinks) and path.exists() else []
         kept = [record for record in records if step and record["step"] <= step]
+        self.present: dict[str, dict[str, Any]] = {r["kind"]: r for r in kept if r["step"] == step}
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(replacement, path)
@@ -67,6 +69,9 @@ class MetricsLog:
 
 class NoLog:
     """What the other processes of a run have in place of the first one's `MetricsLog`."""
+
+    def __init__(self) -> None:
+        self.present: dict[str, dict[str, Any]] = {}
 
     def write(self, kind: str, **values: Any) -> None:
         """Nothing."""

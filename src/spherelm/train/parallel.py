@@ -10,13 +10,15 @@ from __future__ import annotations
 import gc
 import math
 import os
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,7 +46,7 @@ class RankLost(RuntimeError):
 
 
 class ElsewhereFailed(RuntimeError):
-    """What all ranks were to do failed on another rank, which says why."""
+    """What all ranks were to do failed on another rank, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,13 @@ class Group:
             result = action()
         except Exception as error:
             failure = error
-        failed = [rank for rank, (flag,) in enumerate(self.gather([float(failure is not None)])) if flag]
-        if failure is not None:
-            raise failure
-        if failed:
-            raise ElsewhereFailed(f"rank {failed[0]} says why")
+        if any(flag for (flag,) in self.gather([float(failure is not None)])):
+            reasons: list[Any] = [None] * self.world_size
+            if not self.is_alone:
+                dist.all_gather_object(reasons, None if failure is None else str(failure) or type(failure).__name__)
+            if failure is not None:
+                raise failure
+            raise ElsewhereFailed(next(f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None))
         return result
 
     def first(self, action: Callable[[], T]) -> T:
@@ -123,16 +127,11 @@ class Group:
 
     def silent_ranks(self) -> list[int]:
         """Which ranks give no sign of life after a collective operation failed, having waited a while for them."""
-        waiting = set(range(self.world_size))
         try:
             self.store.set(f"alive/{self.rank}", "1")
-            end = time.monotonic() + ANSWER_SECONDS
-            while waiting and time.monotonic() < end:
-                waiting = {rank for rank in waiting if not self.store.check([f"alive/{rank}"])}
-                time.sleep(0.1)
+            return sorted(silent_among(range(self.world_size), self.store, "alive/"))
         except RuntimeError:  # the store itself is gone, and with it the process that kept it
             return [0]
-        return sorted(waiting)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -191,6 +190,41 @@ def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def leave(say: Callable[[], object], code: int) -> NoReturn:
+    """End one of several processes, all of which end for one reason: the first calls `say`, the others keep silent.
+
+    Each waits a while for the others, so that torchrun, which ends all when one has ended, does not cut off the first; one
+    whose first rank never comes here calls `say` itself. The groups of processes are not taken apart: that aborts now and
+    then (SIGABRT) when an exception is under way.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+    if rank == 0:
+        say()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))
+        store = PrefixStore(f"spherelm/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store.set(str(rank), "1")
+        awaited = range(world_size) if rank == 0 else [0]
+        if silent_among(awaited, store) and rank:
+            say()
+    except (RuntimeError, ValueError):  # there is no store, or no longer: the process that kept it has said why
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def silent_among(ranks: Iterable[int], store: Any, prefix: str = "") -> set[int]:
+    """Those of `ranks` that have not left a sign in the `store` after a while."""
+    waiting, end = set(ranks), time.monotonic() + ANSWER_SECONDS
+    while waiting and time.monotonic() < end:
+        waiting = {rank for rank in waiting if not store.check([f"{prefix}{rank}"])}
+        time.sleep(0.02)
+    return waiting
 
 
 def mesh_of(train: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
@@ -255,8 +289,12 @@ def _spread(model: Decoder, group: Group) -> Spread:
         return Spread(model.loss, group.device)
     if group.mesh is None:
         devices = None if group.device.type == "cpu" else [group.device]
-        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them.
-        copied = DistributedDataParallel(_Loss(model), device_ids=devices, broadcast_buffers=False)
+        loss = _Loss(model)
+        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them. The argument
+        # that says so has one name before torch 2.13 and another after.
+        own = [name for name, _ in loss.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, own)
+        copied = DistributedDataParallel(loss, device_ids=devices)
         return Spread(copied, group.device, lambda is_last: nullcontext() if is_last else copied.no_sync())
     return _sharded(model, group.device, group.mesh)
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -27,18 +28,19 @@ from spherelm.layers.moe import clear_loads
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
-from spherelm.train.batches import open_data, total_loss, validation_losses
+from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
 from spherelm.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.train.config import RunConfig, micro_batches, to_dict
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
 from spherelm.train.evaluation import task_scorer
-from spherelm.train.guard import Diverged, Guard
+from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics import MetricsLog, NoLog
+from spherelm.train.opening import say_first
 from spherelm.train.parallel import Group, RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.record import open_run
-from spherelm.train.signals import Interrupted, signals_noted
+from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 
 
@@ -60,7 +62,8 @@ class Trainer:
         self.config, self.out, self.held = config, out, held or ExitStack()
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
-        checkpoint = group.together(lambda: self._prepare(resume))
+        group.together(self._prepare)
+        checkpoint = self._claim(resume)
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
@@ -70,18 +73,20 @@ class Trainer:
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
         self.progress = Progress(0, 0.0)
+        self._saved: int | None = None
         if checkpoint is not None:
             self.progress = load_checkpoint(checkpoint, model, self.optimizer, group)
             self.data.loader.restore(self.progress.data)
+            self._saved = self.progress.step
         self.guard = Guard(train, self.progress.skipped, self.progress.norm)
         self.speed = Speed(model, train, self.device, group.world_size)
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
-        self.metrics = self._open_log() if group.is_first else NoLog()
-        self._received: list[int] = []
-        self._stop = 0
+        self.metrics = group.together(lambda: self._open_log() if group.is_first else NoLog())
+        self._noted, self._stop = Noted(), 0
+        self._now = self._saved_at = group.gather([time.monotonic()])[0][0]
 
-    def _prepare(self, resume: bool) -> Path | None:
-        """Everything that may be refused: text, tasks, sinks, the directory. Returns the checkpoint to go on from."""
+    def _prepare(self) -> None:
+        """Everything that may be refused on any process: text, tasks, sinks."""
         config, group = self.config, self.group
         check_names(config.train.log_to)
         self.micro_batch_size, _ = micro_batches(config.train, group.world_size)
@@ -91,7 +96,10 @@ class Trainer:
             raise ValueError(
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
             )
-        opened = open_run(self.out, config, self.data.identity, resume)
+
+    def _claim(self, resume: bool) -> Path | None:
+        """Take the directory for this run, and return the checkpoint to go on from."""
+        group, opened = self.group, open_run(self.out, self.config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
         if checkpoint is not None:
             begun = (self.out / "config.json").stat().st_mtime
@@ -111,16 +119,18 @@ class Trainer:
     def run(self, show_progress: bool = True) -> float:
         """Train to the last step and return the final validation loss in nats per token.
 
-        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on SIGINT, SIGTERM or SIGUSR1, `RankLost`
+        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on one of the signals `NOTED`, `RankLost`
         naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
         """
         train, show = self.config.train, show_progress and self.group.is_first
+        if show:
+            say_first(train, self.tokens_per_step, epochs(self.config, train.steps), self.speed.peak())
         if train.compile:
             compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
             clear_loads(self.model)
         bar = tqdm(total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show)
-        with self.held, closing(self.metrics), signals_noted() as self._received, bar, closing(self.checkpoints):
+        with self.held, closing(self.metrics), signals_noted() as self._noted, bar, closing(self.checkpoints):
             try:
                 with self.group.answering():
                     return self._run(bar)
@@ -129,23 +139,51 @@ class Trainer:
                 raise
 
     def _run(self, bar: Any) -> float:
-        train, loss = self.config.train, math.nan
-        if self.progress.step == 0:
-            loss = self._validate()
-        while self.progress.step < train.steps:
-            self._step(bar)
-            step, stop = self.progress.step, self._stop
-            if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-                loss = self._validate()
-            if step == train.steps or (train.eval_tasks_every and step % train.eval_tasks_every == 0):
-                self._score_tasks()
-            if step == train.steps or stop or (train.save_every and step % train.save_every == 0):
+        """Train to the end, or until a signal asks to stop: then save first, and leave the rest to --resume."""
+        try:
+            # A run that was stopped at this step may have been saved before it was measured.
+            loss = self._measure(self.group.first(lambda: self.metrics.present))
+            while self.progress.step < self.config.train.steps:
+                self._step(bar)
+                loss = self._measure({})
+                if self._is_due(self.config.train.save_every) or self._is_time_to_save():
+                    self._save()
+            return loss
+        except Stop as stop:
+            step = self.progress.step
+            if step != self._saved:
                 self._save()
-            if stop and step < train.steps:
-                self.checkpoints.wait()
-                name = signal.Signals(stop).name
-                raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", stop)
-        return loss if not math.isnan(loss) else total_loss(self.data, self._validation_losses())
+            self.checkpoints.wait()
+            name = signal.Signals(stop.number).name
+            raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", stop.number) from None
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that is done every so many updates, and at the end, is to be done now."""
+        step = self.progress.step
+        return step == self.config.train.steps or (bool(every) and step % every == 0)
+
+    def _is_time_to_save(self) -> bool:
+        """Whether a run that saves by the clock has not done so for long."""
+        train = self.config.train
+        by_clock = train.save_minutes > 0 and not train.save_every
+        return by_clock and self._now - self._saved_at >= 60 * train.save_minutes
+
+    def _measure(self, present: Mapping[str, Mapping[str, Any]]) -> float:
+        """Validate and score tasks where that is due and not `present` in the log; returns the validation loss, or NaN."""
+        step, train = self.progress.step, self.config.train
+        loss: float = present["val"]["loss"] if "val" in present else math.nan
+        if "val" not in present and (step == 0 or self._is_due(train.eval_every)):
+            loss = self._validate()
+            self._heed()
+        if "eval" not in present and step and self._is_due(train.eval_tasks_every):
+            self._score_tasks()
+            self._heed()
+        return loss
+
+    def _heed(self) -> None:
+        """Raise `Stop` on every process if a signal came to one of them; all must call."""
+        if number := int(max(first for (first,) in self.group.gather([float(self._noted.first)]))):
+            raise Stop(number)
 
     def _step(self, bar: Any) -> None:
         diagnosis = Diagnosis(self.model, self.optimizer) if self._is_diagnosed() else None
@@ -153,7 +191,7 @@ class Trainer:
         lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
         loss, grad_norm = self._update(step, lr)
         seconds = time.perf_counter() - start
-        self.progress = Progress(step + 1, self.progress.seconds + seconds)
+        self.progress = replace(self.progress, step=step + 1, seconds=self.progress.seconds + seconds)
         speed = self.tokens_per_step / seconds
         if grad_norm is not None:
             record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
@@ -162,6 +200,8 @@ class Trainer:
             self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
+        if self._stop:
+            raise Stop(self._stop)
 
     def _is_diagnosed(self) -> bool:
         every = self.config.train.diagnose_every
@@ -170,12 +210,12 @@ class Trainer:
     def _update(self, step: int, lr: float) -> tuple[float, float | None]:
         """One optimizer step: the batch's loss and the norm of its gradient before clipping, `None` if it was left out.
 
-        Notes the signal by which any of the processes was asked to stop.
+        Notes the signal by which any of the processes was asked to stop, and the time.
         """
         set_rate(self.optimizer, lr)
-        loss = self._gradients(step)
-        reports = self.group.gather([loss, float(self._received[0] if self._received else 0)])
-        losses, self._stop = [loss for loss, _ in reports], int(max(number for _, number in reports))
+        reports = self.group.gather([self._gradients(step), float(self._noted.first), time.monotonic()])
+        losses, self._stop = [report[0] for report in reports], int(max(report[1] for report in reports))
+        self._now = reports[0][2]  # by the clock of the first process, so that all save at one update
         norm: float | None = clip_gradients(self.model, self.config.optim.grad_clip)
         fault = self.guard.fault(losses, norm or 0.0, step)
         if fault is None:
@@ -189,15 +229,15 @@ class Trainer:
 
     def _leave_out(self, fault: str, step: int) -> None:
         """Note an update that is not made; raises `Diverged` where the run has to end."""
-        record = {**self._position(), "step": step + 1, "reason": fault}
         try:
             self.guard.skip(fault)
         except Diverged as error:
-            self.metrics.write("stop", **record)
-            raise self._diverged(str(error)) from None
-        self.metrics.write("skip", **record)
+            raise self._diverged(str(error), step=step + 1) from None
+        self.metrics.write("skip", **{**self._position(), "step": step + 1, "reason": fault})
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, what: str, **position: int) -> Diverged:
+        """The error with which the run ends, noted in the log."""
+        self.metrics.write("stop", **{**self._position(), **position, "reason": what})
         rate = self.config.optim.lr
         return Diverged(
             f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or look at the text around this batch"
@@ -211,9 +251,10 @@ class Trainer:
         return {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.progress.seconds, 4)}
 
     def _validation_losses(self) -> dict[str, float]:
-        losses = validation_losses(self.model, self.data, self.micro_batch_size, self.group)
-        self.spread.rest()
-        return losses
+        try:
+            return validation_losses(self.model, self.data, self.micro_batch_size, self.group, self._heed)
+        finally:
+            self.spread.rest()
 
     def _validate(self) -> float:
         losses, step = self._validation_losses(), self.progress.step
@@ -227,20 +268,32 @@ class Trainer:
         limit = self.config.train.stop_above
         if limit is not None and step and loss > limit:
             raise self._diverged(f"the validation loss {loss:.3f} at step {step} is above {limit:.3f}")
+        if step == 0:
+            self.progress = replace(self.progress, start=loss)
+        untrained = untrained_loss(self.config.model.vocab_size, self.progress.start)
+        if step == self.config.train.steps and loss > untrained + WORSE:
+            raise self._diverged(
+                f"the run ends worse than an untrained model: its validation loss is {loss:.3f} at step {step}, that of an "
+                f"untrained model {untrained:.3f}"
+            )
         by_source = {"loss_by_source": losses} if len(losses) > 1 else {}
         in_bits = bits_per_byte(loss, self.data.tokens_per_byte)
         self.metrics.write("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)
         return loss
 
     def _score_tasks(self) -> None:
+        """Score the tasks, of a run of one process; a signal breaks that off wherever it is, and nothing is half done."""
         if self.score_tasks is not None:
-            self.metrics.write("eval", **self._position(), **self.score_tasks(self.model))
+            with self._noted.at_once():
+                scores = self.score_tasks(self.model)
+            self.metrics.write("eval", **self._position(), **scores)
 
     def _save(self) -> None:
         data = self.data.loader.state(self.progress.step)
         self.progress = replace(self.progress, data=data, skipped=self.guard.skipped, norm=self.guard.norm)
         self.metrics.flush()
         self.checkpoints.save(self.model, self.optimizer, self.progress)
+        self._saved, self._saved_at = self.progress.step, self._now
 
 
 def gradients_of_batch(
