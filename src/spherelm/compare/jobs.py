@@ -191,19 +191,19 @@ def _noted_interrupts() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as nohup has it
-    with _handled(signal.SIGTERM, interrupt), _handled(signal.SIGINT, signal.SIG_IGN if ignored else interrupt):
+    with handled(signal.SIGTERM, interrupt), handled(signal.SIGINT, signal.SIG_IGN if ignored else interrupt):
         yield asked
 
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     """Have processes that start now ignore Ctrl-C, which reaches them too: the parent stops them."""
-    with _handled(signal.SIGINT, signal.SIG_IGN):
+    with handled(signal.SIGINT, signal.SIG_IGN):
         yield
 
 
 @contextmanager
-def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
     """Handle a signal so; does nothing outside of the main thread, where Python allows no handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(number, handler) if in_main_thread else None
