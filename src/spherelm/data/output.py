@@ -1,4 +1,4 @@
-"""The output directory of `prepare`: one writer at a time, published whole, never mixed with something else."""
+"""Directories that commands make: published whole, never mixed with something else; for `prepare`, one writer at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,40 @@ from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, ShardError, o
 from spherelm.data.tokenizer import load_tokenizer
 
 STATE_FILE = "state.json"
+PART = ".part"
+"""What a directory is called, or its name ends in, that is not whole yet."""
 
 
 class OutputExistsError(FileExistsError, ValueError):
     """The output directory holds something else; the message says what to do."""
+
+
+@contextmanager
+def whole_directory(out: Path, other: str = "--out") -> Iterator[Path]:
+    """A directory to fill, which becomes `out` at the end of the block; after a failure, whichever, there is no trace of it.
+
+    Raises `FileExistsError`, asking for another `other`, where `out` holds something.
+    """
+    check_free(out, other)
+    out = out.resolve()
+    part = out / PART if out.is_dir() else out.with_name(f".{out.name}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if part.parent == out:
+            for path in part.iterdir():
+                os.replace(path, out / path.name)
+        else:
+            os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_free(out: Path, other: str = "--out") -> None:
+    """`FileExistsError` where `out` is a file, or holds more than what an interrupted `whole_directory` left."""
+    if out.exists() and (not out.is_dir() or any(path.name != PART for path in out.iterdir())):
+        raise FileExistsError(f"{out} already holds something: choose another {other}")
 
 
 def publish(partial: Path, out: Path, plan: Plan) -> None:

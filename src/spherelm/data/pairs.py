@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.output import write_json
+from spherelm.data.output import check_free, whole_directory, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
 MANIFEST = "pairs.json"
@@ -126,17 +124,13 @@ def prepare_pairs(
     max_tokens: pairs with a side of more tokens than this, its end included, are left out of the training pairs; among the
     validation pairs they are an error. Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another --out")
+    check_free(out)
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
     texts = {"train": read_texts(train), "val": read_texts(val)}
     both = texts["train"].source + texts["train"].target
     shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with whole_directory(out) as part:
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
         described = ("name", "vocab_size", "eos_id", "fingerprint")
@@ -148,9 +142,6 @@ def prepare_pairs(
             "splits": splits,
         }
         write_json(part / MANIFEST, manifest)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return manifest
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.train.checkpoint import STATE, checkpoint_of, load_model
 from spherelm.train.metrics import read_metrics
@@ -26,8 +25,7 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
     transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another directory for the export")
+    check_free(out, "directory for the export")
     try:
         from spherelm.interop.huggingface import classes_of
         from spherelm.interop.huggingface.card import Facts, model_card
@@ -49,14 +47,8 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
         standalone=standalone,
         has_tokenizer=tokenizer is not None,
     )
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with whole_directory(out, "directory for the export") as part:
         save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def last_validation(run: Path, step: int) -> dict[str, Any] | None:
