@@ -305,10 +305,11 @@ def test_on_paper_the_sphere_is_as_it_was_drawn_and_light(browser: Any) -> None:
     find(browser, "#theme").click()
     browser.execute_cdp_cmd("Page.printToPDF", {})
     width, height, dark = browser.execute_script("return window.printed")
-    settled(browser)
-    assert browser.execute_script(DRAWN) == before[0], "back on the screen"
     find(browser, "#theme").click()
-    assert picture(browser) == before[1]
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    back = WebDriverWait(browser, 60)  # the browser says when it is done with the paper
+    back.until(lambda _: (browser.execute_script(DRAWN), picture(browser)) == before)
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert browser.execute_script("return canvas.toDataURL()") == dark, "the same from a light page"
     browser.execute_script("dispatchEvent(new Event('afterprint'))")
