@@ -273,14 +273,27 @@ def test_what_takes_the_keyboard_shows_it_and_has_a_name(browser: Any) -> None:
     assert order == ["theme", "stage", "in", "out", "reset", "play", "stop"]
 
 
+DRAWN = "return [canvas.width / devicePixelRatio, canvas.height / devicePixelRatio]"
+STAGE = "return [stage.clientWidth, stage.clientHeight]"
+
+
+def fitted(browser: Any) -> None:
+    """Wait until the sphere is drawn in the size that it has now."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(DRAWN) == browser.execute_script(STAGE))
+    settled(browser)
+
+
 @contextmanager
 def screen(browser: Any, width: int, height: int, **settings: Any) -> Iterator[None]:
     """A window whose inside is so large, for a while."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False, **settings}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    settled(browser)
+    fitted(browser)
     yield
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    fitted(browser)
 
 
 @pytest.mark.parametrize("size", [(1366, 768), (1366, 600), (1920, 1080), (900, 700)])
@@ -294,22 +307,16 @@ def test_sphere_and_controls_are_on_one_screen(browser: Any, size: tuple[int, in
         assert find(browser, "#stage").size["height"] > 0.4 * size[1]
 
 
-DRAWN = "return [canvas.width / devicePixelRatio, canvas.height / devicePixelRatio]"
-STAGE = "return [stage.clientWidth, stage.clientHeight]"
-
-
 def test_on_paper_the_sphere_is_as_it_was_drawn_and_light(browser: Any) -> None:
-    before = browser.execute_script(DRAWN), picture(browser)
+    before = picture(browser)
     record = f"window.printed = (() => {{ {DRAWN} }})().concat(canvas.toDataURL())"
     browser.execute_script(f"addEventListener('beforeprint', () => {{ {record} }}, {{once: true}})")
     find(browser, "#theme").click()
     browser.execute_cdp_cmd("Page.printToPDF", {})
     width, height, dark = browser.execute_script("return window.printed")
     find(browser, "#theme").click()
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    back = WebDriverWait(browser, 60)  # the browser says when it is done with the paper
-    back.until(lambda _: (browser.execute_script(DRAWN), picture(browser)) == before)
+    fitted(browser)
+    assert picture(browser) == before, "back on the screen"
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert browser.execute_script("return canvas.toDataURL()") == dark, "the same from a light page"
     browser.execute_script("dispatchEvent(new Event('afterprint'))")
