@@ -25,13 +25,16 @@ from spherelm import sphere
 from spherelm.analysis import sphere_map, weights
 from spherelm.analysis.drawing import Drawing
 from spherelm.analysis.recording import record
+from spherelm.analysis.walk import MAX_TOKENS
 from spherelm.compare import inspection
 from spherelm.compare.figures import Figure
 from spherelm.compare.inspection import Request, expand, inspect
 from spherelm.compare.report import write_report
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.train.checkpoint import WEIGHTS, load_model
+from spherelm.train.config import to_dict
 from spherelm.train.evaluation import load_decoder
+from spherelm.train.record import write_json
 from spherelm.train.trainer import Trainer
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
@@ -325,6 +328,68 @@ def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: P
     with pytest.raises(ValueError, match=r"run cannot be inspected: blocks\.1\.mlp\.o\.weight holds NaN or Inf"):
         inspect([run], tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3, 16, 39, 40, 64])
+def test_the_default_sentence_is_cut_to_the_most_words_that_every_run_holds(max_seq_len: int, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("short", "long")]
+    for run, length in zip(runs, (max_seq_len, 64), strict=True):
+        run.mkdir()
+        write_json(run / "config.json", to_dict(tiny.run_config("ngpt", tmp_path, seq_len=length)))
+        load_tokenizer("bytes").save(run)
+    found = inspection.fitting_sentence(runs)
+    limit = min(max_seq_len, MAX_TOKENS)  # a byte is a token here
+    assert inspection.SENTENCE.startswith(found)
+    assert 1 <= len(found) <= limit
+    words = [match.end() for match in re.finditer(r"\S+", inspection.SENTENCE) if match.end() <= limit]
+    assert len(found) == (words[-1] if words else limit)
+
+
+def test_a_sentence_that_fits_is_left_alone(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", to_dict(tiny.run_config("gpt", tmp_path, seq_len=64)))
+    load_tokenizer("default").save(tmp_path)
+    assert inspection.fitting_sentence([tmp_path]) == inspection.SENTENCE
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_run_on_bytes_with_a_short_context_is_inspected_with_no_more_than_its_name(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = make_command(monkeypatch, capsys)
+    answer = command("inspect", str(runs["ngpt-0"]), "--out", str(tmp_path / "out"), "--no-images", "--tokens", "64")
+    assert answer.code == 0
+    assert answer.shown == [
+        "spherelm: the walk shows 'The old man' only: the whole default sentence has too many tokens; "
+        "choose another with inspect --sentence"
+    ]
+    assert json.loads((tmp_path / "out" / "inspect.json").read_text())["sentence"] == "The old man"
+    assert "“The old man”" in (tmp_path / "out" / "index.html").read_text("utf-8")
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_failed_while_writing_leaves_nothing_and_works_the_next_time(
+    error: BaseException, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection, "walk_page", fail)
+        with pytest.raises(type(error)):
+            inspect([runs["ngpt-0"]], out, SMALL)
+    assert list(tmp_path.iterdir()) == []
+    inspect([runs["ngpt-0"]], out, SMALL)
+    assert (out / "index.html").is_file()
+
+
+def test_a_model_without_a_next_token_is_refused(runs: dict[str, Path]) -> None:
+    model = load_model(runs["ngpt-0"])
+    object.__setattr__(model.config, "max_seq_len", 1)
+    with pytest.raises(ValueError, match="reads one token at a time: there is no next token to look at"):
+        inspection.windows(load_tokenizer("bytes"), "abc", model, 2048)
 
 
 def test_what_lies_in_the_directory_stays(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -212,6 +212,22 @@ def test_losses_on_different_text_are_not_put_together(write: Write, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_what_failed_while_writing_works_the_next_time(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("gpt-0", "gpt", 3.0)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spherelm.compare.ladder.write_json", fail)
+        with pytest.raises(OSError, match="no space left"):
+            report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    report(tmp_path)
+
+
 def test_what_holds_no_run_or_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run is named: give directories of spherelm train or compare"):
         write_ladder([], tmp_path / "out")

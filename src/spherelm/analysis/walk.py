@@ -22,7 +22,7 @@ from spherelm.analysis.sphere_map import SphereMap, sphere_map
 from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.layers.readout import read_logits
-from spherelm.models.decoder import Decoder
+from spherelm.models.decoder import Decoder, DecoderConfig
 
 Array = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ class Walk:
 def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -> Walk:
     """Run the model over the sentence; `ValueError` for an empty one, one beyond `MAX_TOKENS`, or a state with NaN or Inf."""
     ids = tokenizer.encode(sentence)
-    check_sentence(ids, model)
+    check_sentence(ids, model.config)
     recording = record(model, torch.tensor([ids]))
     states = torch.stack(recording.stops)
     if not torch.isfinite(states).all():
@@ -87,15 +87,20 @@ def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -
     )
 
 
-def check_sentence(ids: Sequence[int], model: Decoder) -> None:
-    """`ValueError` if the sentence's tokens cannot be walked with."""
-    limit, known = min(MAX_TOKENS, model.config.max_seq_len), model.config.vocab_size
+def check_sentence(ids: Sequence[int], config: DecoderConfig) -> None:
+    """`ValueError` if a model of this config cannot walk with the sentence's tokens."""
+    limit, known = most_tokens(config), config.vocab_size
     if not 1 <= len(ids) <= limit:
         raise ValueError(f"the sentence has {counted(len(ids), 'token')}: give one of 1 to {limit}")
     if max(ids) >= known:
         raise ValueError(
             f"the sentence has token {max(ids)}, the model knows 0 to {known - 1}: this is not its tokenizer"
         )
+
+
+def most_tokens(config: DecoderConfig) -> int:
+    """How many tokens a sentence may have for a model of this config."""
+    return min(MAX_TOKENS, config.max_seq_len)
 
 
 def nearest_entries(model: Decoder, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

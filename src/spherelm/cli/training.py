@@ -248,7 +248,7 @@ def evidence(
         contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
         seeds: Runs at the learning rate that was found.
         workers: Runs at once; one a core if left out.
-        minutes: Save what is under way and stop after so long; no limit if left out.
+        minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.
     """
     from spherelm.compare.evidence import Grid, climb
     from spherelm.compare.evidence_record import table

@@ -202,19 +202,19 @@ def _noted_interrupts() -> Iterator[list[int]]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with ExitStack() as handlers:
         for number in numbers:
-            handlers.enter_context(_handled(number, unless_ignored(number)))
+            handlers.enter_context(handled(number, unless_ignored(number)))
         yield asked
 
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     """Have processes that start now ignore Ctrl-C and a lost terminal, which reach them too: the parent stops them."""
-    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGHUP, signal.SIG_IGN):
+    with handled(signal.SIGINT, signal.SIG_IGN), handled(signal.SIGHUP, signal.SIG_IGN):
         yield
 
 
 @contextmanager
-def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
     """Handle a signal so; does nothing outside of the main thread, where Python allows no handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(number, handler) if in_main_thread else None

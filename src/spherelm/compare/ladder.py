@@ -20,14 +20,14 @@ import numpy as np
 
 from spherelm.analysis.drawing import require_matplotlib
 from spherelm.analysis.ladder_plots import Series, ends_of_runs
-from spherelm.analysis.svg import standalone
 from spherelm.compare.figures import Figure
-from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
+from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table, write_figures
 from spherelm.compare.length_figures import Measured, evaluations, length_figures, read_lengths
 from spherelm.compare.record import Run, read_run
 from spherelm.compare.robustness import TOLERANCE, tolerated, where_best
 from spherelm.compare.wording import NAMES, listed, si
 from spherelm.counting import counted
+from spherelm.data.output import check_free, whole_directory
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
@@ -107,8 +107,7 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
     if not directories:
         raise ValueError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another --out")
+    check_free(out)
     runs = dict.fromkeys(run.resolve() for directory in directories for run in find_runs(directory))
     check_same_text(list(runs))
     ended = [end for run in runs if (end := read_end(run)) is not None]
@@ -121,16 +120,11 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
         ("Tasks over token budget", "", _task_figures(ends)),
         ("Beyond the length trained on", "", length_figures([one for end in ends for one in end.lengths])),
     ]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    figures = [figure for _, _, group in sections for figure in group]
-    for figure in figures:
-        target = out / "figures" / f"{figure.drawing.key}.svg"
-        target.write_text(standalone(figure.svg), encoding="utf-8")
-        target.with_suffix(".png").write_bytes(figure.drawing.png())
-    write_json(out / "ends.json", _record(ends))
-    (out / "index.html").write_text(
-        _page(ends, sections, len(runs) - len(ended), len(ended) - len(ends)), encoding="utf-8"
-    )
+    page = _page(ends, sections, len(runs) - len(ended), len(ended) - len(ends))
+    with whole_directory(out) as part:
+        figures = write_figures([figure for _, _, group in sections for figure in group], part)
+        write_json(part / "ends.json", _record(ends))
+        (part / "index.html").write_text(page, encoding="utf-8")
     return figures
 
 

@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spherelm.counting import counted
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.output import made_whole, write_json
+from spherelm.data.output import check_free, whole_directory, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
 MANIFEST = "pairs.json"
@@ -126,8 +126,7 @@ def prepare_pairs(
     validation pairs they are an error, and so is it if all of those are training pairs.
     Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another --out")
+    check_free(out)
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
     texts = {"train": read_texts(train), "val": read_texts(val)}
@@ -139,7 +138,7 @@ def prepare_pairs(
         )
     both = texts["train"].source + texts["train"].target
     shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
-    with made_whole(out) as part:
+    with whole_directory(out) as part:
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
         described = ("name", "vocab_size", "eos_id", "fingerprint")
