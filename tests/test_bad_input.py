@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tiny
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
 from spherelm.train.checkpoint import latest_checkpoint, load_model
 from spherelm.train.trainer import train
@@ -68,6 +70,10 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--lr", 0], "the learning rate must be a positive number, got 0.0"),
         (["--lr", "nan"], "the learning rate must be a positive number, got nan"),
         (["--seed", -1], "seed must not be negative, got -1"),
+        (["--seed", 2**64], "seed must be below 2^64, got 18446744073709551616"),
+        (["--set", "eps=0"], "eps must be a number of at least 1.18e-38, got 0: Adam divides by it"),
+        (["--lr", 1e38], "the learning rate of the role 'input_embedding' must be at most 1e+34, got 5e+37"),
+        (["--set", "matrix_rate=1e300"], "the learning rate of the role 'matrix' must be at most 1e+34"),
         (["--keep", 0], "keep must be at least 1, got 0"),
         (["--set", "momentum=abc"], "momentum must be a number, got 'abc'"),
         (["--set", "eps=x"], "eps must be a number, got 'x'"),
@@ -76,7 +82,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "schedule=3"], "schedule must be text, got 3"),
         (["--set", "grad_clip=x"], "grad_clip must be a number or null, got 'x'"),
         (["--set", "betas=0.9"], "betas must be tuple[number, number], got 0.9"),
-        (["--set", "eps=-1"], "eps must be a number that is not negative, got -1"),
+        (["--set", "eps=-1"], "eps must be a number of at least 1.18e-38, got -1"),
         (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
         (["--set", "matrix_rate=-1"], "matrix_rate must be a number of at least 0, got -1"),
@@ -166,6 +172,146 @@ def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_
         "sweep", "--out", tmp_path / "s", *words, "--vary", *fields
     )
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("betas", ["[0,0.95]", "[0,0]", "[0.5,0]"])
+def test_a_whole_number_among_the_betas_is_a_number(
+    betas: str, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    for optimizer in ("adamw", "muon", "gated_adamw"):
+        fields = ["--set", f"betas={betas}", f"optimizer={optimizer}", "n_layers=1", "d_model=16", "n_heads=2"]
+        answer = command(*training(tmp_path / optimizer, good_data, *fields))
+        assert answer.code == 0, answer.err
+
+
+class Refusal(ValueError):
+    """What one of the floors below does not take."""
+
+
+REFUSING = {
+    "the model": "spherelm.train.trainer.build",
+    "the optimizer": "spherelm.train.trainer.build_optimizer",
+    "the text": "spherelm.train.trainer.open_data",
+    "the tasks": "spherelm.train.trainer.task_scorer",
+    "the sinks": "spherelm.train.trainer.check_names",
+}
+"""What may refuse a run that its configuration allows, by what does."""
+
+
+@pytest.mark.parametrize("what", REFUSING)
+@pytest.mark.parametrize("name", ["train", "compare", "sweep", "evidence"])
+def test_what_is_refused_late_leaves_no_trace(
+    name: str, what: str, refused: Refused, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the corrected command can be given at once."""
+    (tmp_path / "test.txt").write_text(tiny.text(3, 200))
+    test = tmp_path / "test"
+    prepare_data([good_data.parent / "train.txt"], test, "bytes", val=[tmp_path / "test.txt"])
+    out, before = tmp_path / "out", sorted(tmp_path.rglob("*"))
+    words = {
+        "train": training(out, good_data),
+        "compare": ["compare", "--out", out, "--data", good_data, "--steps", 4, "--seq-len", 16],
+        "sweep": ["sweep", "--out", out, "--data", good_data, "--steps", 2, "--vary", "seq_len=16"],
+        "evidence": [
+            "evidence",
+            "--out",
+            out,
+            "--data",
+            good_data,
+            "--test",
+            test,
+            "--contexts",
+            16,
+            "--budgets",
+            0.01,
+        ],
+    }[name]
+
+    def refuse(*given: object, **named: object) -> None:
+        raise Refusal(f"{what} cannot be: take another")
+
+    monkeypatch.setattr(REFUSING[what], refuse)
+    assert refused(*words) == f"{what} cannot be: take another"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+LATE = {
+    "inspect": "spherelm.compare.inspection.write_tables",
+    "report": "spherelm.compare.ladder.write_json",
+    "export": "spherelm.interop.huggingface.folder.save_folder",
+    "data pairs": "spherelm.data.pairs.write_json",
+    "data prepare": "spherelm.data.prepare._Work.run",
+}
+"""What each of the commands that make a directory does near its end."""
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_directory_appears_whole_or_not_at_all(
+    name: str,
+    refused: Refused,
+    command: commands.Command,
+    good_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that is full near the end, and the same command again."""
+    run, out, text = tmp_path / "run", tmp_path / "out", good_data.parent / "train.txt"
+    train(tiny.run_config("ngpt", good_data, seq_len=64), run, show_progress=False)
+    sides = [f"--{split}{side}" for split in ("", "val-") for side in ("source", "target")]
+    words = {
+        "inspect": [run, "--out", out, "--text", text, "--sentence", "ba", "--tokens", 64],
+        "report": [run, "--out", out],
+        "export": [run, out],
+        "data pairs": [
+            *(word for side in sides for word in (side, text)),
+            "--out",
+            out,
+            "--tokenizer",
+            "bytes",
+            "--max-tokens",
+            9000,
+        ],
+        "data prepare": ["--input", text, "--out", out, "--tokenizer", "bytes", "--workers", 1],
+    }[name]
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*given: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LATE[name], full)
+        assert "No space left on device" in refused(*name.split(), *words)
+    assert sorted(tmp_path.rglob("*")) == before
+    answer = command(*name.split(), *words)
+    assert answer.code == 0, answer.err
+    assert any(out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["eval --json", "eval --write", "bench --json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    name: str, refused: Refused, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*given: object, **named: object) -> None:
+        raise AssertionError("that was the work")
+
+    for floor in ("train.evaluation.load_decoder", "train.evaluation.load_for_inference", "compare.bench.bench"):
+        monkeypatch.setattr(f"spherelm.{floor}", work)
+    (tmp_path / "taken").write_text("mine")
+    text, flag = good_data.parent / "val.txt", name.split()[1]
+    words = {
+        "eval --json": [tmp_path, "--perplexity", text, "--lengths", 8],
+        "eval --write": [tmp_path, "--translate", text, "--reference", text],
+        "bench --json": [],
+    }[name]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
+    (tmp_path / "closed").mkdir()
+    for path, line in (
+        ("taken", f"{tmp_path / 'taken'} already exists: choose another {flag}"),
+        ("none/here", f"no directory {tmp_path / 'none'} for {flag}: make it, or choose another"),
+        ("closed/here", f"nothing may be written in {tmp_path / 'closed'}: choose another {flag}"),
+    ):
+        assert refused(name.split()[0], *words, flag, tmp_path / path) == line
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_no_workers(refused: Refused, good_data: Path, tmp_path: Path) -> None:

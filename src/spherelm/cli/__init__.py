@@ -56,12 +56,12 @@ def program(asked: str | None = None) -> tyro.extras.SubcommandApp:
     app = tyro.extras.SubcommandApp()
     groups = {"data": data_app, "import": import_app}
     for name in dict.fromkeys(name.partition(" ")[0] for name in COMMANDS):
-        command = groups.get(name) or COMMANDS[name]
+        command: Any = groups.get(name) or COMMANDS[name]
         if asked not in (None, name):
             command = outline(command)
         elif name not in groups:
             command = checked(command)
-        app.command(command, name=name, help=GROUPS.get(name))  # type: ignore[arg-type]
+        app.command(command, name=name, help=GROUPS.get(name))
     return app
 
 

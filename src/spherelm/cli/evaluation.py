@@ -51,13 +51,12 @@ def eval_(
         reference: Files of what should be written, a line for each line of --translate.
         json: File to write everything to, as JSON.
     """
-    if json is not None and json.exists():
-        raise FileExistsError(f"{json} already exists: choose another --json")
-    if json is not None and not json.parent.is_dir():
-        raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
+    from spherelm.data.output import check_new_file
     from spherelm.train.evaluation import about
     from spherelm.train.record import write_json
 
+    if json is not None:
+        check_new_file(json, "--json")
     results = translated(run, texts, reference)
     if perplexity:
         results["perplexity"] = measured(

@@ -71,7 +71,7 @@ def same(values: Sequence[str], wanted: str) -> bool:
 
 def flags_of(command: Callable[..., Any]) -> dict[str, Kind]:
     """Every flag of `command`, those in the dataclasses among its parameters too."""
-    found = {}
+    found: dict[str, Kind] = {}
     for name, hint in get_type_hints(command, include_extras=True).items():
         kind, notes = unfold(hint)
         if dataclasses.is_dataclass(kind):
@@ -140,7 +140,9 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
         hint = hints[name]
         if is_list(kind) and Positional not in notes:
             shown = arg(help_behavior_hint=f"(default: {' '.join(map(str, default))})")
-            hint = Annotated[(tuple[kind, ...], *notes, shown, UseAppendAction)]  # type: ignore[valid-type]
+            hint = tuple[kind, ...]  # type: ignore[valid-type]
+            for note in (*notes, shown, UseAppendAction):
+                hint = Annotated[hint, note]
             defaults[name], default = default, ()
         parameters.append(parameter.replace(annotation=hint, default=default))
 
@@ -150,7 +152,7 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
         lists = {name: tuple(itertools.chain(*values[name])) or default for name, default in defaults.items()}
         command(**{**values, **lists})
 
-    del run.__wrapped__  # type: ignore[attr-defined]  # the parser would look through it
+    del run.__wrapped__  # the parser would look through it
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

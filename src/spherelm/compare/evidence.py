@@ -37,6 +37,7 @@ from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
 from spherelm.train.precision import best_device
 from spherelm.train.record import write_json
+from spherelm.train.trainer import check_runs
 
 CONTENDERS = {
     "gpt-paper": ("gpt", "paper"),
@@ -167,8 +168,9 @@ class Ladder:
                 f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
             )
         self.vocab_size = train.vocab_size
-        for point, contender in itertools.product(grid.points(), grid.contenders):
-            self.first_rate(contender, point)  # what cannot be trained is refused before anything is
+        # What cannot be trained is refused before anything is.
+        wanted = itertools.product(grid.points(), grid.contenders)
+        check_runs([self.job(name, point, self.first_rate(name, point), 0).config for point, name in wanted])
 
     def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""

@@ -26,6 +26,7 @@ from spherelm.compare.inside_tables import write_tables
 from spherelm.compare.inspect_page import figure_sections, plain_page, plain_table
 from spherelm.compare.wording import NAMES, si
 from spherelm.data.corpus import shipped_documents
+from spherelm.data.output import appearing
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.models import MASKED_CONFIGS
 from spherelm.models.decoder import Decoder
@@ -77,8 +78,9 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     """Look into every run and write `out`: index.html, walk.html, figures/, tables/, inspect.json; returns the figures.
 
     runs: run directories, single checkpoints, or directories of `spherelm compare`, which stand for their full runs. Runs of
-    one arm are drawn as seeds of one model and must have one shape. Raises, before anything is written, FileNotFoundError for a
-    missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or for no matplotlib.
+    one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all. Raises
+    FileNotFoundError for a missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or
+    for no matplotlib.
     """
     if not runs:
         raise ValueError("no run is named: give directories of spherelm train or compare")
@@ -88,9 +90,10 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     text = _text(request)
     paths = [path for run in runs for path in expand(run)]
     check_shapes(paths)
-    inspected = [_inspect(path, text, request) for path in paths]
-    sections = _sections(inspected)
-    _write(out, inspected, sections, request)
+    with appearing(out) as part:
+        inspected = [_inspect(path, text, request) for path in paths]
+        sections = _sections(inspected)
+        _write(part, inspected, sections, request)
     return [figure for _, _, figures in sections for figure in figures]
 
 

@@ -27,6 +27,7 @@ from spherelm.compare.length_figures import Measured, evaluations, length_figure
 from spherelm.compare.record import Run, read_run
 from spherelm.compare.robustness import TOLERANCE, tolerated, where_best
 from spherelm.compare.wording import NAMES, listed, si
+from spherelm.data.output import appearing
 from spherelm.train.config import RunConfig, read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
@@ -120,16 +121,16 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
         ("Tasks over token budget", "", _task_figures(ends)),
         ("Beyond the length trained on", "", length_figures([one for end in ends for one in end.lengths])),
     ]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     figures = [figure for _, _, group in sections for figure in group]
-    for figure in figures:
-        target = out / "figures" / f"{figure.drawing.key}.svg"
-        target.write_text(standalone(figure.svg), encoding="utf-8")
-        target.with_suffix(".png").write_bytes(figure.drawing.png())
-    write_json(out / "ends.json", _record(ends))
-    (out / "index.html").write_text(
-        _page(ends, sections, len(runs) - len(ended), len(ended) - len(ends)), encoding="utf-8"
-    )
+    with appearing(out) as part:
+        (part / "figures").mkdir()
+        for figure in figures:
+            target = part / "figures" / f"{figure.drawing.key}.svg"
+            target.write_text(standalone(figure.svg), encoding="utf-8")
+            target.with_suffix(".png").write_bytes(figure.drawing.png())
+        write_json(part / "ends.json", _record(ends))
+        page = _page(ends, sections, len(runs) - len(ended), len(ended) - len(ends))
+        (part / "index.html").write_text(page, encoding="utf-8")
     return figures
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.output import write_json
+from spherelm.data.output import appearing, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
 MANIFEST = "pairs.json"
@@ -130,13 +128,10 @@ def prepare_pairs(
         raise FileExistsError(f"{out} already holds something: choose another --out")
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
-    texts = {"train": read_texts(train), "val": read_texts(val)}
-    both = texts["train"].source + texts["train"].target
-    shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with appearing(out) as part:
+        texts = {"train": read_texts(train), "val": read_texts(val)}
+        both = texts["train"].source + texts["train"].target
+        shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
         described = ("name", "vocab_size", "eos_id", "fingerprint")
@@ -148,9 +143,6 @@ def prepare_pairs(
             "splits": splits,
         }
         write_json(part / MANIFEST, manifest)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return manifest
 
 

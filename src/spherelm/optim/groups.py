@@ -49,6 +49,12 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 OPTIMIZERS = ("adamw", "gated_adamw", "muon")
 
+LARGEST_RATE = 1e34
+"""What a learning rate times its multiplier may be: far below what float32 holds, which weights are."""
+
+SMALLEST_EPS = 2.0**-126
+"""The smallest normal number of float32. Adam divides by eps where a gradient is zero."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -87,7 +93,13 @@ class OptimConfig:
             raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "balance_rate", "eps"):
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))  # torch refuses a 0 beside a 0.95
+        if not (is_finite(self.eps) and self.eps >= SMALLEST_EPS):
+            raise ValueError(
+                f"eps must be a number of at least {SMALLEST_EPS:.3g}, got {self.eps!r}: Adam divides by it where a gradient "
+                "is zero"
+            )
+        for name in ("weight_decay", "balance_rate"):
             value = getattr(self, name)
             if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
@@ -102,6 +114,11 @@ class OptimConfig:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if not (is_number(self.momentum) and 0 <= self.momentum < 1):
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}")
+        for role in ROLES:
+            if (rate := self.lr * rate_multiplier(self, role)) > LARGEST_RATE:
+                raise ValueError(
+                    f"the learning rate of the role {role!r} must be at most {LARGEST_RATE:g}, got {rate:.3g}"
+                )
 
 
 def is_pair_of_numbers(value: Any) -> bool:

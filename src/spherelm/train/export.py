@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spherelm.data.output import appearing
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.train.checkpoint import STATE, checkpoint_of, load_model
 from spherelm.train.metrics import read_metrics
@@ -49,14 +48,8 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
         standalone=standalone,
         has_tokenizer=tokenizer is not None,
     )
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with appearing(out) as part:
         save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def last_validation(run: Path, step: int) -> dict[str, Any] | None:
