@@ -13,8 +13,12 @@ import pytest
 import tiny
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from spherelm.compare.sweep import parse_axes, parse_fields
 from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
+from spherelm.models import ARMS
+from spherelm.overrides import fields_of
+from spherelm.recipes import make_run
 from spherelm.train.checkpoint import latest_checkpoint, load_model
 from spherelm.train.trainer import train
 
@@ -72,8 +76,6 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--seed", -1], "seed must not be negative, got -1"),
         (["--seed", 2**64], "seed must be below 2^64, got 18446744073709551616"),
         (["--set", "eps=0"], "eps must be a number of at least 1.18e-38, got 0: Adam divides by it"),
-        (["--lr", 1e38], "the learning rate of the role 'input_embedding' must be at most 1e+34, got 5e+37"),
-        (["--set", "matrix_rate=1e300"], "the learning rate of the role 'matrix' must be at most 1e+34"),
         (["--keep", 0], "keep must be at least 1, got 0"),
         (["--set", "momentum=abc"], "momentum must be a number, got 'abc'"),
         (["--set", "eps=x"], "eps must be a number, got 'x'"),
@@ -100,6 +102,17 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
         (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
         (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
+        (["--set", "n_layer=1"], "no field is called n_layer (did you mean 'n_layers'?)"),
+        (["--set", "Alpha_Init=1"], "no field is called Alpha_Init (did you mean 'alpha_init'?)"),
+        (
+            ["--set", "init_std=1"],
+            "init_std is no field of ngpt, only of gpt, encdec, encoder, hybrid: leave it out for ngpt",
+        ),
+        (["--set", "pattern=MAM-"], "pattern is no field of ngpt, only of hybrid, nhybrid: leave it out for ngpt"),
+        (["--preset", "dmo"], "unknown preset 'dmo' (did you mean 'demo'?): choose one of demo, "),
+        (["--recipe", "MUON"], "unknown recipe 'MUON' (did you mean 'muon'?): choose one of default, "),
+        (["--n-layer", 1], "train has no flag --n-layer: did you mean --set n_layers=VALUE?"),
+        (["--set", "tie_embeddings=perhaps"], "tie_embeddings must be true or false, got 'perhaps'"),
         (["--set", "max_angle=true"], "max_angle must be a number or null, got True"),
         (["--set", "matrix_rate=true"], "matrix_rate must be a number, got True"),
         (["--set", "rho=0.3"], "rho has no effect in ngpt by 'default': it needs schedule=log"),
@@ -174,6 +187,59 @@ def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_field_that_is_named_as_one_is_one(arm: str) -> None:
+    """Whatever is said of its value, or that it has no effect, it is never said that there is no such field."""
+    for field in fields_of(arm):
+        said = ""
+        try:
+            make_run(arm, "hybrid" if "hybrid" in arm else "demo", vocab_size=64, **{"lr": 0.1, field: object()})
+        except (ValueError, TypeError) as refusal:
+            said = str(refusal)
+        assert "no field" not in said, field
+
+
+def test_truth_is_read_as_json_and_as_python_write_it() -> None:
+    words = ["tie_embeddings=True", "compile=FALSE", "tangent=true", "grad_clip=None", "max_angle=null", "rope=none"]
+    expected = {
+        "tie_embeddings": True,
+        "compile": False,
+        "tangent": True,
+        "grad_clip": None,
+        "max_angle": None,
+        "rope": "none",
+    }
+    assert parse_fields(words) == expected
+    assert parse_axes(["tie_embeddings=True,False"], {}, ()) == {"tie_embeddings": [True, False]}
+
+
+def test_several_directories_of_text_want_weights(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(good_data)
+    for data in (f"{good_data},{other}", f"{good_data}=1,{other}"):
+        line = refused(*training(tmp_path / "run", data))
+        assert (
+            line == f"{data!r} names several directories: give each its weight, such as --data {good_data}=1,{other}=1"
+        )
+
+
+def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "runs" / name, show_progress=False)
+    runs, text = tmp_path / "runs", good_data.parent / "val.txt"
+    for words in (
+        ["generate", runs, "--prompt", "a"],
+        ["generate", runs, "--interactive"],
+        ["eval", runs, "--perplexity", text],
+        ["eval", runs, "--translate", text, "--reference", text],
+        ["export", runs, tmp_path / "out"],
+        ["inspect", runs, "--out", tmp_path / "out"],
+    ):
+        line = refused(*words)
+        assert line == f"{runs} is no run but holds some: name one of them, {runs / 'one'}, {runs / 'two'}"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("betas", ["[0,0.95]", "[0,0]", "[0.5,0]"])
 def test_a_whole_number_among_the_betas_is_a_number(
     betas: str, command: commands.Command, good_data: Path, tmp_path: Path
@@ -182,6 +248,19 @@ def test_a_whole_number_among_the_betas_is_a_number(
         fields = ["--set", f"betas={betas}", f"optimizer={optimizer}", "n_layers=1", "d_model=16", "n_heads=2"]
         answer = command(*training(tmp_path / optimizer, good_data, *fields))
         assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lr", 1e38], ["--set", "matrix_rate=1e300"], ["--set", "matrix_lr=1e300"]], ids=str
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "gated_adamw"])
+def test_a_rate_that_float32_does_not_hold_diverges(
+    flags: list[object], optimizer: str, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    answer = command(*training(tmp_path / "run", good_data, "--set", f"optimizer={optimizer}", *flags))
+    assert answer.code == 1
+    assert "Traceback" not in answer.err
+    assert " at step " in answer.shown[-1]
 
 
 class Refusal(ValueError):

@@ -140,8 +140,6 @@ def test_an_unknown_role_is_refused() -> None:
         ({"weight_decay": math.inf}, "weight_decay must be a number that is not negative, got inf"),
         ({"eps": None}, "eps must be a number of at least 1.18e-38, got None"),
         ({"eps": 0}, "eps must be a number of at least 1.18e-38, got 0: Adam divides by it"),
-        ({"lr": 1e38}, r"the role 'input_embedding' must be at most 1e\+34, got 1e\+38"),
-        ({"matrix_lr": 1e300}, "the learning rate of the role 'matrix' must be at most"),
         ({"gated_step": 10**400}, "gated_step must be a positive number, got 1000"),
         ({"max_angle": math.inf}, "max_angle must be a positive number or None, got inf"),
         ({"max_angle": True}, "max_angle must be a positive number or None, got True"),

@@ -158,6 +158,17 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def fields_by(flags: Mapping[str, Kind]) -> dict[str, str]:
+    """How each field of a run is given where one of `flags` takes fields, by the flag that it might be taken for."""
+    takes = next((flag for flag in ("--set", "--vary") if flag in flags), None)
+    if takes is None:
+        return {}
+    from spherelm.models import ARMS
+    from spherelm.overrides import fields_of
+
+    return {flag_name(field): f"{takes} {field}=VALUE" for arm in ARMS for field in sorted(fields_of(arm))}
+
+
 def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -> None:
     """Raise `ValueError` for what is written as a flag and is none of the command `name`, with the nearest that is."""
     for word in words[: words.index("--") if "--" in words else None]:
@@ -165,6 +176,7 @@ def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -
         written_as_flag = key.startswith("--") and key[2:3].isalpha()
         if not written_as_flag or key in flags or key == "--help" or key.startswith("--tyro-"):
             continue
-        near = get_close_matches(key, flags, 1)
-        advice = f"did you mean {near[0]}?" if near else f"see spherelm {name} --help"
+        meant = {flag: flag for flag in flags} | fields_by(flags)
+        near = get_close_matches(key, meant, 1, 0.7)
+        advice = f"did you mean {meant[near[0]]}?" if near else f"see spherelm {name} --help"
         raise ValueError(f"{name} has no flag {key}: {advice}")

@@ -32,6 +32,7 @@ from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.models import is_normalized
+from spherelm.overrides import nearest
 from spherelm.presets import PRESETS, Preset
 from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
@@ -81,7 +82,9 @@ class Grid:
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
             unknown = [value for value in getattr(self, name) if value not in known]
             if unknown:
-                raise ValueError(f"unknown {name[:-1]} {unknown[0]!r}: choose among {', '.join(known)}")
+                raise ValueError(
+                    f"unknown {name[:-1]} {unknown[0]!r}{nearest(unknown[0], known)}: choose among {', '.join(known)}"
+                )
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         for context in self.contexts:

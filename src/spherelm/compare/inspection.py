@@ -30,7 +30,7 @@ from spherelm.data.output import appearing
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.models import MASKED_CONFIGS
 from spherelm.models.decoder import Decoder
-from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model
+from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model, no_checkpoint
 from spherelm.train.config import read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
@@ -127,7 +127,7 @@ def check_shapes(paths: Sequence[Path]) -> None:
     shapes: dict[str, tuple[Path, tuple[Any, ...]]] = {}
     for path in paths:
         if latest_checkpoint(run_directory(path)) is None:
-            raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
+            raise no_checkpoint(path)
         config = read_config(run_directory(path) / "config.json")
         model = config.model
         if isinstance(model, MASKED_CONFIGS):

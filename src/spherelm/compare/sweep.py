@@ -17,7 +17,6 @@ from spherelm.recipes import make_run
 from spherelm.train.batches import open_data
 from spherelm.train.config import RunConfig
 from spherelm.train.record import command_line, git_commit, or_nan, versions, write_json
-from spherelm.train.trainer import check_runs
 
 UNTRAINED = 1.0
 """How far above the loss of an even guess, ln(vocab_size) nats, a validation may come out before a run counts as diverged."""
@@ -100,7 +99,11 @@ def parse_fields(
 
 
 def _value(text: str) -> Any:
-    """A JSON value where it is one, else the text itself."""
+    """A JSON value where it is one, also as Python writes it (True, None), else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text == "None":
+        return None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -139,7 +142,6 @@ def sweep(
         raise ValueError(
             f"a run's directory would be called {long[0][:60]}... , which is too long: vary fewer fields at once"
         )
-    check_runs([job.config for job in jobs])
     on_record(out, jobs[0].config)  # what is refused is refused before anything is trained
     losses = iter(run_jobs(jobs, workers, "sweep"))
     rows = [

@@ -49,9 +49,6 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 OPTIMIZERS = ("adamw", "gated_adamw", "muon")
 
-LARGEST_RATE = 1e34
-"""What a learning rate times its multiplier may be: far below what float32 holds, which weights are."""
-
 SMALLEST_EPS = 2.0**-126
 """The smallest normal number of float32. Adam divides by eps where a gradient is zero."""
 
@@ -114,11 +111,6 @@ class OptimConfig:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if not (is_number(self.momentum) and 0 <= self.momentum < 1):
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}")
-        for role in ROLES:
-            if (rate := self.lr * rate_multiplier(self, role)) > LARGEST_RATE:
-                raise ValueError(
-                    f"the learning rate of the role {role!r} must be at most {LARGEST_RATE:g}, got {rate:.3g}"
-                )
 
 
 def is_pair_of_numbers(value: Any) -> bool:

@@ -247,8 +247,17 @@ def checkpoint_of(run: str | Path) -> Path:
     is_one = NAME.fullmatch(path.name) and path.parent.name == "checkpoints"
     found = path if is_one else latest_checkpoint(path)
     if found is None:
-        raise FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+        raise no_checkpoint(path)
     return found
+
+
+def no_checkpoint(path: Path) -> FileNotFoundError:
+    """What is said of a directory without a checkpoint: which runs are in it, if any."""
+    runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
+    if not runs:
+        return FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+    more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
+    return FileNotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:
