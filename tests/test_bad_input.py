@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import tiny
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from spherelm.cli import COMMANDS
+from spherelm.cli.given import flags_of
 from spherelm.compare.sweep import parse_axes, parse_fields
 from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
@@ -238,6 +241,50 @@ def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_p
         line = refused(*words)
         assert line == f"{runs} is no run but holds some: name one of them, {runs / 'one'}, {runs / 'two'}"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        "text.jsonl",
+        "text.jsonl,column=number",
+        "text.jsonl,column=body,config=en",
+        "text.jsonl,column=body,limit=0",
+        "text.jsonl,column=body,limit=some",
+        "text.jsonl,column=body,val=2",
+        "text.jsonl,column=body,val=text.csv",
+        "text.jsonl,column=body,val=0.5",
+        "text.jsonl,colour=red",
+        "text.csv",
+        "none.jsonl",
+    ],
+)
+def test_what_is_said_of_a_stream_names_flags_of_train(
+    stream: str, command: commands.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": "one text", "number": 1}) + "\n")
+    (tmp_path / "text.csv").write_text("a,b")
+    answer = command(*training(tmp_path / "run", f"stream:./{stream},tokenizer=bytes"))
+    assert answer.code == 2
+    named = re.findall(r"--[a-z][a-z-]*", answer.shown[-1])
+    assert set(named) <= flags_of(COMMANDS["train"]).keys()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_coldest_text_is_the_most_probable_one(command: commands.Command, good_data: Path, tmp_path: Path) -> None:
+    train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "run", show_progress=False)
+    words = ["generate", tmp_path / "run", "--prompt", "ba", "--max-new-tokens", 5, "--temperature"]
+    for temperature in (1e-19, 1e-40, 1e-300):
+        assert command(*words, temperature) == command(*words, 0)
+
+
+def test_a_text_to_which_nothing_is_added_is_its_prompt(
+    command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "run", show_progress=False)
+    answer = command("generate", tmp_path / "run", "--prompt", "ba", "--max-new-tokens", 0)
+    assert (answer.code, answer.out, answer.err) == (0, "ba\n", "")
 
 
 @pytest.mark.parametrize("betas", ["[0,0.95]", "[0,0]", "[0.5,0]"])

@@ -180,7 +180,7 @@ def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.
     refused(HubRequest(str(parquet), split="test"), "cannot read dataset .*test.*Available splits")
     refused(HubRequest(str(parquet), column="n"), "row 1: 'n' is int, not a string")
     refused(HubRequest(str(parquet), limit=0), "limit of 0 rows")
-    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave out --hf-config en")
+    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave out --hf-config")
     refused(HubRequest("./no/such"), "no dataset './no/such'")
     (tmp_path / "a.txt").write_text("text")
     refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet and \.jsonl files are streamed")

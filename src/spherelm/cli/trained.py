@@ -110,8 +110,9 @@ def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, 
     goes_on = continues(run)
     asked = [(prompt, i) for prompt in given for i in range(samples)]
     if len(asked) == 1 and not as_json:
-        continuations(run, given, 1, max_new_tokens, write=Writer(given[0] if goes_on else "").write, **settings)
-        print()
+        writer = Writer(given[0] if goes_on else "")
+        continuations(run, given, 1, max_new_tokens, write=writer.write, **settings)
+        writer.write("\n")  # behind the prompt, where nothing came
         return
     written = continuations(run, given, samples, max_new_tokens, **settings)
     if not as_json:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,24 +36,33 @@ class HubRequest:
     limit: int | None = None
 
 
+FLAGS = {
+    "column": "--text-column",
+    "config": "--hf-config",
+    "other files": "give others with --input",
+}
+"""How `spherelm data prepare` is asked for another column, another configuration, and files that are not streamed."""
+
+
 class HubText:
     """The documents of one dataset in their order, from any position.
 
     `identity` (JSON) names what is read: two streams with the same one give the same documents. Raises DocumentError
-    for what cannot be opened, with one line that says why.
+    for what cannot be opened, with one line that says why. `words`: how whoever made the request is told to mend it.
     """
 
-    def __init__(self, request: HubRequest) -> None:
+    def __init__(self, request: HubRequest, words: Mapping[str, str] = FLAGS) -> None:
         if request.limit is not None and request.limit < 1:
             raise ValueError(f"a limit of {request.limit} rows: give at least 1")
-        self.request = request
+        self.request, self._words = request, words
         with _said_in_one_line(request.name):
-            builder = _open_builder(request)
+            builder = _open_builder(request, words)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
         if columns is not None and request.column not in columns:
             raise DocumentError(
-                f"{request.name} has no column {request.column!r} (it has {', '.join(columns)}): name it with --text-column"
+                f"{request.name} has no column {request.column!r} (it has {', '.join(columns)}): name it with "
+                f"{words['column']}"
             )
         self._stream = stream if columns is None else stream.select_columns([request.column])
         self.identity = _identity(request, builder)
@@ -106,12 +115,12 @@ class HubText:
         if not isinstance(text, str):
             raise DocumentError(
                 f"{self.request.name}, row {self._rows}: {self.request.column!r} is {type(text).__name__}, not a string; "
-                "drop that row, or name another column with --text-column"
+                f"drop that row, or name another column with {self._words['column']}"
             )
         return text
 
 
-def _open_builder(request: HubRequest) -> Any:
+def _open_builder(request: HubRequest, words: Mapping[str, str]) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -121,11 +130,9 @@ def _open_builder(request: HubRequest) -> Any:
     if path.is_file():
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
-            raise DocumentError(f"{path}: only .parquet and .jsonl files are streamed; give others with --input")
+            raise DocumentError(f"{path}: only .parquet and .jsonl files are streamed; {words['other files']}")
         if request.config is not None:
-            raise DocumentError(
-                f"{path} is one file, which has no configurations: leave out --hf-config {request.config}"
-            )
+            raise DocumentError(f"{path} is one file, which has no configurations: leave out {words['config']}")
         files = [str(path.resolve())]
         return datasets.load_dataset_builder(loader, data_files={request.split: files})
     if path.is_dir():

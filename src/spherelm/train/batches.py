@@ -90,6 +90,14 @@ def total_loss(data: RunData, losses: dict[str, float]) -> float:
     return sum(part.weight * losses[part.name] for part in data.held_out)
 
 
+OF_STREAMS = {
+    "column": "column= in --data",
+    "config": "config= in --data",
+    "other files": "make a data directory of others with spherelm data prepare",
+}
+"""How a stream is asked for what `data.hub.FLAGS` ask for."""
+
+
 @dataclass(frozen=True)
 class StreamSpec:
     """What `stream:NAME,key=value,...` says. val: the part of the documents that is held out, or a file of validation text."""
@@ -238,7 +246,7 @@ def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
 
 
 def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int) -> RunData:
-    text, tokenizer, train = HubText(spec.request), load_tokenizer(spec.tokenizer), config.train
+    text, tokenizer, train = HubText(spec.request, OF_STREAMS), load_tokenizer(spec.tokenizer), config.train
     file = Path(spec.val)
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:
