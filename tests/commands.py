@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -27,6 +27,18 @@ class Answer:
 
 
 Command = Callable[..., Answer]
+
+
+def replaced(words: Sequence[object], more: Sequence[object]) -> list[object]:
+    """`words` and `more`, without the flags of `words`, and the values behind them, that `more` has too."""
+    left: list[object] = []
+    drops = False
+    for word in words:
+        if str(word).startswith("--"):
+            drops = word in more
+        if not drops:
+            left.append(word)
+    return [*left, *more]
 
 
 def make_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:

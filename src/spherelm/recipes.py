@@ -16,7 +16,17 @@ from spherelm.models import ARMS, EncoderDecoder, PatternModel, is_normalized
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, transfer
-from spherelm.overrides import base_of, check_effects, heads_of, layers_of, multipliers_of, schedule_of, take
+from spherelm.overrides import (
+    base_of,
+    check_effects,
+    heads_of,
+    layers_of,
+    multipliers_of,
+    nearest,
+    refuse_unknown,
+    schedule_of,
+    take,
+)
 from spherelm.presets import PRESETS, Preset
 from spherelm.train.config import RunConfig, TrainConfig
 
@@ -295,7 +305,7 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
 
 def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     if name not in among:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(among)}")
+        raise ValueError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
     return among[name]
 
 
@@ -360,7 +370,6 @@ def make_run(
         data=data,
         base=size.base if recipe == "nugpt" and is_normalized(arm) else None,
     )
-    if given:
-        raise ValueError(f"no field is called {', '.join(sorted(given))}")
+    refuse_unknown(given, arm)
     check_effects(overrides, config, is_normalized(arm))
     return config

@@ -123,7 +123,7 @@ def test_a_machine_is_timed(command: commands.Command, tmp_path: Path, monkeypat
     assert all("aten::mm" in text for text in profiles)
     again = command("bench", *words, "--json", tmp_path / "bench.json")
     assert (again.code, again.out) == (2, "")
-    assert "exists already: choose another --json" in again.err
+    assert "already exists: choose another --json" in again.err
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.
     refused(HubRequest(str(parquet), split="test"), "cannot read dataset .*test.*Available splits")
     refused(HubRequest(str(parquet), column="n"), r'row 1: no string under "n" \(it is a number\)')
     refused(HubRequest(str(parquet), limit=0), "limit of 0 rows")
+    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave out --hf-config")
     refused(HubRequest("./no/such"), "no dataset './no/such'")
     (tmp_path / "a.txt").write_text("text")
     refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet, \.jsonl and \.json files are streamed")

@@ -122,7 +122,7 @@ def test_what_cannot_be_is_one_line(
     cases = [
         ([run, "--perplexity", text, "--json", taken], "taken.json already exists: choose another --json"),
         ([run, "--json", tmp_path / "no" / "a.json"], "no for --json: make it, or choose another"),
-        ([run, "--lengths", "16"], "--lengths is for --perplexity: name text files there"),
+        ([run, "--lengths", "16"], "--lengths acts only with --perplexity: give both"),
         ([run, "--perplexity", text, "--lengths", "a,b"], "--lengths a,b must be whole numbers by commas"),
         ([run, "--perplexity", text, "--lengths", "24,64"], "lengths 24 does not divide 64"),
         ([run, "--perplexity", text, "--lengths", "4096"], "no document has the 4097 tokens"),
@@ -170,7 +170,7 @@ def test_tasks_are_scored_in_training(tmp_path: Path, command: commands.Command,
     for wrong, message in (
         (["--eval-tasks", "mmlu", "--task-data", evals], "no local copy of mmlu can be read"),
         (["--eval-tasks", "wsc273", "--task-data", tmp_path], "docs/evaluation.md says what --task-data must hold"),
-        (["--eval-tasks-every", 2], "eval_tasks_every=2 needs tasks: name them with --eval-tasks"),
+        (["--eval-tasks-every", 2], "--eval-tasks-every acts only with --eval-tasks: give both"),
     ):
         answer = command(*words, "--out", tmp_path / "new", *wrong)
         assert (answer.code, answer.out) == (2, "")

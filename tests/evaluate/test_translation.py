@@ -178,7 +178,7 @@ def test_eval_wants_texts_and_references(run: Path, command: commands.Command, t
     source, target = tiny_pairs.write_files(tmp_path, "test", ["ba", "mu"])
     target.write_text("one\n")
     for flags, said in (
-        (["--translate", source], "--translate and --reference belong together"),
+        (["--translate", source], "--translate acts only with --reference: give both"),
         (["--translate", source, "--reference", target], "2 texts and 1 reference"),
         (["--translate", tmp_path / "none", "--reference", target], "no input file"),
     ):

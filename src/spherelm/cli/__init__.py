@@ -14,19 +14,13 @@ from typing import Any, NoReturn
 import tyro
 
 from spherelm.cli import evaluation, inspection, text, timing, trained, training
+from spherelm.cli.given import checked, flags_of, refuse_unknown
 from spherelm.third_parties import silenced
 
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
 
-data_app = tyro.extras.SubcommandApp()
-data_app.command(text.prepare)
-data_app.command(text.pairs)
-data_app.command(text.verify)
-import_app = tyro.extras.SubcommandApp()
-import_app.command(name="nvidia")(trained.import_nvidia)
-
-COMMANDS: dict[str, Any] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "compare": training.compare,
     "train": training.train,
     "sweep": training.sweep,
@@ -37,10 +31,12 @@ COMMANDS: dict[str, Any] = {
     "generate": trained.generate,
     "export": trained.export,
     "bench": timing.bench,
-    "data": data_app,
-    "import": import_app,
+    "data prepare": text.prepare,
+    "data pairs": text.pairs,
+    "data verify": text.verify,
+    "import nvidia": trained.import_nvidia,
 }
-"""In the order in which `--help` lists them."""
+"""Every command by its whole name, in the order in which `--help` lists them."""
 
 GROUPS = {
     "data": "Turn text into token shards, and verify them.",
@@ -49,15 +45,27 @@ GROUPS = {
 """What the commands that have commands are for."""
 
 
+data_app, import_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+data_app.command(checked(text.prepare))
+data_app.command(checked(text.pairs))
+data_app.command(checked(text.verify))
+import_app.command(name="nvidia")(checked(trained.import_nvidia))
+
+
 def program(asked: str | None = None) -> tyro.extras.SubcommandApp:
     """The command line; of every command but `asked`, if that is given, name and description only.
 
     A parser is built for every flag of every command, which takes longer than all else that `--help` does.
     """
     app = tyro.extras.SubcommandApp()
-    for name, command in COMMANDS.items():
-        chosen = command if asked in (None, name) else outline(command)
-        app.command(chosen, name=name, help=GROUPS.get(name))  # type: ignore[arg-type]
+    groups = {"data": data_app, "import": import_app}
+    for name in dict.fromkeys(name.partition(" ")[0] for name in COMMANDS):
+        command: Any = groups.get(name) or COMMANDS[name]
+        if asked not in (None, name):
+            command = outline(command)
+        elif name not in groups:
+            command = checked(command)
+        app.command(command, name=name, help=GROUPS.get(name))
     return app
 
 
@@ -115,6 +123,9 @@ def main() -> None:
     try:
         asked = sys.argv[1] if len(sys.argv) > 1 else ""
         with one_speaks(), silenced():
+            for name in (asked, " ".join(sys.argv[1:3])):
+                if name in COMMANDS:
+                    refuse_unknown(sys.argv[1:], flags_of(COMMANDS[name]), name)
             program(asked).cli(
                 prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
             )

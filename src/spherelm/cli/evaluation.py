@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from spherelm.cli.flags import Translation, TranslationFlags
+from spherelm.cli.given import Needs
 from spherelm.counting import counted
+
+OfTasks = Needs("--tasks", without=["--perplexity", "--translate"])
+OfPerplexity = Needs("--perplexity")
 
 
 def eval_(
     run: Positional[Path],
     tasks: str | None = None,
-    task_data: Path | None = None,
-    limit: int | None = None,
-    few_shot: int = 0,
-    batch_size: int = 16,
-    perplexity: list[Path] | None = None,
-    field: str | None = None,
-    lengths: str | None = None,
-    stride: int | None = None,
-    document_tokens: int | None = None,
-    bins: int = 16,
-    rope_base: float | None = None,
-    rope_scaling: str | None = None,
+    task_data: Annotated[Path | None, OfTasks] = None,
+    limit: Annotated[int | None, OfTasks] = None,
+    few_shot: Annotated[int, OfTasks] = 0,
+    batch_size: Annotated[int, OfTasks] = 16,
+    perplexity: tuple[Path, ...] = (),
+    field: Annotated[str | None, OfPerplexity] = None,
+    lengths: Annotated[str | None, OfPerplexity] = None,
+    stride: Annotated[int | None, OfPerplexity] = None,
+    document_tokens: Annotated[int | None, OfPerplexity] = None,
+    bins: Annotated[int, OfPerplexity] = 16,
+    rope_base: Annotated[float | None, OfPerplexity] = None,
+    rope_scaling: Annotated[str | None, OfPerplexity] = None,
     texts: TranslationFlags = Translation(),
+    reference: Annotated[tuple[Path, ...], Needs("--translate")] = (),
     json: Path | None = None,
 ) -> None:
     """Score a run on tasks of the evaluation harness, its perplexity on texts at several lengths, or what it translates.
@@ -46,20 +51,16 @@ def eval_(
         bins: Pieces of a window in each of which the loss is given.
         rope_base: Another base for the rotary embedding than the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
+        reference: Files of what should be written, a line for each line of --translate.
         json: File to write everything to, as JSON.
     """
-    if json is not None and json.exists():
-        raise FileExistsError(f"{json} already exists: choose another --json")
-    if json is not None and not json.parent.is_dir():
-        raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
-    for_perplexity = {"--field": field, "--lengths": lengths, "--stride": stride, "--rope-scaling": rope_scaling}
-    for flag, value in for_perplexity.items():
-        if value is not None and not perplexity:
-            raise ValueError(f"{flag} is for --perplexity: name text files there")
+    from spherelm.data.output import check_new_file
     from spherelm.train.evaluation import about
     from spherelm.train.record import write_json
 
-    results = translated(run, texts)
+    if json is not None:
+        check_new_file(json, "--json")
+    results = translated(run, texts, reference)
     if perplexity:
         results["perplexity"] = measured(
             run, perplexity, field, lengths, stride, document_tokens, bins, rope_base, rope_scaling
@@ -71,22 +72,20 @@ def eval_(
     print("\n\n".join(tables(results)))
 
 
-def translated(run: Path, texts: Translation) -> dict[str, Any]:
+def translated(run: Path, texts: Translation, reference: tuple[Path, ...]) -> dict[str, Any]:
     """The scores of translations, under that name; nothing where none are asked for."""
-    if (texts.translate is None) != (not texts.reference):
-        raise ValueError("--translate and --reference belong together: give both")
     if texts.translate is None:
         return {}
     from spherelm.models.beam import BeamSettings
     from spherelm.train.evaluation import translation_of_run
 
     settings = BeamSettings(texts.beams, texts.length_penalty)
-    return {"translation": translation_of_run(run, texts.translate, texts.reference, settings, texts.write)}
+    return {"translation": translation_of_run(run, texts.translate, reference, settings, texts.write)}
 
 
 def measured(
     run: Path,
-    files: list[Path],
+    files: tuple[Path, ...],
     field: str | None,
     lengths: str | None,
     stride: int | None,

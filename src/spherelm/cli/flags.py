@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
+from spherelm.cli.given import TORCHRUN, Needs
+
 Flag = Annotated[bool, FlagCreatePairsOff]
 """A switch: absent or `--name`, without a `--no-name` beside it."""
 
@@ -34,11 +36,11 @@ class DryRun:
     """
 
     dry_run: Flag = False
-    json: Flag = False
-    world_size: int = 1
-    mfu: float = 0.4
-    peak_tflops: float = 989.0
-    device_memory: float | None = None
+    json: Annotated[Flag, Needs("--dry-run")] = False
+    world_size: Annotated[int, Needs("--dry-run")] = 1
+    mfu: Annotated[float, Needs("--dry-run")] = 0.4
+    peak_tflops: Annotated[float, Needs("--dry-run")] = 989.0
+    device_memory: Annotated[float | None, Needs("--dry-run")] = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Rhythm:
     save_every: int = 0
     save_minutes: float = 30.0
     keep: int = 2
-    keep_every: int = 0
+    keep_every: Annotated[int, Needs("--save-every")] = 0
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ class Spreading:
         timeout: Seconds that processes wait for one another before the run ends.
     """
 
-    strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
-    shard_size: int = 8
+    strategy: Annotated[Literal["replicate", "shard", "hybrid"], Needs(TORCHRUN, "--dry-run")] = "replicate"
+    shard_size: Annotated[int, Needs("--strategy hybrid")] = 8
     recompute: Flag = False
-    timeout: float = 600.0
+    timeout: Annotated[float, Needs(TORCHRUN, "--dry-run")] = 600.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class BadSteps:
     """
 
     on_bad_step: Literal["stop", "skip"] = "stop"
-    skip_budget: int = 10
+    skip_budget: Annotated[int, Needs("--on-bad-step skip")] = 10
     spike_factor: float = 0.0
 
 
@@ -117,9 +119,9 @@ class TrainingTasks:
     """
 
     eval_tasks: str = ""
-    eval_tasks_every: int = 0
-    task_data: Path | None = None
-    eval_limit: int | None = None
+    eval_tasks_every: Annotated[int, Needs("--eval-tasks")] = 0
+    task_data: Annotated[Path | None, Needs("--eval-tasks")] = None
+    eval_limit: Annotated[int | None, Needs("--eval-tasks")] = None
 
 
 @dataclass(frozen=True)
@@ -131,27 +133,25 @@ class BeamSearch:
         length_penalty: Of that search: a text counts as its log probability over its length to this power.
     """
 
-    beams: int | None = None
-    length_penalty: float = 1.0
+    beams: Annotated[int | None, Needs(without=["--interactive"])] = None
+    length_penalty: Annotated[float, Needs("--beams")] = 1.0
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Texts that a run shall write and what they are compared with.
+    """Texts that a run shall write.
 
     Attributes:
         translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
-        reference: Files of what should be written, a line for each line of --translate.
         write: A file to be made of what was written.
         beams: Texts that are pursued at a time.
         length_penalty: A text counts as its log probability over its length to this power.
     """
 
-    translate: Path | None = None
-    reference: tuple[Path, ...] = ()
-    write: Path | None = None
-    beams: int = 5
-    length_penalty: float = 1.0
+    translate: Annotated[Path | None, Needs("--reference")] = None
+    write: Annotated[Path | None, Needs("--translate")] = None
+    beams: Annotated[int, Needs("--translate")] = 5
+    length_penalty: Annotated[float, Needs("--translate")] = 1.0
 
 
 DryRunFlags = Annotated[DryRun, OmitArgPrefixes]

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from spherelm.cli.flags import DataDirectories, Flag
+from spherelm.cli.given import Needs
 from spherelm.counting import counted
 
 
 def prepare(
     out: Path,
-    input: list[Path] | None = None,
+    input: tuple[Path, ...] = (),
     hf: str | None = None,
-    hf_config: str | None = None,
-    hf_split: str = "train",
+    hf_config: Annotated[str | None, Needs("--hf")] = None,
+    hf_split: Annotated[str, Needs("--hf")] = "train",
     field: str = "text",
     skip_bad_rows: Flag = False,
-    limit: int | None = None,
+    limit: Annotated[int | None, Needs("--hf")] = None,
     tokenizer: str = "default",
-    val: list[Path] | None = None,
-    val_fraction: float = 0.0,
+    val: tuple[Path, ...] = (),
+    val_fraction: Annotated[float, Needs(without=["--val"])] = 0.0,
     deduplicate: Flag = False,
     workers: int | None = None,
 ) -> None:
@@ -50,7 +51,7 @@ def prepare(
     hub = None if hf is None else HubRequest(hf, hf_config, hf_split, field, limit)
     processes = workers or os.cpu_count() or 1
     manifest = run_preparation(
-        input or [],
+        input,
         out,
         tokenizer,
         val,
@@ -91,7 +92,7 @@ def pairs(
     val_source: Path,
     val_target: Path,
     out: Path,
-    vocab_size: int = 8000,
+    vocab_size: Annotated[int, Needs(without=["--tokenizer"])] = 8000,
     tokenizer: str | None = None,
     max_tokens: int = 256,
 ) -> None:

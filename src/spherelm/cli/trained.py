@@ -5,15 +5,20 @@ from __future__ import annotations
 import sys
 from json import dumps as encode_json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
+from spherelm.cli.given import Needs
 from spherelm.counting import counted
 
 if TYPE_CHECKING:
     from spherelm.train.samples import Conversation
+
+
+Drawn = Needs(without=["--beams", "--temperature 0"])
+"""For flags of a draw: neither a search nor the most probable token draws."""
 
 
 def import_nvidia(
@@ -48,18 +53,18 @@ def generate(
     prompts: Path | None = None,
     interactive: Flag = False,
     max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    temperature: Annotated[float, Needs(without=["--beams"])] = 0.8,
+    top_k: Annotated[int | None, Drawn] = 50,
+    top_p: Annotated[float | None, Drawn] = None,
+    min_p: Annotated[float | None, Drawn] = None,
+    repetition_penalty: Annotated[float, Needs(without=["--beams"])] = 1.0,
     stop: tuple[str, ...] = (),
-    samples: int = 1,
-    seed: int = 0,
-    window: Flag = False,
+    samples: Annotated[int, Needs(without=["--interactive"])] = 1,
+    seed: Annotated[int, Drawn] = 0,
+    window: Annotated[Flag, Needs(without=["--beams"])] = False,
     search: BeamFlags = BeamSearch(),
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
-    json: Flag = False,
+    json: Annotated[Flag, Needs(without=["--interactive"])] = False,
 ) -> None:
     """Continue a text, many texts, or one in turn with you; an encoder-decoder reads a text and writes another.
 
@@ -85,8 +90,6 @@ def generate(
     """
     if sum((prompt is not None, prompts is not None, interactive)) != 1:
         raise ValueError("give exactly one of --prompt, --prompts and --interactive")
-    if interactive and (json or samples != 1):
-        raise ValueError("--interactive writes one plain text: leave out --json and --samples")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     from spherelm.models.beam import BeamSettings
@@ -110,8 +113,9 @@ def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, 
     goes_on = continues(run)
     asked = [(prompt, i) for prompt in given for i in range(samples)]
     if len(asked) == 1 and not as_json:
-        continuations(run, given, 1, max_new_tokens, write=Writer(given[0] if goes_on else "").write, **settings)
-        print()
+        writer = Writer(given[0] if goes_on else "")
+        continuations(run, given, 1, max_new_tokens, write=writer.write, **settings)
+        writer.write("\n")  # behind the prompt, where nothing came
         return
     written = continuations(run, given, samples, max_new_tokens, **settings)
     if not as_json:

@@ -28,6 +28,7 @@ from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claimed, command_line, git_commit, versions, write_json
 from spherelm.train.samples import continuations
+from spherelm.train.trainer import check_runs
 
 SHORTER = (0.65, 0.4, 0.25)
 """The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until one is
@@ -89,6 +90,14 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in config.arms}
     baseline, normalized = config.arms
     data = open_data(full[baseline][0])
+    check_runs(
+        [runs[0] for runs in full.values()]
+        + [
+            config.run(arm, vocab_size, 0, steps)
+            for arm, runs in full.items()
+            for steps in shorter_budgets(runs[0].train.steps)
+        ]
+    )
     with claimed(out, {**vars(config), "data_identity": data.identity}, resume):
         jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
         # Seed by seed, so that both arms of a pair run side by side.

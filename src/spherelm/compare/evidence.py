@@ -33,12 +33,14 @@ from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.models import is_normalized
+from spherelm.overrides import nearest
 from spherelm.presets import PRESETS, Preset
 from spherelm.recipes import make_run, tuned_rate
 from spherelm.train.checkpoint import load_model
 from spherelm.train.precision import best_device
 from spherelm.train.record import alone_in, write_json
 from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import check_runs
 
 CONTENDERS = {
     "gpt-paper": ("gpt", "paper"),
@@ -82,7 +84,9 @@ class Grid:
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
             unknown = [value for value in getattr(self, name) if value not in known]
             if unknown:
-                raise ValueError(f"unknown {name[:-1]} {unknown[0]!r}: choose among {', '.join(known)}")
+                raise ValueError(
+                    f"unknown {name[:-1]} {unknown[0]!r}{nearest(unknown[0], known)}: choose among {', '.join(known)}"
+                )
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         for context in self.contexts:
@@ -170,8 +174,9 @@ class Ladder:
             )
         self.vocab_size = train.vocab_size
         self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
-        for point, contender in itertools.product(grid.points(), grid.contenders):
-            self.first_rate(contender, point)  # what cannot be trained is refused before anything is
+        # What cannot be trained is refused before anything is.
+        wanted = itertools.product(grid.points(), grid.contenders)
+        check_runs([self.job(name, point, self.first_rate(name, point), 0).config for point, name in wanted])
 
     def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""

@@ -31,7 +31,7 @@ from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.models import MASKED_CONFIGS
 from spherelm.models.decoder import Decoder
-from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint
+from spherelm.train.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint, no_checkpoint
 from spherelm.train.config import read_config
 from spherelm.train.record import command_line, git_commit, versions, write_json
 
@@ -80,8 +80,9 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     """Look into every run and write `out`: index.html, walk.html, figures/, tables/, inspect.json; returns the figures.
 
     runs: run directories, single checkpoints, or directories of `spherelm compare`, which stand for their full runs. Runs of
-    one arm are drawn as seeds of one model and must have one shape. Raises, before anything is written, FileNotFoundError for a
-    missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or for no matplotlib.
+    one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all. Raises
+    FileNotFoundError for a missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or
+    for no matplotlib.
     """
     if not runs:
         raise ValueError("no run is named: give directories of spherelm train or compare")
@@ -91,9 +92,9 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     paths = [path for run in runs for path in expand(run)]
     check_shapes(paths)
     sentence = fitting_sentence(paths) if request.sentence is None else request.sentence
-    inspected = [_inspect(path, text, sentence, request) for path in paths]
-    sections = _sections(inspected)
     with whole_directory(out) as part:
+        inspected = [_inspect(path, text, sentence, request) for path in paths]
+        sections = _sections(inspected)
         _write(part, inspected, sections, sentence, request)
     _say_if_cut(sentence, request.sentence)
     return [figure for _, _, figures in sections for figure in figures]
@@ -152,7 +153,7 @@ def check_shapes(paths: Sequence[Path]) -> None:
     shapes: dict[str, tuple[Path, tuple[Any, ...]]] = {}
     for path in paths:
         if latest_checkpoint(run_directory(path)) is None:
-            raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
+            raise no_checkpoint(path)
         config = read_config(run_directory(path) / "config.json")
         model = config.model
         if isinstance(model, MASKED_CONFIGS):

@@ -30,7 +30,7 @@ from spherelm.train.guard import Diverged
 from spherelm.train.metrics import read_metrics
 from spherelm.train.record import claim_directory
 from spherelm.train.signals import Interrupted
-from spherelm.train.trainer import train
+from spherelm.train.trainer import check_runs, train
 
 POLL_SECONDS = 0.5
 
@@ -146,14 +146,15 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
 
     workers: processes at once, by default `default_workers`. Finished runs are taken as they are, begun ones go on. Raises
-    what a run raises, `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and raise
-    `Interrupted`.
+    what a run raises, before any begins if that is how it is made; `ValueError` for two jobs in one directory; Ctrl-C and
+    SIGTERM let every run save itself and raise `Interrupted`.
     """
     if not jobs:
         return []
     twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
     if twice:
         raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
+    check_runs([job.config for job in jobs])
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
     with _interrupts_ignored():  # also by the process that multiprocessing starts to clean up

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -38,20 +38,28 @@ class HubRequest:
     limit: int | None = None
 
 
+FLAGS = {
+    "column": "--text-column",
+    "config": "--hf-config",
+    "other files": "give others with --input",
+}
+"""How `spherelm data prepare` is asked for another column, another configuration, and files that are not streamed."""
+
+
 class HubText:
     """The documents of one dataset in their order, from any position.
 
     `identity` (JSON) names what is read: two streams with the same one give the same documents. `local_files` are those
     of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened, with one line that
-    says why.
+    says why. `words`: how whoever made the request is told to mend it.
     """
 
-    def __init__(self, request: HubRequest, skip_bad: bool = False) -> None:
+    def __init__(self, request: HubRequest, skip_bad: bool = False, words: Mapping[str, str] = FLAGS) -> None:
         if request.limit is not None and request.limit < 1:
             raise ValueError(f"a limit of {request.limit} rows: give at least 1")
-        self.request = request
+        self.request, self._words = request, words
         with _said_in_one_line(request.name):
-            builder = _open_builder(request)
+            builder = _open_builder(request, words)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
         self._rows_read = Rows(request.column, skip_bad)
@@ -110,7 +118,7 @@ class HubText:
         return Block(Path(self.request.name), "rows", texts, characters, self._rows - len(texts) + 1, after=after)
 
 
-def _open_builder(request: HubRequest) -> Any:
+def _open_builder(request: HubRequest, words: Mapping[str, str]) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -120,7 +128,9 @@ def _open_builder(request: HubRequest) -> Any:
     if path.is_file():
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
-            raise DocumentError(f"{path}: only .parquet, .jsonl and .json files are streamed; give others with --input")
+            raise DocumentError(f"{path}: only .parquet, .jsonl and .json files are streamed; {words['other files']}")
+        if request.config is not None:
+            raise DocumentError(f"{path} is one file, which has no configurations: leave out {words['config']}")
         files = [str(path.resolve())]
         return datasets.load_dataset_builder(loader, data_files={request.split: files})
     if path.is_dir():

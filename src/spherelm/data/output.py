@@ -110,6 +110,16 @@ def _check_same(directory: Path, manifest: dict[str, Any], plan: Plan) -> None:
         )
 
 
+def check_new_file(path: Path, flag: str) -> None:
+    """`FileExistsError`, `FileNotFoundError` or `PermissionError` where the file that `flag` names cannot be made."""
+    if path.exists():
+        raise FileExistsError(f"{path} already exists: choose another {flag}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no directory {path.parent} for {flag}: make it, or choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing may be written in {path.parent}: choose another {flag}")
+
+
 def remove_if_useless(partial: Path, out: Path) -> None:
     """After a failure before the first saved state, leave no trace."""
     if partial.is_dir() and not any((partial / name).exists() for name in (STATE_FILE, MANIFEST_FILE)):

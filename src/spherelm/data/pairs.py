@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spherelm.counting import counted
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.output import check_free, whole_directory, write_json
+from spherelm.data.output import whole_directory, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
 MANIFEST = "pairs.json"
@@ -126,19 +126,18 @@ def prepare_pairs(
     validation pairs they are an error, and so is it if all of those are training pairs.
     Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
-    check_free(out)
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
-    texts = {"train": read_texts(train), "val": read_texts(val)}
-    unseen = set(zip(texts["val"].source, texts["val"].target, strict=True))
-    unseen.difference_update(zip(texts["train"].source, texts["train"].target, strict=True))
-    if not unseen:
-        raise DocumentError(
-            f"every pair of {val.source} and {val.target} is in the training text too: name other files"
-        )
-    both = texts["train"].source + texts["train"].target
-    shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
     with whole_directory(out) as part:
+        texts = {"train": read_texts(train), "val": read_texts(val)}
+        unseen = set(zip(texts["val"].source, texts["val"].target, strict=True))
+        unseen.difference_update(zip(texts["train"].source, texts["train"].target, strict=True))
+        if not unseen:
+            raise DocumentError(
+                f"every pair of {val.source} and {val.target} is in the training text too: name other files"
+            )
+        both = texts["train"].source + texts["train"].target
+        shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
         described = ("name", "vocab_size", "eos_id", "fingerprint")

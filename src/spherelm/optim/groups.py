@@ -50,6 +50,9 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 OPTIMIZERS = ("adamw", "gated_adamw", "muon")
 
+SMALLEST_EPS = 2.0**-126
+"""The smallest normal number of float32. Adam divides by eps where a gradient is zero."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -88,7 +91,13 @@ class OptimConfig:
             raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {self.betas!r}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "balance_rate", "eps"):
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))  # torch refuses a 0 beside a 0.95
+        if not (is_finite(self.eps) and self.eps >= SMALLEST_EPS):
+            raise ValueError(
+                f"eps must be a number of at least {SMALLEST_EPS:.3g}, got {self.eps!r}: Adam divides by it where a gradient "
+                "is zero"
+            )
+        for name in ("weight_decay", "balance_rate"):
             value = getattr(self, name)
             if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number that is not negative, got {value!r}")

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
 from spherelm.layers.linear import Embedding
+from spherelm.optim.schedule import float32_rate
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
@@ -187,4 +188,4 @@ class MuonAdamW(Optimizer):
         """Decay and move a parameter against its orthogonalized update."""
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         step = sharded_as(turned.to(parameter.dtype), parameter)
-        parameter.add_(step, alpha=-group["lr"] * step_size(parameter.shape, axis))
+        parameter.add_(step, alpha=-float32_rate(group["lr"] * step_size(parameter.shape, axis)))

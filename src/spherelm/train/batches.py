@@ -103,6 +103,14 @@ def total_loss(data: RunData, losses: dict[str, float]) -> float:
     return sum(part.weight * losses[part.name] for part in data.held_out)
 
 
+OF_STREAMS = {
+    "column": "column= in --data",
+    "config": "config= in --data",
+    "other files": "make a data directory of others with spherelm data prepare",
+}
+"""How a stream is asked for what `data.hub.FLAGS` ask for."""
+
+
 @dataclass(frozen=True)
 class StreamSpec:
     """What `stream:NAME,key=value,...` says. val: the part of the documents that is held out, or a file of validation text."""
@@ -138,12 +146,16 @@ def sources_of(data: str | None) -> dict[Path, Fraction]:
         return {shipped_directory(): Fraction(1)}
     found = [_WEIGHTED.fullmatch(part) for part in data.split(",")]
     if Path(data).is_dir() or not all(found):
+        parts = [match[1] if match else part for match, part in zip(found, data.split(","), strict=True)]
+        if len(parts) > 1 and not Path(data).is_dir() and all(Path(part).is_dir() for part in parts):
+            weighted = ",".join(f"{part}=1" for part in parts)
+            raise ValueError(f"{data!r} names several directories: give each its weight, such as --data {weighted}")
         return {Path(data): Fraction(1)}
     pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{data!r} names a directory twice: add its weights up")
-    parts = shares([weight for _, weight in pairs])
-    return {path: Fraction(part, sum(parts)) for (path, _), part in zip(pairs, parts, strict=True)}
+    whole = shares([weight for _, weight in pairs])
+    return {path: Fraction(part, sum(whole)) for (path, _), part in zip(pairs, whole, strict=True)}
 
 
 def proportions(data: str | None) -> tuple[float | str | Fraction, ...]:
@@ -279,7 +291,7 @@ def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
 
 
 def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int) -> RunData:
-    text, tokenizer, train = HubText(spec.request), load_tokenizer(spec.tokenizer), config.train
+    text, tokenizer, train = HubText(spec.request, words=OF_STREAMS), load_tokenizer(spec.tokenizer), config.train
     file = Path(spec.val)
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:

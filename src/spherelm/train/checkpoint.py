@@ -253,8 +253,17 @@ def checkpoint_of(run: str | Path) -> Path:
     """
     found = named_checkpoint(run) or latest_checkpoint(Path(run))
     if found is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: pass a run directory that spherelm train wrote")
+        raise no_checkpoint(Path(run))
     return found
+
+
+def no_checkpoint(path: Path) -> FileNotFoundError:
+    """What is said of a directory without a checkpoint: which runs are in it, if any."""
+    runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
+    if not runs:
+        return FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+    more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
+    return FileNotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:

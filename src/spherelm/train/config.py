@@ -77,6 +77,8 @@ class TrainConfig:
         for name in (*counts, "spike_factor", "save_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
         for name, known in (("dtype", DTYPES), ("strategy", STRATEGIES), ("on_bad_step", ON_BAD_STEP)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spherelm.data.documents import read_lines
+from spherelm.data.output import check_new_file
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
@@ -102,10 +103,10 @@ def translation_of_run(
     references: files of as many lines. written: a file to be made, of the texts written, one a line. Each may be as long as the
     model allows. Raises as `continuations` and `translation_scores` do, the latter before anything is written.
     """
+    if written is not None:
+        check_new_file(written, "--write")
     texts, wanted = read_lines(source), [read_lines(path) for path in references]
     check_references(texts, wanted)
-    if written is not None and written.exists():
-        raise FileExistsError(f"{written} already exists: choose another --write")
     model, tokenizer = load_for_inference(run)
     model.to(best_device())
     prompts = [encode_prompt(tokenizer, text, f"line {i} of {source}") for i, text in enumerate(texts, 1)]

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +25,10 @@ from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
 from spherelm.layers.moe import clear_loads
-from spherelm.models import build
+from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
-from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
+from spherelm.train.batches import RunData, epochs, open_data, total_loss, validation_losses
 from spherelm.train.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.train.config import RunConfig, micro_batches, to_dict
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
@@ -63,7 +63,6 @@ class Trainer:
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
         group.together(self._prepare)
-        checkpoint = self._claim(resume)
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
@@ -72,6 +71,8 @@ class Trainer:
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
+        # Only now: what is refused before leaves no trace, so that the corrected command can be given at once.
+        checkpoint = self._claim(resume)
         self.progress = Progress(0, 0.0)
         self._saved: int | None = None
         if checkpoint is not None:
@@ -88,10 +89,8 @@ class Trainer:
     def _prepare(self) -> None:
         """Everything that may be refused on any process: text, tasks, sinks."""
         config, group = self.config, self.group
-        check_names(config.train.log_to)
         self.micro_batch_size, _ = micro_batches(config.train, group.world_size)
-        self.data = open_data(config, group.rank, group.world_size)
-        self.score_tasks = task_scorer(config.train, self.data.tokenizer)
+        self.data, self.score_tasks = prepare(config, group)
         if self.score_tasks is not None and not group.is_alone:
             raise ValueError(
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
@@ -294,6 +293,26 @@ class Trainer:
         self.metrics.flush()
         self.checkpoints.save(self.model, self.optimizer, self.progress)
         self._saved, self._saved_at = self.progress.step, self._now
+
+
+def prepare(config: RunConfig, group: Group) -> tuple[RunData, Callable[[Decoder], dict[str, Any]] | None]:
+    """The text of a run, and what scores its model on tasks, if any; `ValueError` for these and for sinks that cannot be."""
+    check_names(config.train.log_to)
+    data = open_data(config, group.rank, group.world_size)
+    return data, task_scorer(config.train, data.tokenizer)
+
+
+def check_runs(configs: Sequence[RunConfig]) -> None:
+    """Raise what the first of these runs that cannot begin would raise; nothing is written and no model takes memory."""
+    texts = {str((c.arm, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1))): c for c in configs}
+    for config in texts.values():
+        micro_batches(config.train, 1)
+        prepare(config, Group())
+    for model in {str(config.model): config.model for config in configs}.values():
+        with torch.device("meta"):
+            build(model)
+    for optim in {str(config.optim): config.optim for config in configs}.values():
+        build_optimizer(torch.nn.Linear(1, 1), optim)
 
 
 def gradients_of_batch(

@@ -1,0 +1,182 @@
+"""The flags of a command as they were given: lists add up, any other flag is given once, and what cannot act is refused.
+
+What a flag needs in order to act is declared beside it, by `Needs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+TORCHRUN = "torchrun"
+"""Stands among what a flag needs for several processes, which torchrun starts."""
+
+
+class Needs:
+    """Stands in a flag's annotation and says what it needs in order to act.
+
+    beside: flags, one of which must be given: a name, a name and its value such as "--strategy hybrid", or `TORCHRUN`.
+    without: flags, written in the same way, that leave this one nothing to do unless one of `beside` is given.
+    """
+
+    def __init__(self, *beside: str, without: Sequence[str] = ()) -> None:
+        self.beside, self.without = beside, tuple(without)
+
+    def complaint(self, flag: str, found: Mapping[str, Sequence[str]]) -> str | None:
+        """Why `flag` cannot act beside the flags that were `found`; `None` if it can."""
+        if any(holds(wanted, found) for wanted in self.beside):
+            return None
+        blocking = [other for other in self.without if holds(other, found)]
+        if blocking:
+            more = f", or give {' or '.join(self.beside)} too" if self.beside else ""
+            return f"{flag} does nothing beside {blocking[0]}: leave one of them out{more}"
+        if self.without:
+            return None
+        return f"{flag} acts only with {' or '.join(self.beside)}: give both, or leave {flag} out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a flag is: whether it takes a list, or no value at all, and what it needs."""
+
+    is_list: bool
+    is_switch: bool
+    needs: Needs | None
+
+
+def holds(wanted: str, found: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the flag `wanted`, with its value if it names one, is among those that were `found`."""
+    if wanted == TORCHRUN:
+        return "WORLD_SIZE" in os.environ
+    flag, _, value = wanted.partition(" ")
+    return flag in found and (not value or same(found[flag][-1:], value))
+
+
+def same(values: Sequence[str], wanted: str) -> bool:
+    """Whether a flag's value is `wanted`, as text or as a number."""
+    try:
+        return [float(value) for value in values] == [float(wanted)]
+    except ValueError:
+        return list(values) == [wanted]
+
+
+def flags_of(command: Callable[..., Any]) -> dict[str, Kind]:
+    """Every flag of `command`, those in the dataclasses among its parameters too."""
+    found: dict[str, Kind] = {}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        kind, notes = unfold(hint)
+        if dataclasses.is_dataclass(kind):
+            found |= flags_of(kind)  # type: ignore[arg-type]
+        elif name != "return" and Positional not in notes:
+            needs = next((note for note in notes if isinstance(note, Needs)), None)
+            found[flag_name(name, notes)] = Kind(is_list(kind), kind is bool, needs)
+    return found
+
+
+def unfold(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type and the notes with which it is annotated."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a flag of this type takes any number of values."""
+    return get_origin(kind) is tuple and get_args(kind)[-1] is ...
+
+
+def flag_name(parameter: str, notes: Sequence[Any] = ()) -> str:
+    """The flag of a parameter."""
+    renamed = next((note.name for note in notes if getattr(note, "name", None)), None)
+    return "--" + (renamed or parameter).replace("_", "-")
+
+
+def read(words: Sequence[str], flags: Mapping[str, Kind]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag among `words` that is one of `flags`, and the words behind it up to the next."""
+    places = [place for place, word in enumerate(words) if key_of(word) in flags]
+    end = words.index("--") if "--" in words else len(words)
+    for place, following in itertools.pairwise([*(place for place in places if place < end), end]):
+        _, equals, value = words[place].partition("=")
+        yield key_of(words[place]), [*([value] if equals else []), *words[place + 1 : following]]
+
+
+def key_of(word: str) -> str:
+    """The flag in a word that may hold its value too; underscores may stand for hyphens."""
+    return word.partition("=")[0].replace("_", "-")
+
+
+def check(words: Sequence[str], flags: Mapping[str, Kind]) -> None:
+    """Raise `ValueError` for a flag in `words` that is given twice, has no value, or cannot act."""
+    found: dict[str, list[str]] = {}
+    for flag, values in read(words, flags):
+        kind = flags[flag]
+        if flag in found and not (kind.is_list or kind.is_switch):
+            raise ValueError(f"{flag} is given twice, with {found[flag][0]} and with {values[0]}: give it once")
+        if kind.is_list and not values:
+            raise ValueError(f"{flag} has no value: give one, or leave it out")
+        found.setdefault(flag, []).extend(values if kind.is_list else values[:1])
+    for field, _, value in (word.partition("=") for word in found.get("--set", [])):
+        found.setdefault(flag_name(field), []).append(value)
+    for flag in found:
+        needs = flags[flag].needs if flag in flags else None
+        complaint = needs.complaint(flag, found) if needs else None
+        if complaint:
+            raise ValueError(complaint)
+
+
+def checked(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command` for the parser: it looks at what was given before it begins, and its lists add up where they are repeated."""
+    flags, hints = flags_of(command), get_type_hints(command, include_extras=True)
+    parameters, defaults = [], {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        (kind, notes), default = unfold(hints[name]), parameter.default
+        hint = hints[name]
+        if is_list(kind) and Positional not in notes:
+            shown = arg(help_behavior_hint=f"(default: {' '.join(map(str, default))})")
+            hint = tuple[kind, ...]  # type: ignore[valid-type]
+            for note in (*notes, shown, UseAppendAction):
+                hint = Annotated[hint, note]
+            defaults[name], default = default, ()
+        parameters.append(parameter.replace(annotation=hint, default=default))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        check(sys.argv[1:], flags)
+        lists = {name: tuple(itertools.chain(*values[name])) or default for name, default in defaults.items()}
+        command(**{**values, **lists})
+
+    del run.__wrapped__  # the parser would look through it
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def fields_by(flags: Mapping[str, Kind]) -> dict[str, str]:
+    """How each field of a run is given where one of `flags` takes fields, by the flag that it might be taken for."""
+    takes = next((flag for flag in ("--set", "--vary") if flag in flags), None)
+    if takes is None:
+        return {}
+    from spherelm.models import ARMS
+    from spherelm.overrides import fields_of
+
+    return {flag_name(field): f"{takes} {field}=VALUE" for arm in ARMS for field in sorted(fields_of(arm))}
+
+
+def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -> None:
+    """Raise `ValueError` for what is written as a flag and is none of the command `name`, with the nearest that is."""
+    for word in words[: words.index("--") if "--" in words else None]:
+        key = key_of(word)
+        written_as_flag = key.startswith("--") and key[2:3].isalpha()
+        if not written_as_flag or key in flags or key == "--help" or key.startswith("--tyro-"):
+            continue
+        meant = {flag: flag for flag in flags} | fields_by(flags)
+        near = get_close_matches(key, meant, 1, 0.7)
+        advice = f"did you mean {meant[near[0]]}?" if near else f"see spherelm {name} --help"
+        raise ValueError(f"{name} has no flag {key}: {advice}")
