@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -28,10 +29,12 @@ from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_
 from spherelm.cli import main
 from spherelm.compare.cost import measure_cost
 from spherelm.compare.jobs import Job, do_job
+from spherelm.data.compression import COMPRESSIONS
 from spherelm.data.corpus import shipped_directory
-from spherelm.data.documents import COMPRESSIONS, SUFFIXES
+from spherelm.data.documents import SUFFIXES
 from spherelm.data.loader import Loader
 from spherelm.data.prepare import prepare
+from spherelm.data.rows import Rows
 from spherelm.data.shards import open_tokens
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.translation import translation_scores
@@ -466,19 +469,19 @@ def number_formats(row: Row) -> None:
 def input_files(row: Row) -> None:
     zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    assert set(row.names) == {*SUFFIXES, *COMPRESSIONS}
-    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
-    inputs = []
-    for kind in (".txt", ".jsonl"):
+    assert set(row.names) == {*SUFFIXES, *COMPRESSIONS, "--field"}
+    compress = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    compress[".zst"] = zstandard.ZstdCompressor().compress
+    content = {".jsonl": '{"body": "%s"}', ".json": '[{"body": "%s"}]', ".csv": "body\n%s"}
+    (row.tmp_path / "in").mkdir()
+    for kind in set(SUFFIXES) - {".parquet"}:
         for ending, squeeze in compress.items():
-            words = f"{kind} {ending} " * 20
-            content = words if kind == ".txt" else json.dumps({"text": words})
-            inputs.append(row.tmp_path / f"input{kind}{ending}")
-            inputs[-1].write_bytes(squeeze(content.encode()))
-    inputs.append(row.tmp_path / "input.parquet")
-    parquet.write_table(pyarrow.table({"text": ["rows and columns"]}), inputs[-1])
-    manifest = prepare(inputs, row.tmp_path / "out", "bytes")
-    assert manifest["splits"]["train"]["documents"] == len(inputs) == 9
+            text = content.get(kind, "%s") % (f"{kind} {ending} " * 20)
+            (row.tmp_path / "in" / f"input{kind}{ending}").write_bytes(squeeze(text.encode()))
+    parquet.write_table(pyarrow.table({"body": ["rows and columns"]}), row.tmp_path / "in" / "input.parquet")
+    pattern = row.tmp_path / "in" / "*.parquet"
+    manifest = prepare([row.tmp_path / "in", pattern], row.tmp_path / "out", "bytes", rows=Rows("body"))
+    assert manifest["splits"]["train"]["documents"] == 5 * 5 + 2
 
 
 @check("Tokenizers")

@@ -66,20 +66,19 @@ def prepare(
 
 
 def _say_what_was_made(manifest: dict[str, Any], deduplicate: bool) -> None:
-    for source in manifest["inputs"]:
+    for source in manifest.get("inputs", []):
         begin, end = source.get("characters", (0, 0))
         if end is None:
             print(f"{source['name']} is one document: from character {begin:,} on it is the validation text")
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
-    if manifest["empty_documents_left_out"]:
-        print(f"{counted(manifest['empty_documents_left_out'], 'empty document')} left out")
-    if manifest["bad_rows_left_out"]:
-        print(f"{counted(manifest['bad_rows_left_out'], 'bad row')} left out")
-    if manifest["unsafe_cuts"]:
+    for key, what in (("empty_documents_left_out", "empty document"), ("bad_rows_left_out", "bad row")):
+        if count := manifest.get(key):
+            print(f"{counted(count, what)} left out")
+    if count := manifest.get("unsafe_cuts"):
         print(
-            f"{counted(manifest['unsafe_cuts'], 'cut')} in long stretches of text without a place where this tokenizer allows "
-            "it: the tokens there may differ from those of the whole text"
+            f"{counted(count, 'cut')} within long stretches of text that have no safe place: the tokens there may differ "
+            "from those of the whole text"
         )
     left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
     if deduplicate:
