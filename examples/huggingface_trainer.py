@@ -1,6 +1,6 @@
 """nGPT in transformers' Trainer, on a book that ships with spherelm: `python examples/huggingface_trainer.py --steps 200`.
 
-Needs `pip install 'spherelm[hf]'`. One line keeps the weights on the sphere; everything else is transformers' own.
+Needs `pip install '.[hf]'` in a clone of spherelm. One line keeps the weights on the sphere; the rest is transformers' own.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def _row_blocks(path: Path, size: int) -> Iterator[Block]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DocumentError(f"{path} needs pyarrow: pip install 'spherelm[data]'") from error
+        raise DocumentError(f"{path} needs pyarrow: pip install '.[data]' in a clone of spherelm") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -285,7 +285,7 @@ def _decompressed_zst(file: IO[bytes], damaged: DocumentError) -> Iterator[bytes
     try:
         import zstandard
     except ImportError as error:
-        raise DocumentError("a .zst file needs zstandard: pip install 'spherelm[data]'") from error
+        raise DocumentError("a .zst file needs zstandard: pip install '.[data]' in a clone of spherelm") from error
     frame: Any = None
     try:
         while data := file.read(_READ_BYTES // 8):

@@ -115,7 +115,9 @@ def _open_builder(request: HubRequest) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
+        raise DocumentError(
+            f"streaming {request.name} needs datasets: pip install '.[data]' in a clone of spherelm"
+        ) from error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failed attempts end in one line of ours
     path = Path(request.name).expanduser()
     if path.is_file():

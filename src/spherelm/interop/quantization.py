@@ -31,7 +31,7 @@ def _torchao() -> Any:
     try:
         import torchao.quantization  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ValueError("8-bit weights need torchao: pip install 'spherelm[quantize]'") from error
+        raise ValueError("8-bit weights need torchao: pip install '.[quantize]' in a clone of spherelm") from error
     finally:
         logging.disable(before)
     return torchao.quantization
