@@ -48,7 +48,9 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
     data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page and the summary speak of them, and of the baseline as the baseline, whoever is ahead."""
-    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
     rates = {("adam", "hybrid"): 2e-3, ("adam", "nhybrid"): 1e-2}
     pattern = dataclasses.replace(tiny.PRESET, n_layers=3, d_model=32, pattern="M-A", rates=rates)
     monkeypatch.setitem(PRESETS, "tiny", pattern)
@@ -68,7 +70,9 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
 
 
 def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
-    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
     out = tmp_path / "out"
     returned = compare(config(data), out)
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
@@ -173,7 +177,9 @@ def test_where_every_run_diverged_there_is_nothing_to_compare(data: Path, tmp_pa
 
 
 def test_a_page_is_drawn_of_an_arm_that_diverged(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
-    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
     compare(config(data, seeds=1, quick=True, lr_gpt=1e30), tmp_path / "out")
     assert "diverged" in (tmp_path / "out" / "report.html").read_text()
 
@@ -271,7 +277,7 @@ def test_without_matplotlib_nothing_is_trained_in_vain(
     data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"matplotlib.*pip install 'spherelm\[report\]'"):
+    with pytest.raises(ValueError, match=r"matplotlib.*pip install '\.\[report\]' in a clone of spherelm"):
         compare(config(data), tmp_path / "out")
     assert jobs_done == []
     assert not (tmp_path / "out").exists()

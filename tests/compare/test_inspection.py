@@ -37,7 +37,7 @@ from spherelm.train.evaluation import load_decoder
 from spherelm.train.record import write_json
 from spherelm.train.trainer import Trainer
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
 SMALL = Request(sentence="The sea.", positions=64, images=False)
 OF_WEIGHTS = [
@@ -157,7 +157,7 @@ def test_the_page_shows_all_figures_and_links_what_is_there(inspected: Inspected
 
 def test_tables_hold_what_was_measured(inspected: Inspected) -> None:
     parquet = pytest.importorskip(
-        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install 'spherelm[data]'"
+        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install '.[data]' in a clone of spherelm"
     )
     rows = parquet.read_table(inspected.out / "tables" / "angles.parquet").to_pylist()
     assert {row["run"] for row in rows} == {"gpt-0", "ngpt-0", "ngpt-0 step-00000004"}
@@ -420,5 +420,5 @@ def test_without_matplotlib_one_line_says_what_to_install(
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"pip install 'spherelm\[report\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[report\]' in a clone of spherelm"):
         inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)

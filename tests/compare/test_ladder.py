@@ -17,7 +17,7 @@ from spherelm.recipes import make_run
 from spherelm.train.config import to_dict
 from spherelm.train.record import write_json
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
 SHAPE: dict[str, Any] = {"vocab_size": 96, "n_layers": 3, "d_model": 32, "n_heads": 2, "batch_size": 4, "seq_len": 16}
 Write = Callable[..., Path]

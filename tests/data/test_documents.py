@@ -278,7 +278,7 @@ def test_parquet_faults(tmp_path: Path) -> None:
 def test_optional_libraries_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"?")
-    with pytest.raises(DocumentError, match=r"pip install 'spherelm\[data\]'"):
+    with pytest.raises(DocumentError, match=r"pip install '\.\[data\]' in a clone of spherelm"):
         list(read_blocks(tmp_path / name))
 
 

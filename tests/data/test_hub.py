@@ -28,7 +28,9 @@ from spherelm.data.rows import Rows
 from spherelm.data.shards import Shard, open_tokens
 from spherelm.train.batches import open_data
 
-datasets = pytest.importorskip("datasets", reason="streaming needs datasets: pip install 'spherelm[data]'")
+datasets = pytest.importorskip(
+    "datasets", reason="streaming needs datasets: pip install '.[data]' in a clone of spherelm"
+)
 
 TEXTS = [f"Document {i}: " + "and so on " * (1 + 7 * i % 13) + "é" for i in range(70)]
 EOS = 256
@@ -253,5 +255,5 @@ def test_the_command(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_without_the_library(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DocumentError, match=r"needs datasets: pip install 'spherelm\[data\]'"):
+    with pytest.raises(DocumentError, match=r"needs datasets: pip install '\.\[data\]' in a clone of spherelm"):
         HubText(HubRequest(str(parquet)))

@@ -217,7 +217,7 @@ def test_without_transformers_the_extra_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert command("export", runs["gpt"], tmp_path / "out") == 2
-    assert "pip install 'spherelm[hf]'" in capsys.readouterr().err
+    assert "pip install '.[hf]' in a clone of spherelm" in capsys.readouterr().err
 
 
 def test_the_card_of_an_imported_run_claims_nothing(runs: dict[str, Path]) -> None:

@@ -133,7 +133,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise ValueError("figures need matplotlib, which is not installed: pip install 'spherelm[report]'") from None
+        raise ValueError(
+            "figures need matplotlib, which is not installed: pip install '.[report]' in a clone of spherelm"
+        ) from None
 
 
 def seeds_and_mean(

@@ -122,7 +122,9 @@ def _open_builder(request: HubRequest, words: Mapping[str, str]) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
+        raise DocumentError(
+            f"streaming {request.name} needs datasets: pip install '.[data]' in a clone of spherelm"
+        ) from error
     _refuse_damage()
     path = Path(request.name).expanduser()
     if path.is_file():

@@ -157,7 +157,7 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str | None], int
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DocumentError(f"{path} needs pyarrow: pip install 'spherelm[data]'") from error
+        raise DocumentError(f"{path} needs pyarrow: pip install '.[data]' in a clone of spherelm") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

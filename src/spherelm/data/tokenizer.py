@@ -185,7 +185,9 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ImportError as error:
-            raise ValueError(f"tokenizer {name} needs sentencepiece: pip install 'spherelm[data]'") from error
+            raise ValueError(
+                f"tokenizer {name} needs sentencepiece: pip install '.[data]' in a clone of spherelm"
+            ) from error
         self.name = name
         self._definition = definition
         self._model = sentencepiece.SentencePieceProcessor()
@@ -310,7 +312,7 @@ def _from_hub(name: str) -> Tokenizer:
     except ImportError as error:
         raise ValueError(
             f"unknown tokenizer {name!r}: neither 'default', 'bytes' nor a file; "
-            "for a Hugging Face name: pip install 'spherelm[hf]'"
+            "for a Hugging Face name: pip install '.[hf]' in a clone of spherelm"
         ) from error
     try:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(name)

@@ -84,7 +84,7 @@ def check_harness() -> None:
             import lm_eval.evaluator
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"tasks need lm-eval ({error}): pip install 'spherelm[eval]'") from error
+        raise ValueError(f"tasks need lm-eval ({error}): pip install '.[eval]' in a clone of spherelm") from error
 
 
 def own_definition(name: str) -> Definition:

@@ -24,7 +24,7 @@ def translation_scores(written: Sequence[str], references: Sequence[Sequence[str
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
-        raise ValueError("BLEU and chrF need sacrebleu: pip install 'spherelm[eval]'") from error
+        raise ValueError("BLEU and chrF need sacrebleu: pip install '.[eval]' in a clone of spherelm") from error
     scores: dict[str, Any] = {"texts": len(written)}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         found = metric.corpus_score(list(written), [list(texts) for texts in references], n_bootstrap=BOOTSTRAP)

@@ -30,7 +30,7 @@ def _torchao() -> Any:
         with silenced():  # on import it logs which kernels for GPUs it was built without
             import torchao.quantization  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ValueError("8-bit weights need torchao: pip install 'spherelm[quantize]'") from error
+        raise ValueError("8-bit weights need torchao: pip install '.[quantize]' in a clone of spherelm") from error
     return torchao.quantization
 
 

@@ -19,7 +19,9 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("spherelm.layers.triton_sphere needs triton: pip install 'spherelm[triton]'") from error
+    raise ImportError(
+        "spherelm.layers.triton_sphere needs triton: pip install '.[triton]' in a clone of spherelm"
+    ) from error
 
 PROGRAMS = 256
 """How many programs share the rows in the backward pass of a step, each with a sum for alpha of its own."""

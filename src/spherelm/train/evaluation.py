@@ -44,7 +44,7 @@ def transformers_tokenizer(directory: Path) -> Any:
 
         definition = tokenizer_definition(directory)
     except ImportError as error:
-        raise ValueError("tasks need transformers and lm-eval: pip install 'spherelm[eval]'") from error
+        raise ValueError("tasks need transformers and lm-eval: pip install '.[eval]' in a clone of spherelm") from error
     return fast_tokenizer(definition.json, definition.eos_token, NO_LIMIT)
 
 

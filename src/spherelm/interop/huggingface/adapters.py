@@ -20,7 +20,7 @@ try:
     from peft import LoraConfig
     from peft.tuners.lora import Linear as LoraLinear
 except ImportError as error:
-    raise ImportError("adapters need peft: pip install 'spherelm[hf]'") from error
+    raise ImportError("adapters need peft: pip install '.[hf]' in a clone of spherelm") from error
 
 PLAIN = {"lora_dropout": 0.0, "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 """Options that have no meaning for a weight that is normalized as a whole, and the value that they must have."""
