@@ -146,9 +146,9 @@ def sources_of(data: str | None) -> dict[Path, Fraction]:
         return {shipped_directory(): Fraction(1)}
     found = [_WEIGHTED.fullmatch(part) for part in data.split(",")]
     if Path(data).is_dir() or not all(found):
-        parts = [match[1] if match else part for match, part in zip(found, data.split(","), strict=True)]
-        if len(parts) > 1 and not Path(data).is_dir() and all(Path(part).is_dir() for part in parts):
-            weighted = ",".join(f"{part}=1" for part in parts)
+        named = [match[1] if match else part for match, part in zip(found, data.split(","), strict=True)]
+        if len(named) > 1 and not Path(data).is_dir() and all(Path(part).is_dir() for part in named):
+            weighted = ",".join(f"{part}=1" for part in named)
             raise ValueError(f"{data!r} names several directories: give each its weight, such as --data {weighted}")
         return {Path(data): Fraction(1)}
     pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
