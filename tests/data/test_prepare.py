@@ -391,6 +391,21 @@ def test_the_command_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert answer.out.startswith(f"one.txt is one document: from character {place:,} on it is the validation text\n")
 
 
+def test_cuts_that_are_not_safe_are_said(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("spherelm.data.cutting._PIECE", 60)
+    monkeypatch.setattr("spherelm.data.cutting.LONGEST", 500)
+    (tmp_path / "a.txt").write_text("x" * 3000)
+    command = commands.make_command(monkeypatch, capsys)
+    words = ("--tokenizer", "bytes", "--workers", 1, "--out", tmp_path / "out")
+    answer = command("data", "prepare", "--input", tmp_path / "a.txt", *words)
+    count = json.loads((tmp_path / "out" / "manifest.json").read_text())["unsafe_cuts"]
+    assert 4 <= count <= 3000 / 500
+    assert answer.out.splitlines()[1].startswith(f"{count} cuts within long stretches of text that have no safe place")
+    assert texts_of(tmp_path / "out") == ["x" * 3000]
+
+
 def test_a_long_text_over_blocks_and_shards(tmp_path: Path, small: None) -> None:
     text = "a long text of many words " * 100
     for i, content in enumerate([text, "short"]):
