@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -59,3 +60,16 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         script("search_rates").main()
     assert end.value.code == 2
     assert capsys.readouterr().err == f"search_rates: {message}\n"
+
+
+def test_what_the_page_says_of_the_inside_is_what_was_measured() -> None:
+    """And a reversal of the numbers would reverse what it says."""
+    inside = script("inside_summary")
+    found = json.loads((ROOT / "docs" / "results" / "inside.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "inside.md").read_text(encoding="utf-8")
+    assert inside.renewed(page, found) == page, "give the command at the head of scripts/inside_summary.py"
+    found["arms"] = dict(zip(found["arms"], reversed(found["arms"].values()), strict=True))
+    (row,) = [line for line in inside.text(found).splitlines() if line.startswith("| 5: condition numbers")]
+    verdicts = {"agrees": "**differs**", "**differs**": "agrees", "in part": "in part"}
+    before = next(line for line in page.splitlines() if line.startswith("| 5: condition numbers"))
+    assert row.split(" | ")[-1].strip(" |") == verdicts[before.split(" | ")[-1].strip(" |")]
