@@ -176,7 +176,7 @@ def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -
         written_as_flag = key.startswith("--") and key[2:3].isalpha()
         if not written_as_flag or key in flags or key == "--help" or key.startswith("--tyro-"):
             continue
-        meant = {flag: flag for flag in flags} | fields_by(flags)
+        meant = fields_by(flags) | {flag: flag for flag in flags}
         near = get_close_matches(key, meant, 1, 0.7)
         advice = f"did you mean {meant[near[0]]}?" if near else f"see spherelm {name} --help"
         raise ValueError(f"{name} has no flag {key}: {advice}")
