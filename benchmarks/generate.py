@@ -28,11 +28,11 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from spherelm.layers.readout import read_logits
-from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
 from spherelm.generation.folding import folded
 from spherelm.generation.generate import stream
 from spherelm.generation.sampling import Sampling
+from spherelm.layers.readout import read_logits
+from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
 
 Clock = Callable[[], float]
 

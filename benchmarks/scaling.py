@@ -67,8 +67,8 @@ def scaling(directory: Path, rounds: int, steps: int) -> dict[str, Any]:
 
 def saving(directory: Path, rounds: int, steps: int) -> dict[str, Any]:
     """Seconds that `steps` updates take with and without one checkpoint begun in their middle, and what it holds."""
-    from spherelm.recipes import make_run
     from spherelm.data.sources import vocabulary_size
+    from spherelm.recipes import make_run
     from spherelm.train.trainer import Trainer
 
     shape = {"n_layers": 6, "d_model": 256, "n_heads": 4, "batch_size": 8, "steps": 10**6, "dtype": "float32"}

@@ -22,8 +22,8 @@ from spherelm.data.pairs import PairFiles, prepare_pairs
 from spherelm.evaluate.translation import error_rates
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.recipes import make_run
-from spherelm.train.batches import vocabulary_size
 from spherelm.runs.checkpoint import load_model
+from spherelm.train.batches import vocabulary_size
 from spherelm.train.trainer import train
 
 END = "<|endoftext|>"

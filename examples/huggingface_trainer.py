@@ -1,6 +1,7 @@
 """nGPT in transformers' Trainer, on a book that ships with spherelm: `python examples/huggingface_trainer.py --steps 200`.
 
-Needs `pip install 'spherelm[hf]'`. The wrapped model keeps its weights on the sphere; everything else is transformers' own.
+Needs `pip install '.[hf]'` in a clone of spherelm. The wrapped model keeps its weights on the sphere; everything else is
+transformers' own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main() -> None:
     ids = torch.tensor(tokenizer.encode(next(shipped_documents("train"))["text"][:400_000]))
     windows = [{"input_ids": window, "labels": window} for window in ids.split(128)[:-1]]
     # In a short run the learned scales cannot travel far: start them near where they belong (docs/paper.md).
-    config = NGPTConfig(tokenizer.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(128**0.5), alpha=ScaleSpec(0.25))
+    config = NGPTConfig(
+        tokenizer.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(128**0.5), alpha=ScaleSpec(0.25)
+    )
     model = to_hf(NGPT(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     settings = TrainingArguments(

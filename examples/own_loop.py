@@ -25,7 +25,9 @@ def main() -> None:
     text = open_tokens(shipped_directory(), "train")
     loader = Loader(text, seq_len=128, batch_size=8, seed=0)
     # In a short run the learned scales cannot travel far: start them near where they belong (docs/paper.md).
-    config = NGPTConfig(text.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(128**0.5), alpha=ScaleSpec(0.12))
+    config = NGPTConfig(
+        text.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(128**0.5), alpha=ScaleSpec(0.12)
+    )
     model = NGPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     attach_retraction(optimizer, model)  # unit weights now and after every step

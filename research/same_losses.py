@@ -141,7 +141,7 @@ def carry_out(name: str, case: dict[str, Any], start: Start, pairs: Path) -> lis
     arm, architecture = FORMER_ARMS.get(arm, (arm, "decoder"))
     given.setdefault("preset", {"encoder": "encoder"}.get(architecture, "demo"))
     config = make_run(arm, vocab_size=vocabulary_size(data), data=data, **given)
-    trainer.build, trainer.clip_gradients = start, ordered_clip
+    trainer.build, trainer.clip_gradients, trainer.WORSE = start, ordered_clip, math.inf
     try:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from oracle_names import oracle_names, oracle_parameters
 from torch import Tensor
 
 from spherelm.models import GPTConfig, NGPTConfig, build
+from spherelm.models.config import Config
 from spherelm.models.decoder import Decoder
 from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
 
@@ -33,6 +35,9 @@ settings.load_profile("spherelm")
 # A script that puts the tests into the background has them ignore Ctrl-C, and with them every process that they start and stop.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes that tests start fail on warnings as tests do, but for deprecations, of which other libraries have many on import.
+os.environ["PYTHONWARNINGS"] = ",".join(f"error::{kind}" for kind in ("UserWarning", "FutureWarning", "RuntimeWarning"))
 
 # The tensors here are tiny: a second thread costs more than it brings, much more when several tests run at once.
 torch.set_num_threads(1)

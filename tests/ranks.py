@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -76,6 +77,7 @@ def _become_rank(rank: int, job: dict[str, Any], port: int, err: Path) -> None:
     if job["processes"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.filterwarnings("error", append=True)  # what is not filtered by those who know of it
     sys.argv = ["spherelm", *job["arguments"]]
     exec(job["before"], {"rank": rank})
 

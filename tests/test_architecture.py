@@ -21,7 +21,7 @@ OWNERS = {
     "matplotlib": {"analysis"},
     "datasets": {"data/hub"},
     "fsspec": {"data/hub"},
-    "pyarrow": {"data/documents", "report/tables"},
+    "pyarrow": {"data/rows", "report/tables"},
     "zstandard": {"data/compression"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
@@ -215,8 +215,8 @@ def test_every_module_needs_the_core_only() -> None:
     assert result["light"], "import spherelm costs nothing"
     assert len(result["imported"]) > 40
     kernels = result["said"].pop("spherelm.layers.triton_sphere")
-    assert kernels == "spherelm.layers.triton_sphere needs triton: pip install 'spherelm[triton]'"
-    expected = "spherelm.interop.huggingface needs transformers: pip install 'spherelm[hf]'"
+    assert kernels == "spherelm.layers.triton_sphere needs triton: pip install '.[triton]' in a clone of spherelm"
+    expected = "spherelm.interop.huggingface needs transformers: pip install '.[hf]' in a clone of spherelm"
     assert {name: said for name, said in result["said"].items() if said != expected} == {}
     assert all(name.startswith("spherelm.interop.huggingface") for name in result["said"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,14 @@ import pytest
 import tiny
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from spherelm.cli import COMMANDS
+from spherelm.cli.given import flags_of
+from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
+from spherelm.experiments.sweep import parse_axes, parse_fields
+from spherelm.models import ARMS
+from spherelm.recipes import make_run
+from spherelm.recipes.overrides import fields_of
 from spherelm.runs.checkpoint import latest_checkpoint, load_model
 from spherelm.train.trainer import train
 
@@ -68,6 +77,8 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--lr", 0], "the learning rate must be a positive number, got 0.0"),
         (["--lr", "nan"], "the learning rate must be a positive number, got nan"),
         (["--seed", -1], "seed must not be negative, got -1"),
+        (["--seed", 2**64], "seed must be below 2^64, got 18446744073709551616"),
+        (["--set", "eps=0"], "eps must be a number of at least 1.18e-38, got 0: Adam divides by it"),
         (["--keep", 0], "keep must be at least 1, got 0"),
         (["--set", "momentum=abc"], "momentum must be a number, got 'abc'"),
         (["--set", "eps=x"], "eps must be a number, got 'x'"),
@@ -76,7 +87,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "schedule=3"], "schedule must be text, got 3"),
         (["--set", "grad_clip=x"], "grad_clip must be a number or null, got 'x'"),
         (["--set", "betas=0.9"], "betas must be tuple[number, number], got 0.9"),
-        (["--set", "eps=-1"], "eps must be a number that is not negative, got -1"),
+        (["--set", "eps=-1"], "eps must be a number of at least 1.18e-38, got -1"),
         (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
         (["--set", "matrix_rate=-1"], "matrix_rate must be a number of at least 0, got -1"),
@@ -94,6 +105,17 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
         (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
         (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
+        (["--set", "n_layer=1"], "no field is called n_layer (did you mean 'n_layers'?)"),
+        (["--set", "Alpha_Init=1"], "no field is called Alpha_Init (did you mean 'alpha_init'?)"),
+        (
+            ["--set", "init_std=1"],
+            "init_std is no field of ngpt, only of gpt, encdec, encoder, hybrid: leave it out for ngpt",
+        ),
+        (["--set", "pattern=MAM-"], "pattern is no field of ngpt, only of hybrid, nhybrid: leave it out for ngpt"),
+        (["--preset", "dmo"], "unknown preset 'dmo' (did you mean 'demo'?): choose one of demo, "),
+        (["--recipe", "MUON"], "unknown recipe 'MUON' (did you mean 'muon'?): choose one of default, "),
+        (["--n-layer", 1], "train has no flag --n-layer: did you mean --set n_layers=VALUE?"),
+        (["--set", "tie_embeddings=perhaps"], "tie_embeddings must be true or false, got 'perhaps'"),
         (["--set", "max_angle=true"], "max_angle must be a number or null, got True"),
         (["--set", "matrix_rate=true"], "matrix_rate must be a number, got True"),
         (["--set", "rho=0.3"], "rho has no effect in ngpt by 'default': it needs schedule=log"),
@@ -166,6 +188,256 @@ def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_
         "sweep", "--out", tmp_path / "s", *words, "--vary", *fields
     )
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_field_that_is_named_as_one_is_one(arm: str) -> None:
+    """Whatever is said of its value, or that it has no effect, it is never said that there is no such field."""
+    for field in fields_of(arm):
+        said = ""
+        try:
+            make_run(arm, "hybrid" if "hybrid" in arm else "demo", vocab_size=64, **{"lr": 0.1, field: object()})
+        except (ValueError, TypeError) as refusal:
+            said = str(refusal)
+        assert "no field" not in said, field
+
+
+def test_truth_is_read_as_json_and_as_python_write_it() -> None:
+    words = ["tie_embeddings=True", "compile=FALSE", "tangent=true", "grad_clip=None", "max_angle=null", "rope=none"]
+    expected = {
+        "tie_embeddings": True,
+        "compile": False,
+        "tangent": True,
+        "grad_clip": None,
+        "max_angle": None,
+        "rope": "none",
+    }
+    assert parse_fields(words) == expected
+    assert parse_axes(["tie_embeddings=True,False"], {}, ()) == {"tie_embeddings": [True, False]}
+
+
+def test_several_directories_of_text_want_weights(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(good_data)
+    for data in (f"{good_data},{other}", f"{good_data}=1,{other}"):
+        line = refused(*training(tmp_path / "run", data))
+        assert (
+            line == f"{data!r} names several directories: give each its weight, such as --data {good_data}=1,{other}=1"
+        )
+
+
+def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "runs" / name, show_progress=False)
+    runs, text = tmp_path / "runs", good_data.parent / "val.txt"
+    for words in (
+        ["generate", runs, "--prompt", "a"],
+        ["generate", runs, "--interactive"],
+        ["eval", runs, "--perplexity", text],
+        ["eval", runs, "--translate", text, "--reference", text],
+        ["export", runs, tmp_path / "out"],
+        ["inspect", runs, "--out", tmp_path / "out"],
+    ):
+        line = refused(*words)
+        assert line == f"{runs} is no run but holds some: name one of them, {runs / 'one'}, {runs / 'two'}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        "text.jsonl",
+        "text.jsonl,column=number",
+        "text.jsonl,column=body,config=en",
+        "text.jsonl,column=body,limit=0",
+        "text.jsonl,column=body,limit=some",
+        "text.jsonl,column=body,val=2",
+        "text.jsonl,column=body,val=text.csv",
+        "text.jsonl,column=body,val=0.5",
+        "text.jsonl,colour=red",
+        "text.csv",
+        "none.jsonl",
+    ],
+)
+def test_what_is_said_of_a_stream_names_flags_of_train(
+    stream: str, command: commands.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": "one text", "number": 1}) + "\n")
+    (tmp_path / "text.csv").write_text("a,b")
+    answer = command(*training(tmp_path / "run", f"stream:./{stream},tokenizer=bytes"))
+    assert answer.code == 2
+    named = re.findall(r"--[a-z][a-z-]*", answer.shown[-1])
+    assert set(named) <= flags_of(COMMANDS["train"]).keys()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_coldest_text_is_the_most_probable_one(command: commands.Command, good_data: Path, tmp_path: Path) -> None:
+    train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "run", show_progress=False)
+    words = ["generate", tmp_path / "run", "--prompt", "ba", "--max-new-tokens", 5, "--temperature"]
+    for temperature in (1e-19, 1e-40, 1e-300):
+        assert command(*words, temperature) == command(*words, 0)
+
+
+def test_a_text_to_which_nothing_is_added_is_its_prompt(
+    command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "run", show_progress=False)
+    answer = command("generate", tmp_path / "run", "--prompt", "ba", "--max-new-tokens", 0)
+    assert (answer.code, answer.out, answer.err) == (0, "ba\n", "")
+
+
+@pytest.mark.parametrize("betas", ["[0,0.95]", "[0,0]", "[0.5,0]"])
+def test_a_whole_number_among_the_betas_is_a_number(
+    betas: str, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    for optimizer in ("adamw", "muon", "gated_adamw"):
+        fields = ["--set", f"betas={betas}", f"optimizer={optimizer}", "n_layers=1", "d_model=16", "n_heads=2"]
+        answer = command(*training(tmp_path / optimizer, good_data, *fields))
+        assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lr", 1e38], ["--set", "matrix_rate=1e300"], ["--set", "matrix_lr=1e300"]], ids=str
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "gated_adamw"])
+def test_a_rate_that_float32_does_not_hold_diverges(
+    flags: list[object], optimizer: str, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    answer = command(*training(tmp_path / "run", good_data, "--set", f"optimizer={optimizer}", *flags))
+    assert answer.code == 1
+    assert "Traceback" not in answer.err
+    assert " at step " in answer.shown[-1]
+
+
+class Refusal(ValueError):
+    """What one of the floors below does not take."""
+
+
+REFUSING = {
+    "the model": "spherelm.train.trainer.build",
+    "the optimizer": "spherelm.train.trainer.build_optimizer",
+    "the text": "spherelm.train.trainer.open_data",
+    "the tasks": "spherelm.train.trainer.task_scorer",
+    "the sinks": "spherelm.train.trainer.check_names",
+}
+"""What may refuse a run that its configuration allows, by what does."""
+
+
+@pytest.mark.parametrize("what", REFUSING)
+@pytest.mark.parametrize("name", ["train", "compare", "sweep", "evidence"])
+def test_what_is_refused_late_leaves_no_trace(
+    name: str, what: str, refused: Refused, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the corrected command can be given at once."""
+    (tmp_path / "test.txt").write_text(tiny.text(3, 200))
+    test = tmp_path / "test"
+    prepare_data([good_data.parent / "train.txt"], test, "bytes", val=[tmp_path / "test.txt"])
+    out, before = tmp_path / "out", sorted(tmp_path.rglob("*"))
+    words = {
+        "train": training(out, good_data),
+        "compare": ["compare", "--out", out, "--data", good_data, "--steps", 4, "--seq-len", 16],
+        "sweep": ["sweep", "--out", out, "--data", good_data, "--steps", 2, "--vary", "seq_len=16"],
+        "evidence": [
+            "evidence",
+            "--out",
+            out,
+            "--data",
+            good_data,
+            "--test",
+            test,
+            "--contexts",
+            16,
+            "--budgets",
+            0.01,
+        ],
+    }[name]
+
+    def refuse(*given: object, **named: object) -> None:
+        raise Refusal(f"{what} cannot be: take another")
+
+    monkeypatch.setattr(REFUSING[what], refuse)
+    assert refused(*words) == f"{what} cannot be: take another"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+LATE = {
+    "inspect": "spherelm.report.inspection.write_tables",
+    "report": "spherelm.report.ladder.write_json",
+    "export": "spherelm.interop.huggingface.folder.save_folder",
+    "data pairs": "spherelm.data.pairs.write_json",
+    "data prepare": "spherelm.data.prepare._Work.run",
+}
+"""What each of the commands that make a directory does near its end."""
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_directory_appears_whole_or_not_at_all(
+    name: str,
+    refused: Refused,
+    command: commands.Command,
+    good_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that is full near the end, and the same command again."""
+    run, out, text = tmp_path / "run", tmp_path / "out", good_data.parent / "train.txt"
+    train(tiny.run_config("ngpt", good_data, seq_len=64), run, show_progress=False)
+    sides = [f"--{split}{side}" for split in ("", "val-") for side in ("source", "target")]
+    words = {
+        "inspect": [run, "--out", out, "--text", text, "--sentence", "ba", "--tokens", 64],
+        "report": [run, "--out", out],
+        "export": [run, out],
+        "data pairs": [
+            *(word for side in sides for word in (side, text)),
+            "--out",
+            out,
+            "--tokenizer",
+            "bytes",
+            "--max-tokens",
+            9000,
+        ],
+        "data prepare": ["--input", text, "--out", out, "--tokenizer", "bytes", "--workers", 1],
+    }[name]
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*given: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LATE[name], full)
+        assert "No space left on device" in refused(*name.split(), *words)
+    assert sorted(tmp_path.rglob("*")) == before
+    answer = command(*name.split(), *words)
+    assert answer.code == 0, answer.err
+    assert any(out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["eval --json", "eval --write", "bench --json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    name: str, refused: Refused, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*given: object, **named: object) -> None:
+        raise AssertionError("that was the work")
+
+    for floor in ("train.evaluation.load_decoder", "train.evaluation.load_for_inference", "compare.bench.bench"):
+        monkeypatch.setattr(f"spherelm.{floor}", work)
+    (tmp_path / "taken").write_text("mine")
+    text, flag = good_data.parent / "val.txt", name.split()[1]
+    words = {
+        "eval --json": [tmp_path, "--perplexity", text, "--lengths", 8],
+        "eval --write": [tmp_path, "--translate", text, "--reference", text],
+        "bench --json": [],
+    }[name]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
+    (tmp_path / "closed").mkdir()
+    for path, line in (
+        ("taken", f"{tmp_path / 'taken'} already exists: choose another {flag}"),
+        ("none/here", f"no directory {tmp_path / 'none'} for {flag}: make it, or choose another"),
+        ("closed/here", f"nothing may be written in {tmp_path / 'closed'}: choose another {flag}"),
+    ):
+        assert refused(name.split()[0], *words, flag, tmp_path / path) == line
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_no_workers(refused: Refused, good_data: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ import tiny
 
 import spherelm
 from spherelm import cli
+from spherelm.data.corpus import shipped_directory
+from spherelm.data.shards import open_tokens
 from spherelm.experiments import comparison
 from spherelm.experiments import sweep as sweep_module
 from spherelm.experiments.jobs import Job
@@ -161,8 +163,8 @@ def test_from_text_to_text(command: commands.Command, tmp_path: Path) -> None:
     answer = command("data", "prepare", *words, "--workers", 1)
     assert answer.code == 0
     size = len(tiny.text(1)) + 1
-    assert f"train: 1 documents, {size:,} tokens" in answer.out
-    assert "val: 1 documents" in answer.out
+    assert f"train: 1 document, {size:,} tokens" in answer.out
+    assert "val: 1 document," in answer.out
 
     answer = command("train", "--arm", "ngpt", "--out", run, "--data", data, *SMALL)
     assert answer.code == 0
@@ -205,6 +207,22 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
     assert f"{record['parameters']:,}" in table.out
     assert f"{record['tokens']:,}" in table.out
     assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
+
+
+def test_a_dry_run_says_what_does_not_fit_and_what_is_repeated(command: commands.Command, tmp_path: Path) -> None:
+    """The paper's 0.5B on one device, and on the shipped text."""
+    words = ["train", "--arm", "gpt", "--out", tmp_path / "run", "--preset", "0.5b-1k", "--dry-run"]
+    record = json.loads(command(*words, "--device-memory", 100, "--json").out)
+    size = len(open_tokens(shipped_directory(), "train"))
+    assert record["epochs"] == {"the text that ships with spherelm": pytest.approx(record["tokens"] / size)}
+    total = record["memory_per_device"]["total"] / 2**30
+    for memory, fits in ((total - 1, False), (total + 1, True)):
+        told = command(*words, "--device-memory", memory)
+        assert ("It does not fit" in told.out) != fits
+        assert json.loads(command(*words, "--device-memory", memory, "--json").out)["fits"] == fits
+        assert "warning: the text that ships with spherelm is read" in told.out
+    answer = command(*words, "--device-memory", 0)
+    assert (answer.code, answer.shown) == (2, ["spherelm: --device-memory must be positive, got 0"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

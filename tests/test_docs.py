@@ -276,3 +276,23 @@ def test_ci_runs_what_users_run(user: int, offline: bool, tmp_path: Path) -> Non
     assert done.stdout.splitlines()[-1] == "make test"
     assert (tmp_path / "installed").exists() == (user == 0)
     assert ("will skip" in done.stderr) == (user == 0 and offline)
+
+
+def test_nothing_tells_to_install_from_an_index_that_does_not_have_it() -> None:
+    """spherelm is installed from its clone; a name in brackets would be asked for at PyPI."""
+    files = [
+        *PAGES,
+        *ROOT.glob("src/**/*.py"),
+        *ROOT.glob("examples/*"),
+        *ROOT.glob("research/*.py"),
+        ROOT / "Makefile",
+    ]
+    asked = re.compile(r"pip install +['\"]?spherelm")
+    assert [name_of(file) for file in files if asked.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_what_the_demo_reads_is_what_ships() -> None:
+    """The shipped text is prose of the nineteenth century, and no play."""
+    shipped = (ROOT / "src" / "spherelm" / "data" / "shipped" / "PROVENANCE.md").read_text(encoding="utf-8")
+    assert "Shakespeare" not in shipped
+    assert [name_of(page) for page in PAGES if "Shakespeare" in page.read_text(encoding="utf-8")] == []

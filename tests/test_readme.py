@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -26,8 +27,13 @@ from test_docs import PAGES, ROOT, exists, name_of
 import spherelm
 from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_optimizer, departure
 from spherelm.cli import main
-from spherelm.data.documents import COMPRESSIONS, SUFFIXES
+from spherelm.data.compression import COMPRESSIONS
+from spherelm.data.corpus import shipped_directory
+from spherelm.data.documents import SUFFIXES
+from spherelm.data.loader import Loader
 from spherelm.data.prepare import prepare
+from spherelm.data.rows import Rows
+from spherelm.data.shards import open_tokens
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.translation import translation_scores
 from spherelm.experiments.cost import measure_cost
@@ -130,6 +136,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
+    monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})
     monkeypatch.setattr("spherelm.generation.samples.continues", lambda run: True)
     monkeypatch.setattr("spherelm.train.evaluation.translation_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.generation.samples.continuations", lambda *rest, **more: [])
@@ -197,14 +204,27 @@ def run_jobs_here(jobs: list[Job], *rest: Any) -> list[float]:
 
 
 def check_python_block(text: str) -> None:
-    """Execute it; where it leaves a model and an optimizer, take a step and look whether that ends on the sphere."""
-    names: dict[str, Any] = {}
+    """Execute it, a training loop with one batch, and look whether the model that it leaves is on the sphere."""
+    tokens = torch.randint(257, (1, 9))
+    names: dict[str, Any] = {"batches": [(tokens[:, :-1], tokens[:, 1:])]}
     exec(compile(text, "README.md", "exec"), names)
-    if "optimizer" in names:
-        tokens = torch.randint(names["model"].config.vocab_size, (1, 9))
-        names["model"].loss(tokens[:, :-1], tokens[:, 1:]).backward()
-        names["optimizer"].step()
     assert departure(names["model"]) < 1e-6
+
+
+def test_the_readmes_loop_learns_more_than_gpt_in_it() -> None:
+    """A new user's first comparison: the same loop, the same batches of the shipped text, the other arm's name."""
+    (loop,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.S) if "in batches" in text)
+    attachment = next(line for line in loop.splitlines() if line.startswith("attach_retraction("))
+    losses = {}
+    for arm, text in (("ngpt", loop), ("gpt", loop.replace('"ngpt"', '"gpt"').replace(attachment, ""))):
+        torch.manual_seed(0)
+        train, val = (Loader(open_tokens(shipped_directory(), split), 64, 8, seed=0) for split in ("train", "val"))
+        names: dict[str, Any] = {"batches": [train.batch(i) for i in range(40)]}
+        exec(compile(text, "README.md", "exec"), names)
+        assert isinstance(names["model"], NGPT if arm == "ngpt" else GPT)
+        with torch.no_grad():
+            losses[arm] = sum(names["model"].loss(*val.batch(i)).item() for i in range(4)) / 4
+    assert losses["ngpt"] < losses["gpt"]
 
 
 def test_the_example_of_a_loop_of_your_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +271,12 @@ def check(title: str) -> Callable[[Callable[[Row], None]], Callable[[Row], None]
 
 
 TESTED_ELSEWHERE = {
+    "Derivatives": (
+        "test_second_derivatives.py:test_hessian_vector_products_of_a_model",
+        "test_second_derivatives.py:test_a_model_under_torch_func",
+        "test_second_derivatives.py:test_preconditioned_logits_have_first_derivatives_alone",
+        "layers/test_mamba2.py:test_the_kernel_refuses_second_derivatives",
+    ),
     "Compilation": (
         "train/test_compiled.py:test_compiled_gradients_are_eager_gradients",
         "train/test_trainer.py:test_compiling_that_fails_is_said_and_changes_nothing",
@@ -443,19 +469,19 @@ def number_formats(row: Row) -> None:
 def input_files(row: Row) -> None:
     zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    assert set(row.names) == {*SUFFIXES, *COMPRESSIONS}
-    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}
-    inputs = []
-    for kind in (".txt", ".jsonl"):
+    assert set(row.names) == {*SUFFIXES, *COMPRESSIONS, "--field"}
+    compress = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    compress[".zst"] = zstandard.ZstdCompressor().compress
+    content = {".jsonl": '{"body": "%s"}', ".json": '[{"body": "%s"}]', ".csv": "body\n%s"}
+    (row.tmp_path / "in").mkdir()
+    for kind in set(SUFFIXES) - {".parquet"}:
         for ending, squeeze in compress.items():
-            words = f"{kind} {ending} " * 20
-            content = words if kind == ".txt" else json.dumps({"text": words})
-            inputs.append(row.tmp_path / f"input{kind}{ending}")
-            inputs[-1].write_bytes(squeeze(content.encode()))
-    inputs.append(row.tmp_path / "input.parquet")
-    parquet.write_table(pyarrow.table({"text": ["rows and columns"]}), inputs[-1])
-    manifest = prepare(inputs, row.tmp_path / "out", "bytes")
-    assert manifest["splits"]["train"]["documents"] == len(inputs) == 9
+            text = content.get(kind, "%s") % (f"{kind} {ending} " * 20)
+            (row.tmp_path / "in" / f"input{kind}{ending}").write_bytes(squeeze(text.encode()))
+    parquet.write_table(pyarrow.table({"body": ["rows and columns"]}), row.tmp_path / "in" / "input.parquet")
+    pattern = row.tmp_path / "in" / "*.parquet"
+    manifest = prepare([row.tmp_path / "in", pattern], row.tmp_path / "out", "bytes", rows=Rows("body"))
+    assert manifest["splits"]["train"]["documents"] == 5 * 5 + 2
 
 
 @check("Tokenizers")

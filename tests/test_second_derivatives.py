@@ -293,3 +293,20 @@ def test_a_router_that_counts_is_refused_under_torch_func() -> None:
     c = make_hybrid_case("ngpt", "O")
     with pytest.raises(RuntimeError, match=r"call model\.eval\(\)"):
         grad(lambda w: loss_of(c.model, w, c.tokens, c.targets))(c.weights)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*attribute of a Tensor that is not a leaf:UserWarning"
+)  # Dynamo looks at every input
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_blocks_are_refused(case: Any) -> None:
+    """By torch itself, which must see the path to the weights for it."""
+    c = case("ngpt")
+    torch.compiler.reset()
+    for block in c.model.blocks:
+        block.compile(backend="aot_eager")
+    weights = list(c.model.parameters())
+    first = torch.autograd.grad(c.model.loss(c.tokens, c.targets), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), weights, allow_unused=True)
+    torch.compiler.reset()

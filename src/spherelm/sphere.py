@@ -35,11 +35,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit_gradient(out: Tensor, inverse: Tensor, grad: Tensor | None, grad_inverse: Tensor | None, dim: int) -> Tensor:
-    """The gradient of x from those of `out = x / ||x||` along `dim` and of `inverse = 1 / ||x||`, at full precision.
+def unit_gradient(out: Tensor, inverse: Tensor, grads: tuple[Tensor | None, ...], dim: int) -> Tensor:
+    """The gradient of x from `grads`, those of `out = x / ||x||` along `dim` and of `inverse = 1 / ||x||`, at full precision.
 
     The second is there only where the backward pass is itself differentiated, to which x is known by these two alone.
     """
+    grad, grad_inverse = grads
     moved = tangent(out, _wide(torch.zeros_like(out) if grad is None else grad), dim) * inverse
     if grad_inverse is None or torch.compiler.is_compiling():
         return moved
@@ -53,17 +54,17 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        out, inverse = _normalized(x, dim)
+    def forward(ctx: Any, x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:
+        out, inverse = _normalized(x, dim, least)
         ctx.dim = dim
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverse)
         return out, inverse
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:
         out, inverse = ctx.saved_tensors
-        return unit_gradient(out, inverse, *grad_outputs, ctx.dim).to(out.dtype), None
+        return unit_gradient(out, inverse, grad_outputs, ctx.dim).to(out.dtype), None, None
 
 
 class _Step(torch.autograd.Function):
@@ -83,7 +84,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         h, target, alpha, inverse, out = ctx.saved_tensors
-        grad_moved = unit_gradient(out, inverse, *grad_outputs, -1)
+        grad_moved = unit_gradient(out, inverse, grad_outputs, -1)
         grad_target = grad_moved * alpha
         # Narrow factors are widened within the products: a compiler would keep a copy that has the name of its own.
         grad_alpha = _summed_to(grad_moved * target - grad_moved * h, alpha.shape)
@@ -91,15 +92,15 @@ class _Step(torch.autograd.Function):
 
 
 def inverse_length(x: Tensor, dim: int = -1, least: float = TINY) -> Tensor:
-    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; 0 for those shorter than `least`."""
+    """`1 / ||x||` of the vectors along `dim`, which stays with size 1; 0 for those no longer than `least`."""
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return length.masked_fill(length < least, torch.inf).reciprocal()
+    return torch.threshold(length, least, torch.inf).reciprocal()
 
 
-def _normalized(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _normalized(x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:
     """`x / ||x||` in the dtype of `x`, and `1 / ||x||`."""
     wide = _wide(x)
-    inverse = inverse_length(wide, dim, shortest(x.dtype))
+    inverse = inverse_length(wide, dim, least)
     return (wide * inverse).to(x.dtype), inverse
 
 
@@ -118,12 +119,14 @@ def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     return rows.new_ones(1, len(rows)).mm(rows).squeeze(0)
 
 
-def norm(x: Tensor, dim: int = -1) -> Tensor:
+def norm(x: Tensor, dim: int = -1, least: float | None = None) -> Tensor:
     """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
 
-    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero.
+    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero; so does
+    one shorter than `least`, by default what is `shortest` in the dtype of `x`.
     """
-    unit: Tensor = (_normalized(x, dim) if transformed() else _Norm.apply(x, dim))[0]
+    least = shortest(x.dtype) if least is None else least
+    unit: Tensor = (_normalized if transformed() else _Norm.apply)(x, dim, least)[0]
     return unit
 
 
@@ -163,7 +166,7 @@ def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     """
     start, end = _wide(h), _wide(target)
     along = (start * end).sum(-1, keepdim=True)
-    return norm(start - alpha * (start * along - end)).to(h.dtype)
+    return norm(start - alpha * (start * along - end), least=shortest(h.dtype, target.dtype)).to(h.dtype)
 
 
 def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
@@ -190,14 +193,15 @@ def tangent(w: Tensor, g: Tensor, dim: int = -1) -> Tensor:
 
 
 def angle(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
-    """The angle in radians between unit vectors along `dim`, in [0, pi]; that dimension is removed.
+    """The angle in radians between unit vectors along `dim`, in [0, pi], of zero vectors 0; that dimension is removed.
 
     `2 atan2(||a - b||, ||a + b||)` (Kahan) is accurate everywhere, where `acos(a . b)` loses half its digits near 0 and pi.
     """
     start, end = _wide(a), _wide(b)
     apart = torch.linalg.vector_norm(start - end, dim=dim)
     together = torch.linalg.vector_norm(start + end, dim=dim)
-    return 2 * torch.atan2(apart, together)
+    nowhere = (apart == 0) & (together == 0)
+    return 2 * torch.atan2(apart, together.masked_fill(nowhere, 1))
 
 
 def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Tensor:

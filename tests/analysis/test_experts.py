@@ -119,7 +119,7 @@ def test_off_sphere_looks_at_every_expert() -> None:
 
 
 def test_figures_and_tables_of_experts(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
     found = {arm: [look_inside(model_of(arm), TOKENS) for _ in range(2)] for arm in ("gpt", "ngpt")}
     figures = {figure.drawing.key: figure for figure in expert_section(found)}
     assert list(figures) == ["expert-load", "expert-angles", "expert-map"]

@@ -14,7 +14,7 @@ import pytest
 from spherelm.report import plots
 from spherelm.report.svg import VARIABLES, standalone
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
 SVG = "{http://www.w3.org/2000/svg}"
 LAYERS = [np.linspace(0.1, 0.4, 6), np.linspace(0.2, 0.3, 6)]
@@ -113,7 +113,7 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"pip install 'spherelm\[report\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[report\]' in a clone of spherelm"):
         _ = plots.eigen_learning_rates({"alpha_A": LAYERS}, "k", "t", "d").svg
 
 

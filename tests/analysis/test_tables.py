@@ -17,7 +17,7 @@ COLUMNS = {"run": np.array(["a", "a", "b"]), "layer": np.array([0, 1, 0]), "valu
 
 def test_a_table_is_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip(
-        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install 'spherelm[data]'"
+        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install '.[data]' in a clone of spherelm"
     )
     path = write_table(COLUMNS, tmp_path / "numbers")
     assert path == tmp_path / "numbers.parquet"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -272,14 +273,65 @@ def test_what_takes_the_keyboard_shows_it_and_has_a_name(browser: Any) -> None:
     assert order == ["theme", "stage", "in", "out", "reset", "play", "stop"]
 
 
-def test_it_fits_a_phone(browser: Any) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    )
+DRAWN = "return [canvas.width / devicePixelRatio, canvas.height / devicePixelRatio]"
+STAGE = "return [stage.clientWidth, stage.clientHeight]"
+
+
+def fitted(browser: Any) -> None:
+    """Wait until the sphere is drawn in the size that it has now."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(DRAWN) == browser.execute_script(STAGE))
     settled(browser)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-    assert find(browser, "#stage").size["width"] > 300
+
+
+@contextmanager
+def screen(browser: Any, width: int, height: int, **settings: Any) -> Iterator[None]:
+    """A window whose inside is so large, for a while."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False, **settings}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    fitted(browser)
+    yield
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    fitted(browser)
+
+
+@pytest.mark.parametrize("size", [(1366, 768), (1366, 600), (1920, 1080), (900, 700)])
+def test_sphere_and_controls_are_on_one_screen(browser: Any, size: tuple[int, int]) -> None:
+    with screen(browser, *size):
+        assert browser.execute_script("return scrollY") == 0
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
+        for part in ("#runs", "#tokens", "#stage", "#zoom", "#play", "#stop", "#where", "#legend"):
+            box = browser.execute_script(f"return document.querySelector('{part}').getBoundingClientRect().toJSON()")
+            assert 0 <= box["top"] < box["bottom"] <= size[1], part
+        assert find(browser, "#stage").size["height"] > 0.4 * size[1]
+
+
+def test_on_paper_the_sphere_is_as_it_was_drawn_and_light(browser: Any) -> None:
+    before = picture(browser)
+    record = f"window.printed = (() => {{ {DRAWN} }})().concat(canvas.toDataURL())"
+    browser.execute_script(f"addEventListener('beforeprint', () => {{ {record} }}, {{once: true}})")
+    find(browser, "#theme").click()
+    browser.execute_cdp_cmd("Page.printToPDF", {})
+    width, height, dark = browser.execute_script("return window.printed")
+    find(browser, "#theme").click()
+    fitted(browser)
+    assert picture(browser) == before, "back on the screen"
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script("return canvas.toDataURL()") == dark, "the same from a light page"
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    with screen(browser, 720, 1000):  # paper
+        on_paper = browser.execute_script(STAGE)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert on_paper == [width, height]
+    assert width == height <= 720
+
+
+def test_it_fits_a_phone(browser: Any) -> None:
+    with screen(browser, 360, 740, deviceScaleFactor=2, mobile=True):
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert find(browser, "#stage").size["width"] > 300
 
 
 def test_after_all_that_no_error_and_no_request(browser: Any) -> None:

@@ -52,6 +52,14 @@ def test_both_arms_have_the_shape() -> None:
 
 
 @pytest.mark.usefixtures("timed")
+def test_a_step_that_is_faster_than_the_product_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "matmul_rate", lambda *_: 1.0)
+    mfu = bench(SHAPE, "float32", compiled=False)["mfu"]
+    assert mfu["gpt"] == 1.0
+    assert mfu["ngpt"] == pytest.approx(1 / 1.5, rel=0.01), "of three seconds instead of two, for as many operations"
+
+
+@pytest.mark.usefixtures("timed")
 def test_the_figures_follow_from_the_times() -> None:
     result = bench(SHAPE, "float32", compiled=False)
     assert result["step_time_ratio"] == 1.5
@@ -115,7 +123,7 @@ def test_a_machine_is_timed(command: commands.Command, tmp_path: Path, monkeypat
     assert all("aten::mm" in text for text in profiles)
     again = command("bench", *words, "--json", tmp_path / "bench.json")
     assert (again.code, again.out) == (2, "")
-    assert "exists already: choose another --json" in again.err
+    assert "already exists: choose another --json" in again.err
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from spherelm.recipes.presets import PRESETS
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import alone_in
 from spherelm.train.batches import tokens_per_byte
+from spherelm.train.guard import Diverged
 from spherelm.train.trainer import train
 
 FULL_TOKENS = 6 * 4 * 16
@@ -47,7 +48,9 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
     data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page and the summary speak of them, and of the baseline as the baseline, whoever is ahead."""
-    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
     rates = {("adam", "hybrid"): 2e-3, ("adam", "nhybrid"): 1e-2}
     pattern = dataclasses.replace(tiny.PRESET, n_layers=3, d_model=32, pattern="M-A", rates=rates)
     monkeypatch.setitem(PRESETS, "tiny", pattern)
@@ -67,7 +70,9 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
 
 
 def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
-    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
     out = tmp_path / "out"
     returned = compare(config(data), out)
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
@@ -163,8 +168,18 @@ def test_an_arm_that_diverges_loses_and_the_rest_is_written(
     assert no_page
 
 
+def test_where_every_run_diverged_there_is_nothing_to_compare(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
+    """GPT by a loss that is no number, nGPT by ending worse than an untrained model; no shorter run is tried."""
+    with pytest.raises(Diverged, match=r"out: every run of both arms diverged, .*: lower --lr-gpt and --lr-ngpt"):
+        compare(config(data, seeds=1, lr_gpt=1e30, lr_ngpt=1e6), tmp_path / "out")
+    assert [path.name for path in sorted((tmp_path / "out").glob("*/diverged.txt"))] == ["diverged.txt"] * 2
+    assert not list((tmp_path / "out").glob("*steps*"))
+
+
 def test_a_page_is_drawn_of_an_arm_that_diverged(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
-    pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install 'spherelm[report]'")
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
     compare(config(data, seeds=1, quick=True, lr_gpt=1e30), tmp_path / "out")
     assert "diverged" in (tmp_path / "out" / "report.html").read_text()
 
@@ -262,7 +277,7 @@ def test_without_matplotlib_nothing_is_trained_in_vain(
     data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"matplotlib.*pip install 'spherelm\[report\]'"):
+    with pytest.raises(ValueError, match=r"matplotlib.*pip install '\.\[report\]' in a clone of spherelm"):
         compare(config(data), tmp_path / "out")
     assert jobs_done == []
     assert not (tmp_path / "out").exists()

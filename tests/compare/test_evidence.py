@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from commands import make_command
 
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
@@ -234,16 +237,62 @@ def test_what_could_not_be_done_to_the_end_is_not_begun(data: Path, test_data: P
     assert not (tmp_path / "out").exists()
 
 
-def test_after_its_minutes_it_is_told_to_stop() -> None:
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        with time_limit(0.0005):
-            deadline = time.monotonic() + 20
-            while not received and time.monotonic() < deadline:
-                time.sleep(0.01)
-        with time_limit(None), time_limit(10.0):
-            pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert received == [signal.SIGTERM]
+def test_after_its_minutes_the_block_is_left_and_the_signal_is_as_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with time_limit(0.0005):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        pytest.fail("it did not end")
+    with time_limit(None), time_limit(10.0):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Watch:
+    """In place of `threading.Timer`: its time comes when a test says so."""
+
+    def __init__(self, interval: float, function: Callable[[], None]) -> None:
+        Watch.ring = staticmethod(function)
+
+    ring: Callable[[], None]
+    start = cancel = join = lambda self: None
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        ("its minutes", 0, "spherelm: time is up (--minutes 7); the same command goes on from here"),
+        ("a scheduler", 143, "spherelm: stopped; the same command goes on"),
+    ],
+)
+def test_when_its_minutes_are_over_it_prints_what_it_has(
+    stop: str,
+    code: int,
+    said: str,
+    data: Path,
+    test_data: Path,
+    tmp_path: Path,
+    jobs_done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evidence, "TOKENS_AN_UPDATE", 64)
+    monkeypatch.setattr(evidence.threading, "Timer", Watch)
+    real = Ladder.measure
+
+    def measure(self: Ladder, contender: str, point: Point) -> dict[str, Any]:
+        if contender == "ngpt-adam":
+            Watch.ring() if stop == "its minutes" else os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)  # a signal ends it
+        return real(self, contender, point)
+
+    monkeypatch.setattr(Ladder, "measure", measure)
+    flags = ["--data", data, "--test", test_data, "--sizes", "tiny", "--contexts", "16", "--budgets", "0.02"]
+    flags += ["--contenders", "gpt-adamw", "ngpt-adam", "--seeds", "1", "--minutes", "7", "--out", tmp_path / "out"]
+    answer = make_command(monkeypatch, capsys)("evidence", *flags)
+    assert (answer.code, answer.shown[-1]) == (code, said)
+    record = tiny.read_json(tmp_path / "out" / "evidence.json")
+    (row,) = record["measured"]
+    assert row["contender"] == "gpt-adamw"
+    assert answer.out == ("" if code else table(record) + "\n")

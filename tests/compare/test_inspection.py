@@ -30,11 +30,14 @@ from spherelm.report.drawing import Drawing
 from spherelm.report.figures import Figure
 from spherelm.report.inspection import Request, expand, inspect
 from spherelm.report.report import write_report
+from spherelm.report.walk import MAX_TOKENS
 from spherelm.runs.checkpoint import WEIGHTS, load_model
+from spherelm.runs.config import to_dict
+from spherelm.runs.record import write_json
 from spherelm.train.evaluation import load_decoder
 from spherelm.train.trainer import Trainer
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
 SMALL = Request(sentence="The sea.", positions=64, images=False)
 OF_WEIGHTS = [
@@ -154,7 +157,7 @@ def test_the_page_shows_all_figures_and_links_what_is_there(inspected: Inspected
 
 def test_tables_hold_what_was_measured(inspected: Inspected) -> None:
     parquet = pytest.importorskip(
-        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install 'spherelm[data]'"
+        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install '.[data]' in a clone of spherelm"
     )
     rows = parquet.read_table(inspected.out / "tables" / "angles.parquet").to_pylist()
     assert {row["run"] for row in rows} == {"gpt-0", "ngpt-0", "ngpt-0 step-00000004"}
@@ -198,7 +201,7 @@ def test_text_of_ones_own_is_read_in_whole_sequences(runs: dict[str, Path], tmp_
     assert inspection.windows(tokenizer, "abcdef", model, 5).tolist() == [list(b"abcde")], (
         "fewer than a sequence are one"
     )
-    with pytest.raises(ValueError, match="the text has 1 tokens: give at least two"):
+    with pytest.raises(ValueError, match="the text has 1 token: give at least two"):
         inspection.windows(tokenizer, "a", model, 2048)
     text.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"mine\.txt is not UTF-8 text"):
@@ -254,7 +257,7 @@ def test_a_file_that_the_package_lacks_is_no_reason_to_leave_the_walk_out(
     [
         ([], "no run is named: give directories of spherelm train or compare"),
         (["nowhere"], "no run at nowhere: pass run directories that spherelm train wrote"),
-        (["."], "holds no checkpoint: pass run directories that spherelm train wrote"),
+        (["."], "holds no checkpoint: pass a run directory that spherelm train wrote"),
         (["RUN", "--tokens", "1"], "tokens must be at least 2, got 1"),
         (["RUN", "--layer", "3"], "layer must be 1 to 2 for .*, got 3"),
         (["RUN", "--sentence", "x" * 41], "the sentence has 41 tokens: give one of 1 to 16"),
@@ -327,6 +330,68 @@ def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3, 16, 39, 40, 64])
+def test_the_default_sentence_is_cut_to_the_most_words_that_every_run_holds(max_seq_len: int, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("short", "long")]
+    for run, length in zip(runs, (max_seq_len, 64), strict=True):
+        run.mkdir()
+        write_json(run / "config.json", to_dict(tiny.run_config("ngpt", tmp_path, seq_len=length)))
+        load_tokenizer("bytes").save(run)
+    found = inspection.fitting_sentence(runs)
+    limit = min(max_seq_len, MAX_TOKENS)  # a byte is a token here
+    assert inspection.SENTENCE.startswith(found)
+    assert 1 <= len(found) <= limit
+    words = [match.end() for match in re.finditer(r"\S+", inspection.SENTENCE) if match.end() <= limit]
+    assert len(found) == (words[-1] if words else limit)
+
+
+def test_a_sentence_that_fits_is_left_alone(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", to_dict(tiny.run_config("gpt", tmp_path, seq_len=64)))
+    load_tokenizer("default").save(tmp_path)
+    assert inspection.fitting_sentence([tmp_path]) == inspection.SENTENCE
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_run_on_bytes_with_a_short_context_is_inspected_with_no_more_than_its_name(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = make_command(monkeypatch, capsys)
+    answer = command("inspect", str(runs["ngpt-0"]), "--out", str(tmp_path / "out"), "--no-images", "--tokens", "64")
+    assert answer.code == 0
+    assert answer.shown == [
+        "spherelm: the walk shows 'The old man' only: the whole default sentence has too many tokens; "
+        "choose another with inspect --sentence"
+    ]
+    assert json.loads((tmp_path / "out" / "inspect.json").read_text())["sentence"] == "The old man"
+    assert "“The old man”" in (tmp_path / "out" / "index.html").read_text("utf-8")
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_failed_while_writing_leaves_nothing_and_works_the_next_time(
+    error: BaseException, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection, "walk_page", fail)
+        with pytest.raises(type(error)):
+            inspect([runs["ngpt-0"]], out, SMALL)
+    assert list(tmp_path.iterdir()) == []
+    inspect([runs["ngpt-0"]], out, SMALL)
+    assert (out / "index.html").is_file()
+
+
+def test_a_model_without_a_next_token_is_refused(runs: dict[str, Path]) -> None:
+    model = load_model(runs["ngpt-0"])
+    object.__setattr__(model.config, "max_seq_len", 1)
+    with pytest.raises(ValueError, match="reads one token at a time: there is no next token to look at"):
+        inspection.windows(load_tokenizer("bytes"), "abc", model, 2048)
+
+
 def test_what_lies_in_the_directory_stays(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="already holds something: choose another --out"):
@@ -355,5 +420,5 @@ def test_without_matplotlib_one_line_says_what_to_install(
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"pip install 'spherelm\[report\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[report\]' in a clone of spherelm"):
         inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)

@@ -81,8 +81,9 @@ def test_no_jobs_are_done_at_once() -> None:
     assert run_jobs([]) == []
 
 
-def test_a_diverged_run_is_nan_and_stays_so(data: Path, tmp_path: Path) -> None:
-    diverging = job(data, tmp_path / "run", lr=1e30)
+@pytest.mark.parametrize(("arm", "lr"), [("gpt", 1e30), ("ngpt", 1e6)], ids=["no number", "worse than untrained"])
+def test_a_diverged_run_is_nan_and_stays_so(arm: str, lr: float, data: Path, tmp_path: Path) -> None:
+    diverging = Job(tiny.run_config(arm, data, lr=lr), tmp_path / "run")
     assert math.isnan(do_job(diverging))
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert math.isnan(do_job(diverging))

@@ -17,7 +17,7 @@ from spherelm.report.ladder import write_ladder
 from spherelm.runs.config import to_dict
 from spherelm.runs.record import write_json
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
 SHAPE: dict[str, Any] = {"vocab_size": 96, "n_layers": 3, "d_model": 32, "n_heads": 2, "batch_size": 4, "seq_len": 16}
 Write = Callable[..., Path]
@@ -210,6 +210,22 @@ def test_losses_on_different_text_are_not_put_together(write: Write, tmp_path: P
     with pytest.raises(ValueError, match="were validated on different text or tokens"):
         report(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_failed_while_writing_works_the_next_time(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("gpt-0", "gpt", 3.0)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spherelm.report.ladder.write_json", fail)
+        with pytest.raises(OSError, match="no space left"):
+            report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    report(tmp_path)
 
 
 def test_what_holds_no_run_or_is_taken_is_refused(write: Write, tmp_path: Path) -> None:

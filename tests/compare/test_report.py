@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from synthetic_runs import SHAPE, write_comparison
 
 from spherelm.experiments.record import Arm, Comparison, read_comparison
 from spherelm.report.report import write_report
-from spherelm.report.wording import caveats, verdict
+from spherelm.report.wording import caveats, si, verdict
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'spherelm[report]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -340,3 +341,17 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], Any], error: t
     with pytest.raises(error, match=re.escape(words)):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_says_what_was_measured_and_nothing_that_the_evidence_denies(tmp_path: Path) -> None:
+    write_comparison(tmp_path, checkpoint=False)
+    comparison = read_comparison(tmp_path)
+    text = " ".join(caveats(comparison))
+    config = comparison.summary["config"]
+    assert f"a context of {config['seq_len']:,} tokens" in text
+    budget = comparison.arms["gpt"].runs[0].tokens[-1]
+    assert f"a budget of {si(budget)} tokens" in text
+    assert "grows with the length of the context and of the run" in text
+    assert "gain less" not in text
+    bare = replace(comparison, summary={"speedup": {}})
+    assert "this context length and a budget of" in " ".join(caveats(bare))

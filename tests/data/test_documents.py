@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import codecs
+import csv
 import gzip
 import io
 import json
@@ -20,18 +22,23 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spherelm.data.cutting import Cutter
 from spherelm.data.documents import (
     Block,
     DocumentError,
     check_input,
-    cut_after,
     documents_in,
     format_of,
+    input_files,
     read_blocks,
     read_lines,
+    split_place,
 )
+from spherelm.data.rows import Rows
+from spherelm.data.tokenizer import ByteTokenizer
 
 TEXTS = ["one two\n", "", "Zoë 東京 🙂\r\nline\u2028three", '"quoted" \\ {}', "x" * 300]
+CUTTER = Cutter(ByteTokenizer())
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
@@ -45,7 +52,7 @@ def lines(texts: list[str], **settings: Any) -> bytes:
     return "".join(json.dumps({"id": i, "text": t}, **settings) + "\n" for i, t in enumerate(texts)).encode()
 
 
-def documents(path: Path, **settings: Any) -> list[str]:
+def documents(path: Path, **settings: Any) -> list[str | None]:
     return [text for block in read_blocks(path, **settings) for text in documents_in(block)]
 
 
@@ -96,22 +103,21 @@ def test_parquet(tmp_path: Path) -> None:
 
 @given(words=st.lists(st.sampled_from(["word", "été", "a", "-", "\n", "2 3", "東京"]), max_size=400),
        size=st.integers(1, 200))  # fmt: skip
-def test_long_texts_are_cut_between_words(
+def test_long_texts_are_cut_and_nothing_is_lost(
     words: list[str], size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("texts") / "a.txt"
     text = " ".join(["start", *words])
     path.write_text(text, encoding="utf-8", newline="")
-    blocks = list(read_blocks(path, block_size=size))
+    blocks = list(read_blocks(path, block_size=size, cutter=CUTTER))
     assert "".join(str(block.data) for block in blocks) == text
     assert [block.starts for block in blocks] == [True] + [False] * (len(blocks) - 1)
     assert [block.ends for block in blocks] == [False] * (len(blocks) - 1) + [True]
     for before, after in pairwise(blocks):
-        assert str(before.data)[-1].isalnum()
-        assert str(after.data)[0] == " "
-        assert str(after.data)[1].isalnum()
+        assert after.safe
+        assert after.context == str(before.data)[-1]
         assert len(str(before.data)) >= size
-    assert len(list(read_blocks(path, block_size=size, can_cut=False))) == 1
+    assert len(list(read_blocks(path, block_size=size))) == 1
 
 
 def test_blocks_do_not_depend_on_compression(tmp_path: Path) -> None:
@@ -123,7 +129,7 @@ def test_blocks_do_not_depend_on_compression(tmp_path: Path) -> None:
         for suffix, compress in COMPRESS.items():
             path = tmp_path / f"a{kind}{suffix}"
             path.write_bytes(compress(content))
-            blocks = list(read_blocks(path, block_size=400_000))
+            blocks = list(read_blocks(path, block_size=400_000, cutter=CUTTER))
             results.append([(block.data, block.first, block.offset, block.starts, block.ends) for block in blocks])
             assert blocks[-1].read_bytes == path.stat().st_size
         assert len(results[0]) > 4
@@ -148,16 +154,10 @@ def test_digest_is_of_the_document(tmp_path: Path) -> None:
         assert block.digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
 
 
-def test_cut_after() -> None:
-    assert cut_after("one two three", 0) == 3
-    assert cut_after("one two three", 4) == 7
-    assert cut_after("one  two, \nthree .a", 0) is None
-
-
 def test_names() -> None:
     assert format_of(Path("x.jsonl.zst")) == ".jsonl"
-    for name in ["x", "x.gz", "x.csv", "x.parquet.gz", "x.txt.lz4", ".txt"]:
-        with pytest.raises(DocumentError, match=r"rename it to end in \.txt, \.jsonl"):
+    for name in ["x", "x.gz", "x.docx", "x.parquet.gz", "x.txt.lz4", ".txt"]:
+        with pytest.raises(DocumentError, match=r"rename it to end in \.txt, \.md, \.jsonl"):
             format_of(Path(name))
 
 
@@ -203,8 +203,11 @@ def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
         ("nonsense", "line 2: not JSON"),
         ('{"text": "a"', "line 2: not JSON"),
         ("[" * 100_000, "line 2: not JSON"),
-        ('{"content": "a"}', 'line 2: no string under "text"'),
-        ('{"text": null}', 'line 2: no string under "text"'),
+        ('{"content": "a", "b": {"c": 1}}', r'line 2: no string under "text" \(it has content, b\.c\); .* --field'),
+        (
+            '{"text": null}',
+            r'line 2: no string under "text" \(it is null\).* or leave such rows out with --skip-bad-rows',
+        ),
         ('{"text": ["a"]}', 'line 2: no string under "text"'),
         ('["text"]', 'line 2: no string under "text"'),
         ('{"text": "ab\\ud800"}', "line 2: half of a surrogate pair at character 2"),
@@ -258,9 +261,9 @@ def test_an_error_of_the_disk_is_not_called_damage(
 def test_parquet_faults(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r'no column "text" \(it has content, id\)'):
         documents(parquet(tmp_path / "a.parquet", content=["x"], id=[1]))
-    with pytest.raises(DocumentError, match='row 3: "text" is NoneType'):
+    with pytest.raises(DocumentError, match=r'row 3: no string under "text" \(it is null\)'):
         documents(parquet(tmp_path / "a.parquet", text=["x", "y", None]))
-    with pytest.raises(DocumentError, match='row 1: "text" is int'):
+    with pytest.raises(DocumentError, match=r'row 1: no string under "text" \(it is a number\)'):
         documents(parquet(tmp_path / "a.parquet", text=[1]))
     invalid = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
     with pytest.raises(DocumentError, match="between rows 1 and 2 is not UTF-8"):
@@ -275,8 +278,143 @@ def test_parquet_faults(tmp_path: Path) -> None:
 def test_optional_libraries_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"?")
-    with pytest.raises(DocumentError, match=r"pip install 'spherelm\[data\]'"):
+    with pytest.raises(DocumentError, match=r"pip install '\.\[data\]' in a clone of spherelm"):
         list(read_blocks(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_json_is_known_by_its_content(tmp_path: Path, suffix: str) -> None:
+    """A list of objects or strings, on one line or many, or a row a line; in any size of blocks and reads."""
+    records = [{"text": text, "n": [1, {"text": "]"}]} for text in TEXTS * 40]
+    path = tmp_path / f"c4-train.00000-of-01024.json{suffix}"
+    texts = [
+        json.dumps(records),
+        json.dumps(records, indent=2),
+        "\n " + json.dumps(TEXTS * 40),
+        lines(TEXTS * 40).decode(),
+    ]
+    for content in texts:
+        path.write_bytes(COMPRESS[suffix](content.encode()))
+        assert documents(path) == documents(path, block_size=100) == TEXTS * 40
+        assert len(list(read_blocks(path, block_size=100))) > 10
+
+
+def test_a_long_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spherelm.data.compression._READ_BYTES", 7)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    assert documents(path) == TEXTS
+    for content, problem in [("[]", None), ('["a"] ["b"]', "more behind the end"), ('["a", "b"', "entry 2: not JSON, or"),
+                             ('["a" "b"]', "entry 1: not JSON"), ("[3]", "entry 1: no string")]:  # fmt: skip
+        path.write_text(content)
+        if problem is None:
+            assert documents(path) == []
+            continue
+        with pytest.raises(DocumentError, match=problem):
+            documents(path)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_csv(tmp_path: Path, suffix: str) -> None:
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerows([("id", "content"), *enumerate([*TEXTS, "long " * 50_000])])
+    path = tmp_path / f"a.csv{suffix}"
+    path.write_bytes(COMPRESS[suffix](file.getvalue().encode()))
+    for size in (1, 1 << 20):
+        assert documents(path, rows=Rows("content"), block_size=size) == [*TEXTS, "long " * 50_000]
+    with pytest.raises(DocumentError, match=r'no column "text" \(it has id, content\): name another with --field'):
+        documents(path)
+    path.write_bytes(COMPRESS[suffix](b'text,b\n1,"2\n'))
+    with pytest.raises(DocumentError, match="line 2: not CSV"):
+        documents(path)
+
+
+def test_fields_within_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": {"text": text}, "n": 0}) + "\n" for text in TEXTS))
+    (tmp_path / "a.json").write_text(json.dumps([{"body": {"text": text}} for text in TEXTS]))
+    parquet(tmp_path / "a.parquet", body=[{"text": text, "n": 0} for text in TEXTS], n=list(range(5)))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body.text": text, "body": 0}) + "\n" for text in TEXTS))
+    for name in ("a.jsonl", "a.json", "a.parquet", "b.jsonl"):
+        assert documents(tmp_path / name, rows=Rows("body.text")) == TEXTS
+    with pytest.raises(DocumentError, match=r'no string under "body" \(it is an object\)'):
+        documents(tmp_path / "a.jsonl", rows=Rows("body"))
+    with pytest.raises(DocumentError, match=r"it has body\.text, n"):
+        documents(tmp_path / "a.jsonl", rows=Rows("body.words"))
+
+
+def test_bad_rows_are_left_out_if_asked_for(tmp_path: Path) -> None:
+    bad = [
+        b'{"text": null}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "cut off',
+        b'{"other": "a"}',
+        b"[1]",
+        b'{"text": "\xe9"}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(line + b'\n{"text": "good"}\n' for line in bad))
+    found = [text for block in read_blocks(path, rows=Rows(skip_bad=True)) for text in documents_in(block)]
+    assert found == [None, "good"] * len(bad)
+    for line in bad:
+        path.write_bytes(line + b"\n")
+        with pytest.raises(DocumentError, match=r"line 1: .*--skip-bad-rows|not UTF-8"):
+            documents(path)
+    parquet(tmp_path / "a.parquet", text=["a", None, "b"])
+    assert documents(tmp_path / "a.parquet", rows=Rows(skip_bad=True)) == ["a", None, "b"]
+
+
+def test_utf_16_is_named(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", "short text"),
+        ("a.jsonl", '{"text": "a"}\n'),
+        ("a.json", '["a"]'),
+        ("a.csv", "text\na"),
+    ):
+        for codec, found in (("utf-16", "UTF-16"), ("utf-32", "UTF-32")):
+            mark = codecs.BOM_UTF16_BE if codec == "utf-16" else codecs.BOM_UTF32_BE
+            for data in (content.encode(codec), mark + content.encode(f"{codec}-be")):
+                (tmp_path / name).write_bytes(data)
+                with pytest.raises(
+                    DocumentError, match=rf"is {found}, not UTF-8: convert it, iconv -f {found} -t UTF-8 a"
+                ):
+                    documents(tmp_path / name)
+
+
+def test_directories_and_patterns(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.jsonl.gz", "sub/c.md", "notes.docx", ".hidden.txt", ".git/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    names = [file.relative_to(tmp_path).as_posix() for file in input_files(tmp_path)]
+    assert names == ["a.jsonl.gz", "b.txt", "sub/c.md"]
+    assert input_files(tmp_path / "[ab].*") == [tmp_path / "a.jsonl.gz", tmp_path / "b.txt"]
+    assert input_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
+    with pytest.raises(FileNotFoundError, match=r"no input file .*\*\.csv"):
+        input_files(tmp_path / "*.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DocumentError, match="directory without files that end in"):
+        input_files(tmp_path / "empty")
+
+
+@given(text=st.text(alphabet=" \nab", min_size=2, max_size=200), fraction=st.floats(0.01, 0.99))
+def test_a_text_is_split_at_the_nearest_line(
+    text: str, fraction: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("texts") / "a.txt"
+    path.write_text(text, newline="")
+    exact = round(len(text) * (1 - fraction))
+    try:
+        place = split_place(path, fraction)
+    except DocumentError:
+        assert exact in (0, len(text))
+        return
+    assert 0 < place < len(text)
+    for space in "\n ":
+        if space in text[:-1]:
+            assert text[place - 1] == space
+            assert space not in text[min(place, exact) : max(place, exact) - 1][:-1] or place < exact
+            return
+    assert place == exact
 
 
 def test_rows_are_given_as_they_are() -> None:

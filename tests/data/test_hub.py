@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny
 import zstandard
 
 from spherelm.data import encoding
@@ -23,9 +24,13 @@ from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import DocumentError
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.prepare import OutputExistsError, prepare
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Shard, open_tokens
+from spherelm.train.batches import open_data
 
-datasets = pytest.importorskip("datasets", reason="streaming needs datasets: pip install 'spherelm[data]'")
+datasets = pytest.importorskip(
+    "datasets", reason="streaming needs datasets: pip install '.[data]' in a clone of spherelm"
+)
 
 TEXTS = [f"Document {i}: " + "and so on " * (1 + 7 * i % 13) + "é" for i in range(70)]
 EOS = 256
@@ -170,8 +175,20 @@ def test_limit_config_column_and_single_files(parquet: Path, jsonl: Path) -> Non
     renamed = parquet.parent / "renamed.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS[:3]}), renamed)
     assert list(HubText(HubRequest(str(renamed), column="content")).documents()) == TEXTS[:3]
-    with pytest.raises(ValueError, match=r"has no column 'text' \(it has content\): name it with --text-column"):
+    with pytest.raises(ValueError, match=r'has no column "text" \(it has content\): name another with --field'):
         HubText(HubRequest(str(renamed)))
+
+
+def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
+    rows = [{"body": {"text": text, "n": 1}} for text in TEXTS[:9]] + [{"body": {"text": None, "n": 1}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.parquet", "a.jsonl"):
+        request = HubRequest(str(tmp_path / name), column="body.text")
+        assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], None]
+        refused(request, r'row 10: no string under "body.text" \(it is null\); mend that row, or .*--skip-bad-rows')
+    manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=Rows("body.text", skip_bad=True))
+    assert (manifest["bad_rows_left_out"], manifest["splits"]["train"]["documents"]) == (1, 9)
 
 
 def refused(request: HubRequest, message: str) -> None:
@@ -180,14 +197,26 @@ def refused(request: HubRequest, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_the_dataset_is_no_validation_text(jsonl: Path, tmp_path: Path) -> None:
+    """Whatever it is called; prepared, or streamed into training."""
+    (tmp_path / "val.jsonl").write_bytes(next(jsonl.glob("*.jsonl")).read_bytes())
+    val = tmp_path / "val.jsonl"
+    with pytest.raises(ValueError, match=r"val\.jsonl is also a training input \(.*: remove one"):
+        prepare([], tmp_path / "out", "bytes", val=[val], hub=HubRequest(str(jsonl)))
+    assert not (tmp_path / "out").exists()
+    config = tiny.run_config("gpt", Path(f"stream:{jsonl},tokenizer=bytes,val={val}"))
+    with pytest.raises(ValueError, match=r"val\.jsonl is also a training input \("):
+        open_data(config)
+
+
 def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(HubRequest(str(parquet), split="test"), "cannot read dataset .*test.*Available splits")
-    refused(HubRequest(str(parquet), column="n"), "row 1: 'n' is int, not a string")
+    refused(HubRequest(str(parquet), column="n"), r'row 1: no string under "n" \(it is a number\)')
     refused(HubRequest(str(parquet), limit=0), "limit of 0 rows")
-    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave out --hf-config en")
+    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave out --hf-config")
     refused(HubRequest("./no/such"), "no dataset './no/such'")
     (tmp_path / "a.txt").write_text("text")
-    refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet and \.jsonl files are streamed")
+    refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet, \.jsonl and \.json files are streamed")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind")
     refused(HubRequest(str(tmp_path / "a.parquet")), "cannot read dataset")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -226,5 +255,5 @@ def test_the_command(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_without_the_library(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DocumentError, match=r"needs datasets: pip install 'spherelm\[data\]'"):
+    with pytest.raises(DocumentError, match=r"needs datasets: pip install '\.\[data\]' in a clone of spherelm"):
         HubText(HubRequest(str(parquet)))

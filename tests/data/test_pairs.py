@@ -50,15 +50,15 @@ def test_the_tokenizer_is_learned_from_both_sides_of_the_training_pairs_alone(tm
 
 def test_blank_and_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     train = tiny_pairs.write_files(tmp_path, "train", ["ba", "", "badi", "ba du ki lo", " "])
-    val = tiny_pairs.write_files(tmp_path, "val", ["ba"])
+    val = tiny_pairs.write_files(tmp_path, "val", ["du"])
     splits = prepare_pairs(train, tmp_path / "pairs", val, tokenizer="bytes", max_tokens=5)["splits"]
     assert splits["train"]["pairs"] == 2
     assert splits["train"]["left_out"] == {"blank": 2, "too_long": 1}
     with pytest.raises(
-        DocumentError, match="3 train pairs are longer than 2 tokens, the longest has 12: raise --max-tokens"
+        DocumentError, match="longer than 2 tokens: 3 train pairs, the longest has 12; raise --max-tokens"
     ):
         prepare_pairs(train, tmp_path / "other", val, tokenizer="bytes", max_tokens=2)
-    with pytest.raises(DocumentError, match="1 val pairs are longer than 5 tokens"):
+    with pytest.raises(DocumentError, match="longer than 5 tokens: 1 val pair, the longest"):
         prepare_pairs(val, tmp_path / "other", train, tokenizer="bytes", max_tokens=5)
     assert not (tmp_path / "other").exists()
 
@@ -88,6 +88,20 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, data: Path) ->
     blank = tiny_pairs.write_files(tmp_path, "blank", ["", ""])
     with pytest.raises(DocumentError, match="hold no pair with text on both sides"):
         prepare_pairs(blank, tmp_path / "new", train)
+
+
+def test_training_pairs_are_no_validation_pairs(tmp_path: Path) -> None:
+    """All of them, or some of them, under whatever names; where there are others among them they may be."""
+    train = tiny_pairs.write_files(tmp_path, "train", ["ba", "badi", "du ki"])
+    again = PairFiles(tmp_path / "again.src.gz", tmp_path / "again.tgt")
+    again.source.write_bytes(gzip.compress(b"du ki\nba\nba\n"))
+    again.target.write_text("".join(f"{tiny_pairs.translate(text)}\n" for text in ("du ki", "ba", "ba")))
+    for val in (train, again):
+        with pytest.raises(DocumentError, match=r"every pair of .* is in the training text too: name other files"):
+            prepare_pairs(train, tmp_path / "pairs", val, tokenizer="bytes")
+    assert not (tmp_path / "pairs").exists()
+    some = tiny_pairs.write_files(tmp_path, "some", ["ba", "lo"])
+    prepare_pairs(train, tmp_path / "pairs", some, tokenizer="bytes")
 
 
 def test_damage_is_noticed(data: Path) -> None:

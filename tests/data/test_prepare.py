@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -326,6 +327,85 @@ def test_a_split_without_documents(
     assert not (tmp_path / "out").exists()
 
 
+ONE = "".join(f"Line {i} of the only document there is.\n" for i in range(300))
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_one_document_is_split(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, deduplicate: bool) -> None:
+    """At the end of a line near the fraction, also after an interruption; two documents are not."""
+    path = tmp_path / "one.txt.gz"
+    path.write_bytes(gzip.compress(ONE.encode()))
+    settings: dict[str, Any] = {"val_fraction": 0.1, "deduplicate": deduplicate}
+    manifest = prepare([path], tmp_path / "out", "bytes", **settings)
+    (train,), (val,) = texts_of(tmp_path / "out"), texts_of(tmp_path / "out", "val")
+    assert train + val == ONE
+    assert train.endswith("\n")
+    assert abs(len(val) / len(ONE) - 0.1) < 0.01
+    assert [entry["characters"] for entry in manifest["inputs"]] == [[0, len(train)], [len(train), None]]
+    for results in (3, 90):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, results)
+            with pytest.raises(Interrupted):
+                prepare([path], tmp_path / "parts", "bytes", **settings)
+    prepare([path], tmp_path / "parts", "bytes", **settings)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "out")
+    (tmp_path / "two.txt").write_text("Another document.")
+    two = prepare([path, tmp_path / "two.txt"], tmp_path / "two", "bytes", val_fraction=0.5)
+    assert sorted(texts_of(tmp_path / "two") + texts_of(tmp_path / "two", "val")) == ["Another document.", ONE]
+    assert all("characters" not in entry for entry in two["inputs"])
+
+
+def test_the_command_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    command = commands.make_command(monkeypatch, capsys)
+    rows = [{"body": {"text": text}} for text in ("good", " \n", None, "", "better")]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "cut off")
+    words = (
+        "data",
+        "prepare",
+        "--input",
+        tmp_path / "in",
+        "--tokenizer",
+        "bytes",
+        "--workers",
+        1,
+        "--out",
+        tmp_path / "o",
+    )
+    refused = command(*words)
+    assert (refused.code, "line 1: no string" in refused.err, "it has body.text" in refused.err) == (2, True, True)
+    refused = command(*words, "--field", "body.text")
+    assert (refused.code, "line 3: no string" in refused.err, "--skip-bad-rows" in refused.err) == (2, True, True)
+    assert not (tmp_path / "o").exists()
+    answer = command(*words, "--field", "body.text", "--skip-bad-rows")
+    assert answer.code == 0
+    assert answer.out.splitlines()[1:] == ["2 empty documents left out", "2 bad rows left out"]
+    assert texts_of(tmp_path / "o") == ["good", "better"]
+    other = command(*words, "--field", "body.text")
+    assert (other.code, "another skip_bad_rows" in other.err) == (2, True)
+    (tmp_path / "one.txt").write_text(ONE)
+    words = ("data", "prepare", "--input", tmp_path / "one.txt", "--val-fraction", 0.2, "--out", tmp_path / "1")
+    answer = command(*words, "--tokenizer", "bytes", "--workers", 1)
+    assert answer.code == 0
+    place = len(texts_of(tmp_path / "1")[0])
+    assert answer.out.startswith(f"one.txt is one document: from character {place:,} on it is the validation text\n")
+
+
+def test_cuts_that_are_not_safe_are_said(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("spherelm.data.cutting._PIECE", 60)
+    monkeypatch.setattr("spherelm.data.cutting.LONGEST", 500)
+    (tmp_path / "a.txt").write_text("x" * 3000)
+    command = commands.make_command(monkeypatch, capsys)
+    words = ("--tokenizer", "bytes", "--workers", 1, "--out", tmp_path / "out")
+    answer = command("data", "prepare", "--input", tmp_path / "a.txt", *words)
+    count = json.loads((tmp_path / "out" / "manifest.json").read_text())["unsafe_cuts"]
+    assert 4 <= count <= 3000 / 500
+    assert answer.out.splitlines()[1].startswith(f"{count} cuts within long stretches of text that have no safe place")
+    assert texts_of(tmp_path / "out") == ["x" * 3000]
+
+
 def test_a_long_text_over_blocks_and_shards(tmp_path: Path, small: None) -> None:
     text = "a long text of many words " * 100
     for i, content in enumerate([text, "short"]):
@@ -339,7 +419,7 @@ def test_a_long_text_over_blocks_and_shards(tmp_path: Path, small: None) -> None
         documents_found = [t for split in manifest["splits"] for t in texts_of(tmp_path / name, split)]
         assert sorted(documents_found) == sorted([text, "short", *(BOOKS if fraction else [])])
     tokens = open_tokens(tmp_path / "plain", "train")
-    assert len(tokens._shards) > 5
+    assert len(tokens.shards) > 5
     assert tokens.document_offsets.tolist() == [0, len(text) + 1]
 
 
@@ -355,7 +435,7 @@ def test_a_long_text_over_blocks_and_shards(tmp_path: Path, small: None) -> None
         ({"tokenizer": "no such"}, "unknown tokenizer 'no such'"),
         ({"inputs": ["none.txt"]}, "no input file"),
         ({"inputs": ["a.txt", "empty.txt"]}, r"empty\.txt is empty"),
-        ({"inputs": ["a.txt", "x.csv"]}, r"x\.csv: cannot tell"),
+        ({"inputs": ["a.txt", "x.docx"]}, r"x\.docx: cannot tell"),
         ({"inputs": ["a.txt", "latin.txt"]}, r"latin\.txt is not UTF-8 \(byte 3\)"),
         ({"inputs": ["a.txt", "blank.jsonl"]}, r"blank\.jsonl holds no documents with text"),
         ({"inputs": ["blank.jsonl", "a.txt"]}, r"blank\.jsonl holds no documents with text"),
@@ -366,7 +446,7 @@ def test_bad_input(tmp_path: Path, settings: dict[str, Any], problem: str) -> No
     files = {
         "a.txt": b"text",
         "empty.txt": b"",
-        "x.csv": b"a,b",
+        "x.docx": b"a,b",
         "latin.txt": b"caf\xe9",
         "blank.jsonl": b'\n{"text":""}\n',
     }

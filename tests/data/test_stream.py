@@ -20,7 +20,7 @@ from spherelm.data.shards import open_tokens
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import ByteTokenizer
 
-pytest.importorskip("datasets", reason="streaming needs datasets: pip install 'spherelm[data]'")
+pytest.importorskip("datasets", reason="streaming needs datasets: pip install '.[data]' in a clone of spherelm")
 
 TEXTS = [f"{i}. " + "so many words " * (1 + 5 * i % 11) for i in range(60)]
 

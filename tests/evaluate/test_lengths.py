@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spherelm.data.cutting import Cutter
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate import lengths
 from spherelm.evaluate.lengths import Document, Plan, encode_document, perplexity_by_length, ratio, read_documents
@@ -199,7 +200,9 @@ def test_the_model_is_left_in_its_mode() -> None:
 
 
 def test_texts_that_are_too_short_are_refused() -> None:
-    with pytest.raises(ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 are shorter\\)"):
+    with pytest.raises(
+        ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 documents too short\\)"
+    ):
         perplexity_by_length(model_of("gpt"), texts(32, 10), Plan((8, 32)))
 
 
@@ -224,18 +227,21 @@ def test_plans_that_cannot_be_are_refused(fields: dict[str, Any], message: str) 
 @pytest.mark.parametrize("name", ["default", "bytes"])
 def test_only_the_beginning_is_encoded_where_it_is_enough(name: str) -> None:
     tokenizer, text = load_tokenizer(name), tiny.text(4, 3000)
-    whole = encode_document(text, tokenizer, None)
+    whole = encode_document(text, Cutter(tokenizer), None)
     assert whole.bytes == len(text)
-    part = encode_document(text, tokenizer, 100)
+    part = encode_document(text, Cutter(tokenizer), 100)
     assert 100 <= len(part.tokens) < len(whole.tokens)
     assert torch.equal(part.tokens, whole.tokens[: len(part.tokens)])
     assert tokenizer.decode(part.tokens.tolist()) == text[: part.bytes]
-    assert len(encode_document(text, tokenizer, len(text)).tokens) == len(whole.tokens)
+    assert len(encode_document(text, Cutter(tokenizer), len(text)).tokens) == len(whole.tokens)
 
 
 def test_documents_are_read_from_any_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one ü", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"body": {"text": "other"}}\n')
+    (other,) = read_documents([tmp_path / "c.*"], load_tokenizer("bytes"), field="body.text")
+    assert bytes(other.tokens.tolist()) == b"other"
     found = list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], load_tokenizer("bytes")))
     assert [(bytes(d.tokens.tolist()).decode(), d.bytes) for d in found] == [("one ü", 6), ("two", 3), ("three", 5)]
     with pytest.raises(FileNotFoundError, match="no input file"):

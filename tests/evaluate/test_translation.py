@@ -69,7 +69,7 @@ def test_bleu_is_its_definition() -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 texts and 1 references: one line must belong to one line"):
+    with pytest.raises(ValueError, match="2 texts and 1 reference: one line must belong to one line"):
         translation_scores(["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="nothing to score"):
         translation_scores([], [])
@@ -131,7 +131,7 @@ def test_prompts_of_a_file_become_lines(run: Path, command: commands.Command, tm
     ("flags", "said"),
     [
         (["--interactive"], "holds an encoder-decoder, which writes one text for one"),
-        (["--prompt", "x", "--beams", "2", "--samples", "3", "--max-new-tokens", "4"], "2 beams find no 3 texts"),
+        (["--prompt", "x", "--beams", "2", "--samples", "3", "--max-new-tokens", "4"], "2 beams cannot find 3 texts"),
         (
             ["--prompt", "x" * 24, "--max-new-tokens", "4"],
             "24 tokens and its end, the model's max_seq_len is 24: cut it up",
@@ -179,7 +179,7 @@ def test_eval_wants_texts_and_references(run: Path, command: commands.Command, t
     target.write_text("one\n")
     for flags, said in (
         (["--translate", source], "--translate acts only with --reference: give both"),
-        (["--translate", source, "--reference", target], "2 texts and 1 references"),
+        (["--translate", source, "--reference", target], "2 texts and 1 reference"),
         (["--translate", tmp_path / "none", "--reference", target], "no input file"),
     ):
         answer = command("eval", run, *flags)

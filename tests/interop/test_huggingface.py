@@ -146,6 +146,33 @@ def test_hidden_states_and_attentions() -> None:
     assert hf(tokens).attentions is None
 
 
+def test_heads_by_both_names_are_ours_and_stored_once(tmp_path: Path) -> None:
+    config = to_hf(make_model("ngpt", n_kv_heads=2)).config
+    described = config.to_dict()
+    assert (described["num_attention_heads"], described["num_key_value_heads"]) == (4, 2)
+    changed = SphereLMConfig.from_dict(described | {"n_heads": 8, "n_kv_heads": 4})
+    assert (changed.num_attention_heads, changed.n_heads, changed.n_kv_heads) == (8, 8, 4)
+    config.save_pretrained(tmp_path)
+    assert "num_attention_heads" not in (tmp_path / "config.json").read_text()
+    assert SphereLMConfig.from_pretrained(tmp_path).arm_config() == config.arm_config()
+
+
+@both_arms
+def test_prompts_padded_where_new_tokens_go_are_refused(arm: str) -> None:
+    """With a mask, and where transformers makes one of the padding token."""
+    hf, tokens = to_hf(make_model(arm)), make_tokens(2, 6).clamp_min(1)
+    left, right = tokens.clone(), tokens.clone()
+    left[1, :2] = right[1, -2:] = 0
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": 49}
+    for mask in ({"attention_mask": right.ne(0).long()}, {}):
+        with pytest.raises(ValueError, match=r"prompts are padded on the right, .* pad on the left"):
+            hf.generate(right, **mask, **settings)
+    alone = hf.generate(tokens[1:, 2:], **settings)
+    assert torch.equal(hf.generate(left, attention_mask=left.ne(0).long(), **settings)[1:, 2:], alone)
+    beams = hf.generate(left, attention_mask=left.ne(0).long(), num_beams=2, **settings)
+    assert beams.shape[1] > 6
+
+
 def slow_greedy(model: Decoder, tokens: Tensor, count: int) -> Tensor:
     for _ in range(count):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
@@ -304,8 +331,8 @@ def test_eager_and_fused_attention_have_the_same_gradients() -> None:
 def test_retraction_and_copies() -> None:
     hf, tokens = to_hf(make_model("ngpt")), make_tokens(2, 9)
     twin = copy.deepcopy(hf)
-    assert twin.model.blocks[0].attention.part.attend.config is twin.config
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=0.1)
+    assert twin.model.runtime.attend.config is twin.config
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=0.1, weight_decay=0.0)
     attach_retraction(optimizer, hf)
     with torch.enable_grad():
         hf(tokens, labels=tokens).loss.backward()

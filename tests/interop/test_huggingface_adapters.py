@@ -129,16 +129,62 @@ def test_adapters_are_saved_and_loaded(tokens: Tensor, tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(to_hf(make_model()), tmp_path)(tokens)
 
 
-@pytest.mark.parametrize("targets", [["q"], ["u"], ["embed"], ["head"]])
+@pytest.mark.parametrize("targets", [["q"], ["u"], ["head"]])
 def test_an_adapter_that_leaves_the_sphere_is_refused(targets: list[str], tokens: Tensor) -> None:
     model = peft.get_peft_model(to_hf(make_model()), peft.LoraConfig(target_modules=targets))
     with pytest.raises(ValueError, match=r"off the unit sphere: pass peft .*on_sphere"):
         model(tokens)
 
 
-def test_an_embedding_is_refused_with_on_sphere_too(tokens: Tensor) -> None:
-    with pytest.raises(ValueError, match="off the unit sphere"):
-        adapted(["embed"])(tokens)
+def test_an_embedding_takes_no_adapter_and_can_be_trained_whole(tokens: Tensor) -> None:
+    """With `on_sphere` or without; what is advised works, and keeps the trained copy on the sphere."""
+    plain = peft.get_peft_model(to_hf(make_model()), peft.LoraConfig(target_modules=["embed"]))
+    rows = peft.get_peft_model(to_hf(make_model()), peft.TrainableTokensConfig(target_modules=["embed"]))
+    for model in (plain, rows, adapted(["embed"]), adapted(["q"], trainable_token_indices={"embed": [1, 2]})):
+        with pytest.raises(
+            ValueError, match=r"embed.* off the unit sphere: .* leave it out, .* modules_to_save"
+        ) as said:
+            model(tokens)
+        assert "on_sphere" not in str(said.value)
+    model = adapted(["q"], modules_to_save=["embed"])
+    start = model.base_model.model.model.embed.weight.clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert (model.base_model.model.model.embed.weight - start).abs().max() > 1e-3
+    assert departure(model) < 1e-6
+
+
+def test_other_adapters_are_told_of_lora(tokens: Tensor) -> None:
+    config = peft.LoHaConfig(target_modules=["q"])
+    with pytest.raises(ValueError, match="pass a LoraConfig, not a LoHaConfig"):
+        on_sphere(config)
+    with pytest.raises(ValueError, match=r"q off the unit sphere: take LoRA on matrices"):
+        peft.get_peft_model(to_hf(make_model()), config)(tokens)
+
+
+PROMPTS = [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig]
+
+
+@pytest.mark.parametrize("arm", ["gpt", "ngpt"])
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of peft, whenever it generates
+def test_trained_prompts_take_their_sizes_from_the_config(kind: Any, arm: str, tokens: Tensor) -> None:
+    model = peft.get_peft_model(to_hf(make_model(arm)), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(10):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    written = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, do_sample=False
+    )
+    assert written.shape == (2, 11)
 
 
 def test_gpt_is_adapted_as_any_other_model(tokens: Tensor) -> None:

@@ -217,7 +217,7 @@ def test_without_transformers_the_extra_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert command("export", runs["gpt"], tmp_path / "out") == 2
-    assert "pip install 'spherelm[hf]'" in capsys.readouterr().err
+    assert "pip install '.[hf]' in a clone of spherelm" in capsys.readouterr().err
 
 
 def test_the_card_of_an_imported_run_claims_nothing(runs: dict[str, Path]) -> None:
@@ -313,6 +313,11 @@ for arm in ("gpt", "ngpt"):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with torch.no_grad():
         logits = model(inputs["input_ids"][:1]).logits
+    try:
+        model.generate(**tokenizer(["badu kibo", "se"], return_tensors="pt", padding=True, padding_side="right"))
+        raise AssertionError("padding on the right was taken")
+    except ValueError as error:
+        assert "pad on the left" in str(error), error
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1)
     for _ in range(3):
         model(inputs["input_ids"], labels=inputs["input_ids"]).loss.backward()

@@ -323,6 +323,41 @@ def free_port() -> int:
     return port
 
 
+FLATTENED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from spherelm import NGPT, NGPTConfig
+from spherelm.interop.huggingface import to_hf
+
+dist.init_process_group("gloo")
+for original in (True, False):
+    torch.manual_seed(0)
+    model = to_hf(NGPT(NGPTConfig(vocab_size=50, n_layers=2, d_model=32, n_heads=2, max_seq_len=32)))
+    model = FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy({type(model.model.blocks[0])}), use_orig_params=original,
+        device_id=torch.device("cpu"),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    batch = torch.randint(50, (2, 16))
+    try:
+        for _ in range(8):
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        raise AssertionError("trained off the sphere without a word")
+    except ValueError as error:
+        assert "FSDP 2" in str(error), error
+dist.destroy_process_group()
+"""
+
+
+def test_flattened_weights_are_refused(tmp_path: Path) -> None:
+    """FSDP 1 keeps vectors in pieces, or out of the optimizer's sight, and their memory away between uses."""
+    assert run_on_two_processes(FLATTENED, tmp_path) == [0, 0]
+
+
 def run_on_two_processes(program: str, folder: Path) -> list[int]:
     """The exit codes of two ranks of `program`, given `folder`; what they print is shown where one fails."""
     (folder / "program.py").write_text(program)

@@ -1,4 +1,4 @@
-"""The Triton kernels against `sphere`, in Triton's interpreter: pip install 'spherelm[triton]' for these tests."""
+"""The Triton kernels against `sphere`, in Triton's interpreter, by pip install '.[triton]' in a clone of spherelm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install 'spherelm[triton]'"
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: pip install '.[triton]' in a clone of spherelm",
 )
 
 CHECK = """

@@ -215,5 +215,5 @@ def test_what_makes_no_hybrid(arm: str) -> None:
 
 
 def test_the_scale_of_a_mixer_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="s_mamba.init must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"s_mamba\.init must be positive, got 0"):
         hybrid_config("ngpt", **{"s_mamba.init": 0})

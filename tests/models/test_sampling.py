@@ -119,6 +119,8 @@ def test_probabilities_are_float32_whatever_the_logits_are(dtype: torch.dtype) -
         ({"min_p": -0.1}, "min_p=-0.1 (in [0, 1])"),
         ({"min_p": 1.1}, "min_p=1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 (> 0)"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40 (at least 1e-6)"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf (at most 1e6)"),
         ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
         ({"top_k": 0, "min_p": 2.0}, "top_k=0 (>= 1), min_p=2.0 (in [0, 1])"),
     ],

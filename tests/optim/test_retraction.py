@@ -34,7 +34,7 @@ def test_attaching_puts_the_weights_on_the_sphere_at_once() -> None:
 def test_unit_after_every_step_of_any_optimizer(seed: int, rate: float, name: str) -> None:
     torch.manual_seed(seed)
     model = small_model()
-    optimizer = getattr(torch.optim, name)(model.parameters(), lr=10**rate)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=10**rate, weight_decay=0.0)
     attach_retraction(optimizer, model)
     for _ in range(3):
         push(model)
@@ -99,3 +99,39 @@ def test_a_shared_weight_is_retracted(case: Any, train: Any) -> None:
     train(c.model, OptimConfig(lr=3e-2), c.batches(2))
     assert c.model.head.linear.weight is c.model.embed.weight
     assert departure(c.model) < 1e-14
+
+
+def test_what_would_do_nothing_is_refused() -> None:
+    model, other = small_model(), small_model()
+    with pytest.raises(ValueError, match="this Linear has no unit weights to keep on the sphere"):
+        attach_retraction(torch.optim.SGD((plain := nn.Linear(3, 3)).parameters()), plain)
+    optimizer = torch.optim.SGD(other.parameters())
+    with pytest.raises(ValueError, match="none of the parameters of this Sequential: make it from"):
+        attach_retraction(optimizer, model)
+    assert departure(model) > 0.01, "nothing was changed"
+    push(other)
+    optimizer.step()
+    assert departure(other) > 0.01, "and nothing was attached"
+
+
+def test_a_part_of_a_model_is_enough() -> None:
+    """Two optimizers, the last of which steps for both, and frozen weights."""
+    model = small_model()
+    attach_retraction(torch.optim.SGD(model[2].parameters()), model)
+    attach_retraction(torch.optim.SGD(model.parameters()), model[1])
+
+
+def test_decay_of_unit_weights_must_be_meant() -> None:
+    """It is what torch's AdamW does by default. Of other weights it is nobody's business."""
+    model = small_model()
+    with pytest.raises(
+        ValueError, match=r"weight_decay=0\.01 would act on unit weights, 0 for one: .*weight_decay=0\.0"
+    ):
+        attach_retraction(torch.optim.AdamW(model.parameters()), model)
+    apart = [{"params": model[2].parameters()}, {"params": [*model[:2].parameters()], "weight_decay": 0.0}]
+    attach_retraction(torch.optim.AdamW(apart), model)
+    decaying = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    attach_retraction(decaying, model, allow_decay=True)
+    push(model)
+    decaying.step()
+    assert departure(model) < 3e-7

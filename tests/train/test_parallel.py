@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +78,15 @@ perplexity.separate_documents = noted
 SMALL_PARTS = ("--micro-batch-size", "2", "--resume")
 SKIPPING = ("--on-bad-step", "skip", "--skip-budget", "2")
 NAN = "loss = float('nan')"
+NO_TEXT_ON_ONE = """
+from spherelm.train import trainer
+
+def no_text(*_):
+    raise ValueError("no text here")
+
+if rank == 1:
+    trainer.open_data = no_text
+"""
 REFUSED = {
     "uneven": ("--batch-size", "7"),
     "three": ("--strategy", "hybrid", "--shard-size", "3"),
@@ -130,6 +143,9 @@ def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     for name, flags in REFUSED.items():
         prepare = IN_USE.format(run=str(root / name)) if name == "in-use" else ""
         jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags], prepare=prepare)
+    jobs |= {f"uneven-{i}": jobs["uneven"] for i in range(8)}
+    jobs["unreadable"] = ranks.Job(2, [*arguments("ngpt", root / "unreadable", data), "--lr", "fast"])
+    jobs["one"] = ranks.Job(2, arguments("ngpt", root / "one", data), NO_TEXT_ON_ONE)
     return jobs
 
 
@@ -281,14 +297,35 @@ def test_a_signal_in_the_validation_of_one_saves_and_ends_all(strategy: str, run
         ("no-text", "/nowhere"),
         ("tasks", "/nowhere"),
         ("in-use", "in-use is in use by another process: wait until that ends"),
+        ("one", "spherelm: rank 1: no text here"),
+        *((f"uneven-{i}", "batch_size=7 cannot be shared") for i in range(8)),
     ],
 )
-def test_what_cannot_be_is_said(name: str, message: str, ended: AllEnded, root: Path) -> None:
+def test_what_cannot_be_is_said_once(name: str, message: str, ended: AllEnded, root: Path) -> None:
     assert [rank.code for rank in ended[name]] == [2, 2], [rank.err for rank in ended[name]]
-    said = [line for rank in ended[name] for line in rank.err.splitlines() if line.startswith("spherelm:")]
-    assert said
-    assert all(message in line for line in said)
+    said = [[line for line in rank.err.splitlines() if line.startswith("spherelm: ")] for rank in ended[name]]
+    assert [len(lines) for lines in said] == [1, 0], said
+    assert message in said[0][0]
+    assert "Traceback" not in ended[name][0].err + ended[name][1].err
     assert not (root / name / "metrics.jsonl").exists()
+
+
+def test_a_command_that_cannot_be_read_is_said_once(ended: AllEnded) -> None:
+    first, second = ended["unreadable"]
+    assert [first.code, second.code] == [2, 2]
+    assert "--lr" in first.err
+    assert second.err == ""
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", "7"), ("--data", "/nowhere")], ids=" ".join)
+def test_torchrun_shows_one_reason(flags: tuple[str, str], data: Path, tmp_path: Path) -> None:
+    """It ends all processes as soon as one has ended, whether that has said why or not."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.01"]
+    start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "spherelm"]
+    words = [*start, *arguments("ngpt", tmp_path / "run", data), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert len([line for line in done.stderr.splitlines() if line.startswith("spherelm: ")]) == 1, done.stderr
+    assert {int(code) for code in re.findall(r"exitcode *: *(-?\d+)", done.stderr)} == {2}, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +24,11 @@ from spherelm.optim import build_optimizer, factor
 from spherelm.recipes import S_Z_SCALE
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.metrics import read_metrics
+from spherelm.train import diagnostics
 from spherelm.train import trainer as module
+from spherelm.train.batches import epochs
 from spherelm.train.guard import Diverged
+from spherelm.train.opening import say_first
 from spherelm.train.parallel import Group, spread
 from spherelm.train.precision import compile_blocks, resolve_dtype
 from spherelm.train.signals import Interrupted
@@ -147,6 +154,47 @@ def test_metrics_hold_what_is_documented(arm: str, trainer: MakeTrainer, tmp_pat
     assert rates[0] == 1e-2
 
 
+def test_mfu_is_never_above_one(trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the product at the start reached: an update that is faster is the peak from then on."""
+    monkeypatch.setattr(diagnostics, "matmul_flops", lambda *_: 1.0)
+    run = trainer("gpt", eval_every=0)
+    run.run(show_progress=False)
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    fastest = 0.0
+    for record in records:
+        fastest = max(fastest, record["tokens_per_second"])
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] / fastest)
+    assert "TFLOP/s a device, the fastest measured here so far" in run.speed.peak()
+
+
+def test_the_data_sheet_of_a_gpu_is_found_by_its_name() -> None:
+    """The card with less power has less, which its name says last; what is not known is measured."""
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB")
+    sxm, pcie, older = (diagnostics.data_sheet_flops(name, torch.bfloat16) for name in names)
+    assert sxm is not None
+    assert pcie is not None
+    assert older is not None
+    assert sxm > pcie > older > 1e14
+    assert diagnostics.data_sheet_flops("NVIDIA GeForce GTX 1080", torch.bfloat16) is None
+    assert diagnostics.data_sheet_flops(names[0], torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"), [({}, [3, 6]), ({"save_minutes": 0}, [6]), ({"save_every": 4}, [4, 6])], ids=str
+)
+def test_a_run_saves_by_the_clock(
+    fields: dict[str, Any], steps: list[int], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every half hour, of updates of ten minutes each, unless told otherwise; which changes nothing that is learned."""
+    train(tiny.run_config("ngpt", data), tmp_path / "whole", show_progress=False)
+    clock = itertools.count(step=600.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    train(tiny.run_config("ngpt", data, keep=9, **fields), tmp_path / "run", show_progress=False)
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [int(path.name.removeprefix("step-")) for path in saved] == steps
+    tiny.assert_bitwise(saved[-1], tmp_path / "whole" / "checkpoints" / saved[-1].name)
+
+
 def test_the_model_learns(data: Path, tmp_path: Path) -> None:
     for arm in tiny.ARMS:
         train(tiny.run_config(arm, data, steps=40, eval_every=0), tmp_path / arm, show_progress=False)
@@ -237,6 +285,44 @@ def test_a_last_update_that_breaks_the_model_is_noticed(trainer: MakeTrainer, tm
     with pytest.raises(Diverged, match="the validation loss is nan at step 1"):
         trainer("gpt", lr=1e38, steps=1).run(show_progress=False)
     assert latest_checkpoint(tmp_path / "run") is None
+
+
+@both_arms
+@pytest.mark.parametrize(("start", "end", "worse"), [(6.0, 6.05, False), (6.0, 6.2, True), (3.0, 6.0, True)])
+def test_a_run_that_ends_worse_than_an_untrained_model_fails(
+    arm: str,
+    start: float,
+    end: float,
+    worse: bool,
+    trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its start, or where that is lower an even guess, ln(257) = 5.55 nats, also when resumed; in between it may be worse."""
+    validations = {0: start, 2: 9.0, 4: 9.0, 6: end}
+    for resume in (False, True):
+        run = trainer(arm, save_every=4, resume=resume)
+        (name,) = (part.name for part in run.data.held_out)
+        monkeypatch.setattr(
+            run, "_validation_losses", lambda run=run, name=name: {name: validations[run.progress.step]}
+        )
+        if not worse:
+            assert run.run(show_progress=False) == end
+            continue
+        with pytest.raises(
+            Diverged, match=f"the run ends worse than an untrained model: its validation loss is {end}00 at"
+        ):
+            run.run(show_progress=False)
+        assert tiny.metrics(tmp_path / "run")[-1]["kind"] == "stop"
+        last = latest_checkpoint(tmp_path / "run")
+        assert last is not None
+        assert last.name == "step-00000004", "the run directory stays as it is"
+
+
+def test_a_normalized_model_thrown_about_by_its_rate_fails(trainer: MakeTrainer) -> None:
+    """All of its weights stay unit vectors, and nothing becomes NaN."""
+    with pytest.raises(Diverged, match=r"the run ends worse than an untrained model: .* \(peak learning rate 1e\+06\)"):
+        trainer("ngpt", lr=1e6, eval_every=0).run(show_progress=False)
 
 
 def test_compiling_that_fails_is_said_and_changes_nothing(
@@ -341,10 +427,38 @@ def test_auto_is_bfloat16_only_where_the_hardware_has_it(monkeypatch: pytest.Mon
     assert resolve_dtype("auto", torch.device("meta")) is torch.float32
 
 
-def test_progress_is_shown_on_stderr(trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_stderr(trainer: MakeTrainer, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer("gpt", steps=3).run()
     shown: Any = capsys.readouterr()
     assert shown.out == ""
     assert "3/3" in shown.err
     assert "loss" in shown.err
     assert "tokens/s" in shown.err
+    size = len(open_tokens(data, "train"))
+    first = f"spherelm: 3 updates of 64 tokens, {3 * 64 / size:.3g} epochs of {data}; MFU is the part of "
+    assert shown.err.startswith(first)
+    assert "warning" not in shown.err
+
+
+def test_text_that_is_read_often_is_warned_of(
+    trainer: MakeTrainer, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = len(open_tokens(data, "train"))
+    steps = 5 * size // 64
+    run = trainer("gpt", steps=steps)
+    run.metrics.close()
+    repeats = epochs(run.config, steps)
+    say_first(run.config.train, 64, repeats, "a peak")
+    (first, second) = capsys.readouterr().err.splitlines()
+    assert f"{steps:,} updates of 64 tokens, {steps * 64 / size:.3g} epochs of {data}" in first
+    assert second.startswith(f"spherelm: warning: {data} is read {steps * 64 / size:.3g} times, and more than 4 times")
+
+
+def test_the_epochs_of_a_mixture_are_those_of_its_parts(data: Path, tmp_path: Path) -> None:
+    """Each part gives its share of all tokens."""
+    other = tiny.make_data(tmp_path)
+    config = replace(tiny.run_config("gpt", data), data=f"{data}=3,{other}=1")
+    sizes = {str(path): len(open_tokens(path, "train")) for path in (data, other)}
+    read = {name: count * sizes[name] for name, count in epochs(config, 100).items()}
+    assert read == pytest.approx({str(data): 0.75 * 100 * 64, str(other): 0.25 * 100 * 64})
+    assert epochs(replace(config, data="stream:some/text"), 100) == {}

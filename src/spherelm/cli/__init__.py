@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
 import tyro
 
 from spherelm.cli import evaluation, inspection, text, timing, trained, training
 from spherelm.cli.given import checked, flags_of, refuse_unknown
+from spherelm.third_parties import silenced
 
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
@@ -31,12 +33,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": timing.bench,
     "data prepare": text.prepare,
     "data pairs": text.pairs,
+    "data verify": text.verify,
     "import nvidia": trained.import_nvidia,
 }
 """Every command by its whole name, in the order in which `--help` lists them."""
 
 GROUPS = {
-    "data": "Turn text into token shards.",
+    "data": "Turn text into token shards, and verify them.",
     "import": "Turn a checkpoint of another program into a run directory.",
 }
 """What the commands that have commands are for."""
@@ -45,6 +48,7 @@ GROUPS = {
 data_app, import_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
 data_app.command(checked(text.prepare))
 data_app.command(checked(text.pairs))
+data_app.command(checked(text.verify))
 import_app.command(name="nvidia")(checked(trained.import_nvidia))
 
 
@@ -56,12 +60,12 @@ def program(asked: str | None = None) -> tyro.extras.SubcommandApp:
     app = tyro.extras.SubcommandApp()
     groups = {"data": data_app, "import": import_app}
     for name in dict.fromkeys(name.partition(" ")[0] for name in COMMANDS):
-        command = groups.get(name) or COMMANDS[name]
+        command: Any = groups.get(name) or COMMANDS[name]
         if asked not in (None, name):
             command = outline(command)
         elif name not in groups:
             command = checked(command)
-        app.command(command, name=name, help=GROUPS.get(name))  # type: ignore[arg-type]
+        app.command(command, name=name, help=GROUPS.get(name))
     return app
 
 
@@ -77,29 +81,60 @@ def outline(command: Any) -> Callable[[], None]:
 app = program()
 
 
-def stop(message: str, code: int) -> NoReturn:
-    """Say one line and leave with `code`."""
+def rank_and_size() -> tuple[int, int]:
+    """Which of the processes that torchrun started this is, and of how many."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def one_speaks() -> Iterator[None]:
+    """Of several processes, drop what all but the first write; what they raise is not written yet."""
+    if rank_and_size()[0] == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def say(message: str) -> None:
+    """Write one line to stderr."""
     try:
         print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
     except OSError:  # the terminal is gone, which may be why a run stops
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Say one line and leave with `code`; of several processes, which all end so, one says it."""
+    if rank_and_size()[1] > 1:
+        from spherelm.train.parallel import leave
+
+        leave(lambda: say(message), code)
+    say(message)
     raise SystemExit(code)
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the command line. Other libraries are `silenced`; their errors are not.
 
-    Exit codes: 0 done, 1 the training diverged, 2 something asked for cannot be, 3 processes of the run no longer answer,
-    128 + n stopped by signal n.
+    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 something asked for cannot be,
+    3 processes of the run no longer answer, 128 + n stopped by signal n.
     """
     try:
         asked = sys.argv[1] if len(sys.argv) > 1 else ""
-        for name in (asked, " ".join(sys.argv[1:3])):
-            if name in COMMANDS:
-                refuse_unknown(sys.argv[1:], flags_of(COMMANDS[name]), name)
-        program(asked).cli(
-            prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
-        )
+        with one_speaks(), silenced():
+            for name in (asked, " ".join(sys.argv[1:3])):
+                if name in COMMANDS:
+                    refuse_unknown(sys.argv[1:], flags_of(COMMANDS[name]), name)
+            program(asked).cli(
+                prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
+            )
+    except SystemExit as end:  # the parser has said what it could not read
+        if end.code == 2 and rank_and_size()[1] > 1:
+            from spherelm.train.parallel import leave
+
+            leave(lambda: None, 2)
+        raise
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None
@@ -114,8 +149,6 @@ def main() -> None:
         if code == RANK_LOST:  # whichever process notices must say so, and wait for nobody
             print(f"spherelm: {error}", file=sys.stderr, flush=True)
             os._exit(code)
-        if os.environ.get("RANK", "0") != "0":  # all processes of the run end so, and one says why
-            raise SystemExit(code) from None
         stop(str(error), code)
 
 

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from spherelm.cli.flags import Translation, TranslationFlags
 from spherelm.cli.given import Needs
+from spherelm.counting import counted
 
 OfTasks = Needs("--tasks", without=["--perplexity", "--translate"])
 OfPerplexity = Needs("--perplexity")
@@ -22,6 +23,7 @@ def eval_(
     few_shot: Annotated[int, OfTasks] = 0,
     batch_size: Annotated[int, OfTasks] = 16,
     perplexity: tuple[Path, ...] = (),
+    field: Annotated[str | None, OfPerplexity] = None,
     lengths: Annotated[str | None, OfPerplexity] = None,
     stride: Annotated[int | None, OfPerplexity] = None,
     document_tokens: Annotated[int | None, OfPerplexity] = None,
@@ -41,7 +43,8 @@ def eval_(
         limit: Documents of each task, the first ones; all if left out.
         few_shot: Examples before each document.
         batch_size: Sequences of a task at once.
-        perplexity: Text files (.txt, .jsonl, .parquet, also compressed) to measure perplexity on instead.
+        perplexity: Text files, of the kinds that `data prepare` reads, to measure perplexity on instead.
+        field: Where the text of a row is in those files; "text" if left out, body.text for "text" within "body".
         lengths: Tokens of a window, by commas, also beyond the length trained on; that length if left out.
         stride: Windows advance by so many tokens and score only these; windows do not overlap if left out.
         document_tokens: At most so many tokens of each document are scored; all if left out.
@@ -51,17 +54,16 @@ def eval_(
         reference: Files of what should be written, a line for each line of --translate.
         json: File to write everything to, as JSON.
     """
-    if json is not None and json.exists():
-        raise FileExistsError(f"{json} already exists: choose another --json")
-    if json is not None and not json.parent.is_dir():
-        raise FileNotFoundError(f"no directory {json.parent} for --json: make it, or choose another")
+    from spherelm.data.output import check_new_file
     from spherelm.runs.record import write_json
     from spherelm.train.evaluation import about
 
+    if json is not None:
+        check_new_file(json, "--json")
     results = translated(run, texts, reference)
     if perplexity:
         results["perplexity"] = measured(
-            run, perplexity, lengths, stride, document_tokens, bins, rope_base, rope_scaling
+            run, perplexity, field, lengths, stride, document_tokens, bins, rope_base, rope_scaling
         )
     if tasks is not None or not (perplexity or results):
         results |= scored(run, tasks, task_data, limit, few_shot, batch_size)
@@ -84,6 +86,7 @@ def translated(run: Path, texts: Translation, reference: tuple[Path, ...]) -> di
 def measured(
     run: Path,
     files: tuple[Path, ...],
+    field: str | None,
     lengths: str | None,
     stride: int | None,
     document_tokens: int | None,
@@ -98,7 +101,8 @@ def measured(
 
     positions = parse_positions(rope_base, rope_scaling)
     chosen = numbers(lengths) if lengths else (trained_length(run),)
-    return perplexity_of_run(run, files, Plan(chosen, stride, document_tokens, bins), positions)
+    plan = Plan(chosen, stride, document_tokens, bins)
+    return perplexity_of_run(run, files, plan, positions, field or "text")
 
 
 def scored(
@@ -142,7 +146,7 @@ def task_table(results: dict[str, Any]) -> str:
 def translation_table(found: dict[str, Any]) -> str:
     """A line for each score, under what was scored."""
     search = f"{found['beams']} beams, length penalty {found['length_penalty']:g}"
-    lines = [f"{found['texts']:,} texts of {found['source']}; {search}; intervals of 95 % over texts"]
+    lines = [f"{counted(found['texts'], 'text')} of {found['source']}; {search}; intervals of 95 % over texts"]
     for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
         score = found[name]
         lines.append(f"{label:<16} {score['value']:>7.2f} ± {score['interval']:.2f}  {score['signature']}")
@@ -167,7 +171,8 @@ def length_table(found: dict[str, Any]) -> str:
     """A line for each length, under what was read."""
     windows = "disjoint windows" if found["stride"] is None else f"windows sliding by {found['stride']}"
     head = (
-        f"{found['tokens']:,} tokens of {found['documents']:,} documents ({found['documents_left_out']:,} too short), the same "
+        f"{counted(found['tokens'], 'token')} of {counted(found['documents'], 'document')} "
+        f"({found['documents_left_out']:,} too short), the same "
         f"at each length; {windows}; positions {found['positions']}; standard errors over {found['clusters']}"
     )
     lines = [

@@ -16,6 +16,9 @@ Flag = Annotated[bool, FlagCreatePairsOff]
 Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
 """One directory or more."""
 
+DataDirectories = Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]", help_behavior_hint="(required)")]
+"""One data directory or more."""
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -29,6 +32,7 @@ class DryRun:
         world_size: Devices that the dry run spreads the run over.
         mfu: Part of the peak that the dry run assumes to be reached.
         peak_tflops: Peak of a device in the dry run, in 10^12 operations a second; an H100's in bfloat16 if left out.
+        device_memory: Memory of a device in the dry run, in GiB; if left out, that of the accelerator here, else 80.
     """
 
     dry_run: Flag = False
@@ -36,6 +40,7 @@ class DryRun:
     world_size: Annotated[int, Needs("--dry-run")] = 1
     mfu: Annotated[float, Needs("--dry-run")] = 0.4
     peak_tflops: Annotated[float, Needs("--dry-run")] = 989.0
+    device_memory: Annotated[float | None, Needs("--dry-run")] = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,15 @@ class Rhythm:
 
     Attributes:
         eval_every: Updates between validations; the preset's if left out.
-        save_every: Updates between checkpoints, 0 for only one at the end.
+        save_every: Updates between checkpoints; 0: by the clock, every --save-minutes, and at the end.
+        save_minutes: Minutes between checkpoints where --save-every is 0; 0: only one at the end.
         keep: Checkpoints that stay, the newest ones.
         keep_every: Checkpoints of every so many updates stay as well, 0 for none.
     """
 
     eval_every: int | None = None
     save_every: int = 0
+    save_minutes: float = 30.0
     keep: int = 2
     keep_every: Annotated[int, Needs("--save-every")] = 0
 

@@ -71,7 +71,7 @@ def same(values: Sequence[str], wanted: str) -> bool:
 
 def flags_of(command: Callable[..., Any]) -> dict[str, Kind]:
     """Every flag of `command`, those in the dataclasses among its parameters too."""
-    found = {}
+    found: dict[str, Kind] = {}
     for name, hint in get_type_hints(command, include_extras=True).items():
         kind, notes = unfold(hint)
         if dataclasses.is_dataclass(kind):
@@ -140,7 +140,9 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
         hint = hints[name]
         if is_list(kind) and Positional not in notes:
             shown = arg(help_behavior_hint=f"(default: {' '.join(map(str, default))})")
-            hint = Annotated[(tuple[kind, ...], *notes, shown, UseAppendAction)]  # type: ignore[valid-type]
+            hint = tuple[kind, ...]  # type: ignore[valid-type]
+            for note in (*notes, shown, UseAppendAction):
+                hint = Annotated[hint, note]
             defaults[name], default = default, ()
         parameters.append(parameter.replace(annotation=hint, default=default))
 
@@ -150,10 +152,21 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
         lists = {name: tuple(itertools.chain(*values[name])) or default for name, default in defaults.items()}
         command(**{**values, **lists})
 
-    del run.__wrapped__  # type: ignore[attr-defined]  # the parser would look through it
+    del run.__wrapped__  # the parser would look through it
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def fields_by(flags: Mapping[str, Kind]) -> dict[str, str]:
+    """How each field of a run is given where one of `flags` takes fields, by the flag that it might be taken for."""
+    takes = next((flag for flag in ("--set", "--vary") if flag in flags), None)
+    if takes is None:
+        return {}
+    from spherelm.models import ARMS
+    from spherelm.recipes.overrides import fields_of
+
+    return {flag_name(field): f"{takes} {field}=VALUE" for arm in ARMS for field in sorted(fields_of(arm))}
 
 
 def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -> None:
@@ -163,6 +176,7 @@ def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -
         written_as_flag = key.startswith("--") and key[2:3].isalpha()
         if not written_as_flag or key in flags or key == "--help" or key.startswith("--tyro-"):
             continue
-        near = get_close_matches(key, flags, 1)
-        advice = f"did you mean {near[0]}?" if near else f"see spherelm {name} --help"
+        meant = fields_by(flags) | {flag: flag for flag in flags}
+        near = get_close_matches(key, meant, 1, 0.7)
+        advice = f"did you mean {meant[near[0]]}?" if near else f"see spherelm {name} --help"
         raise ValueError(f"{name} has no flag {key}: {advice}")

@@ -22,15 +22,15 @@ def inspect(
         runs: Run directories, checkpoints, or directories of compare; runs of one arm are taken for seeds of one model.
         out: Directory to make: index.html, walk.html, figures (SVG, PNG), tables (parquet, or JSON without pyarrow).
         text: Text file that the models read; the shipped validation text if left out.
-        sentence: Sentence of the walk, at most 40 tokens.
+        sentence: Sentence of the walk, at most 40 tokens; if left out, a default, cut to what the models' context holds.
         tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
         layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
         no_images: Write no PNG files.
     """
-    from spherelm.report.inspection import SENTENCE, Request
+    from spherelm.report.inspection import Request
     from spherelm.report.inspection import inspect as run_inspection
 
-    request = Request(text, SENTENCE if sentence is None else sentence, tokens, layer, not no_images)
+    request = Request(text, sentence, tokens, layer, not no_images)
     figures = run_inspection(runs, out, request)
     print(f"{len(figures)} figures, their numbers and the walk on the sphere: {(out / 'index.html').resolve()}")
 

@@ -1,13 +1,14 @@
-"""Commands that turn text into training data: `data prepare`, `data pairs`."""
+"""Commands that turn text into training data: `data prepare`, `data pairs`, `data verify`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from spherelm.cli.flags import Flag
+from spherelm.cli.flags import DataDirectories, Flag
 from spherelm.cli.given import Needs
+from spherelm.counting import counted
 
 
 def prepare(
@@ -16,7 +17,8 @@ def prepare(
     hf: str | None = None,
     hf_config: Annotated[str | None, Needs("--hf")] = None,
     hf_split: Annotated[str, Needs("--hf")] = "train",
-    text_column: Annotated[str, Needs("--hf")] = "text",
+    field: str = "text",
+    skip_bad_rows: Flag = False,
     limit: Annotated[int | None, Needs("--hf")] = None,
     tokenizer: str = "default",
     val: tuple[Path, ...] = (),
@@ -24,35 +26,63 @@ def prepare(
     deduplicate: Flag = False,
     workers: int | None = None,
 ) -> None:
-    """Turn text files (.txt, .jsonl, .parquet, also compressed) or a dataset into a data directory of token shards.
+    """Turn text files (.txt, .md, .jsonl, .json, .csv, .parquet) or a dataset into a data directory of token shards.
 
     Args:
         out: The data directory to make.
-        input: Text files: a .txt is one document, a .jsonl line or .parquet row has one in "text".
+        input: Text files, directories of such, or patterns: a .txt or .md is one document, a row of the others has one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
         hf_config: The configuration of that dataset, where it has several.
         hf_split: Its split.
-        text_column: Its column with the text.
+        field: Where the text of a row is, in every input; body.text for "text" within "body".
+        skip_bad_rows: Leave out rows that hold no text that can be read, and count them; without it they are errors.
         limit: Rows of it that are read, for a sample; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
-        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides.
+        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides. Of a
+            single .txt it is the end.
         deduplicate: Keep only the first of all documents with the same text.
         workers: Processes; one a core if left out.
     """
     from spherelm.data.hub import HubRequest
     from spherelm.data.prepare import prepare as run_preparation
+    from spherelm.data.rows import Rows
 
-    hub = None if hf is None else HubRequest(hf, hf_config, hf_split, text_column, limit)
+    hub = None if hf is None else HubRequest(hf, hf_config, hf_split, field, limit)
     processes = workers or os.cpu_count() or 1
     manifest = run_preparation(
-        input, out, tokenizer, val, val_fraction, processes, progress=True, hub=hub, deduplicate=deduplicate
+        input,
+        out,
+        tokenizer,
+        val,
+        val_fraction,
+        processes,
+        progress=True,
+        hub=hub,
+        deduplicate=deduplicate,
+        rows=Rows(field, skip_bad_rows),
     )
+    _say_what_was_made(manifest, deduplicate)
+
+
+def _say_what_was_made(manifest: dict[str, Any], deduplicate: bool) -> None:
+    for source in manifest.get("inputs", []):
+        begin, end = source.get("characters", (0, 0))
+        if end is None:
+            print(f"{source['name']} is one document: from character {begin:,} on it is the validation text")
     for split, counts in manifest["splits"].items():
-        print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        print(f"{split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
+    for key, what in (("empty_documents_left_out", "empty document"), ("bad_rows_left_out", "bad row")):
+        if count := manifest.get(key):
+            print(f"{counted(count, what)} left out")
+    if count := manifest.get("unsafe_cuts"):
+        print(
+            f"{counted(count, 'cut')} within long stretches of text that have no safe place: the tokens there may differ "
+            "from those of the whole text"
+        )
     left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
     if deduplicate:
-        print(f"{left_out:,} duplicates left out")
+        print(f"{counted(left_out, 'duplicate')} left out")
 
 
 def pairs(
@@ -84,6 +114,30 @@ def pairs(
     for split, counts in manifest["splits"].items():
         out_of = counts["left_out"]
         print(
-            f"{split}: {counts['pairs']:,} pairs, {counts['source_tokens']:,} and {counts['target_tokens']:,} tokens, the "
+            f"{split}: {counted(counts['pairs'], 'pair')}, {counts['source_tokens']:,} and "
+            f"{counted(counts['target_tokens'], 'token')}, the "
             f"longest text {counts['longest']}; left out: {out_of['blank']:,} blank, {out_of['too_long']:,} too long"
         )
+
+
+def verify(directories: DataDirectories) -> None:
+    """Read data directories whole and compare every file with the sha256 that was stored when it was written.
+
+    Args:
+        directories: Data directories made by `spherelm data prepare` or `spherelm data pairs`.
+    """
+    from spherelm.data.verification import verify as run_verification
+
+    if not directories:
+        raise ValueError("no data directory is named: give at least one")
+    damaged = []
+    for directory in directories:
+        try:
+            tokens = run_verification(directory)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
+            print(f"{directory}: as it was prepared ({counts})")
+    if damaged:
+        raise ValueError("; and ".join(damaged))

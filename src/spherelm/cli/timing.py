@@ -27,13 +27,14 @@ def bench(
         profile: Show the operations that take the time, of each arm, by torch's profiler.
         pattern: Time both hybrids of these layers, such as MAM-MAM-, in place of both transformers; it says how many there are.
     """
+    from spherelm.data.output import check_new_file
     from spherelm.experiments import bench as module
 
     what = module.parse_shape(shape)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if json is not None and json.exists():
-        raise FileExistsError(f"{json} exists already: choose another --json")
+    if json is not None:
+        check_new_file(json, "--json")
     result = module.bench(what, dtype, not no_compile, steps, pattern)
     print(module.table(result))
     if json is not None:

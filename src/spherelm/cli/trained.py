@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
 from spherelm.cli.given import Needs
+from spherelm.counting import counted
 
 if TYPE_CHECKING:
     from spherelm.generation.samples import Conversation
@@ -41,7 +42,9 @@ def import_nvidia(
 
     model = run_import(ckpt, out, rope, tokenizer, moments)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__} of {count:,} parameters in {out}; departure from the sphere {departure(model):.1e}")
+    print(
+        f"{type(model).__name__} of {counted(count, 'parameter')} in {out}; departure from the sphere {departure(model):.1e}"
+    )
 
 
 def generate(
@@ -110,8 +113,9 @@ def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, 
     goes_on = continues(run)
     asked = [(prompt, i) for prompt in given for i in range(samples)]
     if len(asked) == 1 and not as_json:
-        continuations(run, given, 1, max_new_tokens, write=Writer(given[0] if goes_on else "").write, **settings)
-        print()
+        writer = Writer(given[0] if goes_on else "")
+        continuations(run, given, 1, max_new_tokens, write=writer.write, **settings)
+        writer.write("\n")  # behind the prompt, where nothing came
         return
     written = continuations(run, given, samples, max_new_tokens, **settings)
     if not as_json:

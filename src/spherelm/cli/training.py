@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -160,8 +159,7 @@ def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> No
         describe(config, dry_run)
         return
     loss = run_training(config, out, resume)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-        print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
+    print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
 
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
@@ -175,11 +173,13 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
 
 def describe(config: RunConfig, asked: DryRun) -> None:
     """Print what the run of `config` would take, spread as asked."""
+    from spherelm.train.batches import epochs
     from spherelm.train.estimate import Layout, estimate, estimate_table
 
     train = config.train
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
-    found = estimate(config, layout, asked.mfu, asked.peak_tflops)
+    memory = None if asked.device_memory is None else round(asked.device_memory * 2**30)
+    found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
     print(json.dumps(found, indent=2) if asked.json else estimate_table(found))
 
 
@@ -251,7 +251,7 @@ def evidence(
         contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
         seeds: Runs at the learning rate that was found.
         workers: Runs at once; one a core if left out.
-        minutes: Save what is under way and stop after so long; no limit if left out.
+        minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.
     """
     from spherelm.experiments.evidence import climb
     from spherelm.experiments.evidence_plan import Grid

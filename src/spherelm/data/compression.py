@@ -87,7 +87,7 @@ def _decompressor(suffix: str) -> tuple[Callable[[], Any], type[Exception]]:
         try:
             import zstandard
         except ImportError as error:
-            raise DocumentError("a .zst file needs zstandard: pip install 'spherelm[data]'") from error
+            raise DocumentError("a .zst file needs zstandard: pip install '.[data]' in a clone of spherelm") from error
         return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
     formats: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
         ".gz": (lambda: zlib.decompressobj(wbits=31), zlib.error),

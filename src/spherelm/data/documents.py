@@ -1,16 +1,17 @@
-"""Reading documents from .txt, .jsonl and .parquet files, in blocks of bounded size that workers can share.
+"""Reading documents from files, in blocks of bounded size that workers can share.
 
-A .txt file is one document. A .jsonl file holds one JSON object a line, its text under "text"; a .parquet file has a
-column "text". .txt and .jsonl may be compressed (.gz, .xz, .bz2, .zst). Blocks depend on the file alone, never on who
-reads them, so that whatever is made of them in order is the same for any number of workers.
+A .txt or .md file is one document. A line of a .jsonl file, an entry of the list in a .json file (which may hold lines
+instead), a row of a .csv or .parquet file has one in a field. All but .parquet may be compressed (.gz, .xz, .bz2, .zst).
+Blocks depend on the file alone, never on who reads them, so that whatever is made of them in order is the same for any
+number of workers.
 """
 
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import json
-import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,29 @@ from typing import Any, Literal
 
 from spherelm.data.compression import COMPRESSIONS, read_bytes
 from spherelm.data.compression import DocumentError as DocumentError
+from spherelm.data.cutting import Cutter
+from spherelm.data.rows import Rows, csv_rows, list_rows, parquet_rows
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
+TEXTS = (".txt", ".md")
 BLOCK_SIZE = 1 << 22  # characters of text, or bytes of JSON lines, a block at least (but the last)
-_ROWS = 256
+
+_NEAR = 1 << 14  # characters around a place in which the end of a line is looked for
+_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+          (codecs.BOM_UTF16_BE, "UTF-16"))  # fmt: skip
+
+Span = tuple[int, int | None]
+WHOLE: Span = (0, None)
 
 
 @dataclass(frozen=True)
 class Block:
     """A piece of an input file. `read_bytes`: how much of the (compressed) file was read for it and those before.
 
-    kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last.
-    kind "lines": `data` is bytes, whole lines of JSON. kind "rows": `data` is list[str], whole documents.
+    kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last, `context`
+    and `safe` how it was cut from the one before (`data.cutting`).
+    kind "lines": `data` is bytes, whole lines of JSON. kind "rows": `data` is a list of whole
+    documents, None for each bad row. `rows`: how lines are read.
     `first` is the number (from 1) of its first line or row, `offset` where its first byte is in the (decompressed)
     file. `digest` is the document's sha256 (hex) for kind "text" when asked for. `after` is the position behind it of a
     stream that can go on from there (JSON).
@@ -37,27 +49,55 @@ class Block:
 
     path: Path
     kind: Literal["text", "lines", "rows"]
-    data: str | bytes | list[str]
+    data: str | bytes | list[str | None]
     read_bytes: int
     first: int = 1
     offset: int = 0
     starts: bool = True
     ends: bool = True
+    context: str = ""
+    safe: bool = True
     digest: str | None = None
     after: dict[str, Any] | None = None
+    rows: Rows = Rows()
 
 
 def format_of(path: Path) -> str:
-    """ ".txt", ".jsonl" or ".parquet". Raises DocumentError for any other name."""
+    """One of `SUFFIXES`. Raises DocumentError for any other name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     kind = suffixes[-2:-1] if compressed else suffixes[-1:]
     if not kind or kind[0] not in SUFFIXES or (compressed and kind[0] == ".parquet"):
         raise DocumentError(
-            f"{path}: cannot tell what this file holds; rename it to end in .txt, .jsonl (these also with .gz, .xz, "
-            ".bz2 or .zst) or .parquet"
+            f"{path}: cannot tell what this file holds; rename it to end in .txt, .md, .jsonl, .json, .csv (these also with "
+            f"{', '.join(COMPRESSIONS)}) or .parquet"
         )
     return kind[0]
+
+
+def input_files(path: Path) -> list[Path]:
+    """The files that `path` names: itself, those in a directory and below it, or those that match it with *, ? and [].
+
+    Raises DocumentError or FileNotFoundError where there are none, or one is empty or of a kind that cannot be read.
+    """
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_input(file.relative_to(path))]
+        if not found:
+            raise DocumentError(f"{path} is a directory without files that end in {', '.join(SUFFIXES)}: name another")
+    else:
+        matches = [] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [file for file in matches if file.is_file()] or [path]
+    for file in found:
+        check_input(file)
+    return found
+
+
+def _is_input(path: Path) -> bool:
+    try:
+        format_of(path)
+    except DocumentError:
+        return False
+    return not any(part.startswith(".") for part in path.parts)
 
 
 def check_input(path: Path) -> None:
@@ -72,69 +112,71 @@ def check_input(path: Path) -> None:
 
 
 def read_blocks(
-    path: Path, *, can_cut: bool = True, with_digest: bool = False, block_size: int = BLOCK_SIZE
+    path: Path,
+    *,
+    cutter: Cutter | None = None,
+    with_digest: bool = False,
+    rows: Rows = Rows(),
+    span: Span = WHOLE,
+    block_size: int = BLOCK_SIZE,
 ) -> Generator[Block, None, None]:
     """The blocks of one input, in order.
 
-    `can_cut`: whether a long .txt document may be cut between two words (else it is one block, whole in memory).
+    `cutter`: says where a long .txt document is cut; without one it is one block, whole in memory.
     `with_digest`: give each .txt document's sha256, at the price of reading its file twice.
+    `rows`: how the rows of other files are read. `span`: the characters of a .txt that are its document.
     Raises DocumentError for what is not UTF-8, damaged or empty.
     """
     kind = format_of(path)
-    if kind == ".parquet":
-        yield from _row_blocks(path, block_size)
-    elif kind == ".jsonl":
-        yield from _line_blocks(path, block_size)
+    if kind in TEXTS:
+        yield from _text_blocks(path, block_size, cutter, span, _text_digest(path, span) if with_digest else None)
+    elif kind == ".parquet":
+        yield from _row_blocks(path, block_size, parquet_rows(path, rows))
+    elif kind == ".csv":
+        found = csv_rows(path, _decoded(path), rows)
+        yield from _row_blocks(path, block_size, (([text], position) for text, position in found))
+    elif kind == ".json" and _is_list(path):
+        found = list_rows(path, _decoded(path), rows)
+        yield from _row_blocks(path, block_size, (([text], position) for text, position in found))
     else:
-        yield from _text_blocks(path, block_size, can_cut, _text_digest(path) if with_digest else None)
+        yield from _line_blocks(path, block_size, rows)
 
 
-def documents_in(block: Block) -> Iterator[str]:
-    """The texts in a block, in order. Raises DocumentError for a line that is not JSON with a "text" string."""
+def documents_in(block: Block) -> Iterator[str | None]:
+    """The texts in a block, in order, None for each bad row. Raises DocumentError for a bad line, unless they are skipped."""
     if isinstance(block.data, str):
         yield block.data
     elif isinstance(block.data, bytes):
         offset = block.offset
         for number, line in enumerate(block.data.split(b"\n"), start=block.first):
             if line.strip():
-                yield _text_of_line(block.path, number, offset, line)
+                yield _text_of_line(block.path, number, offset, line, block.rows)
             offset += len(line) + 1
     else:
         yield from block.data
 
 
-# The place between two words: a letter or digit before, one space, a letter or digit behind.
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])")
-
-
-def cut_after(text: str, at_least: int) -> int | None:
-    """The first place between two words at or after `at_least` characters; None where there is none.
-
-    The space belongs to what follows. No tokenizer that splits words lets a token cross such a place.
-    """
-    found = _BETWEEN_WORDS.search(text, max(1, at_least))
-    return found.start() if found else None
-
-
-def _text_blocks(path: Path, size: int, can_cut: bool, digest: str | None) -> Iterator[Block]:
+def _text_blocks(path: Path, size: int, cutter: Cutter | None, span: Span, digest: str | None) -> Iterator[Block]:
     parts: list[str] = []
-    held, starts, position, total = 0, True, 0, 0
-    for text, position in _decoded(path):
+    held, position, total = 0, 0, 0
+    begun: dict[str, Any] = {"starts": True, "context": "", "safe": True, "digest": digest}
+    for text, position in _within(path, span):
         parts.append(text)
         held, total = held + len(text), total + len(text)
-        if not can_cut or held < 2 * size:
+        if cutter is None or held < 2 * size:
             continue
         whole, parts = "".join(parts), []
-        while len(whole) >= 2 * size and (cut := cut_after(whole, size)) is not None:
-            yield Block(path, "text", whole[:cut], position, starts=starts, ends=False, digest=digest)
-            whole, starts = whole[cut:], False
+        while len(whole) >= 2 * size and (cut := cutter.place(whole, size)) is not None:
+            yield Block(path, "text", whole[: cut.place], position, ends=False, **begun)
+            whole = whole[cut.place :]
+            begun |= {"starts": False, "context": cut.context, "safe": cut.safe}
         parts, held = [whole], 0 if len(whole) >= 2 * size else len(whole)
     if not total:
         raise DocumentError(f"{path} holds no text: remove it from the inputs")
-    yield Block(path, "text", "".join(parts), position, starts=starts, ends=True, digest=digest)
+    yield Block(path, "text", "".join(parts), position, **begun)
 
 
-def _line_blocks(path: Path, size: int) -> Iterator[Block]:
+def _line_blocks(path: Path, size: int, rows: Rows) -> Iterator[Block]:
     first, offset, held, parts = 1, 0, 0, list[bytes]()
     position = 0
     for data, position in read_bytes(path):
@@ -144,69 +186,75 @@ def _line_blocks(path: Path, size: int) -> Iterator[Block]:
             continue
         whole = b"".join(parts)
         while end := whole.find(b"\n", size - 1) + 1:
-            yield Block(path, "lines", whole[:end], position, first=first, offset=offset)
+            yield Block(path, "lines", whole[:end], position, first=first, offset=offset, rows=rows)
             first, offset = first + whole.count(b"\n", 0, end), offset + end
             whole = whole[end:]
         parts, held = [whole], len(whole)
     if held:
-        yield Block(path, "lines", b"".join(parts), position, first=first, offset=offset)
+        yield Block(path, "lines", b"".join(parts), position, first=first, offset=offset, rows=rows)
 
 
-def _row_blocks(path: Path, size: int) -> Iterator[Block]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DocumentError(f"{path} needs pyarrow: pip install 'spherelm[data]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise DocumentError(f'{path} has no column "text" (it has {", ".join(names)}): rename the column')
-            groups = file.metadata.num_rows or 1
-            row, held, texts = 0, 0, list[str]()
-            for batch in file.iter_batches(batch_size=_ROWS, columns=["text"]):
-                for text in _column(path, batch, row):
-                    texts.append(text)
-                    held += len(text)
-                row += len(batch)
-                if held >= size or row == groups:
-                    done = path.stat().st_size * row // groups
-                    yield Block(path, "rows", texts, done, first=row - len(texts) + 1)
-                    held, texts = 0, []
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DocumentError(f"{path}: damaged or no Parquet file; get it again") from error
+def _row_blocks(path: Path, size: int, found: Iterator[tuple[list[str | None], int]]) -> Iterator[Block]:
+    first, held, position, texts = 1, 0, 0, list[str | None]()
+    for more, position in found:
+        texts += more
+        held += sum(map(len, filter(None, more)))
+        if held >= size:
+            yield Block(path, "rows", texts, position, first=first)
+            first, held, texts = first + len(texts), 0, []
+    if texts:
+        yield Block(path, "rows", texts, path.stat().st_size, first=first)
 
 
-def _column(path: Path, batch: Any, row: int) -> list[str]:
-    try:
-        texts = batch.column(0).to_pylist()
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: text between rows {row + 1} and {row + len(batch)} is not UTF-8") from error
-    for number, text in enumerate(texts, start=row + 1):
-        if not isinstance(text, str):
-            raise DocumentError(f'{path}, row {number}: "text" is {type(text).__name__}, not a string; drop that row')
-    return list(texts)
+def _is_list(path: Path) -> bool:
+    """Whether JSON is one list; else it has a row a line."""
+    start = next((text.lstrip() for text, _ in _decoded(path) if text.strip()), "")
+    return start.startswith("[")
 
 
-def _text_of_line(path: Path, number: int, offset: int, line: bytes) -> str:
+def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows) -> str | None:
     where = f"{path}, line {number}"
     try:
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
+        if rows.skip_bad:
+            return None
         raise _not_utf8(path, offset + error.start) from error
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise DocumentError(f'{where}: no string under "text"; each line must be an object such as {{"text": "..."}}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DocumentError(f"{where}: half of a surrogate pair at character {error.start}; remove it") from error
-    return text
+        rows.refuse(where, f"not JSON ({error}); make each line one JSON object")
+        return None
+    return rows.text(where, record)
+
+
+def _within(path: Path, span: Span) -> Iterator[tuple[str, int]]:
+    """The characters of `span`, piece by piece as `_decoded` gives them."""
+    at = 0
+    for text, position in _decoded(path):
+        part = text[max(0, span[0] - at) : None if span[1] is None else max(0, span[1] - at)]
+        at += len(text)
+        if part:
+            yield part, position
+
+
+def split_place(path: Path, fraction: float) -> int:
+    """The character of a .txt document with which its last part of about `fraction` begins.
+
+    That is behind the end of the line nearest to the exact place, or the nearest space, or it is the exact place.
+    Raises DocumentError for a text that is too short to be split.
+    """
+    length = sum(len(text) for text, _ in _decoded(path))
+    exact = round(length * (1 - fraction))
+    begin = max(0, exact - _NEAR)
+    around = "".join(text for text, _ in _within(path, (begin, exact + _NEAR)))
+    for space in ("\n", " "):
+        places = [begin + i + 1 for i, char in enumerate(around) if char == space and 0 < begin + i + 1 < length]
+        if places:
+            return min(places, key=lambda place: abs(place - exact))
+    if not 0 < exact < length:
+        raise DocumentError(f"{path} is too short to hold out {fraction} of it: choose another --val-fraction")
+    return exact
 
 
 def _decoded(path: Path) -> Iterator[tuple[str, int]]:
@@ -241,13 +289,15 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _not_utf8(path: Path, offset: int) -> DocumentError:
-    return DocumentError(
-        f"{path} is not UTF-8 (byte {offset}): convert it, for example iconv -f LATIN1 -t UTF-8 {path.name}"
-    )
+    start = next((data for data, _ in read_bytes(path)), b"")
+    found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+    is_not = f"is {found}, not UTF-8" if found else f"is not UTF-8 (byte {offset})"
+    example = "" if found else "for example "
+    return DocumentError(f"{path} {is_not}: convert it, {example}iconv -f {found or 'LATIN1'} -t UTF-8 {path.name}")
 
 
-def _text_digest(path: Path) -> str:
+def _text_digest(path: Path, span: Span) -> str:
     digest = hashlib.sha256()
-    for text, _ in _decoded(path):
+    for text, _ in _within(path, span):
         digest.update(text.encode("utf-8"))
     return digest.hexdigest()

@@ -13,17 +13,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from spherelm.data.documents import Block, cut_after, documents_in
+from spherelm.data.cutting import Cutter, Piece
+from spherelm.data.documents import Block, documents_in
 from spherelm.data.shards import Ids, Split, token_dtype
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.third_parties import silence
 
-_PIECE = 1 << 13  # characters: long documents are encoded in pieces of this size (fastest by measurement)
 _GROUP = 1 << 20  # characters encoded in one call: bounds what the libraries hold per token
-_PROBES = ("the cat", "a b", "of 1984 and", "Zoë é", "x1 2y", "слово и", "end of the line")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents.
+    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents, of those
+    without text, and of bad rows.
 
-    `starts`, `ends`, `after`: as in its block. When asked for, by split and document: `digests`, the first 16 bytes of
-    the text's sha256, and `sizes`, its UTF-8 bytes.
+    `unsafe_cuts`: how many places were cut that are not safe. `starts`, `ends`, `after`: as in its block. When asked for, by
+    split and document: `digests`, the first 16 bytes of the text's sha256, and `sizes`, its UTF-8 bytes.
     """
 
     source: int
@@ -49,28 +50,13 @@ class Encoded:
     text_bytes: dict[Split, int]
     documents: int
     empty: int
+    bad: int = 0
+    unsafe_cuts: int = 0
     starts: bool = True
     ends: bool = True
     after: dict[str, Any] | None = None
     digests: dict[Split, list[bytes]] = field(default_factory=dict)
     sizes: dict[Split, list[int]] = field(default_factory=dict)
-
-
-CutRule = Literal["keep", "drop"]
-
-
-def cut_rule(tokenizer: Tokenizer) -> CutRule | None:
-    """How a text may be cut between two words so that the parts' ids, put together, are those of the whole.
-
-    "keep": the space stays with the second part (byte-level BPE). "drop": it goes, since this tokenizer puts one
-    before every text (SentencePiece). None: neither holds, so documents are encoded whole.
-    """
-    pairs = [(text, text[: text.index(" ")], text[text.index(" ") :]) for text in _PROBES]
-    for rule in ("keep", "drop"):
-        strip = int(rule == "drop")
-        if all(tokenizer.encode(a) + tokenizer.encode(b[strip:]) == tokenizer.encode(text) for text, a, b in pairs):
-            return "keep" if rule == "keep" else "drop"
-    return None
 
 
 def split_of(digest: str, val_fraction: float) -> Split:
@@ -85,17 +71,17 @@ class Encoder:
         self._tokenizer = tokenizer
         self._val_fraction = val_fraction
         self._with_digests = with_digests
-        self._rule = cut_rule(tokenizer)
+        self._cutter = Cutter(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, job: Job) -> Encoded:
         """Raises DocumentError for a block that cannot be read, ValueError where text encodes to the end token."""
         texts: dict[Split, list[str]] = {}
         digests: dict[Split, list[bytes]] = {}
-        empty = 0
+        empty = bad = 0
         for text in documents_in(job.block):
-            if not text:
-                empty += 1
+            if text is None or (not text.strip() and job.block.starts and job.block.ends):
+                bad, empty = bad + (text is None), empty + (text is not None)
                 continue
             digest = self._digest(job, text)
             split = job.split or split_of(digest.hex(), self._val_fraction)
@@ -103,13 +89,20 @@ class Encoder:
             digests.setdefault(split, []).append(digest[:16])
         sizes = {split: [len(text.encode("utf-8")) for text in group] for split, group in texts.items()}
         documents = sum(len(group) for group in texts.values()) if job.block.ends else 0
+        block = job.block
+        pieces = {
+            split: [list(self._cutter.pieces(text, block.context, block.safe)) for text in group]
+            for split, group in texts.items()
+        }
         return Encoded(
             source=job.source,
             read_bytes=job.block.read_bytes,
-            ids={split: self._encode(group, job.block) for split, group in texts.items()},
+            ids={split: self._encode(group, block) for split, group in pieces.items()},
             text_bytes={split: sum(group) for split, group in sizes.items()},
             documents=documents,
             empty=empty,
+            bad=bad,
+            unsafe_cuts=sum(not piece.safe for group in pieces.values() for text in group for piece in text),
             starts=job.block.starts,
             ends=job.block.ends,
             after=job.block.after,
@@ -123,9 +116,8 @@ class Encoder:
             return b""
         return bytes.fromhex(job.block.digest) if job.block.digest else hashlib.sha256(text.encode("utf-8")).digest()
 
-    def _encode(self, texts: list[str], block: Block) -> Ids:
-        """Ids of all `texts`, the end token after each (after the last only if the document ends in this block)."""
-        pieces = [self._pieces(text, starts=block.starts) for text in texts]
+    def _encode(self, pieces: list[list[Piece]], block: Block) -> Ids:
+        """Ids of texts given in pieces, the end token after each (after the last only if it ends in this block)."""
         last = list(itertools.accumulate(len(group) for group in pieces))
         ids = self._encode_pieces(itertools.chain.from_iterable(pieces))
         end = np.array([self._tokenizer.eos_id], self._dtype)
@@ -134,10 +126,10 @@ class Encoder:
             out += [*ids[begin:stop], end]
         return np.concatenate(out if block.ends else out[:-1])
 
-    def _encode_pieces(self, pieces: Iterable[str]) -> list[Ids]:
+    def _encode_pieces(self, pieces: Iterable[Piece]) -> list[Ids]:
         out: list[Ids] = []
         for group in _grouped(pieces, _GROUP):
-            out += [np.array(ids, self._dtype) for ids in self._tokenizer.encode_batch(group)]
+            out += [np.array(ids, self._dtype) for ids in self._cutter.encode(group)]
         if any((ids == self._tokenizer.eos_id).any() for ids in out):
             raise ValueError(
                 f"tokenizer {self._tokenizer.name} encodes plain text to its end token, so documents could not be "
@@ -145,27 +137,14 @@ class Encoder:
             )
         return out
 
-    def _pieces(self, text: str, starts: bool) -> list[str]:
-        drop = int(self._rule == "drop")
-        pieces = []
-        begin = 0
-        while self._rule and len(text) - begin >= 2 * _PIECE:
-            cut = cut_after(text, begin + _PIECE)
-            if cut is None:
-                break
-            pieces.append(text[begin:cut])
-            begin = cut
-        pieces.append(text[begin:])
-        return [piece[drop if i or not starts else 0 :] for i, piece in enumerate(pieces)]
 
-
-def _grouped(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Runs of `texts` of about `size` characters."""
-    group: list[str] = []
+def _grouped(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
+    """Runs of `pieces` of about `size` characters."""
+    group: list[Piece] = []
     held = 0
-    for text in texts:
-        group.append(text)
-        held += len(text)
+    for piece in pieces:
+        group.append(piece)
+        held += len(piece.text)
         if held >= size:
             yield group
             group, held = [], 0
@@ -207,6 +186,7 @@ _encoder: Callable[[Job], Encoded] | None = None
 def _start_worker(tokenizer_directory: Path, val_fraction: float, with_digests: bool) -> None:
     """One encoder a process, one thread each; Ctrl-C is for the parent, which shuts the workers down."""
     global _encoder
+    silence()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(load_tokenizer(tokenizer_directory), val_fraction, with_digests)

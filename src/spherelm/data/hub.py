@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -19,6 +18,7 @@ from typing import Any
 
 from spherelm.data.compression import open_compressed
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
+from spherelm.data.rows import Rows, no_column, top_field
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
@@ -28,7 +28,7 @@ _COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 @dataclass(frozen=True)
 class HubRequest:
     """What to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision), a .parquet or .jsonl file,
-    or a folder of such. `config`, `split`: of the dataset. `column`: the one with the text. `limit`: rows at most.
+    or a folder of such. `config`, `split`: of the dataset. `column`: the field with the text. `limit`: rows at most.
     """
 
     name: str
@@ -38,27 +38,38 @@ class HubRequest:
     limit: int | None = None
 
 
+FLAGS = {
+    "column": "--text-column",
+    "config": "--hf-config",
+    "other files": "give others with --input",
+}
+"""How `spherelm data prepare` is asked for another column, another configuration, and files that are not streamed."""
+
+
 class HubText:
     """The documents of one dataset in their order, from any position.
 
-    `identity` (JSON) names what is read: two streams with the same one give the same documents. Raises DocumentError
-    for what cannot be opened, with one line that says why.
+    `identity` (JSON) names what is read: two streams with the same one give the same documents. `local_files` are those
+    of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened, with one line that
+    says why. `words`: how whoever made the request is told to mend it.
     """
 
-    def __init__(self, request: HubRequest) -> None:
+    def __init__(self, request: HubRequest, skip_bad: bool = False, words: Mapping[str, str] = FLAGS) -> None:
         if request.limit is not None and request.limit < 1:
             raise ValueError(f"a limit of {request.limit} rows: give at least 1")
-        self.request = request
+        self.request, self._words = request, words
         with _said_in_one_line(request.name):
-            builder = _open_builder(request)
+            builder = _open_builder(request, words)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
-        if columns is not None and request.column not in columns:
-            raise DocumentError(
-                f"{request.name} has no column {request.column!r} (it has {', '.join(columns)}): name it with --text-column"
-            )
-        self._stream = stream if columns is None else stream.select_columns([request.column])
-        self.identity = _identity(request, builder)
+        self._rows_read = Rows(request.column, skip_bad)
+        column = None if columns is None else top_field(request.column, columns)
+        if columns is not None and column is None:
+            raise no_column(Path(request.name), request.column, columns)
+        self._stream = stream if column is None else stream.select_columns([column])
+        files = _files(request, builder)
+        self.local_files = {version[0]: Path(file) for file, version in files if Path(file).is_file()}
+        self.identity = _identity(request, builder, files)
         self._start = json.dumps(self._stream.state_dict())
 
     @property
@@ -66,8 +77,11 @@ class HubText:
         """sha256 (hex) of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def documents(self, position: dict[str, Any] | None = None) -> Generator[str, None, None]:
-        """The texts from `position` on (the start where None). One such iterator at a time: `position` follows the last."""
+    def documents(self, position: dict[str, Any] | None = None) -> Generator[str | None, None, None]:
+        """The texts from `position` on (the start where None), None for a bad row that is skipped.
+
+        One such iterator at a time: `position` follows the last.
+        """
         given = position or {"rows": 0, "stream": json.loads(self._start)}
         self._rows = int(given["rows"])
         self._stream.load_state_dict(given["stream"])
@@ -78,7 +92,7 @@ class HubText:
                 if row is None:
                     return
                 self._rows += 1
-                yield self._text_of(row)
+                yield self._rows_read.text(f"{self.request.name}, row {self._rows}", row)
 
     def position(self) -> dict[str, Any]:
         """Where the document after the last one given begins (JSON)."""
@@ -87,11 +101,11 @@ class HubText:
     def blocks(self, after: dict[str, Any] | None, block_size: int = BLOCK_SIZE) -> Generator[Block, None, None]:
         """The documents in blocks of `block_size` characters, from behind the block whose `after` is given."""
         read = int(after["characters"]) if after else 0
-        held, texts = 0, list[str]()
+        held, texts = 0, list[str | None]()
         with closing(self.documents(after)) as documents:
             for text in documents:
                 texts.append(text)
-                held += len(text)
+                held += len(text or "")
                 if held >= block_size:
                     read += held
                     yield self._block(texts, read)
@@ -99,36 +113,26 @@ class HubText:
             if texts:
                 yield self._block(texts, read + held)
 
-    def _block(self, texts: list[str], characters: int) -> Block:
+    def _block(self, texts: list[str | None], characters: int) -> Block:
         after = {**self.position(), "characters": characters}
         return Block(Path(self.request.name), "rows", texts, characters, self._rows - len(texts) + 1, after=after)
 
-    def _text_of(self, row: dict[str, Any]) -> str:
-        text = row.get(self.request.column)
-        if not isinstance(text, str):
-            raise DocumentError(
-                f"{self.request.name}, row {self._rows}: {self.request.column!r} is {type(text).__name__}, not a string; "
-                "drop that row, or name another column with --text-column"
-            )
-        return text
 
-
-def _open_builder(request: HubRequest) -> Any:
+def _open_builder(request: HubRequest, words: Mapping[str, str]) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DocumentError(f"streaming {request.name} needs datasets: pip install 'spherelm[data]'") from error
+        raise DocumentError(
+            f"streaming {request.name} needs datasets: pip install '.[data]' in a clone of spherelm"
+        ) from error
     _refuse_damage()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failed attempts end in one line of ours
     path = Path(request.name).expanduser()
     if path.is_file():
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
-            raise DocumentError(f"{path}: only .parquet and .jsonl files are streamed; give others with --input")
+            raise DocumentError(f"{path}: only .parquet, .jsonl and .json files are streamed; {words['other files']}")
         if request.config is not None:
-            raise DocumentError(
-                f"{path} is one file, which has no configurations: leave out --hf-config {request.config}"
-            )
+            raise DocumentError(f"{path} is one file, which has no configurations: leave out {words['config']}")
         files = [str(path.resolve())]
         return datasets.load_dataset_builder(loader, data_files={request.split: files})
     if path.is_dir():
@@ -151,13 +155,18 @@ def _refuse_damage() -> None:
         register_compression(name, partial(opened, suffix, compr.get(name)), suffix[1:], force=True)
 
 
-def _identity(request: HubRequest, builder: Any) -> dict[str, Any]:
-    """What is read: the request, and each file by the sha256 of a local one, by address and version of a remote one."""
+def _files(request: HubRequest, builder: Any) -> list[tuple[str, list[str]]]:
+    """Each file of the split and what tells it apart: the sha256 of a local one, address and version of a remote one."""
     files = (builder.config.data_files or {}).get(request.split, [])
     versions = getattr(files, "origin_metadata", [()] * len(files))
-    described = [_version_of(file, version) for file, version in zip(files, versions, strict=True)]
+    return [(str(file), _version_of(str(file), version)) for file, version in zip(files, versions, strict=True)]
+
+
+def _identity(request: HubRequest, builder: Any, files: list[tuple[str, list[str]]]) -> dict[str, Any]:
+    """What is read: the request, and its files."""
+    described = [version for _, version in files]
     local = Path(request.name).expanduser().exists()
-    revisions = {found[1] for file in files if (found := _REVISION.match(str(file)))}
+    revisions = {found[1] for file, _ in files if (found := _REVISION.match(file))}
     return {
         **asdict(request),
         "name": None if local else request.name,  # a folder may be moved
@@ -170,13 +179,16 @@ def _identity(request: HubRequest, builder: Any) -> dict[str, Any]:
 
 def _version_of(file: str, version: tuple[str, ...]) -> list[str]:
     path = Path(file)
-    if not path.is_file():
-        return [file, *map(str, version)]
+    return [sha256_of(path)] if path.is_file() else [file, *map(str, version)]
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as content:
         while data := content.read(1 << 22):
             digest.update(data)
-    return [digest.hexdigest()]
+    return digest.hexdigest()
 
 
 @contextmanager

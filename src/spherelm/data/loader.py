@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spherelm.counting import counted
 from spherelm.data.permutation import Permutation
 from spherelm.data.shards import Tokens
 
@@ -121,7 +122,7 @@ def check_share(batch_size: int, rank: int, world_size: int) -> None:
     """Raise ValueError where `rank` of `world_size` processes cannot have an equal share of a batch."""
     if batch_size < 1 or world_size < 1 or batch_size % world_size:
         raise ValueError(
-            f"batch size {batch_size} does not divide among {world_size} processes: "
+            f"batch size {batch_size} does not divide among {counted(world_size, 'process', 'processes')}: "
             f"use a positive multiple of {world_size}"
         )
     if not 0 <= rank < world_size:

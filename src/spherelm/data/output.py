@@ -1,4 +1,4 @@
-"""The output directory of `prepare`: one writer at a time, published whole, never mixed with something else."""
+"""Directories that commands make: published whole, never mixed with something else; for `prepare`, one writer at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,54 @@ from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, ShardError, o
 from spherelm.data.tokenizer import load_tokenizer
 
 STATE_FILE = "state.json"
+PART = ".part"
+"""What a directory is called, or its name ends in, that is not whole yet."""
 
 
 class OutputExistsError(FileExistsError, ValueError):
     """The output directory holds something else; the message says what to do."""
+
+
+@contextmanager
+def whole_directory(out: Path, other: str = "--out") -> Iterator[Path]:
+    """A directory to fill, which becomes `out` at the end of the block; after a failure, whichever, there is no trace of it.
+
+    Every file in it gets the permissions that the user's umask gives to new files, also those of libraries that write under
+    a temporary name, which nobody else may read. Raises `FileExistsError`, asking for another `other`, where `out` holds
+    something.
+    """
+    check_free(out, other)
+    out = out.resolve()
+    part = out / PART if out.is_dir() else out.with_name(f".{out.name}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        permit(part)
+        if part.parent == out:
+            for path in part.iterdir():
+                os.replace(path, out / path.name)
+        else:
+            os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def permit(directory: Path) -> None:
+    """Give every file below `directory` the permissions of a new file."""
+    new = directory / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def check_free(out: Path, other: str = "--out") -> None:
+    """`FileExistsError` where `out` is a file, or holds more than what an interrupted `whole_directory` left."""
+    if out.exists() and (not out.is_dir() or any(path.name != PART for path in out.iterdir())):
+        raise FileExistsError(f"{out} already holds something: choose another {other}")
 
 
 def publish(partial: Path, out: Path, plan: Plan) -> None:
@@ -37,15 +81,23 @@ def publish(partial: Path, out: Path, plan: Plan) -> None:
 
 def finished(out: Path, plan: Plan, progress: bool) -> dict[str, Any]:
     """The manifest of `out`, if it is what `plan` would write and undamaged."""
-    manifest = read_manifest(out)
-    _check_same(out, manifest, plan)
-    for split in manifest["splits"]:
-        open_tokens(out, split).verify()
-    if load_tokenizer(out).fingerprint != plan.tokenizer.fingerprint:
-        raise ShardError.about(out, "its tokenizer is not the one its shards were made with")
+    _check_same(out, read_manifest(out), plan)
+    manifest = verify_tokens(out)
     shutil.rmtree(out / PARTIAL_DIRECTORY, ignore_errors=True)
     if progress:
         print(f"{out} is already prepared: nothing to do", file=sys.stderr)
+    return manifest
+
+
+def verify_tokens(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory of token shards, every one read and compared; ShardError for one that is not what it was."""
+    manifest = read_manifest(directory)
+    fingerprint = load_tokenizer(directory).fingerprint
+    for split in manifest["splits"]:
+        tokens = open_tokens(directory, split)
+        tokens.verify()
+        if tokens.tokenizer_fingerprint != fingerprint:
+            raise ShardError.about(directory, "its tokenizer is not the one its shards were made with")
     return manifest
 
 
@@ -56,6 +108,16 @@ def _check_same(directory: Path, manifest: dict[str, Any], plan: Plan) -> None:
         raise OutputExistsError(
             f"{directory} holds data prepared with another {', '.join(different)}: choose another --out or delete it"
         )
+
+
+def check_new_file(path: Path, flag: str) -> None:
+    """`FileExistsError`, `FileNotFoundError` or `PermissionError` where the file that `flag` names cannot be made."""
+    if path.exists():
+        raise FileExistsError(f"{path} already exists: choose another {flag}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no directory {path.parent} for {flag}: make it, or choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing may be written in {path.parent}: choose another {flag}")
 
 
 def remove_if_useless(partial: Path, out: Path) -> None:
@@ -85,30 +147,6 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def made_whole(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` at the end of the context, or vanishes where that is not reached.
-
-    Every file in it gets the permissions that the user's umask gives to new files, also those of libraries that write under
-    a temporary name, which nobody else may read.
-    """
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        new = part / ".new"
-        new.touch()
-        mode = stat.S_IMODE(new.stat().st_mode)
-        new.unlink()
-        for path in part.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spherelm.counting import counted
 from spherelm.data.loader import Batch, StatelessBatches, check_share
 from spherelm.data.pairs import Pairs
 
@@ -33,7 +34,9 @@ class PairLoader(StatelessBatches):
     ) -> None:
         check_share(batch_size, rank, world_size)
         if len(pairs) < batch_size:
-            raise ValueError(f"there are {len(pairs)} training pairs, fewer than batch_size={batch_size}: lower it")
+            raise ValueError(
+                f"the data has {counted(len(pairs), 'training pair')}, fewer than batch_size={batch_size}: lower it"
+            )
         self.pairs, self.eos_id, self.batch_size, self.seed = pairs, eos_id, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.batches = len(pairs) // batch_size

@@ -22,8 +22,9 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from spherelm.counting import counted
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.output import made_whole, write_json
+from spherelm.data.output import whole_directory, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
 MANIFEST = "pairs.json"
@@ -78,8 +79,8 @@ def read_texts(files: PairFiles) -> Texts:
     source, target = (read_lines(path) for path in files)
     if len(source) != len(target):
         raise DocumentError(
-            f"{files.source} has {len(source)} lines and {files.target} {len(target)}: line i of one must belong to line i "
-            "of the other"
+            f"{files.source} has {counted(len(source), 'line')} and {files.target} {len(target):,}: line i of one "
+            "must belong to line i of the other"
         )
     kept = [(s, t) for s, t in zip(source, target, strict=True) if s.strip() and t.strip()]
     if not kept:
@@ -122,16 +123,21 @@ def prepare_pairs(
 
     tokenizer: as for `load_tokenizer`, for both sides; `None` trains a BPE of `vocab_size` entries on both sides of `train`.
     max_tokens: pairs with a side of more tokens than this, its end included, are left out of the training pairs; among the
-    validation pairs they are an error. Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
+    validation pairs they are an error, and so is it if all of those are training pairs.
+    Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another --out")
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
-    texts = {"train": read_texts(train), "val": read_texts(val)}
-    both = texts["train"].source + texts["train"].target
-    shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
-    with made_whole(out) as part:
+    with whole_directory(out) as part:
+        texts = {"train": read_texts(train), "val": read_texts(val)}
+        unseen = set(zip(texts["val"].source, texts["val"].target, strict=True))
+        unseen.difference_update(zip(texts["train"].source, texts["train"].target, strict=True))
+        if not unseen:
+            raise DocumentError(
+                f"every pair of {val.source} and {val.target} is in the training text too: name other files"
+            )
+        both = texts["train"].source + texts["train"].target
+        shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
         described = ("name", "vocab_size", "eos_id", "fingerprint")
@@ -156,7 +162,8 @@ def _write_split(out: Path, name: str, texts: Texts, tokenizer: Tokenizer, max_t
     if (too_long and name == "val") or not fits:
         longest = max(max(len(source), len(target)) for source, target, _ in encoded) + 1
         raise DocumentError(
-            f"{too_long} {name} pairs are longer than {max_tokens} tokens, the longest has {longest}: raise --max-tokens"
+            f"longer than {counted(max_tokens, 'token')}: {counted(too_long, f'{name} pair')}, "
+            f"the longest has {longest}; raise --max-tokens"
         )
     tensors = {}
     for side, column in (("source", 0), ("target", 1)):

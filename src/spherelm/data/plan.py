@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from spherelm.data.documents import check_input, format_of
+from spherelm.counting import counted
+from spherelm.data.documents import TEXTS, WHOLE, Span, format_of, input_files, split_place
 from spherelm.data.hub import HubRequest, HubText
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
+FORMAT = 2  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
 SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to this many tokens
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, or a stream (no size, the sha256 of its identity); `split` None: each document's hash decides."""
+    """One input file, or a stream (no size, the sha256 of its identity); `split` None: each document's hash decides.
+
+    `span`: the characters of a .txt that are read.
+    """
 
     path: Path
     split: Split | None
     size: int
     sha256: str
     stream: HubText | None = None
+    span: Span = WHOLE
 
     def parameters(self) -> dict[str, Any]:
         """What this input is, wherever it lies (JSON)."""
         if self.stream is not None:
             return {"format": "stream", "dataset": self.stream.identity, "split": self.split}
-        return {"format": format_of(self.path), "sha256": self.sha256, "split": self.split}
+        span = {} if self.span == WHOLE else {"characters": list(self.span)}
+        return {"format": format_of(self.path), "sha256": self.sha256, "split": self.split, **span}
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Plan:
     val_fraction: float
     shard_tokens: int
     deduplicate: bool
+    rows: Rows = Rows()
 
     def needs_digest(self, source: Source) -> bool:
         """Whether a document's hash is needed before it is read whole."""
@@ -58,6 +67,8 @@ class Plan:
             "tokenizer": self.tokenizer.fingerprint,
             "val_fraction": self.val_fraction,
             **({"deduplicate": True} if self.deduplicate else {}),
+            **({"field": self.rows.field} if self.rows.field != "text" else {}),
+            **({"skip_bad_rows": True} if self.rows.skip_bad else {}),
         }
 
 
@@ -70,6 +81,7 @@ def make_plan(
     workers: int,
     shard_tokens: int,
     deduplicate: bool,
+    rows: Rows,
     progress: bool,
 ) -> Plan:
     """The plan of `prepare(...)` with these arguments. Raises ValueError or FileNotFoundError for what cannot be."""
@@ -80,9 +92,10 @@ def make_plan(
     if val and val_fraction:
         raise ValueError("both --val and --val-fraction given: choose one")
     if workers < 1 or shard_tokens < 1:
-        raise ValueError(f"{workers} workers and {shard_tokens} tokens a shard: both must be at least 1")
-    for path in [*inputs, *val]:
-        check_input(Path(path))
+        raise ValueError(
+            f"{counted(workers, 'worker')} and {counted(shard_tokens, 'token')} a shard: both must be at least 1"
+        )
+    inputs, val = ([file for path in paths for file in input_files(Path(path))] for paths in (inputs, val))
     loaded = load_tokenizer(tokenizer)
     split: Split | None = None if val_fraction else "train"
     sizes = sum(Path(path).stat().st_size for path in [*inputs, *val])
@@ -93,13 +106,22 @@ def make_plan(
             [_source(Path(path), to, bar) for path in paths] for paths, to in ((inputs, split), (val, "val"))
         )
     trained_on = {source.sha256: source.path for source in train}
-    for source in held_out:
-        if source.sha256 in trained_on:
-            raise ValueError(f"{source.path} is also a training input ({trained_on[source.sha256]}): remove one")
     if hub is not None:
-        stream = HubText(hub)
+        stream = HubText(hub, rows.skip_bad)
         train.append(Source(Path(hub.name), split, 0, stream.fingerprint, stream))
-    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate)
+        trained_on |= stream.local_files
+    elif val_fraction and len(train) == 1 and format_of(train[0].path) in TEXTS:
+        place = split_place(train[0].path, val_fraction)
+        train = [replace(train[0], split="train", span=(0, place)), replace(train[0], split="val", span=(place, None))]
+    for source in held_out:
+        check_held_out(source.path, source.sha256, trained_on)
+    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate, rows)
+
+
+def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> None:
+    """`ValueError` if the file of validation text `path` is one of the training text, whose files are given by their sha256."""
+    if sha256 in trained_on:
+        raise ValueError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
 
 
 def _source(path: Path, split: Split | None, bar: Any) -> Source:

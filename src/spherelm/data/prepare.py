@@ -17,12 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spherelm.counting import counted
+from spherelm.data.cutting import Cutter
 from spherelm.data.deduplication import Deduplicator
-from spherelm.data.documents import Block, DocumentError, read_blocks
-from spherelm.data.encoding import Encoded, Job, cut_rule, encode_all
+from spherelm.data.documents import WHOLE, Block, DocumentError, read_blocks
+from spherelm.data.encoding import Encoded, Job, encode_all
 from spherelm.data.hub import HubRequest
 from spherelm.data.output import STATE_FILE, OutputExistsError, finished, locked, publish, remove_if_useless, write_json
 from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
+from spherelm.data.rows import Rows
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_manifest
 from spherelm.data.split_writer import SplitWriter
 
@@ -43,6 +46,8 @@ class Position:
     after: dict[str, Any] | None = None
     read_bytes: int = 0
     empty: int = 0
+    bad: int = 0
+    unsafe_cuts: int = 0
     documents: list[int] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
 
@@ -58,6 +63,7 @@ def prepare(
     *,
     hub: HubRequest | None = None,
     deduplicate: bool = False,
+    rows: Rows = Rows(),
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Write the documents of `inputs`, then those of the stream `hub`, as a data directory `out`; return its manifest.
@@ -66,12 +72,13 @@ def prepare(
     documents, chosen by their hashes, or none. `workers`: processes; the result does not depend on it (with more than
     one, a script that calls this needs an `if __name__ == "__main__"` guard). Called again after an interruption with
     the same arguments it goes on; where all is done already it verifies the shards and changes nothing.
-    `deduplicate`: of documents with the same text only the first is kept; the validation files are read last, so one
-    that is in the training text too is dropped from the validation text.
+    `rows`: which field of a row holds its text, and whether bad rows are left out. Of a single .txt document, `val_fraction`
+    is its end. `deduplicate`: of documents with the same text only the first is kept; the validation files are read last, so
+    one that is in the training text too is dropped from the validation text.
     Raises ValueError (DocumentError, ShardError, OutputExistsError) or FileNotFoundError for what the user can mend.
     """
     plan = make_plan(
-        list(inputs), list(val or []), hub, tokenizer, val_fraction, workers, shard_tokens, deduplicate, progress
+        list(inputs), list(val or []), hub, tokenizer, val_fraction, workers, shard_tokens, deduplicate, rows, progress
     )
     out = Path(out)
     if (out / MANIFEST_FILE).is_file():
@@ -99,6 +106,7 @@ class _Work:
         self._plan = plan
         self._partial = partial
         self._progress = progress
+        self._cutter = Cutter(plan.tokenizer)
         saved = self._load()
         zeros = [0] * len(plan.sources)
         self._position = Position(**saved["position"]) if saved else Position(documents=zeros, duplicates=zeros.copy())
@@ -146,8 +154,9 @@ class _Work:
         """The blocks of one input behind the first `skip`, or behind the position `after` of a stream."""
         if source.stream is not None:
             return source.stream.blocks(after)
-        can_cut, with_digest = cut_rule(self._plan.tokenizer) is not None, self._plan.needs_digest(source)
-        return itertools.islice(read_blocks(source.path, can_cut=can_cut, with_digest=with_digest), skip, None)
+        with_digest, rows = self._plan.needs_digest(source), self._plan.rows
+        blocks = read_blocks(source.path, cutter=self._cutter, with_digest=with_digest, rows=rows, span=source.span)
+        return itertools.islice(blocks, skip, None)
 
     def _take(self, encoded: Encoded) -> None:
         """Write one result and move the position behind it."""
@@ -163,6 +172,8 @@ class _Work:
         position.blocks += 1
         position.after = encoded.after
         position.empty += encoded.empty
+        position.bad += encoded.bad
+        position.unsafe_cuts += encoded.unsafe_cuts
         position.documents[encoded.source] += encoded.documents
         position.duplicates[encoded.source] += duplicates
         position.read_bytes = sum(s.size for s in self._plan.sources[: encoded.source]) + encoded.read_bytes
@@ -216,6 +227,8 @@ class _Work:
             "tokenizer": {name: getattr(tokenizer, name) for name in described},
             "inputs": [self._described(number, source) for number, source in enumerate(plan.sources)],
             "empty_documents_left_out": self._position.empty,
+            "bad_rows_left_out": self._position.bad,
+            "unsafe_cuts": self._position.unsafe_cuts,
             "splits": {
                 split: {**{key: sum(shard[key] for shard in shards) for key in totals}, "shards": shards}
                 for split, shards in splits.items()
@@ -228,6 +241,8 @@ class _Work:
         entry: dict[str, Any] = {"name": source.path.name, "bytes": source.size, "sha256": source.sha256}
         if source.stream is not None:
             entry = {"name": source.stream.request.name, "sha256": source.sha256, "dataset": source.stream.identity}
+        if source.span != WHOLE:
+            entry["characters"] = source.span
         left_out = {"duplicates_left_out": duplicates} if self._plan.deduplicate else {}
         return {**entry, "documents": documents - duplicates, **left_out}
 
@@ -240,8 +255,8 @@ class _Work:
             if split not in splits:
                 (self._partial / STATE_FILE).unlink(missing_ok=True)  # another fraction needs another start
                 raise ValueError(
-                    f"val fraction {self._plan.val_fraction} of {sum(self._position.documents)} documents leaves none "
-                    f"for {split}: choose another --val-fraction, give more documents, or name --val files"
+                    f"val fraction {self._plan.val_fraction} of {counted(sum(self._position.documents), 'document')} "
+                    f"leaves none for {split}: choose another --val-fraction, give more documents, or name --val files"
                 )
 
 

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
 
 MAGIC = b"\x93SPHERE\n"
@@ -234,7 +235,7 @@ class Shard:
         expected = header.table_start + 8 * header.documents
         if size != expected:
             problem = "truncated" if size < expected else "longer than its header says"
-            raise ShardError.about(path, f"{problem} ({size} bytes instead of {expected})")
+            raise ShardError.about(path, f"{problem} ({counted(size, 'byte')} instead of {expected:,})")
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(
@@ -304,7 +305,7 @@ class Tokens:
                 raise ShardError.about(shard.path, f"made with another tokenizer than {shards[0].path.name}")
         self.bytes_total = sum(shard.header.text_bytes for shard in shards)
         self.fingerprint = fingerprint_of(shard.header for shard in shards)
-        self._shards = list(shards)
+        self.shards = list(shards)
         self._ends = np.cumsum([shard.header.tokens for shard in shards], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -317,7 +318,7 @@ class Tokens:
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """Where each document starts, in tokens, ascending (8 bytes of memory a document)."""
         begins = [0, *self._ends[:-1].tolist()]
-        return np.concatenate([s.document_starts + begin for s, begin in zip(self._shards, begins, strict=True)])
+        return np.concatenate([s.document_starts + begin for s, begin in zip(self.shards, begins, strict=True)])
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Ids `start` to `start + length`, int64 `[length]`.
@@ -329,20 +330,20 @@ class Tokens:
         out = np.empty(length, np.int64)
         done, index = 0, int(np.searchsorted(self._ends, start, side="right"))
         while done < length:
-            shard = self._shards[index]
+            shard = self.shards[index]
             begin = start + done - (int(self._ends[index]) - shard.header.tokens)
             part = shard.tokens[begin : begin + length - done]
             out[done : done + part.size] = part
             done, index = done + part.size, index + 1
         if length and int(out.max()) >= self.vocab_size:
             raise ShardError.about(
-                self._shards[index - 1].path, f"holds token id {out.max()} >= vocab_size {self.vocab_size}"
+                self.shards[index - 1].path, f"holds token id {out.max()} >= vocab_size {self.vocab_size}"
             )
         return out
 
     def verify(self) -> None:
         """Read every shard whole and compare it with its hash. Raises ShardError naming the first that differs."""
-        for shard in self._shards:
+        for shard in self.shards:
             shard.verify()
 
 

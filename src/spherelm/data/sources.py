@@ -16,6 +16,13 @@ from spherelm.data.tokenizer import load_tokenizer
 
 _WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
 
+OF_STREAMS = {
+    "column": "column= in --data",
+    "config": "config= in --data",
+    "other files": "make a data directory of others with spherelm data prepare",
+}
+"""How a stream is asked for what `data.hub.FLAGS` ask for."""
+
 
 @dataclass(frozen=True)
 class StreamSpec:
@@ -52,12 +59,16 @@ def sources_of(data: str | None) -> dict[Path, Fraction]:
         return {shipped_directory(): Fraction(1)}
     found = [_WEIGHTED.fullmatch(part) for part in data.split(",")]
     if Path(data).is_dir() or not all(found):
+        named = [match[1] if match else part for match, part in zip(found, data.split(","), strict=True)]
+        if len(named) > 1 and not Path(data).is_dir() and all(Path(part).is_dir() for part in named):
+            weighted = ",".join(f"{part}=1" for part in named)
+            raise ValueError(f"{data!r} names several directories: give each its weight, such as --data {weighted}")
         return {Path(data): Fraction(1)}
     pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{data!r} names a directory twice: add its weights up")
-    parts = shares([weight for _, weight in pairs])
-    return {path: Fraction(part, sum(parts)) for (path, _), part in zip(pairs, parts, strict=True)}
+    whole = shares([weight for _, weight in pairs])
+    return {path: Fraction(part, sum(whole)) for (path, _), part in zip(pairs, whole, strict=True)}
 
 
 def proportions(data: str | None) -> tuple[float | str | Fraction, ...]:

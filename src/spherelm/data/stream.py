@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spherelm.counting import counted
 from spherelm.data.documents import Block
 from spherelm.data.encoding import Encoder, Job
 from spherelm.data.hub import HubText
@@ -173,7 +174,8 @@ def held_out_windows(
     count = min(count, (tokens - 1) // seq_len)
     if count < 1:
         raise ValueError(
-            f"{tokens} tokens of validation text are less than one window of {seq_len}: give val= a file or a larger part"
+            f"the validation text has {counted(tokens, 'token')}, less than one window of {seq_len}: "
+            "give val= a file or a larger part"
         )
     row = np.concatenate(pieces).astype(np.int64)
     windows = [row[i * seq_len : (i + 1) * seq_len + 1] for i in range(count)]

@@ -10,7 +10,7 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens such as the end of a document are left out."""
+        ...
+
+    def entries(self) -> Iterator[bytes]:
+        """The text that an entry of the vocabulary may stand for, of every entry of more than one byte."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -106,6 +110,9 @@ class ByteTokenizer:
         """Text of `ids`; bytes that are not UTF-8 (a model may emit any) show as U+FFFD."""
         return bytes(int(i) for i in ids if i != self.eos_id).decode("utf-8", errors="replace")
 
+    def entries(self) -> Iterator[bytes]:
+        return iter(())
+
     def save(self, directory: Path) -> None:
         _write_meta(self, "bytes", directory)
 
@@ -151,6 +158,9 @@ class JsonTokenizer:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
+    def entries(self) -> Iterator[bytes]:
+        return _readings(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def save(self, directory: Path) -> None:
         _write_meta(self, "json", directory, self.eos_token)
         (directory / _JSON_FILE).write_bytes(self._definition)
@@ -175,7 +185,9 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ImportError as error:
-            raise ValueError(f"tokenizer {name} needs sentencepiece: pip install 'spherelm[data]'") from error
+            raise ValueError(
+                f"tokenizer {name} needs sentencepiece: pip install '.[data]' in a clone of spherelm"
+            ) from error
         self.name = name
         self._definition = definition
         self._model = sentencepiece.SentencePieceProcessor()
@@ -201,6 +213,9 @@ class SentencePieceTokenizer:
         text: str = self._model.decode([int(i) for i in ids if i != self.eos_id])
         return text
 
+    def entries(self) -> Iterator[bytes]:
+        return _readings(self._model.id_to_piece(i) for i in range(self.vocab_size))
+
     def save(self, directory: Path) -> None:
         _write_meta(self, "sentencepiece", directory, self.eos_token)
         (directory / _MODEL_FILE).write_bytes(self._definition)
@@ -217,6 +232,24 @@ def _unknown_id(tokenizer: tokenizers.Tokenizer, definition: bytes) -> int | Non
         return index
     token = getattr(tokenizer.model, "unk_token", None)
     return None if token is None else tokenizer.token_to_id(token)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters in which byte-level vocabularies write bytes (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(0x100) if byte not in shown)
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _readings(spellings: Iterable[str]) -> Iterator[bytes]:
+    """What entries of a vocabulary may stand for, whichever way they are written: with ▁ for a space, or in bytes."""
+    for spelling in spellings:
+        yield spelling.replace("▁", " ").encode("utf-8")
+        if _BYTES.keys() >= set(spelling):
+            yield bytes(_BYTES[char] for char in spelling)
 
 
 def _find_end(name: str, eos_token: str | None, lookup: Any) -> tuple[str, int]:
@@ -279,7 +312,7 @@ def _from_hub(name: str) -> Tokenizer:
     except ImportError as error:
         raise ValueError(
             f"unknown tokenizer {name!r}: neither 'default', 'bytes' nor a file; "
-            "for a Hugging Face name: pip install 'spherelm[hf]'"
+            "for a Hugging Face name: pip install '.[hf]' in a clone of spherelm"
         ) from error
     try:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
+from spherelm.third_parties import silenced
 
 PAPER_TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
 """The five tasks whose average the nGPT paper shows."""
@@ -58,35 +58,32 @@ class TaskSettings:
 
 @contextlib.contextmanager
 def subdued(progress: bool) -> Iterator[None]:
-    """The harness without warnings, worker processes and telemetry; what it prints goes to stderr, or, unless `progress`,
-    nowhere.
+    """The harness without worker processes and telemetry, `silenced`; what it prints goes to stderr, or, unless `progress`,
+    nowhere. Import it before: a library's log keeps the stderr that it finds on import.
     """
     wanted = {"DISABLE_MULTIPROC": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     before = {name: os.environ.get(name) for name in wanted}
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
     os.environ.update(wanted)
-    logger.setLevel(logging.ERROR)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(silenced())
             shown = sys.stderr if progress else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(shown))
             stack.enter_context(contextlib.redirect_stderr(shown))
             yield
     finally:
-        logger.setLevel(level)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def check_harness() -> None:
-    """Raise `ValueError`, naming the extra to install, where the harness is not there; what it says on import is dropped."""
+    """Raise `ValueError`, naming the extra to install, where the harness is not there; it imports `silenced`."""
     try:
-        with subdued(progress=False):
+        with silenced():
             import lm_eval.evaluator
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"tasks need lm-eval ({error}): pip install 'spherelm[eval]'") from error
+        raise ValueError(f"tasks need lm-eval ({error}): pip install '.[eval]' in a clone of spherelm") from error
 
 
 def own_definition(name: str) -> Definition:

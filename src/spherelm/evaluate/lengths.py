@@ -24,7 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spherelm.data.documents import check_input, cut_after, documents_in, read_blocks
+from spherelm.counting import counted
+from spherelm.data.cutting import Cutter
+from spherelm.data.documents import documents_in, input_files, read_blocks
+from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.evaluate.perplexity import token_losses
 from spherelm.models import Decoder
@@ -120,28 +123,31 @@ class Scores:
     counts: Array
 
 
-def read_documents(paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None) -> Iterator[Document]:
+def read_documents(
+    paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None, field: str = "text"
+) -> Iterator[Document]:
     """The documents of text files (.txt, .jsonl, .parquet, also compressed), in order, one at a time.
 
-    needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded. Raises as
+    needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded. field: where
+    the text of a row is. Raises as
     `data.documents` does for what cannot be read.
     """
-    for path in paths:
-        check_input(path)
-    for path in paths:
-        for block in read_blocks(path, can_cut=False):
+    files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
+    for path in files:
+        for block in read_blocks(path, rows=Rows(field)):
             for text in documents_in(block):
-                yield encode_document(text, tokenizer, needed)
+                if text is not None:
+                    yield encode_document(text, cutter, needed)
 
 
-def encode_document(text: str, tokenizer: Tokenizer, needed: int | None) -> Document:
-    """The tokens of `text`, or of a beginning of it that ends between two words and has at least `needed` tokens."""
-    cut = None if needed is None else cut_after(text, CHARACTERS_A_TOKEN * needed)
-    if cut is not None and needed is not None:
-        ids = tokenizer.encode(text[:cut])
-        if len(ids) >= needed:
-            return Document(torch.tensor(ids, dtype=torch.int64), len(text[:cut].encode("utf-8")))
-    return Document(torch.tensor(tokenizer.encode(text), dtype=torch.int64), len(text.encode("utf-8")))
+def encode_document(text: str, cutter: Cutter, needed: int | None) -> Document:
+    """The tokens of `text`, or of a beginning of it that ends at a safe place and has at least `needed` tokens."""
+    cut = None if needed is None else cutter.place(text, CHARACTERS_A_TOKEN * needed)
+    for part in (text[: cut.place] if cut is not None and cut.safe else text, text):
+        ids = [i for piece in cutter.pieces(part) for i in cutter.encode([piece])[0]]
+        if needed is not None and len(ids) >= needed:
+            break
+    return Document(torch.tensor(ids, dtype=torch.int64), len(part.encode("utf-8")))
 
 
 @torch.no_grad()
@@ -217,7 +223,8 @@ def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: Pl
     model.train(was_training)
     if not scored_bytes:
         raise ValueError(
-            f"no document has the {plan.longest + 1} tokens that a window of {plan.longest} needs ({left_out} are shorter): "
+            f"no document has the {plan.longest + 1} tokens that a window of {plan.longest} needs "
+            f"({counted(left_out, 'document')} too short): "
             "give longer texts or shorter lengths"
         )
     gathered = {length: gather(parts) for length, parts in scores.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spherelm.counting import counted
+
 BOOTSTRAP = 1000
 """Samples of the texts, drawn with replacement, that intervals are read off."""
 
@@ -22,7 +24,7 @@ def translation_scores(written: Sequence[str], references: Sequence[Sequence[str
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
-        raise ValueError("BLEU and chrF need sacrebleu: pip install 'spherelm[eval]'") from error
+        raise ValueError("BLEU and chrF need sacrebleu: pip install '.[eval]' in a clone of spherelm") from error
     scores: dict[str, Any] = {"texts": len(written)}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         found = metric.corpus_score(list(written), [list(texts) for texts in references], n_bootstrap=BOOTSTRAP)
@@ -38,7 +40,9 @@ def check_references(written: Sequence[str], references: Sequence[Sequence[str]]
         raise ValueError("there is nothing to score: give texts and references")
     for texts in references:
         if len(texts) != len(written):
-            raise ValueError(f"{len(written)} texts and {len(texts)} references: one line must belong to one line")
+            raise ValueError(
+                f"{counted(len(written), 'text')} and {counted(len(texts), 'reference')}: one line must belong to one line"
+            )
 
 
 def error_rates(written: Sequence[str], alternatives: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from spherelm.counting import counted
 from spherelm.experiments.cost import StepCost, TimedSteps, measure_cost
 from spherelm.layers.linear import retract
 from spherelm.models import ARMS, NAMES
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
+from spherelm.third_parties import silence
 from spherelm.train.counting import training_flops
 from spherelm.train.precision import best_device, resolve_dtype
 
@@ -84,6 +86,7 @@ def peak_memory(config: RunConfig) -> float:
 
 
 def _set_threads(threads: int) -> None:
+    silence()
     torch.set_num_threads(threads)
 
 
@@ -129,7 +132,8 @@ def bench(
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
     step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model FLOPs per
-    second over the measured rate of a large matrix product in the same number format), peak_memory_mb: by arm.
+    second over the measured rate of a large matrix product in the same number format, or of a step that was faster),
+    peak_memory_mb: by arm.
     retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as for
     `configs`.
     """
@@ -138,6 +142,8 @@ def bench(
     cost: StepCost = measure_cost(arms[baseline], arms[normalized], steps)
     seconds = {baseline: cost.gpt_seconds, normalized: cost.ngpt_seconds}
     rate, tokens = matmul_rate(resolve_dtype(dtype, device)), shape.batch_size * shape.seq_len
+    reached = {arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] for arm in arms}
+    peak = max(rate, *reached.values())
     uncompiled = configs(shape, dtype, compiled=False, pattern=pattern)
     return {
         "shape": {**asdict(shape), "n_layers": arms[baseline].model.n_layers},
@@ -150,9 +156,7 @@ def bench(
         "step_time_ratio": cost.ratio,
         "tokens_per_second": {arm: tokens / seconds[arm] for arm in arms},
         "matmul_gflops": rate / 1e9,
-        "mfu": {
-            arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] / rate for arm in arms
-        },
+        "mfu": {arm: reached[arm] / peak for arm in arms},
         "peak_memory_mb": {arm: peak_memory(uncompiled[arm]) for arm in arms},
         "retraction_share": retraction_seconds(uncompiled[normalized]) / cost.ngpt_seconds,
     }
@@ -179,9 +183,10 @@ def table(result: dict[str, Any]) -> str:
     baseline, normalized = (NAMES[arm] for arm in arms)
     layers = "" if result["pattern"] is None else f" {result['pattern']}"
     lines = [
-        f"{shape['n_layers']} layers{layers}, d {shape['d_model']}, {shape['n_heads']} heads, sequence {shape['seq_len']}, "
+        f"{counted(shape['n_layers'], 'layer')}{layers}, d {shape['d_model']}, "
+        f"{counted(shape['n_heads'], 'head')}, sequence {shape['seq_len']}, "
         f"batch {shape['batch_size']}, vocabulary {shape['vocab_size']}; {result['dtype']}, "
-        f"{'compiled' if result['compiled'] else 'not compiled'}, {result['device']}, {result['threads']} threads",
+        f"{'compiled' if result['compiled'] else 'not compiled'}, {result['device']}, {counted(result['threads'], 'thread')}",
         f"{'':24}{baseline:>12}{normalized:>12}",
     ]
     for name, key, unit, digits in (

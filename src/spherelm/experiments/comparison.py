@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from spherelm.runs.config import RunConfig, read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claimed, command_line, git_commit, versions, write_json
 from spherelm.train.batches import open_data
+from spherelm.train.guard import Diverged
+from spherelm.train.trainer import check_runs
 
 SHORTER = (0.65, 0.4, 0.25)
 """The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until one is
@@ -68,18 +71,31 @@ class CompareConfig:
 def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int | None = None) -> dict[str, Any]:
     """Train both arms as `config` says in directories below `out`; write `summary.json` and `samples.json`.
 
-    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given.
+    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given, and `Diverged`
+    if every run did.
     """
     start = time.perf_counter()
     workers_for(1, workers)  # a wrong number is refused before anything is written
     vocab_size = vocabulary_size(config.data)
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
     data = open_data(full["gpt"][0])
+    check_runs(
+        [runs[0] for runs in full.values()]
+        + [
+            config.run(arm, vocab_size, 0, steps)
+            for arm, runs in full.items()
+            for steps in shorter_budgets(runs[0].train.steps)
+        ]
+    )
     with claimed(out, {**vars(config), "data_identity": data.identity}, resume):
         jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
         # Seed by seed, so that both arms of a pair run side by side.
         in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
         losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
+        if all(math.isnan(loss) for loss in losses.values()):
+            raise Diverged(
+                f"{out}: every run of both arms diverged, there is nothing to compare: lower --lr-gpt and --lr-ngpt"
+            )
         final = {arm: [losses[job.out] for job in arm_jobs] for arm, arm_jobs in jobs.items()}
         best = winner(final)
         targets = losing_losses(final, best)

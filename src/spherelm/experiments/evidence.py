@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import statistics
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,13 +30,15 @@ from spherelm.experiments.cost import median_ratio, time_in_turn
 from spherelm.experiments.evidence_plan import CONTENDERS, TOKENS_AN_UPDATE, Grid, Point
 from spherelm.experiments.evidence_record import on_record, summary, with_row
 from spherelm.experiments.growth import timed_at
-from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
+from spherelm.experiments.jobs import Job, handled, run_jobs, threads, threads_each, workers_for
 from spherelm.experiments.record import standard_error
 from spherelm.experiments.sweep import UNTRAINED, name_of
 from spherelm.recipes import make_run, tuned_rate
 from spherelm.runs.checkpoint import load_model
 from spherelm.runs.record import alone_in, write_json
 from spherelm.train.precision import best_device
+from spherelm.train.signals import Interrupted
+from spherelm.train.trainer import check_runs
 
 STEP = 2.0
 """Neighbouring learning rates of a search are this far apart."""
@@ -62,8 +65,9 @@ class Ladder:
             )
         self.vocab_size = train.vocab_size
         self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
-        for point, contender in itertools.product(grid.points(), grid.contenders):
-            self.first_rate(contender, point)  # what cannot be trained is refused before anything is
+        # What cannot be trained is refused before anything is.
+        wanted = itertools.product(grid.points(), grid.contenders)
+        check_runs([self.job(name, point, self.first_rate(name, point), 0).config for point, name in wanted])
 
     def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""
@@ -172,7 +176,8 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
 
     What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which runs
-    under way save themselves and `Interrupted` is raised, to go on by calling again.
+    under way save themselves and what was measured so far is returned, to go on by calling again. A signal to stop raises
+    `Interrupted`.
     """
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise ValueError(f"minutes must be a positive number, got {minutes:g}")
@@ -180,7 +185,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
         raise FileExistsError(f"{out} is a file: choose another --out")
     ladder = Ladder(grid, out, workers)
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out), time_limit(minutes):
+    with alone_in(out), time_limit(minutes) as is_over:
         measured, costs = on_record(out / "evidence.json", grid, ladder.identity)
         record = summary(grid, ladder.identity, measured, costs)
         for point in grid.points():
@@ -192,6 +197,8 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
                 costs.append(ladder.cost_of_steps(point))
                 record = summary(grid, ladder.identity, measured, costs)
                 write_json(out / "evidence.json", record)
+    if is_over.is_set():
+        print(f"spherelm: time is up (--minutes {minutes:g}); the same command goes on from here", file=sys.stderr)
     return record
 
 
@@ -202,15 +209,34 @@ def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Seque
 
 
 @contextmanager
-def time_limit(minutes: float | None) -> Iterator[None]:
-    """Send this process SIGTERM after so many minutes, which runs take as the order to save themselves; `None`: never."""
+def time_limit(minutes: float | None) -> Iterator[threading.Event]:
+    """Leave the block after so many minutes, `None` for never; whether that came to pass.
+
+    This process sends itself SIGTERM then, which runs take as the order to save themselves. `Interrupted` is raised in the
+    block; it goes no further, but for a signal that somebody else sent.
+    """
+    is_over = threading.Event()
     if minutes is None:
-        yield
+        yield is_over
         return
-    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def end() -> None:
+        is_over.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted("stopped; the same command goes on", number)
+
+    timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), end)
     timer.daemon = True
-    timer.start()
     try:
-        yield
-    finally:
-        timer.cancel()
+        with handled(signal.SIGTERM, interrupt):
+            timer.start()
+            try:
+                yield is_over
+            finally:
+                timer.cancel()
+                timer.join()
+    except Interrupted as error:
+        if not is_over.is_set() or error.signal_number != signal.SIGTERM:
+            raise

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from spherelm.experiments.cost import COMPILE_FROM
+from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
 
 CONTENDERS = {
@@ -45,7 +46,9 @@ class Grid:
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
             unknown = [value for value in getattr(self, name) if value not in known]
             if unknown:
-                raise ValueError(f"unknown {name[:-1]} {unknown[0]!r}: choose among {', '.join(known)}")
+                raise ValueError(
+                    f"unknown {name[:-1]} {unknown[0]!r}{nearest(unknown[0], known)}: choose among {', '.join(known)}"
+                )
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         for context in self.contexts:

@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from spherelm.counting import counted
 from spherelm.runs.config import RunConfig, to_dict
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claim_directory
+from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
 from spherelm.train.guard import Diverged
 from spherelm.train.signals import Interrupted
-from spherelm.train.trainer import train
+from spherelm.train.trainer import check_runs, train
 
 POLL_SECONDS = 0.5
 
@@ -78,6 +80,7 @@ def threads(count: int) -> Iterator[None]:
 
 def _start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
+    silence()
     torch.set_num_threads(threads)
     # tqdm's own lock is a semaphore between processes, which a worker that is stopped would be reported to leak.
     tqdm.set_lock(threading.RLock())
@@ -143,14 +146,15 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
 
     workers: processes at once, by default `default_workers`. Finished runs are taken as they are, begun ones go on. Raises
-    what a run raises, `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and raise
-    `Interrupted`.
+    what a run raises, before any begins if that is how it is made; `ValueError` for two jobs in one directory; Ctrl-C and
+    SIGTERM let every run save itself and raise `Interrupted`.
     """
     if not jobs:
         return []
     twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
     if twice:
         raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
+    check_runs([job.config for job in jobs])
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
     with _interrupts_ignored():  # also by the process that multiprocessing starts to clean up
@@ -199,19 +203,19 @@ def _noted_interrupts() -> Iterator[list[int]]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with ExitStack() as handlers:
         for number in numbers:
-            handlers.enter_context(_handled(number, unless_ignored(number)))
+            handlers.enter_context(handled(number, unless_ignored(number)))
         yield asked
 
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     """Have processes that start now ignore Ctrl-C and a lost terminal, which reach them too: the parent stops them."""
-    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGHUP, signal.SIG_IGN):
+    with handled(signal.SIGINT, signal.SIG_IGN), handled(signal.SIGHUP, signal.SIG_IGN):
         yield
 
 
 @contextmanager
-def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
     """Handle a signal so; does nothing outside of the main thread, where Python allows no handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(number, handler) if in_main_thread else None
@@ -235,7 +239,7 @@ def _watch(jobs: list[Job], futures: list[Future[float]], description: str) -> N
                 job.config.train.steps if f.done() else steps_done(job.out)
                 for job, f in zip(jobs, futures, strict=True)
             ]
-            bar.set_postfix_str(f"{finished} of {len(jobs)} runs done", refresh=False)
+            bar.set_postfix_str(f"{finished} of {counted(len(jobs), 'run')} done", refresh=False)
             bar.update(sum(steps) - bar.n)
             if finished == len(jobs):
                 return

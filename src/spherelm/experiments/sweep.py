@@ -152,7 +152,11 @@ def parse_fields(
 
 
 def _value(text: str) -> Any:
-    """A JSON value where it is one, else the text itself."""
+    """A JSON value where it is one, also as Python writes it (True, None), else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text == "None":
+        return None
     try:
         return json.loads(text)
     except json.JSONDecodeError:

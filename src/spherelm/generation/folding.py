@@ -263,7 +263,7 @@ KNOWN: tuple[type[nn.Module], ...] = (
 
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
-    if type(model) not in (GPT, NGPT) or any(block.letters != "A-" for block in model.blocks):  # type: ignore[operator, union-attr]
+    if type(model) not in (GPT, NGPT) or any(block.letters != "A-" for block in model.blocks):  # type: ignore[union-attr]
         return f"{type(model).__name__} is no language model of attention and MLP alone"
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:

@@ -9,7 +9,6 @@ of the row. For columns (the two `o` matrices) it multiplies the inputs.
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -22,18 +21,16 @@ from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.moe import Router
 from spherelm.layers.readout import scaled
 from spherelm.models import Decoder
+from spherelm.third_parties import silenced
 
 
 def _torchao() -> Any:
     """The module `torchao.quantization`; raises `ValueError` if it is missing."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # on import it logs which kernels for GPUs it was built without
     try:
-        import torchao.quantization  # type: ignore[import-untyped]
+        with silenced():  # on import it logs which kernels for GPUs it was built without
+            import torchao.quantization  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ValueError("8-bit weights need torchao: pip install 'spherelm[quantize]'") from error
-    finally:
-        logging.disable(before)
+        raise ValueError("8-bit weights need torchao: pip install '.[quantize]' in a clone of spherelm") from error
     return torchao.quantization
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spherelm.counting import counted
 from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.generation.beam import BeamSettings, beam_search
@@ -92,7 +93,9 @@ def searched(
 ) -> list[str]:
     """The `count` best texts of a beam search for each prompt, as `continuations` has them."""
     if count > beams.beams:
-        raise ValueError(f"{beams.beams} beams find no {count} texts: ask for at most as many samples as beams")
+        raise ValueError(
+            f"{counted(beams.beams, 'beam')} cannot find {counted(count, 'text')}: ask for at most as many samples as beams"
+        )
     texts = []
     found = beam_search(model, prompts, max_new_tokens, tokenizer.eos_id, beams)
     for prompt, hypotheses in zip(prompts, found, strict=True):

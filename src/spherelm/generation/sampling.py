@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-20
+"""The least temperature that logits are divided by: below it float32 overflows, and long before it nothing else is drawn."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -15,7 +18,7 @@ class Sampling:
 
     repetition_penalty: the logit of every token that the row holds already, prompt included, is divided by it where it is
     positive and multiplied where it is negative (Keskar et al., arXiv 1909.05858); 1 changes nothing.
-    temperature: divides the logits; 0 takes the most probable token, whatever the rest says.
+    temperature: divides the logits; 0, or less than `COLDEST`, takes the most probable token, whatever the rest says.
     top_k: the k most probable tokens. top_p: the fewest whose probabilities reach p, at least one.
     min_p: the tokens whose probability is at least `min_p` times the largest (Nguyen et al., arXiv 2407.01082).
     """
@@ -32,7 +35,9 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, ">= 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", not 0 < self.repetition_penalty < 1e-6, "at least 1e-6"),
+            ("repetition_penalty", not self.repetition_penalty > 1e6, "at most 1e6"),
         )
         wrong = [f"{name}={getattr(self, name)} ({said})" for name, is_right, said in allowed if not is_right]
         if wrong:
@@ -49,7 +54,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
     logits: [batch, vocab], penalized already. Nothing is sorted that need not be.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         best = logits.argmax(-1, keepdim=True)
         return torch.ones_like(best, dtype=torch.float32), best
     scores, ids = logits.float() / sampling.temperature, None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spherelm.data.output import made_whole
+from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.runs.checkpoint import STATE, checkpoint_of, load_model
 from spherelm.runs.config import read_config, read_record, to_dict
@@ -26,8 +26,7 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
     transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another directory for the export")
+    check_free(out, "directory for the export")
     try:
         from spherelm.interop.huggingface import classes_of
         from spherelm.interop.huggingface.card import Facts, model_card
@@ -49,7 +48,7 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
         standalone=standalone,
         has_tokenizer=tokenizer is not None,
     )
-    with made_whole(out) as part:
+    with whole_directory(out, "directory for the export") as part:
         save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone)
 
 

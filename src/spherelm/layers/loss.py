@@ -88,11 +88,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_h, grad_weight, h, weight, *rest = ctx.saved_tensors
+        grad_h, grad_weight, h, weight, targets, pullback = ctx.saved_tensors
         (grad,) = grad_outputs
         if torch.is_grad_enabled():
             wanted = [x for x, needed in zip((h, weight), ctx.needs_input_grad, strict=False) if needed]
-            loss = plain_cross_entropy(h, weight, *rest, ctx.smoothing)
+            loss = plain_cross_entropy(h, weight, targets, pullback, ctx.smoothing)
             found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
             of_h, of_weight = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
             return of_h, of_weight, None, None, None, None

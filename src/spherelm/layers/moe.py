@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from spherelm.layers.linear import ExpertLinear, Linear, Scale, UnitExpertLinear
 from spherelm.sphere import transformed
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda z: torch.softmax(z, -1)}
+
+def softmax_scores(logits: Tensor) -> Tensor:
+    """Softmax over all experts."""
+    return torch.softmax(logits, -1)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": softmax_scores}
 """What turns a router's logits [tokens, n_experts] into scores, by name."""
 
 BALANCINGS = ("bias", "loss", "none")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class _UnitRotation(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out, inverse, cos, sin = ctx.saved_tensors
         back = (cos, -sin)
-        of_x = rotate(unit_gradient(out, inverse, *grad_outputs, -1), back).to(out.dtype)
+        of_x = rotate(unit_gradient(out, inverse, grad_outputs, -1), back).to(out.dtype)
         grad = grad_outputs[0]
         if grad is None or not any(ctx.needs_input_grad[1:]):
             return of_x, None, None
@@ -160,11 +161,11 @@ ROPES = {
 
 def interpolated(table: MakeTable, factor: float) -> MakeTable:
     """`table` with every position divided by `factor`: position interpolation (Chen et al., arXiv 2306.15595)."""
+    return partial(_interpolated_table, table, factor)
 
-    def make(positions: Tensor, d_k: int, base: float) -> RotaryTable:
-        return table(positions / factor, d_k, base)
 
-    return make
+def _interpolated_table(table: MakeTable, factor: float, positions: Tensor, d_k: int, base: float) -> RotaryTable:
+    return table(positions / factor, d_k, base)
 
 
 def yarn(factor: float, trained_length: int, fast: float = 32, slow: float = 1) -> MakeTable:
@@ -174,19 +175,21 @@ def yarn(factor: float, trained_length: int, fast: float = 32, slow: float = 1) 
     `slow` times have it divided by `factor`; in between the two are mixed, linearly in the pair's number, as in the
     authors' code. Its attention temperature is `yarn_temperature`.
     """
+    return partial(_yarn_table, factor, trained_length, fast, slow)
 
-    def pair(turns: float, d_k: int, base: float) -> float:
-        """The number of the pair (not whole) that turns so many times within the trained length."""
-        return d_k * math.log(trained_length / (2 * math.pi * turns)) / (2 * math.log(base))
 
-    def make(positions: Tensor, d_k: int, base: float) -> RotaryTable:
-        first, last = max(math.floor(pair(fast, d_k, base)), 0), min(math.ceil(pair(slow, d_k, base)), d_k - 1)
-        pairs = torch.arange(d_k // 2, device=positions.device, dtype=positions.dtype)
-        slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
-        turns = angles(positions, d_k, base) * (1 - slowed + slowed / factor)
-        return turns.cos(), turns.sin()
-
-    return make
+def _yarn_table(
+    factor: float, trained_length: int, fast: float, slow: float, positions: Tensor, d_k: int, base: float
+) -> RotaryTable:
+    # The numbers (not whole) of the pairs that turn so many times within the trained length.
+    fastest, slowest = (
+        d_k * math.log(trained_length / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow)
+    )
+    first, last = max(math.floor(fastest), 0), min(math.ceil(slowest), d_k - 1)
+    pairs = torch.arange(d_k // 2, device=positions.device, dtype=positions.dtype)
+    slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+    turns = angles(positions, d_k, base) * (1 - slowed + slowed / factor)
+    return turns.cos(), turns.sin()
 
 
 def yarn_temperature(factor: float) -> float:

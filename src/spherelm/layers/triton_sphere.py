@@ -19,7 +19,9 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("spherelm.layers.triton_sphere needs triton: pip install 'spherelm[triton]'") from error
+    raise ImportError(
+        "spherelm.layers.triton_sphere needs triton: pip install '.[triton]' in a clone of spherelm"
+    ) from error
 
 PROGRAMS = 256
 """How many programs share the rows in the backward pass of a step, each with a sum for alpha of its own."""
@@ -89,8 +91,9 @@ def _step_backward(
     tl.store(alpha_sums + first * width + offsets, total, mask=inside)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+def _rows(x: Tensor | None) -> tuple[Tensor, int, int, int]:
     """`x` with its rows one behind the other, how many there are, how wide, and the power of two that holds one."""
+    assert x is not None
     width = x.shape[-1]
     return x.contiguous(), x.numel() // width, width, triton.next_power_of_2(width)
 
@@ -107,24 +110,24 @@ def _differentiated(grads: tuple[Tensor | None, ...]) -> bool:
 
 class _TritonNorm(sphere._Norm):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, dim: int, least: float) -> tuple[Tensor, Tensor]:
         x, rows, width, size = _rows(x)
         out, inverses = torch.empty_like(x), _lengths(x)
-        _norm_forward[(rows,)](x, out, inverses, width, shortest(x.dtype), size=size)
+        _norm_forward[(rows,)](x, out, inverses, width, least, size=size)
         ctx.dim = dim
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, inverses)
         return out, inverses
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:
         if _differentiated(grad_outputs):
             return sphere._Norm.backward(ctx, *grad_outputs)
         out, inverses = ctx.saved_tensors
         grad, rows, width, size = _rows(grad_outputs[0])
         grad_x = torch.empty_like(grad)
         _norm_backward[(rows,)](out, grad, inverses, grad_x, width, size=size)
-        return grad_x, None
+        return grad_x, None, None
 
 
 class _TritonStep(sphere._Step):
@@ -153,7 +156,7 @@ class _TritonStep(sphere._Step):
 
 def norm(x: Tensor) -> Tensor:
     """`sphere.norm` along the last axis; float32, bfloat16 or float16."""
-    unit: Tensor = sphere.norm(x) if transformed() else _TritonNorm.apply(x)[0]
+    unit: Tensor = sphere.norm(x) if transformed() else _TritonNorm.apply(x, -1, shortest(x.dtype))[0]
     return unit
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from spherelm.layers.moe import routers
+from spherelm.layers.moe import Router, routers
+from spherelm.optim.kept_hooks import keep_hooks
 
 Summed = Callable[[Tensor], Tensor]
 """int64 counts of this process -> those of all processes together."""
@@ -35,16 +37,27 @@ def attach_balancing(
     several, each with texts of its own. Returns the hook's handle; `handle.remove()` undoes it.
     """
     found = [router for _, router in routers(model)]
+    if not found:
+        raise ValueError("there is nothing to balance: this model has no router, and needs no attach_balancing")
+    handle = optimizer.register_step_post_hook(Balancing(found, rate, summed))
+    keep_hooks(optimizer, handle)
+    return handle
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """What happens after a step to each of `found`, the routers; fields as for `attach_balancing`."""
+
+    found: list[Router]
+    rate: float
+    summed: Summed
 
     @torch.no_grad()
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        loads = summed(torch.cat([router.load for router in found]))
-        for router, load in zip(found, loads.split([router.out_features for router in found]), strict=True):
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Move the biases, and count from 0 again."""
+        loads = self.summed(torch.cat([router.load for router in self.found]))
+        for router, load in zip(self.found, loads.split([router.out_features for router in self.found]), strict=True):
             router.seen.copy_(load)
             router.load.zero_()
             if router.balance == "bias":
-                router.score_bias.copy_(moved_bias(router.score_bias, load, rate))
-
-    if not found:
-        raise ValueError("there is nothing to balance: this model has no router, and needs no attach_balancing")
-    return optimizer.register_step_post_hook(after_step)
+                router.score_bias.copy_(moved_bias(router.score_bias, load, self.rate))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from spherelm.optim.schedule import float32_rate
+
 
 def gate(d: Tensor, eps_gate: float, a: float) -> Tensor:
     """`sigmoid(a ln(d / eps_gate))`: 0 far below `eps_gate`, 1/2 at it, 1 far above; at a = 1 it is `d / (d + eps_gate)`.
@@ -83,4 +85,5 @@ class GatedAdamW(Optimizer):
         direction = gated_direction(
             m / (1 - beta_1**count), v / (1 - beta_2**count), group["eps"], group["eps_gate"], group["a"]
         )
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * group["alpha"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-float32_rate(group["lr"] * group["alpha"]))

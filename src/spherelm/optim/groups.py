@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +51,10 @@ class OptimConfig:
     """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
 
     lr: the peak learning rate. optimizer: which one, with its own fields. weight_decay: `None` means the paper's for the arm,
-    0.1 for a plain model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr: the
-    peak rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may turn a
-    unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the rate
-    does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
+    0.1 for a plain model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr:
+    the peak rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may
+    turn a unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the
+    rate does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
     """
 
     lr: float
@@ -145,7 +146,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torc
     if next(unit_modules(model), None) is not None:
         if config.max_angle is not None:
             AngleCap(optimizer, model, angle_limit(optimizer, config, config.max_angle))
-        attach_retraction(optimizer, model)
+        attach_retraction(optimizer, model, allow_decay=True)  # a config names it, or has none
     if next(routers(model), None) is not None:
         attach_balancing(optimizer, model, config.balance_rate, summed)
     return optimizer
@@ -157,11 +158,12 @@ def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> 
     if not config.angle_follows_lr or moving is None:
         return max_angle
 
-    def limit() -> float:
-        group = optimizer.param_groups[moving]  # looked up anew: `load_state_dict` puts other groups in their places
-        return float(max_angle * group["lr"] / (config.lr * group["lr_multiplier"]))
+    return partial(_limit, optimizer, moving, config.lr, max_angle)
 
-    return limit
+
+def _limit(optimizer: Optimizer, moving: int, lr: float, max_angle: float) -> float:
+    group = optimizer.param_groups[moving]  # looked up anew: `load_state_dict` puts other groups in their places
+    return float(max_angle * group["lr"] / (lr * group["lr_multiplier"]))
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:

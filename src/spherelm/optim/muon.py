@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
 from spherelm.models.decoder import Decoder
+from spherelm.optim.schedule import float32_rate
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
@@ -121,8 +122,13 @@ class MuonAdamW(Optimizer):
             self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refused: torch copies an optimizer without its hooks, so that a copy would leave the sphere without a word."""
-        raise TypeError("MuonAdamW cannot be copied: build another for its model and give it this one's state_dict")
+        """What torch keeps of an optimizer for copies and pickles, and what there is more here; Adam is made anew."""
+        return {**super().__getstate__(), "_adam": None, "_fused": self._fused, "_is_built": True, "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's, for both parts; `load_state_dict` calls it too."""
+        super().__setstate__(state)
+        self._share()
 
     def _share(self) -> None:
         """Let Adam work on this object's groups and state themselves."""
@@ -136,11 +142,6 @@ class MuonAdamW(Optimizer):
                 group |= {name: value for name, value in self._adam.defaults.items() if name not in group}
             self._adam.param_groups = rest
             self._adam.state = self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, for both parts."""
-        super().load_state_dict(state_dict)
-        self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -187,4 +188,4 @@ class MuonAdamW(Optimizer):
         """Decay and move a parameter against its orthogonalized update."""
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         step = sharded_as(turned.to(parameter.dtype), parameter)
-        parameter.add_(step, alpha=-group["lr"] * step_size(parameter.shape, axis))
+        parameter.add_(step, alpha=-float32_rate(group["lr"] * step_size(parameter.shape, axis)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +13,58 @@ from torch.utils.hooks import RemovableHandle
 
 from spherelm import sphere
 from spherelm.layers.linear import retract, unit_modules
+from spherelm.optim.kept_hooks import keep_hooks
 
 
-def attach_retraction(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
+def attach_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool = False) -> RemovableHandle:
     """Put the declared weights of `model` on the sphere now and after every step of `optimizer` (nGPT, section 2.6).
 
     Works under any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's
-    moments are left alone. Returns the hook's handle; `handle.remove()` undoes it.
+    moments are left alone. Returns the hook's handle; `handle.remove()` undoes it. A copy or pickle of `optimizer` has the hook
+    too, for the copy of `model`.
+
+    Raises `ValueError` for a model without unit weights, an optimizer that has none of the model's parameters, and weight decay
+    on unit weights, which nGPT does without (section 2.6) and which torch's AdamW has by default; allow_decay: it is meant.
     """
+    check_retraction(optimizer, model, allow_decay)
     retract(model)
+    handle = optimizer.register_step_post_hook(Retraction(model))
+    keep_hooks(optimizer, handle)
+    return handle
 
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        retract(model)
 
-    return optimizer.register_step_post_hook(after_step)
+@dataclass(frozen=True)
+class Retraction:
+    """What happens after a step: the weights of `model` go back on the sphere."""
+
+    model: nn.Module
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Retract, whatever the step was."""
+        retract(self.model)
+
+
+def check_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool) -> None:
+    """Raise `ValueError`, with the fix, if `attach_retraction` would do nothing or not what is meant."""
+    unit = {id(module.weight): name for name, module, _ in unit_modules(model)}
+    if not unit:
+        raise ValueError(
+            f"this {type(model).__name__} has no unit weights to keep on the sphere: leave attach_retraction out, "
+            "or take its matrices from spherelm.layers.linear.UnitLinear"
+        )
+    groups = [(group, [id(parameter) for parameter in group["params"]]) for group in optimizer.param_groups]
+    if not {id(parameter) for parameter in model.parameters()} & {each for _, ids in groups for each in ids}:
+        raise ValueError(
+            f"the optimizer has none of the parameters of this {type(model).__name__}: make it from model.parameters(), "
+            "after the model was moved or sharded"
+        )
+    for group, ids in groups:
+        decayed = next((unit[each] for each in ids if each in unit), None)
+        if group.get("weight_decay") and decayed is not None and not allow_decay:
+            raise ValueError(
+                f"weight_decay={group['weight_decay']} would act on unit weights, {decayed} for one: give the optimizer "
+                "weight_decay=0.0, or attach_retraction(..., allow_decay=True) if it is meant"
+            )
 
 
 class AngleCap:
@@ -33,7 +72,7 @@ class AngleCap:
 
     Attach it before the retraction, which then sees what it leaves: `AngleCap(optimizer, model, angle)`. The embeddings are
     not capped. angle: radians, or a function that gives them when a step ends, for a cap that follows a schedule. It holds
-    a copy of the capped weights during a step.
+    a copy of the capped weights during a step. A copy or pickle of `optimizer` is capped too.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, angle: float | Callable[[], float]) -> None:
@@ -44,6 +83,10 @@ class AngleCap:
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._cap),
         )
+        keep_hooks(optimizer, *self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": ()}  # which belong to one optimizer, and are of no use to a copy
 
     def remove(self) -> None:
         """Undo the attachment."""

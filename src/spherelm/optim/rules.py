@@ -104,6 +104,9 @@ class Muon:
 
 Rule = AdamW | GatedAdamW | Muon
 
+SMALLEST_EPS = 2.0**-126
+"""The smallest normal number of float32. Adam divides by eps where a gradient is zero."""
+
 RULES: dict[str, type[Rule]] = {"adamw": AdamW, "gated_adamw": GatedAdamW, "muon": Muon}
 """By the name that `kind` has."""
 
@@ -114,8 +117,12 @@ def check_adam(rule: Rule) -> None:
         raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {rule.betas!r}")
     if not all(0 <= beta < 1 for beta in rule.betas):
         raise ValueError(f"betas must lie in [0, 1), got {rule.betas}")
-    if not (is_finite(rule.eps) and rule.eps >= 0):
-        raise ValueError(f"eps must be a number that is not negative, got {rule.eps!r}")
+    object.__setattr__(rule, "betas", tuple(map(float, rule.betas)))  # torch refuses a 0 beside a 0.95
+    if not (is_finite(rule.eps) and rule.eps >= SMALLEST_EPS):
+        raise ValueError(
+            f"eps must be a number of at least {SMALLEST_EPS:.3g}, got {rule.eps!r}: "
+            "Adam divides by it where a gradient is zero"
+        )
 
 
 def can_fuse(model: nn.Module) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 KINDS = ("constant", "cosine", "linear", "wsd", "log")
 
 
@@ -52,6 +54,11 @@ def decay(config: ScheduleConfig, r: float) -> float:
     if config.kind == "log":
         return logarithmic(r, config.rho)
     return 1.0
+
+
+def float32_rate(rate: float) -> float:
+    """`rate`, or infinity where no float32 is so large, which torch would refuse: the weights are to show it."""
+    return rate if rate <= torch.finfo(torch.float32).max else math.inf
 
 
 def factor(config: ScheduleConfig, step: int, total: int) -> float:

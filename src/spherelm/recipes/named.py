@@ -23,7 +23,9 @@ from spherelm.recipes.overrides import (
     heads_of,
     layers_of,
     model_config,
+    nearest,
     optim_config,
+    refuse_unknown,
     schedule_of,
     take,
 )
@@ -315,7 +317,7 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
 
 def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     if name not in among:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(among)}")
+        raise ValueError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
     return among[name]
 
 
@@ -373,7 +375,6 @@ def make_run(
         data=data,
         base=size.base if recipe == "nugpt" and arm == "ngpt" else None,
     )
-    if given:
-        raise ValueError(f"no field is called {', '.join(sorted(given))}")
+    refuse_unknown(given, arm)
     check_effects(overrides, config, arm == "ngpt")
     return config

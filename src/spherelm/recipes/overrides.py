@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
-from spherelm.models import ARCHITECTURES, Architecture, Config, DecoderArch
+from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, Variant
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -57,6 +58,39 @@ def in_words(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return " or ".join(map(in_words, get_args(hint)))
     return WORDS.get(hint, str(hint).replace("float", "number"))
+
+
+def nearest(name: str, among: Iterable[str]) -> str:
+    """What is said behind a name that there is not: the one `among` those there are that it may stand for, if any."""
+    lowered = {one.lower(): one for one in among}
+    near = get_close_matches(name.lower(), lowered, 1, 0.7)
+    return f" (did you mean {lowered[near[0]]!r}?)" if near else ""
+
+
+def fields_of(arm: str) -> set[str]:
+    """Every field of a run of `arm` that can be given one by one, by name or by path."""
+    owners: list[Any] = [CONFIGS[arm], *ARCHITECTURES.values(), MixerSizes, ExpertSizes]
+    owners += [OptimConfig, *RULES.values(), ScheduleConfig, TrainConfig]
+    hidden = {"kind", "multipliers", "vocab_size", "mixer", "experts", *GROUPS}
+    found = {f.name for owner in owners for f in dataclasses.fields(owner)} - hidden
+    groups = nested(CONFIGS[arm])
+    found |= {f"{name}.{f.name}" for name, group in groups.items() for f in dataclasses.fields(group)}
+    own = {f"base_{f.name}" for f in dataclasses.fields(BaseShape)} | {f"{role}_rate" for role in ROLES}
+    return (
+        found
+        | own
+        | {"schedule", "d_k"}
+        | ({f.name for f in dataclasses.fields(Variant)} if "variant" in groups else set())
+    )
+
+
+def refuse_unknown(given: Collection[str], arm: str) -> None:
+    """Raise `ValueError` for a name in `given`, of which a run of `arm` has none, and say what was meant or who has it."""
+    for name in sorted(given):
+        others = [other for other in ARMS if name in fields_of(other)]
+        if others:
+            raise ValueError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
+        raise ValueError(f"no field is called {name}{nearest(name, fields_of(arm))}")
 
 
 def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:

@@ -20,6 +20,7 @@ from spherelm.report.svg import VARIABLES, inline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
@@ -27,6 +28,7 @@ Array = NDArray[np.float64]
 FG, MUTED, GRID, GPT, NGPT, SECOND, THIRD, BACKGROUND = VARIABLES
 COLOURS = {"gpt": GPT, "ngpt": NGPT}
 SIZE = (4.9, 3.3)  # inches: read at its own size beside a second figure, and still legible on a phone
+UNITS = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}
 POINTS = 240  # of a long curve, which no screen shows more of
 
 STYLE: dict[str, Any] = {
@@ -43,6 +45,7 @@ STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "xtick.color": MUTED,
@@ -108,6 +111,7 @@ class Drawing:
 
         figure = Figure(figsize=self.size, layout="constrained")
         self.draw(figure)
+        _show_single_points(figure)
         return figure
 
 
@@ -116,7 +120,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise ValueError("figures need matplotlib, which is not installed: pip install 'spherelm[report]'") from None
+        raise ValueError(
+            "figures need matplotlib, which is not installed: pip install '.[report]' in a clone of spherelm"
+        ) from None
 
 
 def seeds_and_mean(
@@ -165,6 +171,43 @@ def log_ticks(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def readable_ticks(axis: Axis, units: bool = False) -> None:
+    """Label the ticks with as many decimals as tell them apart; with `units`, as 1.5M instead of 1,500,000."""
+    from matplotlib.ticker import Formatter
+
+    class Readable(Formatter):
+        def __call__(self, value: float, pos: int | None = None) -> str:
+            return tick_labels([value], units)[0]
+
+        def format_ticks(self, values: Any) -> list[str]:
+            return tick_labels([float(value) for value in values], units)
+
+    axis.set_major_formatter(Readable())
+
+
+def tick_labels(values: Sequence[float], units: bool) -> list[str]:
+    """The values as text, off by no more than a twentieth of the least distance between two of them; see `readable_ticks`."""
+    apart = np.diff(np.unique(values))
+    allowed = 0.05 * float(apart.min() if apart.size else np.abs(values).max(initial=0.0))
+    scales = [next((s for s in UNITS if units and abs(value) >= s), 1.0) for value in values]
+    for places in range(16):
+        off = [abs(round(value / scale, places) * scale - value) for value, scale in zip(values, scales, strict=True)]
+        if max(off, default=0.0) <= allowed:
+            break
+    texts = [f"{value / scale:,.{places}f}" for value, scale in zip(values, scales, strict=True)]
+    if units and places:  # 800k and 1.6M: nothing is lost where the decimals are zeros
+        texts = [text.rstrip("0").rstrip(".") for text in texts]
+    return [text + UNITS.get(scale, "") for text, scale in zip(texts, scales, strict=True)]
+
+
+def _show_single_points(figure: Figure) -> None:
+    """A line through one point is nothing to see: give it a marker."""
+    for line in (line for ax in figure.axes for line in ax.lines):
+        if line.get_marker() in ("", "None") and np.isfinite(np.asarray(line.get_ydata(), dtype=np.float64)).sum() == 1:
+            line.set_marker("o")
+            line.set_markersize(3.6)
 
 
 def thin(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:

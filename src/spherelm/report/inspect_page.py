@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
 from spherelm.report import svg
@@ -36,6 +37,17 @@ def figure_sections(sections: Sequence[tuple[str, str, Sequence[Figure]]]) -> st
             )
         first += len(figures)
     return "\n".join(parts)
+
+
+def write_figures(figures: Sequence[Figure], out: Path, images: bool = True) -> list[Figure]:
+    """Write each figure to the new directory `out/figures` as SVG, and as PNG if `images`; returns them."""
+    (out / "figures").mkdir()
+    for figure in figures:
+        target = out / "figures" / f"{figure.drawing.key}.svg"
+        target.write_text(svg.standalone(figure.svg), encoding="utf-8")
+        if images:
+            target.with_suffix(".png").write_bytes(figure.drawing.png())
+    return list(figures)
 
 
 def plain_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,9 @@ from torch import Tensor
 from spherelm.analysis.geometry import off_sphere
 from spherelm.analysis.inside import Inside, look_inside
 from spherelm.analysis.weights import check_finite
+from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
+from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
@@ -25,11 +28,10 @@ from spherelm.report.expert_figures import expert_section
 from spherelm.report.figures import Figure
 from spherelm.report.inside_figures import lens_section, motion_section, training_section, weight_section
 from spherelm.report.inside_tables import write_tables
-from spherelm.report.inspect_page import figure_sections, plain_page, plain_table
-from spherelm.report.svg import standalone
-from spherelm.report.walk import Walk, trace_walk, walk_page
+from spherelm.report.inspect_page import figure_sections, plain_page, plain_table, write_figures
+from spherelm.report.walk import Walk, check_sentence, most_tokens, trace_walk, walk_page
 from spherelm.report.wording import si
-from spherelm.runs.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint
+from spherelm.runs.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint, no_checkpoint
 from spherelm.runs.config import read_config
 from spherelm.runs.record import command_line, git_commit, versions, write_json
 
@@ -59,11 +61,12 @@ class Inspected:
 class Request:
     """What to look at: `positions` tokens of the file `text`, or of the shipped validation text; `sentence` for the walk.
 
-    `layer`: whose queries and keys are shown, counted from 1, the middle one if None. `images`: write PNG files too.
+    `sentence`: if None, as much of `SENTENCE` as every model's context holds. `layer`: whose queries and keys are shown,
+    counted from 1, the middle one if None. `images`: write PNG files too.
     """
 
     text: Path | None = None
-    sentence: str = SENTENCE
+    sentence: str | None = None
     positions: int = 2048
     layer: int | None = None
     images: bool = True
@@ -77,26 +80,52 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     """Look into every run and write `out`: index.html, walk.html, figures/, tables/, inspect.json; returns the figures.
 
     runs: run directories, single checkpoints, or directories of `spherelm compare`, which stand for their full runs. Runs of
-    one arm are drawn as seeds of one model and must have one shape. Raises, before anything is written, FileNotFoundError for a
-    missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or for no matplotlib.
+    one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all. Raises
+    FileNotFoundError for a missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or
+    for no matplotlib.
     """
     if not runs:
         raise ValueError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another --out")
+    check_free(out)
     text = _text(request)
     paths = [path for run in runs for path in expand(run)]
     check_shapes(paths)
-    inspected = [_inspect(path, text, request) for path in paths]
-    sections = _sections(inspected)
-    _write(out, inspected, sections, request)
+    sentence = fitting_sentence(paths) if request.sentence is None else request.sentence
+    with whole_directory(out) as part:
+        inspected = [_inspect(path, text, sentence, request) for path in paths]
+        sections = _sections(inspected)
+        _write(part, inspected, sections, sentence, request)
+    _say_if_cut(sentence, request.sentence)
     return [figure for _, _, figures in sections for figure in figures]
 
 
-def trace_walks(runs: Sequence[Path], sentence: str = SENTENCE) -> list[Walk]:
-    """The walk of each run over the sentence; raises as `inspect` does."""
-    return [trace_walk(load_model(run), load_tokenizer(run_directory(run)), sentence, name_of(run)) for run in runs]
+def write_walk(runs: Sequence[Path], out: Path, sentence: str | None = None) -> None:
+    """Write only the walk of some runs, as the file `out`; raises as `inspect` does."""
+    walked = fitting_sentence(runs) if sentence is None else sentence
+    walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
+    out.write_text(walk_page(walks, walked), encoding="utf-8")
+    _say_if_cut(walked, sentence)
+
+
+def fitting_sentence(paths: Sequence[Path]) -> str:
+    """`SENTENCE`, or as much of its beginning as every run's tokenizer and context allow."""
+    runs = [run_directory(path) for path in paths]
+    readers = [(load_tokenizer(run), most_tokens(read_config(run / "config.json").model)) for run in runs]
+    words = SENTENCE.split()
+    beginnings = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+    beginnings += [words[0][:count] for count in range(len(words[0]) - 1, 0, -1)]
+    for found in beginnings:
+        if all(len(tokenizer.encode(found)) <= limit for tokenizer, limit in readers):
+            break
+    return found
+
+
+def _say_if_cut(sentence: str, asked: str | None) -> None:
+    """One line on stderr if the sentence is a part of `SENTENCE`, which nobody asked for."""
+    if sentence not in (asked, SENTENCE):
+        note = f"the walk shows {sentence!r} only: the whole default sentence has too many tokens"
+        print(f"spherelm: {note}; choose another with inspect --sentence", file=sys.stderr)
 
 
 def expand(path: Path) -> list[Path]:
@@ -124,7 +153,7 @@ def check_shapes(paths: Sequence[Path]) -> None:
     shapes: dict[str, tuple[Path, tuple[Any, ...]]] = {}
     for path in paths:
         if latest_checkpoint(run_directory(path)) is None:
-            raise FileNotFoundError(f"{path} holds no checkpoint: pass run directories that spherelm train wrote")
+            raise no_checkpoint(path)
         config = read_config(run_directory(path) / "config.json")
         model = config.model
         if isinstance(model.architecture, EncoderArch):
@@ -157,9 +186,11 @@ def windows(tokenizer: Tokenizer, text: str, model: Decoder, positions: int) -> 
     """The first `positions` tokens of the text as int64 [batch, seq], whole sequences of the model's max_seq_len at most."""
     ids = tokenizer.encode(text[: 16 * positions])[:positions]
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens: give at least two")
+        raise ValueError(f"the text has {counted(len(ids), 'token')}: give at least two")
     check_ids(ids, model)
     seq = min(model.config.max_seq_len, len(ids))
+    if seq < 2:
+        raise ValueError("the model reads one token at a time: there is no next token to look at")
     return torch.tensor(ids[: len(ids) // seq * seq]).reshape(-1, seq)
 
 
@@ -172,7 +203,7 @@ def check_ids(ids: Sequence[int], model: Decoder) -> None:
         )
 
 
-def _inspect(path: Path, text: str, request: Request) -> Inspected:
+def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspected:
     run = run_directory(path)
     model = load_model(path)
     layer = None if request.layer is None else request.layer - 1
@@ -180,8 +211,10 @@ def _inspect(path: Path, text: str, request: Request) -> Inspected:
         raise ValueError(f"layer must be 1 to {len(model.blocks)} for {path}, got {request.layer}")
     try:
         tokenizer = load_tokenizer(run)
-        inside = look_inside(model, windows(tokenizer, text, model, request.positions), layer)
-        walk = trace_walk(model, tokenizer, request.sentence, name_of(path))
+        tokens = windows(tokenizer, text, model, request.positions)
+        check_sentence(tokenizer.encode(sentence), model.config)  # ahead of what takes long
+        inside = look_inside(model, tokens, layer)
+        walk = trace_walk(model, tokenizer, sentence, name_of(path))
     except ValueError as error:
         raise ValueError(f"{path} cannot be inspected: {error}") from error
     config = read_config(run / "config.json")
@@ -232,29 +265,28 @@ def _sections(inspected: Sequence[Inspected]) -> list[tuple[str, str, list[Figur
 
 
 def _write(
-    out: Path, inspected: Sequence[Inspected], sections: Sequence[tuple[str, str, list[Figure]]], request: Request
+    out: Path,
+    inspected: Sequence[Inspected],
+    sections: Sequence[tuple[str, str, list[Figure]]],
+    sentence: str,
+    request: Request,
 ) -> None:
     figures = [figure for _, _, group in sections for figure in group]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    (out / "tables").mkdir(exist_ok=True)
-    for figure in figures:
-        target = out / "figures" / f"{figure.drawing.key}.svg"
-        target.write_text(standalone(figure.svg), encoding="utf-8")
-        if request.images:
-            target.with_suffix(".png").write_bytes(figure.drawing.png())
+    write_figures(figures, out, request.images)
+    (out / "tables").mkdir()
     tables = write_tables([(item.name, item.arm, item.inside, item.distances) for item in inspected], out / "tables")
-    (out / "walk.html").write_text(walk_page([item.walk for item in inspected], request.sentence), encoding="utf-8")
-    write_json(out / "inspect.json", _record(inspected, request))
-    (out / "index.html").write_text(_index(inspected, sections, tables, request), encoding="utf-8")
+    (out / "walk.html").write_text(walk_page([item.walk for item in inspected], sentence), encoding="utf-8")
+    write_json(out / "inspect.json", _record(inspected, sentence, request))
+    (out / "index.html").write_text(_index(inspected, sections, tables, sentence, request), encoding="utf-8")
 
 
-def _record(inspected: Sequence[Inspected], request: Request) -> dict[str, Any]:
+def _record(inspected: Sequence[Inspected], sentence: str, request: Request) -> dict[str, Any]:
     """What was looked at, and by what."""
     return {
         "runs": [{"name": i.name, "arm": i.arm, "parameters": i.parameters, "update": i.update} for i in inspected],
         "text": "shipped validation text" if request.text is None else str(request.text),
         "tokens": inspected[0].inside.motion.angles.shape[1],
-        "sentence": request.sentence,
+        "sentence": sentence,
         "pair_rows": inspected[0].inside.pair_rows,
         "command": command_line(),
         "git_commit": git_commit(),
@@ -266,6 +298,7 @@ def _index(
     inspected: Sequence[Inspected],
     sections: Sequence[tuple[str, str, list[Figure]]],
     tables: Sequence[Path],
+    sentence: str,
     request: Request,
 ) -> str:
     source = "the validation text that ships with spherelm" if request.text is None else request.text.name
@@ -279,8 +312,8 @@ def _index(
     body = "\n".join(
         (
             plain_table(caption, ["Run", "Arm", "Parameters", "Update", "Loss"], rows),
-            '<p class="note"><a href="walk.html">The walk on the sphere</a>: hidden states of one sentence, layer by layer, '
-            "on a sphere to turn.</p>",
+            f'<p class="note"><a href="walk.html">The walk on the sphere</a>: hidden states of “{escape(sentence)}”, layer by '
+            "layer, on a sphere to turn.</p>",
             figure_sections(sections),
             f"<section><h2>Numbers</h2><p>Every number drawn here, as tables: {links}.</p>"
             f"<pre><code>{escape(command_line())}</code></pre></section>",

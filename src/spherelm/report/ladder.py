@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from spherelm.counting import counted
+from spherelm.data.output import check_free, whole_directory
 from spherelm.experiments.record import Run, read_run
 from spherelm.experiments.robustness import TOLERANCE, tolerated, where_best
 from spherelm.models import NAMES
 from spherelm.report.drawing import require_matplotlib
 from spherelm.report.figures import Figure
-from spherelm.report.inspect_page import figure_sections, plain_page, plain_table
+from spherelm.report.inspect_page import figure_sections, plain_page, plain_table, write_figures
 from spherelm.report.ladder_plots import Series, ends_of_runs
 from spherelm.report.length_figures import Measured, evaluations, length_figures, read_lengths
-from spherelm.report.svg import standalone
 from spherelm.report.wording import listed, si
 from spherelm.runs.config import RunConfig, read_config
 from spherelm.runs.record import command_line, git_commit, versions, write_json
@@ -66,7 +67,7 @@ class End:
     def choice(self) -> str:
         """All that was chosen for it but the seed, to tell choices apart."""
         plain = dataclasses.asdict(self.config)
-        plain["train"] |= {"seed": 0, "log_to": "", "save_every": 0, "keep": 0, "compile": False}
+        plain["train"] |= {"seed": 0, "log_to": "", "save_every": 0, "save_minutes": 0, "keep": 0, "compile": False}
         return json.dumps(plain, sort_keys=True, default=str)
 
 
@@ -107,8 +108,7 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
     if not directories:
         raise ValueError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another --out")
+    check_free(out)
     runs = dict.fromkeys(run.resolve() for directory in directories for run in find_runs(directory))
     check_same_text(list(runs))
     ended = [end for run in runs if (end := read_end(run)) is not None]
@@ -121,16 +121,11 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
         ("Tasks over token budget", "", _task_figures(ends)),
         ("Beyond the length trained on", "", length_figures([one for end in ends for one in end.lengths])),
     ]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    figures = [figure for _, _, group in sections for figure in group]
-    for figure in figures:
-        target = out / "figures" / f"{figure.drawing.key}.svg"
-        target.write_text(standalone(figure.svg), encoding="utf-8")
-        target.with_suffix(".png").write_bytes(figure.drawing.png())
-    write_json(out / "ends.json", _record(ends))
-    (out / "index.html").write_text(
-        _page(ends, sections, len(runs) - len(ended), len(ended) - len(ends)), encoding="utf-8"
-    )
+    page = _page(ends, sections, len(runs) - len(ended), len(ended) - len(ends))
+    with whole_directory(out) as part:
+        figures = write_figures([figure for _, _, group in sections for figure in group], part)
+        write_json(part / "ends.json", _record(ends))
+        (part / "index.html").write_text(page, encoding="utf-8")
     return figures
 
 
@@ -350,4 +345,4 @@ def _page(
     )
     command = f"<section><h2>Reproduce</h2><pre><code>{escape(command_line())}</code></pre></section>"
     body = f"{drawn}\n<section><h2>All runs</h2>{table}</section>\n{command}"
-    return plain_page("spherelm report", "Where the runs ended", f"{len(ends)} runs", body)
+    return plain_page("spherelm report", "Where the runs ended", counted(len(ends), "run"), body)

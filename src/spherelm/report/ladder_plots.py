@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spherelm.models import NAMES
-from spherelm.report.drawing import BACKGROUND, COLOURS, FG, Array, Drawing, legend_above
+from spherelm.report.drawing import BACKGROUND, COLOURS, FG, Array, Drawing, legend_above, readable_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def ends_of_runs(
 
 def _few_ticks(ax: Any, x: Array, tokens: bool) -> None:
     """The values themselves as ticks, as far as they do not crowd."""
-    from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     kept: list[float] = []
     span = max(float(np.log(x[-1] / x[0])), 1e-9)
@@ -73,4 +73,7 @@ def _few_ticks(ax: Any, x: Array, tokens: bool) -> None:
             kept.append(float(value))
     ax.xaxis.set_major_locator(FixedLocator(kept))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(EngFormatter(sep="", places=0) if tokens else FuncFormatter(lambda v, _: f"{v:g}"))
+    if tokens:
+        readable_ticks(ax.xaxis, units=True)
+    else:
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

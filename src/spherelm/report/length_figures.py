@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from spherelm.counting import counted
 from spherelm.report.figures import Figure
 from spherelm.report.ladder_plots import Series, ends_of_runs
 from spherelm.report.wording import listed
@@ -47,7 +48,9 @@ def read_lengths(run: Path, arm: str, size: str) -> list[Measured]:
         if isinstance(part, dict):
             windows = "disjoint windows" if part["stride"] is None else f"windows sliding by {part['stride']}"
             files = listed([Path(file).name for file in part["files"]])
-            text = f"{part['tokens']:,} tokens of {part['documents']:,} documents of {files}, {windows}"
+            text = (
+                f"{counted(part['tokens'], 'token')} of {counted(part['documents'], 'document')} of {files}, {windows}"
+            )
             by_length = {int(row["length"]): float(row["perplexity"]) for row in part["lengths"]}
             found.append(Measured(arm, size, part["positions"], text, int(part["trained_length"]), by_length))
     return found

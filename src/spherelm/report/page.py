@@ -10,6 +10,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from spherelm.counting import counted
 from spherelm.experiments.record import Comparison, standard_error
 from spherelm.models import NAMES
 from spherelm.report import svg
@@ -55,7 +56,7 @@ def _subtitle(comparison: Comparison) -> str:
     config = comparison.summary.get("config", {})
     parts = [f"preset {config['preset']}"] if config.get("preset") else []
     if config.get("steps") and config.get("batch_size") and config.get("seq_len"):
-        parts.append(f"{config['steps']:,} steps of {config['batch_size']} × {config['seq_len']} tokens")
+        parts.append(f"{counted(config['steps'], 'step')} of {config['batch_size']} × {config['seq_len']} tokens")
     parts.append(f"{si(comparison.arms[comparison.winner].tokens)} tokens a run")
     parts.append("one seed an arm" if comparison.seeds == 1 else f"{comparison.seeds} seeds an arm")
     parts.append("quick mode" if comparison.quick else "")

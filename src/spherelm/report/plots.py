@@ -25,6 +25,7 @@ from spherelm.report.drawing import (
     integer_layers,
     legend_above,
     log_ticks,
+    readable_ticks,
     seeds_and_mean,
     thin,
 )
@@ -81,7 +82,7 @@ def loss_curves(plot: LossPlot, key: str, title: str, description: str) -> Drawi
         _draw_crossing(ax, plot)
         ax.set_xlabel("training tokens" if plot.unit == "tokens" else "training time (seconds)")
         ax.set_ylabel("validation loss (nats per token)")
-        ax.xaxis.set_major_formatter(_x_format(plot.unit))
+        readable_ticks(ax.xaxis, units=plot.unit == "tokens")
         ax.legend(loc="upper right")
 
     return Drawing(draw, key, title, description)
@@ -330,10 +331,3 @@ def _draw_crossing(ax: Axes, plot: LossPlot) -> None:
     left = x > 0.45 * end
     ax.annotate(plot.crossing_label, (x, 0.03), (-5 if left else 5, 0), xycoords=("data", "axes fraction"),
                 textcoords="offset points", ha="right" if left else "left", va="bottom")  # fmt: skip
-
-
-def _x_format(unit: str) -> Any:
-    """Ticks as 1.5M tokens, or as seconds."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter
-
-    return EngFormatter(sep="") if unit == "tokens" else FuncFormatter(lambda value, _: f"{value:,.0f}")

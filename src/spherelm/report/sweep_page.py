@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from spherelm.counting import counted
 from spherelm.experiments.record import read_run
 from spherelm.experiments.sweep import Row, canonical
 from spherelm.models import NAMES
@@ -46,7 +47,9 @@ def write_page(rows: Sequence[Row], out: Path) -> None:
     command = f"<section><h2>Reproduce</h2><pre><code>{escape(chr(10).join(commands))}</code></pre></section>"
     body = f"<section><h2>All choices</h2>{_table(rows, keys)}</section>\n{figure_sections(sections)}\n{command}"
     count = sum(len(row.losses) for row in rows)
-    page = plain_page("spherelm sweep", "How the choices ended", f"{len(rows)} choices, {count} runs", body)
+    page = plain_page(
+        "spherelm sweep", "How the choices ended", f"{counted(len(rows), 'choice')}, {counted(count, 'run')}", body
+    )
     (out / "index.html").write_text(page, encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spherelm.report.drawing import COLOURS, MUTED, Array, Drawing, thin
+from spherelm.report.drawing import COLOURS, MUTED, Array, Drawing, readable_ticks, thin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +36,8 @@ def small_multiples(panels: Sequence[Panel], key: str, title: str, description: 
     everything = [curve for panel in panels for curve in (*panel.curves, *panel.base)]
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = figure.subplots(rows, min(COLUMNS, len(panels)), sharex=True, sharey=True, squeeze=False)
         for ax, panel in zip(axes.flat, panels, strict=False):
             for colour, width, curves in ((MUTED, 1.0, panel.base), (COLOURS[panel.arm], 1.2, panel.curves)):
@@ -48,27 +50,20 @@ def small_multiples(panels: Sequence[Panel], key: str, title: str, description: 
         axes.flat[0].set_ylim(*_limits(everything))
         figure.supxlabel("training tokens", fontsize=8.5)
         figure.supylabel("validation loss (nats per token)", fontsize=8.5)
-        _ticks(axes.flat[0])
+        axes.flat[0].xaxis.set_major_locator(MaxNLocator(nbins=3))
+        readable_ticks(axes.flat[0].xaxis, units=True)
 
     size = (PANEL[0] * min(COLUMNS, len(panels)) + 0.5, PANEL[1] * rows + 0.5)
     return Drawing(draw, key, title, description, size)
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """From below the lowest loss to above what most curves are after their first validation."""
-    firsts = [loss[tokens > 0][0] for tokens, loss in curves if (tokens > 0).any()]
-    lasts = [np.nanmin(loss[tokens > 0]) for tokens, loss in curves if (tokens > 0).any()]
-    if not firsts:
+    """From below the lowest loss to above what most curves are after their first validation, and all that have no other."""
+    drawn = [loss[tokens > 0] for tokens, loss in curves if (tokens > 0).any()]
+    if not drawn:
         return 0.0, 1.0
-    low, high = float(min(lasts)), float(np.median(firsts))
+    low = float(min(np.nanmin(loss) for loss in drawn))
+    single = [loss[0] for loss in drawn if loss.size == 1]
+    high = float(max([np.median([loss[0] for loss in drawn]), *single]))
     margin = 0.05 * max(high - low, 0.02)
     return low - margin, high + margin
-
-
-def _ticks(ax: object) -> None:
-    from matplotlib.axes import Axes
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    assert isinstance(ax, Axes)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))

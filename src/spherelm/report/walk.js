@@ -535,6 +535,21 @@ get("theme").onclick = () => {
   dress();
 };
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", dress);
+
+// Paper is light, and its sphere of another size: drawn now, for no frame comes between this and the page.
+addEventListener("beforeprint", () => {
+  const theme = root.dataset.theme;
+  root.classList.add("printing");
+  root.dataset.theme = "light";
+  readColours();
+  frame();
+  if (theme) root.dataset.theme = theme;
+  else delete root.dataset.theme;
+});
+addEventListener("afterprint", () => {
+  root.classList.remove("printing");
+  dress();
+});
 new ResizeObserver(draw).observe(stage);
 
 readColours();

@@ -17,8 +17,10 @@ from torch import Tensor
 from spherelm import sphere
 from spherelm.analysis.motion import output_directions
 from spherelm.analysis.recording import record
+from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.layers.readout import read_logits
+from spherelm.models.config import Config
 from spherelm.models.decoder import Decoder
 from spherelm.report import svg
 from spherelm.report.sphere_map import SphereMap, sphere_map
@@ -61,7 +63,7 @@ class Walk:
 def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -> Walk:
     """Run the model over the sentence; `ValueError` for an empty one, one beyond `MAX_TOKENS`, or a state with NaN or Inf."""
     ids = tokenizer.encode(sentence)
-    check_sentence(ids, model)
+    check_sentence(ids, model.config)
     recording = record(model, torch.tensor([ids]))
     states = torch.stack(recording.stops)
     if not torch.isfinite(states).all():
@@ -72,7 +74,7 @@ def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -
         places = sphere_map(unit.flatten(0, 1).numpy(), _steps(len(states), len(ids)))
     return Walk(
         name=name,
-        arm="ngpt" if hasattr(model, "s_z") else "gpt",
+        arm=model.config.arm,
         dimensions=states.shape[-1],
         tokens=[readable(tokenizer.decode([i])) for i in ids],
         map=places,
@@ -86,15 +88,20 @@ def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -
     )
 
 
-def check_sentence(ids: Sequence[int], model: Decoder) -> None:
-    """`ValueError` if the sentence's tokens cannot be walked with."""
-    limit, known = min(MAX_TOKENS, model.config.max_seq_len), model.config.vocab_size
+def check_sentence(ids: Sequence[int], config: Config) -> None:
+    """`ValueError` if a model of this config cannot walk with the sentence's tokens."""
+    limit, known = most_tokens(config), config.vocab_size
     if not 1 <= len(ids) <= limit:
-        raise ValueError(f"the sentence has {len(ids)} tokens: give one of 1 to {limit}")
+        raise ValueError(f"the sentence has {counted(len(ids), 'token')}: give one of 1 to {limit}")
     if max(ids) >= known:
         raise ValueError(
             f"the sentence has token {max(ids)}, the model knows 0 to {known - 1}: this is not its tokenizer"
         )
+
+
+def most_tokens(config: Config) -> int:
+    """How many tokens a sentence may have for a model of this config."""
+    return min(MAX_TOKENS, config.max_seq_len)
 
 
 def nearest_entries(model: Decoder, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,14 +79,25 @@ def _tie(winner: Arm, loser: Arm) -> str:
 
 def caveats(comparison: Comparison) -> list[str]:
     """The sentences that belong beside the verdict: time, doubt, method, and how far it reaches."""
-    return [text for text in (_time(comparison), _doubt(comparison), _method(comparison), REACH) if text]
+    return [text for text in (_time(comparison), _doubt(comparison), _method(comparison), _reach(comparison)) if text]
 
 
 REACH = (
-    "This factor belongs to this size, context length and budget. The paper reports that the gain grows with the length of "
-    "the context and of the run; small models have also been seen to gain less the longer they run. Read it as a measurement "
-    "of these runs, not as a forecast for others."
+    "The paper reports that the gain grows with the length of the context and of the run, and runs of small models show the "
+    "same (docs/evidence.md). Read it as a measurement of these runs, not as a forecast for others."
 )
+
+
+def _reach(comparison: Comparison) -> str:
+    """What the factor was measured at, and what is known of how it changes."""
+    config, parameters = comparison.summary.get("config", {}), comparison.arms[comparison.baseline].parameters
+    tokens, context = comparison.arms[comparison.loser].tokens, config.get("seq_len")
+    known = [
+        "this size" if parameters is None else f"{si(parameters)} parameters",
+        "this context length" if context is None else f"a context of {context:,} tokens",
+        "this budget" if math.isnan(tokens) else f"a budget of {si(tokens)} tokens",
+    ]
+    return f"This factor belongs to {listed(known)}. {REACH}"
 
 
 def _time(comparison: Comparison) -> str:

@@ -47,7 +47,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 class Progress:
     """How far a run has come: updates made, seconds spent training, and where a stream of text goes on (`Batches.state`).
 
-    skipped: updates that were left out. norm: what `Guard` remembers of gradient norms.
+    skipped: updates that were left out. norm: what `Guard` remembers of gradient norms. start: the validation loss before
+    training, `None` where it is not known.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Progress:
     data: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
     norm: float = 0.0
+    start: float | None = None
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -251,8 +253,17 @@ def checkpoint_of(run: str | Path) -> Path:
     """
     found = named_checkpoint(run) or latest_checkpoint(Path(run))
     if found is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: pass a run directory that spherelm train wrote")
+        raise no_checkpoint(Path(run))
     return found
+
+
+def no_checkpoint(path: Path) -> FileNotFoundError:
+    """What is said of a directory without a checkpoint: which runs are in it, if any."""
+    runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
+    if not runs:
+        return FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+    more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
+    return FileNotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:
@@ -354,7 +365,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
             optimizer.state[parameter][key] = into[path] = torch.zeros_like(parameter) if len(shape) else count
     _read(checkpoint, into, group)
     torch.set_rng_state(into[RANDOM_STATE])
-    rest = {name: state[name] for name in ("data", "skipped", "norm") if name in state}
+    rest = {name: state[name] for name in ("data", "skipped", "norm", "start") if name in state}
     return Progress(state["step"], state["seconds"], **rest)
 
 

@@ -25,8 +25,9 @@ class TrainConfig:
     steps: optimizer updates. seq_len: tokens a sequence. batch_size: sequences an update, over all processes.
     micro_batch_size: sequences at once in one process, `None` for all; the gradients of the rest accumulate. dtype: of the
     computation; weights are float32 always; "auto" is bfloat16 where the hardware multiplies it fast. eval_every,
-    save_every: in updates, 0 for only at the end. eval_windows: sequences of validation text read each time. keep: how many
-    checkpoints stay. mask_documents: attention does not cross from one document of a sequence into another.
+    save_every: in updates, 0 for only at the end. save_minutes: where save_every is 0, save so often all the same, 0 for never.
+    eval_windows: sequences of validation text read each time. keep: how many checkpoints stay. mask_documents: attention does
+    not cross from one document of a sequence into another.
     log_to: where records go besides `metrics.jsonl`, by commas. diagnose_every: updates between measurements of updates, or 0.
     eval_tasks: tasks of the evaluation harness, by commas, scored every eval_tasks_every updates (0: only at the end), on
     copies of their data in the directory task_data (`None`: downloaded) and the first eval_limit documents (`None`: all).
@@ -49,6 +50,7 @@ class TrainConfig:
     eval_every: int = 100
     eval_windows: int = 64
     save_every: int = 0
+    save_minutes: float = 30.0
     keep: int = 2
     mask_documents: bool = False
     log_to: str = ""
@@ -73,9 +75,11 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         counts = ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every", "keep_every", "skip_budget")
-        for name in (*counts, "spike_factor"):
+        for name in (*counts, "spike_factor", "save_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
         for name, known in (("dtype", DTYPES), ("strategy", STRATEGIES), ("on_bad_step", ON_BAD_STEP)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ class RankLost(RuntimeError):
 
 
 class ElsewhereFailed(RuntimeError):
-    """What all ranks were to do failed on another rank, which says why."""
+    """What all ranks were to do failed on another rank, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,13 @@ class Group:
             result = action()
         except Exception as error:
             failure = error
-        failed = [rank for rank, (flag,) in enumerate(self.gather([float(failure is not None)])) if flag]
-        if failure is not None:
-            raise failure
-        if failed:
-            raise ElsewhereFailed(f"rank {failed[0]} says why")
+        if any(flag for (flag,) in self.gather([float(failure is not None)])):
+            reasons: list[Any] = [None] * self.world_size
+            if not self.is_alone:
+                dist.all_gather_object(reasons, None if failure is None else str(failure) or type(failure).__name__)
+            if failure is not None:
+                raise failure
+            raise ElsewhereFailed(next(f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None))
         return result
 
     def first(self, action: Callable[[], T]) -> T:
@@ -104,16 +106,11 @@ class Group:
 
     def silent_ranks(self) -> list[int]:
         """Which ranks give no sign of life after a collective operation failed, having waited a while for them."""
-        waiting = set(range(self.world_size))
         try:
             self.store.set(f"alive/{self.rank}", "1")
-            end = time.monotonic() + ANSWER_SECONDS
-            while waiting and time.monotonic() < end:
-                waiting = {rank for rank in waiting if not self.store.check([f"alive/{rank}"])}
-                time.sleep(0.1)
+            return sorted(silent_among(range(self.world_size), self.store, "alive/"))
         except RuntimeError:  # the store itself is gone, and with it the process that kept it
             return [0]
-        return sorted(waiting)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -141,3 +138,12 @@ def is_communication(error: RuntimeError) -> bool:
 def own_part(tensor: Tensor) -> Tensor:
     """`tensor`, or of a sharded one the part that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def silent_among(ranks: Iterable[int], store: Any, prefix: str = "") -> set[int]:
+    """Those of `ranks` that have not left a sign in the `store` after a while."""
+    waiting, end = set(ranks), time.monotonic() + ANSWER_SECONDS
+    while waiting and time.monotonic() < end:
+        waiting = {rank for rank in waiting if not store.check([f"{prefix}{rank}"])}
+        time.sleep(0.02)
+    return waiting

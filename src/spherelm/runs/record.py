@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
         for name in (
             *(
                 "save_every",
+                "save_minutes",
                 "keep",
                 "keep_every",
                 "compile",

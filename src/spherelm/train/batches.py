@@ -11,15 +11,18 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from spherelm.data.cutting import Cutter
 from spherelm.data.documents import check_input, read_blocks
-from spherelm.data.hub import HubText
+from spherelm.data.hub import HubText, sha256_of
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.mixture import MixtureLoader
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
+from spherelm.data.plan import check_held_out
+from spherelm.data.rows import Rows
 from spherelm.data.shards import Split, Tokens, open_tokens
-from spherelm.data.sources import StreamSpec, sources_of, stream_spec
+from spherelm.data.sources import OF_STREAMS, StreamSpec, sources_of, stream_spec
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.evaluate.perplexity import summed_loss
@@ -47,6 +50,7 @@ class RunData:
     """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`.
 
     tokens_per_update: where updates have another number of tokens than batch_size sequences of seq_len, that on average.
+    shards: the prepared texts that are read as they are needed; others were verified when they were opened.
     """
 
     loader: Batches
@@ -55,6 +59,7 @@ class RunData:
     identity: dict[str, str]
     end_token: int | None = None
     tokens_per_update: int | None = None
+    shards: tuple[Tokens, ...] = ()
 
     @property
     def tokens_per_byte(self) -> float:
@@ -93,6 +98,23 @@ def share(windows: Tensor, filling: int, group: Group) -> Tensor:
 def total_loss(data: RunData, losses: dict[str, float]) -> float:
     """One number for the losses of all sources: their mean by weight."""
     return sum(part.weight * losses[part.name] for part in data.held_out)
+
+
+def epochs(config: RunConfig, steps: int) -> dict[str, float]:
+    """How often `steps` updates of the run read each of its training texts, by name; empty where a text's end is not known."""
+    train, pairs = config.train, isinstance(config.model.architecture, EncDecArch)
+    if stream_spec(config.data or "") or (pairs and config.data is None):
+        return {}
+    if config.data is not None and pairs:
+        return {
+            config.data: steps * train.batch_size / read_pairs_manifest(Path(config.data))["splits"]["train"]["pairs"]
+        }
+    tokens = steps * train.batch_size * train.seq_len
+    return {
+        "the text that ships with spherelm" if config.data is None else str(path): float(weight) * tokens / size
+        for path, weight in sources_of(config.data).items()
+        for size in (len(open_tokens(path, "train")),)
+    }
 
 
 def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
@@ -141,6 +163,7 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
             "tokenizer": texts[0].tokenizer_fingerprint,
         },
         end_token=texts[0].eos_id if train.mask_documents else None,
+        shards=(*texts, *held_out),
     )
 
 
@@ -188,12 +211,17 @@ def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
 
 
 def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int) -> RunData:
-    text, tokenizer, train = HubText(spec.request), load_tokenizer(spec.tokenizer), config.train
+    text, tokenizer, train = HubText(spec.request, words=OF_STREAMS), load_tokenizer(spec.tokenizer), config.train
     file = Path(spec.val)
     fraction = None if file.is_file() else _fraction(spec.val)
     if fraction is None:
         check_input(file)
-    blocks = read_blocks(file) if fraction is None else text.blocks(None)
+        check_held_out(file, sha256_of(file), text.local_files)
+    blocks = (
+        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        if fraction is None
+        else text.blocks(None)
+    )
     with closing(blocks):
         windows, per_byte, fingerprint = held_out_windows(
             blocks, tokenizer, 1.0 if fraction is None else fraction, train.seq_len, train.eval_windows

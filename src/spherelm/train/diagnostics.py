@@ -137,7 +137,8 @@ def peak_memory_mb(device: torch.device) -> float:
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the best of three products of square matrices on `device`, of a size that takes 5 ms or more.
 
-    The peak that a run's `mfu` is a part of. Measured once a process, in about 30 ms. It draws no random numbers.
+    The peak that a run's `mfu` is a part of where the data sheet's is not known, until an update is faster. Measured once a
+    process, in about 30 ms. It draws no random numbers.
     """
     size, seconds = 128, 0.0
     while seconds < 5e-3 and size < 8192:
@@ -157,19 +158,43 @@ def _product_seconds(a: Tensor) -> float:
     return min(times[1:])
 
 
-class Speed:
-    """Turns tokens a second into `mfu`: the part of the measured matmul rate that the model's operations use.
+DATA_SHEETS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0}
+"""Dense bfloat16 matrix products of GPUs by what their name contains, in 10^12 operations a second; the first that fits."""
 
-    Operations are those that a dry run counts. devices: how many the tokens are spread over, each with the same rate.
+
+def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
+    """Operations a second of matrix products on the GPU `name`, `None` where its data sheet is not known here."""
+    found = next((peak for part, peak in DATA_SHEETS.items() if part in name), None)
+    return found * 1e12 if found and dtype == torch.bfloat16 else None
+
+
+class Speed:
+    """Turns tokens a second into `mfu`: the part of a device's peak that the model's operations use, never above 1.
+
+    The peak is the data sheet's where the device is known, else the largest rate measured so far: of a matrix product at the
+    start, or of an update that was faster. Operations are those that a dry run counts. devices: how many the tokens are spread
+    over, each with the same peak.
     """
 
     def __init__(self, model: Decoder, train: TrainConfig, device: torch.device, devices: int = 1) -> None:
-        self._flops_per_token = flops_per_token(model, train.seq_len)
-        self._peak = matmul_flops(device, resolve_dtype(train.dtype, device)) * devices
+        self._flops_per_token, self._devices = flops_per_token(model, train.seq_len), devices
+        name, dtype = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            resolve_dtype(train.dtype, device),
+        )
+        known = data_sheet_flops(name, dtype)
+        self._peak = known or matmul_flops(device, dtype)
+        self._source = f"the peak of {name} by its data sheet" if known else "the fastest measured here so far"
 
     def mfu(self, tokens_per_second: float) -> float:
         """Of a run that sees so many tokens a second."""
-        return tokens_per_second * self._flops_per_token / self._peak
+        rate = tokens_per_second * self._flops_per_token / self._devices
+        self._peak = max(self._peak, rate)
+        return rate / self._peak
+
+    def peak(self) -> str:
+        """What `mfu` is a part of, in words."""
+        return f"{self._peak / 1e12:,.3g} TFLOP/s a device, {self._source}"
 
 
 class Diagnosis:

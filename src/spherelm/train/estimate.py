@@ -7,6 +7,7 @@ gradients and moments, and that sharding splits these evenly and holds two block
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import ceil
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 
+from spherelm.counting import counted
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
 from spherelm.runs.config import STRATEGIES, RunConfig, micro_batches, to_dict
 from spherelm.train.counting import block_costs, readout_cost, training_flops
+from spherelm.train.opening import number, repetition
+from spherelm.train.precision import best_device
 
 H100_TFLOPS = 989.0
 """Dense bfloat16 matrix products on one NVIDIA H100 SXM, by its data sheet: what `--peak-tflops` is if left out."""
@@ -26,6 +30,9 @@ H100_TFLOPS = 989.0
 MFU = 0.4
 """The part of the peak that is assumed to be reached if nothing is said."""
 
+
+DEVICE_MEMORY = 80 * 2**30
+"""Bytes of memory that a device is assumed to have where none is here and nothing is said: an H100's or an A100's."""
 
 FLOAT32 = 4
 
@@ -115,18 +122,29 @@ def memory_per_device(config: RunConfig, layout: Layout) -> dict[str, int]:
 
 
 def estimate(
-    config: RunConfig, layout: Layout | None = None, mfu: float = MFU, peak_tflops: float = H100_TFLOPS
+    config: RunConfig,
+    layout: Layout | None = None,
+    mfu: float = MFU,
+    peak_tflops: float = H100_TFLOPS,
+    device_memory: int | None = None,
+    epochs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Everything that a dry run says, as plain JSON values; the configuration is merged in.
 
     mfu: the part of the peak that is reached. peak_tflops: of one device, in 10^12 operations a second. Time is that of the
-    model's operations alone, as "6N + 12 L d T" counts them. Raises `ValueError` for what cannot be shared by the devices.
+    model's operations alone, as "6N + 12 L d T" counts them. device_memory: bytes, by default that of the accelerator here,
+    else `DEVICE_MEMORY`. epochs: how often each text is read, by name. Raises `ValueError` for what cannot be shared by the
+    devices.
     """
     layout = layout or Layout()
+    device_memory = memory_here() if device_memory is None else device_memory
+    if not device_memory > 0:
+        raise ValueError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
     if not 0 < mfu <= 1 or not peak_tflops > 0:
         raise ValueError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")
     train, roles = config.train, parameters_by_role(config.model)
     size, per_update = micro_batches(config.train, layout.world_size)
+    memory = memory_per_device(config, layout)
     step_flops = training_flops(config.model, train.batch_size, train.seq_len)
     step_seconds = step_flops / (layout.world_size * peak_tflops * 1e12 * mfu)
     return {
@@ -135,7 +153,10 @@ def estimate(
         "parameters_by_role": roles,
         "layout": asdict(layout),
         "sequences": {"micro_batch": size, "micro_batches_per_update": per_update, "update": train.batch_size},
-        "memory_per_device": memory_per_device(config, layout),
+        "memory_per_device": memory,
+        "device_memory": device_memory,
+        "fits": memory["total"] <= device_memory,
+        "epochs": dict(epochs or {}),
         "tokens": train.steps * train.batch_size * train.seq_len,
         "flops_per_token": step_flops / (train.batch_size * train.seq_len),
         "flops": step_flops * train.steps,
@@ -156,14 +177,21 @@ def estimate_table(found: dict[str, Any]) -> str:
         rows += [_row("met by a token", f"{found['parameters_active']:,}")]
     rows += ["", f"memory a device, GiB ({_spread(layout)})"]
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
+    rows += [_row("a device has", f"{found['device_memory'] / 2**30:,.2f}")]
+    if not found["fits"]:
+        rows += [
+            "  It does not fit: spread it over more devices (--strategy shard), lower --micro-batch-size, or give --recompute.",
+        ]
     rows += [
         "",
-        f"one update: {sequences['update']} sequences of {found['train']['seq_len']} tokens, on each device "
-        f"{sequences['micro_batches_per_update']} x {sequences['micro_batch']}",
+        f"one update: {counted(sequences['update'], 'sequence')} of {counted(found['train']['seq_len'], 'token')}, "
+        f"on each device {sequences['micro_batches_per_update']} x {sequences['micro_batch']}",
         "",
         "the run",
         _row("updates", f"{found['train']['steps']:,}"),
         _row("tokens", f"{found['tokens']:,}"),
+        *(_row("epochs", number(count)) + f"  of {name}" for name, count in found["epochs"].items()),
+        *(f"  {line}" for line in repetition(found["epochs"])),
         _row("FLOPs a token", f"{found['flops_per_token']:.4g}"),
         _row("FLOPs", f"{found['flops']:.4g}"),
         _row("seconds an update", f"{found['step_seconds']:,.4g}"),
@@ -178,6 +206,12 @@ def estimate_table(found: dict[str, Any]) -> str:
     if found["base"] is not None:
         rows.append("  base: " + ", ".join(f"{name}={value}" for name, value in found["base"].items()))
     return "\n".join([*rows, f"  data: {found['data'] or 'the text that ships with spherelm'}"])
+
+
+def memory_here() -> int:
+    """Bytes of memory of the accelerator of this machine, `DEVICE_MEMORY` without one that says."""
+    device = best_device()
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else DEVICE_MEMORY
 
 
 def _row(name: str, value: str) -> str:

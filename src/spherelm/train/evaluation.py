@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spherelm.data.documents import read_lines
+from spherelm.data.output import check_new_file
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
@@ -43,7 +44,7 @@ def transformers_tokenizer(directory: Path) -> Any:
 
         definition = tokenizer_definition(directory)
     except ImportError as error:
-        raise ValueError("tasks need transformers and lm-eval: pip install 'spherelm[eval]'") from error
+        raise ValueError("tasks need transformers and lm-eval: pip install '.[eval]' in a clone of spherelm") from error
     return fast_tokenizer(definition.json, definition.eos_token, NO_LIMIT)
 
 
@@ -83,7 +84,7 @@ def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progre
 
 
 def perplexity_of_run(
-    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED
+    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED, field: str = "text"
 ) -> dict[str, Any]:
     """The result of `perplexity_by_length` for a run directory or one of its checkpoints, with what it was measured on.
 
@@ -91,7 +92,8 @@ def perplexity_of_run(
     """
     model, trained = load_decoder(run), trained_length(run)
     place(model, positions, trained)
-    found = perplexity_by_length(model, read_documents(files, load_tokenizer(run_directory(run)), plan.needed), plan)
+    documents = read_documents(files, load_tokenizer(run_directory(run)), plan.needed, field)
+    found = perplexity_by_length(model, documents, plan)
     return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
 
 
@@ -103,10 +105,10 @@ def translation_of_run(
     references: files of as many lines. written: a file to be made, of the texts written, one a line. Each may be as long as the
     model allows. Raises as `continuations` and `translation_scores` do, the latter before anything is written.
     """
+    if written is not None:
+        check_new_file(written, "--write")
     texts, wanted = read_lines(source), [read_lines(path) for path in references]
     check_references(texts, wanted)
-    if written is not None and written.exists():
-        raise FileExistsError(f"{written} already exists: choose another --write")
     model, tokenizer = load_for_inference(run)
     model.to(best_device())
     prompts = [encode_prompt(tokenizer, text, f"line {i} of {source}") for i, text in enumerate(texts, 1)]

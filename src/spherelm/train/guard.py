@@ -15,8 +15,17 @@ TRUSTED = 20
 """Updates before that average is trusted."""
 
 
+WORSE = 0.1
+"""Nats that a run may end above an untrained model: validation text is short, and a run of a few updates moves little."""
+
+
 class Diverged(RuntimeError):
-    """The loss or a gradient stopped being a number, or leapt."""
+    """The loss or a gradient stopped being a number, or leapt, or the run ended worse than an untrained model."""
+
+
+def untrained_loss(vocab_size: int, start: float | None) -> float:
+    """The loss of an untrained model, nats per token: at the start of the run where it is known, at least an even guess's."""
+    return max(math.log(vocab_size), start or 0.0)
 
 
 @dataclass

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
 from spherelm.models.kit import Surroundings
 from spherelm.runs.config import TrainConfig
-from spherelm.runs.group import Group
+from spherelm.runs.group import ANSWER_SECONDS, Group, silent_among
 
 
 @contextmanager
@@ -69,6 +71,32 @@ def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def leave(say: Callable[[], object], code: int) -> NoReturn:
+    """End one of several processes, all of which end for one reason: the first calls `say`, the others keep silent.
+
+    Each waits a while for the others, so that torchrun, which ends all when one has ended, does not cut off the first; one
+    whose first rank never comes here calls `say` itself. The groups of processes are not taken apart: that aborts now and
+    then (SIGABRT) when an exception is under way.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+    if rank == 0:
+        say()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))
+        store = PrefixStore(f"spherelm/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store.set(str(rank), "1")
+        awaited = range(world_size) if rank == 0 else [0]
+        if silent_among(awaited, store) and rank:
+            say()
+    except (RuntimeError, ValueError):  # there is no store, or no longer: the process that kept it has said why
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def mesh_of(train: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
@@ -133,8 +161,12 @@ def _spread(model: Decoder, group: Group) -> Spread:
         return Spread(model.loss, group.device)
     if group.mesh is None:
         devices = None if group.device.type == "cpu" else [group.device]
-        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them.
-        copied = DistributedDataParallel(_Loss(model), device_ids=devices, broadcast_buffers=False)
+        loss = _Loss(model)
+        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them. The argument
+        # that says so has one name before torch 2.13 and another after.
+        own = [name for name, _ in loss.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, own)
+        copied = DistributedDataParallel(loss, device_ids=devices)
         return Spread(copied, group.device, lambda is_last: nullcontext() if is_last else copied.no_sync())
     return _sharded(model, group.device, group.mesh)
 

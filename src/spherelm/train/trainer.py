@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +20,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spherelm.data.loader import Batches
+from spherelm.data.verification import verify_where_cheap
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
 from spherelm.layers.moe import clear_loads
-from spherelm.models import build
+from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
 from spherelm.runs.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.group import Group, RankLost
 from spherelm.runs.record import open_run
-from spherelm.train.batches import open_data, total_loss, validation_losses
+from spherelm.train.batches import RunData, epochs, open_data, total_loss, validation_losses
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
 from spherelm.train.evaluation import task_scorer
-from spherelm.train.guard import Diverged, Guard
+from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics_log import MetricsLog, NoLog
+from spherelm.train.opening import say_first
 from spherelm.train.parallel import Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
@@ -61,7 +63,7 @@ class Trainer:
         self.config, self.out, self.held = config, out, held or ExitStack()
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
-        checkpoint = group.together(lambda: self._prepare(resume))
+        group.together(self._prepare)
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
@@ -70,6 +72,8 @@ class Trainer:
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
+        # Only now: what is refused before leaves no trace, so that the corrected command can be given at once.
+        checkpoint = self._claim(resume)
         self.progress = Progress(0, 0.0)
         self._saved: int | None = None
         if checkpoint is not None:
@@ -79,22 +83,27 @@ class Trainer:
         self.guard = Guard(train, self.progress.skipped, self.progress.norm)
         self.speed = Speed(model, train, self.device, group.world_size)
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
-        self.metrics = self._open_log() if group.is_first else NoLog()
+        self.metrics = group.together(lambda: self._open_log() if group.is_first else NoLog())
         self._noted, self._stop = Noted(), 0
+        self._now = self._saved_at = group.gather([time.monotonic()])[0][0]
 
-    def _prepare(self, resume: bool) -> Path | None:
-        """Everything that may be refused: text, tasks, sinks, the directory. Returns the checkpoint to go on from."""
+    def _prepare(self) -> None:
+        """Everything that may be refused on any process: text, tasks, sinks."""
         config, group = self.config, self.group
-        check_names(config.train.log_to)
         self.micro_batch_size, _ = micro_batches(config.train, group.world_size)
-        self.data = open_data(config, group.rank, group.world_size)
-        self.score_tasks = task_scorer(config.train, self.data.tokenizer)
+        self.data, self.score_tasks = prepare(config, group)
         if self.score_tasks is not None and not group.is_alone:
             raise ValueError(
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
             )
-        opened = open_run(self.out, config, self.data.identity, resume)
+
+    def _claim(self, resume: bool) -> Path | None:
+        """Take the directory for this run, and return the checkpoint to go on from."""
+        group, opened = self.group, open_run(self.out, self.config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
+        if checkpoint is not None:
+            begun = (self.out / "config.json").stat().st_mtime
+            group.together(lambda: verify_where_cheap(self.data.shards, begun, group.rank, group.world_size))
         group.first(lambda: self.data.tokenizer.save(self.out))
         return checkpoint
 
@@ -114,6 +123,8 @@ class Trainer:
         naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
         """
         train, show = self.config.train, show_progress and self.group.is_first
+        if show:
+            say_first(train, self.tokens_per_step, epochs(self.config, train.steps), self.speed.peak())
         if train.compile:
             compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
@@ -135,7 +146,7 @@ class Trainer:
             while self.progress.step < self.config.train.steps:
                 self._step(bar)
                 loss = self._measure({})
-                if self._is_due(self.config.train.save_every):
+                if self._is_due(self.config.train.save_every) or self._is_time_to_save():
                     self._save()
             return loss
         except Stop as stop:
@@ -150,6 +161,12 @@ class Trainer:
         """Whether something that is done every so many updates, and at the end, is to be done now."""
         step = self.progress.step
         return step == self.config.train.steps or (bool(every) and step % every == 0)
+
+    def _is_time_to_save(self) -> bool:
+        """Whether a run that saves by the clock has not done so for long."""
+        train = self.config.train
+        by_clock = train.save_minutes > 0 and not train.save_every
+        return by_clock and self._now - self._saved_at >= 60 * train.save_minutes
 
     def _measure(self, present: Mapping[str, Mapping[str, Any]]) -> float:
         """Validate and score tasks where that is due and not `present` in the log; returns the validation loss, or NaN."""
@@ -174,7 +191,7 @@ class Trainer:
         lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
         loss, grad_norm = self._update(step, lr)
         seconds = time.perf_counter() - start
-        self.progress = Progress(step + 1, self.progress.seconds + seconds)
+        self.progress = replace(self.progress, step=step + 1, seconds=self.progress.seconds + seconds)
         speed = self.tokens_per_step / seconds
         if grad_norm is not None:
             record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
@@ -193,11 +210,12 @@ class Trainer:
     def _update(self, step: int, lr: float) -> tuple[float, float | None]:
         """One optimizer step: the batch's loss and the norm of its gradient before clipping, `None` if it was left out.
 
-        Notes the signal by which any of the processes was asked to stop.
+        Notes the signal by which any of the processes was asked to stop, and the time.
         """
         set_rate(self.optimizer, lr)
-        reports = self.group.gather([self._gradients(step), float(self._noted.first)])
-        losses, self._stop = [loss for loss, _ in reports], int(max(number for _, number in reports))
+        reports = self.group.gather([self._gradients(step), float(self._noted.first), time.monotonic()])
+        losses, self._stop = [report[0] for report in reports], int(max(report[1] for report in reports))
+        self._now = reports[0][2]  # by the clock of the first process, so that all save at one update
         norm: float | None = clip_gradients(self.model, self.config.optim.grad_clip)
         fault = self.guard.fault(losses, norm or 0.0, step)
         if fault is None:
@@ -211,15 +229,15 @@ class Trainer:
 
     def _leave_out(self, fault: str, step: int) -> None:
         """Note an update that is not made; raises `Diverged` where the run has to end."""
-        record = {**self._position(), "step": step + 1, "reason": fault}
         try:
             self.guard.skip(fault)
         except Diverged as error:
-            self.metrics.write("stop", **record)
-            raise self._diverged(str(error)) from None
-        self.metrics.write("skip", **record)
+            raise self._diverged(str(error), step=step + 1) from None
+        self.metrics.write("skip", **{**self._position(), "step": step + 1, "reason": fault})
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, what: str, **position: int) -> Diverged:
+        """The error with which the run ends, noted in the log."""
+        self.metrics.write("stop", **{**self._position(), **position, "reason": what})
         rate = self.config.optim.lr
         return Diverged(
             f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or look at the text around this batch"
@@ -250,6 +268,14 @@ class Trainer:
         limit = self.config.train.stop_above
         if limit is not None and step and loss > limit:
             raise self._diverged(f"the validation loss {loss:.3f} at step {step} is above {limit:.3f}")
+        if step == 0:
+            self.progress = replace(self.progress, start=loss)
+        untrained = untrained_loss(self.config.model.vocab_size, self.progress.start)
+        if step == self.config.train.steps and loss > untrained + WORSE:
+            raise self._diverged(
+                f"the run ends worse than an untrained model: its validation loss is {loss:.3f} at step {step}, that of an "
+                f"untrained model {untrained:.3f}"
+            )
         by_source = {"loss_by_source": losses} if len(losses) > 1 else {}
         in_bits = bits_per_byte(loss, self.data.tokens_per_byte)
         self.metrics.write("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)
@@ -267,7 +293,27 @@ class Trainer:
         self.progress = replace(self.progress, data=data, skipped=self.guard.skipped, norm=self.guard.norm)
         self.metrics.flush()
         self.checkpoints.save(self.model, self.optimizer, self.progress)
-        self._saved = self.progress.step
+        self._saved, self._saved_at = self.progress.step, self._now
+
+
+def prepare(config: RunConfig, group: Group) -> tuple[RunData, Callable[[Decoder], dict[str, Any]] | None]:
+    """The text of a run, and what scores its model on tasks, if any; `ValueError` for these and for sinks that cannot be."""
+    check_names(config.train.log_to)
+    data = open_data(config, group.rank, group.world_size)
+    return data, task_scorer(config.train, data.tokenizer)
+
+
+def check_runs(configs: Sequence[RunConfig]) -> None:
+    """Raise what the first of these runs that cannot begin would raise; nothing is written and no model takes memory."""
+    texts = {str((c.arm, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1))): c for c in configs}
+    for config in texts.values():
+        micro_batches(config.train, 1)
+        prepare(config, Group())
+    for model in {str(config.model): config.model for config in configs}.values():
+        with torch.device("meta"):
+            build(model)
+    for optim in {str(config.optim): config.optim for config in configs}.values():
+        build_optimizer(torch.nn.Linear(1, 1), optim)
 
 
 def gradients_of_batch(

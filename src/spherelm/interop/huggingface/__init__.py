@@ -13,7 +13,9 @@ try:
         PreTrainedTokenizerFast,
     )
 except ImportError as error:
-    raise ImportError("spherelm.interop.huggingface needs transformers: pip install 'spherelm[hf]'") from error
+    raise ImportError(
+        "spherelm.interop.huggingface needs transformers: pip install '.[hf]' in a clone of spherelm"
+    ) from error
 
 from spherelm.interop.huggingface.configuration import SphereLMConfig, SphereSeq2SeqConfig
 from spherelm.interop.huggingface.modeling import SphereLMForCausalLM, SphereModel

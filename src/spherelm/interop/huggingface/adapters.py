@@ -20,7 +20,7 @@ try:
     from peft import LoraConfig
     from peft.tuners.lora import Linear as LoraLinear
 except ImportError as error:
-    raise ImportError("adapters need peft: pip install 'spherelm[hf]'") from error
+    raise ImportError("adapters need peft: pip install '.[hf]' in a clone of spherelm") from error
 
 PLAIN = {"lora_dropout": 0.0, "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 """Options that have no meaning for a weight that is normalized as a whole, and the value that they must have."""
@@ -92,6 +92,8 @@ def on_sphere(config: LoraConfig) -> LoraConfig:
     Needed for loading too: `PeftModel.from_pretrained(model, folder, config=on_sphere(LoraConfig.from_pretrained(folder)))`.
     Weights without a unit axis (those of GPT) are adapted as always. Raises `ValueError` for options that do not fit.
     """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")
     for name, value in PLAIN.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")

@@ -94,7 +94,11 @@ def loading(facts: Facts) -> str:
     """A program that loads the model and writes a few words with it."""
     trust = ", trust_remote_code=True" if facts.standalone else ""
     lines = [
-        *([] if facts.standalone else ["import spherelm.interop.huggingface  # pip install 'spherelm[hf]'"]),
+        *(
+            []
+            if facts.standalone
+            else ["import spherelm.interop.huggingface  # pip install '.[hf]' in a clone of spherelm"]
+        ),
         f"from transformers import {facts.purpose.auto}, AutoTokenizer",
         "",
         f'model = {facts.purpose.auto}.from_pretrained("PATH"{trust})',

@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig
 from spherelm.models import ARMS, CONFIGS, Config, EncDecArch, older
 from spherelm.models.config import from_plain, to_plain
 
+HEADS = ("num_attention_heads", "num_key_value_heads")
+"""What transformers calls `n_heads` and `n_kv_heads`."""
+
 
 class SphereLMConfig(PreTrainedConfig):
     """`arm` ("gpt" or "ngpt"), the fields of `ModelConfig` by their names, and those of the arm's own config in `start`.
@@ -83,12 +86,23 @@ class SphereLMConfig(PreTrainedConfig):
         shape = {name: plain.pop(name) for name in SHAPE}
         return cls(arm=config.arm, architecture=plain.pop("architecture"), start=plain, **shape)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers has it, with the heads by its names too: peft, which sizes its prompts by them, looks here only."""
+        described: dict[str, Any] = super().to_dict()
+        return described | {name: getattr(self, name) for name in HEADS}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers has it; where a number is given by two names, ours counts."""
+        said_twice = [name for name in HEADS if cls.attribute_map[name] in config_dict]
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in said_twice}, **kwargs)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it.
 
         Where this is not code that rode along with a model, the pointer to such code is left out: the code is not saved either.
         """
-        described: dict[str, Any] = super().to_diff_dict()
+        described: dict[str, Any] = {k: v for k, v in super().to_diff_dict().items() if k not in HEADS}
         if self._auto_class is None:
             described.pop("auto_map", None)
         written = ["arm", *SHAPE, "architecture", "start"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from spherelm.interop.huggingface.retracting import check_departure, kept
 from spherelm.interop.huggingface.states import CountView, views
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
+from spherelm.layers.linear import UnitEmbedding, UnitLinear
 from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
@@ -118,12 +120,21 @@ def check_adapters(model: nn.Module) -> None:
         if base is None or getattr(module, "keeps_sphere", False):
             continue
         if getattr(base, "unit_axis", None) is not None:
-            raise ValueError(
-                f"{type(module).__name__} takes {name} off the unit sphere: "
-                "pass peft the config that spherelm.interop.huggingface.adapters.on_sphere(config) returns"
-            )
+            raise ValueError(f"{type(module).__name__} takes {name} off the unit sphere: {adapter_fix(module, base)}")
         if name.endswith("model.head.linear"):
             raise ValueError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
+
+
+def adapter_fix(module: nn.Module, base: nn.Module) -> str:
+    """What to do where `module` adapts `base`, whose vectors must be unit."""
+    if isinstance(base, UnitEmbedding):
+        return "an embedding takes no adapter: leave it out, or train it whole by modules_to_save"
+    if isinstance(base, UnitLinear) and hasattr(module, "lora_A"):
+        return (
+            "pass peft the config that spherelm.interop.huggingface.adapters.on_sphere(config) returns, and a model of "
+            "spherelm's own classes (no trust_remote_code)"
+        )
+    return "take LoRA on matrices alone, with spherelm.interop.huggingface.adapters.on_sphere"
 
 
 class SphereModel(PreTrainedModel, GenerationMixin):
@@ -141,13 +152,13 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     _input_embed_layer = "embed"
     _supports_sdpa = True
     _gradient_checkpointing_func: Callable[..., Tensor]
+    _passes = 0
 
     def __init__(self, config: SphereLMConfig) -> None:
         super().__init__(config)
         self.model = build(config.arm_config())
         self.model.runtime.attend = ChosenAttention(config)
         self.post_init()
-        self._passes = 0
         kept.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,6 +234,15 @@ class SphereModel(PreTrainedModel, GenerationMixin):
             counted = attention_mask.long().cumsum(-1) - 1
             return counted.clamp_min(0)[:, past : past + seq]
         return torch.arange(past, past + seq, device=h.device).unsqueeze(0)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask")
+        if kwargs.get("is_first_iteration") and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "prompts are padded on the right, where new tokens go: pad on the left (tokenizer.padding_side = 'left')"
+            )
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def _wants_hidden(self, asked: bool | None) -> bool:
         return bool(self.config.output_hidden_states if asked is None else asked)

@@ -31,7 +31,7 @@ def retract_moved(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name, module, axis in unit_modules(model):
             weight: Any = module.weight
             if id(weight) in moved:
-                if weight.ndim <= axis:
+                if weight.ndim < 2:
                     raise ValueError(
                         f"{name} is cut within its vectors, which cannot be kept on the sphere: use FSDP 2"
                     )
@@ -46,11 +46,12 @@ def check_departure(model: nn.Module) -> None:
     """Raise `ValueError` if a weight of `model` that is trained has left the sphere."""
     for name, module, axis in unit_modules(model):
         own = own_vectors(module.weight, axis)
-        # Pieces that are cut within vectors say nothing; what is off is so in other weights too.
-        if module.weight.requires_grad and own.ndim > axis and own.numel() and not hasattr(own, "placements"):
+        # What is cut within vectors, or not in memory now, says nothing; what is off is so in other weights too.
+        whole = own.ndim > 1 and not hasattr(own, "placements") and own.untyped_storage().nbytes() > 0
+        if module.weight.requires_grad and whole:
             far = (sphere.retraction_factor(own, dim=axis) - 1).abs().max().item()
             if far > FAR:
                 raise ValueError(
                     f"{name} is trained and {far:.2g} off the unit sphere: call spherelm.retract(model) now, and after "
-                    "every update that is not a step of a torch optimizer"
+                    "every update that is not a step of a torch optimizer; shard by FSDP 2, not 1"
                 )

@@ -151,7 +151,7 @@ class SphereSeq2SeqLM(SphereModel):
         self._check()
         if encoder_outputs is None:
             encoder_outputs = self.encode(
-                self._given(input_ids), attention_mask, output_attentions, output_hidden_states
+                self._given(input_ids, kwargs), attention_mask, output_attentions, output_hidden_states
             )
         if decoder_input_ids is None:
             if labels is None:
@@ -187,7 +187,9 @@ class SphereSeq2SeqLM(SphereModel):
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
 
-    def _given(self, input_ids: Tensor | None) -> Tensor:
+    def _given(self, input_ids: Tensor | None, others: dict[str, Any]) -> Tensor:
+        if others.get("inputs_embeds") is not None:
+            raise ValueError("the encoder reads input_ids, not inputs_embeds (of trained prompts, for one)")
         if input_ids is None:
             raise ValueError("give input_ids or encoder_outputs: there is no source")
         return input_ids

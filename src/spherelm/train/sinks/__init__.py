@@ -50,7 +50,7 @@ def check_names(log_to: str) -> list[str]:
         if name not in NAMES:
             raise ValueError(f"--log-to {name} is unknown: choose among {','.join(NAMES)}")
         if find_spec(name) is None:
-            raise ValueError(f"--log-to {name} needs {name}: pip install 'spherelm[logs]'")
+            raise ValueError(f"--log-to {name} needs {name}: pip install '.[logs]' in a clone of spherelm")
     return list(dict.fromkeys(names))
 
 

@@ -1,0 +1,6 @@
+"""Numbers of things in words."""
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """`1 document`, `1,200 documents`. `things`: the plural, where it is not `thing` and an s."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"

@@ -1,0 +1,42 @@
+"""What other libraries print while a command of ours runs: nothing, since what goes wrong in them is raised.
+
+`python -W default -m spherelm ...` shows all of it, as does the variable TORCH_LOGS.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""The variable that transformers and the hub's library look at when they are imported."""
+
+
+def silence() -> None:
+    """Drop log records below ERROR, warnings that are not about our own lines, and the progress bars of Hugging Face.
+
+    For good, in a process that is ours. What spherelm prints, warns of and raises is left alone.
+    """
+    if sys.warnoptions or "TORCH_LOGS" in os.environ:
+        return
+    logging.disable(max(logging.root.manager.disable, logging.WARNING))
+    warnings.filterwarnings("ignore", module=r"(?!spherelm\b)")
+    os.environ.setdefault(BARS, "1")
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """As `silence`, until the context ends."""
+    disabled, bars = logging.root.manager.disable, os.environ.get(BARS)
+    with warnings.catch_warnings():
+        try:
+            silence()
+            yield
+        finally:
+            logging.disable(disabled)
+            if bars is None:
+                os.environ.pop(BARS, None)
