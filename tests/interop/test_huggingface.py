@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from old_files import rename_export
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm import attach_retraction, departure
@@ -208,6 +211,23 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, variant: str, shard: str, tmp
     assert (loaded.model.head.linear.weight is loaded.model.embed.weight) == (variant == "tied")
     assert torch.equal(loaded(tokens).logits, to_hf(model)(tokens).logits)
     assert departure(loaded) < 1e-6
+
+
+@both_arms
+@pytest.mark.parametrize("variant", ["grouped", "tied"])
+@pytest.mark.parametrize("shard", ["5GB", "10KB"])
+def test_what_version_0_1_0_saved_is_loaded_bitwise(arm: str, variant: str, shard: str, tmp_path: Path) -> None:
+    """And saved again under the names of today."""
+    model, tokens = make_model(arm, **VARIANTS[variant]), make_tokens(2, 9)
+    to_hf(model).save_pretrained(tmp_path / "new", max_shard_size=shard)
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    rename_export(tmp_path / "old")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "old", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(loaded(tokens).logits, to_hf(model)(tokens).logits)
+    loaded.save_pretrained(tmp_path / "again", max_shard_size=shard)
+    for file in (tmp_path / "new").glob("*.safetensors"):
+        assert load_file(file).keys() == load_file(tmp_path / "again" / file.name).keys()
 
 
 @both_arms

@@ -37,7 +37,7 @@ def all_texts(model: Any, source: list[int], limit: int) -> dict[tuple[int, ...]
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 def test_with_enough_beams_it_finds_the_best_texts_there_are(model: EncoderDecoder, length_penalty: float) -> None:
     limit = 4
-    (found,) = beam_search(model, [[3, 1, 4]], limit, END, BeamSettings(64 + 16 + 4 + 1, length_penalty))
+    (found,) = beam_search(model, [[3, 1, 4]], limit, END, BeamSettings(5 * 64, length_penalty))
     found = [hypothesis for hypothesis in found if hypothesis.tokens[-1] == END]
     worth = {text: p / len(text) ** length_penalty for text, p in all_texts(model, [3, 1, 4], limit).items()}
     wanted = sorted(worth, key=lambda text: -worth[text])

@@ -72,7 +72,7 @@ def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -
         places = sphere_map(unit.flatten(0, 1).numpy(), _steps(len(states), len(ids)))
     return Walk(
         name=name,
-        arm="ngpt" if hasattr(model, "s_z") else "gpt",
+        arm="ngpt" if hasattr(model.head, "s_z") else "gpt",
         dimensions=states.shape[-1],
         tokens=[readable(tokenizer.decode([i])) for i in ids],
         map=places,
