@@ -38,7 +38,13 @@ def cases() -> dict[str, dict[str, Any]]:
     for arm in ("gpt", "ngpt"):
         for recipe in ("adam", "paper", "nugpt", "muon", "training-ngpt"):
             found[f"{arm}-{recipe}"] = {"arm": arm, "recipe": recipe, **DECODER}
-        found[f"{arm}-tied-grouped"] = {"arm": arm, "recipe": "muon", **DECODER, "tie_embeddings": True, "n_kv_heads": 1}
+        found[f"{arm}-tied-grouped"] = {
+            "arm": arm,
+            "recipe": "muon",
+            **DECODER,
+            "tie_embeddings": True,
+            "n_kv_heads": 1,
+        }
         found[f"{arm}-documents"] = {"arm": arm, "recipe": "muon", **DECODER, "mask_documents": True, "recompute": True}
         found[f"{arm}-bfloat16"] = {"arm": arm, "recipe": "muon", **DECODER, "dtype": "bfloat16"}
         found[f"{arm}-compiled"] = {"arm": arm, "recipe": "muon", **DECODER, "compile": True}
@@ -48,7 +54,14 @@ def cases() -> dict[str, dict[str, Any]]:
     for arm in ("hybrid", "nhybrid"):
         for pattern in ("MA-O", "A-A-"):
             found[f"{arm}-{pattern}"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": pattern}
-        found[f"{arm}-loss"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "AOM-", "balance": "loss", "n_shared_experts": 1}
+        found[f"{arm}-loss"] = {
+            "arm": arm,
+            "recipe": "adam",
+            **HYBRID,
+            "pattern": "AOM-",
+            "balance": "loss",
+            "n_shared_experts": 1,
+        }
         found[f"{arm}-compiled"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "compile": True}
         found[f"{arm}-resumed"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "save_every": 4}
     for arm in ("encdec", "nencdec"):
@@ -129,7 +142,14 @@ def carry_out(name: str, case: dict[str, Any], start: Start, pairs: Path) -> lis
         torch.compiler.reset()
     from spherelm.train.batches import vocabulary_size
 
-    config = make_run(given.pop("arm"), given.pop("preset", "demo"), given.pop("recipe"), vocab_size=vocabulary_size(data), data=data, **given)
+    config = make_run(
+        given.pop("arm"),
+        given.pop("preset", "demo"),
+        given.pop("recipe"),
+        vocab_size=vocabulary_size(data),
+        data=data,
+        **given,
+    )
     trainer.build, trainer.clip_gradients = start, ordered_clip
     try:
         with tempfile.TemporaryDirectory() as directory:

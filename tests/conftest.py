@@ -12,13 +12,12 @@ import golden
 import paper
 import pytest
 import torch
-from oracle_names import oracle_names, oracle_parameters
 from hypothesis import HealthCheck, settings
+from oracle_names import oracle_names, oracle_parameters
 from torch import Tensor
 
-from spherelm.models import build
+from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.models.decoder import Decoder
-from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -57,7 +57,9 @@ def load(shared: Path, arm: str) -> Golden:
         arm=arm,
         shape=shape,
         vocab_size=arguments["vocab_size"],
-        weights={name: w.double() for name, w in by_oracle_names(read_checkpoint(directory / "ckpt.pt").weights).items()},
+        weights={
+            name: w.double() for name, w in by_oracle_names(read_checkpoint(directory / "ckpt.pt").weights).items()
+        },
         tokens=batch["tokens"],
         targets=batch["targets"],
         loss=float(oracle["loss"]),

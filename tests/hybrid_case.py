@@ -13,7 +13,7 @@ from oracle_names import oracle_parameters
 from paper_moe import Experts
 from torch import Tensor
 
-from spherelm.models import HybridConfig, NHybridConfig, LanguageModel, build
+from spherelm.models import HybridConfig, LanguageModel, NHybridConfig, build
 
 SIZES: dict[str, Any] = {"vocab_size": 37, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 32}
 MIXERS: dict[str, Any] = {"mamba_d_head": 12, "mamba_d_state": 5, "mamba_chunk": 4, "mamba_groups": 2, "mamba_conv": 3}

@@ -65,7 +65,9 @@ def test_the_biases_of_routers_go_with_the_weights(arm: str, tmp_path: Path) -> 
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     close(read(tokens).logits, model(tokens))
     read.train()(tokens)
-    assert read.get_submodule("model.blocks.1.experts.part.router").load.sum() == 2 * tokens.numel(), "counted from 0 on"
+    assert read.get_submodule("model.blocks.1.experts.part.router").load.sum() == 2 * tokens.numel(), (
+        "counted from 0 on"
+    )
 
 
 @both_arms

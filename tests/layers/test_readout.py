@@ -14,8 +14,7 @@ from torch import Tensor
 from spherelm.layers.linear import UnitLinear
 from spherelm.layers.loss import linear_cross_entropy
 from spherelm.layers.readout import preconditioned, preconditioner, read_logits, scaled
-from spherelm.models import build
-from spherelm.models import NGPT, NGPTConfig
+from spherelm.models import NGPT, NGPTConfig, build
 
 CONFIG: dict[str, Any] = {"vocab_size": 31, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
 

@@ -13,7 +13,11 @@ from spherelm.layers.linear import Scale
 from spherelm.models import GPTConfig, NGPTConfig, build
 
 BLOCK = {f"attention.part.{w}.weight" for w in "qkvo"} | {f"mlp.part.{w}.weight" for w in "uvo"}
-SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {"attention.part.s_qk.value", "mlp.part.s_u.value", "mlp.part.s_v.value"}
+SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {
+    "attention.part.s_qk.value",
+    "mlp.part.s_u.value",
+    "mlp.part.s_v.value",
+}
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 
 

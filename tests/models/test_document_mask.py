@@ -7,8 +7,7 @@ import tiny
 import torch
 
 from spherelm.layers.attention import separate_documents
-from spherelm.models import build
-from spherelm.models import GPTConfig, NGPTConfig
+from spherelm.models import GPTConfig, NGPTConfig, build
 
 EOS = 36
 SIZES = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 32}

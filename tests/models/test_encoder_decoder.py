@@ -14,7 +14,11 @@ from spherelm.models.encoder_decoder import padded
 both_arms = pytest.mark.parametrize("arm", ARMS)
 ENCODER = {f"attention.part.{w}.weight" for w in "qkvo"} | {f"mlp.part.{w}.weight" for w in "uvo"}
 DECODER = ENCODER | {f"cross_attention.part.{w}.weight" for w in "qkvo"}
-SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {"attention.part.s_qk.value", "mlp.part.s_u.value", "mlp.part.s_v.value"}
+SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {
+    "attention.part.s_qk.value",
+    "mlp.part.s_u.value",
+    "mlp.part.s_v.value",
+}
 
 
 def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:

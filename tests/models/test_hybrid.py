@@ -8,8 +8,8 @@ from typing import Any
 import paper
 import pytest
 import torch
-from oracle_names import oracle_names, oracle_parameters
 from hybrid_case import ARMS, CONFIGS, MIXERS, SIZES, hybrid_config, make_hybrid_case
+from oracle_names import oracle_names, oracle_parameters
 
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.linear import departure, retract, unit_modules
@@ -72,7 +72,9 @@ def test_retraction_finds_every_matrix_and_nothing_of_the_state_space() -> None:
     names = oracle_names(c.model.state_dict())
     declared = {names[f"{name}.weight"]: axis for name, _, axis in unit_modules(c.model)}
     assert declared == {name: axis for name in c.weights if (axis := paper.unit_axis(name)) is not None}
-    assert {"blocks.0.mamba.in_proj.weight", "blocks.2.mamba.out_proj.weight", "blocks.3.experts.o.weight"} < set(declared)
+    assert {"blocks.0.mamba.in_proj.weight", "blocks.2.mamba.out_proj.weight", "blocks.3.experts.o.weight"} < set(
+        declared
+    )
     with torch.no_grad():
         for parameter in c.model.parameters():
             parameter.mul_(1.7)

@@ -15,9 +15,7 @@ from spherelm.optim.retraction import attach_retraction
 
 
 def small_model() -> nn.Sequential:
-    return nn.Sequential(
-        UnitEmbedding(7, 6), UnitLinear(6, 5), nn.Linear(5, 4), UnitLinear(4, 6, writes=True)
-    )
+    return nn.Sequential(UnitEmbedding(7, 6), UnitLinear(6, 5), nn.Linear(5, 4), UnitLinear(4, 6, writes=True))
 
 
 def push(model: nn.Module, size: float = 1.0) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from spherelm import departure, load_model
 from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
-from spherelm.models import NHybridConfig, LanguageModel, build
+from spherelm.models import LanguageModel, NHybridConfig, build
 from spherelm.recipes import make_run
 from spherelm.train.checkpoint import latest_checkpoint
 from spherelm.train.config import RunConfig, read_config

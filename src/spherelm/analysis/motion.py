@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from spherelm import sphere
 from spherelm.analysis.geometry import anisotropy, rank_of_rows

@@ -19,6 +19,7 @@ from spherelm.layers.attention import Attend
 from spherelm.models.decoder import Decoder, run_block
 from spherelm.models.kit import Surroundings
 
+
 @dataclass(frozen=True)
 class Recording:
     """What a pass over int64 tokens [batch, seq] was like, in float32; N = batch * seq positions, row after row.

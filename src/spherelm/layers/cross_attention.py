@@ -46,9 +46,7 @@ class CrossAttention(nn.Module):
         """Keys and values [batch, n_kv_heads, source, d_k] of the source's states."""
         return split_heads(self.k(states), self.n_kv_heads), split_heads(self.v(states), self.n_kv_heads)
 
-    def forward(
-        self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend
-    ) -> Tensor:
+    def forward(self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; a cache keeps the source's keys and values."""
         q = split_heads(self.q(h), self.n_heads)
         k, v = self.read(memory.states) if cache is None else cache.fixed(lambda: self.read(memory.states))
@@ -80,9 +78,7 @@ class UnitCrossAttention(nn.Module):
         """Keys, unit per head, and values [batch, n_kv_heads, source, d_k] of the source's states."""
         return self.unit(split_heads(self.k(states), self.n_kv_heads)), split_heads(self.v(states), self.n_kv_heads)
 
-    def forward(
-        self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend
-    ) -> Tensor:
+    def forward(self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; a cache keeps the source's keys and values."""
         q = self.unit(split_heads(self.q(h), self.n_heads))
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)

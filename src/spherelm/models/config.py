@@ -192,7 +192,9 @@ def default_scale(config: NGPTConfig, name: str) -> float:
 
 def learned_scale(config: NGPTConfig, name: str, shape: int | tuple[int, ...]) -> Scale:
     """The learned scale `name` with the init and scale that the config gives it."""
-    return Scale(shape, getattr(config, f"{name}_init"), default_scale(config, name), getattr(config, f"{name}_form", "vector"))
+    return Scale(
+        shape, getattr(config, f"{name}_init"), default_scale(config, name), getattr(config, f"{name}_form", "vector")
+    )
 
 
 class EncoderDecoderConfig(DecoderConfig, Protocol):
@@ -277,5 +279,3 @@ class NEncoderConfig(NGPTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_masked(self)
-
-

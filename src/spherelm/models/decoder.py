@@ -105,6 +105,7 @@ class Decoder(nn.Module):
 
     continues: ClassVar[bool]
     runtime: Runtime
+    head: Any
 
     def __init__(self, config: Any, kit: Kit, words: Iterable[str], rows: int | None = None) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.linear import Embedding
-from spherelm.layers.readout import Readout, read_logits
+from spherelm.layers.readout import read_logits
 from spherelm.layers.rope import RotaryTable
 from spherelm.models.decoder import (
     Block,
@@ -140,7 +140,7 @@ class EncoderDecoder(Decoder):
 class Conditioned(LanguageModel):
     """An encoder-decoder that has read its sources: a language model of their targets, a row of the batch for each."""
 
-    def __init__(self, model: EncoderDecoder, memory: Memory) -> None:
+    def __init__(self, model: EncoderDecoder | Conditioned, memory: Memory) -> None:
         nn.Module.__init__(self)
         self.config, self.kit, self.runtime = model.config, model.kit, model.runtime
         self.embed, self.blocks, self.head, self.memory = model.embed, model.blocks, model.head, memory

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import ROPES
 from spherelm.models.config import GPTConfig
 from spherelm.models.kit import Kit, Surroundings
-from spherelm.models.pattern import expert_width, mamba_shape, router_of
+from spherelm.models.pattern import HybridConfig, expert_width, mamba_shape, router_of
 from spherelm.models.start import depths_of
 
 
@@ -57,12 +58,12 @@ def mlp(config: GPTConfig, width: int | None = None) -> FeedForward:
     return FeedForward(config.d_model, width or config.ff_width)
 
 
-def mixer(config: GPTConfig) -> Mamba2:
+def mixer(config: HybridConfig) -> Mamba2:
     """The part M."""
     return Mamba2(mamba_shape(config))
 
 
-def experts(config: GPTConfig) -> MixtureOfExperts:
+def experts(config: HybridConfig) -> MixtureOfExperts:
     """The part O."""
     width = expert_width(config)
     shared = (mlp(config, width) for _ in range(config.n_shared_experts))
@@ -87,7 +88,7 @@ class Head(nn.Module):
         return Readout(self.norm(h), self.linear.scaled_weight().to(h.dtype))
 
 
-def draw(model: nn.Module) -> None:
+def draw(model: Any) -> None:
     """Draw every weight of `model` anew from the distributions in this module's docstring."""
     depths, drawn = depths_of(model), set()
     for module in model.modules():

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from spherelm.layers.readout import Readout, reading
 from spherelm.layers.rope import ROPES
 from spherelm.models.config import SIGNS, STEPS, NGPTConfig, learned_scale
 from spherelm.models.kit import Kit, Surroundings
-from spherelm.models.pattern import expert_width, mamba_shape, router_of
+from spherelm.models.pattern import NHybridConfig, expert_width, mamba_shape, router_of
 from spherelm.models.start import share_direction
 from spherelm.sphere import norm
 
@@ -62,12 +63,12 @@ def mlp(config: NGPTConfig, width: int | None = None) -> UnitFeedForward:
     return UnitFeedForward(config.d_model, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
 
 
-def mixer(config: NGPTConfig) -> UnitMamba2:
+def mixer(config: NHybridConfig) -> UnitMamba2:
     """The part M."""
     return UnitMamba2(mamba_shape(config), learned_scale(config, "s_mamba", 1))
 
 
-def experts(config: NGPTConfig) -> UnitMixtureOfExperts:
+def experts(config: NHybridConfig) -> UnitMixtureOfExperts:
     """The part O."""
     width = expert_width(config)
     s_u, s_v = (learned_scale(config, name, (config.n_experts, width)) for name in ("s_u", "s_v"))
@@ -95,7 +96,7 @@ class Head(nn.Module):
         return self.reading(h, self.linear, self.s_z())
 
 
-def draw(model: nn.Module) -> None:
+def draw(model: Any) -> None:
     """Draw every weight of `model` anew from the distributions in this module's docstring."""
     for module in model.modules():
         if isinstance(module, Scale):
