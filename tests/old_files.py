@@ -33,7 +33,7 @@ def rename_export(folder: Path) -> None:
 
 
 def rename_files(files: list[Path], prefix: str = "") -> dict[str, str]:
-    """Give everything in these safetensors its older name behind `prefix`, weights and `weight/key` of optimizers: new -> old."""
+    """Give everything in these safetensors its older name behind `prefix`: new -> old. Optimizers have `weight/key`."""
     held = {}
     for file in files:
         with safe_open(file, "pt") as opened:

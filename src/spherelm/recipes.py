@@ -324,7 +324,7 @@ def make_run(
     `base_n_layers` and `base_steps` are the preset's base. `None` is a value, of fields that may have none. Raises
     `ValueError` naming an unknown arm, preset, recipe or field, or a field that would change nothing.
     """
-    config_class, model_class = _look_up("arm", arm, ARMS)
+    config_class, _ = _look_up("arm", arm, ARMS)
     size: Preset = _look_up("preset", preset, PRESETS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = dict(overrides)

@@ -53,10 +53,10 @@ def run_block(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
 class Runtime:
     """How a model is run: all that trainers, compilers and inspectors may change on a model after it was built.
 
-    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything computed from it; `None`
-    for that of the weights, which keep theirs. run: calls a block. attend: computes attention. score: what a chunk of logits
-    costs, and their gradients. label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval mode
-    there is none.
+    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything computed
+    from it; `None` for that of the weights, which keep theirs. run: calls a block. attend: computes attention. score: what a
+    chunk of logits costs, and their gradients. label_smoothing: of the loss in training mode, as for `linear_cross_entropy`;
+    in eval mode there is none.
     """
 
     table: MakeTable

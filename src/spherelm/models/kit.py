@@ -41,10 +41,10 @@ MakePart = Callable[[Any], nn.Module]
 class Kit:
     """One arm: the parts of its models, and how they start.
 
-    embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which adds what the
-    part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts. source_norm: makes what the
-    last state of an encoder goes through. head: (config) -> what turns the last hidden state into a `Readout`. draw: (model) draws every
-    matrix and learned scale anew.
+    embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which adds what
+    the part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts. source_norm: makes
+    what the last state of an encoder goes through. head: (config) -> what turns the last hidden state into a `Readout`. draw:
+    (model) draws every matrix and learned scale anew.
     """
 
     embedding: Callable[[int, int], Any]
