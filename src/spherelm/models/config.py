@@ -130,7 +130,7 @@ class NGPTConfig(Sizes):
     `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model, for a `*_scale` 1/sqrt(d_model). rope: as in `GPTConfig`.
     step: "lerp", the paper's step on the sphere, or "nvidia", which normalizes the point that it starts from as well.
     logit_preconditioning: the exponent q of `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which
-    weight every row of an embedding starts towards one direction (`draw_on_sphere`). For ablations (Tables
+    weight every row of an embedding starts towards one direction (`models.start.share_direction`). For ablations (Tables
     4 to 6): step "riemannian" (eqs. 24-26); a `*_form` is one of `FORMS`, a value for each entry, one learned for all, or one
     fixed; alpha_sign "free" lets eigen learning rates be negative; without qk_norm queries and keys are not normalized.
     """

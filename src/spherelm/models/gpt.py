@@ -53,7 +53,7 @@ def cross_attention(config: GPTConfig) -> CrossAttention:
     return CrossAttention(config.d_model, config.n_heads, config.kv_heads)
 
 
-def mlp(config: GPTConfig, width: int | None = None) -> FeedForward:
+def mlp(config: GPTConfig, width: int | None = None) -> nn.Module:
     """The part -."""
     return FeedForward(config.d_model, width or config.ff_width)
 

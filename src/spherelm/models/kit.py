@@ -29,8 +29,9 @@ class Surroundings(NamedTuple):
     attend: Attend = attend
 
     def for_part(self, part: nn.Module) -> tuple[object, ...]:
-        """The arguments of `part` behind the hidden state: what it says that it `reads`."""
-        return tuple(getattr(self, name) for name in part.reads)  # type: ignore[union-attr]
+        """The arguments of `part` behind the hidden state: what it says that it `reads`, by default nothing."""
+        reads: tuple[str, ...] = getattr(part, "reads", ())
+        return tuple(getattr(self, name) for name in reads)
 
 
 MakePart = Callable[[Any], nn.Module]

@@ -57,7 +57,7 @@ def cross_attention(config: NGPTConfig) -> UnitCrossAttention:
     return UnitCrossAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, config.qk_norm)
 
 
-def mlp(config: NGPTConfig, width: int | None = None) -> UnitFeedForward:
+def mlp(config: NGPTConfig, width: int | None = None) -> nn.Module:
     """The part -."""
     d_ff = width or config.ff_width
     return UnitFeedForward(config.d_model, d_ff, learned_scale(config, "s_u", d_ff), learned_scale(config, "s_v", d_ff))
