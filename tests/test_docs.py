@@ -215,7 +215,7 @@ for step in ("lerp", "riemannian"):
     run = make_run("ngpt", "demo", "wsd", vocab_size=50, lr=1e-2, step=step, **sizes)
     assert run.schedule.kind == "wsd" and run.model.s_z_scale == 1.4
     model = build(run.model)
-    assert type(model.blocks[0].mlp).__name__ == "UnitSquaredReLU"
+    assert type(model.blocks[0].mlp.part).__name__ == "UnitSquaredReLU"
     optimizer = build_optimizer(model, run.optim)
     tokens, before = torch.randint(50, (4, 9)), None
     for _ in range(20):

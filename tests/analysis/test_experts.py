@@ -54,7 +54,7 @@ def test_load_is_how_often_each_expert_is_picked(arm: str) -> None:
 
 def test_angles_are_between_what_experts_make_of_the_same_state() -> None:
     """As the oracle computes each of them, with angles from dot products."""
-    mixture = moe_case.model_with_experts().double().blocks[1].mlp  # type: ignore[union-attr]
+    mixture = moe_case.model_with_experts().double().blocks[1].experts.part  # type: ignore[union-attr]
     states = paper.norm(torch.randn(7, D, dtype=torch.float64))
     p = dict(mixture.named_parameters())
     made = [
@@ -71,7 +71,7 @@ def test_angles_are_between_what_experts_make_of_the_same_state() -> None:
 
 
 def test_equal_experts_are_at_no_angle() -> None:
-    mixture = moe_case.model_with_experts().double().blocks[0].mlp  # type: ignore[union-attr]
+    mixture = moe_case.model_with_experts().double().blocks[0].experts.part  # type: ignore[union-attr]
     for bank in (mixture.u, mixture.v, mixture.o):
         bank.weight.data[:] = bank.weight.data[:1].clone()
     assert between_proposals(mixture, torch.randn(5, D, dtype=torch.float64)).abs().max() < 1e-6
@@ -87,7 +87,7 @@ def test_a_model_without_experts_has_none_and_no_section() -> None:
 def test_layers_are_found_by_their_parts(arm: str) -> None:
     """Of the second layer alone the experts are an MLP."""
     model = model_of(arm)
-    model.blocks[1].mlp = build(model.config).blocks[1].mlp  # type: ignore[union-attr, arg-type]
+    model.blocks[1] = build(model.config).blocks[1]
     recording = record(model, TOKENS)
     assert recording.steps == [(1, "attention"), (1, "experts"), (2, "attention"), (2, "MLP")]
     motion = measure_motion(model, recording)
@@ -106,13 +106,13 @@ def test_layers_are_found_by_their_parts(arm: str) -> None:
         **dict.fromkeys(("E_u", "E_v", "E_o"), (1, E)),
         **dict.fromkeys(("W_u", "W_v", "W_oMLP"), (1, 1)),
     }
-    bank = model.get_parameter("blocks.0.mlp.part.o.weight").detach().double().numpy()
+    bank = model.get_parameter("blocks.0.experts.part.o.weight").detach().double().numpy()
     np.testing.assert_allclose(singular["E_o"][0, 3], np.linalg.svd(bank[3], compute_uv=False), rtol=1e-6)
 
 
 def test_off_sphere_looks_at_every_expert() -> None:
     model = model_of("ngpt")
-    model.get_parameter("blocks.1.mlp.part.o.weight").data[4, :, 2] *= 1.25
+    model.get_parameter("blocks.1.experts.part.o.weight").data[4, :, 2] *= 1.25
     found = geometry.off_sphere(model)
     assert max(found, key=found.__getitem__) == "E_o"
     assert found["E_o"] == pytest.approx(departure(model)) == pytest.approx(0.25, abs=1e-6)

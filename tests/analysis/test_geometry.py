@@ -102,7 +102,7 @@ def test_off_sphere_is_the_departure_matrix_by_matrix() -> None:
 
 def test_off_sphere_of_a_gpt_is_how_far_its_vectors_are_from_unit() -> None:
     model = build(GPTConfig(**SHAPE))
-    rows_of_q = [block.attention.q.weight.norm(dim=1) for block in model.blocks]  # type: ignore[union-attr, operator]
+    rows_of_q = [block.attention.part.q.weight.norm(dim=1) for block in model.blocks]  # type: ignore[union-attr, operator]
     expected = (torch.cat(rows_of_q) - 1).abs().max().item()
     assert geometry.off_sphere(model)["Q"] == pytest.approx(expected, rel=1e-6)
 

@@ -61,11 +61,11 @@ def test_each_step_of_an_ngpt_moves_towards_its_proposal() -> None:
     found = record(model, tokens())
     for i, proposal in enumerate(found.proposals):
         block = model.blocks[i // 2]
-        alpha = (block.alpha_m if i % 2 else block.alpha_a)().abs()  # type: ignore[operator]
+        alpha = (block.mlp if i % 2 else block.attention).alpha().abs()  # type: ignore[union-attr, operator]
         torch.testing.assert_close(found.stops[i + 1], step(found.stops[i], norm(proposal), alpha))
 
 
-def broken(h: torch.Tensor) -> torch.Tensor:
+def broken(*inputs: object) -> torch.Tensor:
     raise RuntimeError("on purpose")
 
 
@@ -78,7 +78,7 @@ def test_nothing_stays_behind_even_after_an_error(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(RuntimeError, match="on purpose"):
             record(model, tokens())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    assert all(block.attention.attend is attend for block in model.blocks)  # type: ignore[union-attr]
+    assert model.runtime.attend is attend
     torch.testing.assert_close(model(tokens()), before, rtol=0, atol=0)
 
 
@@ -171,7 +171,7 @@ def test_output_directions_are_those_in_which_logits_grow(recorded: tuple[Decode
     assert directions.norm(dim=-1) == pytest.approx(torch.ones(37).numpy(), abs=1e-5)
     states = torch.cat((directions[5:6], norm(torch.randn(200, 24))))
     logits = motion._logits(model, states)[:, 5]
-    best = logits.argmax() if hasattr(model, "norm") or model.head.s_z()[5] > 0 else logits.argmin()  # type: ignore[operator]
+    best = logits.argmax() if hasattr(model.head, "norm") or model.head.s_z()[5] > 0 else logits.argmin()  # type: ignore[operator]
     assert best == 0
 
 
@@ -193,7 +193,7 @@ def test_all_is_measured_at_once_and_agrees_with_its_parts(arm: str) -> None:
 def test_a_model_with_nan_is_refused() -> None:
     model = model_of("gpt")
     model.get_parameter("blocks.1.mlp.part.u.weight").data[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.u\.weight holds NaN or Inf"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.part\.u\.weight holds NaN or Inf"):
         look_inside(model, tokens())
 
 

@@ -88,12 +88,12 @@ def test_scales_are_averaged_per_layer_and_alpha_is_absolute() -> None:
     scales = weights.scales(model)
     stored = 24**-0.5
     for layer in range(3):
-        alpha = array(model, f"blocks.{layer}.alpha_a.value") * 0.05 / stored
+        alpha = array(model, f"blocks.{layer}.attention.alpha.value") * 0.05 / stored
         assert (alpha < 0).any()
         assert scales["alpha_A"][layer] == pytest.approx(np.abs(alpha).mean(), rel=1e-6)
         s_qk = array(model, f"blocks.{layer}.attention.part.s_qk.value") / stored
         assert scales["s_qk"][layer] == pytest.approx(s_qk.mean(), rel=1e-6)
-    expected = np.sort(array(model, "s_z.value") / stored)
+    expected = np.sort(array(model, "head.s_z.value") / stored)
     np.testing.assert_allclose(weights.logit_scales(model), expected, rtol=1e-6)
 
 
@@ -110,13 +110,13 @@ def test_quantiles_span_smallest_to_largest() -> None:
 def test_a_state_dict_measures_as_its_model() -> None:
     model = perturbed("ngpt")
     ours, its = weights.from_state(model.config, model.state_dict()), weights.measure(model)
-    np.testing.assert_array_equal(ours.head.s_z, its.s_z)
+    np.testing.assert_array_equal(ours.s_z, its.s_z)
     for name in its.condition_numbers:
         np.testing.assert_array_equal(ours.condition_numbers[name], its.condition_numbers[name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["blocks.1.mlp.part.o.weight", "head.linear.weight", "blocks.2.norm_a.weight"])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.part.o.weight", "head.linear.weight", "blocks.2.attention.norm.weight"])
 def test_a_diverged_model_is_refused(name: str, value: float) -> None:
     model = perturbed("gpt")
     model.get_parameter(name).data.view(-1)[3] = value

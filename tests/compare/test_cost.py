@@ -28,7 +28,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def time_step(self: Any) -> float:
         taken.append(self)
         slow = 2 if (len(taken) - 1) // 2 % 2 else 1
-        return slow * (3.0 if hasattr(self.model, "s_z") else 2.0)
+        return slow * (3.0 if hasattr(self.model.head, "s_z") else 2.0)
 
     monkeypatch.setattr(module.TimedSteps, "time_step", time_step)
     return taken
@@ -36,7 +36,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_arms_take_turns_and_the_order_changes(steps: list[Any], data: Path) -> None:
     measure_cost(tiny.run_config("gpt", data), tiny.run_config("ngpt", data), steps=4, warmup=1)
-    arms = ["ngpt" if hasattr(step.model, "s_z") else "gpt" for step in steps]
+    arms = ["ngpt" if hasattr(step.model.head, "s_z") else "gpt" for step in steps]
     assert arms == ["gpt", "ngpt"] + ["gpt", "ngpt", "ngpt", "gpt"] * 2
 
 
@@ -69,7 +69,7 @@ def test_what_is_timed_is_a_micro_batch_of_the_runs_own_model(
     measure_cost(configs[0], configs[1], steps=1, warmup=0)
     for taken, config in zip(steps, configs, strict=True):
         assert taken.model.config == config.model
-        assert taken.model.embed.compute_dtype is torch.bfloat16
+        assert taken.model.runtime.compute_dtype is torch.bfloat16
         assert taken.tokens.shape == taken.targets.shape == (rows, 16)
         assert taken.tokens.max() < 257
         assert taken.grad_clip == 1.0

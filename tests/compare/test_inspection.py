@@ -293,18 +293,18 @@ def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path
     assert (tmp_path / "out" / "walk.html").is_file()
     model, tokens = load_model(runs[1]), torch.randint(256, (2, 9))
     seen = record(model, tokens)
-    h = model.trunk(model.embedded(tokens), context=(model.encoder(tokens),))
+    h = model.trunk(model.embedded(tokens), memory=model.encoded(tokens))
     torch.testing.assert_close(seen.stops[-1], h.detach().flatten(0, 1))
-    kinds = {"attention": "alpha_a", "cross-attention": "alpha_c", "MLP": "alpha_m"}
+    kinds = {"attention": "attention", "cross-attention": "cross_attention", "MLP": "mlp"}
     assert seen.steps == [(layer, kind) for layer in range(1, len(model.blocks) + 1) for kind in kinds]
     for (layer, kind), before, proposal, after in zip(
         seen.steps, seen.stops, seen.proposals, seen.stops[1:], strict=False
     ):
-        alpha = getattr(model.blocks[layer - 1], kinds[kind])().abs().detach()
+        alpha = getattr(model.blocks[layer - 1], kinds[kind]).alpha().abs().detach()
         torch.testing.assert_close(after, sphere.step(before, sphere.norm(proposal), alpha), msg=kind)
-    encoders, cross = model.encoder.blocks, [block.cross for block in model.blocks]
+    encoders, cross = model.encoder.blocks, [block.cross_attention.part for block in model.blocks]
     measured = weights.condition_numbers(model)
-    for name, owners in (("W_u of the encoder", [b.mlp.u for b in encoders]), ("C_o", [c.o for c in cross])):
+    for name, owners in (("W_u of the encoder", [b.mlp.part.u for b in encoders]), ("C_o", [c.o for c in cross])):
         heads = 1 if name.startswith("W_u") else model.config.n_heads
         for layer, owner in enumerate(owners):
             parts = np.split(owner.weight.detach().double().numpy(), heads, axis=1)

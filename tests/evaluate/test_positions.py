@@ -29,12 +29,12 @@ def llama(model: GPT, scaling: dict[str, Any]) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         rope_parameters=scaling,
     )
-    parts = {"norm_a": "input_layernorm", "norm_m": "post_attention_layernorm"}
-    parts |= {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
-    parts |= {"mlp.u": "mlp.up_proj", "mlp.v": "mlp.gate_proj", "mlp.o": "mlp.down_proj"}
+    parts = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"}
+    parts |= {f"attention.part.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
+    parts |= {"mlp.part.u": "mlp.up_proj", "mlp.part.v": "mlp.gate_proj", "mlp.part.o": "mlp.down_proj"}
     names = {
         "embed.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
+        "head.norm.weight": "model.norm.weight",
         "head.linear.weight": "lm_head.weight",
     }
     for i in range(2):
@@ -81,7 +81,7 @@ def test_the_temperature_reaches_ngpts_scores() -> None:
     other.runtime.table = yarn(8, 64)
     with torch.no_grad():
         for block in other.blocks:
-            block.attention.s_qk.value.mul_(0.1 * math.log(8) + 1)  # type: ignore[union-attr,operator]
+            block.attention.part.s_qk.value.mul_(0.1 * math.log(8) + 1)  # type: ignore[union-attr,operator]
     tokens = torch.randint(41, (2, 100))
     torch.testing.assert_close(model(tokens), other(tokens), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(model(tokens), build_ngpt()(tokens))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from old_files import rename_export
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm import attach_retraction, departure
@@ -105,7 +108,7 @@ def test_the_wrapped_model_is_usable_alone(arm: str) -> None:
     with pytest.raises(ValueError, match="'paged' is not supported: choose one of sdpa, eager"):
         hf.model(tokens)
     assert hf.get_input_embeddings() is hf.model.embed
-    assert hf.get_output_embeddings() is hf.model.head
+    assert hf.get_output_embeddings() is hf.model.head.linear
 
 
 @both_arms
@@ -238,6 +241,23 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, variant: str, shard: str, tmp
 
 
 @both_arms
+@pytest.mark.parametrize("variant", ["grouped", "tied"])
+@pytest.mark.parametrize("shard", ["5GB", "10KB"])
+def test_what_version_0_1_0_saved_is_loaded_bitwise(arm: str, variant: str, shard: str, tmp_path: Path) -> None:
+    """And saved again under the names of today."""
+    model, tokens = make_model(arm, **VARIANTS[variant]), make_tokens(2, 9)
+    to_hf(model).save_pretrained(tmp_path / "new", max_shard_size=shard)
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    rename_export(tmp_path / "old")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "old", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(loaded(tokens).logits, to_hf(model)(tokens).logits)
+    loaded.save_pretrained(tmp_path / "again", max_shard_size=shard)
+    names = [{n for file in (tmp_path / to).glob("*.safetensors") for n in load_file(file)} for to in ("new", "again")]
+    assert names[0] == names[1]
+
+
+@both_arms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_load_in_other_dtypes(arm: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, tokens = make_model(arm), make_tokens(1, 6)
@@ -289,7 +309,7 @@ def test_the_two_share_their_parameters() -> None:
     hf = to_hf(model)
     assert [id(p) for p in hf.parameters()] == [id(p) for p in model.parameters()]
     assert hf.training
-    assert hf.model.embed.compute_dtype == torch.bfloat16
+    assert hf.model.runtime.compute_dtype == torch.bfloat16
     assert hf.config.dtype == torch.float32
 
 
@@ -401,7 +421,7 @@ def test_embeddings_of_the_same_kind_can_be_put_in() -> None:
     hf.set_input_embeddings(other.get_input_embeddings())
     hf.set_output_embeddings(other.get_output_embeddings())
     assert hf.model.embed is other.model.embed
-    assert hf.model.head is other.model.head
+    assert hf.model.head.linear is other.model.head.linear
     assert hf(tokens).logits.isfinite().all()
 
 

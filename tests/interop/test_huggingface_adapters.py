@@ -21,7 +21,7 @@ from spherelm.interop.huggingface.adapters import on_sphere  # noqa: E402
 # peft still asks transformers by its old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*_gradient_checkpointing. is deprecated:FutureWarning")
 
-EVERYTHING = ["q", "k", "v", "o", "u", "head"]
+EVERYTHING = ["q", "k", "v", "o", "u", "head.linear"]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_merging_changes_nothing_and_can_be_undone(tokens: Tensor) -> None:
 
 def test_adapters_learn_and_the_rest_stays(tokens: Tensor) -> None:
     model = adapted("all-linear")
-    assert not isinstance(model.base_model.model.model.head, peft.tuners.lora.LoraLayer)
+    assert not isinstance(model.base_model.model.model.head.linear, peft.tuners.lora.LoraLayer)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     losses = []
@@ -129,7 +129,7 @@ def test_adapters_are_saved_and_loaded(tokens: Tensor, tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(to_hf(make_model()), tmp_path)(tokens)
 
 
-@pytest.mark.parametrize("targets", [["q"], ["u"], ["head"]])
+@pytest.mark.parametrize("targets", [["q"], ["u"], ["head.linear"]])
 def test_an_adapter_that_leaves_the_sphere_is_refused(targets: list[str], tokens: Tensor) -> None:
     model = peft.get_peft_model(to_hf(make_model()), peft.LoraConfig(target_modules=targets))
     with pytest.raises(ValueError, match=r"off the unit sphere: pass peft .*on_sphere"):
@@ -195,7 +195,7 @@ def test_gpt_is_adapted_as_any_other_model(tokens: Tensor) -> None:
     before = model(tokens).logits
     assert (before - make_model("gpt")(tokens)).abs().max() > 1e-3
     torch.testing.assert_close(model.merge_and_unload()(tokens).logits, before, rtol=0, atol=1e-5)
-    on_head = peft.get_peft_model(to_hf(make_model("gpt")), peft.LoraConfig(target_modules=["head"]))
+    on_head = peft.get_peft_model(to_hf(make_model("gpt")), peft.LoraConfig(target_modules=["head.linear"]))
     with pytest.raises(ValueError, match="would have no effect"):
         on_head(tokens)
 

@@ -89,7 +89,7 @@ def test_its_beams_and_ours_find_the_same(arm: str, length_penalty: float) -> No
     c = make_pair_case(arm, vocab_size=7, max_seq_len=32)
     model = c.model.float().eval()
     with torch.no_grad():  # texts shall end, so that there is something to compare
-        dict(model.named_parameters())["s_z.value" if arm == "nencdec" else "head.linear.weight"][0] *= 3
+        dict(model.named_parameters())["head.s_z.value" if arm == "nencdec" else "head.linear.weight"][0] *= 3
     sources = [[3, 1, 4], [1, 5, 2, 6, 5], [2], [6, 6], [5, 4, 3, 2], [1, 1, 1], [4, 2], [2, 6, 4, 1]]
     ours = beam_search(model, sources, 20, 0, BeamSettings(3, length_penalty))
     ids = torch.tensor([[*s, 0, *[0] * (5 - len(s))] for s in sources])

@@ -19,6 +19,7 @@ import numpy as np
 import paper
 import pytest
 import torch
+from oracle_names import oracle_parameters
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -204,7 +205,7 @@ def test_models_of_their_formulas_against_the_equations(
         c.model.embed.weight.mul_(1.5)
     monkeypatch.setattr(paper, "rope", their_rope)
     monkeypatch.setattr(paper, "step", their_step)
-    weights = dict(c.model.named_parameters())
+    weights = dict(oracle_parameters(c.model))
     agree(c.model(c.tokens), c.forward(weights, c.shape, c.tokens), list(weights.values()))
 
 
@@ -348,7 +349,7 @@ def test_a_made_up_checkpoint_is_read(use_ngpt: int, save: Save) -> None:
         sqk = content["model"]["transformer.h.1.sqk"].view(2, 4) * 8
         assert torch.equal(model.blocks[1].attention.part.s_qk(), sqk)
         alpha = content["model"]["transformer.h.0.mlp_alpha"] * (0.05 * 8)
-        torch.testing.assert_close(model.blocks[0].alpha_m(), alpha)
+        torch.testing.assert_close(model.blocks[0].mlp.alpha(), alpha)
         assert torch.equal(model.blocks[0].mlp.part.s_v(), content["model"]["transformer.h.0.suv"][32:])
 
 

@@ -14,6 +14,7 @@ import moe_case
 import pytest
 import tiny
 import torch
+from old_files import rename_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -103,6 +104,38 @@ def test_training_goes_on_from_a_checkpoint_bitwise(arm: str, tmp_path: Path) ->
 
 
 @both_arms
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_of_version_0_1_0_is_read(arm: str, tied: bool, tmp_path: Path) -> None:
+    """Weights and moments, under the names of then."""
+    model, optimizer = trained(arm, tie_embeddings=tied)
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(2, 1.5), keep=1)
+    rename_checkpoint(path)
+    assert "head.weight" in load_file(path / WEIGHTS) or tied
+    assert "blocks.1.mlp.o.weight/exp_avg" in load_file(path / MOMENTS)
+    other, fresh = trained(arm, updates=1, tie_embeddings=tied)
+    assert load_checkpoint(path, other, fresh) == Progress(2, 1.5)
+    assert_equal(state_of(other, fresh), state_of(model, optimizer))
+
+
+def test_a_run_of_version_0_1_0_goes_on(data: Path, tmp_path: Path) -> None:
+    """Of a hybrid, whose names say the most, with a checkpoint in the middle; and it is read."""
+    shape = {"pattern": "MA-O", "n_layers": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk": 8, "n_experts": 4}
+    config = tiny.run_config("nhybrid", data, **shape, save_every=3, lr=1e-2)
+    whole = train(config, tmp_path / "run", show_progress=False)
+    tokens = torch.randint(tiny.VOCAB, (2, 16))
+    logits = load_model(tmp_path / "run")(tokens)
+    last = latest_checkpoint(tmp_path / "run")
+    assert last is not None
+    rename_checkpoint(last)
+    assert torch.equal(load_model(tmp_path / "run")(tokens), logits)
+    shutil.rmtree(last)
+    middle = latest_checkpoint(tmp_path / "run")
+    assert middle is not None
+    rename_checkpoint(middle)
+    assert train(config, tmp_path / "run", resume=True, show_progress=False) == whole
+
+
+@both_arms
 def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, tmp_path: Path) -> None:
     """What was counted since the last update is not saved: there is an update before every checkpoint."""
     tokens = torch.randint(11, (2, 8))
@@ -116,11 +149,11 @@ def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, 
     model, other = (moe_case.model_with_experts(arm) for _ in range(2))
     optimizer, fresh = (build_optimizer(each, OptimConfig(lr=1e-2)) for each in (model, other))
     before = updated(model, optimizer)
-    assert before["blocks.0.mlp.part.router.score_bias"].abs().max() > 0
+    assert before["blocks.0.experts.part.router.score_bias"].abs().max() > 0
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
     names = set(load_file(path / WEIGHTS))
     assert {name for name in names if "router" in name} == {
-        f"blocks.{i}.mlp.part.router.{part}" for i in (0, 1) for part in ("weight", "score_bias")
+        f"blocks.{i}.experts.part.router.{part}" for i in (0, 1) for part in ("weight", "score_bias")
     }
     load_checkpoint(path, other, fresh)
     assert_equal(updated(other, fresh), updated(model, optimizer))
@@ -130,8 +163,8 @@ def test_a_checkpoint_without_the_biases_is_refused(tmp_path: Path) -> None:
     model = moe_case.model_with_experts()
     path = save_checkpoint(tmp_path, model, build_optimizer(model, OptimConfig(lr=1e-2)), Progress(1, 0.0), keep=1)
     for block in model.blocks:
-        del block.mlp.router.score_bias
-    with pytest.raises(ValueError, match=r"only the checkpoint has blocks\.0\.mlp\.router\.score_bias"):
+        del block.experts.part.router.score_bias
+    with pytest.raises(ValueError, match=r"only the checkpoint has blocks\.0\.experts\.part\.router\.score_bias"):
         load_weights(model, path)
 
 
@@ -262,7 +295,7 @@ def test_an_incomplete_checkpoint_is_refused(damage: str, tmp_path: Path) -> Non
 def test_weights_of_another_model_are_refused_by_name_or_shape(tmp_path: Path) -> None:
     model, optimizer = trained("ngpt")
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
-    with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.alpha_a\.value"):
+    with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.attention\.alpha\.value"):
         load_weights(build(GPTConfig(**SHAPE)), path)
     with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.u\.weight is \(12, 8\) there, \(20, 8\)"):
         load_weights(build(NGPTConfig(**{**SHAPE, "d_ff": 20})), path)

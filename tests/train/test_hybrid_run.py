@@ -48,12 +48,13 @@ def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path:
     assert loss < 0.8 * next(r["loss"] for r in records if r["kind"] == "val")
     model = load_model(tmp_path / "run")
     assert isinstance(model, LanguageModel)
-    assert model.pattern == PATTERN
+    assert "".join(block.letters for block in model.blocks) == PATTERN
     assert departure(model) < 1e-6
     assert read_config(tmp_path / "run" / "config.json") == config
-    alphas = [r["alpha"] for r in records if "alpha" in r]
+    alphas = [found for r in records if (found := {n: len(v) for n, v in r.items() if n.startswith("alpha_")})]
     assert bool(alphas) == (arm == "nhybrid")
-    assert all(len(alpha) == 3 for alpha in alphas)
+    names = {"alpha_A": "A", "alpha_M": "-", "alpha_mixer": "M"}
+    assert all(alpha == {n: PATTERN.count(letter) for n, letter in names.items()} for alpha in alphas)
 
 
 @both_arms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import ranks
 import tiny
 import torch
+from old_files import rename_checkpoint
 
 from spherelm import departure, load_model
-from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.runs.checkpoint import latest_checkpoint, load_checkpoint
 from spherelm.runs.config import TrainConfig
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.parallel import place
@@ -216,6 +219,23 @@ def test_every_process_writes_its_part(runs: Path) -> None:
     assert names == {*expected, "state.json"}
     sizes = [(checkpoint / name).stat().st_size for name in expected if name.startswith("optimizer")]
     assert max(sizes) < 1.5 * min(sizes)
+
+
+@both_arms
+def test_the_parts_of_version_0_1_0_are_read(arm: str, runs: Path, tmp_path: Path) -> None:
+    """Written by four processes: weights and moments, under the names of then."""
+    checkpoint = latest_checkpoint(runs / f"{arm}-shard-4")
+    assert checkpoint is not None
+    old = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    rename_checkpoint(old)
+    found = []
+    for path in (checkpoint, old):
+        model = load_model(runs / f"{arm}-alone")
+        optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+        load_checkpoint(path, model, optimizer)
+        found.append([*model.parameters(), *(v for p in model.parameters() for v in optimizer.state[p].values())])
+    assert len(found[0]) == 4 * len(list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @both_arms

@@ -96,8 +96,8 @@ def test_float16_has_room_for_large_learned_scales(runs: dict[tuple[str, str], P
         for model in (exact, half):
             model.head.s_z.value.mul_(100)
             for block in model.blocks:
-                block.mlp.s_u.value.mul_(100)
-                block.attention.s_qk.value.mul_(10)
+                block.mlp.part.s_u.value.mul_(100)
+                block.attention.part.s_qk.value.mul_(10)
     assert half(tokens).isfinite().all()
     assert relative_error(half, exact, tokens) < 0.02
 

@@ -41,7 +41,8 @@ def _renamed(name: str, only: Mapping[str, str]) -> str:
     if first in PARTS:
         return f"{block}{PARTS[first]}.part.{rest}"
     kind, _, letter = first.partition("_")  # norm_a, alpha_m; of a block with one part norm, alpha
-    return f"{block}{SUBLAYERS[letter] if letter else only[block]}.{kind}.{rest}"
+    sublayer = SUBLAYERS.get(letter) if letter else only.get(block)
+    return f"{block}{sublayer}.{kind}.{rest}" if sublayer else name
 
 
 def today(state: Mapping[str, Value]) -> dict[str, Value]:

@@ -15,7 +15,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spherelm.models import Decoder, build
+from spherelm.models.older import is_old, renames
 from spherelm.runs.config import read_config
 from spherelm.runs.group import Group
 
@@ -291,40 +292,54 @@ def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[st
     return group.together(verified)
 
 
-def _headers(checkpoint: Path) -> dict[str, torch.Size]:
-    """The shape of everything in a checkpoint, by name."""
+class _Entry(NamedTuple):
+    """What a checkpoint calls something, which may be an older name, and its shape."""
+
+    name: str
+    shape: torch.Size
+
+
+def _entries(checkpoint: Path) -> dict[str, _Entry]:
+    """Everything in a checkpoint, by the names of today."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
         metadata = reader.read_metadata()
     except safetensors.SafetensorError as error:
         raise ValueError(f"{checkpoint} holds a file that is not safetensors ({error}): {REMEDY}") from error
-    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    shapes = {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    weights = {name.partition("/")[0] for name in shapes}
+    new = renames(weights) if is_old(weights) else {}
+    found = {}
+    for stored, shape in shapes.items():
+        name, slash, key = stored.partition("/")
+        found[new.get(name, name) + slash + key] = _Entry(stored, shape)
+    return found
 
 
 def _read(checkpoint: Path, into: dict[str, Tensor], group: Group) -> None:
-    """Fill the tensors `into` from the checkpoint, whatever number of processes wrote it."""
+    """Fill the tensors `into`, by the names in the checkpoint, from it, whatever number of processes wrote it."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> None:
-    """Copy the weights in a checkpoint into `model`; names and shapes must agree exactly.
+    """Copy the weights in a checkpoint, of this version or an older one, into `model`; names and shapes must agree exactly.
 
     Raises `ValueError` naming what does not.
     """
-    shapes = {n: s for n, s in _headers(checkpoint).items() if "/" not in n and n != RANDOM_STATE}
+    stored = {n: entry for n, entry in _entries(checkpoint).items() if "/" not in n and n != RANDOM_STATE}
     weights = _weights(model)
-    for name in sorted(weights.keys() ^ shapes.keys()):
+    for name in sorted(weights.keys() ^ stored.keys()):
         where = "the model" if name in weights else "the checkpoint"
         raise ValueError(f"{checkpoint} belongs to another model: only {where} has {name}")
     for name, weight in weights.items():
-        if weight.shape != shapes[name]:
+        if weight.shape != stored[name].shape:
             raise ValueError(
-                f"{checkpoint} belongs to another config: {name} is {tuple(shapes[name])} there, "
+                f"{checkpoint} belongs to another config: {name} is {tuple(stored[name].shape)} there, "
                 f"{tuple(weight.shape)} in the model"
             )
-    _read(checkpoint, {name: weight.detach() for name, weight in weights.items()}, group)
+    _read(checkpoint, {stored[name].name: weight.detach() for name, weight in weights.items()}, group)
 
 
 def count_devices(optimizer: Optimizer) -> dict[Tensor, torch.device]:
@@ -357,12 +372,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     parameters = dict(model.named_parameters())
     into = {RANDOM_STATE: torch.empty_like(torch.get_rng_state())}
     devices = count_devices(optimizer)
-    for path, shape in _headers(checkpoint).items():
+    for path, (stored, shape) in _entries(checkpoint).items():
         name, _, key = path.partition("/")
         if key:
             parameter = parameters[name]
             count = torch.zeros((), device=devices.get(parameter, "cpu"))
-            optimizer.state[parameter][key] = into[path] = torch.zeros_like(parameter) if len(shape) else count
+            optimizer.state[parameter][key] = into[stored] = torch.zeros_like(parameter) if len(shape) else count
     _read(checkpoint, into, group)
     torch.set_rng_state(into[RANDOM_STATE])
     rest = {name: state[name] for name in ("data", "skipped", "norm", "start") if name in state}

@@ -204,7 +204,7 @@ class Diagnosis:
         self._model, self._optimizer, self._angles = model, optimizer, UpdateAngles(model)
 
     def measure(self) -> dict[str, Any]:
-        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A` and `alpha_M` by layer, `s_z`; what there is of it.
+        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A`, `alpha_M` and the like by layer, `s_z`; what there is.
 
         Of experts what `load_by_layer` says.
         """

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -25,6 +26,7 @@ from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
 from spherelm.models.kit import Surroundings
+from spherelm.models.older import is_old, today
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the installed transformers calls the cache of keys and values, in arguments and results."""
@@ -174,6 +176,16 @@ class SphereModel(PreTrainedModel, GenerationMixin):
             self._passes += 1
             if self._passes & (self._passes - 1) == 0:  # ever more rarely: on a GPU it waits for all that was asked for
                 check_departure(self)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: dict[str, Tensor] | None, checkpoint_files: list[str] | None, *rest: Any
+    ) -> Any:
+        """As transformers has it; what version 0.1.0 saved is read by the names of today."""
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            stored = {name: tensor for file in checkpoint_files for name, tensor in load_file(file).items()}
+            state_dict = today(stored) if is_old(stored) else None
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *rest)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what a checkpoint did not bring, from our model's distributions; leave what it did bring alone.

@@ -1,0 +1,40 @@
+"""Names of version 0.1.0, which were the oracle's, are read as those of today."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hybrid_case import hybrid_config
+from oracle_names import by_oracle_names
+from pair_case import TINY, pair_config
+
+from spherelm.models import EncoderConfig, GPTConfig, NEncoderConfig, NGPTConfig, build
+from spherelm.models.older import is_old, today
+
+CONFIGS: dict[str, Any] = {
+    "gpt": GPTConfig(**TINY),
+    "ngpt": NGPTConfig(**TINY),
+    "tied": NGPTConfig(**TINY, tie_embeddings=True),
+    "encdec": pair_config("encdec"),
+    "nencdec": pair_config("nencdec"),
+    "encoder": EncoderConfig(**TINY),
+    "nencoder": NEncoderConfig(**TINY),
+    "hybrid": hybrid_config("hybrid", "MA-O", n_shared_experts=1),
+    "nhybrid": hybrid_config("nhybrid", "MA-O", n_shared_experts=1),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_old_names_become_todays_and_todays_stay(kind: str, prefix: str) -> None:
+    state = build(CONFIGS[kind]).state_dict()
+    ours = {prefix + name: value for name, value in state.items()}
+    old = {prefix + name: value for name, value in by_oracle_names(state).items()}
+    assert is_old(old)
+    assert not is_old(ours)
+    assert old.keys() != ours.keys()
+    for given in (old, ours):
+        found = today(given)
+        assert found.keys() == ours.keys()
+        assert all(found[name] is ours[name] for name in ours)

@@ -1,0 +1,53 @@
+"""Files as version 0.1.0 wrote them, made of files of today: its names of parameters were the oracle's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from oracle_names import oracle_names
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SHARDING = "DCP_SHARDING_INFO"
+"""Where a file of `torch.distributed.checkpoint` says which part of each tensor it holds."""
+
+
+def rename_checkpoint(checkpoint: Path) -> None:
+    """Give everything in a checkpoint its older name, in all of its files, and note their new sha256."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    rename_files([checkpoint / name for name in state["sha256"]])
+    state["sha256"] = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in state["sha256"]}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def rename_export(folder: Path) -> None:
+    """The same for the weights of a Hugging Face folder, and for the index of their files where there is one."""
+    older = rename_files(sorted(folder.glob("*.safetensors")), "model.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        text = json.loads(index.read_text(encoding="utf-8"))
+        text["weight_map"] = {older[name]: file for name, file in text["weight_map"].items()}
+        index.write_text(json.dumps(text), encoding="utf-8")
+
+
+def rename_files(files: list[Path], prefix: str = "") -> dict[str, str]:
+    """Give everything in these safetensors its older name behind `prefix`: new -> old. Optimizers have `weight/key`."""
+    held = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            held[file] = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    weights = {name.partition("/")[0].removeprefix(prefix) for _, tensors in held.values() for name in tensors}
+    names = oracle_names(sorted(weights))
+
+    older = {}
+    for name in (name for _, tensors in held.values() for name in tensors):
+        weight, slash, key = name.partition("/")
+        older[name] = prefix + names[weight.removeprefix(prefix)] + slash + key
+    for file, (metadata, tensors) in held.items():
+        if SHARDING in metadata:
+            parts = json.loads(metadata[SHARDING])
+            metadata |= {SHARDING: json.dumps({older[name]: part for name, part in parts.items()})}
+        save_file({older[name]: tensor for name, tensor in tensors.items()}, file, metadata)
+    return older
