@@ -109,6 +109,11 @@ def read(words: Sequence[str], flags: Mapping[str, Kind]) -> Iterator[tuple[str,
         yield key_of(words[place]), [*([value] if equals else []), *words[place + 1 : following]]
 
 
+def is_given(parameter: str) -> bool:
+    """Whether the command line has the flag of this parameter."""
+    return any(key_of(word) == flag_name(parameter) for word in sys.argv[1:])
+
+
 def key_of(word: str) -> str:
     """The flag in a word that may hold its value too; underscores may stand for hyphens."""
     return word.partition("=")[0].replace("_", "-")

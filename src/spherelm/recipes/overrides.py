@@ -17,7 +17,6 @@ from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import BaseShape
-from spherelm.recipes.presets import Preset
 from spherelm.runs.config import RunConfig, TrainConfig
 
 
@@ -119,9 +118,9 @@ def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture
     return dataclasses.replace(start, **changed, **take(given, type(start), but=("kind", "mixer", "experts")))
 
 
-def layers_of(given: Mapping[str, Any], size: Preset) -> dict[str, int]:
+def layers_of(given: Mapping[str, Any], architecture: Architecture) -> dict[str, int]:
     """The n_layers that a pattern of the architecture makes, where it has one and `given` does not say otherwise."""
-    pattern = size.architecture.pattern if isinstance(size.architecture, DecoderArch) else None
+    pattern = architecture.pattern if isinstance(architecture, DecoderArch) else None
     if pattern is None:
         return {}
     if given.get("n_layers", len(pattern)) != len(pattern):
@@ -232,3 +231,29 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
                 f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}, or is left out "
                 "(a sweep of the others can go into the same --out)"
             )
+
+
+def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
+    """`config` with `fields`, named as for `make_run`, in place of its own. Nothing else changes, as no recipe is asked again.
+
+    Raises `ValueError` naming an unknown field, or one that would change nothing.
+    """
+    model, optim, given = config.model, config.optim, dict(fields)
+    given |= heads_of(given, model.d_model)
+    architecture = architecture_of(model.architecture, given)
+    given |= layers_of(given, architecture)
+    groups = nested(type(model))
+    own = {name: value for name, value in vars(model).items() if name not in ("architecture", *groups)}
+    own |= {f"{group}.{name}": value for group in groups for name, value in vars(getattr(model, group)).items()}
+    rule = {name: value for name, value in vars(optim.optimizer).items() if name != "kind"}
+    result = dataclasses.replace(
+        config,
+        model=model_config(type(model), architecture, own, given),
+        optim=optim_config(optim.lr, {**vars(optim), **rule, "optimizer": optim.optimizer.kind}, given),
+        schedule=schedule_of(config.schedule, given),
+        train=dataclasses.replace(config.train, **take(given, TrainConfig)),
+        base=None if config.base is None else base_of(config.base, given),
+    )
+    refuse_unknown(given, config.arm)
+    check_effects(fields, result, config.arm == "ngpt")
+    return result
