@@ -23,9 +23,9 @@ FLAGS = [(name, flag) for name, command in cli.COMMANDS.items() for flag in flag
 NEEDY = [(name, flag) for name, flag in FLAGS if flags_of(cli.COMMANDS[name])[flag].needs]
 
 FLOORS = {
-    "compare": ["experiments.comparison.compare"],
+    "compare": ["experiments.comparison.compare", "report.report.write_report"],
     "train": ["train.trainer.train"],
-    "sweep": ["experiments.sweep.sweep"],
+    "sweep": ["experiments.sweep.sweep", "report.sweep_page.write_page"],
     "evidence": ["experiments.evidence.climb", "experiments.evidence_record.table"],
     "eval": [
         *(f"train.evaluation.{name}_of_run" for name in ("tasks", "perplexity", "translation")),
