@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import tiny
+from configs import fields_by_path
 
 from spherelm import recipes
-from spherelm.models import ARCHITECTURES, NGPTConfig, ScaleSpec, Variant, parameter_count
-from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.models import NGPTConfig, parameter_count
+from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.rules import AdamW, GatedAdamW, Muon
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, distinct, make_run, recipe_names
@@ -57,21 +58,9 @@ def test_a_short_run_warms_up_over_a_tenth(steps: int, warmup: int) -> None:
     assert make_run("ngpt", vocab_size=9, steps=steps).schedule.warmup_steps == 0
 
 
-NESTED = (ScaleSpec, Variant, *ARCHITECTURES.values(), *RULES.values())
-
-
-def fields_of(config: Any) -> dict[str, Any]:
-    """The fields of a config by name, of those that are configs themselves by path."""
-    found: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        inner = fields_of(value) if isinstance(value, NESTED) else None
-        found |= {name: value} if inner is None else {f"{name}.{path}": one for path, one in inner.items()}
-    return found
-
-
 def differences(one: Any, other: Any) -> set[str]:
     """The fields in which two configs differ."""
-    ours, theirs = fields_of(one), fields_of(other)
+    ours, theirs = fields_by_path(one), fields_by_path(other)
     return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
 
 
@@ -562,7 +551,8 @@ def test_an_ablation_is_the_papers_recipe_with_one_change(name: str) -> None:
     assert differences(run, base) == {"recipe", "model"}
     unsaid = {f"{scale}.scale": R for scale in ("alpha", "s_qk", "s_z")}
     plain, paper = (
-        {k: unsaid[k] if v is None and k in unsaid else v for k, v in fields_of(r.model).items()} for r in (run, base)
+        {k: unsaid[k] if v is None and k in unsaid else v for k, v in fields_by_path(r.model).items()}
+        for r in (run, base)
     )
     found = {k: v for k, v in plain.items() if v != paper[k]}
     assert found == (pytest.approx(WANTED[name]) if _numeric(name) else WANTED[name])
