@@ -21,6 +21,7 @@ import spherelm
 from spherelm import cli
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.shards import open_tokens
+from spherelm.errors import NotFoundError, StorageError, UserError
 from spherelm.experiments import comparison
 from spherelm.experiments import sweep as sweep_module
 from spherelm.experiments.jobs import Job
@@ -383,8 +384,8 @@ def test_sweep_passes_on_what_was_asked(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("a wrong\n  value"), 2, "spherelm: a wrong value"),
-        (FileNotFoundError("no file"), 2, "spherelm: no file"),
+        (UserError("a wrong\n  value"), 2, "spherelm: a wrong value"),
+        (FileNotFoundError(2, "no file", "x"), 2, "spherelm: [Errno 2] no file: 'x'"),
         (OSError(28, "No space left on device"), 2, "spherelm: [Errno 28] No space left on device"),
         (Diverged("the loss is nan"), 1, "spherelm: the loss is nan"),
         (Interrupted("saved", 15), 143, "spherelm: saved"),
@@ -405,10 +406,21 @@ def test_each_way_to_fail_has_its_code_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a mistake of ours"), TypeError("another"), AssertionError("and another")]
+    "error",
+    [
+        RuntimeError("a mistake of ours"),
+        TypeError("another"),
+        AssertionError("and another"),
+        ValueError("not what the user gave"),
+        OSError("not the system's"),
+    ],
 )
 def test_our_own_mistakes_keep_their_traceback(
-    error: Exception, command: commands.Command, data: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    command: commands.Command,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -416,6 +428,19 @@ def test_our_own_mistakes_keep_their_traceback(
     monkeypatch.setattr(trainer, "train", fail)
     with pytest.raises(type(error), match=str(error)):
         command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
+    assert re.fullmatch(r"spherelm: this is a mistake in spherelm .*: please report it .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [UserError("too many"), NotFoundError("no file"), StorageError("full")])
+def test_what_the_user_can_mend_is_one_line(
+    error: Exception, command: commands.Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    answer = command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
+    assert (answer.code, answer.out, answer.err) == (2, "", f"spherelm: {error}\n")
 
 
 def test_training_that_diverges_is_code_1(command: commands.Command, data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from spherelm.errors import UserError
+
 TORCHRUN = "torchrun"
 """Stands among what a flag needs for several processes, which torchrun starts."""
 
@@ -118,9 +120,9 @@ def check(words: Sequence[str], flags: Mapping[str, Kind]) -> None:
     for flag, values in read(words, flags):
         kind = flags[flag]
         if flag in found and not (kind.is_list or kind.is_switch):
-            raise ValueError(f"{flag} is given twice, with {found[flag][0]} and with {values[0]}: give it once")
+            raise UserError(f"{flag} is given twice, with {found[flag][0]} and with {values[0]}: give it once")
         if kind.is_list and not values:
-            raise ValueError(f"{flag} has no value: give one, or leave it out")
+            raise UserError(f"{flag} has no value: give one, or leave it out")
         found.setdefault(flag, []).extend(values if kind.is_list else values[:1])
     for field, _, value in (word.partition("=") for word in found.get("--set", [])):
         found.setdefault(flag_name(field), []).append(value)
@@ -128,7 +130,7 @@ def check(words: Sequence[str], flags: Mapping[str, Kind]) -> None:
         needs = flags[flag].needs if flag in flags else None
         complaint = needs.complaint(flag, found) if needs else None
         if complaint:
-            raise ValueError(complaint)
+            raise UserError(complaint)
 
 
 def checked(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,4 +181,4 @@ def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -
         meant = fields_by(flags) | {flag: flag for flag in flags}
         near = get_close_matches(key, meant, 1, 0.7)
         advice = f"did you mean {meant[near[0]]}?" if near else f"see spherelm {name} --help"
-        raise ValueError(f"{name} has no flag {key}: {advice}")
+        raise UserError(f"{name} has no flag {key}: {advice}")

@@ -19,6 +19,7 @@ from typing import Any
 from spherelm.data.compression import open_compressed
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
 from spherelm.data.rows import Rows, no_column, top_field
+from spherelm.errors import UserError
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
@@ -57,7 +58,7 @@ class HubText:
 
     def __init__(self, request: HubRequest, skip_bad: bool = False, words: Mapping[str, str] = FLAGS) -> None:
         if request.limit is not None and request.limit < 1:
-            raise ValueError(f"a limit of {request.limit} rows: give at least 1")
+            raise UserError(f"a limit of {request.limit} rows: give at least 1")
         self.request = request
         with _said_in_one_line(request.name):
             builder = _open_builder(request, words)

@@ -12,6 +12,7 @@ import numpy as np
 
 from spherelm.data.sources import vocabulary_size
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
 from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
@@ -57,7 +58,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spherelm.errors import UserError
 from spherelm.models import CONFIGS, Architecture, DecoderArch
 from spherelm.optim import RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -317,7 +318,7 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
 
 def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     if name not in among:
-        raise ValueError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
+        raise UserError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
     return among[name]
 
 
@@ -358,7 +359,7 @@ def make_run(
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
-        raise ValueError(
+        raise UserError(
             f"no learning rate was tuned for {arm} at {preset!r} by {recipe!r}: give --lr (compare: --lr-gpt, --lr-ngpt)"
         )
     optim = optim_config(rate, choices.optim, given)

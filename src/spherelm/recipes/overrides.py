@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
+from spherelm.errors import UserError
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, Variant
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
@@ -44,9 +45,9 @@ def of_type(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
             raise TypeCheckError(name)
     except TypeCheckError:
-        raise ValueError(f"{name} must be {in_words(hint)}, got {value!r}") from None
+        raise UserError(f"{name} must be {in_words(hint)}, got {value!r}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
+        raise UserError(f"{name} must be a finite number, got {value}")
     return value
 
 
@@ -91,11 +92,11 @@ def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
         others = [other for other in ARMS if name in fields_of(other)]
         if name in known:
             owners = ", ".join(other for other in ARCHITECTURES if name in fields_of_architecture(other))
-            raise ValueError(f"{name} is a field of the architecture {owners}, and this run has {kind}: leave it out")
+            raise UserError(f"{name} is a field of the architecture {owners}, and this run has {kind}: leave it out")
         if others:
-            raise ValueError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
+            raise UserError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
     if given:
-        raise ValueError(f"no field is called {', '.join(name + nearest(name, known) for name in sorted(given))}")
+        raise UserError(f"no field is called {', '.join(name + nearest(name, known) for name in sorted(given))}")
 
 
 def fields_of_architecture(kind: str) -> set[str]:
@@ -112,7 +113,7 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
     width = given.get("d_model", d_model)
     counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
     if "n_heads" in given or not counts or width % d_k:
-        raise ValueError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
+        raise UserError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
     return {"n_heads": width // d_k}
 
 
@@ -120,7 +121,7 @@ def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture
     """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
     kind = given.pop("architecture", preset.kind)
     if kind not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
     start = preset if kind == preset.kind else ARCHITECTURES[kind]()
     changed: dict[str, Any] = {}
     if isinstance(start, DecoderArch):
@@ -136,7 +137,7 @@ def layers_of(given: Mapping[str, Any], size: Preset) -> dict[str, int]:
     if pattern is None:
         return {}
     if given.get("n_layers", len(pattern)) != len(pattern):
-        raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
+        raise UserError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
     return {"n_layers": len(pattern)}
 
 
@@ -179,7 +180,7 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
     """
     kind = given.pop("optimizer", chosen.get("optimizer", "adamw"))
     if kind not in RULES:
-        raise ValueError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
+        raise UserError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
     names = {name: {field.name for field in dataclasses.fields(rule)} - {"kind"} for name, rule in RULES.items()}
     own = {name: value for name, value in chosen.items() if name in names[kind]} | take(
         given, RULES[kind], but=("kind",)
@@ -189,7 +190,7 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
         if others and (given[name] is None or given[name] is False):
             del given[name]  # switched off
         elif others:
-            raise ValueError(f"{name} is a field of the optimizer {others[0]}, and this run has {kind}: leave it out")
+            raise UserError(f"{name} is a field of the optimizer {others[0]}, and this run has {kind}: leave it out")
     common = {name: value for name, value in chosen.items() if name not in {"optimizer", *set().union(*names.values())}}
     common = {"lr": lr, **common, **take(given, OptimConfig, but=("optimizer", "multipliers"))}
     common["multipliers"] = multipliers_of(common.get("multipliers", RateMultipliers()), given)
@@ -239,7 +240,7 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
             if not holds and name in given and given[name] is not None and given[name] is not False
         ]
         if idle:
-            raise ValueError(
+            raise UserError(
                 f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}, or is left out "
                 "(a sweep of the others can go into the same --out)"
             )

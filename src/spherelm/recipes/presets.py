@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from spherelm.errors import UserError
 from spherelm.models import ARMS, Architecture, DecoderArch, EncDecArch, EncoderArch
 from spherelm.optim.transfer import BaseShape
 
@@ -48,7 +49,7 @@ class Preset:
         for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+                raise UserError(f"{name} must be a positive whole number, got {value!r}")
 
 
 def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:

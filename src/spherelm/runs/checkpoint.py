@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from spherelm.errors import StorageError, UserError
 from spherelm.models import Decoder, build
 from spherelm.models.older import is_old, renames
 from spherelm.runs.config import read_config
@@ -168,7 +169,7 @@ class CheckpointWriter:
             shutil.rmtree(part, ignore_errors=True)
             last = latest_checkpoint(self.run)
             good = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-            raise OSError(
+            raise StorageError(
                 f"could not save a checkpoint in {final.parent} ({reason(error)}); {good}: free some space and --resume"
             ) from error
 
@@ -284,10 +285,10 @@ def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[st
             hashes = sorted(item for item in state["sha256"].items() if item[0].startswith(of))
             for name, expected in hashes[group.rank :: group.world_size]:
                 if _digest(checkpoint / name) != expected:
-                    raise ValueError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
+                    raise UserError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
             return state
         except (KeyError, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError) as error:
-            raise ValueError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
+            raise UserError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
 
     return group.together(verified)
 
@@ -305,7 +306,7 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
     try:
         metadata = reader.read_metadata()
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{checkpoint} holds a file that is not safetensors ({error}): {REMEDY}") from error
+        raise UserError(f"{checkpoint} holds a file that is not safetensors ({error}): {REMEDY}") from error
     shapes = {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
     weights = {name.partition("/")[0] for name in shapes}
     new = renames(weights) if is_old(weights) else {}
@@ -332,10 +333,10 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
     weights = _weights(model)
     for name in sorted(weights.keys() ^ stored.keys()):
         where = "the model" if name in weights else "the checkpoint"
-        raise ValueError(f"{checkpoint} belongs to another model: only {where} has {name}")
+        raise UserError(f"{checkpoint} belongs to another model: only {where} has {name}")
     for name, weight in weights.items():
         if weight.shape != stored[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} belongs to another config: {name} is {tuple(stored[name].shape)} there, "
                 f"{tuple(weight.shape)} in the model"
             )
@@ -363,7 +364,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     another config.
     """
     if not any(checkpoint.glob(f"{Path(MOMENTS).stem}*.safetensors")):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot go on from it; "
             f"{REMEDY}"
         )
