@@ -377,6 +377,6 @@ def make_run(
         data=data,
         base=size.base if recipe == "nugpt" and arm == "ngpt" else None,
     )
-    refuse_unknown(given, arm)
+    refuse_unknown(given, config)
     check_effects(overrides, config, arm == "ngpt")
     return config

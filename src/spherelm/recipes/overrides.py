@@ -84,13 +84,24 @@ def fields_of(arm: str) -> set[str]:
     )
 
 
-def refuse_unknown(given: Collection[str], arm: str) -> None:
-    """Raise `ValueError` for a name in `given`, of which a run of `arm` has none, and say what was meant or who has it."""
+def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
+    """Raise `ValueError` for any name in `given`: the run of `config` has none such. Say what was meant or who has it."""
+    arm, kind, known = config.arm, config.model.architecture.kind, fields_of(config.arm)
     for name in sorted(given):
         others = [other for other in ARMS if name in fields_of(other)]
+        if name in known:
+            owners = ", ".join(other for other in ARCHITECTURES if name in fields_of_architecture(other))
+            raise UserError(f"{name} is a field of the architecture {owners}, and this run has {kind}: leave it out")
         if others:
             raise UserError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
-        raise UserError(f"no field is called {name}{nearest(name, fields_of(arm))}")
+    if given:
+        raise UserError(f"no field is called {', '.join(name + nearest(name, known) for name in sorted(given))}")
+
+
+def fields_of_architecture(kind: str) -> set[str]:
+    """Every field of the architecture `kind` that can be given by its name."""
+    owners = [ARCHITECTURES[kind], *((MixerSizes, ExpertSizes) if kind == "decoder" else ())]
+    return {field.name for owner in owners for field in dataclasses.fields(owner)} - {"kind", "mixer", "experts"}
 
 
 def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
@@ -115,6 +126,7 @@ def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture
     if isinstance(start, DecoderArch):
         changed["mixer"] = dataclasses.replace(start.mixer, **take(given, MixerSizes))
         changed["experts"] = dataclasses.replace(start.experts, **take(given, ExpertSizes))
+        changed |= {name: given.pop(name) for name in ("pattern",) if name in given}  # which says itself what it may be
     return dataclasses.replace(start, **changed, **take(given, type(start), but=("kind", "mixer", "experts")))
 
 
@@ -174,7 +186,7 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
     )
     for name in list(given):
         others = [other for other in RULES if name in names[other]]
-        if others and given[name] in (None, False):
+        if others and (given[name] is None or given[name] is False):
             del given[name]  # switched off
         elif others:
             raise UserError(f"{name} is a field of the optimizer {others[0]}, and this run has {kind}: leave it out")

@@ -161,7 +161,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
         model = older.fields_today(record["arm"], record["model"])
         optim = dict(record["optim"])
         rule = older.rule_today(optim)
-        optim["optimizer"] = RULES[rule.pop("kind")](**{**rule, "betas": tuple(rule["betas"])})
+        optim["optimizer"] = RULES[rule.pop("kind")](**rule)
         optim["multipliers"] = RateMultipliers(**optim["multipliers"])
         return RunConfig(
             recipe=record["recipe"],

@@ -219,7 +219,11 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
         check_input(file)
         check_held_out(file, sha256_of(file), text.local_files)
     blocks = (
-        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        read_blocks(
+            file,
+            cutter=Cutter(tokenizer),
+            rows=Rows(spec.request.column, named_by=OF_STREAMS["column"], skipped_by=None),
+        )
         if fraction is None
         else text.blocks(None)
     )
