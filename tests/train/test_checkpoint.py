@@ -297,7 +297,7 @@ def test_weights_of_another_model_are_refused_by_name_or_shape(tmp_path: Path) -
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
     with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.attention\.alpha\.value"):
         load_weights(build(GPTConfig(**SHAPE)), path)
-    with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.u\.weight is \(12, 8\) there, \(20, 8\)"):
+    with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.part\.u\.weight is \(12, 8\) there, \(20, 8\)"):
         load_weights(build(NGPTConfig(**{**SHAPE, "d_ff": 20})), path)
     (path / WEIGHTS).write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="holds a file that is not safetensors"):
