@@ -120,7 +120,7 @@ def test_a_checkpoint_of_version_0_1_0_is_read(arm: str, tied: bool, tmp_path: P
 def test_a_run_of_version_0_1_0_goes_on(data: Path, tmp_path: Path) -> None:
     """Of a hybrid, whose names say the most, with a checkpoint in the middle; and it is read."""
     shape = {"pattern": "MA-O", "n_layers": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk": 8, "n_experts": 4}
-    config = tiny.run_config("nhybrid", data, **shape, save_every=3, lr=1e-2)
+    config = tiny.run_config("ngpt", data, **shape, save_every=3, lr=1e-2)
     whole = train(config, tmp_path / "run", show_progress=False)
     tokens = torch.randint(tiny.VOCAB, (2, 16))
     logits = load_model(tmp_path / "run")(tokens)
@@ -297,7 +297,9 @@ def test_weights_of_another_model_are_refused_by_name_or_shape(tmp_path: Path) -
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
     with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.attention\.alpha\.value"):
         load_weights(build(GPTConfig(**SHAPE)), path)
-    with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.part\.u\.weight is \(12, 8\) there, \(20, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"another config: blocks\.0\.mlp\.part\.u\.weight is \(12, 8\) there, \(20, 8\)"
+    ):
         load_weights(build(NGPTConfig(**{**SHAPE, "d_ff": 20})), path)
     (path / WEIGHTS).write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="holds a file that is not safetensors"):

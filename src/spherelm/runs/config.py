@@ -172,7 +172,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
             data=record["data"],
             base=BaseShape(**record["base"]) if record.get("base") else None,
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a run configuration of this version of spherelm: {error}") from error
 
 

@@ -48,7 +48,7 @@ FREE_TO_CHANGE = (
             *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
         )
     ),
-    *("base", "base.d_model", "base.n_layers", "base.steps", "model.mamba_chunk"),
+    *("base", "base.d_model", "base.n_layers", "base.steps", "model.architecture.mixer.mamba_chunk"),
 )
 """What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
 
