@@ -176,6 +176,14 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
         raise ValueError(f"not a run configuration of this version of spherelm: {error}") from error
 
 
+def record_today(record: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a `config.json`, its configuration as this version writes it; a record of anything else as it is."""
+    try:
+        return {**record, **to_dict(from_dict(record))}
+    except ValueError:
+        return record
+
+
 def read_config(path: Path) -> RunConfig:
     """The configuration stored in the file `path`; raises `ValueError` naming the file if it is not one."""
     try:

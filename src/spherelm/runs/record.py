@@ -18,7 +18,7 @@ from typing import Any
 from spherelm.data.output import locked
 from spherelm.data.sources import proportions
 from spherelm.runs.checkpoint import latest_checkpoint
-from spherelm.runs.config import RunConfig, to_dict
+from spherelm.runs.config import RunConfig, record_today, to_dict
 
 FREE_TO_CHANGE = (
     *(
@@ -157,7 +157,8 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         write_json(path, {**wanted, **about})
         return False
     try:
-        before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
+        before = _flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
+        now = _flat(json.loads(json.dumps(wanted)))
         moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
