@@ -185,8 +185,8 @@ def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
 def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
     if config.data is None or not holds_pairs(Path(config.data)):
         raise UserError(
-            f"{config.arm} learns from pairs and {config.data or 'the shipped text'} holds none: make them with spherelm data "
-            "pairs and name them with --data"
+            f"an encoder-decoder learns from pairs and {config.data or 'the shipped text'} holds none: make them with "
+            "spherelm data pairs and name them with --data"
         )
     directory, train = Path(config.data), config.train
     if train.mask_documents:
