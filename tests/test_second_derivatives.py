@@ -22,7 +22,7 @@ from spherelm.layers.moe import Routing, mixed
 from spherelm.layers.rope import nvidia_rotate, nvidia_table, rotary_table, unit_nvidia_rotate, unit_rotate
 from spherelm.models import NGPTConfig, build
 from spherelm.models.decoder import Decoder
-from spherelm.models.ngpt import nvidia_step
+from spherelm.models.variants import nvidia_step
 
 Parts = list[Tensor]
 Function = Callable[..., Tensor]
@@ -187,10 +187,10 @@ MODELS = {
     "gpt": lambda case: case("gpt"),
     "ngpt": lambda case: case("ngpt"),
     "ngpt, tied, shared keys": lambda case: case("ngpt", tie_embeddings=True, n_kv_heads=1),
-    "hybrid": lambda case: make_hybrid_case("gpt", "MA-O"),
-    "nhybrid": lambda case: make_hybrid_case("ngpt", "MA-O", n_shared_experts=1),
-    "encdec": lambda case: make_pair_case("gpt", n_encoder_layers=1),
-    "nencdec": lambda case: make_pair_case("ngpt", n_encoder_layers=1),
+    "gpt, mixed": lambda case: make_hybrid_case("gpt", "MA-O"),
+    "ngpt, mixed": lambda case: make_hybrid_case("ngpt", "MA-O", n_shared_experts=1),
+    "gpt, of pairs": lambda case: make_pair_case("gpt", n_encoder_layers=1),
+    "ngpt, of pairs": lambda case: make_pair_case("ngpt", n_encoder_layers=1),
 }
 
 

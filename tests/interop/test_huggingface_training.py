@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from configs import make_config
 from torch import Tensor
 
-from spherelm import NGPT, NGPTConfig, OptimConfig, attach_retraction, build_optimizer, departure, retract
+from spherelm import OptimConfig, attach_retraction, build_optimizer, departure, retract
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.models import build
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="needs the extra hf: transformers' Trainer stands on accelerate")
@@ -46,7 +48,7 @@ def windows() -> list[dict[str, Tensor]]:
 
 def make_model() -> Any:
     torch.manual_seed(0)
-    return to_hf(NGPT(NGPTConfig(**CONFIG)))
+    return to_hf(build(make_config("ngpt", **CONFIG)))
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
