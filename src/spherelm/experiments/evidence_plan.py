@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spherelm.errors import UserError
 from spherelm.experiments.cost import COMPILE_FROM
+from spherelm.models import DecoderArch
 from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
 
@@ -49,6 +50,11 @@ class Grid:
             if unknown:
                 raise UserError(
                     f"unknown {name[:-1]} {unknown[0]!r}{nearest(unknown[0], known)}: choose among {', '.join(known)}"
+                )
+        for size in self.sizes:
+            if PRESETS[size].architecture != DecoderArch():
+                raise UserError(
+                    f"{size!r} has another architecture than the contenders, attention and MLP in every layer: take another size"
                 )
         if self.seeds < 1:
             raise UserError(f"seeds must be at least 1, got {self.seeds}")

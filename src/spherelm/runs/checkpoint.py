@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from spherelm.errors import StorageError, UserError
+from spherelm.errors import NotFoundError, StorageError, UserError
 from spherelm.models import Decoder, build
 from spherelm.models.older import is_old, renames
 from spherelm.runs.config import read_config
@@ -259,13 +259,13 @@ def checkpoint_of(run: str | Path) -> Path:
     return found
 
 
-def no_checkpoint(path: Path) -> FileNotFoundError:
+def no_checkpoint(path: Path) -> NotFoundError:
     """What is said of a directory without a checkpoint: which runs are in it, if any."""
     runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
     if not runs:
-        return FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+        return NotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
     more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
-    return FileNotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
+    return NotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:
