@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import ranks
 import tiny
@@ -32,7 +33,7 @@ def arguments(arm: str, out: Path, data: Path, *more: str, steps: int = STEPS) -
     text = ["train", "--arm", arm, "--out", str(out), "--data", str(data), "--steps", str(steps), "--seq-len", "16"]
     text += ["--batch-size", "8", "--no-compile", "--lr", "0.002", "--eval-every", "10", "--keep", "9"]
     shape = ["--set", "n_layers=2", "d_model=16", "n_heads=2", "d_ff=24", "eval_windows=7"]
-    return [*text, *(() if "--dtype" in more else ("--dtype", "float32")), *more, *shape]
+    return [*map(str, commands.replaced([*text, "--dtype", "float32"], more)), *shape]
 
 
 AT_STEP = """
@@ -102,7 +103,7 @@ def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     jobs |= {"nan": job("nan", NAN), "skipped": job("skipped", NAN, *SKIPPING, steps=(3, 5))}
     jobs["over"] = job("over", NAN, *SKIPPING, steps=(3, 4, 5))
     for name, flags in REFUSED.items():
-        jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags])
+        jobs[name] = ranks.Job(2, arguments("ngpt", root / name, data, *flags))
     return jobs
 
 
