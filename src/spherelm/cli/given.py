@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -17,14 +16,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-TORCHRUN = "torchrun"
-"""Stands among what a flag needs for several processes, which torchrun starts."""
-
 
 class Needs:
     """Stands in a flag's annotation and says what it needs in order to act.
 
-    beside: flags, one of which must be given: a name, a name and its value such as "--strategy hybrid", or `TORCHRUN`.
+    beside: flags, one of which must be given: a name, or a name and its value such as "--strategy hybrid".
     without: flags, written in the same way, that leave this one nothing to do unless one of `beside` is given.
     """
 
@@ -55,8 +51,6 @@ class Kind:
 
 def holds(wanted: str, found: Mapping[str, Sequence[str]]) -> bool:
     """Whether the flag `wanted`, with its value if it names one, is among those that were `found`."""
-    if wanted == TORCHRUN:
-        return "WORLD_SIZE" in os.environ
     flag, _, value = wanted.partition(" ")
     return flag in found and (not value or same(found[flag][-1:], value))
 
