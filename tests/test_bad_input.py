@@ -382,6 +382,8 @@ def test_a_directory_appears_whole_or_not_at_all(
 ) -> None:
     """A disk that is full near the end, and the same command again."""
     run, out, text = tmp_path / "run", tmp_path / "out", good_data.parent / "train.txt"
+    other = tmp_path / "other.txt"
+    other.write_text("another pair\n")
     train(tiny.run_config("ngpt", good_data, seq_len=64), run, show_progress=False)
     sides = [f"--{split}{side}" for split in ("", "val-") for side in ("source", "target")]
     words = {
@@ -389,7 +391,7 @@ def test_a_directory_appears_whole_or_not_at_all(
         "report": [run, "--out", out],
         "export": [run, out],
         "data pairs": [
-            *(word for side in sides for word in (side, text)),
+            *(word for side in sides for word in (side, other if "val" in side else text)),
             "--out",
             out,
             "--tokenizer",

@@ -224,14 +224,14 @@ def test_a_comparisons_page_links_the_walk(
     write_comparison(tmp_path)
     for run in ("gpt-0", "ngpt-0"):
         load_tokenizer("bytes").save(tmp_path / run)
-    monkeypatch.setattr("spherelm.compare.report.write_walk", partial(inspection.write_walk, sentence="x" * 41))
+    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="x" * 41))
     page = write_report(tmp_path).read_text("utf-8")
     assert "walk.html" not in page
     assert "spherelm inspect . --out inside" in page
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("spherelm: The walk on the sphere cannot be shown: the sentence has 41 tokens")
     assert said.removeprefix("spherelm: ") in page
-    monkeypatch.setattr("spherelm.compare.report.write_walk", partial(inspection.write_walk, sentence="A B C"))
+    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
     page = write_report(tmp_path).read_text("utf-8")
     assert '<a href="walk.html">' in page
     assert "cannot be shown" not in page
@@ -246,7 +246,7 @@ def test_a_file_that_the_package_lacks_is_no_reason_to_leave_the_walk_out(
     write_comparison(tmp_path)
     for run in ("gpt-0", "ngpt-0"):
         load_tokenizer("bytes").save(tmp_path / run)
-    monkeypatch.setattr("spherelm.compare.report.write_walk", partial(inspection.write_walk, sentence="A B C"))
+    monkeypatch.setattr("spherelm.compare.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
     monkeypatch.setattr("spherelm.analysis.walk.files", lambda package: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"walk\.html"):
         write_report(tmp_path)

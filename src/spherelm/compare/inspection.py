@@ -100,12 +100,12 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     return [figure for _, _, figures in sections for figure in figures]
 
 
-def write_walk(runs: Sequence[Path], out: Path, sentence: str | None = None) -> None:
-    """Write only the walk of some runs, as the file `out`; raises as `inspect` does."""
+def trace_walks(runs: Sequence[Path], sentence: str | None = None) -> tuple[list[Walk], str]:
+    """What `walk_page` shows of some runs: their walks, and the sentence they are of; raises as `inspect` does."""
     walked = fitting_sentence(runs) if sentence is None else sentence
     walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
-    out.write_text(walk_page(walks, walked), encoding="utf-8")
     _say_if_cut(walked, sentence)
+    return walks, walked
 
 
 def fitting_sentence(paths: Sequence[Path]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from spherelm.data.compression import open_compressed
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
-from spherelm.data.rows import Rows, no_column, top_field
+from spherelm.data.rows import FLAGS, Rows, no_column, top_field
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
@@ -38,14 +38,6 @@ class HubRequest:
     limit: int | None = None
 
 
-FLAGS = {
-    "column": "--text-column",
-    "config": "--hf-config",
-    "other files": "give others with --input",
-}
-"""How `spherelm data prepare` is asked for another column, another configuration, and files that are not streamed."""
-
-
 class HubText:
     """The documents of one dataset in their order, from any position.
 
@@ -62,10 +54,10 @@ class HubText:
             builder = _open_builder(request, words)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
-        self._rows_read = Rows(request.column, skip_bad)
+        self._rows_read = Rows(request.column, skip_bad, words)
         column = None if columns is None else top_field(request.column, columns)
         if columns is not None and column is None:
-            raise no_column(Path(request.name), request.column, columns)
+            raise no_column(Path(request.name), self._rows_read, columns)
         self._stream = stream if column is None else stream.select_columns([column])
         files = _files(request, builder)
         self.local_files = {version[0]: Path(file) for file, version in files if Path(file).is_file()}

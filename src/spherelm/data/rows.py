@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,26 @@ _KINDS = {
 }
 
 
+FLAGS = {
+    "column": "--field",
+    "config": "--hf-config",
+    "other files": "give others with --input",
+    "bad rows": ", or leave such rows out with --skip-bad-rows",
+}
+"""How a command is asked for another column, another configuration, files that are not streamed, and to skip bad rows."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
 
-    `skip_bad`: leave out rows that hold no text that can be read; without it they are errors.
+    `skip_bad`: leave out rows that hold no text that can be read; without it they are errors. `words`: how whoever asked for
+    the rows is told to mend it.
     """
 
     field: str = "text"
     skip_bad: bool = False
+    words: Mapping[str, str] = dataclasses.field(default_factory=lambda: FLAGS, compare=False, repr=False)
 
     def text(self, where: str, record: Any) -> str | None:
         """The text of one row, None for a bad one that is skipped. Raises DocumentError naming `where` it is."""
@@ -43,7 +55,7 @@ class Rows:
             names = ", ".join(_names_in(record)[:_NAMES])
             missing = f"it has {names}" if names else "it is no object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = "name another field with --field" if found is _MISSING and names else "mend that row"
+            fix = f"name another field with {self.words['column']}" if found is _MISSING and names else "mend that row"
             self.refuse(where, f'no string under "{self.field}" ({reason}); {fix}')
             return None
         try:
@@ -56,7 +68,7 @@ class Rows:
     def refuse(self, where: str, problem: str) -> None:
         """Raise DocumentError, unless bad rows are skipped."""
         if not self.skip_bad:
-            raise DocumentError(f"{where}: {problem}, or leave such rows out with --skip-bad-rows")
+            raise DocumentError(f"{where}: {problem}{self.words['bad rows']}")
 
 
 def value_in(record: Any, field: str) -> Any:
@@ -82,9 +94,12 @@ def _names_in(record: Any, before: str = "") -> list[str]:
     return [name for path, value in inner for name in (_names_in(value, f"{path}.") or [path])]
 
 
-def no_column(path: Path, field: str, names: Iterable[str]) -> DocumentError:
+def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
     """What to say of a table that lacks the column with the text."""
-    return DocumentError(f'{path} has no column "{field}" (it has {", ".join(names)}): name another with --field')
+    has = ", ".join(names)
+    return DocumentError(
+        f'{path} has no column "{rows.field}" (it has {has}): name another with {rows.words["column"]}'
+    )
 
 
 def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str | None, int]]:
@@ -104,7 +119,7 @@ def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Itera
     try:
         names = next(reader, [])
         if rows.field not in names:
-            raise no_column(path, rows.field, names)
+            raise no_column(path, rows, names)
         for values in reader:
             if values:
                 record = dict(zip(names, values, strict=False))
@@ -162,7 +177,7 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str | None], int
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if top_field(rows.field, names) is None:
-                raise no_column(path, rows.field, names)
+                raise no_column(path, rows, names)
             total, row = file.metadata.num_rows or 1, 0
             for batch in file.iter_batches(batch_size=_BATCH, columns=[rows.field]):
                 first, row = row + 1, row + len(batch)

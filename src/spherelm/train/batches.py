@@ -107,8 +107,9 @@ OF_STREAMS = {
     "column": "column= in --data",
     "config": "config= in --data",
     "other files": "make a data directory of others with spherelm data prepare",
+    "bad rows": "",
 }
-"""How a stream is asked for what `data.hub.FLAGS` ask for."""
+"""How a stream is asked for what `data.rows.FLAGS` ask for; it does not skip bad rows."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
         check_input(file)
         check_held_out(file, sha256_of(file), text.local_files)
     blocks = (
-        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column, words=OF_STREAMS))
         if fraction is None
         else text.blocks(None)
     )
