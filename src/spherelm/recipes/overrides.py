@@ -266,6 +266,6 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
         train=dataclasses.replace(config.train, **take(given, TrainConfig)),
         base=None if config.base is None else base_of(config.base, given),
     )
-    refuse_unknown(given, config.arm)
+    refuse_unknown(given, result)
     check_effects(fields, result, config.arm == "ngpt")
     return result
