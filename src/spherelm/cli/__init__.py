@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import tyro
 
 from spherelm import __version__
-from spherelm.cli import evaluation, inspection, text, timing, trained, training
+from spherelm.cli import evaluation, inspection, listing, text, timing, trained, training
 from spherelm.cli.given import checked, flags_of, refuse_unknown
 from spherelm.errors import UserError
 from spherelm.third_parties import silenced
@@ -33,6 +33,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": trained.generate,
     "export": trained.export,
     "bench": timing.bench,
+    "presets": listing.presets,
+    "recipes": listing.recipes,
     "data prepare": text.prepare,
     "data pairs": text.pairs,
     "data verify": text.verify,

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -19,14 +18,11 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from spherelm.errors import UserError
 
-TORCHRUN = "torchrun"
-"""Stands among what a flag needs for several processes, which torchrun starts."""
-
 
 class Needs:
     """Stands in a flag's annotation and says what it needs in order to act.
 
-    beside: flags, one of which must be given: a name, a name and its value such as "--strategy hybrid", or `TORCHRUN`.
+    beside: flags, one of which must be given: a name, or a name and its value such as "--strategy hybrid".
     without: flags, written in the same way, that leave this one nothing to do unless one of `beside` is given.
     """
 
@@ -57,8 +53,6 @@ class Kind:
 
 def holds(wanted: str, found: Mapping[str, Sequence[str]]) -> bool:
     """Whether the flag `wanted`, with its value if it names one, is among those that were `found`."""
-    if wanted == TORCHRUN:
-        return "WORLD_SIZE" in os.environ
     flag, _, value = wanted.partition(" ")
     return flag in found and (not value or same(found[flag][-1:], value))
 
@@ -107,6 +101,11 @@ def read(words: Sequence[str], flags: Mapping[str, Kind]) -> Iterator[tuple[str,
     for place, following in itertools.pairwise([*(place for place in places if place < end), end]):
         _, equals, value = words[place].partition("=")
         yield key_of(words[place]), [*([value] if equals else []), *words[place + 1 : following]]
+
+
+def is_given(parameter: str) -> bool:
+    """Whether the command line has the flag of this parameter."""
+    return any(key_of(word) == flag_name(parameter) for word in sys.argv[1:])
 
 
 def key_of(word: str) -> str:

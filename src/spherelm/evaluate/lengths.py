@@ -135,7 +135,7 @@ def read_documents(
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
-        for block in read_blocks(path, rows=Rows(field)):
+        for block in read_blocks(path, rows=Rows(field, skipped_by=None)):
             for text in documents_in(block):
                 if text is not None:
                     yield encode_document(text, cutter, needed)

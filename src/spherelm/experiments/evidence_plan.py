@@ -54,7 +54,8 @@ class Grid:
         for size in self.sizes:
             if PRESETS[size].architecture != DecoderArch():
                 raise UserError(
-                    f"{size!r} has another architecture than the contenders, attention and MLP in every layer: take another"
+                    f"{size!r} has another architecture than the contenders, attention and MLP in every layer: "
+                    "take another size"
                 )
         if self.seeds < 1:
             raise UserError(f"seeds must be at least 1, got {self.seeds}")

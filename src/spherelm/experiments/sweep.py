@@ -93,7 +93,7 @@ def _canonical(value: Any) -> Any:
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`"alpha.init=0.05,0.25"` as ("alpha_init", [0.05, 0.25]); raises `ValueError` if it does not read so.
+    """`"alpha.init=0.05,0.25"` as ("alpha.init", [0.05, 0.25]); raises `ValueError` if it does not read so.
 
     A value that is a list itself stands in brackets: `"betas=[0.9,0.95],[0.9,0.99]"`.
     """

@@ -95,6 +95,10 @@ class DecoderArch:
     mixer: MixerSizes = MixerSizes()
     experts: ExpertSizes = ExpertSizes()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str | None):
+            raise UserError(f"pattern must be text, a letter a layer such as MAM-, got {self.pattern!r}")
+
 
 @dataclass(frozen=True)
 class EncDecArch:
@@ -326,8 +330,6 @@ def check_pattern(config: ModelConfig, arch: DecoderArch) -> None:
     """Raise `ValueError` if the pattern, or the sizes of the parts that it names, cannot make a model."""
     if arch.pattern is None:
         return
-    if not isinstance(arch.pattern, str):
-        raise UserError(f"pattern must be a text with a letter for each layer, such as 'MAM-', got {arch.pattern!r}")
     strange = sorted(set(arch.pattern) - set(LETTERS))
     if strange or not arch.pattern:
         named = ", ".join(map(repr, strange)) or "no letters"

@@ -39,7 +39,7 @@ from spherelm.models.kit import Kit, Surroundings
 KITS: dict[str, Kit] = {"gpt": gpt.KIT, "ngpt": ngpt.KIT}
 """By the name of the arm."""
 
-NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
+SUBLAYER_NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
 """What a block calls the sublayer of a letter, and a kit what makes its part."""
 
 Rows = Sequence[Sequence[int]]
@@ -87,7 +87,7 @@ class Block(nn.Module):
     def of(cls, config: Config, letters: str) -> Block:
         """The block of the arm's parts."""
         kit = KITS[config.arm]
-        names = [NAMES[letter] for letter in letters]
+        names = [SUBLAYER_NAMES[letter] for letter in letters]
         return cls(letters, {name: kit.sublayer(config, getattr(kit, name)(config)) for name in names})
 
     @property

@@ -112,7 +112,7 @@ RULES: dict[str, type[Rule]] = {"adamw": AdamW, "gated_adamw": GatedAdamW, "muon
 """By the name that `kind` has."""
 
 
-def check_adam(rule: Rule) -> None:
+def check_adam(rule: AdamW | GatedAdamW | Muon) -> None:
     """Raise `ValueError` for betas or an eps that Adam cannot have."""
     if not (isinstance(rule.betas, list | tuple) and len(rule.betas) == 2 and all(map(is_number, rule.betas))):
         raise UserError(f"betas must be two numbers, such as [0.9, 0.95], got {rule.betas!r}")

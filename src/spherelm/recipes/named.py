@@ -270,6 +270,7 @@ def ablation(name: str) -> Recipe:
             return choices
         return dataclasses.replace(choices, model={**choices.model, **ablations.fields_of(name, preset.d_model)})
 
+    recipe.__doc__ = f"`paper` with {ablations.in_words(name)} in nGPT."
     return recipe
 
 
@@ -353,8 +354,8 @@ def make_run(
     given = dict(overrides)
     given |= heads_of(given, size.d_model)
     size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
-    given |= layers_of(given, size)
-    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "logit_scale", "even_start")))
+    given |= layers_of(given, size.architecture)
+    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "logit_scale", "even_start", "about")))
     size = dataclasses.replace(size, base=base_of(size.base, given))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
@@ -376,6 +377,6 @@ def make_run(
         data=data,
         base=size.base if recipe == "nugpt" and arm == "ngpt" else None,
     )
-    refuse_unknown(given, arm)
+    refuse_unknown(given, config)
     check_effects(overrides, config, arm == "ngpt")
     return config

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +42,6 @@ NAME = re.compile(r"step-(\d{8})")
 RANDOM_STATE = "random_state"
 _WRITTEN = re.compile(r"shard-(\d+)-model-0000([12])-of-\d+\.safetensors")
 ALONE = Group()
-
-# What torch says of a run of one process, where it is what is meant.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming the intent")
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,13 @@ class CheckpointWriter:
             part.mkdir(parents=True, exist_ok=True)
             files = dict.fromkeys(weights, 1) | dict.fromkeys(moments, 2)
             writer = HuggingFaceStorageWriter(str(part), files, save_distributed=True)
-            save(
-                {**weights, **moments},
-                storage_writer=writer,
-                process_group=self.group.saving,
-                no_dist=self.group.is_alone,
-            )
+            with _one_process_is_meant():
+                save(
+                    {**weights, **moments},
+                    storage_writer=writer,
+                    process_group=self.group.saving,
+                    no_dist=self.group.is_alone,
+                )
             hashes = self._hashes(part)
             if self.group.is_first:
                 self._finish(part, final, hashes, progress)
@@ -320,7 +320,16 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
 def _read(checkpoint: Path, into: dict[str, Tensor], group: Group) -> None:
     """Fill the tensors `into`, by the names in the checkpoint, from it, whatever number of processes wrote it."""
     reader = HuggingFaceStorageReader(str(checkpoint))
-    load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)
+    with _one_process_is_meant():
+        load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's warning about a run of one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming")
+        yield
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
         model = older.fields_today(record["arm"], record["model"])
         optim = dict(record["optim"])
         rule = older.rule_today(optim)
-        optim["optimizer"] = RULES[rule.pop("kind")](**{**rule, "betas": tuple(rule["betas"])})
+        optim["optimizer"] = RULES[rule.pop("kind")](**rule)
         optim["multipliers"] = RateMultipliers(**optim["multipliers"])
         return RunConfig(
             recipe=record["recipe"],
@@ -173,8 +173,16 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
             data=record["data"],
             base=BaseShape(**record["base"]) if record.get("base") else None,
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"not a run configuration of this version of spherelm: {error}") from error
+
+
+def record_today(record: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a `config.json`, its configuration as this version writes it; a record of anything else as it is."""
+    try:
+        return {**record, **to_dict(from_dict(record))}
+    except ValueError:
+        return record
 
 
 def read_config(path: Path) -> RunConfig:

@@ -19,7 +19,7 @@ from spherelm.data.output import locked
 from spherelm.data.sources import proportions
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.runs.checkpoint import latest_checkpoint
-from spherelm.runs.config import RunConfig, to_dict
+from spherelm.runs.config import RunConfig, record_today, to_dict
 
 FREE_TO_CHANGE = (
     *(
@@ -49,7 +49,7 @@ FREE_TO_CHANGE = (
             *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
         )
     ),
-    *("base", "base.d_model", "base.n_layers", "base.steps", "model.mamba_chunk"),
+    *("base", "base.d_model", "base.n_layers", "base.steps", "model.architecture.mixer.mamba_chunk"),
 )
 """What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
 
@@ -158,7 +158,8 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         write_json(path, {**wanted, **about})
         return False
     try:
-        before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
+        before = _flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
+        now = _flat(json.loads(json.dumps(wanted)))
         moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error

@@ -185,8 +185,8 @@ def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
 def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
     if config.data is None or not holds_pairs(Path(config.data)):
         raise UserError(
-            f"{config.arm} learns from pairs and {config.data or 'the shipped text'} holds none: make them with spherelm data "
-            "pairs and name them with --data"
+            f"an encoder-decoder learns from pairs and {config.data or 'the shipped text'} holds none: make them with "
+            "spherelm data pairs and name them with --data"
         )
     directory, train = Path(config.data), config.train
     if train.mask_documents:
@@ -219,7 +219,11 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
         check_input(file)
         check_held_out(file, sha256_of(file), text.local_files)
     blocks = (
-        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        read_blocks(
+            file,
+            cutter=Cutter(tokenizer),
+            rows=Rows(spec.request.column, named_by=OF_STREAMS["column"], skipped_by=None),
+        )
         if fraction is None
         else text.blocks(None)
     )

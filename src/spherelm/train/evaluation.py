@@ -67,10 +67,10 @@ def load_decoder(run: Path) -> Decoder:
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
         raise UserError(
-            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of gpt or ngpt"
+            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of a language model"
         )
     if isinstance(model, MaskedModel):
-        raise UserError(f"{run} is an encoder, which predicts no next token: pass a run of gpt or ngpt")
+        raise UserError(f"{run} is an encoder, which predicts no next token: pass a run of a language model")
     return model
 
 

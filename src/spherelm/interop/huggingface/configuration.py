@@ -67,7 +67,9 @@ class SphereLMConfig(PreTrainedConfig):
         self.d_ff = self.d_ff or 4 * self.d_model
         self.architecture = self.architecture or {"kind": self.kinds[0]}
         self.start = self.start or {}
-        self.arm_config()
+        plain = to_plain(self.arm_config())
+        self.architecture = plain.pop("architecture")
+        self.start = {name: value for name, value in plain.items() if name not in SHAPE}
 
     def arm_config(self) -> Config:
         """The config of ours that this describes."""

@@ -281,7 +281,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
 
 
 class SphereLMForCausalLM(SphereModel):
-    """A `GPT`, `NGPT`, `Hybrid` or `NHybrid`, as transformers has causal language models.
+    """A `GPT` or an `NGPT`, of any pattern of layers, as transformers has causal language models.
 
     The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted here, -100 ignored.
     """

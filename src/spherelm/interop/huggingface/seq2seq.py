@@ -73,7 +73,7 @@ class SourceReader(nn.Module):
 
 
 class SphereSeq2SeqLM(SphereModel):
-    """An `EncDec` or `NEncDec`, as transformers has sequence-to-sequence models.
+    """An `EncoderDecoder` of either arm, as transformers has sequence-to-sequence models.
 
     `labels` [batch, target] are the target's tokens with their end, -100 ignored; without `decoder_input_ids` they are moved
     right by one behind `decoder_start_token_id`, as `DataCollatorForSeq2Seq` does it too.
