@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from commands import make_command
 
 from spherelm.experiments import sweep as module
 from spherelm.experiments.jobs import Job
@@ -146,6 +147,20 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
     again = sweep(choices, 2, tmp_path, vocab_size=tiny.VOCAB, data=str(data))
     assert [row.choice for row in again] == [row.choice for row in rows]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")} == logs, "nothing ran again"
+
+
+def test_the_command_ends_in_a_page(
+    data: Path,
+    tmp_path: Path,
+    jobs_done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--preset", "tiny", "--data", data, "--arms", "gpt", "--out", tmp_path / "out"]
+    answer = make_command(monkeypatch, capsys)("sweep", *words)
+    assert answer.code == 0, answer.err
+    assert jobs_done == ["gpt-preset=tiny-recipe=default-seed=0"]
+    assert "1 choice, 1 run" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
