@@ -23,27 +23,27 @@ FLAGS = [(name, flag) for name, command in cli.COMMANDS.items() for flag in flag
 NEEDY = [(name, flag) for name, flag in FLAGS if flags_of(cli.COMMANDS[name])[flag].needs]
 
 FLOORS = {
-    "compare": ["compare.comparison.compare"],
+    "compare": ["experiments.comparison.compare", "report.report.write_report"],
     "train": ["train.trainer.train"],
-    "sweep": ["compare.sweep.sweep"],
-    "evidence": ["compare.evidence.climb", "compare.evidence_record.table"],
+    "sweep": ["experiments.sweep.sweep", "report.sweep_page.write_page"],
+    "evidence": ["experiments.evidence.climb", "experiments.evidence_record.table"],
     "eval": [
         *(f"train.evaluation.{name}_of_run" for name in ("tasks", "perplexity", "translation")),
         *(
             "train.evaluation.about",
             "train.evaluation.trained_length",
-            "train.record.write_json",
+            "runs.record.write_json",
             "cli.evaluation.tables",
         ),
     ],
-    "inspect": ["compare.inspection.inspect"],
-    "report": ["compare.ladder.write_ladder"],
-    "generate": ["train.samples.continuations", "train.samples.continues", "train.samples.Conversation"],
-    "export": ["train.export.export"],
-    "bench": [*(f"compare.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
+    "inspect": ["report.inspection.inspect"],
+    "report": ["report.ladder.write_ladder"],
+    "generate": ["generation.samples.continuations", "generation.samples.continues", "generation.samples.Conversation"],
+    "export": ["interop.export.export"],
+    "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
     "data prepare": ["data.prepare.prepare"],
     "data pairs": ["data.pairs.prepare_pairs"],
-    "import nvidia": ["train.imported.import_nvidia"],
+    "import nvidia": ["interop.imported.import_nvidia"],
 }
 """What each command calls with all that it was given."""
 

@@ -22,7 +22,7 @@ from spherelm.layers.moe import Routing, mixed
 from spherelm.layers.rope import nvidia_rotate, nvidia_table, rotary_table, unit_nvidia_rotate, unit_rotate
 from spherelm.models import NGPTConfig, build
 from spherelm.models.decoder import Decoder
-from spherelm.models.ngpt import nvidia_step
+from spherelm.models.variants import nvidia_step
 
 Parts = list[Tensor]
 Function = Callable[..., Tensor]
@@ -187,10 +187,10 @@ MODELS = {
     "gpt": lambda case: case("gpt"),
     "ngpt": lambda case: case("ngpt"),
     "ngpt, tied, shared keys": lambda case: case("ngpt", tie_embeddings=True, n_kv_heads=1),
-    "hybrid": lambda case: make_hybrid_case("gpt", "MA-O"),
-    "nhybrid": lambda case: make_hybrid_case("ngpt", "MA-O", n_shared_experts=1),
-    "encdec": lambda case: make_pair_case("gpt", n_encoder_layers=1),
-    "nencdec": lambda case: make_pair_case("ngpt", n_encoder_layers=1),
+    "gpt, mixed": lambda case: make_hybrid_case("gpt", "MA-O"),
+    "ngpt, mixed": lambda case: make_hybrid_case("ngpt", "MA-O", n_shared_experts=1),
+    "gpt, of pairs": lambda case: make_pair_case("gpt", n_encoder_layers=1),
+    "ngpt, of pairs": lambda case: make_pair_case("ngpt", n_encoder_layers=1),
 }
 
 
@@ -217,6 +217,11 @@ def setting(request: pytest.FixtureRequest, case: Any) -> tuple[Any, Tensor, Par
     return c, getattr(c, "joined", c.tokens), [draw(*w.shape) for w in c.weights.values()]
 
 
+def by_our_names(c: Any) -> dict[str, Tensor]:
+    """The weights of a case by the names that its model has for them, in the same order."""
+    return dict(zip((name for name, _ in c.model.named_parameters()), c.weights.values(), strict=True))
+
+
 def oracle_product(c: Any, directions: Parts) -> Parts:
     batch = (c.source, c.tokens) if hasattr(c, "source") else c.tokens
 
@@ -231,15 +236,15 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
     """In training mode as in training, through the loss that never holds the logits, and through logits."""
     c, tokens, directions = setting
     oracle = oracle_product(c, directions)
-    weights = list(c.weights.values())
+    weights, names = list(c.weights.values()), list(by_our_names(c))
     read = {"source": c.source, "tokens": c.tokens} if hasattr(c, "source") else {"tokens": c.tokens}
 
     def of_logits(*leaves: Tensor) -> Tensor:
-        logits = functional_call(c.model, dict(zip(c.weights, leaves, strict=True)), kwargs=read)
+        logits = functional_call(c.model, dict(zip(names, leaves, strict=True)), kwargs=read)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), c.targets.flatten())
 
     def of_loss(*leaves: Tensor) -> Tensor:
-        return loss_of(c.model, dict(zip(c.weights, leaves, strict=True)), tokens, c.targets)
+        return loss_of(c.model, dict(zip(names, leaves, strict=True)), tokens, c.targets)
 
     for f in (of_loss, of_logits):
         assert_near(product(f, weights, directions), oracle)
@@ -248,7 +253,7 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # slower, says torch, of indices under vmap
 def test_a_model_under_torch_func(setting: tuple[Any, Tensor, Parts]) -> None:
     c, tokens, directions = setting
-    model, weights = c.model.eval(), c.weights
+    model, weights = c.model.eval(), by_our_names(c)
     oracle = oracle_product(c, directions)
     along = dict(zip(weights, directions, strict=True))
 
@@ -292,7 +297,7 @@ def test_preconditioned_logits_have_first_derivatives_alone() -> None:
 def test_a_router_that_counts_is_refused_under_torch_func() -> None:
     c = make_hybrid_case("ngpt", "O")
     with pytest.raises(RuntimeError, match=r"call model\.eval\(\)"):
-        grad(lambda w: loss_of(c.model, w, c.tokens, c.targets))(c.weights)
+        grad(lambda w: loss_of(c.model, w, c.tokens, c.targets))(by_our_names(c))
 
 
 @pytest.mark.filterwarnings(

@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned the first letters of its task."""
     directory = tmp_path_factory.mktemp("pairs")
     data = tiny_pairs.make_pairs(directory)
-    config = tiny_pairs.run_config("nencdec", data, steps=60, seq_len=24, d_model=32, label_smoothing=0.0)
+    config = tiny_pairs.run_config("ngpt", data, steps=60, seq_len=24, d_model=32, label_smoothing=0.0)
     train(config, directory / "run", show_progress=False)
     return directory / "run"
 
@@ -163,7 +163,7 @@ def test_eval_scores_what_the_run_writes(run: Path, command: commands.Command, t
     found: dict[str, Any] = json.loads(out.read_text())
     written = (tmp_path / "written").read_text().splitlines()
     wanted = translation_scores(written, [target.read_text().splitlines()])
-    assert found["arm"] == "nencdec"
+    assert found["arm"] == "ngpt"
     assert {key: found["translation"][key] for key in wanted} == wanted
     assert (found["translation"]["beams"], found["translation"]["length_penalty"]) == (3, 1.0)
     best = beam_search(load_model(run), [list(b"bada ki")], 23, 256, BeamSettings(3))[0][0]

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from configs import make_config
 from old_files import rename_export
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm import attach_retraction, departure
-from spherelm.models import ARMS, Decoder, build
+from spherelm.models import CONFIGS, Decoder, build
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -36,9 +37,8 @@ every_variant = pytest.mark.parametrize("variant", sorted(VARIANTS))
 
 def make_model(arm: str, **fields: Any) -> Decoder:
     """A small model whose logits differ enough for a greedy choice to be clear."""
-    config_class, _ = ARMS[arm]
     extra = {"s_z.init": 20.0, "alpha.init": 0.3} if arm == "ngpt" else {"init_std": 0.3}
-    return build(config_class(**{**SIZES, **extra, **fields})).eval()
+    return build(make_config(arm, **{**SIZES, **extra, **fields})).eval()
 
 
 def make_tokens(*shape: int) -> Tensor:
@@ -363,10 +363,14 @@ def test_retraction_and_copies() -> None:
 
 @both_arms
 def test_the_config_has_every_field_of_ours(arm: str) -> None:
-    defaults = SphereLMConfig(arm=arm)
-    for field in dataclasses.fields(ARMS[arm][0]):
-        if field.default is not dataclasses.MISSING and field.name not in ("n_kv_heads", "d_ff"):
-            assert getattr(defaults, field.name) == field.default, field.name
+    """And writes it, so that no default of a later version can change a model."""
+    defaults = SphereLMConfig(arm=arm, architecture={"kind": "decoder", "pattern": "MA-O"}, start={})
+    written, ours = {**defaults.to_diff_dict(), **defaults.start}, defaults.arm_config()
+    for field in dataclasses.fields(CONFIGS[arm]):
+        assert field.name in written
+        if field.default is not dataclasses.MISSING and field.name not in ("n_kv_heads", "d_ff", "architecture"):
+            assert getattr(ours, field.name) == field.default, field.name
+    assert written["architecture"] == dataclasses.asdict(ours.architecture)
 
 
 def test_the_config_speaks_transformers(tmp_path: Path) -> None:
@@ -385,10 +389,16 @@ def test_the_config_speaks_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"arm": "rnn"}, "unknown arm 'rnn': choose one of gpt, ngpt, hybrid, nhybrid"),
+        ({"arm": "rnn"}, "unknown arm 'rnn': choose one of gpt, ngpt$"),
         ({"d_model": 30, "n_heads": 4}, "n_heads=4 does not divide d_model=30"),
         ({"rope": "spiral"}, "unknown rope 'spiral'"),
-        ({"arm": "nhybrid"}, "pattern must be a text with a letter for each layer, such as 'MAM-', got None"),
+        ({"architecture": {"pattern": "MA-"}}, "a spherelm model has the architecture decoder"),
+        ({"architecture": {"kind": "encdec"}}, "a spherelm model has the architecture decoder"),
+        ({"architecture": {"kind": "decoder", "pattern": "MA-"}}, "pattern 'MA-' has 3 letters for n_layers=4"),
+        (
+            {"arm": "nhybrid", "pattern": 7},
+            "pattern must be a text with a letter for each layer, such as 'MAM-', got 7",
+        ),
     ],
 )
 def test_configs_that_make_no_model_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from configs import make_config
 from torch import Tensor
 
 from spherelm import departure
-from spherelm.models import ARMS, Decoder, build
+from spherelm.models import Decoder, build
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 peft = pytest.importorskip("peft", reason="needs the extra hf")
@@ -31,8 +32,7 @@ def _quiet() -> None:
 
 def make_model(arm: str = "ngpt") -> Decoder:
     torch.manual_seed(0)
-    config_class, _ = ARMS[arm]
-    return build(config_class(vocab_size=50, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=32))
+    return build(make_config(arm, vocab_size=50, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=32))
 
 
 def adapted(targets: list[str] | str = EVERYTHING, **settings: Any) -> Any:

@@ -277,8 +277,9 @@ def test_a_tokenizer_that_adds_tokens_is_kept_from_it() -> None:
     assert fast_tokenizer(adding.to_str(), END, 64)("hi")["input_ids"] == [104, 105]
 
 
-def test_the_standalone_file_is_made_of_our_sources() -> None:
-    source = standalone_source()
+@pytest.mark.parametrize("arm", tiny.ARMS)
+def test_the_standalone_file_is_made_of_our_sources(arm: str) -> None:
+    source = standalone_source(arm)
     tree = ast.parse(source)
     imported = {
         (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
@@ -288,7 +289,7 @@ def test_the_standalone_file_is_made_of_our_sources() -> None:
     }
     assert not [name for name in imported if name.split(".")[0] == "spherelm"]
     for module in MODULES:
-        path = resources.files("spherelm").joinpath(*module.split("."))
+        path = resources.files("spherelm").joinpath(*module.format(arm=arm).split("."))
         text = ((path / "__init__.py") if path.is_dir() else path.parent / f"{path.name}.py").read_text()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -133,15 +133,15 @@ def test_the_standalone_file_holds_all_that_it_needs(monkeypatch: pytest.MonkeyP
     Two of them beside the package, each with an operation of torch's that the others leave alone: torch frees one whose name is
     defined again.
     """
-    model, tokens = make_model("nhybrid", "MA-O"), some_tokens(1, 11)
+    model, tokens = make_model("ngpt", "MA-O"), some_tokens(1, 11)
     beside, operations = [], {grouped_product._qualname}
     for name in ("modeling_spherelm", "modeling_spherelm", "transformers_modules.mine.modeling_spherelm"):
         module = ModuleType(name)
         monkeypatch.setitem(sys.modules, name, module)
-        exec(compile(standalone_source(), "modeling_spherelm.py", "exec"), module.__dict__)
+        exec(compile(standalone_source("ngpt"), "modeling_spherelm.py", "exec"), module.__dict__)
         config = to_hf(model).config
         theirs = module.SphereLMForCausalLM(module.SphereLMConfig(**config.to_diff_dict())).eval()
-        assert type(theirs.model) is module.NHybrid
+        assert type(theirs.model) is module.NGPT
         theirs.model.load_state_dict(model.state_dict())
         beside.append(theirs)
         operations.add(module.grouped_product._qualname)

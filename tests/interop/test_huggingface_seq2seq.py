@@ -89,7 +89,7 @@ def test_its_beams_and_ours_find_the_same(arm: str, length_penalty: float) -> No
     c = make_pair_case(arm, vocab_size=7, max_seq_len=32)
     model = c.model.float().eval()
     with torch.no_grad():  # texts shall end, so that there is something to compare
-        dict(model.named_parameters())["head.s_z.value" if arm == "nencdec" else "head.linear.weight"][0] *= 3
+        dict(model.named_parameters())["head.s_z.value" if arm == "ngpt" else "head.linear.weight"][0] *= 3
     sources = [[3, 1, 4], [1, 5, 2, 6, 5], [2], [6, 6], [5, 4, 3, 2], [1, 1, 1], [4, 2], [2, 6, 4, 1]]
     ours = beam_search(model, sources, 20, 0, BeamSettings(3, length_penalty))
     ids = torch.tensor([[*s, 0, *[0] * (5 - len(s))] for s in sources])
@@ -126,7 +126,7 @@ def test_greedy_generation_is_the_bare_models(arm: str) -> None:
 
 def test_embeddings_in_the_place_of_tokens_are_refused() -> None:
     """They would be dropped otherwise."""
-    c = make_pair_case("nencdec")
+    c = make_pair_case("ngpt")
     with pytest.raises(ValueError, match="the encoder reads input_ids, not inputs_embeds"):
         to_hf(c.model)(inputs_embeds=c.model.embed(c.tokens), labels=c.tokens)
 
@@ -189,7 +189,7 @@ def test_the_trainer_of_transformers_trains_it(arm: str, tmp_path: Path) -> None
         logging_strategy="no", disable_tqdm=True, use_cpu=True, weight_decay=0.0, label_smoothing_factor=0.0,
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    if arm == "nencdec":
+    if arm == "ngpt":
         attach_retraction(optimizer, model)
     trainer = transformers.Seq2SeqTrainer(
         model, arguments, train_dataset=rows, data_collator=Collator(), optimizers=(optimizer, None)
@@ -210,8 +210,8 @@ def test_what_is_missing_is_named() -> None:
         wrapped(input_ids=c.tokens)
     with pytest.raises(ValueError, match="decoder_start_token_id is not set"):
         wrapped(input_ids=c.tokens, labels=c.targets)
-    with pytest.raises(ValueError, match="unknown arm 'gpt': choose one of encdec, nencdec"):
-        SphereSeq2SeqConfig(arm="gpt")
+    with pytest.raises(ValueError, match="a spherelm-seq2seq model has the architecture encdec"):
+        SphereSeq2SeqConfig(architecture={"kind": "decoder"})
 
 
 @both_arms

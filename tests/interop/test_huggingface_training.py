@@ -19,6 +19,8 @@ from torch import Tensor
 from spherelm import NGPT, NGPTConfig, OptimConfig, attach_retraction, build_optimizer, departure, retract
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.models import ScaleSpec
+from spherelm.models.config import to_plain
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="needs the extra hf: transformers' Trainer stands on accelerate")
@@ -27,8 +29,8 @@ from spherelm.interop.huggingface import to_hf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
-CONFIG = {"vocab_size": 257, "n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 64, "max_seq_len": 32}
-CONFIG |= {"s_z.init": 6.0, "alpha.init": 0.3}
+SIZES = {"vocab_size": 257, "n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 64, "max_seq_len": 32}
+CONFIG = NGPTConfig(**SIZES, alpha=ScaleSpec(0.3), s_z=ScaleSpec(6.0))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def windows() -> list[dict[str, Tensor]]:
 
 def make_model() -> Any:
     torch.manual_seed(0)
-    return to_hf(NGPT(NGPTConfig(**CONFIG)))
+    return to_hf(NGPT(CONFIG))
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
@@ -196,12 +198,13 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from spherelm import NGPT, NGPTConfig
 from spherelm.interop.huggingface import to_hf
+from spherelm.models.config import from_plain
 
 folder = sys.argv[1]
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
 given = torch.load(folder + "/given.pt")
-model = NGPT(NGPTConfig(**given["config"]))
+model = NGPT(from_plain(NGPTConfig, given["config"]))
 model.load_state_dict(given["start"])
 model = to_hf(model)
 for block in model.model.blocks:
@@ -223,7 +226,7 @@ def test_a_sharded_model_stays_too(windows: list[dict[str, Tensor]], tmp_path: P
     model = make_model()
     batches = [window["input_ids"].unsqueeze(0) for window in windows[:3]]
     start = copy.deepcopy(model.model.state_dict())
-    torch.save({"config": CONFIG, "start": start, "batches": batches}, tmp_path / "given.pt")
+    torch.save({"config": to_plain(CONFIG), "start": start, "batches": batches}, tmp_path / "given.pt")
     assert run_on_two_processes(SHARDED, tmp_path) == [0, 0]
     steps(model, torch.optim.SGD(model.parameters(), lr=0.5), windows)
     assert departure(model) < 1e-6
@@ -271,11 +274,12 @@ import sys
 import torch
 from accelerate import Accelerator
 from spherelm import NGPT, NGPTConfig, attach_retraction, departure
+from spherelm.models.config import from_plain
 
 folder = sys.argv[1]
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
-model = NGPT(NGPTConfig(**torch.load(folder + "/config.pt")))
+model = NGPT(from_plain(NGPTConfig, torch.load(folder + "/config.pt")))
 model.load_state_dict(torch.load(folder + "/start.pt"))
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
 attach_retraction(optimizer, model)
@@ -382,7 +386,7 @@ def run_on_two_processes(program: str, folder: Path) -> list[int]:
 def test_accelerate_on_two_processes(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
     ids = torch.stack([window["input_ids"] for window in windows[:128]])
     model = make_model()
-    for name, value in {"windows": ids, "config": CONFIG, "start": model.model.state_dict()}.items():
+    for name, value in {"windows": ids, "config": to_plain(CONFIG), "start": model.model.state_dict()}.items():
         torch.save(value, tmp_path / f"{name}.pt")
     assert run_on_two_processes(ACCELERATED, tmp_path) == [0, 0]
     end = torch.load(tmp_path / "end.pt")

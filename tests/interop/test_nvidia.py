@@ -26,12 +26,13 @@ from torch.optim import AdamW
 
 from spherelm.cli import main
 from spherelm.interop import nvidia
+from spherelm.interop.imported import run_config
 from spherelm.interop.nvidia import load_checkpoint, load_optimizer, read_checkpoint, to_model, to_ours
 from spherelm.layers.linear import departure
 from spherelm.layers.rope import nvidia_rotate, nvidia_table
-from spherelm.models import GPTConfig, NGPTConfig
+from spherelm.models import GPTConfig, NGPTConfig, Variant
 from spherelm.models.decoder import Decoder
-from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.optim import OptimConfig, build_optimizer, rules
 from spherelm.optim.groups import parameter_groups
 from spherelm.runs import checkpoint as saved
 from spherelm.runs.config import read_config
@@ -117,7 +118,9 @@ def test_the_next_update_is_the_one_that_their_optimizer_would_make(real: Path) 
     their_optimizer = AdamW([{"params": group} for group in groups])
     their_optimizer.load_state_dict(content["optimizer"])
     model = to_model(read, "nvidia")
-    optimizer = AdamW(parameter_groups(model, OptimConfig(**read.optimizer)), betas=read.optimizer["betas"])
+    said = run_config(read, "nvidia").optim
+    assert isinstance(said.optimizer, rules.AdamW)
+    optimizer = AdamW(parameter_groups(model, said), said.lr, said.optimizer.betas, said.optimizer.eps)
     load_optimizer(read, model, optimizer)
     stored = load_file(real / "expected.safetensors")
     gradients = to_ours({name: stored[f"grad.{name}"] for name in theirs}, model.config.n_heads)
@@ -225,7 +228,7 @@ def test_unknown_formulas_are_refused(config_class: Any) -> None:
         config_class(**shape, rope="nvidea")
     if config_class is NGPTConfig:
         with pytest.raises(ValueError, match="unknown step 'slerp': choose one of lerp, nvidia"):
-            config_class(**shape, step="slerp")
+            Variant(step="slerp")
 
 
 # ------------------------------------------------------------------------------------------ made-up checkpoints

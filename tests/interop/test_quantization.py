@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from configs import make_config
 from torch import Tensor
 
 from spherelm import departure, generate
 from spherelm.generation.folding import folded
 from spherelm.generation.quantization import Int8Linear, Int8Matrix, int8_vectors, quantized, weight_bytes
 from spherelm.layers.linear import Embedding, Linear, unit_modules
-from spherelm.models import ARMS, Decoder, build
+from spherelm.models import Decoder, build
 
 SHAPE: dict[str, Any] = {"vocab_size": 61, "n_layers": 2, "d_model": 48, "n_heads": 4, "d_ff": 96, "max_seq_len": 32}
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "grouped": {"n_kv_heads": 2}, "tied": {"tie_embeddings": True}}
@@ -24,7 +25,7 @@ every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
 def make_model(arm: str, **fields: Any) -> Decoder:
     """A model whose vectors of one dimension are not all alike."""
     torch.manual_seed(3)
-    model = build(ARMS[arm][0](**{**SHAPE, **fields}))
+    model = build(make_config(arm, **{**SHAPE, **fields}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "s_qk" in name:
@@ -172,10 +173,10 @@ def test_a_wrapped_model_generates_in_8_bits() -> None:
     assert written.equal(generate(quantized(model), tokens, 4, temperature=0))
 
 
-@pytest.mark.parametrize("arm", ["hybrid", "nhybrid"])
+@both_arms
 def test_a_hybrid_computes_with_the_weights_that_its_numbers_mean(arm: str) -> None:
     """Mixers and all; with gradients of the logits preconditioned, which reads them in another way."""
-    more: dict[str, Any] = {"logit_preconditioning": 1.0} if arm == "nhybrid" else {}
+    more: dict[str, Any] = {"logit_preconditioning": 1.0} if arm == "ngpt" else {}
     model = make_model(arm, pattern="MA-O", n_layers=4, mamba_d_head=24, mamba_d_state=8, d_expert=32, **more)
     packed, tokens = quantized(model), make_tokens(2, 9)
     wanted = with_dequantized_weights(model, packed)(tokens)

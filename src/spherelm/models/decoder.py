@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spherelm.errors import UserError
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache, StateCache
 from spherelm.layers.cross_attention import Memory
@@ -38,7 +39,7 @@ from spherelm.models.kit import Kit, Surroundings
 KITS: dict[str, Kit] = {"gpt": gpt.KIT, "ngpt": ngpt.KIT}
 """By the name of the arm."""
 
-NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
+SUBLAYER_NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
 """What a block calls the sublayer of a letter, and a kit what makes its part."""
 
 Rows = Sequence[Sequence[int]]
@@ -86,7 +87,7 @@ class Block(nn.Module):
     def of(cls, config: Config, letters: str) -> Block:
         """The block of the arm's parts."""
         kit = KITS[config.arm]
-        names = [NAMES[letter] for letter in letters]
+        names = [SUBLAYER_NAMES[letter] for letter in letters]
         return cls(letters, {name: kit.sublayer(config, getattr(kit, name)(config)) for name in names})
 
     @property
@@ -192,7 +193,7 @@ class Decoder(nn.Module):
         if positions is not None and positions.ndim == 2:
             return positions.expand(h.shape[:2])
         if mask is not None:
-            raise ValueError(
+            raise UserError(
                 "a Mamba-2 layer does not read the mask: give positions [batch, seq] that are 0 where a text begins"
             )
         return None

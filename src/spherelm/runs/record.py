@@ -17,6 +17,7 @@ from typing import Any
 
 from spherelm.data.output import locked
 from spherelm.data.sources import proportions
+from spherelm.errors import OutputExistsError, UserError
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, record_today, to_dict
 
@@ -132,15 +133,15 @@ def claimed(out: Path, wanted: dict[str, Any], resume: bool) -> Iterator[bool]:
 def is_taken(out: Path, resume: bool) -> bool:
     """Whether `out` holds something that may be resumed; raises `FileExistsError` for what may not, or if `resume` is False."""
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another --out")
+        raise OutputExistsError(f"{out} is a file: choose another --out")
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return False
     if not resume:
-        raise FileExistsError(
+        raise OutputExistsError(
             f"{out} already holds something: choose another --out, or --resume to go on with what is there"
         )
     if not (out / "config.json").exists():
-        raise FileExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
+        raise OutputExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
     return True
 
 
@@ -162,13 +163,13 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         now = flat(json.loads(json.dumps(wanted)))
         moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+        raise UserError(f"{path} is damaged ({error}): choose another --out") from error
     free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE
     differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
         field = min(differing, key=lambda name: ("." in name, not name.startswith("train.")))
-        raise ValueError(
+        raise UserError(
             f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
             "give the same value, or another --out"
         )

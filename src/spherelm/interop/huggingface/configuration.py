@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from spherelm.errors import UserError
 from spherelm.models import ARMS, CONFIGS, Config, EncDecArch, older
 from spherelm.models.config import from_plain, to_plain
 
@@ -66,16 +67,18 @@ class SphereLMConfig(PreTrainedConfig):
         self.d_ff = self.d_ff or 4 * self.d_model
         self.architecture = self.architecture or {"kind": self.kinds[0]}
         self.start = self.start or {}
-        self.arm_config()
+        plain = to_plain(self.arm_config())
+        self.architecture = plain.pop("architecture")
+        self.start = {name: value for name, value in plain.items() if name not in SHAPE}
 
     def arm_config(self) -> Config:
         """The config of ours that this describes."""
         if self.arm not in ARMS:
-            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
+            raise UserError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
         assert self.architecture is not None
         assert self.start is not None
         if self.architecture.get("kind") not in self.kinds:
-            raise ValueError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
+            raise UserError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
         shape = {name: getattr(self, name) for name in SHAPE}
         return from_plain(CONFIGS[self.arm], {**shape, "architecture": self.architecture, **self.start})
 
