@@ -19,11 +19,11 @@ from tokenizers import models, pre_tokenizers
 
 from spherelm.data.documents import read_lines
 from spherelm.data.pairs import PairFiles, prepare_pairs
+from spherelm.data.sources import vocabulary_size
 from spherelm.evaluate.translation import error_rates
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import load_model
-from spherelm.train.batches import vocabulary_size
 from spherelm.train.trainer import train
 
 END = "<|endoftext|>"

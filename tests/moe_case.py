@@ -9,7 +9,7 @@ from torch import nn
 from spherelm.layers.linear import Scale
 from spherelm.layers.moe import MixtureOfExperts, Router, UnitMixtureOfExperts
 from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
-from spherelm.models.decoder import Block
+from spherelm.models.decoder import KITS, Block
 
 SIZES: dict[str, Any] = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
 E, D_FF = 6, 12
@@ -28,7 +28,7 @@ def model_with_experts(arm: str = "ngpt", **router: Any) -> Decoder:
     """A `GPT` or an `NGPT` of two layers with experts in place of its MLPs."""
     model = build(GPTConfig(**SIZES) if arm == "gpt" else NGPTConfig(**SIZES))
     for i, block in enumerate(model.blocks):
-        experts = model.kit.sublayer(model.config, mixture(arm, **router))
+        experts = KITS[arm].sublayer(model.config, mixture(arm, **router))
         model.blocks[i] = Block("AO", {"attention": block.attention, "experts": experts})
     model.init_weights()
     return model

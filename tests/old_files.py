@@ -1,14 +1,18 @@
-"""Files as version 0.1.0 wrote them, made of files of today: its names of parameters were the oracle's."""
+"""Files as version 0.1.0 wrote them, made of files of today: its configs were flat, its names of parameters the oracle's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from oracle_names import oracle_names
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from spherelm.optim import RULES
 
 SHARDING = "DCP_SHARDING_INFO"
 """Where a file of `torch.distributed.checkpoint` says which part of each tensor it holds."""
@@ -20,6 +24,26 @@ def rename_checkpoint(checkpoint: Path) -> None:
     rename_files([checkpoint / name for name in state["sha256"]])
     state["sha256"] = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in state["sha256"]}
     (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def flatten_config(run: Path) -> None:
+    """Write the config.json of a run anew: an arm for each architecture, and fields that stand beside each other."""
+    record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    arch, optim, rule = record["model"].pop("architecture"), record["optim"], record["optim"].pop("optimizer")
+    kind, pattern = arch.pop("kind"), arch.get("pattern")
+    if kind != "decoder" or pattern is not None:
+        record["arm"] = record["arm"].removesuffix("gpt") + ("hybrid" if pattern is not None else kind)
+    else:
+        del arch["pattern"]
+    model: dict[str, Any] = {}
+    for name, value in (record["model"] | arch).items():
+        group = value if isinstance(value, dict) else {name: value}
+        is_scale = isinstance(value, dict) and name not in ("variant", "mixer", "experts")
+        model |= {f"{name}_{field}" if is_scale else field: each for field, each in group.items()}
+    others = {name: value for kind in RULES.values() for name, value in asdict(kind()).items()}
+    record |= {"model": model, "optim": {**optim, **others, **rule, "optimizer": rule["kind"]}}
+    del record["optim"]["kind"]
+    (run / "config.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def rename_export(folder: Path) -> None:

@@ -69,7 +69,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
     ("flags", "message"),
     [
         (["--recipe", "secret"], "unknown recipe 'secret': choose one of default, adam"),
-        (["--preset", "huge"], "unknown preset 'huge': choose one of demo, pairs, "),
+        (["--preset", "huge"], "unknown preset 'huge': choose one of demo, encoder, pairs, "),
         (["--seq-len", 100_000], "sequence length 100000 needs 100001 tokens, but the train text in "),
         (["--steps", 0], "steps must be a positive whole number, got 0"),
         (["--batch-size", -4], "batch_size must be a positive whole number, got -4"),
@@ -91,7 +91,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
         (["--set", "matrix_rate=-1"], "matrix_rate must be a number of at least 0, got -1"),
-        (["--set", "s_z.scale=0"], "s_z_scale must be positive or None, got 0"),
+        (["--set", "s_z.scale=0"], "s_z.scale must be positive or None, got 0"),
         (["--set", "lr=1e-3"], "'lr=1e-3': lr is given by --lr too, give it once"),
         (["--set", "seed=1.5"], "seed must be a whole number, got 1.5"),
         (["--set", "seed=true"], "seed must be a whole number, got True"),
@@ -106,12 +106,12 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
         (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
         (["--set", "n_layer=1"], "no field is called n_layer (did you mean 'n_layers'?)"),
-        (["--set", "Alpha_Init=1"], "no field is called Alpha_Init (did you mean 'alpha_init'?)"),
+        (["--set", "Alpha_Init=1"], "no field is called Alpha_Init (did you mean 'alpha.init'?)"),
         (
             ["--set", "init_std=1"],
-            "init_std is no field of ngpt, only of gpt, encdec, encoder, hybrid: leave it out for ngpt",
+            "init_std is no field of ngpt, only of gpt: leave it out for ngpt",
         ),
-        (["--set", "pattern=MAM-"], "pattern is no field of ngpt, only of hybrid, nhybrid: leave it out for ngpt"),
+        (["--set", "hidden_part=0.1"], "hidden_part is a field of the architecture encoder, and this run has decoder"),
         (["--preset", "dmo"], "unknown preset 'dmo' (did you mean 'demo'?): choose one of demo, "),
         (["--recipe", "MUON"], "unknown recipe 'MUON' (did you mean 'muon'?): choose one of default, "),
         (["--n-layer", 1], "train has no flag --n-layer: did you mean --set n_layers=VALUE?"),
@@ -145,7 +145,7 @@ def test_validation_text_shorter_than_a_sequence(refused: Refused, data: Path, t
         ("n_layers=0", "n_layers must be a positive whole number, got 0"),
         ("d_model=wide", "d_model must be a positive whole number, got 'wide'"),
         ("colour=red", "no field is called colour"),
-        ("alpha.init", "cannot read 'alpha_init': write a field and its values, such as alpha.init=0.05,0.25"),
+        ("alpha.init", "cannot read 'alpha.init': write a field and its values, such as alpha.init=0.05,0.25"),
         ("batch_size=2,2", "two runs would share the directory"),
         ("seed=0,1", "'seed=0,1': seed is chosen by --seeds"),
         ("lr=1e-3,2e-3", "'lr=1e-3,2e-3': lr is given by --lr too, give it once"),
@@ -196,7 +196,7 @@ def test_every_field_that_is_named_as_one_is_one(arm: str) -> None:
     for field in fields_of(arm):
         said = ""
         try:
-            make_run(arm, "hybrid" if "hybrid" in arm else "demo", vocab_size=64, **{"lr": 0.1, field: object()})
+            make_run(arm, "demo", vocab_size=64, **{"lr": 0.1, field: object()})
         except (ValueError, TypeError) as refusal:
             said = str(refusal)
         assert "no field" not in said, field
@@ -389,7 +389,7 @@ def test_a_directory_appears_whole_or_not_at_all(
         "report": [run, "--out", out],
         "export": [run, out],
         "data pairs": [
-            *(word for side in sides for word in (side, text)),
+            *(word for side in sides for word in (side, good_data.parent / "val.txt" if "val" in side else text)),
             "--out",
             out,
             "--tokenizer",
@@ -420,7 +420,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     def work(*given: object, **named: object) -> None:
         raise AssertionError("that was the work")
 
-    for floor in ("train.evaluation.load_decoder", "train.evaluation.load_for_inference", "compare.bench.bench"):
+    for floor in ("train.evaluation.load_decoder", "train.evaluation.load_for_inference", "experiments.bench.bench"):
         monkeypatch.setattr(f"spherelm.{floor}", work)
     (tmp_path / "taken").write_text("mine")
     text, flag = good_data.parent / "val.txt", name.split()[1]

@@ -21,11 +21,13 @@ import spherelm
 from spherelm import cli
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.shards import open_tokens
+from spherelm.errors import NotFoundError, StorageError, UserError
 from spherelm.experiments import comparison
 from spherelm.experiments import sweep as sweep_module
 from spherelm.experiments.jobs import Job
 from spherelm.models import parameter_count
 from spherelm.recipes import RECIPES, WAYS, make_run
+from spherelm.report import report, sweep_page
 from spherelm.runs.config import from_dict
 from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer
@@ -252,7 +254,7 @@ def test_train_takes_single_fields(command: commands.Command, tmp_path: Path) ->
     ]
     record = json.loads(command("train", *words, "--set", *fields).out)
     assert (record["schedule"]["kind"], record["schedule"]["rho"]) == ("log", 0.05)
-    assert (record["optim"]["optimizer"], record["optim"]["max_angle"]) == ("gated_adamw", 0.2)
+    assert (record["optim"]["optimizer"]["kind"], record["optim"]["max_angle"]) == ("gated_adamw", 0.2)
     assert (record["model"]["logit_preconditioning"], record["optim"]["multipliers"]["matrix"]) == (1, 2)
     for wrong, line in (
         ("rho", "cannot read 'rho'"),
@@ -304,11 +306,14 @@ def test_compare_passes_on_what_was_asked(
 ) -> None:
     asked: list[Any] = []
 
+    pages: list[Path] = []
+
     def record(*arguments: Any) -> dict[str, Any]:
         asked.extend(arguments)
         return {"speedup": {"tokens": 1.5}, "step_time_ratio": 1.25, "arms": "of no concern"}
 
     monkeypatch.setattr(comparison, "compare", record)
+    monkeypatch.setattr(report, "write_report", pages.append)
     words = [
         "--seeds",
         3,
@@ -328,6 +333,7 @@ def test_compare_passes_on_what_was_asked(
     assert answer.code == 0
     config, out, resume, workers = asked
     assert (out, resume, workers) == (tmp_path, True, 2)
+    assert pages == [tmp_path]
     assert config == comparison.CompareConfig(
         preset="p", recipe="r", data="d", seeds=3, quick=True, steps=2, seq_len=16, batch_size=2, lr_gpt=0.1,
         lr_ngpt=0.2, dtype="float32", compile=False,
@@ -347,7 +353,7 @@ def test_sweep_passes_on_what_was_asked(
         return [2.5] * len(jobs)
 
     monkeypatch.setattr(sweep_module, "run_jobs", record)
-    monkeypatch.setattr(sweep_module, "write_page", lambda *_: None)
+    monkeypatch.setattr(sweep_page, "write_page", lambda *_: None)
     words = [
         "--arms",
         "ngpt",
@@ -366,7 +372,7 @@ def test_sweep_passes_on_what_was_asked(
     answer = command("sweep", "--out", tmp_path / "sweep", "--data", data, "--recipe", "default", "paper", *words)
     assert answer.code == 0, answer.err
     assert len(seen) == 2 * 2 * 2 * 2
-    keys = {(j.config.recipe, j.config.optim.lr, j.config.model.alpha_init, j.config.train.seed) for j in seen}  # type: ignore[union-attr]
+    keys = {(j.config.recipe, j.config.optim.lr, j.config.model.alpha.init, j.config.train.seed) for j in seen}  # type: ignore[union-attr]
     assert keys == {
         (r, lr, a, s) for r in ("default", "paper") for lr in (0.1, 0.2) for a in (0.1, 0.3) for s in (0, 1)
     }
@@ -378,8 +384,8 @@ def test_sweep_passes_on_what_was_asked(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("a wrong\n  value"), 2, "spherelm: a wrong value"),
-        (FileNotFoundError("no file"), 2, "spherelm: no file"),
+        (UserError("a wrong\n  value"), 2, "spherelm: a wrong value"),
+        (FileNotFoundError(2, "no file", "x"), 2, "spherelm: [Errno 2] no file: 'x'"),
         (OSError(28, "No space left on device"), 2, "spherelm: [Errno 28] No space left on device"),
         (Diverged("the loss is nan"), 1, "spherelm: the loss is nan"),
         (Interrupted("saved", 15), 143, "spherelm: saved"),
@@ -400,10 +406,21 @@ def test_each_way_to_fail_has_its_code_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a mistake of ours"), TypeError("another"), AssertionError("and another")]
+    "error",
+    [
+        RuntimeError("a mistake of ours"),
+        TypeError("another"),
+        AssertionError("and another"),
+        ValueError("not what the user gave"),
+        OSError("not the system's"),
+    ],
 )
 def test_our_own_mistakes_keep_their_traceback(
-    error: Exception, command: commands.Command, data: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    command: commands.Command,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -411,6 +428,19 @@ def test_our_own_mistakes_keep_their_traceback(
     monkeypatch.setattr(trainer, "train", fail)
     with pytest.raises(type(error), match=str(error)):
         command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
+    assert re.fullmatch(r"spherelm: this is a mistake in spherelm .*: please report it .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [UserError("too many"), NotFoundError("no file"), StorageError("full")])
+def test_what_the_user_can_mend_is_one_line(
+    error: Exception, command: commands.Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    answer = command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
+    assert (answer.code, answer.out, answer.err) == (2, "", f"spherelm: {error}\n")
 
 
 def test_training_that_diverges_is_code_1(command: commands.Command, data: Path, tmp_path: Path) -> None:

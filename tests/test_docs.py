@@ -9,13 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import fields_by_path
 
 import spherelm
+from spherelm.optim import RULES
 from spherelm.recipes import PRESETS, make_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,12 +107,16 @@ def test_warm_up_is_the_papers_or_a_tenth_of_a_short_run() -> None:
             assert make_run("ngpt", "demo", recipe, vocab_size=50, steps=steps).schedule.warmup_steps == 0
 
 
-def field(arm: str, preset: str, recipe: str, path: str) -> Any:
-    """A field of a run's configuration by its dotted path."""
-    value: Any = make_run(arm, preset, recipe, vocab_size=50, lr=1e-3)
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+def parts_of(arm: str, preset: str, recipe: str) -> dict[str, Any]:
+    """The fields of a run's model, optimizer and schedule by their paths."""
+    run = make_run(arm, preset, recipe, vocab_size=50, lr=1e-3)
+    parts = {
+        "model": run.model,
+        "optim": run.optim,
+        "schedule": run.schedule,
+        "optim.multipliers": run.optim.multipliers,
+    }
+    return {f"{part}.{path}": value for part in parts for path, value in fields_by_path(parts[part]).items()}
 
 
 @pytest.mark.parametrize("preset", ["demo", "0.5b-1k"])
@@ -127,7 +134,7 @@ def test_adam_and_muon_are_what_the_page_says(preset: str) -> None:
     for arm, path, *formulas in rows:
         for recipe, formula in zip(("paper", "adam", "muon"), formulas, strict=True):
             value = eval(formula, {"__builtins__": {}}, known)
-            found = field(arm, preset, recipe, path)
+            found = parts_of(arm, preset, recipe).get(path)  # none of an optimizer that does not have it
             assert found == (value if isinstance(value, str) else pytest.approx(value)), f"{arm} {path} of {recipe}"
 
 
@@ -141,23 +148,16 @@ def test_muons_rates_by_role_are_what_the_page_says() -> None:
         assert {name for name, rate in rates.items() if rate != 1} <= listed.keys()
 
 
-def same(fields: list[dict[str, Any]], name: str) -> bool:
-    """Whether a field has one value in all of them."""
-    return all(one[name] == fields[0][name] for one in fields)
-
-
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_the_page_leaves_no_difference_out(arm: str) -> None:
     listed = re.findall(rf"^\| `{arm}\.([\w.]+)`", PAPER, re.MULTILINE)
     differing = set()
+    defaults = {f"optim.optimizer.{field.name}": field.default for rule in RULES.values() for field in fields(rule)}
     for preset in ("demo", "1b-1k"):
-        runs = [make_run(arm, preset, recipe, vocab_size=50, lr=1e-3) for recipe in ("paper", "adam", "muon")]
-        for part, nested in (("model", None), ("optim", "multipliers"), ("schedule", None)):
-            fields = [vars(getattr(run, part)) for run in runs]
-            differing |= {f"{part}.{name}" for name in fields[0] if name != nested and not same(fields, name)}
-            if nested is not None:
-                inner = [vars(one[nested]) for one in fields]
-                differing |= {f"{part}.{nested}.{name}" for name in inner[0] if not same(inner, name)}
+        runs = [parts_of(arm, preset, recipe) for recipe in ("paper", "adam", "muon")]
+        for path in {path for run in runs for path in run} - {"optim.multipliers"}:
+            values = [run.get(path, defaults.get(path)) for run in runs]
+            differing |= {path} if any(value != values[0] for value in values) else set()
     assert differing == set(listed)
 
 
@@ -170,7 +170,7 @@ def changes(diff: str) -> list[tuple[str, str, str]]:
             path = line.removeprefix("+++ b/")
         elif line.startswith("@@"):
             hunks.append((path, [], []))
-        elif not line.startswith("--- a/"):
+        elif not line.startswith(("--- a/", "--- /dev/null")):
             kind, rest = line[:1] or " ", line[1:]
             assert kind in " +-", line
             if kind in " -":
@@ -183,6 +183,10 @@ def changes(diff: str) -> list[tuple[str, str, str]]:
 def apply(diff: str, root: Path) -> None:
     """Change the files below `root` as the diff says; what it takes away must be there exactly once."""
     for path, before, after in changes(diff):
+        if before == "\n":
+            assert not (root / path).exists()
+            (root / path).write_text(after, encoding="utf-8")
+            continue
         text = (root / path).read_text(encoding="utf-8")
         assert text.count(before) == 1, f"{path} does not hold, once:\n{before}"
         (root / path).write_text(text.replace(before, after), encoding="utf-8")
@@ -194,29 +198,52 @@ def copy_package(root: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("diff", DIFFS, ids=["layer", "recipe", "ablation"])
-def test_a_diff_applies_and_is_under_ten_lines(diff: str, tmp_path: Path) -> None:
+FEW = {"ablation": (2, 3), "positions": (2, 5), "optimizer": (2, 40), "part": (2, 20)}
+"""How many files each of the page's diffs touches, and how many lines with something on them it adds at most."""
+
+
+def test_there_are_four_diffs() -> None:
+    assert len(DIFFS) == len(FEW)
+
+
+@pytest.mark.parametrize(("diff", "name"), list(zip(DIFFS, FEW, strict=False)), ids=FEW)
+def test_a_diff_applies_and_touches_few_files(diff: str, name: str, tmp_path: Path) -> None:
     copy_package(tmp_path)
     apply(diff, tmp_path)
-    for path in {path for path, _, _ in changes(diff)}:
+    paths = {path for path, _, _ in changes(diff)}
+    for path in paths:
         ast.parse((tmp_path / path).read_text(encoding="utf-8"))
     added = [line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
-    assert len([line for line in added if line.strip()]) < 10
+    files, lines = FEW[name]
+    assert len(paths) == files
+    assert len([line for line in added if line.strip()]) <= lines
     assert max(len(line) for line in added) <= 120
+
+
+def test_the_floors_are_those_of_the_contract() -> None:
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("layers = [")[2].partition("]")[0]
+    page = CONTRIBUTING.partition("## The floors")[2].partition("**The one mechanism.**")[0]
+    floors = [re.split(r"  +", line.strip())[0] for line in page.splitlines() if line.startswith("    ")]
+    assert floors == re.findall(r'"(.+?)"', contract)
 
 
 USE_OF_THE_DIFFS = """
 import torch
 from spherelm import build, build_optimizer, departure
+from spherelm.layers.rope import ROPES
 from spherelm.recipes import make_run
+from spherelm.runs.config import from_dict, to_dict
 
-sizes = dict(d_model=16, n_layers=2, seq_len=8, steps=100)
-for step in ("lerp", "riemannian"):
-    run = make_run("ngpt", "demo", "wsd", vocab_size=50, lr=1e-2, step=step, **sizes)
-    assert run.schedule.kind == "wsd" and run.model.s_z_scale == 1.4
+sizes = dict(d_model=16, n_layers=4, seq_len=8, steps=100)
+for fields in ({}, {"variant.part_norm": False}, {"nope_every": 2}, {"optimizer": "signum", "momentum": 0.5}):
+    run = make_run("ngpt", "demo", "adam", vocab_size=50, lr=1e-2, **fields, **sizes)
+    assert from_dict(to_dict(run)) == run
     model = build(run.model)
     assert type(model.blocks[0].mlp.part).__name__ == "UnitSquaredReLU"
+    turned = [block.attention.part.rotation is ROPES["standard"].unit_rotation for block in model.blocks]
+    assert turned == ([True, False] * 2 if "nope_every" in fields else [True] * 4)
     optimizer = build_optimizer(model, run.optim)
+    assert (type(optimizer).__name__ == "Signum") == ("optimizer" in fields)
     tokens, before = torch.randint(50, (4, 9)), None
     for _ in range(20):
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
@@ -226,7 +253,11 @@ for step in ("lerp", "riemannian"):
         optimizer.step()
         assert departure(model) < 1e-6
     assert loss.item() < before
-assert make_run("gpt", "demo", "wsd", vocab_size=50, lr=1e-2).schedule.warmup_steps == 24
+    kept = sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
+    counts = {"all": sum(parameter.numel() for parameter in model.parameters())}
+    assert run.optim.optimizer.state_size(counts) == kept
+gpt = make_run("gpt", "demo", "paper", vocab_size=50, lr=1e-2, nope_every=1, **sizes)
+assert build(gpt.model).blocks[0].attention.part.rotation is ROPES["none"].rotation
 """
 
 

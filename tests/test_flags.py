@@ -17,33 +17,33 @@ import tiny
 import torch
 
 from spherelm import cli
-from spherelm.cli.given import TORCHRUN, Kind, check, flag_name, flags_of, unfold
+from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
 
 FLAGS = [(name, flag) for name, command in cli.COMMANDS.items() for flag in flags_of(command)]
 NEEDY = [(name, flag) for name, flag in FLAGS if flags_of(cli.COMMANDS[name])[flag].needs]
 
 FLOORS = {
-    "compare": ["compare.comparison.compare"],
+    "compare": ["experiments.comparison.compare", "report.report.write_report"],
     "train": ["train.trainer.train"],
-    "sweep": ["compare.sweep.sweep"],
-    "evidence": ["compare.evidence.climb", "compare.evidence_record.table"],
+    "sweep": ["experiments.sweep.sweep", "report.sweep_page.write_page"],
+    "evidence": ["experiments.evidence.climb", "experiments.evidence_record.table"],
     "eval": [
         *(f"train.evaluation.{name}_of_run" for name in ("tasks", "perplexity", "translation")),
         *(
             "train.evaluation.about",
             "train.evaluation.trained_length",
-            "train.record.write_json",
+            "runs.record.write_json",
             "cli.evaluation.tables",
         ),
     ],
-    "inspect": ["compare.inspection.inspect"],
-    "report": ["compare.ladder.write_ladder"],
-    "generate": ["train.samples.continuations", "train.samples.continues", "train.samples.Conversation"],
-    "export": ["train.export.export"],
-    "bench": [*(f"compare.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
+    "inspect": ["report.inspection.inspect"],
+    "report": ["report.ladder.write_ladder"],
+    "generate": ["generation.samples.continuations", "generation.samples.continues", "generation.samples.Conversation"],
+    "export": ["interop.export.export"],
+    "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
     "data prepare": ["data.prepare.prepare"],
     "data pairs": ["data.pairs.prepare_pairs"],
-    "import nvidia": ["train.imported.import_nvidia"],
+    "import nvidia": ["interop.imported.import_nvidia"],
 }
 """What each command calls with all that it was given."""
 
@@ -178,16 +178,14 @@ def least(name: str, data: Path, tmp_path: Path) -> list[object]:
     }[name]  # fmt: skip
 
 
-def needed(name: str, flag: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[object]]:
+def needed(name: str, flag: str, data: Path) -> dict[str, list[object]]:
     """The flags with values that a flag needs beside it, and those that these need."""
     found: dict[str, list[object]] = {}
     open_ends = [flag]
     while open_ends:
         needs = flags_of(cli.COMMANDS[name])[open_ends.pop()].needs
         wanted, _, value = (needs.beside[0] if needs and needs.beside else "").partition(" ")
-        if wanted == TORCHRUN:
-            monkeypatch.setenv("WORLD_SIZE", "1")
-        elif wanted and wanted not in (flag, *found):
+        if wanted and wanted not in (flag, *found):
             found[wanted] = [wanted, value] if value else given(name, wanted, data)
             open_ends.append(wanted)
     return found
@@ -199,7 +197,7 @@ def test_every_flag_acts_where_it_is_taken(
 ) -> None:
     """With it, another thing is asked of the floors below than without it."""
     words, own, flags = least(name, data, tmp_path), given(name, flag, data), flags_of(cli.COMMANDS[name])
-    more = needed(name, flag, data, monkeypatch)
+    more = needed(name, flag, data)
     # Of two flags that need each other, neither is taken alone.
     alone = [
         word for other, found in more.items() for word in found if flag not in getattr(flags[other].needs, "beside", ())
@@ -243,7 +241,7 @@ def test_what_a_flag_needs_is_there(name: str, flag: str) -> None:
     flags = flags_of(cli.COMMANDS[name])
     needs = flags[flag].needs
     assert needs is not None
-    others = {other.partition(" ")[0] for other in (*needs.beside, *needs.without)} - {TORCHRUN}
+    others = {other.partition(" ")[0] for other in (*needs.beside, *needs.without)}
     assert others
     assert others <= flags.keys() - {flag}
 

@@ -23,7 +23,7 @@ def test_it_runs_from_the_dictionary_to_error_rates(tmp_path: Path, monkeypatch:
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["g2p", str(dictionary), str(out), "--steps", "2", "--test-words", "3"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    scores = json.loads((out / "nencdec-0" / "scores.json").read_text())
+    scores = json.loads((out / "ngpt-0" / "scores.json").read_text())
     assert scores["words"] == 3
     assert 0 <= scores["word_error_rate"] <= 1
     trained = (out / "train.letters").read_text().splitlines()

@@ -22,10 +22,11 @@ import pytest
 import tiny
 import torch
 from commands import replaced
+from configs import make_config
 from test_docs import PAGES, ROOT, exists, name_of
 
 import spherelm
-from spherelm import GPT, NGPT, GPTConfig, NGPTConfig, attach_retraction, build_optimizer, departure
+from spherelm import GPT, NGPT, attach_retraction, build_optimizer, departure
 from spherelm.cli import main
 from spherelm.data.compression import COMPRESSIONS
 from spherelm.data.corpus import shipped_directory
@@ -41,21 +42,8 @@ from spherelm.experiments.jobs import Job, do_job
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.generate import generate
 from spherelm.generation.samples import PRECISIONS
-from spherelm.models import (
-    ARMS,
-    EncDec,
-    EncDecConfig,
-    Encoder,
-    EncoderConfig,
-    Hybrid,
-    HybridConfig,
-    NEncDec,
-    NEncDecConfig,
-    NEncoder,
-    NEncoderConfig,
-    NHybrid,
-    NHybridConfig,
-)
+from spherelm.models import ARCHITECTURES, ARMS, build, model_class
+from spherelm.models.decoder import Decoder
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
@@ -118,7 +106,7 @@ def test_every_command_is_understood(
     """With the floors below the command line taken away, so that nothing is trained."""
 
     def understood_comparison(config: Any, *rest: Any) -> dict[str, Any]:
-        assert all(config.run(arm, 4096, seed=0).arm == arm for arm in config.arms)
+        assert all(config.run(arm, 4096, seed=0).arm == arm for arm in ARMS)
         return {"speedup": {}, "step_time_ratio": 1.0}
 
     def understood_sweep(choices: Any, *rest: Any, **more: Any) -> list[Any]:
@@ -128,12 +116,14 @@ def test_every_command_is_understood(
 
     monkeypatch.setattr("spherelm.experiments.comparison.compare", understood_comparison)
     monkeypatch.setattr("spherelm.experiments.sweep.sweep", understood_sweep)
+    monkeypatch.setattr("spherelm.report.report.write_report", lambda out: None)
+    monkeypatch.setattr("spherelm.report.sweep_page.write_page", lambda *rest: None)
     monkeypatch.setattr("spherelm.experiments.evidence.climb", lambda *_: {"measured": [], "speedups": []})
     monkeypatch.setattr("spherelm.experiments.bench.bench", lambda *rest: {})
     monkeypatch.setattr("spherelm.experiments.bench.table", str)
     monkeypatch.setattr("spherelm.experiments.bench.profile", str)
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
-    monkeypatch.setattr("spherelm.train.batches.vocabulary_size", lambda data: 4096)
+    monkeypatch.setattr("spherelm.data.sources.vocabulary_size", lambda data: 4096)
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})
@@ -180,7 +170,7 @@ def test_every_block_runs(
     """In one directory, the data first and Python last, since some blocks use what others make."""
     monkeypatch.chdir(tmp_path)
     for module in ("comparison", "sweep"):
-        monkeypatch.setattr(f"spherelm.compare.{module}.run_jobs", run_jobs_here)
+        monkeypatch.setattr(f"spherelm.experiments.{module}.run_jobs", run_jobs_here)
     monkeypatch.setattr("spherelm.experiments.comparison.measure_cost", partial(measure_cost, steps=1, warmup=1))
     write_inputs(tmp_path)
     commands = [words for kind, text in BLOCKS if kind == "sh" for words in commands_in(text)]
@@ -362,20 +352,31 @@ def tokens_and_targets(vocab_size: int = tiny.VOCAB) -> tuple[torch.Tensor, torc
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def small(arm: str, **fields: Any) -> GPT | NGPT:
-    config_class, model_class = ARMS[arm]
-    more = {"pattern": "AM", "mamba_d_head": 8} if arm in ("hybrid", "nhybrid") else {}
-    return model_class(config_class(tiny.VOCAB, n_layers=2, d_model=16, n_heads=4, max_seq_len=32, **more, **fields))
+BUILT = [*((kind, {}) for kind in ARCHITECTURES), ("decoder", {"pattern": "AM", "mamba_d_head": 8})]
+"""Every architecture that a model may have, and the fields that make it."""
+
+
+def small(arm: str, kind: str = "decoder", **fields: Any) -> Decoder:
+    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 4, "max_seq_len": 32}
+    return build(make_config(arm, kind, vocab_size=tiny.VOCAB, **sizes, **fields))
+
+
+def loss_of(model: Decoder) -> torch.Tensor:
+    """Of one batch; where the model reads a source, it is longer than the target."""
+    tokens, targets = tokens_and_targets()
+    return model.loss(tokens, targets[:, -5:] if model.config.architecture.kind == "encdec" else targets)
 
 
 @check("Models")
 def models(row: Row) -> None:
     assert row.names == list(ARMS)
-    language = {"gpt": (GPTConfig, GPT), "ngpt": (NGPTConfig, NGPT)}
-    pairs = {"encdec": (EncDecConfig, EncDec), "nencdec": (NEncDecConfig, NEncDec)}
-    masked = {"encoder": (EncoderConfig, Encoder), "nencoder": (NEncoderConfig, NEncoder)}
-    hybrids = {"hybrid": (HybridConfig, Hybrid), "nhybrid": (NHybridConfig, NHybrid)}
-    assert language | pairs | masked | hybrids == ARMS
+    for arm in ARMS:
+        for kind, fields in BUILT:
+            assert loss_of(small(arm, kind, **fields)).isfinite()
+    assert [model_class(make_config(arm, vocab_size=9, n_layers=1, d_model=8, n_heads=1)) for arm in ARMS] == [
+        GPT,
+        NGPT,
+    ]
 
 
 def subcommands(arguments: list[str]) -> list[str]:
@@ -430,25 +431,22 @@ def optimizers(row: Row) -> None:
 def attention(row: Row) -> None:
     assert row.names == ["n_kv_heads"]
     for arm in ARMS:
-        model = small(arm, n_kv_heads=2)
-        assert model.blocks[0].attention.part.k.weight.shape == (8, 16)
-        tokens, targets = tokens_and_targets()
-        assert (
-            model.loss(tokens, targets[:, -5:]).isfinite()
-            if arm.endswith("encdec")
-            else model.loss(tokens, targets).isfinite()
-        )
+        for kind, fields in BUILT:
+            model = small(arm, kind, n_kv_heads=2, **fields)
+            assert model.blocks[0].attention.part.k.weight.shape == (8, 16)
+            assert loss_of(model).isfinite()
 
 
 @check("Embeddings")
 def embeddings(row: Row) -> None:
     assert row.names == ["tie_embeddings"]
     for arm in ARMS:
-        assert small(arm).head.linear.weight is not small(arm).embed.weight
-        if arm.endswith("encoder"):  # whose input has a row more than their output
-            continue
-        tied = small(arm, tie_embeddings=True)
-        assert tied.head.linear.weight is tied.embed.weight
+        for kind, fields in BUILT:
+            apart = small(arm, kind, **fields)
+            assert apart.head.linear.weight is not apart.embed.weight
+            if kind != "encoder":  # whose input has a row more than its output
+                tied = small(arm, kind, tie_embeddings=True, **fields)
+                assert tied.head.linear.weight is tied.embed.weight
 
 
 @check("Number formats")
@@ -501,7 +499,7 @@ def generation(row: Row) -> None:
 
 @check("Translation")
 def translation(row: Row) -> None:
-    model = small("nencdec")
+    model = small("ngpt", "encdec")
     found = beam_search(model, [[1, 2], [3]], 6, 256, BeamSettings(2))
     scores = translation_scores(["a b c d"], [["a b c d"]])
     assert [len(hypotheses) for hypotheses in found] == [2, 2]

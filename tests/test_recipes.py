@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import tiny
+from configs import fields_by_path
 
 from spherelm import recipes
 from spherelm.models import NGPTConfig, parameter_count
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.optim.rules import AdamW, GatedAdamW, Muon
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, distinct, make_run, recipe_names
 from spherelm.runs.config import from_dict, to_dict
@@ -43,11 +45,11 @@ def test_the_papers_recipe_is_tables_2_and_3(arm: str) -> None:
     run = make_run(arm, "0.5b-1k", "paper")
     warmup = 2000 if arm == "gpt" else 0
     assert run.schedule == ScheduleConfig("cosine", warmup_steps=warmup, final=0.0)
-    assert run.optim == OptimConfig(1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=None, grad_clip=1.0)
+    assert run.optim == OptimConfig(1e-3, AdamW(betas=(0.9, 0.95), eps=1e-8), weight_decay=None, grad_clip=1.0)
     if arm == "ngpt":
         names = ("alpha", "s_qk", "s_u", "s_v", "s_z")
-        assert [getattr(run.model, f"{name}.init") for name in names] == [0.05, 1, 1, 1, 1]
-        assert [getattr(run.model, f"{name}.scale") for name in names] == [None, None, 1, 1, None]
+        assert [getattr(run.model, name).init for name in names] == [0.05, 1, 1, 1, 1]
+        assert [getattr(run.model, name).scale for name in names] == [None, None, 1, 1, None]
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(100_000, 2000), (20_000, 2000), (300, 30), (9, 0)])
@@ -58,26 +60,26 @@ def test_a_short_run_warms_up_over_a_tenth(steps: int, warmup: int) -> None:
 
 def differences(one: Any, other: Any) -> set[str]:
     """The fields in which two configs differ."""
-    return {name for name, value in vars(one).items() if value != getattr(other, name)}
+    ours, theirs = fields_by_path(one), fields_by_path(other)
+    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
 
 
-EVEN = ("demo", "pairs", "0.3m", "1m", "4m", "12m", "moe", "hybrid", "hybrid-moe")
-"""Whose decoders start even in both arms."""
+EVEN = ("demo", "encoder", "pairs", "0.3m", "1m", "4m", "12m", "moe", "hybrid", "hybrid-moe")
+"""Where short runs are made to start even."""
 
 MUON_IS_TUNED = {(arm, preset) for arm in tiny.ARMS for preset in ("demo", "0.3m", "1m", "4m", "12m")}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("arm", ["gpt", "ngpt", "hybrid", "encdec"])
+@both_arms
 def test_the_default_recipe_is_muon_where_its_rate_was_tuned_and_adam_elsewhere(arm: str, preset: str) -> None:
-    """At the paper's sizes nobody has tuned Muon here; other arms were not tried with it."""
-    pattern = {"pattern": "MAM-"} if arm == "hybrid" else {}
+    """At the paper's sizes nobody has tuned Muon here; other architectures were not tried with it."""
     best = "muon" if (arm, preset) in MUON_IS_TUNED else "adam"
-    default, same = (make_run(arm, preset, way, vocab_size=9, lr=1e-3, **pattern) for way in ("default", best))
+    default, same = (make_run(arm, preset, way, vocab_size=9, lr=1e-3) for way in ("default", best))
     assert differences(default, same) == {"recipe"}
-    assert default.optim.optimizer == ("muon" if best == "muon" else "adamw")
+    assert default.optim.optimizer.kind == ("muon" if best == "muon" else "adamw")
     if (best, arm) in PRESETS[preset].rates:
-        assert make_run(arm, preset, vocab_size=9, **pattern).optim.lr == PRESETS[preset].rates[best, arm]
+        assert make_run(arm, preset, vocab_size=9).optim.lr == PRESETS[preset].rates[best, arm]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -85,14 +87,19 @@ def test_adam_differs_from_the_papers_recipe_only_where_it_says(preset: str) -> 
     adam, paper = (make_run("ngpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("adam", "paper"))
     assert differences(adam, paper) - {"optim"} == {"recipe", "model", "schedule"}
     assert differences(adam.schedule, paper.schedule) == {"kind"}
-    assert differences(adam.optim, paper.optim) <= {"betas"}
-    assert differences(adam.model, paper.model) <= {"s_z.init", "s_z.scale", "alpha.init", "common_start", "s_qk.init"}
+    shared = {"architecture.share_embeddings"} if preset == "pairs" else set()
+    rates = {"multipliers"} if preset == "pairs" else set()
+    assert differences(adam.optim, paper.optim) <= {"optimizer.betas"} | rates
+    starts = {"s_z.init", "s_z.scale", "alpha.init", "common_start", "s_qk.init"}
+    assert differences(adam.model, paper.model) <= starts | shared
     model: Any = adam.model
-    starts = {"pairs": 25.0, "demo": 22.63, "0.3m": 32.0, "1m": 45.25, "4m": 61.34, "12m": 64.0}
-    assert model.s_z_init == pytest.approx(starts.get(preset, math.sqrt(model.d_model)), rel=1e-3)
-    assert (model.common_start, model.s_qk_init) == ((8.0, 0.5) if preset in EVEN else (0.0, 1.0))
-    assert model.alpha_init == pytest.approx(0.05 * math.sqrt(24 / model.n_layers))
-    assert adam.optim.multipliers == paper.optim.multipliers == RateMultipliers()
+    logits = {"pairs": 25.0, "demo": 22.63, "encoder": 22.63, "0.3m": 32.0, "1m": 45.25, "4m": 61.34, "12m": 64.0}
+    assert model.s_z.init == pytest.approx(logits.get(preset, math.sqrt(model.d_model)), rel=1e-3)
+    common = 0.0 if preset == "pairs" else 8.0
+    assert (model.common_start, model.s_qk.init) == ((common, 0.5) if preset in EVEN else (0.0, 1.0))
+    layers = model.n_layers / (1 if model.pattern is None else 2)
+    assert model.alpha.init == pytest.approx(0.05 * math.sqrt(24 / layers))
+    assert paper.optim.multipliers == RateMultipliers()
 
 
 @pytest.mark.parametrize(
@@ -102,8 +109,11 @@ def test_the_second_moment_remembers_as_many_tokens_as_the_papers(batch: int, se
     """With sequences of 1024: half the paper's batch has the root of its beta; small ones no more than 0.99."""
     for arm in ("gpt", "ngpt"):
         run = make_run(arm, "0.5b-1k", batch_size=batch, micro_batch_size=1)
-        assert run.optim.betas == (0.9, pytest.approx(second))
-        assert make_run(arm, "0.5b-1k", "paper", batch_size=batch, micro_batch_size=1).optim.betas == (0.9, 0.95)
+        assert run.optim.optimizer.betas == (0.9, pytest.approx(second))
+        assert make_run(arm, "0.5b-1k", "paper", batch_size=batch, micro_batch_size=1).optim.optimizer.betas == (
+            0.9,
+            0.95,
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,23 +122,24 @@ def test_the_second_moment_remembers_as_many_tokens_as_the_papers(batch: int, se
 def test_the_first_moment_remembers_less_in_a_short_run(steps: int, first: float) -> None:
     """The horizon in updates goes with the root of their number: 5 at 31^2, and ten, the paper's, from 62^2 on."""
     for arm in ("gpt", "ngpt"):
-        assert make_run(arm, vocab_size=9, steps=steps).optim.betas[0] == pytest.approx(first, abs=1e-3)
-        assert make_run(arm, "demo", "paper", vocab_size=9, steps=steps).optim.betas == (0.9, 0.95)
+        assert make_run(arm, vocab_size=9, steps=steps).optim.optimizer.betas[0] == pytest.approx(first, abs=1e-3)
+        assert make_run(arm, "demo", "paper", vocab_size=9, steps=steps).optim.optimizer.betas == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(("steps", "momentum"), [(1, 0.75), (240, 0.8), (961, 0.9), (3844, 0.95), (100_000, 0.95)])
 def test_muon_remembers_twice_as_many_updates_as_adam(steps: int, momentum: float) -> None:
     for arm in ("gpt", "ngpt"):
-        optim = make_run(arm, "demo", "muon", vocab_size=9, steps=steps).optim
-        assert optim.momentum == pytest.approx(momentum, abs=1e-3)
-        assert 1 / (1 - optim.momentum) == pytest.approx(2 / (1 - optim.betas[0]))
+        rule = make_run(arm, "demo", "muon", vocab_size=9, steps=steps).optim.optimizer
+        assert isinstance(rule, Muon)
+        assert rule.momentum == pytest.approx(momentum, abs=1e-3)
+        assert 1 / (1 - rule.momentum) == pytest.approx(2 / (1 - rule.betas[0]))
 
 
 def test_one_update_moves_the_logits_scale_of_the_default_recipe_by_a_small_part_of_itself() -> None:
     """Adam's first step moves a stored scale by the rate; what is stored at `scale` stands for `init`."""
     model: Any = make_run("ngpt", vocab_size=9).model
-    moved = make_run("ngpt", vocab_size=9).optim.lr * model.s_z_init / model.s_z_scale
-    assert moved < 0.02 * model.s_z_init
+    moved = make_run("ngpt", vocab_size=9).optim.lr * model.s_z.init / model.s_z.scale
+    assert moved < 0.02 * model.s_z.init
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -137,64 +148,51 @@ def test_adam_does_the_baseline_no_harm(preset: str) -> None:
     default, paper = (make_run("gpt", preset, recipe, vocab_size=9, lr=1e-3) for recipe in ("adam", "paper"))
     assert differences(default, paper) <= {"recipe", "model", "optim", "schedule"}
     assert differences(default.schedule, paper.schedule) == {"kind"}, "the same warm-up and end"
-    assert differences(default.model, paper.model) <= {"init_std"}
-    assert {"multipliers"} <= differences(default.optim, paper.optim) <= {"multipliers", "betas", "weight_decay"}
+    shared = {"architecture.share_embeddings"} if preset == "pairs" else set()
+    assert differences(default.model, paper.model) <= {"init_std"} | shared
+    changed = {"multipliers", "optimizer.betas", "weight_decay"}
+    assert {"multipliers"} <= differences(default.optim, paper.optim) <= changed
     assert default.optim.multipliers.matrix == 1
     model: Any = default.model
-    if preset in EVEN:
-        assert (model.init_std, default.optim.weight_decay) == (0.02, 0.025)
-    else:
-        assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model))
-        assert default.optim.weight_decay is None
+    is_wide = preset not in EVEN or preset in ("encoder", "pairs")
+    assert model.init_std == pytest.approx(0.02 * math.sqrt(1024 / model.d_model) if is_wide else 0.02)
+    assert default.optim.weight_decay == (0.025 if preset in EVEN and preset != "encoder" else None)
 
 
 def test_both_arms_of_an_encoder_decoder_have_rates_by_role() -> None:
     """The baseline's advantage of 1 nat over itself with one rate must not be lost (docs/experiments.md)."""
-    plain, normalized = (make_run(arm, "pairs", vocab_size=9) for arm in ("encdec", "nencdec"))
+    plain, normalized = (make_run(arm, "pairs", vocab_size=9) for arm in tiny.ARMS)
     assert plain.optim.lr == 2e-3
     assert plain.optim.multipliers == RateMultipliers(input_embedding=64.0, output_embedding=16.0, gain=8.0)
     assert normalized.optim.multipliers == RateMultipliers(input_embedding=2.0, matrix=0.5)
     model: Any = normalized.model
-    assert (model.s_z_init, model.s_z_scale) == (25.0, 1.4)
+    assert (model.s_z.init, model.s_z.scale) == (25.0, 1.4)
 
 
 def test_where_the_logits_scale_starts_is_the_models_to_override_and_no_field_of_its_own() -> None:
-    model: Any = make_run("nencdec", "pairs", vocab_size=9, s_z_init=9.0).model
-    assert model.s_z_init == 9.0
+    model: Any = make_run("ngpt", "pairs", vocab_size=9, **{"s_z.init": 9.0}).model
+    assert model.s_z.init == 9.0
     with pytest.raises(ValueError, match="no field is called even_start, logit_scale"):
-        make_run("nencdec", "pairs", vocab_size=9, logit_scale=9.0, even_start=True)
+        make_run("ngpt", "pairs", vocab_size=9, logit_scale=9.0, even_start=True)
 
 
 @pytest.mark.parametrize(
-    ("arm", "preset", "common_start", "s_qk.init"),
-    [
-        ("nhybrid", "hybrid", 8.0, 0.5),
-        ("nhybrid", "moe", 8.0, 0.5),
-        ("nhybrid", "hybrid-moe", 8.0, 0.5),
-        ("nencoder", "demo", 8.0, 0.5),
-        ("nencdec", "pairs", 0.0, 0.5),
-    ],
+    ("preset", "common_start", "s_qk_init"),
+    [("hybrid", 8.0, 0.5), ("moe", 8.0, 0.5), ("hybrid-moe", 8.0, 0.5), ("encoder", 8.0, 0.5), ("pairs", 0.0, 0.5)],
 )
-def test_each_normalized_arm_starts_as_is_best_for_it(
-    arm: str, preset: str, common_start: float, s_qk_init: float
+def test_each_normalized_architecture_starts_as_is_best_for_it(
+    preset: str, common_start: float, s_qk_init: float
 ) -> None:
-    model: Any = make_run(arm, preset, vocab_size=9).model
-    assert (model.common_start, model.s_qk_init) == (common_start, s_qk_init)
+    model: Any = make_run("ngpt", preset, vocab_size=9).model
+    assert (model.common_start, model.s_qk.init) == (common_start, s_qk_init)
 
 
 @pytest.mark.parametrize(
-    ("arm", "preset", "is_wide", "weight_decay"),
-    [
-        ("hybrid", "hybrid", False, 0.025),
-        ("hybrid", "moe", False, 0.025),
-        ("encoder", "demo", True, None),
-        ("encdec", "pairs", True, 0.025),
-    ],
+    ("preset", "is_wide", "weight_decay"),
+    [("hybrid", False, 0.025), ("moe", False, 0.025), ("encoder", True, None), ("pairs", True, 0.025)],
 )
-def test_each_baseline_starts_as_is_best_for_it(
-    arm: str, preset: str, is_wide: bool, weight_decay: float | None
-) -> None:
-    run = make_run(arm, preset, vocab_size=9)
+def test_each_baseline_starts_as_is_best_for_it(preset: str, is_wide: bool, weight_decay: float | None) -> None:
+    run = make_run("gpt", preset, vocab_size=9)
     model: Any = run.model
     assert model.init_std == pytest.approx(0.02 * math.sqrt(8) if is_wide else 0.02)
     assert run.optim.weight_decay == weight_decay
@@ -204,7 +202,7 @@ def test_each_baseline_starts_as_is_best_for_it(
 def test_a_hybrids_rates_are_those_of_the_layers_it_has(preset: str) -> None:
     """Of those asked for, not of the preset's: with mixers the embedding wants more than with attention alone."""
     made = {
-        pattern: make_run("hybrid", preset, vocab_size=9, lr=1e-3, pattern=pattern).optim.multipliers
+        pattern: make_run("gpt", preset, vocab_size=9, lr=1e-3, pattern=pattern).optim.multipliers
         for pattern in ("AOA-", "A-", "MAMO", "M")
     }
     assert made["AOA-"] == made["A-"] != made["MAMO"] == made["M"]
@@ -212,12 +210,12 @@ def test_a_hybrids_rates_are_those_of_the_layers_it_has(preset: str) -> None:
     assert {rates.matrix for rates in made.values()} == {1}
 
 
-OF_PAIRS = {(arm, "pairs", way) for arm in ("encdec", "nencdec") for way in ("default", "adam")}
-HYBRIDS = [name for name, preset in PRESETS.items() if preset.pattern is not None]
-OF_HYBRIDS = {(arm, preset, way) for arm in ("hybrid", "nhybrid") for preset in HYBRIDS for way in ("default", "adam")}
-OF_DECODERS = {(arm, p, r) for arm in tiny.ARMS for p in PRESETS if p not in ("pairs", *HYBRIDS) for r in WAYS}
+ALONE = ("pairs", "encoder", "moe", "hybrid", "hybrid-moe")
+"""Where Adam alone was tuned."""
+OF_THE_OTHERS = {(arm, preset, way) for arm in tiny.ARMS for preset in ALONE for way in ("default", "adam")}
+OF_DECODERS = {(arm, preset, way) for arm in tiny.ARMS for preset in PRESETS if preset not in ALONE for way in WAYS}
 WITHOUT_MUON = {(arm, preset, "muon") for arm in tiny.ARMS for preset in PRESETS if preset.startswith(("0.5b", "1b"))}
-NAMED = sorted((OF_DECODERS - WITHOUT_MUON) | OF_PAIRS | OF_HYBRIDS)
+NAMED = sorted((OF_DECODERS - WITHOUT_MUON) | OF_THE_OTHERS)
 
 
 @pytest.mark.parametrize(("arm", "preset", "recipe"), NAMED)
@@ -234,16 +232,16 @@ def test_overrides_reach_their_configs() -> None:
     run = make_run(
         "ngpt", vocab_size=99, data="text", lr=0.5, steps=7, seq_len=32, batch_size=6, micro_batch_size=3, seed=4,
         dtype="bfloat16", compile=True, eval_every=9, save_every=8, keep=5, n_layers=2, d_model=64, n_heads=4,
-        n_kv_heads=2, d_ff=77, tie_embeddings=True, s_qk_scale=0.5, grad_clip=2.0, weight_decay=0.3, betas=(0.8, 0.9),
+        n_kv_heads=2, d_ff=77, tie_embeddings=True, grad_clip=2.0, weight_decay=0.3, betas=(0.8, 0.9), **{"s_qk.scale": 0.5},
     )  # fmt: skip
     train, optim = run.train, run.optim
     model: Any = run.model
     assert (train.steps, train.seq_len, train.batch_size, train.micro_batch_size, train.seed) == (7, 32, 6, 3, 4)
     assert (train.dtype, train.compile, train.eval_every, train.save_every, train.keep) == ("bfloat16", True, 9, 8, 5)
     assert (model.vocab_size, model.n_layers, model.d_model, model.n_heads, model.n_kv_heads) == (99, 2, 64, 4, 2)
-    assert (model.d_ff, model.tie_embeddings, model.max_seq_len, model.s_qk_scale) == (77, True, 32, 0.5)
-    assert model.s_z_init == pytest.approx(22.63 * (7 / 240) ** 0.25), "the recipe sees the length that was asked for"
-    assert (optim.lr, optim.grad_clip, optim.weight_decay, optim.betas) == (0.5, 2.0, 0.3, (0.8, 0.9))
+    assert (model.d_ff, model.tie_embeddings, model.max_seq_len, model.s_qk.scale) == (77, True, 32, 0.5)
+    assert model.s_z.init == pytest.approx(22.63 * (7 / 240) ** 0.25), "the recipe sees the length that was asked for"
+    assert (optim.lr, optim.grad_clip, optim.weight_decay, optim.optimizer.betas) == (0.5, 2.0, 0.3, (0.8, 0.9))
     assert run.data == "text"
 
 
@@ -270,12 +268,17 @@ def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
             "max_angle has no effect in gpt by 'default': it needs an arm on the sphere",
         ),
         ("gpt", "muon", {"tangent": True}, "tangent has no effect in gpt by 'muon': it needs an arm on the sphere"),
-        ("ngpt", "adam", {"tangent": True}, "tangent has no effect in ngpt by 'adam': it needs optimizer=muon"),
+        (
+            "ngpt",
+            "adam",
+            {"tangent": True},
+            "tangent is a field of the optimizer muon, and this run has adamw: leave it out",
+        ),
         ("ngpt", "adam", {"angle_follows_lr": True}, "it needs a max_angle"),
-        ("ngpt", "adam", {"momentum": 0}, "it needs optimizer=muon"),
+        ("ngpt", "adam", {"momentum": 0}, "momentum is a field of the optimizer muon, and this run has adamw"),
         ("gpt", "nugpt", {"base_steps": 9}, "it needs recipe 'nugpt' and an arm on the sphere"),
         ("ngpt", "adam", {"base_steps": 9}, "it needs recipe 'nugpt' and an arm on the sphere"),
-        ("ngpt", "muon", {"eps_gate": 1e-6}, "it needs optimizer=gated_adamw"),
+        ("ngpt", "muon", {"eps_gate": 1e-6}, "eps_gate is a field of the optimizer gated_adamw, and this run has muon"),
         ("ngpt", "adam", {"rho": 0.3}, "it needs schedule=log"),
         ("ngpt", "training-ngpt", {"decay_fraction": 0.3}, "it needs schedule=wsd"),
     ],
@@ -303,21 +306,34 @@ def test_the_baseline_of_the_ablations_is_trained_once() -> None:
 
 
 def test_an_explicit_init_beats_the_recipes() -> None:
-    model: Any = make_run("ngpt", vocab_size=9, alpha_init=0.123).model
-    assert model.alpha_init == 0.123
+    model: Any = make_run("ngpt", vocab_size=9, **{"alpha.init": 0.123}).model
+    assert model.alpha.init == 0.123
 
 
 @pytest.mark.parametrize(
     ("arm", "preset", "recipe", "fields", "message"),
     [
         ("bert", "demo", "default", {}, "unknown arm 'bert': choose one of gpt, ngpt"),
-        ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, pairs, "),
+        ("gpt", "huge", "default", {}, "unknown preset 'huge': choose one of demo, encoder, pairs, "),
         ("gpt", "demo", "secret", {}, "unknown recipe 'secret': choose one of default, adam"),
         ("gpt", "demo", "default", {"colour": "red", "zeal": 1}, "no field is called colour, zeal"),
-        ("gpt", "demo", "default", {"alpha.init": 0.1}, "no field is called alpha_init"),
+        (
+            "gpt",
+            "pairs",
+            "default",
+            {"pattern": "A-"},
+            "pattern is a field of the architecture decoder, and this run has",
+        ),
+        (
+            "gpt",
+            "demo",
+            "default",
+            {"alpha.init": 0.1},
+            "alpha.init is no field of gpt, only of ngpt: leave it out for gpt",
+        ),
         ("ngpt", "demo", "default", {"n_layers": 0}, "n_layers must be a positive whole number, got 0"),
         ("ngpt", "demo", "default", {"lr": "abc"}, "the learning rate must be a positive number, got 'abc'"),
-        ("nhybrid", "hybrid", "default", {"pattern": 5}, "pattern must be text, a letter a layer such as MAM-, got 5"),
+        ("ngpt", "hybrid", "default", {"pattern": 5}, "pattern must be text, a letter a layer such as MAM-, got 5"),
         ("ngpt", "demo", "default", {"n_layers": "many"}, "n_layers must be a positive whole number, got 'many'"),
         ("ngpt", "demo", "default", {"d_model": -64}, "d_model must be a positive whole number, got -64"),
         ("ngpt", "demo", "default", {"seq_len": 12.5}, "seq_len must be a positive whole number, got 12.5"),
@@ -342,7 +358,12 @@ def test_a_recipe_is_a_function_and_needs_a_rate(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(recipes.RECIPES, "warm", warm)
     run = make_run("gpt", recipe="warm", vocab_size=9, lr=0.1, steps=10)
-    assert (run.model.rope_base, run.optim.eps, run.schedule.warmup_steps, run.recipe) == (5e5, 1e-9, 5, "warm")
+    assert (run.model.rope_base, run.optim.optimizer.eps, run.schedule.warmup_steps, run.recipe) == (
+        5e5,
+        1e-9,
+        5,
+        "warm",
+    )
     with pytest.raises(ValueError, match="no learning rate was tuned for gpt at 'demo' by 'warm': give --lr"):
         make_run("gpt", recipe="warm", vocab_size=9)
 
@@ -351,13 +372,13 @@ def test_nugpt_at_its_base() -> None:
     """Alpha from 0.05 at ten layers, scales stored at 0.03, cosine to a tenth, eps 1e-16, half a rate for the output."""
     run = make_run("ngpt", "demo", "nugpt", vocab_size=9)
     model: Any = run.model
-    assert model.alpha_init == pytest.approx(0.05 * 10 / 4)
-    assert model.s_z_init == pytest.approx(math.sqrt(128))
-    assert (model.alpha_scale, model.s_qk_scale) == (0.03, 0.03)
-    assert model.s_z_init / model.s_z_scale == pytest.approx(1 / 0.03), "an update moves it as far as from 1 at 0.03"
-    assert (model.s_u_scale, model.s_v_scale, model.s_qk_init) == (1, 1, 1)
+    assert model.alpha.init == pytest.approx(0.05 * 10 / 4)
+    assert model.s_z.init == pytest.approx(math.sqrt(128))
+    assert (model.alpha.scale, model.s_qk.scale) == (0.03, 0.03)
+    assert model.s_z.init / model.s_z.scale == pytest.approx(1 / 0.03), "an update moves it as far as from 1 at 0.03"
+    assert (model.s_u.scale, model.s_v.scale, model.s_qk.init) == (1, 1, 1)
     assert run.schedule == ScheduleConfig("cosine", warmup_steps=0, final=0.1)
-    assert run.optim == OptimConfig(run.optim.lr, eps=1e-16, multipliers=RateMultipliers(output_embedding=0.5))
+    assert run.optim == OptimConfig(run.optim.lr, AdamW(eps=1e-16), multipliers=RateMultipliers(output_embedding=0.5))
 
 
 def test_nugpt_carries_one_rate_to_four_times_the_width_twice_the_depth_and_eight_times_the_length() -> None:
@@ -375,15 +396,16 @@ def test_nugpt_carries_one_rate_to_four_times_the_width_twice_the_depth_and_eigh
     assert rates.input_embedding == pytest.approx(1 / 2 / 2)  # and 4^(-1/2)
     assert rates.matrix == pytest.approx(1 / 2 * 4**-0.75)
     assert rates.output_embedding == pytest.approx(1 / 2 * 4**-0.75 / 2)
-    assert model.alpha_init == pytest.approx(start.alpha_init / 2)
-    assert model.s_z_init == pytest.approx(start.s_z_init * 2)
-    assert model.s_z_scale == start.s_z_scale
+    assert model.alpha.init == pytest.approx(start.alpha.init / 2)
+    assert model.s_z.init == pytest.approx(start.s_z.init * 2)
+    assert model.s_z.scale == start.s_z.scale
 
 
 def test_the_base_is_the_presets_and_stays_where_the_shape_is_another() -> None:
-    for preset, arm, size in (("hybrid", "nhybrid", PRESETS["hybrid"]), ("pairs", "nencdec", PRESETS["pairs"])):
+    for preset in ("hybrid", "pairs"):
+        size = PRESETS[preset]
         own, longer, wider = (
-            make_run(arm, preset, "nugpt", vocab_size=9, lr=1e-2, **fields)
+            make_run("ngpt", preset, "nugpt", vocab_size=9, lr=1e-2, **fields)
             for fields in ({}, {"steps": 8 * size.steps}, {"d_model": 4 * size.d_model})
         )
         assert own.optim.multipliers == RateMultipliers(output_embedding=0.5)
@@ -396,7 +418,8 @@ def test_the_base_is_the_presets_and_stays_where_the_shape_is_another() -> None:
 @pytest.mark.parametrize("recipe", WAYS)
 def test_only_the_papers_recipe_leaves_the_embeddings_of_source_and_target_apart(recipe: str) -> None:
     shared = {
-        make_run(arm, "pairs", recipe, vocab_size=9, lr=1e-2).model.share_embeddings for arm in ("encdec", "nencdec")
+        vars(make_run(arm, "pairs", recipe, vocab_size=9, lr=1e-2).model.architecture)["share_embeddings"]
+        for arm in tiny.ARMS
     }
     assert shared == {recipe != "paper"}
 
@@ -417,8 +440,10 @@ def test_another_base_can_be_given() -> None:
 def test_muon_is_adam_but_for_the_matrices(arm: str) -> None:
     muon, adam = (make_run(arm, "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("muon", "adam"))
     assert differences(muon, adam) == {"recipe", "optim"}
-    assert differences(muon.optim, adam.optim) == {"optimizer", "multipliers", "momentum"}
-    assert muon.optim.optimizer == "muon"
+    own = {"optimizer.kind", "optimizer.momentum", "optimizer.tangent"}
+    assert differences(muon.optim, adam.optim) <= own | {"multipliers"}
+    assert isinstance(muon.optim.optimizer, Muon)
+    assert muon.optim.multipliers != adam.optim.multipliers
     rates = muon.optim.multipliers
     assert (rates.matrix if arm == "gpt" else rates.output_embedding) == 1, (
         "the peak rate is GPT's matrices', nGPT's Adam's"
@@ -434,14 +459,11 @@ def test_the_angles_of_muon_fall_with_the_length_of_a_run(steps: int, rate: floa
 def test_training_ngpt_is_four_choices() -> None:
     new, adam = (make_run("ngpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "adam"))
     assert differences(new.model, adam.model) == {"logit_preconditioning"}
-    assert differences(new.optim, adam.optim) == {
-        "optimizer",
-        "eps",
-        "eps_gate",
-        "max_angle",
-        "angle_follows_lr",
-    } - {name for name in ("eps_gate",) if new.optim.eps_gate == adam.optim.eps_gate}
-    assert (new.optim.optimizer, new.optim.gate_sharpness, new.optim.angle_follows_lr) == ("gated_adamw", 0.5, True)
+    own = {f"optimizer.{name}" for name in ("kind", "eps", "eps_gate", "gate_sharpness", "gated_step")}
+    assert differences(new.optim, adam.optim) == own | {"max_angle", "angle_follows_lr"}
+    rule = new.optim.optimizer
+    assert isinstance(rule, GatedAdamW)
+    assert (rule.gate_sharpness, new.optim.angle_follows_lr) == (0.5, True)
     assert (new.schedule.kind, new.schedule.warmup_steps) == ("log", 24)
     gpt, plain = (make_run("gpt", "demo", recipe, vocab_size=9, lr=0.01) for recipe in ("training-ngpt", "adam"))
     assert differences(gpt, plain) == {"recipe", "schedule"}
@@ -450,7 +472,7 @@ def test_training_ngpt_is_four_choices() -> None:
 def test_each_choice_of_a_recipe_is_a_field_too() -> None:
     fields = {
         "logit_preconditioning": 1.0, "schedule": "log", "warmup_steps": 24, "rho": 0.9, "optimizer": "gated_adamw",
-        "eps": 1e-16, "eps_gate": make_run("ngpt", "demo", "training-ngpt", vocab_size=9).optim.eps_gate,
+        "eps": 1e-16, "eps_gate": 1e-8,
         "max_angle": 0.2, "angle_follows_lr": True,
     }  # fmt: skip
     by_field = make_run("ngpt", "demo", "adam", vocab_size=9, lr=0.01, **fields)  # type: ignore[arg-type]
@@ -498,9 +520,9 @@ WANTED: dict[str, dict[str, Any]] = {
     "s_z-fixed": {"s_z.form": "fixed"},
     "alpha-scalar": {"alpha.form": "scalar"},
     "alpha-fixed": {"alpha.form": "fixed"},
-    "no-qk-norm": {"qk_norm": False},
-    "alpha-free": {"alpha_sign": "free"},
-    "riemannian": {"step": "riemannian"},
+    "no-qk-norm": {"variant.qk_norm": False},
+    "alpha-free": {"variant.alpha_sign": "free"},
+    "riemannian": {"variant.step": "riemannian"},
 }
 """Tables 4 to 6 of the nGPT paper at 128 channels: what differs from its base, whose scales start at 1 and are stored at
 1/sqrt(d_model), those of u and v at 1."""
@@ -529,7 +551,8 @@ def test_an_ablation_is_the_papers_recipe_with_one_change(name: str) -> None:
     assert differences(run, base) == {"recipe", "model"}
     unsaid = {f"{scale}.scale": R for scale in ("alpha", "s_qk", "s_z")}
     plain, paper = (
-        {k: unsaid[k] if v is None and k in unsaid else v for k, v in vars(r.model).items()} for r in (run, base)
+        {k: unsaid[k] if v is None and k in unsaid else v for k, v in fields_by_path(r.model).items()}
+        for r in (run, base)
     )
     found = {k: v for k, v in plain.items() if v != paper[k]}
     assert found == (pytest.approx(WANTED[name]) if _numeric(name) else WANTED[name])

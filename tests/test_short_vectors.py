@@ -16,8 +16,8 @@ from spherelm.layers.linear import Scale
 from spherelm.layers.mamba2 import Mamba2, MambaShape, UnitMamba2
 from spherelm.layers.moe import MixtureOfExperts, Router, UnitMixtureOfExperts
 from spherelm.layers.rope import ROPES, rotary_table
-from spherelm.models import GPTConfig, NGPTConfig, build
-from spherelm.models.ngpt import STEPS
+from spherelm.models import GPTConfig, NGPTConfig, ScaleSpec, build
+from spherelm.models.variants import STEPS
 from spherelm.optim.retraction import attach_retraction
 
 FORMATS = [torch.float16, torch.bfloat16, torch.float32]
@@ -122,7 +122,7 @@ def test_a_layer_between_zero_and_the_sphere(name: str, dtype: torch.dtype) -> N
 def test_a_left_padded_batch_is_learned(arm: str, dtype: torch.dtype) -> None:
     """What attention makes of a position that sees nothing is exactly zero; its gradient must not stop the gradient scaler."""
     sizes: dict[str, Any] = {"vocab_size": 31, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_seq_len": 16}
-    model = build(GPTConfig(**sizes) if arm == "gpt" else NGPTConfig(**sizes, s_z_init=5.0))
+    model = build(GPTConfig(**sizes) if arm == "gpt" else NGPTConfig(**sizes, s_z=ScaleSpec(5.0)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     if arm == "ngpt":
         attach_retraction(optimizer, model)

@@ -98,7 +98,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_an_encoder_decoder_is_not_scored_as_a_language_model(command: commands.Command, tmp_path: Path) -> None:
     data = tiny_pairs.make_pairs(tmp_path)
-    train(tiny_pairs.run_config("nencdec", data, steps=1), tmp_path / "run", show_progress=False)
+    train(tiny_pairs.run_config("ngpt", data, steps=1), tmp_path / "run", show_progress=False)
     for flags in (["--tasks", "arc_easy", "--task-data", tmp_path], ["--perplexity", data / "pairs.json"]):
         answer = command("eval", tmp_path / "run", *flags)
         assert answer.code == 2
@@ -122,7 +122,7 @@ def test_a_hybrid_run_is_written_with_measured_exported_and_inspected(
     length = ["--steps", 2, "--seq-len", 128, "--batch-size", 2, "--dtype", "float32"]
     assert (
         command(
-            "train", "--arm", "nhybrid", "--preset", "hybrid", "--out", run, "--data", data, *length, "--set", *sizes
+            "train", "--arm", "ngpt", "--preset", "hybrid", "--out", run, "--data", data, *length, "--set", *sizes
         ).code
         == 0
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spherelm.analysis import ladder_plots, plots, sweep_plots
+from spherelm.report import ladder_plots, plots, sweep_plots
 from spherelm.report.drawing import Drawing, tick_labels
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]'")

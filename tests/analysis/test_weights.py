@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from configs import make_config
 
 from spherelm.analysis import weights
 from spherelm.models import GPTConfig, NGPTConfig, build
@@ -73,7 +74,14 @@ def test_embedding_norms_are_sorted_row_norms(arm: str) -> None:
 
 
 def test_scales_are_effective_values() -> None:
-    config = NGPTConfig(37, 3, 24, 3, alpha_init=0.2, s_z_init=24**0.5, s_qk_init=0.5, s_u_init=2.0, s_u_scale=0.1)
+    config = make_config(
+        "ngpt",
+        vocab_size=37,
+        n_layers=3,
+        d_model=24,
+        n_heads=3,
+        **{"alpha.init": 0.2, "s_z.init": 24**0.5, "s_qk.init": 0.5, "s_u.init": 2.0, "s_u.scale": 0.1},
+    )
     fresh = weights.measure(build(config))
     expected = {"alpha_A": 0.2, "alpha_M": 0.2, "s_qk": 0.5, "s_u": 2.0, "s_v": 1.0}
     assert fresh.scales.keys() == expected.keys()

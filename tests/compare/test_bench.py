@@ -82,12 +82,12 @@ def test_the_figures_follow_from_the_times() -> None:
 def test_hybrids_are_timed_by_their_pattern() -> None:
     shape = Shape(n_layers=9, d_model=32, n_heads=2, seq_len=16, batch_size=4, vocab_size=61)
     result = bench(shape, "float32", compiled=False, pattern="MA-")
-    assert result["step_seconds"] == {"hybrid": 2.0, "nhybrid": 3.0}
+    assert result["step_seconds"] == {"gpt": 2.0, "ngpt": 3.0}
     assert (result["pattern"], result["shape"]["n_layers"]) == ("MA-", 3)
     lines = table(result).splitlines()
     assert lines[0].startswith("3 layers MA-, d 32, ")
-    assert lines[1].split() == ["Hybrid", "NHybrid"]
-    assert "A step of NHybrid takes 1.500 times as long as one of Hybrid." in lines
+    assert lines[1].split() == ["GPT", "nGPT"]
+    assert "A step of nGPT takes 1.500 times as long as one of GPT." in lines
 
 
 def test_the_rate_is_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:

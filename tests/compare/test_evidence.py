@@ -17,7 +17,7 @@ from commands import make_command
 
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
-from spherelm.experiments import evidence
+from spherelm.experiments import evidence, evidence_plan
 from spherelm.experiments.evidence import (
     Grid,
     Ladder,
@@ -52,7 +52,7 @@ def test_rates_of_sizes_are_carried_over_from_the_smallest() -> None:
     """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of that at 64 channels and 320 updates; Muon's for GPT 16^(-1/3)."""
     ratio = 2**-0.75 * 16 ** (-1 / 3)
     for arm in tiny.ARMS:
-        base = evidence.PRESETS["1m"].rates["adam", arm]
+        base = PRESETS["1m"].rates["adam", arm]
         assert base == pytest.approx(ratio * recipes_rate(arm), rel=0.05)
     assert PRESETS["1m"].rates["muon", "ngpt"] == pytest.approx(ratio * RATES_OF_SMALLEST["muon", "ngpt"], rel=0.05)
     assert PRESETS["1m"].rates["muon", "gpt"] == pytest.approx(
@@ -76,6 +76,8 @@ def test_points_come_cheapest_first() -> None:
     ("fields", "message"),
     [
         ({"sizes": ("huge",)}, "unknown size 'huge': choose among demo"),
+        ({"sizes": ("0.3m", "pairs")}, "'pairs' has another architecture than the contenders, .*: take another size"),
+        ({"sizes": ("hybrid",)}, "'hybrid' has another architecture than the contenders"),
         ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-paper"),
         ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
         ({"budgets": (0.0,)}, "budgets must be positive numbers"),
@@ -152,7 +154,8 @@ def test_data(data: Path, tmp_path: Path) -> Path:
 def test_a_small_ladder(
     data: Path, test_data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evidence, "TOKENS_AN_UPDATE", 64)
+    for module in (evidence, evidence_plan):
+        monkeypatch.setattr(module, "TOKENS_AN_UPDATE", 64)
     grid = Grid(
         str(data), str(test_data), ("tiny",), (16,), (0.02, 0.04), ("gpt-adamw", "ngpt-adam"), 2, test_windows=5
     )
@@ -225,13 +228,16 @@ def test_two_never_work_through_one_directory(
     assert jobs_done == []
 
 
-def test_what_could_not_be_done_to_the_end_is_not_begun(data: Path, test_data: Path, tmp_path: Path) -> None:
+def test_what_could_not_be_done_to_the_end_is_not_begun(
+    data: Path, test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "untuned", dataclasses.replace(tiny.PRESET, rates={}))
     grid = Grid(str(data), str(test_data))
     for minutes in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="minutes must be a positive number, got"):
             climb(grid, tmp_path / "out", minutes=minutes)
-    with pytest.raises(ValueError, match="no learning rate to start from is known for gpt-adamw at 'pairs'"):
-        climb(dataclasses.replace(grid, sizes=("0.3m", "pairs")), tmp_path / "out")
+    with pytest.raises(ValueError, match="no learning rate to start from is known for gpt-adamw at 'untuned'"):
+        climb(dataclasses.replace(grid, sizes=("0.3m", "untuned")), tmp_path / "out")
     with pytest.raises(FileExistsError, match="is a file: choose another --out"):
         climb(grid, test_data / "manifest.json")
     assert not (tmp_path / "out").exists()
@@ -277,7 +283,8 @@ def test_when_its_minutes_are_over_it_prints_what_it_has(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(evidence, "TOKENS_AN_UPDATE", 64)
+    for module in (evidence, evidence_plan):
+        monkeypatch.setattr(module, "TOKENS_AN_UPDATE", 64)
     monkeypatch.setattr(evidence.threading, "Timer", Watch)
     real = Ladder.measure
 

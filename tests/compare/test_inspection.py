@@ -285,7 +285,7 @@ def test_what_cannot_be_inspected_is_one_line(
 
 def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path: Path) -> None:
     data = tiny_pairs.make_pairs(tmp_path)
-    runs = [tmp_path / arm for arm in ("encdec", "nencdec")]
+    runs = [tmp_path / arm for arm in tiny.ARMS]
     for run in runs:
         Trainer(tiny_pairs.run_config(run.name, data, steps=1), run, False).run(show_progress=False)
     figures = inspect(runs, tmp_path / "out", Request(sentence="bada ki", positions=32, images=False))
@@ -310,7 +310,7 @@ def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path
             parts = np.split(owner.weight.detach().double().numpy(), heads, axis=1)
             wanted = np.median([np.linalg.cond(part) for part in parts])
             assert measured[name][layer] == pytest.approx(wanted, rel=1e-6)
-    with pytest.raises(ValueError, match="nencdec is an encoder-decoder"):
+    with pytest.raises(ValueError, match="ngpt is an encoder-decoder"):
         load_decoder(runs[1])
 
 
@@ -325,7 +325,7 @@ def test_nothing_is_drawn_of_a_model_with_nan(runs: dict[str, Path], tmp_path: P
     state["sha256"].pop(WEIGHTS)
     (checkpoint / "state.json").write_text(json.dumps(state))
     assert load_model(run) is not None
-    with pytest.raises(ValueError, match=r"run cannot be inspected: blocks\.1\.mlp\.o\.weight holds NaN or Inf"):
+    with pytest.raises(ValueError, match=r"run cannot be inspected: blocks\.1\.mlp\.part\.o\.weight holds NaN or Inf"):
         inspect([run], tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import tiny
 from spherelm.experiments import sweep as module
 from spherelm.experiments.jobs import Job
 from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, parse_axis, parse_fields, sweep, table
-from spherelm.report.sweep_page import Row, label, varying
+from spherelm.report.sweep_page import Row, label, varying, write_page
 from spherelm.runs.metrics import read_metrics
 
 
@@ -135,6 +136,7 @@ def test_a_sweep_on_real_runs(data: Path, tmp_path: Path, jobs_done: list[str]) 
             run = tmp_path / name_of(row.choice, seed)
             assert tiny.read_json(run / "config.json")["optim"]["lr"] == row.choice["lr"]
             assert loss == (None if row.choice["lr"] == 1e30 else read_metrics(run / "metrics.jsonl")[-1]["loss"])
+    write_page(rows, tmp_path)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2, "one figure an arm"
     assert "2 of 2 diverged" in page
@@ -178,8 +180,9 @@ def test_a_second_sweep_in_a_directory_adds_to_the_first(tmp_path: Path, monkeyp
     record = tiny.read_json(tmp_path / "sweep.json")
     assert [row["choice"] for row in record["rows"]] == [second, third, first]
     assert record["commands"][1:] == ["spherelm sweep more"]
+    write_page(rows, tmp_path)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert all(command in page for command in record["commands"])
+    assert all(escape(command) in page for command in record["commands"])
     assert "3 choices, 5 runs" in page
 
 
@@ -248,12 +251,11 @@ def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pyte
         return [1.0] * len(jobs)
 
     monkeypatch.setattr(module, "run_jobs", record)
-    monkeypatch.setattr(module, "write_page", lambda *_: None)
     choice = {"arm": "ngpt", "alpha.init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
     sweep([choice], 2, tmp_path, vocab_size=99, data="d", workers=3)
     for seed, job in enumerate(seen):
         config = job.config
-        assert (config.model.alpha_init, config.model.d_model, config.model.vocab_size) == (0.3, 64, 99)  # type: ignore[union-attr]
+        assert (config.model.alpha.init, config.model.d_model, config.model.vocab_size) == (0.3, 64, 99)  # type: ignore[union-attr]
         assert (config.train.batch_size, config.train.seed, config.data) == (8, seed, "d")
         assert (config.optim.grad_clip, config.optim.lr) == (0.5, 0.02)
         assert config.train.stop_above == pytest.approx(math.log(99) + UNTRAINED)

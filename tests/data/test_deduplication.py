@@ -16,8 +16,9 @@ from spherelm.data import documents, encoding
 from spherelm.data import prepare as prepare_module
 from spherelm.data.deduplication import SeenDigests
 from spherelm.data.documents import Block
-from spherelm.data.prepare import OutputExistsError, prepare
+from spherelm.data.prepare import prepare
 from spherelm.data.shards import Shard, ShardError
+from spherelm.errors import OutputExistsError
 
 EOS = 256
 LONG = "one long document of many words " * 40

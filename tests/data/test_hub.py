@@ -23,9 +23,10 @@ from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import DocumentError
 from spherelm.data.hub import HubRequest, HubText
-from spherelm.data.prepare import OutputExistsError, prepare
+from spherelm.data.prepare import prepare
 from spherelm.data.rows import Rows
 from spherelm.data.shards import Shard, open_tokens
+from spherelm.errors import OutputExistsError
 from spherelm.train.batches import open_data
 
 datasets = pytest.importorskip(

@@ -21,9 +21,10 @@ import zstandard
 from spherelm.data import documents, encoding
 from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import Block, DocumentError
-from spherelm.data.prepare import OutputExistsError, prepare
+from spherelm.data.prepare import prepare
 from spherelm.data.shards import Shard, ShardError, Split, open_tokens
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.errors import OutputExistsError
 
 EOS = 256
 BOOKS = [f"Book {i}, " + "some words and more " * (3 + 7 * i % 11) for i in range(60)]

@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from configs import make_config
 from hybrid_case import hybrid_config
 from oracle_names import by_oracle_names
 from pair_case import TINY, pair_config
 
-from spherelm.models import EncoderConfig, GPTConfig, NEncoderConfig, NGPTConfig, build
+from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.models.older import is_old, today
 
 CONFIGS: dict[str, Any] = {
     "gpt": GPTConfig(**TINY),
     "ngpt": NGPTConfig(**TINY),
     "tied": NGPTConfig(**TINY, tie_embeddings=True),
-    "encdec": pair_config("encdec"),
-    "nencdec": pair_config("nencdec"),
-    "encoder": EncoderConfig(**TINY),
-    "nencoder": NEncoderConfig(**TINY),
-    "hybrid": hybrid_config("hybrid", "MA-O", n_shared_experts=1),
-    "nhybrid": hybrid_config("nhybrid", "MA-O", n_shared_experts=1),
+    "encdec of gpt": pair_config("gpt"),
+    "encdec of ngpt": pair_config("ngpt"),
+    "encoder of gpt": make_config("gpt", "encoder", **TINY),
+    "encoder of ngpt": make_config("ngpt", "encoder", **TINY),
+    "hybrid of gpt": hybrid_config("gpt", "MA-O", n_shared_experts=1),
+    "hybrid of ngpt": hybrid_config("ngpt", "MA-O", n_shared_experts=1),
 }
 
 

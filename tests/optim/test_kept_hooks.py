@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import make_config
 from hybrid_case import make_hybrid_case
 from pair_case import make_pair_case
 from torch import nn
@@ -18,10 +19,13 @@ from torch import nn
 from spherelm.layers.linear import UnitLinear, departure
 from spherelm.layers.moe import routers
 from spherelm.layers.rope import interpolated, rotary_table, yarn
-from spherelm.models import NHybridConfig, build
+from spherelm.models import build
 from spherelm.models.decoder import Decoder
+from spherelm.optim import RULES
 from spherelm.optim.groups import OptimConfig, build_optimizer
 from spherelm.optim.retraction import attach_retraction
+
+SIZES = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
 
 
 def pickled(thing: Any) -> Any:
@@ -32,10 +36,10 @@ ways = pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 MODELS: dict[str, Callable[[Any], Any]] = {
     "gpt": lambda case: case("gpt"),
     "ngpt": lambda case: case("ngpt", logit_preconditioning=0.5),
-    "hybrid": lambda case: make_hybrid_case("hybrid", "MA-O", router_score="softmax"),
-    "nhybrid": lambda case: make_hybrid_case("nhybrid", "MA-O", balance="loss"),
-    "encdec": lambda case: make_pair_case("encdec"),
-    "nencdec": lambda case: make_pair_case("nencdec"),
+    "hybrid of gpt": lambda case: make_hybrid_case("gpt", "MA-O", router_score="softmax"),
+    "hybrid of ngpt": lambda case: make_hybrid_case("ngpt", "MA-O", balance="loss"),
+    "encdec of gpt": lambda case: make_pair_case("gpt"),
+    "encdec of ngpt": lambda case: make_pair_case("ngpt"),
 }
 
 
@@ -54,7 +58,7 @@ def test_a_copied_model_is_the_model(name: str, duplicate: Callable[[Any], Any],
 def test_a_copied_model_keeps_its_positions(table: Any, duplicate: Callable[[Any], Any], case: Any) -> None:
     c = case("ngpt")
     before = c.model(c.tokens)
-    c.model.rotary_table = table
+    c.model.runtime.table = table
     assert torch.equal(duplicate(c.model)(c.tokens), c.model(c.tokens))
     assert not torch.equal(c.model(c.tokens), before)
 
@@ -71,7 +75,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed
 @ways
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_copied_optimizer_keeps_the_copied_model_on_the_sphere(duplicate: Callable[[Any], Any], times: int) -> None:
-    model = nn.Sequential(UnitLinear(6, 5, unit_axis=1), UnitLinear(5, 4, unit_axis=0))
+    model = nn.Sequential(UnitLinear(6, 5), UnitLinear(5, 4, writes=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.0)
     attach_retraction(optimizer, model)
     trained(model, optimizer, 2, seed=0)
@@ -86,12 +90,14 @@ def test_a_copied_optimizer_keeps_the_copied_model_on_the_sphere(duplicate: Call
 
 
 @ways
-@pytest.mark.parametrize("name", ["adamw", "gated_adamw", "muon"])
+@pytest.mark.parametrize("name", RULES)
 def test_everything_that_build_optimizer_attaches_is_kept(duplicate: Callable[[Any], Any], name: str) -> None:
     """The cap on angles, which follows the rate, the retraction, and the balancing of experts."""
-    config = NHybridConfig(23, 2, 16, 2, pattern="-O", d_ff=24, n_experts=4, max_seq_len=8)
+    config = make_config("ngpt", **SIZES, pattern="-O", n_experts=4)
     model = build(config)
-    optimizer = build_optimizer(model, OptimConfig(lr=0.3, optimizer=name, max_angle=0.01, angle_follows_lr=True))
+    optimizer = build_optimizer(
+        model, OptimConfig(lr=0.3, optimizer=RULES[name](), max_angle=0.01, angle_follows_lr=True)
+    )
     tokens = torch.randint(23, (4, 8))
     learned(model, optimizer, tokens, 2)
     twin, twin_optimizer = duplicate((model, optimizer))
@@ -114,7 +120,7 @@ def learned(model: Decoder, optimizer: torch.optim.Optimizer, tokens: torch.Tens
 
 @ways
 def test_what_was_removed_is_not_copied(duplicate: Callable[[Any], Any]) -> None:
-    model = nn.Sequential(UnitLinear(6, 5, unit_axis=1))
+    model = nn.Sequential(UnitLinear(6, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     attach_retraction(optimizer, model).remove()
     twin, twin_optimizer = duplicate((model, optimizer))
@@ -124,7 +130,7 @@ def test_what_was_removed_is_not_copied(duplicate: Callable[[Any], Any]) -> None
 
 def test_a_dropped_optimizer_is_freed_at_once() -> None:
     """And its moments with it, without the garbage collector's help."""
-    model = nn.Sequential(UnitLinear(6, 5, unit_axis=1))
+    model = nn.Sequential(UnitLinear(6, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     attach_retraction(optimizer, model)
     gone = weakref.ref(optimizer)

@@ -14,7 +14,7 @@ import moe_case
 import pytest
 import tiny
 import torch
-from old_files import rename_checkpoint
+from old_files import flatten_config, rename_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -36,7 +36,7 @@ from spherelm.runs.checkpoint import (
     run_directory,
     save_checkpoint,
 )
-from spherelm.runs.config import to_dict
+from spherelm.runs.config import read_config, to_dict
 from spherelm.runs.record import write_json
 from spherelm.train.trainer import Trainer, train
 
@@ -117,13 +117,22 @@ def test_a_checkpoint_of_version_0_1_0_is_read(arm: str, tied: bool, tmp_path: P
     assert_equal(state_of(other, fresh), state_of(model, optimizer))
 
 
-def test_a_run_of_version_0_1_0_goes_on(data: Path, tmp_path: Path) -> None:
-    """Of a hybrid, whose names say the most, with a checkpoint in the middle; and it is read."""
-    shape = {"pattern": "MA-O", "n_layers": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk": 8, "n_experts": 4}
-    config = tiny.run_config("nhybrid", data, **shape, save_every=3, lr=1e-2)
+HYBRID = {"pattern": "MA-O", "n_layers": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk": 8, "n_experts": 4}
+
+
+@both_arms
+@pytest.mark.parametrize("shape", [{"optimizer": "gated_adamw"}, {"architecture": "encoder"}, HYBRID], ids=str)
+def test_a_run_of_version_0_1_0_goes_on(arm: str, shape: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """With a checkpoint in the middle; and it is read. A hybrid's names say the most."""
+    config = tiny.run_config(arm, data, **shape, save_every=3, lr=1e-2)
     whole = train(config, tmp_path / "run", show_progress=False)
     tokens = torch.randint(tiny.VOCAB, (2, 16))
     logits = load_model(tmp_path / "run")(tokens)
+    flatten_config(tmp_path / "run")
+    assert not any(
+        isinstance(value, dict) for value in tiny.read_json(tmp_path / "run" / "config.json")["model"].values()
+    )
+    assert read_config(tmp_path / "run" / "config.json") == config
     last = latest_checkpoint(tmp_path / "run")
     assert last is not None
     rename_checkpoint(last)
@@ -297,7 +306,9 @@ def test_weights_of_another_model_are_refused_by_name_or_shape(tmp_path: Path) -
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)
     with pytest.raises(ValueError, match=r"another model: only the checkpoint has blocks\.0\.attention\.alpha\.value"):
         load_weights(build(GPTConfig(**SHAPE)), path)
-    with pytest.raises(ValueError, match=r"another config: blocks\.0\.mlp\.u\.weight is \(12, 8\) there, \(20, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"another config: blocks\.0\.mlp\.part\.u\.weight is \(12, 8\) there, \(20, 8\)"
+    ):
         load_weights(build(NGPTConfig(**{**SHAPE, "d_ff": 20})), path)
     (path / WEIGHTS).write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="holds a file that is not safetensors"):

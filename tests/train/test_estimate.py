@@ -14,8 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from spherelm.layers.loss import linear_cross_entropy
-from spherelm.models import Config, build
-from spherelm.optim import build_optimizer
+from spherelm.models import Config, EncDecArch, build
+from spherelm.optim import RULES, build_optimizer
 from spherelm.recipes import PRESETS, make_run
 from spherelm.train import counting
 from spherelm.train.counting import block_costs, counted_flops, flops_per_token, readout_cost, training_flops
@@ -71,7 +71,7 @@ def test_operations_are_those_of_a_real_step(arm: str) -> None:
     assert counter.get_total_flops() == training_flops(config, 2, 128)
 
 
-@pytest.mark.parametrize("arm", ["encdec", "nencdec"])
+@both_arms
 def test_operations_of_an_encoder_decoder_are_those_of_a_real_step(arm: str) -> None:
     """Of sources and targets of one length."""
     shape = {"n_layers": 2, "d_model": 64, "n_heads": 4}
@@ -81,7 +81,7 @@ def test_operations_of_an_encoder_decoder_are_those_of_a_real_step(arm: str) -> 
         model.loss(tokens, targets).backward()
     assert counter.get_total_flops() == training_flops(config, 2, 64)
     with pytest.raises(ValueError, match="counted where n_encoder_layers is n_layers"):
-        training_flops(dataclasses.replace(config, n_encoder_layers=3), 2, 64)
+        training_flops(dataclasses.replace(config, architecture=EncDecArch(n_encoder_layers=3)), 2, 64)
 
 
 @both_arms
@@ -181,7 +181,7 @@ def test_the_base_of_nugpt_is_told_and_of_others_there_is_none() -> None:
     assert "base:" not in told[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "gated_adamw", "muon"])
+@pytest.mark.parametrize("optimizer", RULES)
 def test_moments_are_what_the_optimizer_keeps(optimizer: str) -> None:
     run = make_run("ngpt", "demo", lr=1e-3, optimizer=optimizer, vocab_size=50, seq_len=8, n_layers=2, d_model=16)
     model = build(run.model)

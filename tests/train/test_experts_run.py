@@ -27,7 +27,7 @@ from spherelm.train.estimate import estimate, estimate_table
 from spherelm.train.parallel import Group, spread
 from spherelm.train.trainer import Trainer, gradients_of_batch, train
 
-both_arms = pytest.mark.parametrize("arm", ["hybrid", "nhybrid"])
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 
 
 def run_config(arm: str, data: Path, **overrides: Any) -> RunConfig:
@@ -84,7 +84,7 @@ def test_accumulated_micro_batches_are_the_batch(data: Path, tmp_path: Path) -> 
     """And so is recomputing: the biases, which counts decide, are the same."""
     found = {}
     for name, fields in (("whole", {}), ("parts", {"micro_batch_size": 1}), ("again", {"recompute": True})):
-        train(run_config("nhybrid", data, **fields), tmp_path / name, show_progress=False)
+        train(run_config("ngpt", data, **fields), tmp_path / name, show_progress=False)
         found[name] = biases(load_model(tmp_path / name))
     for name in ("parts", "again"):
         assert all(torch.equal(a, b) for a, b in zip(found["whole"], found[name], strict=True))
@@ -97,7 +97,7 @@ def test_the_loss_that_balances_is_of_the_whole_batch(size: int, recompute: bool
     loader, found = Loader(open_tokens(data, "train"), 16, 4, seed=0), []
     for parts in (None, size):
         torch.manual_seed(0)
-        model = build(run_config("nhybrid", data, balance="loss").model).double()
+        model = build(run_config("ngpt", data, balance="loss").model).double()
         for _, router in routers(model):
             router.coefficient = 10.0  # else it is a small part of the gradient
         gradients_of_batch(spread(model, Group(), recompute), loader, 0, parts)
@@ -116,7 +116,7 @@ def test_an_update_that_is_left_out_is_not_counted(data: Path, tmp_path: Path, m
         return math.nan if step == 2 else loss
 
     monkeypatch.setattr(trainer, "gradients_of_batch", bad_once)
-    run = Trainer(run_config("nhybrid", data, on_bad_step="skip", eval_every=0), tmp_path / "run")
+    run = Trainer(run_config("ngpt", data, on_bad_step="skip", eval_every=0), tmp_path / "run")
     seen = []
     step = run.optimizer.step
 
@@ -130,7 +130,7 @@ def test_an_update_that_is_left_out_is_not_counted(data: Path, tmp_path: Path, m
 
 
 def test_a_dry_run_tells_what_a_token_meets(data: Path) -> None:
-    found = estimate(run_config("nhybrid", data))
+    found = estimate(run_config("ngpt", data))
     width = 12  # an MLP's 24 over the two that are picked
     per_expert = 3 * 16 * width + 2 * width
     assert found["parameters"] - found["parameters_active"] == 2 * 4 * per_expert

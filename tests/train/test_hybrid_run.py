@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from configs import make_config
 from hybrid_case import ARMS
 from torch import Tensor
 
 from spherelm import departure, load_model
 from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
-from spherelm.models import LanguageModel, NHybridConfig, build
+from spherelm.models import LanguageModel, build
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, read_config
@@ -52,7 +53,7 @@ def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path:
     assert departure(model) < 1e-6
     assert read_config(tmp_path / "run" / "config.json") == config
     alphas = [found for r in records if (found := {n: len(v) for n, v in r.items() if n.startswith("alpha_")})]
-    assert bool(alphas) == (arm == "nhybrid")
+    assert bool(alphas) == (arm == "ngpt")
     names = {"alpha_A": "A", "alpha_M": "-", "alpha_mixer": "M"}
     assert all(alpha == {n: PATTERN.count(letter) for n, letter in names.items()} for alpha in alphas)
 
@@ -113,7 +114,7 @@ def test_a_mixer_compiled_in_bfloat16_computes_what_an_eager_one_does(capsys: py
         "max_seq_len": 128,
         "vocab_size": 64,
     }
-    model = build(NHybridConfig(**shape))
+    model = build(make_config("ngpt", **shape))
     model.runtime.compute_dtype = torch.bfloat16
     tokens = torch.randint(64, (2, 129))
 
@@ -144,7 +145,7 @@ def test_a_mixer_compiled_in_bfloat16_computes_what_an_eager_one_does(capsys: py
 def test_a_compiled_mixer_has_the_gradients_of_an_eager_one(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from torch._inductor import config as inductor
 
-    model = build(run_config("nhybrid", data, "M").model)
+    model = build(run_config("ngpt", data, "M").model)
     loader = Loader(open_tokens(data, "train"), seq_len=16, batch_size=4, seed=0)
     losses, found = [], []
     for compiled in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -12,12 +13,17 @@ from commands import make_command
 from spherelm.layers.linear import departure
 from spherelm.models import MaskedModel, build
 from spherelm.runs.checkpoint import load_model
+from spherelm.runs.config import RunConfig
 from spherelm.train.batches import open_data
 from spherelm.train.counting import counted_flops, training_flops
 from spherelm.train.trainer import Trainer, train
 
-ARMS = ("encoder", "nencoder")
-both_arms = pytest.mark.parametrize("arm", ARMS)
+both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
+
+
+def run_config(arm: str, data: Path, **overrides: Any) -> RunConfig:
+    """A run of six steps of an encoder."""
+    return tiny.run_config(arm, data, architecture="encoder", **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @both_arms
 def test_a_run_learns_and_goes_on_bitwise(arm: str, data: Path, tmp_path: Path) -> None:
-    config = tiny.run_config(arm, data, steps=40, save_every=30, eval_every=20, hidden_part=0.25)
+    config = run_config(arm, data, steps=40, save_every=30, eval_every=20, hidden_part=0.25)
     loss = train(config, tmp_path / "whole", show_progress=False)
     first = next(r for r in tiny.metrics(tmp_path / "whole") if r["kind"] == "val")
     assert loss < 0.85 * first["loss"]
@@ -39,7 +45,7 @@ def test_a_run_learns_and_goes_on_bitwise(arm: str, data: Path, tmp_path: Path) 
     assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
     model = load_model(tmp_path / "whole")
     assert isinstance(model, MaskedModel)
-    if arm == "nencoder":
+    if arm == "ngpt":
         assert departure(model) < 1e-6
 
 
@@ -47,7 +53,7 @@ def test_a_run_learns_and_goes_on_bitwise(arm: str, data: Path, tmp_path: Path) 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(arm: str, data: Path, tmp_path: Path) -> None:
     norms = []
     for size in (1, 4):
-        run = Trainer(tiny.run_config(arm, data, micro_batch_size=size), tmp_path / str(size))
+        run = Trainer(run_config(arm, data, micro_batch_size=size), tmp_path / str(size))
         norms.append(run._gradients(0))
         run.metrics.close()
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -56,7 +62,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(arm: str, data: Path
 @both_arms
 def test_operations_are_those_of_a_real_step(arm: str, data: Path) -> None:
     """Counted while real numbers are computed, backward too."""
-    config = tiny.run_config(arm, data, d_model=64, n_heads=4, d_ff=128, seq_len=64).model
+    config = run_config(arm, data, d_model=64, n_heads=4, d_ff=128, seq_len=64).model
     tokens = torch.randint(257, (2, 64))
     with counted_flops() as counter:
         build(config).loss(tokens, tokens).backward()
@@ -64,7 +70,7 @@ def test_operations_are_those_of_a_real_step(arm: str, data: Path) -> None:
 
 
 def test_validation_hides_the_same_at_every_seed(data: Path) -> None:
-    one, other = (open_data(tiny.run_config("encoder", data, seed=seed)) for seed in (0, 1))
+    one, other = (open_data(run_config("gpt", data, seed=seed)) for seed in (0, 1))
     for part, same in zip(one.held_out, other.held_out, strict=True):
         assert torch.equal(part.tokens, same.tokens)
         assert torch.equal(part.targets, same.targets)
@@ -73,13 +79,13 @@ def test_validation_hides_the_same_at_every_seed(data: Path) -> None:
 
 def test_separate_documents_are_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="--mask-documents is for models that write"):
-        open_data(tiny.run_config("nencoder", data, mask_documents=True))
+        open_data(run_config("ngpt", data, mask_documents=True))
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "nencoder"
-    train(tiny.run_config("nencoder", data, steps=1), out, show_progress=False)
+    out = tmp_path_factory.mktemp("run") / "encoder"
+    train(run_config("ngpt", data, steps=1), out, show_progress=False)
     return out
 
 
@@ -89,7 +95,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("generate", "RUN", "--prompt", "a"), "writes no text"),
         (("eval", "RUN", "--perplexity", __file__, "--lengths", "8"), "predicts no next token"),
         (("inspect", "RUN", "--out", "OUT"), "is an encoder"),
-        (("export", "RUN", "OUT"), "no Hugging Face class for NEncoder"),
+        (("export", "RUN", "OUT"), "no Hugging Face class for MaskedModel"),
     ],
 )
 def test_commands_about_models_that_write_say_so_in_one_line(

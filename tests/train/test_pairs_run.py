@@ -76,7 +76,7 @@ def test_labels_are_smoothed_in_training_and_not_in_validation(arm: str, data: P
 def test_micro_batches_give_the_gradient_of_the_whole_batch(data: Path, tmp_path: Path, micro_batch_size: int) -> None:
     """Though their pairs have different numbers of target tokens."""
     sizes = {"whole": None, "parts": micro_batch_size}
-    runs = [Trainer(tiny_pairs.run_config("nencdec", data, micro_batch_size=m), tmp_path / n) for n, m in sizes.items()]
+    runs = [Trainer(tiny_pairs.run_config("ngpt", data, micro_batch_size=m), tmp_path / n) for n, m in sizes.items()]
     one, other = (run._gradients(0) for run in runs)
     assert one == pytest.approx(other, rel=1e-6)
     for p, q in zip(*(run.model.parameters() for run in runs), strict=True):
@@ -88,15 +88,17 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(data: Path, tmp_path
 def test_arms_and_data_must_belong_together(data: Path, tmp_path: Path) -> None:
     text = tiny.make_data(tmp_path)
     with pytest.raises(
-        ValueError, match=r"encdec learns from pairs and .* holds none: make them with spherelm data pairs"
+        ValueError, match=r"an encoder-decoder learns from pairs and .* holds none: make them with spherelm data pairs"
     ):
-        Trainer(replace(tiny_pairs.run_config("encdec", data), data=str(text)), tmp_path / "a")
-    with pytest.raises(ValueError, match="holds pairs, which gpt does not read: give encdec or nencdec"):
+        Trainer(replace(tiny_pairs.run_config("gpt", data), data=str(text)), tmp_path / "a")
+    with pytest.raises(
+        ValueError, match="holds pairs of texts, which are for encoder-decoders: train with --preset pairs"
+    ):
         Trainer(tiny.run_config("gpt", data), tmp_path / "b")
     with pytest.raises(ValueError, match="has texts of up to 15 tokens, the run is for seq_len=12: give --seq-len 15"):
-        Trainer(tiny_pairs.run_config("encdec", data, seq_len=12), tmp_path / "c")
+        Trainer(tiny_pairs.run_config("gpt", data, seq_len=12), tmp_path / "c")
     with pytest.raises(ValueError, match="pairs are apart anyway"):
-        Trainer(tiny_pairs.run_config("encdec", data, mask_documents=True), tmp_path / "d")
+        Trainer(tiny_pairs.run_config("gpt", data, mask_documents=True), tmp_path / "d")
     assert not any((tmp_path / name).exists() for name in "abcd")
 
 

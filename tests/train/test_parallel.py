@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import ranks
 import tiny
@@ -39,7 +40,7 @@ def arguments(arm: str, out: Path, data: Path, *more: str, steps: int = STEPS) -
     text = ["train", "--arm", arm, "--out", str(out), "--data", str(data), "--steps", str(steps), "--seq-len", "16"]
     text += ["--batch-size", "8", "--no-compile", "--lr", "0.002", "--eval-every", "10", "--keep", "9"]
     shape = ["--set", "n_layers=2", "d_model=16", "n_heads=2", "d_ff=24", "eval_windows=7"]
-    return [*text, *(() if "--dtype" in more else ("--dtype", "float32")), *more, *shape]
+    return [*map(str, commands.replaced([*text, "--dtype", "float32"], more)), *shape]
 
 
 AT_STEP = """
@@ -145,9 +146,9 @@ def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     jobs["over"] = job("over", NAN, *SKIPPING, steps=(3, 4, 5))
     for name, flags in REFUSED.items():
         prepare = IN_USE.format(run=str(root / name)) if name == "in-use" else ""
-        jobs[name] = ranks.Job(2, [*arguments("ngpt", root / name, data), *flags], prepare=prepare)
+        jobs[name] = ranks.Job(2, arguments("ngpt", root / name, data, *flags), prepare=prepare)
     jobs |= {f"uneven-{i}": jobs["uneven"] for i in range(8)}
-    jobs["unreadable"] = ranks.Job(2, [*arguments("ngpt", root / "unreadable", data), "--lr", "fast"])
+    jobs["unreadable"] = ranks.Job(2, arguments("ngpt", root / "unreadable", data, "--lr", "fast"))
     jobs["one"] = ranks.Job(2, arguments("ngpt", root / "one", data), NO_TEXT_ON_ONE)
     return jobs
 
@@ -234,7 +235,7 @@ def test_the_parts_of_version_0_1_0_are_read(arm: str, runs: Path, tmp_path: Pat
         optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
         load_checkpoint(path, model, optimizer)
         found.append([*model.parameters(), *(v for p in model.parameters() for v in optimizer.state[p].values())])
-    assert len(found[0]) == 4 * len(list(model.parameters()))
+    assert len(found[0]) > 2 * len(list(model.parameters())), "moments too"
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

@@ -78,7 +78,7 @@ def test_a_field_that_differs_is_named(change: dict[str, Any], message: str, tmp
 
 
 def test_what_may_change_on_resuming_is_called_as_in_the_config() -> None:
-    runs = make_run("ngpt", recipe="nugpt", vocab_size=9), make_run("nhybrid", "hybrid", vocab_size=9)
+    runs = make_run("ngpt", recipe="nugpt", vocab_size=9), make_run("ngpt", "hybrid", vocab_size=9)
     configs = [to_dict(run) for run in runs]
     assert set(FREE_TO_CHANGE) <= {field for config in configs for field in ("base", *_flat(config))}
 
@@ -171,7 +171,7 @@ def test_lengths_and_sizes_that_cannot_be_are_refused(fields: dict[str, Any], me
 def test_a_sequence_longer_than_the_model_reads_is_refused() -> None:
     model = GPTConfig(vocab_size=9, n_layers=1, d_model=8, n_heads=1, max_seq_len=8)
     with pytest.raises(ValueError, match="seq_len=9 is longer than the model's max_seq_len=8"):
-        RunConfig("gpt", "r", "p", model, OptimConfig(1e-3), ScheduleConfig(), TrainConfig(1, 9, 1))
+        RunConfig("r", "p", model, OptimConfig(1e-3), ScheduleConfig(), TrainConfig(1, 9, 1))
 
 
 def test_configs_cannot_be_changed_by_accident() -> None:

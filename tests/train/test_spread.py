@@ -20,9 +20,9 @@ SPREADS = {
 SHAPE = ["eval_windows=3", "d_model=16", "n_heads=2", "d_ff=24"]
 HYBRID = ["pattern=MAO", "mamba_d_head=8", "mamba_d_state=4", "mamba_chunk=8"]
 MODELS = {
-    "nhybrid": ("nhybrid", "hybrid", [*HYBRID, "n_experts=4"]),
-    "balanced by a loss": ("nhybrid", "hybrid", [*HYBRID, "balance=loss", "n_experts=6"]),
-    "nencdec": ("nencdec", "pairs", ["n_layers=2", "n_encoder_layers=2"]),
+    "hybrid": ("ngpt", "hybrid", [*HYBRID, "n_experts=4"]),
+    "balanced by a loss": ("ngpt", "hybrid", [*HYBRID, "balance=loss", "n_experts=6"]),
+    "encoder-decoder": ("ngpt", "pairs", ["n_layers=2", "n_encoder_layers=2"]),
 }
 STRONG = """
 from spherelm.layers.moe import Router

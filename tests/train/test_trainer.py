@@ -21,7 +21,7 @@ from spherelm.data.loader import Loader, validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
-from spherelm.recipes import S_Z_SCALE
+from spherelm.recipes.named import S_Z_SCALE
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.metrics import read_metrics
 from spherelm.train import diagnostics
@@ -376,8 +376,8 @@ def test_the_run_directory_explains_itself(trainer: MakeTrainer, data: Path, tmp
     trainer("ngpt").run(show_progress=False)
     record = tiny.read_json(tmp_path / "run" / "config.json")
     assert record["arm"] == "ngpt"
-    assert record["model"]["alpha.init"] == pytest.approx(0.05 * math.sqrt(24 / record["model"]["n_layers"]))
-    assert record["model"]["s_z.scale"] == S_Z_SCALE
+    assert record["model"]["alpha"]["init"] == pytest.approx(0.05 * math.sqrt(24 / record["model"]["n_layers"]))
+    assert record["model"]["s_z"]["scale"] == S_Z_SCALE
     assert record["optim"]["multipliers"]["output_embedding"] == 1.0
     assert record["data"] == str(data)
     assert record["data_identity"]["train"] == open_tokens(data, "train").fingerprint

@@ -15,6 +15,7 @@ from spherelm.analysis.motion import Motion, measure_motion
 from spherelm.analysis.parts import layers_with
 from spherelm.analysis.recording import record
 from spherelm.analysis.weights import EMBEDDINGS, WeightReport
+from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
 
 Array = NDArray[np.float64]
@@ -98,5 +99,5 @@ def attention_layer(numbers: Sequence[int], layer: int | None) -> int:
     if layer is None:
         return len(numbers) // 2
     if layer + 1 not in numbers:
-        raise ValueError(f"layer {layer + 1} has no attention: choose among {', '.join(map(str, numbers))}")
+        raise UserError(f"layer {layer + 1} has no attention: choose among {', '.join(map(str, numbers))}")
     return numbers.index(layer + 1)

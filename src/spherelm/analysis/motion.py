@@ -15,6 +15,7 @@ from torch import Tensor
 from spherelm import sphere
 from spherelm.analysis.geometry import anisotropy, rank_of_rows
 from spherelm.analysis.recording import Recording
+from spherelm.errors import UserError
 from spherelm.layers.readout import read_logits
 from spherelm.models.decoder import Decoder
 
@@ -83,7 +84,7 @@ def measure_motion(model: Decoder, recording: Recording) -> Motion:
     stops = recording.stops
     for i, stop in enumerate(stops):
         if not torch.isfinite(stop).all():
-            raise ValueError(
+            raise UserError(
                 f"the hidden state at stop {i} holds NaN or Inf: this model diverged, take an earlier checkpoint"
             )
     unit = [sphere.norm(stop) for stop in stops]

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from spherelm.errors import UserError
+
 PARTS = {
     "attention": "attention",
     "cross_attention": "cross-attention",
@@ -23,7 +25,7 @@ def blocks_of(model: nn.Module) -> list[Any]:
     """The layers of a decoder; `ValueError` for what has none."""
     blocks: Any = getattr(model, "blocks", None)
     if blocks is None:
-        raise ValueError(f"cannot measure a {type(model).__name__}: it has no `blocks`; pass a GPT or an NGPT")
+        raise UserError(f"cannot measure a {type(model).__name__}: it has no `blocks`; pass a GPT or an NGPT")
     return list(blocks)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spherelm.analysis.parts import ENCODERS, layers_with
+from spherelm.errors import UserError
 from spherelm.models import Config, build
 
 Array = NDArray[np.float64]
@@ -100,7 +101,7 @@ def check_finite(model: nn.Module) -> None:
     """`ValueError`, naming the parameter, if any parameter of the model holds NaN or Inf."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
+            raise UserError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
 
 
 def from_state(config: Config, state: Mapping[str, Tensor]) -> WeightReport:
@@ -231,5 +232,5 @@ def _numbers(tensor: Tensor, name: str) -> Array:
     """The tensor in float64 on the CPU; `ValueError` if it is not finite."""
     values = tensor.detach().to("cpu", torch.float64).numpy()
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
+        raise UserError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
     return values

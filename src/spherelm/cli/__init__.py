@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 import tyro
 
-from spherelm.cli import evaluation, inspection, text, timing, trained, training
+from spherelm import __version__
+from spherelm.cli import evaluation, inspection, listing, text, timing, trained, training
 from spherelm.cli.given import checked, flags_of, refuse_unknown
+from spherelm.errors import UserError
 from spherelm.third_parties import silenced
 
 RANK_LOST = 3
@@ -31,6 +33,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": trained.generate,
     "export": trained.export,
     "bench": timing.bench,
+    "presets": listing.presets,
+    "recipes": listing.recipes,
     "data prepare": text.prepare,
     "data pairs": text.pairs,
     "data verify": text.verify,
@@ -138,18 +142,32 @@ def main() -> None:
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None
-    except (ValueError, OSError) as error:
+    except UserError as error:
+        stop(str(error), 2)
+    except OSError as error:
+        if error.errno is None:  # not of the system
+            report_mistake()
+            raise
         stop(str(error), 2)
     except KeyboardInterrupt:
         stop("interrupted", 130)
     except RuntimeError as error:
         code = exit_code(error)
         if code is None:
+            report_mistake()
             raise
         if code == RANK_LOST:  # whichever process notices must say so, and wait for nobody
             print(f"spherelm: {error}", file=sys.stderr, flush=True)
             os._exit(code)
         stop(str(error), code)
+    except Exception:
+        report_mistake()
+        raise
+
+
+def report_mistake() -> None:
+    """Say, before a traceback, whose mistake it is."""
+    say(f"this is a mistake in spherelm {__version__}, not in what you asked for: please report it with what follows")
 
 
 def exit_code(error: RuntimeError) -> int | None:

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from spherelm.cli.flags import Translation, TranslationFlags
 from spherelm.cli.given import Needs
 from spherelm.counting import counted
+from spherelm.errors import UserError
 
 OfTasks = Needs("--tasks", without=["--perplexity", "--translate"])
 OfPerplexity = Needs("--perplexity")
@@ -121,7 +122,7 @@ def numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
-        raise ValueError(f"--lengths {text} must be whole numbers by commas, such as 256,512,1024") from None
+        raise UserError(f"--lengths {text} must be whole numbers by commas, such as 256,512,1024") from None
 
 
 def tables(results: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from spherelm.cli.given import TORCHRUN, Needs
+from spherelm.cli.given import Needs
 
 Flag = Annotated[bool, FlagCreatePairsOff]
 """A switch: absent or `--name`, without a `--no-name` beside it."""
@@ -73,10 +73,12 @@ class Spreading:
         timeout: Seconds that processes wait for one another before the run ends.
     """
 
-    strategy: Annotated[Literal["replicate", "shard", "hybrid"], Needs(TORCHRUN, "--dry-run")] = "replicate"
+    strategy: Literal["replicate", "shard", "hybrid"] = (
+        "replicate"  # with one process too: the same command for any number
+    )
     shard_size: Annotated[int, Needs("--strategy hybrid")] = 8
     recompute: Flag = False
-    timeout: Annotated[float, Needs(TORCHRUN, "--dry-run")] = 600.0
+    timeout: float = 600.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -17,14 +16,13 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-TORCHRUN = "torchrun"
-"""Stands among what a flag needs for several processes, which torchrun starts."""
+from spherelm.errors import UserError
 
 
 class Needs:
     """Stands in a flag's annotation and says what it needs in order to act.
 
-    beside: flags, one of which must be given: a name, a name and its value such as "--strategy hybrid", or `TORCHRUN`.
+    beside: flags, one of which must be given: a name, or a name and its value such as "--strategy hybrid".
     without: flags, written in the same way, that leave this one nothing to do unless one of `beside` is given.
     """
 
@@ -55,8 +53,6 @@ class Kind:
 
 def holds(wanted: str, found: Mapping[str, Sequence[str]]) -> bool:
     """Whether the flag `wanted`, with its value if it names one, is among those that were `found`."""
-    if wanted == TORCHRUN:
-        return "WORLD_SIZE" in os.environ
     flag, _, value = wanted.partition(" ")
     return flag in found and (not value or same(found[flag][-1:], value))
 
@@ -107,6 +103,11 @@ def read(words: Sequence[str], flags: Mapping[str, Kind]) -> Iterator[tuple[str,
         yield key_of(words[place]), [*([value] if equals else []), *words[place + 1 : following]]
 
 
+def is_given(parameter: str) -> bool:
+    """Whether the command line has the flag of this parameter."""
+    return any(key_of(word) == flag_name(parameter) for word in sys.argv[1:])
+
+
 def key_of(word: str) -> str:
     """The flag in a word that may hold its value too; underscores may stand for hyphens."""
     return word.partition("=")[0].replace("_", "-")
@@ -118,9 +119,9 @@ def check(words: Sequence[str], flags: Mapping[str, Kind]) -> None:
     for flag, values in read(words, flags):
         kind = flags[flag]
         if flag in found and not (kind.is_list or kind.is_switch):
-            raise ValueError(f"{flag} is given twice, with {found[flag][0]} and with {values[0]}: give it once")
+            raise UserError(f"{flag} is given twice, with {found[flag][0]} and with {values[0]}: give it once")
         if kind.is_list and not values:
-            raise ValueError(f"{flag} has no value: give one, or leave it out")
+            raise UserError(f"{flag} has no value: give one, or leave it out")
         found.setdefault(flag, []).extend(values if kind.is_list else values[:1])
     for field, _, value in (word.partition("=") for word in found.get("--set", [])):
         found.setdefault(flag_name(field), []).append(value)
@@ -128,7 +129,7 @@ def check(words: Sequence[str], flags: Mapping[str, Kind]) -> None:
         needs = flags[flag].needs if flag in flags else None
         complaint = needs.complaint(flag, found) if needs else None
         if complaint:
-            raise ValueError(complaint)
+            raise UserError(complaint)
 
 
 def checked(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,4 +180,4 @@ def refuse_unknown(words: Sequence[str], flags: Mapping[str, Kind], name: str) -
         meant = fields_by(flags) | {flag: flag for flag in flags}
         near = get_close_matches(key, meant, 1, 0.7)
         advice = f"did you mean {meant[near[0]]}?" if near else f"see spherelm {name} --help"
-        raise ValueError(f"{name} has no flag {key}: {advice}")
+        raise UserError(f"{name} has no flag {key}: {advice}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from spherelm.cli.flags import DataDirectories, Flag
 from spherelm.cli.given import Needs
 from spherelm.counting import counted
+from spherelm.errors import UserError
 
 
 def prepare(
@@ -129,7 +130,7 @@ def verify(directories: DataDirectories) -> None:
     from spherelm.data.verification import verify as run_verification
 
     if not directories:
-        raise ValueError("no data directory is named: give at least one")
+        raise UserError("no data directory is named: give at least one")
     damaged = []
     for directory in directories:
         try:
@@ -140,4 +141,4 @@ def verify(directories: DataDirectories) -> None:
             counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
             print(f"{directory}: as it was prepared ({counts})")
     if damaged:
-        raise ValueError("; and ".join(damaged))
+        raise UserError("; and ".join(damaged))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spherelm.cli.flags import Dtype, Flag
+from spherelm.errors import UserError
 
 
 def bench(
@@ -32,7 +33,7 @@ def bench(
 
     what = module.parse_shape(shape)
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise UserError(f"steps must be at least 1, got {steps}")
     if json is not None:
         check_new_file(json, "--json")
     result = module.bench(what, dtype, not no_compile, steps, pattern)

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
 from spherelm.cli.given import Needs
 from spherelm.counting import counted
+from spherelm.errors import UserError
 
 if TYPE_CHECKING:
     from spherelm.generation.samples import Conversation
@@ -89,9 +90,9 @@ def generate(
         json: One JSON object a line instead of plain text, for each text its prompt, sample, seed and text.
     """
     if sum((prompt is not None, prompts is not None, interactive)) != 1:
-        raise ValueError("give exactly one of --prompt, --prompts and --interactive")
+        raise UserError("give exactly one of --prompt, --prompts and --interactive")
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+        raise UserError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     from spherelm.generation import samples as texts
     from spherelm.generation.beam import BeamSettings
 

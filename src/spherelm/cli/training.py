@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,8 @@ from spherelm.cli.flags import (
     TaskFlags,
     TrainingTasks,
 )
+from spherelm.cli.given import Needs, is_given
+from spherelm.errors import UserError
 
 if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
@@ -92,18 +95,19 @@ def compare(
 
 
 def train(
-    arm: Literal["gpt", "ngpt"],
     out: Path,
+    arm: Annotated[Literal["gpt", "ngpt"] | None, Needs(without=["--config"])] = None,
     data: Path | None = None,
-    preset: str = "demo",
-    recipe: str = "default",
+    preset: Annotated[str, Needs(without=["--config"])] = "demo",
+    recipe: Annotated[str, Needs(without=["--config"])] = "default",
+    config: Path | None = None,
     steps: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
     lr: float | None = None,
-    seed: int = 0,
-    dtype: Dtype = "auto",
+    seed: int | None = None,
+    dtype: Dtype | None = None,
     no_compile: Flag = False,
     mask_documents: Flag = False,
     fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
@@ -118,25 +122,27 @@ def train(
     """Train one model.
 
     Args:
-        arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         out: Run directory: config.json, metrics.jsonl, checkpoints.
+        arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
         recipe: How the arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
+        config: A run's config.json: the run is that one, but for the flags that are given.
         steps: Updates; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
         micro_batch_size: Sequences at once, gradients accumulating over the batch; the preset's if left out.
         lr: Peak learning rate; the one tuned for the preset and recipe if left out.
-        seed: Of the weights' start and of the order of the text.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        seed: Of the weights' start and of the order of the text; 0 if left out.
+        dtype: Format of the computation (weights are float32); auto, if left out: bfloat16 where the hardware has it.
         no_compile: Do not use torch.compile.
         mask_documents: Keep attention within a document where a sequence holds several.
         fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
         resume: Go on with the run in `out` from its last checkpoint.
     """
     from spherelm.experiments.sweep import parse_fields
-    from spherelm.recipes import make_run
+    from spherelm.recipes import changed, make_run
+    from spherelm.runs.config import read_config
 
     path, compiled = None if data is None else str(data), False if no_compile else None
     sizes = {"steps": steps, "seq_len": seq_len, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
@@ -144,11 +150,26 @@ def train(
     habits |= {**vars(rhythm), **vars(logs), **vars(spreading), **vars(bad_steps)}
     habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
     own = parse_fields(fields, {"lr": lr, **sizes})
-    size = vocabulary(path, preset, dry_run.dry_run)
     asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits}
-    asked = {name: value for name, value in asked.items() if value is not None} | own
-    config = make_run(arm, preset, recipe, vocab_size=size, data=path, **asked)
-    carry_out(config, out, resume, dry_run)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if config is not None:
+        flags = {"compile": "no_compile"}
+        run = read_config(config)
+        run = changed(run, {name: value for name, value in asked.items() if is_given(flags.get(name, name))} | own)
+        run = run if path is None else on_data(run, path)
+    elif arm is None:
+        raise UserError("no arm is given: give --arm gpt or --arm ngpt, or the --config of a run")
+    else:
+        size = vocabulary(path, preset, dry_run.dry_run)
+        run = make_run(arm, preset, recipe, vocab_size=size, data=path, **(asked | own))
+    carry_out(run, out, resume, dry_run)
+
+
+def on_data(config: RunConfig, data: str) -> RunConfig:
+    """The run of `config` on other data, with as many token ids as that has."""
+    from spherelm.data.sources import vocabulary_size
+
+    return replace(config, data=data, model=replace(config.model, vocab_size=vocabulary_size(data)))
 
 
 def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> None:

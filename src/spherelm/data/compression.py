@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from spherelm.errors import UserError
+
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 _READ_BYTES = 1 << 20
 _COMPRESSED_BYTES = 1 << 14  # few, since one may stand for thousands
 
 
-class DocumentError(ValueError):
+class DocumentError(UserError):
     """An input that cannot be read as documents; the message names the file, the place and the fix."""
 
 

@@ -19,6 +19,7 @@ from spherelm.data.plan import FORMAT
 from spherelm.data.prepare import prepare
 from spherelm.data.shards import MANIFEST_FILE, Split
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.errors import StorageError, UserError
 
 _SPLITS: tuple[Split, Split] = ("train", "val")
 
@@ -44,7 +45,7 @@ def shipped_directory(cache: Path | None = None) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make the cache {cache} ({error.strerror}): set SPHERELM_CACHE") from error
+        raise StorageError(f"cannot make the cache {cache} ({error.strerror}): set SPHERELM_CACHE") from error
     with _one_at_a_time(cache / f".{directory.name}.lock"):
         if not (directory / MANIFEST_FILE).is_file():
             _prepare_into(directory)
@@ -79,7 +80,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _resource(split: Split) -> Any:
     if split not in _SPLITS:
-        raise ValueError(f"unknown split {split!r}: 'train' or 'val'")
+        raise UserError(f"unknown split {split!r}: 'train' or 'val'")
     return importlib.resources.files("spherelm.data") / "shipped" / f"{split}.jsonl.xz"
 
 

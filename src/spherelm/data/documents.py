@@ -21,6 +21,7 @@ from spherelm.data.compression import COMPRESSIONS, read_bytes
 from spherelm.data.compression import DocumentError as DocumentError
 from spherelm.data.cutting import Cutter
 from spherelm.data.rows import Rows, csv_rows, list_rows, parquet_rows
+from spherelm.errors import NotFoundError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 TEXTS = (".txt", ".md")
@@ -105,7 +106,7 @@ def check_input(path: Path) -> None:
     if path.is_dir():
         raise DocumentError(f"{path} is a directory: name its files, for example {path}/*.jsonl")
     if not path.is_file():
-        raise FileNotFoundError(f"no input file {path}: check the path")
+        raise NotFoundError(f"no input file {path}: check the path")
     format_of(path)
     if path.stat().st_size == 0:
         raise DocumentError(f"{path} is empty: remove it from the inputs")
@@ -283,7 +284,7 @@ def read_lines(path: Path) -> list[str]:
     if path.is_dir():
         raise DocumentError(f"{path} is a directory: name a file with a text a line")
     if not path.is_file():
-        raise FileNotFoundError(f"no input file {path}: check the path")
+        raise NotFoundError(f"no input file {path}: check the path")
     lines = "".join(text for text, _ in _decoded(path)).split("\n")
     return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
 

@@ -21,6 +21,7 @@ from spherelm.data.cutting import Cutter, Piece
 from spherelm.data.documents import Block, documents_in
 from spherelm.data.shards import Ids, Split, token_dtype
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.errors import StorageError, UserError
 from spherelm.third_parties import silence
 
 _GROUP = 1 << 20  # characters encoded in one call: bounds what the libraries hold per token
@@ -131,7 +132,7 @@ class Encoder:
         for group in _grouped(pieces, _GROUP):
             out += [np.array(ids, self._dtype) for ids in self._cutter.encode(group)]
         if any((ids == self._tokenizer.eos_id).any() for ids in out):
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {self._tokenizer.name} encodes plain text to its end token, so documents could not be "
                 "told apart: choose another tokenizer"
             )
@@ -175,7 +176,9 @@ def encode_all(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise OSError("a worker process died (out of memory?): try fewer --workers; finished work is kept") from error
+        raise StorageError(
+            "a worker process died (out of memory?): try fewer --workers; finished work is kept"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

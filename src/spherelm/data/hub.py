@@ -19,6 +19,7 @@ from typing import Any
 from spherelm.data.compression import open_compressed
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
 from spherelm.data.rows import Rows, no_column, top_field
+from spherelm.errors import UserError
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _REVISION = re.compile(r"^hf://datasets/[^@]+@([^/]+)/")
@@ -39,11 +40,12 @@ class HubRequest:
 
 
 FLAGS = {
-    "column": "--text-column",
+    "column": "--field",
+    "skipping": "--skip-bad-rows",
     "config": "--hf-config",
     "other files": "give others with --input",
 }
-"""How `spherelm data prepare` is asked for another column, another configuration, and files that are not streamed."""
+"""How `spherelm data prepare` is asked for another column or configuration, to skip bad rows, and for other files."""
 
 
 class HubText:
@@ -56,16 +58,16 @@ class HubText:
 
     def __init__(self, request: HubRequest, skip_bad: bool = False, words: Mapping[str, str] = FLAGS) -> None:
         if request.limit is not None and request.limit < 1:
-            raise ValueError(f"a limit of {request.limit} rows: give at least 1")
-        self.request, self._words = request, words
+            raise UserError(f"a limit of {request.limit} rows: give at least 1")
+        self.request = request
         with _said_in_one_line(request.name):
             builder = _open_builder(request, words)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
-        self._rows_read = Rows(request.column, skip_bad)
+        self._rows_read = Rows(request.column, skip_bad, words["column"], words.get("skipping"))
         column = None if columns is None else top_field(request.column, columns)
         if columns is not None and column is None:
-            raise no_column(Path(request.name), request.column, columns)
+            raise no_column(Path(request.name), self._rows_read, columns)
         self._stream = stream if column is None else stream.select_columns([column])
         files = _files(request, builder)
         self.local_files = {version[0]: Path(file) for file, version in files if Path(file).is_file()}

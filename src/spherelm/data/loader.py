@@ -14,6 +14,7 @@ import torch
 from spherelm.counting import counted
 from spherelm.data.permutation import Permutation
 from spherelm.data.shards import Tokens
+from spherelm.errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -111,7 +112,7 @@ def validation_windows(tokens: Tokens, seq_len: int, count: int) -> Batch:
     All there are where the text holds fewer than `count`. Raises ValueError when it is shorter than one.
     """
     if count < 1:
-        raise ValueError(f"{count} validation windows asked for: at least 1 is needed")
+        raise UserError(f"{count} validation windows asked for: at least 1 is needed")
     _check_length(tokens, seq_len)
     available = (len(tokens) - 1) // seq_len
     count = min(count, available)
@@ -121,19 +122,19 @@ def validation_windows(tokens: Tokens, seq_len: int, count: int) -> Batch:
 def check_share(batch_size: int, rank: int, world_size: int) -> None:
     """Raise ValueError where `rank` of `world_size` processes cannot have an equal share of a batch."""
     if batch_size < 1 or world_size < 1 or batch_size % world_size:
-        raise ValueError(
+        raise UserError(
             f"batch size {batch_size} does not divide among {counted(world_size, 'process', 'processes')}: "
             f"use a positive multiple of {world_size}"
         )
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not within 0..{world_size - 1}: check rank and world_size")
+        raise UserError(f"rank {rank} is not within 0..{world_size - 1}: check rank and world_size")
 
 
 def _check_length(tokens: Tokens, seq_len: int) -> None:
     if seq_len < 1:
-        raise ValueError(f"sequence length {seq_len}: must be at least 1")
+        raise UserError(f"sequence length {seq_len}: must be at least 1")
     if len(tokens) < seq_len + 1:
-        raise ValueError(
+        raise UserError(
             f"sequence length {seq_len} needs {seq_len + 1} tokens, but the {tokens.split} text in {tokens.directory} "
             f"has {len(tokens)}: use a shorter --seq-len or more text"
         )

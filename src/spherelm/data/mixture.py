@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from spherelm.data.loader import Batch, Loader, StatelessBatches, check_share, stack
 from spherelm.data.shards import Tokens
+from spherelm.errors import UserError
 
 LONGEST_CYCLE = 100_000
 
@@ -29,12 +30,12 @@ def shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
     """
     for weight in weights:
         if weight <= 0:
-            raise ValueError(f"a weight of {float(weight):g}: weights must be positive; leave that text out instead")
+            raise UserError(f"a weight of {float(weight):g}: weights must be positive; leave that text out instead")
     denominator = math.lcm(*(weight.denominator for weight in weights))
     whole = [int(weight * denominator) for weight in weights]
     divisor = math.gcd(*whole)
     if sum(whole) // divisor > LONGEST_CYCLE:
-        raise ValueError(
+        raise UserError(
             f"the weights' common denominator is {sum(whole) // divisor}, more than {LONGEST_CYCLE}: give fewer digits"
         )
     return tuple(number // divisor for number in whole)
@@ -78,7 +79,7 @@ class MixtureLoader(StatelessBatches):
         check_share(batch_size, rank, world_size)
         for one, other in pairwise(texts):
             if one.tokenizer_fingerprint != other.tokenizer_fingerprint:
-                raise ValueError(
+                raise UserError(
                     f"{one.directory} and {other.directory} were prepared with different tokenizers: prepare them with one"
                 )
         self.loaders = [Loader(text, seq_len, 1, seed) for text in texts]

@@ -16,14 +16,11 @@ from typing import Any
 from spherelm.data.plan import Plan
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, ShardError, open_tokens, read_manifest
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.errors import NotFoundError, OutputExistsError, StorageError
 
 STATE_FILE = "state.json"
 PART = ".part"
 """What a directory is called, or its name ends in, that is not whole yet."""
-
-
-class OutputExistsError(FileExistsError, ValueError):
-    """The output directory holds something else; the message says what to do."""
 
 
 @contextmanager
@@ -65,7 +62,7 @@ def permit(directory: Path) -> None:
 def check_free(out: Path, other: str = "--out") -> None:
     """`FileExistsError` where `out` is a file, or holds more than what an interrupted `whole_directory` left."""
     if out.exists() and (not out.is_dir() or any(path.name != PART for path in out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another {other}")
+        raise OutputExistsError(f"{out} already holds something: choose another {other}")
 
 
 def publish(partial: Path, out: Path, plan: Plan) -> None:
@@ -113,11 +110,11 @@ def _check_same(directory: Path, manifest: dict[str, Any], plan: Plan) -> None:
 def check_new_file(path: Path, flag: str) -> None:
     """`FileExistsError`, `FileNotFoundError` or `PermissionError` where the file that `flag` names cannot be made."""
     if path.exists():
-        raise FileExistsError(f"{path} already exists: choose another {flag}")
+        raise OutputExistsError(f"{path} already exists: choose another {flag}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no directory {path.parent} for {flag}: make it, or choose another")
+        raise NotFoundError(f"no directory {path.parent} for {flag}: make it, or choose another")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing may be written in {path.parent}: choose another {flag}")
+        raise StorageError(f"nothing may be written in {path.parent}: choose another {flag}")
 
 
 def remove_if_useless(partial: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from spherelm.counting import counted
 from spherelm.data.loader import Batch, StatelessBatches, check_share
 from spherelm.data.pairs import Pairs
+from spherelm.errors import UserError
 
 PADDING = -100
 """Behind the end of a source, and of what is to be predicted."""
@@ -34,7 +35,7 @@ class PairLoader(StatelessBatches):
     ) -> None:
         check_share(batch_size, rank, world_size)
         if len(pairs) < batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the data has {counted(len(pairs), 'training pair')}, fewer than batch_size={batch_size}: lower it"
             )
         self.pairs, self.eos_id, self.batch_size, self.seed = pairs, eos_id, batch_size, seed

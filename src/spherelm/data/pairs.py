@@ -26,6 +26,7 @@ from spherelm.counting import counted
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.output import whole_directory, write_json
 from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from spherelm.errors import NotFoundError, UserError
 
 MANIFEST = "pairs.json"
 END = "<|endoftext|>"
@@ -94,7 +95,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> JsonTokenizer:
     Raises ValueError for fewer entries than bytes, or more than the texts have pairs to merge.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 (the bytes and the end token), got {vocab_size}")
+        raise UserError(f"vocab_size must be at least 257 (the bytes and the end token), got {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,7 +105,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> JsonTokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the text gives only {tokenizer.get_vocab_size()} tokens, not {vocab_size}: lower --vocab-size or give more text"
         )
     return JsonTokenizer(tokenizer.to_str().encode("utf-8"), f"bpe{vocab_size}", END)
@@ -127,7 +128,7 @@ def prepare_pairs(
     Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
     if max_tokens < 2:
-        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+        raise UserError(f"max_tokens must be at least 2, got {max_tokens}")
     with whole_directory(out) as part:
         texts = {"train": read_texts(train), "val": read_texts(val)}
         unseen = set(zip(texts["val"].source, texts["val"].target, strict=True))
@@ -194,9 +195,9 @@ def read_pairs_manifest(directory: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return manifest
     except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} holds no pairs: make them with spherelm data pairs") from None
+        raise NotFoundError(f"{directory} holds no pairs: make them with spherelm data pairs") from None
     except ValueError as error:
-        raise ValueError(f"{directory / MANIFEST} is damaged ({error}): prepare the pairs again") from error
+        raise UserError(f"{directory / MANIFEST} is damaged ({error}): prepare the pairs again") from error
 
 
 def open_pairs(directory: Path, split: str) -> Pairs:
@@ -204,8 +205,8 @@ def open_pairs(directory: Path, split: str) -> Pairs:
     entry = read_pairs_manifest(directory)["splits"][split]
     path = directory / f"{split}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-        raise ValueError(f"{path} is missing or damaged: prepare the pairs again")
+        raise UserError(f"{path} is missing or damaged: prepare the pairs again")
     try:
         return Pairs(**load_file(path), fingerprint=entry["sha256"])
     except (safetensors.SafetensorError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): prepare the pairs again") from error
+        raise UserError(f"{path} is damaged ({error}): prepare the pairs again") from error

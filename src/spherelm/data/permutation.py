@@ -14,6 +14,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from spherelm.errors import UserError
+
 _ROUNDS = 6
 
 
@@ -22,7 +24,7 @@ class Permutation:
 
     def __init__(self, size: int, key: str) -> None:
         if not 1 <= size <= 1 << 62:
-            raise ValueError(f"a permutation needs a size from 1 to 2**62, not {size}")
+            raise UserError(f"a permutation needs a size from 1 to 2**62, not {size}")
         self.size = size
         self._left = np.uint64(math.isqrt(size - 1) + 1)
         self._right = np.uint64(-(-size // int(self._left)))

@@ -16,6 +16,7 @@ from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.rows import Rows
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.errors import UserError
 
 FORMAT = 2  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
 SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to this many tokens
@@ -86,13 +87,13 @@ def make_plan(
 ) -> Plan:
     """The plan of `prepare(...)` with these arguments. Raises ValueError or FileNotFoundError for what cannot be."""
     if not inputs and hub is None:
-        raise ValueError("no input files: give at least one with --input, or a dataset with --hf")
+        raise UserError("no input files: give at least one with --input, or a dataset with --hf")
     if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"val fraction {val_fraction} is not within 0 (none) to below 1")
+        raise UserError(f"val fraction {val_fraction} is not within 0 (none) to below 1")
     if val and val_fraction:
-        raise ValueError("both --val and --val-fraction given: choose one")
+        raise UserError("both --val and --val-fraction given: choose one")
     if workers < 1 or shard_tokens < 1:
-        raise ValueError(
+        raise UserError(
             f"{counted(workers, 'worker')} and {counted(shard_tokens, 'token')} a shard: both must be at least 1"
         )
     inputs, val = ([file for path in paths for file in input_files(Path(path))] for paths in (inputs, val))
@@ -121,7 +122,7 @@ def make_plan(
 def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> None:
     """`ValueError` if the file of validation text `path` is one of the training text, whose files are given by their sha256."""
     if sha256 in trained_on:
-        raise ValueError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
+        raise UserError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
 
 
 def _source(path: Path, split: Split | None, bar: Any) -> Source:

@@ -23,11 +23,12 @@ from spherelm.data.deduplication import Deduplicator
 from spherelm.data.documents import WHOLE, Block, DocumentError, read_blocks
 from spherelm.data.encoding import Encoded, Job, encode_all
 from spherelm.data.hub import HubRequest
-from spherelm.data.output import STATE_FILE, OutputExistsError, finished, locked, publish, remove_if_useless, write_json
+from spherelm.data.output import STATE_FILE, finished, locked, publish, remove_if_useless, write_json
 from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
 from spherelm.data.rows import Rows
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_manifest
 from spherelm.data.split_writer import SplitWriter
+from spherelm.errors import OutputExistsError, UserError
 
 CHECKPOINT_SECONDS = 5.0
 _DIGESTS_FILE = "digests.bin"
@@ -249,12 +250,12 @@ class _Work:
     def _check_splits(self, splits: dict[Split, list[dict[str, Any]]]) -> None:
         for source in self._plan.sources:
             if source.split is not None and source.split not in splits:
-                raise ValueError(f"every document of {source.path} is in the training text too: name other --val files")
+                raise UserError(f"every document of {source.path} is in the training text too: name other --val files")
         wanted = _SPLITS if self._plan.val_fraction else ("train",)
         for split in wanted:
             if split not in splits:
                 (self._partial / STATE_FILE).unlink(missing_ok=True)  # another fraction needs another start
-                raise ValueError(
+                raise UserError(
                     f"val fraction {self._plan.val_fraction} of {counted(sum(self._position.documents), 'document')} "
                     f"leaves none for {split}: choose another --val-fraction, give more documents, or name --val files"
                 )

@@ -30,11 +30,14 @@ _KINDS = {
 class Rows:
     """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
 
-    `skip_bad`: leave out rows that hold no text that can be read; without it they are errors.
+    `skip_bad`: leave out rows that hold no text that can be read; without it they are errors. `named_by`, `skipped_by`: what
+    names another field, and what leaves bad rows out, for whoever reads of an error; `None` where nothing does.
     """
 
     field: str = "text"
     skip_bad: bool = False
+    named_by: str = "--field"
+    skipped_by: str | None = "--skip-bad-rows"
 
     def text(self, where: str, record: Any) -> str | None:
         """The text of one row, None for a bad one that is skipped. Raises DocumentError naming `where` it is."""
@@ -43,7 +46,7 @@ class Rows:
             names = ", ".join(_names_in(record)[:_NAMES])
             missing = f"it has {names}" if names else "it is no object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = "name another field with --field" if found is _MISSING and names else "mend that row"
+            fix = f"name another field with {self.named_by}" if found is _MISSING and names else "mend that row"
             self.refuse(where, f'no string under "{self.field}" ({reason}); {fix}')
             return None
         try:
@@ -56,7 +59,8 @@ class Rows:
     def refuse(self, where: str, problem: str) -> None:
         """Raise DocumentError, unless bad rows are skipped."""
         if not self.skip_bad:
-            raise DocumentError(f"{where}: {problem}, or leave such rows out with --skip-bad-rows")
+            way_out = f", or leave such rows out with {self.skipped_by}" if self.skipped_by else ""
+            raise DocumentError(f"{where}: {problem}{way_out}")
 
 
 def value_in(record: Any, field: str) -> Any:
@@ -82,9 +86,11 @@ def _names_in(record: Any, before: str = "") -> list[str]:
     return [name for path, value in inner for name in (_names_in(value, f"{path}.") or [path])]
 
 
-def no_column(path: Path, field: str, names: Iterable[str]) -> DocumentError:
+def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
     """What to say of a table that lacks the column with the text."""
-    return DocumentError(f'{path} has no column "{field}" (it has {", ".join(names)}): name another with --field')
+    return DocumentError(
+        f'{path} has no column "{rows.field}" (it has {", ".join(names)}): name another with {rows.named_by}'
+    )
 
 
 def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str | None, int]]:
@@ -104,7 +110,7 @@ def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Itera
     try:
         names = next(reader, [])
         if rows.field not in names:
-            raise no_column(path, rows.field, names)
+            raise no_column(path, rows, names)
         for values in reader:
             if values:
                 record = dict(zip(names, values, strict=False))
@@ -162,7 +168,7 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str | None], int
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if top_field(rows.field, names) is None:
-                raise no_column(path, rows.field, names)
+                raise no_column(path, rows, names)
             total, row = file.metadata.num_rows or 1, 0
             for batch in file.iter_batches(batch_size=_BATCH, columns=[rows.field]):
                 first, row = row + 1, row + len(batch)

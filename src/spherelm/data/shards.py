@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
+from spherelm.errors import NotFoundError, UserError
 
 MAGIC = b"\x93SPHERE\n"
 VERSION = 1
@@ -45,7 +46,7 @@ Split = Literal["train", "val"]
 Ids = npt.NDArray[Any]
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard or data directory that cannot be used; the message names the file, what is wrong, and the fix."""
 
     def __init__(self, message: str) -> None:
@@ -361,7 +362,7 @@ def open_tokens(directory: Path, split: Split) -> Tokens:
     directory = Path(directory)
     manifest = read_manifest(directory)
     if split not in manifest["splits"]:
-        raise ValueError(f"{directory} has no {split!r} split; prepare it with --val FILE... or --val-fraction F")
+        raise UserError(f"{directory} has no {split!r} split; prepare it with --val FILE... or --val-fraction F")
     shards = []
     for entry in manifest["splits"][split]["shards"]:
         shard = Shard(directory / entry["file"])
@@ -375,13 +376,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a prepared data directory. Raises ShardError or FileNotFoundError as `open_tokens`."""
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
-        raise FileNotFoundError(f"no data directory {directory}: make it with spherelm data prepare --out {directory}")
+        raise NotFoundError(f"no data directory {directory}: make it with spherelm data prepare --out {directory}")
     if not path.is_file() and (directory / PARTIAL_DIRECTORY).is_dir():
         raise ShardError.about(
             directory, "unfinished", "give the same spherelm data prepare command again to finish it"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no data directory (no {MANIFEST_FILE}): use spherelm data prepare")
+        raise NotFoundError(f"{directory} is no data directory (no {MANIFEST_FILE}): use spherelm data prepare")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = [entry for split in manifest["splits"].values() for entry in split["shards"] or [{}]]

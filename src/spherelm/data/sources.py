@@ -13,6 +13,7 @@ from spherelm.data.mixture import shares
 from spherelm.data.pairs import holds_pairs, read_pairs_manifest
 from spherelm.data.shards import open_tokens
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.errors import UserError
 
 _WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
 
@@ -41,10 +42,10 @@ def stream_spec(data: str) -> StreamSpec | None:
     given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     known = {"config", "split", "column", "limit", "tokenizer", "val"}
     if not name or len(given) < len(pairs) or given.keys() - known:
-        raise ValueError(f"{data!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
+        raise UserError(f"{data!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
     limit = given.pop("limit", None)
     if limit is not None and not limit.isdecimal():
-        raise ValueError(f"{data!r}: limit={limit} is no number of rows")
+        raise UserError(f"{data!r}: limit={limit} is no number of rows")
     own = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
     return StreamSpec(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
 
@@ -62,11 +63,11 @@ def sources_of(data: str | None) -> dict[Path, Fraction]:
         named = [match[1] if match else part for match, part in zip(found, data.split(","), strict=True)]
         if len(named) > 1 and not Path(data).is_dir() and all(Path(part).is_dir() for part in named):
             weighted = ",".join(f"{part}=1" for part in named)
-            raise ValueError(f"{data!r} names several directories: give each its weight, such as --data {weighted}")
+            raise UserError(f"{data!r} names several directories: give each its weight, such as --data {weighted}")
         return {Path(data): Fraction(1)}
     pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
     if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"{data!r} names a directory twice: add its weights up")
+        raise UserError(f"{data!r} names a directory twice: add its weights up")
     whole = shares([weight for _, weight in pairs])
     return {path: Fraction(part, sum(whole)) for (path, _), part in zip(pairs, whole, strict=True)}
 

@@ -25,6 +25,7 @@ from spherelm.data.loader import Batch, check_share, stack
 from spherelm.data.permutation import Permutation
 from spherelm.data.shards import Ids
 from spherelm.data.tokenizer import Tokenizer
+from spherelm.errors import UserError
 
 SHUFFLE_TOKENS = 1 << 20
 _PIECE_CHARACTERS = 1 << 18  # encoded at once
@@ -85,7 +86,7 @@ class StreamLoader:
         if not state:
             return
         if state["windows"] != self.windows:
-            raise ValueError(f"the stream was shuffled {state['windows']} windows at a time, now it is {self.windows}")
+            raise UserError(f"the stream was shuffled {state['windows']} windows at a time, now it is {self.windows}")
         self._held.clear()
         self._next = int(state["block"])
         self._tokens.restore(state["position"])
@@ -99,7 +100,7 @@ class StreamLoader:
             self._held.pop(self._next - 2, None)
             self._next += 1
         if block not in self._held:
-            raise ValueError(f"window {number} of the stream lies behind: a stream only goes forward")
+            raise UserError(f"window {number} of the stream lies behind: a stream only goes forward")
         window: npt.NDArray[np.int64] = self._held[block][1][place].astype(np.int64)
         return window
 
@@ -143,7 +144,7 @@ class _TokenStream:
             block, before = next(self._blocks, None), self._after
             if block is None:
                 if fruitless:
-                    raise ValueError(
+                    raise UserError(
                         f"{self._text.request.name} holds no training text: check its column and val fraction"
                     )
                 self._blocks, self._after, fruitless = None, None, True
@@ -173,7 +174,7 @@ def held_out_windows(
             break
     count = min(count, (tokens - 1) // seq_len)
     if count < 1:
-        raise ValueError(
+        raise UserError(
             f"the validation text has {counted(tokens, 'token')}, less than one window of {seq_len}: "
             "give val= a file or a larger part"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from spherelm.errors import UserError
+
 UNFINISHED = 3
 """Bytes of a UTF-8 character that may still lack others; a decoder shows each as U+FFFD, or all of them as one."""
 
@@ -25,7 +27,7 @@ class TextStream:
 
     def __init__(self, decode: Decode, context: Sequence[int] = (), stops: Sequence[str] = ()) -> None:
         if "" in stops:
-            raise ValueError("a stop string is empty: give at least one character")
+            raise UserError("a stop string is empty: give at least one character")
         self.ended = False
         self._decode, self._stops = decode, tuple(stops)
         self._tokens = list(context[-KEPT:])

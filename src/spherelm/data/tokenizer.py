@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from spherelm.errors import UserError
+
 META_FILE = "tokenizer.meta.json"
 _JSON_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
@@ -84,7 +86,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if path.is_file():
         return _from_file(path, eos_token=None)
     if isinstance(spec, Path) or path.suffix in {".json", ".model"} or not _HUB_NAME.fullmatch(spec):
-        raise ValueError(
+        raise UserError(
             f"unknown tokenizer {str(spec)!r}: no such file; give 'default', 'bytes', a tokenizer.json, "
             "a SentencePiece .model or a Hugging Face name"
         )
@@ -130,7 +132,7 @@ class JsonTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer {name}: not a readable tokenizer.json ({_first_line(error)})") from error
+            raise UserError(f"tokenizer {name}: not a readable tokenizer.json ({_first_line(error)})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
@@ -175,7 +177,7 @@ class JsonTokenizer:
         ids = [i for part in parts for i in part.ids]
         if self._special.keys().isdisjoint(ids):
             return ids
-        raise ValueError(f"tokenizer {self.name}: makes special tokens of plain text; choose another tokenizer")
+        raise UserError(f"tokenizer {self.name}: makes special tokens of plain text; choose another tokenizer")
 
 
 class SentencePieceTokenizer:
@@ -185,7 +187,7 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {name} needs sentencepiece: pip install '.[data]' in a clone of spherelm"
             ) from error
         self.name = name
@@ -194,7 +196,7 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(definition)
         except RuntimeError as error:
-            raise ValueError(f"tokenizer {name}: not a readable SentencePiece model") from error
+            raise UserError(f"tokenizer {name}: not a readable SentencePiece model") from error
         self.vocab_size = int(self._model.vocab_size())
         if eos_token is None and self._model.eos_id() >= 0:
             eos_token = self._model.id_to_piece(self._model.eos_id())
@@ -259,8 +261,8 @@ def _find_end(name: str, eos_token: str | None, lookup: Any) -> tuple[str, int]:
         if index is not None:
             return token, int(index)
     if eos_token is not None:
-        raise ValueError(f"tokenizer {name}: the end token {eos_token!r} is not in its vocabulary")
-    raise ValueError(
+        raise UserError(f"tokenizer {name}: the end token {eos_token!r} is not in its vocabulary")
+    raise UserError(
         f"tokenizer {name}: no end-of-text token found (looked for {' '.join(_END_TOKENS[:5])} ...); put the file into "
         'a directory with a tokenizer_config.json that holds {"eos_token": "..."} and give that directory'
     )
@@ -277,7 +279,7 @@ def _from_file(path: Path, eos_token: str | None, name: str | None = None) -> To
         return JsonTokenizer(path.read_bytes(), name, eos_token)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path.read_bytes(), name, eos_token)
-    raise ValueError(f"tokenizer {path}: must end in .json (tokenizers) or .model (SentencePiece)")
+    raise UserError(f"tokenizer {path}: must end in .json (tokenizers) or .model (SentencePiece)")
 
 
 def _from_directory(directory: Path) -> Tokenizer:
@@ -287,16 +289,16 @@ def _from_directory(directory: Path) -> Tokenizer:
     files = {"json": _JSON_FILE, "sentencepiece": _MODEL_FILE}
     kinds = [meta["kind"]] if "kind" in meta else [kind for kind, file in files.items() if (directory / file).is_file()]
     if not kinds:
-        raise ValueError(f"no tokenizer in {directory}: expected {META_FILE}, {_JSON_FILE} or {_MODEL_FILE}")
+        raise UserError(f"no tokenizer in {directory}: expected {META_FILE}, {_JSON_FILE} or {_MODEL_FILE}")
     tokenizer: Tokenizer
     if kinds[0] == "bytes":
         tokenizer = ByteTokenizer()
     elif kinds[0] in files and (directory / files[kinds[0]]).is_file():
         tokenizer = _from_file(directory / files[kinds[0]], eos_token, name)
     else:
-        raise ValueError(f"{directory / META_FILE}: no file for tokenizer kind {kinds[0]!r}; prepare the data again")
+        raise UserError(f"{directory / META_FILE}: no file for tokenizer kind {kinds[0]!r}; prepare the data again")
     if meta.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise ValueError(f"the tokenizer in {directory} was changed after it was saved: prepare the data again")
+        raise UserError(f"the tokenizer in {directory} was changed after it was saved: prepare the data again")
     return tokenizer
 
 
@@ -310,14 +312,14 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"unknown tokenizer {name!r}: neither 'default', 'bytes' nor a file; "
             "for a Hugging Face name: pip install '.[hf]' in a clone of spherelm"
         ) from error
     try:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"unknown tokenizer {name!r}: neither 'default', 'bytes' nor a file, and Hugging Face says: "
             f"{_first_line(error)}"
         ) from error
@@ -326,7 +328,7 @@ def _from_hub(name: str) -> Tokenizer:
     file = getattr(loaded, "vocab_file", None)
     if file and str(file).endswith(".model"):
         return SentencePieceTokenizer(Path(file).read_bytes(), name, loaded.eos_token)
-    raise ValueError(f"tokenizer {name!r}: has no tokenizer.json and no SentencePiece model; choose another")
+    raise UserError(f"tokenizer {name!r}: has no tokenizer.json and no SentencePiece model; choose another")
 
 
 def _fingerprint(kind: str, eos_id: int, definition: bytes) -> str:
@@ -346,9 +348,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON; restore it or prepare the data again") from error
+        raise UserError(f"{path}: not readable as JSON; restore it or prepare the data again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object; restore it or prepare the data again")
+        raise UserError(f"{path}: must hold a JSON object; restore it or prepare the data again")
     return value
 
 

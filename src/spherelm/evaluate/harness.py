@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from spherelm.errors import UserError
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
 from spherelm.third_parties import silenced
 
@@ -49,11 +50,11 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
+            raise UserError(f"limit must be at least 1, got {self.limit}")
         if self.few_shot < 0:
-            raise ValueError(f"few_shot must not be negative, got {self.few_shot}")
+            raise UserError(f"few_shot must not be negative, got {self.few_shot}")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def check_harness() -> None:
             import lm_eval.evaluator
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"tasks need lm-eval ({error}): pip install '.[eval]' in a clone of spherelm") from error
+        raise UserError(f"tasks need lm-eval ({error}): pip install '.[eval]' in a clone of spherelm") from error
 
 
 def own_definition(name: str) -> Definition:
@@ -133,12 +134,12 @@ def load_tasks(names: Sequence[str], settings: TaskSettings, place: Path) -> dic
         manager, wanted = TaskManager(), list(names)
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
-            raise ValueError(f"the evaluation harness knows no task {unknown[0]!r}: lm-eval ls tasks lists them")
+            raise UserError(f"the evaluation harness knows no task {unknown[0]!r}: lm-eval ls tasks lists them")
     try:
         loaded = manager.load(wanted)
     except Exception as error:  # of the hub, of requests, of datasets: any library's own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"the data of {','.join(names)} cannot be downloaded ({reason}): check the network, or give --task-data DIR"
         ) from error
     return loaded
@@ -149,7 +150,7 @@ def check_few_shot(local: dict[str, dict[str, list[Record]]], few_shot: int) -> 
     for name, records in local.items():
         if few_shot and len(records) == 1:
             (split,) = records
-            raise ValueError(
+            raise UserError(
                 f"the local copy of {name} has only the {split} split, which is scored: few-shot examples need another; "
                 "give --few-shot 0, or leave --task-data out"
             )
@@ -168,7 +169,7 @@ def evaluate_tasks(
     Raises as `load_tasks`, and `ValueError` where the harness is not installed.
     """
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"tasks must be named, and each once, got {','.join(names) or 'none'}")
+        raise UserError(f"tasks must be named, and each once, got {','.join(names) or 'none'}")
     check_harness()
     with subdued(progress), tempfile.TemporaryDirectory() as place:
         loaded = load_tasks(names, settings, Path(place))
@@ -201,7 +202,7 @@ def run_harness(model: Any, tokenizer: Any, loaded: dict[str, Any], settings: Ta
         found: dict[str, Any] = evaluate(lm, task_dict=loaded, limit=settings.limit, bootstrap_iters=BOOTSTRAP)
     except AssertionError as error:  # the harness's own check, which has no message
         longest = model.config.max_seq_len
-        raise ValueError(
+        raise UserError(
             f"an answer may be longer than the model's max_seq_len={longest}: choose other tasks"
         ) from error
     return found

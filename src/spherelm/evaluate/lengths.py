@@ -29,6 +29,7 @@ from spherelm.data.cutting import Cutter
 from spherelm.data.documents import documents_in, input_files, read_blocks
 from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import Tokenizer
+from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import token_losses
 from spherelm.models import Decoder
 
@@ -65,19 +66,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
-            raise ValueError(f"lengths must be positive and ascending, got {self.lengths}")
+            raise UserError(f"lengths must be positive and ascending, got {self.lengths}")
         for length in self.lengths:
             if self.stride is None and self.longest % length:
-                raise ValueError(
+                raise UserError(
                     f"lengths {length} does not divide {self.longest}: each length must divide the longest, so that all are "
                     "scored on the same tokens; or give a stride"
                 )
         if self.stride is not None and not 1 <= self.stride <= self.lengths[0]:
-            raise ValueError(f"stride must be from 1 to the shortest length {self.lengths[0]}, got {self.stride}")
+            raise UserError(f"stride must be from 1 to the shortest length {self.lengths[0]}, got {self.stride}")
         if self.tokens_each is not None and self.tokens_each < self.step:
-            raise ValueError(f"tokens_each={self.tokens_each} is less than one window: give at least {self.step}")
+            raise UserError(f"tokens_each={self.tokens_each} is less than one window: give at least {self.step}")
         if self.bins < 1:
-            raise ValueError(f"bins must be at least 1, got {self.bins}")
+            raise UserError(f"bins must be at least 1, got {self.bins}")
 
     @property
     def longest(self) -> int:
@@ -134,7 +135,7 @@ def read_documents(
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
-        for block in read_blocks(path, rows=Rows(field)):
+        for block in read_blocks(path, rows=Rows(field, skipped_by=None)):
             for text in documents_in(block):
                 if text is not None:
                     yield encode_document(text, cutter, needed)
@@ -222,7 +223,7 @@ def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: Pl
             scores[length].append(in_bins(window_losses(model, document.tokens, length, plan), length, plan))
     model.train(was_training)
     if not scored_bytes:
-        raise ValueError(
+        raise UserError(
             f"no document has the {plan.longest + 1} tokens that a window of {plan.longest} needs "
             f"({counted(left_out, 'document')} too short): "
             "give longer texts or shorter lengths"

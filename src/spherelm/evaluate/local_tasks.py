@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from spherelm.errors import NotFoundError, UserError
+
 Record = dict[str, Any]
 
 
@@ -41,9 +43,9 @@ def json_lines(path: Path) -> Iterator[Record]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: get the file again") from error
+                raise UserError(f"{path}, line {number} is not JSON: get the file again") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object: get the file again")
+                raise UserError(f"{path}, line {number} is no JSON object: get the file again")
             yield record
 
 
@@ -151,12 +153,12 @@ def check_answers(records: list[Record], task: LocalTask, path: Path) -> None:
     for number, record in enumerate(records, 1):
         texts, labels = record["choices"]["text"], record["choices"]["label"]
         if len(set(texts)) < len(texts):
-            raise ValueError(f"{path}, question {number} has a choice twice: {advice}")
+            raise UserError(f"{path}, question {number} has a choice twice: {advice}")
         if record["answerKey"] not in labels or len(labels) != len(texts):
-            raise ValueError(f"{path}, question {number}: its answer {record['answerKey']} is no choice: {advice}")
+            raise UserError(f"{path}, question {number}: its answer {record['answerKey']} is no choice: {advice}")
     known = dict(task.answers).get(len(records))
     if known is not None and answers_digest(records) != known:
-        raise ValueError(f"{path}: not all of its {len(records)} answers are AI2's: {advice}")
+        raise UserError(f"{path}: not all of its {len(records)} answers are AI2's: {advice}")
 
 
 def local_records(name: str, directory: Path) -> dict[str, list[Record]]:
@@ -167,11 +169,11 @@ def local_records(name: str, directory: Path) -> dict[str, list[Record]]:
     """
     if name not in LOCAL_TASKS:
         known = ", ".join(LOCAL_TASKS)
-        raise ValueError(f"no local copy of {name} can be read: choose among {known}, or leave --task-data out")
+        raise UserError(f"no local copy of {name} can be read: choose among {known}, or leave --task-data out")
     task, found = LOCAL_TASKS[name], {}
     scored = directory / list(task.files.values())[-1]
     if not scored.is_file():
-        raise FileNotFoundError(f"no file {scored}: docs/evaluation.md says what --task-data must hold")
+        raise NotFoundError(f"no file {scored}: docs/evaluation.md says what --task-data must hold")
     for split, file in task.files.items():
         path = directory / file
         if path.is_file():
@@ -184,9 +186,9 @@ def read_split(task: LocalTask, path: Path) -> list[Record]:
     try:
         records = list(task.read(path))
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, EOFError, ElementTree.ParseError) as error:
-        raise ValueError(f"{path} is damaged or has other fields ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is damaged or has other fields ({type(error).__name__}: {error})") from error
     if not records:
-        raise ValueError(f"{path} holds no record: get the file again")
+        raise UserError(f"{path} holds no record: get the file again")
     if task.read is read_arc:
         check_answers(records, task, path)
     return records

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from spherelm.errors import UserError
 from spherelm.layers.attention import Attend
 from spherelm.layers.rope import interpolated, yarn, yarn_temperature
 from spherelm.models import Decoder
@@ -28,7 +29,7 @@ class Positions:
 
     def __post_init__(self) -> None:
         if self.base is not None and not self.base > 1:
-            raise ValueError(f"rope_base must be greater than 1, got {self.base}")
+            raise UserError(f"rope_base must be greater than 1, got {self.base}")
 
     def __str__(self) -> str:
         parts = [] if self.base is None else [f"base {self.base:g}"]
@@ -46,7 +47,7 @@ def parse_positions(base: float | None, scaling: str | None) -> Positions:
     except ValueError:
         factor = 0.0
     if name not in SCALINGS or not 1 <= factor < float("inf"):
-        raise ValueError(
+        raise UserError(
             f"{scaling!r} is no way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
         )
     return Positions(base, name, factor)
@@ -59,14 +60,14 @@ def place(model: Decoder, positions: Positions, trained_length: int) -> None:
     for anything on a model without a rotary embedding.
     """
     if model.config.rope == "none" and positions != Positions():
-        raise ValueError(f"{positions} is about a rotary embedding, and this model has none: leave it out")
+        raise UserError(f"{positions} is about a rotary embedding, and this model has none: leave it out")
     if positions.base is not None:
         model.runtime.rope_base = positions.base
     if positions.scaling == "linear":
         model.runtime.table = interpolated(model.runtime.table, positions.factor)
     elif positions.scaling == "yarn":
         if model.config.rope != "standard":
-            raise ValueError(f"yarn needs a model with rope='standard', this one has {model.config.rope!r}: use linear")
+            raise UserError(f"yarn needs a model with rope='standard', this one has {model.config.rope!r}: use linear")
         model.runtime.table = yarn(positions.factor, trained_length)
         model.runtime.attend = partial(warmer, model.runtime.attend, yarn_temperature(positions.factor))
 

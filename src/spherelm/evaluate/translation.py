@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spherelm.counting import counted
+from spherelm.errors import UserError
 
 BOOTSTRAP = 1000
 """Samples of the texts, drawn with replacement, that intervals are read off."""
@@ -24,7 +25,7 @@ def translation_scores(written: Sequence[str], references: Sequence[Sequence[str
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
-        raise ValueError("BLEU and chrF need sacrebleu: pip install '.[eval]' in a clone of spherelm") from error
+        raise UserError("BLEU and chrF need sacrebleu: pip install '.[eval]' in a clone of spherelm") from error
     scores: dict[str, Any] = {"texts": len(written)}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         found = metric.corpus_score(list(written), [list(texts) for texts in references], n_bootstrap=BOOTSTRAP)
@@ -37,10 +38,10 @@ def translation_scores(written: Sequence[str], references: Sequence[Sequence[str
 def check_references(written: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     """Raise ValueError unless there are texts and as many references in each set."""
     if not written or not references:
-        raise ValueError("there is nothing to score: give texts and references")
+        raise UserError("there is nothing to score: give texts and references")
     for texts in references:
         if len(texts) != len(written):
-            raise ValueError(
+            raise UserError(
                 f"{counted(len(written), 'text')} and {counted(len(texts), 'reference')}: one line must belong to one line"
             )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from spherelm.counting import counted
+from spherelm.errors import UserError
 from spherelm.experiments.cost import StepCost, TimedSteps, measure_cost
 from spherelm.layers.linear import retract
 from spherelm.models import ARMS, NAMES
@@ -46,7 +47,7 @@ def parse_shape(text: str) -> Shape:
     """`Shape` from "layers,d_model,heads,sequence,batch,vocabulary"; raises `ValueError` for anything else."""
     parts = text.split(",")
     if len(parts) != 6 or not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--shape takes six whole numbers L,D,H,T,B,V such as 6,384,6,512,8,8192; got {text!r}")
+        raise UserError(f"--shape takes six whole numbers L,D,H,T,B,V such as 6,384,6,512,8,8192; got {text!r}")
     return Shape(*map(int, parts))
 
 

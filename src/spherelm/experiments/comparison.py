@@ -12,12 +12,13 @@ import numpy as np
 
 from spherelm.data.sources import vocabulary_size
 from spherelm.data.tokenizer import load_tokenizer
+from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
 from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
 from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
 from spherelm.generation.samples import continuations
-from spherelm.models import ARMS, parameter_count
+from spherelm.models import ARMS, DecoderArch, parameter_count
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, read_config
@@ -57,7 +58,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
@@ -78,6 +79,11 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     workers_for(1, workers)  # a wrong number is refused before anything is written
     vocab_size = vocabulary_size(config.data)
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
+    if not isinstance(architecture := full["gpt"][0].model.architecture, DecoderArch):
+        raise UserError(
+            f"compare is of models that go on with a text, and preset {config.preset!r} is of the architecture "
+            f"{architecture.kind}: spherelm sweep trains both arms of it"
+        )
     data = open_data(full["gpt"][0])
     check_runs(
         [runs[0] for runs in full.values()]

@@ -25,6 +25,7 @@ import numpy as np
 
 from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
+from spherelm.errors import OutputExistsError, UserError
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.experiments.cost import median_ratio, time_in_turn
 from spherelm.experiments.evidence_plan import CONTENDERS, TOKENS_AN_UPDATE, Grid, Point
@@ -56,11 +57,11 @@ class Ladder:
         train, val = open_tokens(Path(grid.data), "train"), open_tokens(Path(grid.data), "val")
         self.test = open_tokens(Path(grid.test), "val")
         if train.tokenizer_fingerprint != self.test.tokenizer_fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{grid.test} was made with another tokenizer than {grid.data}: prepare it with the same one"
             )
         if self.test.fingerprint == val.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
             )
         self.vocab_size = train.vocab_size
@@ -108,7 +109,7 @@ class Ladder:
         """Where the search begins: the preset's rate, carried over from its length to this one as steps^(-1/3)."""
         arm, recipe = CONTENDERS[contender]
         if tuned_rate(point.preset, recipe, arm) is None:
-            raise ValueError(
+            raise UserError(
                 f"no learning rate to start from is known for {contender} at {point.size!r}: take another size"
             )
         config = make_run(arm, point.size, recipe, vocab_size=self.vocab_size)
@@ -180,9 +181,9 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     `Interrupted`.
     """
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
-        raise ValueError(f"minutes must be a positive number, got {minutes:g}")
+        raise UserError(f"minutes must be a positive number, got {minutes:g}")
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another --out")
+        raise OutputExistsError(f"{out} is a file: choose another --out")
     ladder = Ladder(grid, out, workers)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out), time_limit(minutes) as is_over:

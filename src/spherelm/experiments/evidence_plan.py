@@ -6,7 +6,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from spherelm.errors import UserError
 from spherelm.experiments.cost import COMPILE_FROM
+from spherelm.models import DecoderArch
 from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
 
@@ -46,25 +48,31 @@ class Grid:
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
             unknown = [value for value in getattr(self, name) if value not in known]
             if unknown:
-                raise ValueError(
+                raise UserError(
                     f"unknown {name[:-1]} {unknown[0]!r}{nearest(unknown[0], known)}: choose among {', '.join(known)}"
                 )
+        for size in self.sizes:
+            if PRESETS[size].architecture != DecoderArch():
+                raise UserError(
+                    f"{size!r} has another architecture than the contenders, attention and MLP in every layer: "
+                    "take another size"
+                )
         if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
         for context in self.contexts:
             if context < 1 or TOKENS_AN_UPDATE % context:
-                raise ValueError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
+                raise UserError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
         if not all(budget > 0 and math.isfinite(budget) for budget in self.budgets):
-            raise ValueError(f"budgets must be positive numbers, got {self.budgets}")
+            raise UserError(f"budgets must be positive numbers, got {self.budgets}")
         for name in ("sizes", "contexts", "budgets", "contenders"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} has a value twice, {values}: let each occur once")
+                raise UserError(f"{name} has a value twice, {values}: let each occur once")
         steps: dict[tuple[str, int, int], float] = {}
         for point in self.points():
             other = steps.setdefault((point.size, point.context, point.steps), point.budget)
             if other != point.budget:
-                raise ValueError(
+                raise UserError(
                     f"budgets {other:g} and {point.budget:g} are both {point.steps} updates of {point.size}: leave one out"
                 )
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spherelm.errors import UserError
 from spherelm.experiments.evidence_plan import Grid
 from spherelm.experiments.growth import all_speedups, growth
 from spherelm.runs.record import command_line, git_commit, or_nan, versions
@@ -45,11 +46,11 @@ def on_record(path: Path, grid: Grid, identity: Mapping[str, str]) -> tuple[list
         costs = [dict(cost) for cost in record.get("costs", [])]
         summary(grid, identity, measured, costs)  # holds what speedups are computed from
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is not what spherelm evidence wrote ({error!r}): move it away") from error
+        raise UserError(f"{path} is not what spherelm evidence wrote ({error!r}): move it away") from error
     for name in TEXT:
         same = before[name] == identity[name] if name in before else text[name] == getattr(grid, name)
         if not same:
-            raise ValueError(
+            raise UserError(
                 f"{path} was measured with {name} {text[name]!r}, now it is {getattr(grid, name)!r}: choose another --out"
             )
     return measured, costs

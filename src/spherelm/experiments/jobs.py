@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from spherelm.counting import counted
+from spherelm.errors import StorageError, UserError
 from spherelm.runs.config import RunConfig, to_dict
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claim_directory
@@ -56,7 +57,7 @@ def default_workers(jobs: int) -> int:
 def workers_for(jobs: int, asked: int | None) -> int:
     """The number of processes asked for, or `default_workers` where that is `None`; `ValueError` for none at all."""
     if asked is not None and asked < 1:
-        raise ValueError(f"--workers must be at least 1, got {asked}")
+        raise UserError(f"--workers must be at least 1, got {asked}")
     return asked or default_workers(jobs)
 
 
@@ -153,7 +154,7 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         return []
     twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
     if twice:
-        raise ValueError(f"two runs would share the directory {twice[0]}: let each value occur once")
+        raise UserError(f"two runs would share the directory {twice[0]}: let each value occur once")
     check_runs([job.config for job in jobs])
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
@@ -167,7 +168,7 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
             return [future.result() for future in futures]
         except (BrokenProcessPool, KeyboardInterrupt) as error:
             if isinstance(error, BrokenProcessPool) and not asked:
-                raise OSError(
+                raise StorageError(
                     "a training process was killed (out of memory?): use fewer --workers and --resume"
                 ) from error
             # A worker that has ended after a signal to the whole group may be noticed here before the signal is.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spherelm.errors import NotFoundError, UserError
 from spherelm.models import ARMS
 from spherelm.runs.metrics import read_metrics
 
@@ -103,7 +104,7 @@ class Arm:
         for run in runs[1:]:
             steps = np.intersect1d(steps, run.steps)
         if not steps.size:
-            raise ValueError(f"the {self.name} runs share no validation step: rerun them with one --eval-every")
+            raise UserError(f"the {self.name} runs share no validation step: rerun them with one --eval-every")
         rows = [np.searchsorted(run.steps, steps) for run in runs]
         tokens, seconds, loss = (
             np.mean([getattr(run, name)[row] for run, row in zip(runs, rows, strict=True)], axis=0)
@@ -196,11 +197,11 @@ def read_run(directory: Path) -> Run:
     """The validations of one run directory."""
     path = directory / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the run {directory.name} did not start, or its name has changed")
+        raise NotFoundError(f"{path} is missing: the run {directory.name} did not start, or its name has changed")
     diverged = (directory / "diverged.txt").exists()
     rows = [line for line in read_metrics(path) if line.get("kind") == "val"]
     if not rows and not diverged:
-        raise ValueError(f"{path} holds no validation: the run {directory.name} ended before its first one")
+        raise UserError(f"{path} holds no validation: the run {directory.name} ended before its first one")
     steps, tokens, seconds, loss = (_column(path, rows, name) for name in ("step", "tokens", "seconds", "loss"))
     bits = np.array(
         [math.nan if row.get("bits_per_byte") is None else row["bits_per_byte"] for row in rows], dtype=float
@@ -244,21 +245,21 @@ def _disagreements(arms: Mapping[str, Arm], summary: Mapping[str, Any]) -> list[
 def _require(summary: Mapping[str, Any], path: Path) -> None:
     """ValueError that names what the report cannot do without."""
     if not isinstance(summary.get("speedup"), dict):
-        raise ValueError(f"{path} has no `speedup`: it was not written by `spherelm compare`, run that again")
+        raise UserError(f"{path} has no `speedup`: it was not written by `spherelm compare`, run that again")
     for arm in ARMS:
         if not (summary.get("arms") or {}).get(arm, {}).get("runs"):
-            raise ValueError(f"{path} names no runs in `arms.{arm}.runs`: run `spherelm compare` again")
+            raise UserError(f"{path} names no runs in `arms.{arm}.runs`: run `spherelm compare` again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {path.parent} is not the output of a finished `spherelm compare`")
+        raise NotFoundError(f"{path} is missing: {path.parent} is not the output of a finished `spherelm compare`")
     try:
         value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+        raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
+        raise UserError(f"{path} holds a {type(value).__name__} where an object was expected")
     return value
 
 
@@ -272,4 +273,4 @@ def _column(path: Path, rows: Sequence[Mapping[str, Any]], name: str) -> Array:
     try:
         return np.array([float(row[name]) for row in rows])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a validation line without a number for `{name}` ({error!r})") from None
+        raise UserError(f"{path} has a validation line without a number for `{name}` ({error!r})") from None

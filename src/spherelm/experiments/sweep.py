@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from spherelm.errors import OutputExistsError, UserError
 from spherelm.experiments.jobs import Job, run_jobs
 from spherelm.experiments.record import standard_error
 from spherelm.recipes import make_run
@@ -92,18 +93,18 @@ def _canonical(value: Any) -> Any:
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`"alpha.init=0.05,0.25"` as ("alpha_init", [0.05, 0.25]); raises `ValueError` if it does not read so.
+    """`"alpha.init=0.05,0.25"` as ("alpha.init", [0.05, 0.25]); raises `ValueError` if it does not read so.
 
     A value that is a list itself stands in brackets: `"betas=[0.9,0.95],[0.9,0.99]"`.
     """
     field, _, values = text.partition("=")
     if not field or not values:
-        raise ValueError(f"cannot read {text!r}: write a field and its values, such as alpha.init=0.05,0.25")
+        raise UserError(f"cannot read {text!r}: write a field and its values, such as alpha.init=0.05,0.25")
     together = _value(f"[{values}]")
     if isinstance(together, list):
         return field, together
     if "[" in values:
-        raise ValueError(f"cannot read {text!r}: what stands in brackets is a list, such as betas=[0.9,0.95]")
+        raise UserError(f"cannot read {text!r}: what stands in brackets is a list, such as betas=[0.9,0.95]")
     return field, [_value(value) for value in values.split(",")]
 
 
@@ -127,11 +128,11 @@ def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection
     for text in words:
         field, values = parse_axis(text)
         if field in fixed:
-            raise ValueError(f"{text!r}: {field} is chosen by {FIXED[field]}")
+            raise UserError(f"{text!r}: {field} is chosen by {FIXED[field]}")
         if field in axes:
-            raise ValueError(f"{text!r}: {field} was given before, give it once")
+            raise UserError(f"{text!r}: {field} was given before, give it once")
         if flags.get(field) is not None:
-            raise ValueError(f"{text!r}: {field} is given by --{field.replace('_', '-')} too, give it once")
+            raise UserError(f"{text!r}: {field} is given by --{field.replace('_', '-')} too, give it once")
         axes[field] = values
     return axes
 
@@ -146,7 +147,7 @@ def parse_fields(
     fields = {}
     for field, values in parse_axes(words, flags, fixed).items():
         if len(values) > 1:
-            raise ValueError(f"{field} has {len(values)} values, {values}: a run has one")
+            raise UserError(f"{field} has {len(values)} values, {values}: a run has one")
         fields[field] = values[0]
     return fields
 
@@ -182,7 +183,7 @@ def sweep(
     Raises `FileExistsError` where `out` holds what no sweep wrote, and `ValueError` where that sweep was on other text.
     """
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+        raise UserError(f"seeds must be at least 1, got {seeds}")
     limit = {"stop_above": math.log(vocab_size) + UNTRAINED}
     jobs = [
         Job(make_run(**{**limit, **choice}, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
@@ -191,7 +192,7 @@ def sweep(
     ]
     long = [job.out.name for job in jobs if len(job.out.name.encode()) > LONGEST_NAME]
     if long:
-        raise ValueError(
+        raise UserError(
             f"a run's directory would be called {long[0][:60]}... , which is too long: vary fewer fields at once"
         )
     on_record(out, jobs[0].config)  # what is refused is refused before anything is trained
@@ -216,7 +217,7 @@ def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[
     `ValueError` where what is there was trained on other text than that of `config`.
     """
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another --out")
+        raise OutputExistsError(f"{out} is a file: choose another --out")
     foreign = [name for name in ("sweep.json", "index.html") if (out / name).exists()]
     if not foreign:
         return [], [], []
@@ -227,13 +228,13 @@ def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[
         commands = [str(command) for command in record.get("commands") or [record["command"]]]
         against_base(rows)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise FileExistsError(
+        raise OutputExistsError(
             f"{out / foreign[0]} was not written by spherelm sweep: choose another --out, or move it away"
         ) from error
     left = [(row, base) for row, base in zip(rows, is_base, strict=True) if is_there(row, out)]
     if left and (before := text_of(out / left[0][0].runs[0])) != (now := open_data(config).identity):
         differing = next(name for name in now if before.get(name) != now[name])
-        raise ValueError(
+        raise UserError(
             f"{out} holds a sweep on other text: its {differing} data are not those of this one; choose another --out"
         )
     return [row for row, base in left if base], [row for row, base in left if not base], commands

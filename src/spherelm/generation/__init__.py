@@ -1,0 +1,1 @@
+"""Text from models: sampling, beams, long contexts, folded and quantized weights."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spherelm.errors import UserError
 from spherelm.layers.readout import read_logits
 from spherelm.models.decoder import Decoder, LanguageModel, Rows
 
@@ -28,9 +29,9 @@ class BeamSettings:
 
     def __post_init__(self) -> None:
         if self.beams < 1:
-            raise ValueError(f"beams must be at least 1, got {self.beams}")
+            raise UserError(f"beams must be at least 1, got {self.beams}")
         if not self.length_penalty >= 0:
-            raise ValueError(f"length_penalty must not be negative, got {self.length_penalty}")
+            raise UserError(f"length_penalty must not be negative, got {self.length_penalty}")
 
     def worth(self, log_probability: float, length: int) -> float:
         """What a text of `length` tokens is worth."""

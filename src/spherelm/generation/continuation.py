@@ -8,6 +8,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from spherelm.errors import UserError
 from spherelm.generation.sampling import Sampling, draw, penalized
 from spherelm.layers.readout import read_logits
 from spherelm.models.decoder import Decoder
@@ -83,7 +84,7 @@ class Continuation:
         """Let rows that have become too long start later."""
         full = [i for i, row in enumerate(self.rows) if len(row) - self._starts[i] > self.limit]
         if full and not self.window:
-            raise ValueError(
+            raise UserError(
                 f"the model's max_seq_len={self.limit} is reached: shorten the text, or let the window slide"
             )
         for i in full:

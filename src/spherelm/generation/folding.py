@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.layers.attention import Attend, Attention, UnitAttention, attend, join_heads, split_heads
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.feedforward import FeedForward, UnitFeedForward
@@ -237,7 +238,7 @@ class Folded(LanguageModel):
         return self
 
     def _refuse(self) -> NoReturn:
-        raise ValueError("a folded model is for inference: train the model that it was made from, and fold that again")
+        raise UserError("a folded model is for inference: train the model that it was made from, and fold that again")
 
 
 def fixed(weight: Tensor) -> Linear:
@@ -290,6 +291,6 @@ def folded(model: Decoder) -> Decoder:
         return model
     problem = obstacle(model)
     if problem is not None:
-        raise ValueError(f"this model cannot be folded: {problem}; use it as it is (fold=False)")
+        raise UserError(f"this model cannot be folded: {problem}; use it as it is (fold=False)")
     assert isinstance(model, LanguageModel)
     return Folded(model)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from spherelm.errors import UserError
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.folding import folded, obstacle
 from spherelm.generation.sampling import Sampling
@@ -87,7 +88,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if isinstance(prompt, Tensor) and (prompt.ndim != 2 or prompt.shape[1] < 1):
-        raise ValueError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
+        raise UserError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
     given: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
     check(model, given, max_new_tokens, window)
     ready, rows = model.conditioned(given, eos_id)
@@ -117,7 +118,7 @@ def row_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         return drawn
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} rows: give one for each, or one number for all")
+        raise UserError(f"{len(seeds)} seeds for {count} rows: give one for each, or one number for all")
     return seeds
 
 
@@ -125,17 +126,15 @@ def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False)
     """Raise `ValueError` if there is no row, one is empty, holds what is no token, or leaves no room for `max_new_tokens`."""
     limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
     if not len(rows):
-        raise ValueError("there is no prompt: give at least one row")
+        raise UserError("there is no prompt: give at least one row")
     for row in rows:
         if not len(row):
-            raise ValueError("a prompt is empty: give at least one token")
+            raise UserError("a prompt is empty: give at least one token")
         if min(row) < 0 or max(row) >= vocab_size:
-            raise ValueError(
-                f"a prompt holds tokens from {min(row)} to {max(row)}, the model has 0 to {vocab_size - 1}"
-            )
+            raise UserError(f"a prompt holds tokens from {min(row)} to {max(row)}, the model has 0 to {vocab_size - 1}")
         taken = model.places(row)
         if max_new_tokens < 0 or (taken + max_new_tokens > limit and not window):
-            raise ValueError(
+            raise UserError(
                 f"{taken} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
                 f"max_seq_len={limit}: ask for 0 to {max(0, limit - taken)} new tokens or shorten the prompt, "
                 "or let the window slide (window=True, --window)"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.generation.folding import Folded
 from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.moe import Router
@@ -30,7 +31,7 @@ def _torchao() -> Any:
         with silenced():  # on import it logs which kernels for GPUs it was built without
             import torchao.quantization  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ValueError("8-bit weights need torchao: pip install '.[quantize]' in a clone of spherelm") from error
+        raise UserError("8-bit weights need torchao: pip install '.[quantize]' in a clone of spherelm") from error
     return torchao.quantization
 
 
@@ -122,7 +123,7 @@ def quantized(model: Decoder, renormalize: bool = True) -> Decoder:
     Raises `ValueError` if torchao is missing, or for a model that has been folded.
     """
     if isinstance(model, Folded):
-        raise ValueError("a folded model has lost its unit vectors: quantize the model that it was made from")
+        raise UserError("a folded model has lost its unit vectors: quantize the model that it was made from")
     copied = copy.deepcopy(model).requires_grad_(False).eval()
     if hasattr(copied.head, "reading"):
         copied.head.reading = scaled  # preconditioning is about gradients

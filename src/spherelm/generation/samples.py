@@ -13,6 +13,7 @@ import torch
 from spherelm.counting import counted
 from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.errors import NotFoundError, UserError
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import check, for_inference, row_seeds, stream
@@ -55,7 +56,7 @@ def continuations(
     `max_new_tokens`.
     """
     if count < 1:
-        raise ValueError(f"samples must be at least 1, got {count}")
+        raise UserError(f"samples must be at least 1, got {count}")
     sampling = Sampling(**settings)
     TextStream(lambda tokens: "", stops=stop)  # refuses what is no stop string before the model is read
     model, tokenizer = load_for_inference(run, precision)
@@ -93,7 +94,7 @@ def searched(
 ) -> list[str]:
     """The `count` best texts of a beam search for each prompt, as `continuations` has them."""
     if count > beams.beams:
-        raise ValueError(
+        raise UserError(
             f"{counted(beams.beams, 'beam')} cannot find {counted(count, 'text')}: ask for at most as many samples as beams"
         )
     texts = []
@@ -118,7 +119,7 @@ def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, 
     has taken the weights off the sphere. Raises `ValueError` if torchao is missing.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise UserError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if precision == "int8":
         from spherelm.generation.quantization import quantized
 
@@ -134,7 +135,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> li
     """The tokens of a prompt; `ValueError` if there are none."""
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise ValueError(f"the {name} is empty: give at least one character")
+        raise UserError(f"the {name} is empty: give at least one character")
     return ids
 
 
@@ -168,13 +169,13 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from error
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from error
     except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}: give one with a prompt a line") from None
+        raise NotFoundError(f"no file {path}: give one with a prompt a line") from None
     read = _from_json if path.suffix == ".jsonl" else lambda path, number, line: line.rstrip("\r")
     prompts = [read(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt: write one a line")
+        raise UserError(f"{path} holds no prompt: write one a line")
     return prompts
 
 
@@ -185,7 +186,7 @@ def _from_json(path: Path, number: int, line: str) -> str:
         record = None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
-        raise ValueError(f'{path}, line {number}: expected an object like {{"prompt": "text"}}')
+        raise UserError(f'{path}, line {number}: expected an object like {{"prompt": "text"}}')
     return prompt
 
 
@@ -208,7 +209,7 @@ class Conversation:
         TextStream(lambda tokens: "", stops=stop)
         self._model, self._tokenizer = load_for_inference(run, precision)
         if not self._model.continues:
-            raise ValueError(
+            raise UserError(
                 f"{run} holds an encoder-decoder, which writes one text for one: give --prompt or --prompts"
             )
         self._text: Continuation | None = None
@@ -228,7 +229,7 @@ class Conversation:
         ids = encode_prompt(self._tokenizer, said, "text")
         room = self.room
         if room is not None and len(ids) >= room:
-            raise ValueError(
+            raise UserError(
                 f"the context of {self._model.config.max_seq_len} tokens has room for {room} more and your text has "
                 f"{len(ids)}: say less, begin anew, or let the window slide (--window)"
             )

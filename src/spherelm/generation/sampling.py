@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spherelm.errors import UserError
+
 COLDEST = 1e-20
 """The least temperature that logits are divided by: below it float32 overflows, and long before it nothing else is drawn."""
 
@@ -41,7 +43,7 @@ class Sampling:
         )
         wrong = [f"{name}={getattr(self, name)} ({said})" for name, is_right, said in allowed if not is_right]
         if wrong:
-            raise ValueError(f"out of range: {', '.join(wrong)}")
+            raise UserError(f"out of range: {', '.join(wrong)}")
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

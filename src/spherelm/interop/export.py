@@ -10,6 +10,7 @@ import torch
 
 from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from spherelm.errors import UserError
 from spherelm.runs.checkpoint import STATE, checkpoint_of, load_model
 from spherelm.runs.config import read_config, read_record, to_dict
 from spherelm.runs.metrics import read_metrics
@@ -32,7 +33,7 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
         from spherelm.interop.huggingface.card import Facts, model_card
         from spherelm.interop.huggingface.folder import save_folder
     except ImportError as error:
-        raise ValueError(f"cannot export: {error}") from error
+        raise UserError(f"cannot export: {error}") from error
     model, checkpoint = load_model(run), checkpoint_of(run)
     classes_of(model)
     directory = checkpoint.parent.parent
@@ -67,12 +68,12 @@ def tokenizer_definition(run: Path) -> TokenizerDefinition:
     try:
         tokenizer = load_tokenizer(run)
     except ValueError as error:
-        raise ValueError(f"{error}; or export with --no-tokenizer") from error
+        raise UserError(f"{error}; or export with --no-tokenizer") from error
     if isinstance(tokenizer, ByteTokenizer):
         return TokenizerDefinition(byte_definition(), END)
     if isinstance(tokenizer, JsonTokenizer):
         return TokenizerDefinition((run / "tokenizer.json").read_text(encoding="utf-8"), tokenizer.eos_token)
-    raise ValueError(
+    raise UserError(
         f"the tokenizer {tokenizer.name} is a SentencePiece model, which has no tokenizer.json that is sure to give the same "
         "ids: export with --no-tokenizer, and encode with SentencePiece"
     )

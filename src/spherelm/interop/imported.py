@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.errors import OutputExistsError, UserError
 from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
 from spherelm.models import Decoder
 from spherelm.optim import AdamW, OptimConfig, ScheduleConfig
@@ -31,11 +32,11 @@ def import_nvidia(
     `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
     """
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds something: choose another directory for the imported run")
+        raise OutputExistsError(f"{out} already holds something: choose another directory for the imported run")
     read = read_checkpoint(checkpoint)
     model, chosen = to_model(read, rope), None if tokenizer is None else load_tokenizer(tokenizer)
     if chosen is not None and chosen.vocab_size > read.model_args.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {tokenizer} has {chosen.vocab_size} token ids, the model in {checkpoint} only "
             f"{read.model_args.vocab_size}: choose the one that it was trained with"
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spherelm.errors import UserError
 from spherelm.layers.linear import retract
 from spherelm.models import Config, Decoder, GPTConfig, NGPTConfig, ScaleSpec, Variant, build
 
@@ -101,13 +102,13 @@ class ModelArgs:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"its model_args say {name}={value!r}, which must be a positive whole number")
+                raise UserError(f"its model_args say {name}={value!r}, which must be a positive whole number")
         if self.use_nGPT not in (0, 1):
-            raise ValueError(f"its model_args say use_nGPT={self.use_nGPT!r}, which must be 0 or 1")
+            raise UserError(f"its model_args say use_nGPT={self.use_nGPT!r}, which must be 0 or 1")
         if not isinstance(self.base_scale, int | float) or not 0 < self.base_scale < math.inf:
-            raise ValueError(f"its model_args say base_scale={self.base_scale!r}, which must be a positive number")
+            raise UserError(f"its model_args say base_scale={self.base_scale!r}, which must be a positive number")
         if self.bias:
-            raise ValueError("its model_args say bias=True, and the models here have no biases")
+            raise UserError("its model_args say bias=True, and the models here have no biases")
         self.config("standard")
 
     def config(self, rope: str) -> Config:
@@ -168,16 +169,16 @@ def load_optimizer(checkpoint: NvidiaCheckpoint, model: nn.Module, optimizer: Op
     Raises `ValueError` if the file held no moments or `model` is another.
     """
     if not checkpoint.moments:
-        raise ValueError("the checkpoint holds no optimizer state: its moments cannot be loaded")
+        raise UserError("the checkpoint holds no optimizer state: its moments cannot be loaded")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = {}
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         moments = checkpoint.moments.get(names.get(id(parameter), ""))
         if moments is None or moments["exp_avg"].shape != parameter.shape:
-            raise ValueError(f"the checkpoint's moments belong to another model: {names.get(id(parameter))} differs")
+            raise UserError(f"the checkpoint's moments belong to another model: {names.get(id(parameter))} differs")
         state[i] = {key: value.clone() for key, value in moments.items()}
     if len(state) != len(checkpoint.moments):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint has moments of {len(checkpoint.moments)} parameters, the optimizer {len(state)}"
         )
     # The optimizer itself gives every tensor the dtype and the device that it wants.
@@ -193,7 +194,7 @@ def read_checkpoint(path: str | Path) -> NvidiaCheckpoint:
     try:
         return _checkpoint(_content(Path(path)))
     except ValueError as error:
-        raise ValueError(f"{path} is not a readable NVIDIA/ngpt checkpoint: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not a readable NVIDIA/ngpt checkpoint: {' '.join(str(error).split())}") from error
 
 
 def to_ours(tensors: Mapping[str, Tensor], n_heads: int) -> dict[str, Tensor]:
@@ -239,11 +240,11 @@ def _content(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if PurePosixPath(name).name == "data.pkl"]
             if len(pickles) != 1:
-                raise ValueError(f"it holds {len(pickles)} files called data.pkl, where torch.save writes one")
+                raise UserError(f"it holds {len(pickles)} files called data.pkl, where torch.save writes one")
             _refuse_strangers(archive.read(pickles[0]))
             damaged = archive.testzip()  # torch.load does not compare the checksums that torch.save stored
             if damaged is not None:
-                raise ValueError(f"its {damaged} is damaged (the checksum differs): copy the file again")
+                raise UserError(f"its {damaged} is damaged (the checksum differs): copy the file again")
         with torch.serialization.safe_globals([(Inert, name) for name in FOREIGN]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -254,7 +255,7 @@ def _content(path: Path) -> Any:
         # Where torch's restricted reader refuses a file, its message recommends to read it without the restriction.
         refused = type(error).__name__ == "UnpicklingError"
         reason = "it is damaged, or train.py did not write it" if refused else error
-        raise ValueError(f"{type(error).__name__}: {reason}") from error
+        raise UserError(f"{type(error).__name__}: {reason}") from error
 
 
 def _refuse_strangers(pickled: bytes) -> None:
@@ -265,10 +266,10 @@ def _refuse_strangers(pickled: bytes) -> None:
     """
     for name in _named(pickled):
         if name not in TENSORS and name not in FOREIGN:
-            raise ValueError(f"it names {name}, which train.py does not store: nothing of it was loaded")
+            raise UserError(f"it names {name}, which train.py does not store: nothing of it was loaded")
     newest = max(opcode.proto for opcode, _, _ in pickletools.genops(pickled))
     if newest > 2:
-        raise ValueError(f"it is written in pickle protocol {newest}, where torch.save writes 2")
+        raise UserError(f"it is written in pickle protocol {newest}, where torch.save writes 2")
 
 
 def _named(pickled: bytes) -> Iterator[str]:
@@ -302,13 +303,13 @@ def _name_now(module: str, name: str) -> str:
 def _checkpoint(content: Any) -> NvidiaCheckpoint:
     """The record of what was pickled; `ValueError` for what train.py does not write."""
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} instead of a dictionary")
+        raise UserError(f"it holds a {type(content).__name__} instead of a dictionary")
     for key in ("model", "model_args", "iter_num"):
         if key not in content:
-            raise ValueError(f"it has no {key!r}")
+            raise UserError(f"it has no {key!r}")
     iteration = content["iter_num"]
     if not isinstance(iteration, int) or iteration < 0:
-        raise ValueError(f"its iter_num is {iteration!r}, which must be a whole number from 0")
+        raise UserError(f"its iter_num is {iteration!r}, which must be a whole number from 0")
     args = _model_args(content["model_args"])
     theirs = _weights(content["model"], args)
     moments, optimizer = _moments(content["optimizer"], theirs, args.n_head) if "optimizer" in content else ({}, {})
@@ -318,27 +319,27 @@ def _checkpoint(content: Any) -> NvidiaCheckpoint:
 def _model_args(stored: Any) -> ModelArgs:
     fields = dataclasses.fields(ModelArgs)
     if not isinstance(stored, dict):
-        raise ValueError(f"its model_args are a {type(stored).__name__} instead of a dictionary")
+        raise UserError(f"its model_args are a {type(stored).__name__} instead of a dictionary")
     for name in sorted(stored.keys() - {field.name for field in fields}, key=str):
-        raise ValueError(f"its model_args say {name}={stored[name]!r}, which is not known here")
+        raise UserError(f"its model_args say {name}={stored[name]!r}, which is not known here")
     for field in fields:
         if field.name not in stored and field.default is dataclasses.MISSING:
-            raise ValueError(f"its model_args do not say {field.name}")
+            raise UserError(f"its model_args do not say {field.name}")
     return ModelArgs(**stored)
 
 
 def _weights(stored: Any, args: ModelArgs) -> dict[str, Tensor]:
     """The weights by their names in the file's order; `ValueError` if they are not those of `args`."""
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
-        raise ValueError("its 'model' is not a dictionary of tensors")
+        raise UserError("its 'model' is not a dictionary of tensors")
     # torch.compile puts its name in front
     theirs = {name.removeprefix("_orig_mod."): tensor for name, tensor in stored.items()}
     layers = len({_split(name)[0] for name in theirs if name.startswith("transformer.h.") and name.count(".") > 2})
     if layers != args.n_layer:
-        raise ValueError(f"its model_args say n_layer={args.n_layer}, and it holds {layers} layers")
+        raise UserError(f"its model_args say n_layer={args.n_layer}, and it holds {layers} layers")
     shapes = _shapes(args)
     for name in sorted(shapes.keys() ^ theirs.keys()):
-        raise ValueError(f"it has no {name}" if name in shapes else f"it holds {name}, which is not known here")
+        raise UserError(f"it has no {name}" if name in shapes else f"it holds {name}, which is not known here")
     for name, shape in shapes.items():
         _check_tensor(name, theirs[name], shape)
     return theirs
@@ -346,9 +347,9 @@ def _weights(stored: Any, args: ModelArgs) -> dict[str, Tensor]:
 
 def _check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise ValueError(f"its {name} is not a tensor of floating point numbers")
+        raise UserError(f"its {name} is not a tensor of floating point numbers")
     if tensor.shape != shape:
-        raise ValueError(f"its {name} has the shape {tuple(tensor.shape)}, and its model_args ask for {shape}")
+        raise UserError(f"its {name} has the shape {tuple(tensor.shape)}, and its model_args ask for {shape}")
 
 
 def _moments(
@@ -362,7 +363,7 @@ def _moments(
         order = [name for name, w in theirs.items() if w.ndim >= 2] + [name for name, w in theirs.items() if w.ndim < 2]
         numbers = [number for group in stored["param_groups"] for number in group["params"]]
         if len(numbers) != len(order):
-            raise ValueError(f"its optimizer has {len(numbers)} parameters, and its model {len(order)}")
+            raise UserError(f"its optimizer has {len(numbers)} parameters, and its model {len(order)}")
         state = {name: stored["state"][number] for name, number in zip(order, numbers, strict=True)}
         group = stored["param_groups"][0]
         settings: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
@@ -377,7 +378,7 @@ def _moments(
             name: torch.as_tensor(state[name]["step"]).float().reshape(()).expand(w.shape) for name, w in theirs.items()
         }
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise ValueError(f"its optimizer state is not that of train.py's AdamW ({error!r})") from error
+        raise UserError(f"its optimizer state is not that of train.py's AdamW ({error!r})") from error
     for name, step in to_ours(steps, n_heads).items():
         found[name]["step"] = step[(0,) * step.ndim].clone()
     return found, settings

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from spherelm.errors import UserError
+
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
@@ -107,7 +109,7 @@ class StateCache(LayerCache):
         if length >= self._length:
             return
         if length not in (0, self._earlier[1]):
-            raise ValueError(
+            raise UserError(
                 f"a recurrent state of {self._length} positions cannot be taken back to {length}, only to "
                 f"{self._earlier[1]} or 0: begin with a new cache and read the first {length} again"
             )

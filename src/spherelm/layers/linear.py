@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.layers.grouped import product_by_groups
 
 
@@ -118,7 +119,7 @@ class Scale(nn.Module):
     def __init__(self, shape: int | tuple[int, ...], init: float, scale: float, form: str = "vector") -> None:
         super().__init__()
         if not scale > 0:
-            raise ValueError(f"a learned scale must be stored at a positive value, got scale={scale}")
+            raise UserError(f"a learned scale must be stored at a positive value, got scale={scale}")
         self.init, self.scale = init, scale
         self.shape = (shape,) if isinstance(shape, int) else shape
         stored = self.shape if form == "vector" else (1,)

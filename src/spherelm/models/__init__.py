@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spherelm.errors import UserError
 from spherelm.models.config import (
     ARCHITECTURES,
     CONFIGS,
@@ -80,7 +81,7 @@ def model_class(config: Config) -> type[Decoder]:
 def build(config: Config) -> Decoder:
     """The model that `config` describes, freshly initialized from torch's global random state, in float32."""
     if not isinstance(config, Config):
-        raise ValueError(f"no model is built from a {type(config).__name__}: pass a GPTConfig or an NGPTConfig")
+        raise UserError(f"no model is built from a {type(config).__name__}: pass a GPTConfig or an NGPTConfig")
     return model_class(config)(config)  # type: ignore[call-arg]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
+from spherelm.errors import UserError
 from spherelm.layers.linear import FORMS, Scale
 from spherelm.layers.mamba2 import MambaShape
 from spherelm.layers.moe import BALANCINGS, SCORES
@@ -25,13 +26,13 @@ def check_counts(owner: Any, names: Iterable[str], least: int = 1) -> None:
         value = getattr(owner, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+            raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 def check_known(name: str, value: str, known: Iterable[str]) -> None:
     """Raise `ValueError` for a value that is not among those `known`."""
     if value not in known:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        raise UserError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ExpertSizes:
         check_known("router_score", self.router_score, SCORES)
         check_known("balance", self.balance, BALANCINGS)
         if self.experts_per_token > self.n_experts:
-            raise ValueError(
+            raise UserError(
                 f"experts_per_token={self.experts_per_token} of n_experts={self.n_experts} cannot be picked: "
                 f"choose 1 to {self.n_experts}"
             )
@@ -93,6 +94,10 @@ class DecoderArch:
     pattern: str | None = None
     mixer: MixerSizes = MixerSizes()
     experts: ExpertSizes = ExpertSizes()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str | None):
+            raise UserError(f"pattern must be text, a letter a layer such as MAM-, got {self.pattern!r}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class EncoderArch:
 
     def __post_init__(self) -> None:
         if not 0 < self.hidden_part < 1:
-            raise ValueError(f"hidden_part must lie between 0 and 1, got {self.hidden_part}")
+            raise UserError(f"hidden_part must lie between 0 and 1, got {self.hidden_part}")
 
 
 Architecture = DecoderArch | EncDecArch | EncoderArch
@@ -159,12 +164,12 @@ class ModelConfig:
         check_counts(self, ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"))
         check_heads(self)
         if not self.rope_base > 1:
-            raise ValueError(f"rope_base must be greater than 1, got {self.rope_base}")
+            raise UserError(f"rope_base must be greater than 1, got {self.rope_base}")
         check_known("rope", self.rope, ROPES)
         if isinstance(self.architecture, DecoderArch):
             check_pattern(self, self.architecture)
         elif isinstance(self.architecture, EncoderArch) and self.tie_embeddings:
-            raise ValueError("an encoder's embeddings cannot be tied: the input has a row more, that of hidden tokens")
+            raise UserError("an encoder's embeddings cannot be tied: the input has a row more, that of hidden tokens")
 
     @property
     def d_k(self) -> int:
@@ -225,7 +230,7 @@ class GPTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.init_std > 0:
-            raise ValueError(f"init_std must be positive, got {self.init_std}")
+            raise UserError(f"init_std must be positive, got {self.init_std}")
 
 
 @dataclass(frozen=True)
@@ -288,12 +293,12 @@ class NGPTConfig(ModelConfig):
         for name in ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe"):
             spec: ScaleSpec = getattr(self, name)
             if not spec.init > 0:
-                raise ValueError(f"{name}.init must be positive, got {spec.init}")
+                raise UserError(f"{name}.init must be positive, got {spec.init}")
             if spec.scale is not None and not spec.scale > 0:
-                raise ValueError(f"{name}.scale must be positive or None, got {spec.scale}")
+                raise UserError(f"{name}.scale must be positive or None, got {spec.scale}")
         for name in ("logit_preconditioning", "common_start"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def learned(self, spec: ScaleSpec, *shape: int) -> Scale:
         """The learned scale that `spec` describes."""
@@ -309,43 +314,41 @@ CONFIGS: dict[str, type[Config]] = {"gpt": GPTConfig, "ngpt": NGPTConfig}
 def check_heads(config: ModelConfig) -> None:
     """Raise `ValueError` if the heads do not share the channels."""
     if config.d_model % config.n_heads:
-        raise ValueError(
+        raise UserError(
             f"n_heads={config.n_heads} does not divide d_model={config.d_model}: choose n_heads among the divisors of d_model"
         )
     if config.d_k % 2:
-        raise ValueError(
+        raise UserError(
             f"d_model / n_heads = {config.d_k} is odd, and rotary embedding pairs channels: "
             "choose sizes that give an even number of channels per head"
         )
     if config.n_kv_heads is not None and config.n_heads % config.n_kv_heads:
-        raise ValueError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
+        raise UserError(f"n_kv_heads={config.n_kv_heads} does not divide n_heads={config.n_heads}")
 
 
 def check_pattern(config: ModelConfig, arch: DecoderArch) -> None:
     """Raise `ValueError` if the pattern, or the sizes of the parts that it names, cannot make a model."""
     if arch.pattern is None:
         return
-    if not isinstance(arch.pattern, str):
-        raise ValueError(f"pattern must be a text with a letter for each layer, such as 'MAM-', got {arch.pattern!r}")
     strange = sorted(set(arch.pattern) - set(LETTERS))
     if strange or not arch.pattern:
         named = ", ".join(map(repr, strange)) or "no letters"
-        raise ValueError(f"pattern {arch.pattern!r} has {named}: a layer is one of {', '.join(LETTERS)}")
+        raise UserError(f"pattern {arch.pattern!r} has {named}: a layer is one of {', '.join(LETTERS)}")
     if len(arch.pattern) != config.n_layers:
-        raise ValueError(
+        raise UserError(
             f"pattern {arch.pattern!r} has {len(arch.pattern)} letters for n_layers={config.n_layers}: one for each layer"
         )
     width, sizes = arch.mixer.mamba_expand * config.d_model, arch.mixer
     if "M" in arch.pattern and width % sizes.mamba_d_head:
-        raise ValueError(
+        raise UserError(
             f"mamba_d_head={sizes.mamba_d_head} does not divide mamba_expand * d_model = {width}: choose a divisor"
         )
     if "M" in arch.pattern and width // sizes.mamba_d_head % sizes.mamba_groups:
-        raise ValueError(
+        raise UserError(
             f"mamba_groups={sizes.mamba_groups} does not divide the {width // sizes.mamba_d_head} heads of a mixer"
         )
     if "O" in arch.pattern and config.expert_width < 1:
-        raise ValueError(
+        raise UserError(
             f"d_ff={config.d_ff} is too narrow for {arch.experts.experts_per_token} experts a token: give d_expert"
         )
 
@@ -359,7 +362,7 @@ def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in names:
-            raise ValueError(f"{kind.__name__} has no field {name}")
+            raise UserError(f"{kind.__name__} has no field {name}")
         if isinstance(value, Mapping):
             owner = ARCHITECTURES[value.get("kind", "decoder")] if name == "architecture" else hints[name]
             values[name] = from_plain(owner, value)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spherelm.errors import UserError
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache, StateCache
 from spherelm.layers.cross_attention import Memory
@@ -192,7 +193,7 @@ class Decoder(nn.Module):
         if positions is not None and positions.ndim == 2:
             return positions.expand(h.shape[:2])
         if mask is not None:
-            raise ValueError(
+            raise UserError(
                 "a Mamba-2 layer does not read the mask: give positions [batch, seq] that are 0 where a text begins"
             )
         return None

@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from spherelm.errors import UserError
 from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory
 from spherelm.layers.readout import read_logits
@@ -77,7 +78,7 @@ class MaskedModel(Decoder):
 
     def conditioned(self, prompts: Rows, end_token: int | None) -> NoReturn:
         """Raises `ValueError`: it does not write."""
-        raise ValueError("an encoder fills in hidden tokens and writes no text: give a run of another arm")
+        raise UserError("an encoder fills in hidden tokens and writes no text: give a run of another arm")
 
     def places(self, prompt: Sequence[int]) -> NoReturn:
         """Raises `ValueError`: it does not write."""

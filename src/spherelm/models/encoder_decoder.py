@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spherelm.errors import UserError
 from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.linear import Embedding
@@ -111,7 +112,7 @@ class EncoderDecoder(Decoder):
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
         """The prompts, each with its end, become sources; every target begins with the end token."""
         if end_token is None:
-            raise ValueError("an encoder-decoder begins and ends its targets with the end token: give eos_id")
+            raise UserError("an encoder-decoder begins and ends its targets with the end token: give eos_id")
         source = padded([[*prompt, end_token] for prompt in prompts], self.embed.weight.device)
         return self.given(source), [[end_token] for _ in prompts]
 
@@ -121,7 +122,7 @@ class EncoderDecoder(Decoder):
         Raises `ValueError` where there is not one of the encoder for each of the decoder.
         """
         if len(self.encoder.blocks) != len(self.blocks):
-            raise ValueError("what an encoder-decoder costs is counted where n_encoder_layers is n_layers, or None")
+            raise UserError("what an encoder-decoder costs is counted where n_encoder_layers is n_layers, or None")
         mask = torch.ones(h.shape[0], 1, 1, h.shape[1], dtype=torch.bool, device=h.device)
         memory = Memory(run_block(self.encoder.blocks[0], h, Surroundings(table, mask)), mask)
         return run_block(self.blocks[0], h, Surroundings(table, memory=memory))
@@ -134,7 +135,7 @@ class EncoderDecoder(Decoder):
         """One, for the token that begins the target: the prompt is the source, which has max_seq_len positions of its own."""
         limit = self.config.max_seq_len
         if len(prompt) + 1 > limit:
-            raise ValueError(
+            raise UserError(
                 f"a text to read has {len(prompt)} tokens and its end, the model's max_seq_len is {limit}: cut it up"
             )
         return 1

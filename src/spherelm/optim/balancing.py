@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from spherelm.errors import UserError
 from spherelm.layers.moe import Router, routers
 from spherelm.optim.kept_hooks import keep_hooks
 
@@ -38,7 +39,7 @@ def attach_balancing(
     """
     found = [router for _, router in routers(model)]
     if not found:
-        raise ValueError("there is nothing to balance: this model has no router, and needs no attach_balancing")
+        raise UserError("there is nothing to balance: this model has no router, and needs no attach_balancing")
     handle = optimizer.register_step_post_hook(Balancing(found, rate, summed))
     keep_hooks(optimizer, handle)
     return handle

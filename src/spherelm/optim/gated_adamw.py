@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from spherelm.errors import UserError
 from spherelm.optim.schedule import float32_rate
 
 
@@ -52,9 +53,9 @@ class GatedAdamW(Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps_gate", eps_gate), ("a", a), ("alpha", alpha)):
             if not value > 0:
-                raise ValueError(f"GatedAdamW: {name} must be positive, got {value}")
+                raise UserError(f"GatedAdamW: {name} must be positive, got {value}")
         if eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
+            raise UserError(
                 f"GatedAdamW: eps={eps} and weight_decay={weight_decay} must not be negative, betas={betas} lie in [0, 1)"
             )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_gate": eps_gate, "a": a, "alpha": alpha}

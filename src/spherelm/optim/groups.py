@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.optim.balancing import Summed, attach_balancing
@@ -36,7 +37,7 @@ class RateMultipliers:
         for role in ROLES:
             rate = getattr(self, role)
             if not (is_finite(rate) and rate >= 0):
-                raise ValueError(f"{role}_rate must be a number of at least 0, got {rate!r}")
+                raise UserError(f"{role}_rate must be a number of at least 0, got {rate!r}")
 
 
 ROLES = tuple(f.name for f in fields(RateMultipliers))
@@ -69,15 +70,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if not (is_finite(self.lr) and self.lr > 0):
-            raise ValueError(f"the learning rate must be a positive number, got {self.lr!r}")
+            raise UserError(f"the learning rate must be a positive number, got {self.lr!r}")
         for name in ("weight_decay", "balance_rate"):
             value = getattr(self, name)
             if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
-                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
+                raise UserError(f"{name} must be a number that is not negative, got {value!r}")
         for name in ("grad_clip", "matrix_lr", "max_angle"):
             value = getattr(self, name)
             if value is not None and not (is_finite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+                raise UserError(f"{name} must be a positive number or None, got {value!r}")
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -97,7 +98,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
             known = getattr(module, "role", None) or ("input_embedding" if isinstance(module, EMBEDDINGS) else None)
             role = known or ("matrix" if parameter.ndim >= 2 else "gain")
             if role not in ROLES:
-                raise ValueError(
+                raise UserError(
                     f"{type(module).__name__} at {prefix!r} declares role {role!r}; roles are {', '.join(ROLES)}"
                 )
             if roles.get(name) != "output_embedding" and (known or name not in roles):

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
 from spherelm.optim.schedule import float32_rate
 
@@ -117,7 +118,7 @@ class MuonAdamW(Optimizer):
             param_group |= {name: value for name, value in plain.items() if name not in param_group}
         if param_group["muon"] and any(p.ndim not in (2, 3) for p in param_group["params"]):
             self.param_groups.pop()
-            raise ValueError("Muon takes matrices only: leave its other parameters to Adam")
+            raise UserError("Muon takes matrices only: leave its other parameters to Adam")
         if self._is_built:
             self._share()
 

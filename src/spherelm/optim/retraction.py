@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.layers.linear import retract, unit_modules
 from spherelm.optim.kept_hooks import keep_hooks
 
@@ -48,20 +49,20 @@ def check_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool) 
     """Raise `ValueError`, with the fix, if `attach_retraction` would do nothing or not what is meant."""
     unit = {id(module.weight): name for name, module, _ in unit_modules(model)}
     if not unit:
-        raise ValueError(
+        raise UserError(
             f"this {type(model).__name__} has no unit weights to keep on the sphere: leave attach_retraction out, "
             "or take its matrices from spherelm.layers.linear.UnitLinear"
         )
     groups = [(group, [id(parameter) for parameter in group["params"]]) for group in optimizer.param_groups]
     if not {id(parameter) for parameter in model.parameters()} & {each for _, ids in groups for each in ids}:
-        raise ValueError(
+        raise UserError(
             f"the optimizer has none of the parameters of this {type(model).__name__}: make it from model.parameters(), "
             "after the model was moved or sharded"
         )
     for group, ids in groups:
         decayed = next((unit[each] for each in ids if each in unit), None)
         if group.get("weight_decay") and decayed is not None and not allow_decay:
-            raise ValueError(
+            raise UserError(
                 f"weight_decay={group['weight_decay']} would act on unit weights, {decayed} for one: give the optimizer "
                 "weight_decay=0.0, or attach_retraction(..., allow_decay=True) if it is meant"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.optim.gated_adamw import GatedAdamW as GatedAdamWOptimizer
 from spherelm.optim.muon import MuonAdamW, product_dtype
@@ -58,7 +59,7 @@ class GatedAdamW:
         check_adam(self)
         for name in ("eps_gate", "gate_sharpness", "gated_step"):
             if not (is_finite(value := getattr(self, name)) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+                raise UserError(f"{name} must be a positive number, got {value!r}")
 
     def build(self, model: nn.Module, groups: list[dict[str, Any]], lr: float) -> Optimizer:
         """As `AdamW.build`."""
@@ -86,7 +87,7 @@ class Muon:
     def __post_init__(self) -> None:
         check_adam(self)
         if not (is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}")
+            raise UserError(f"momentum must lie in [0, 1), got {self.momentum!r}")
 
     def build(self, model: nn.Module, groups: list[dict[str, Any]], lr: float) -> Optimizer:
         """As `AdamW.build`. A bank of experts is as many matrices as it has experts; routers are left to Adam."""
@@ -111,15 +112,15 @@ RULES: dict[str, type[Rule]] = {"adamw": AdamW, "gated_adamw": GatedAdamW, "muon
 """By the name that `kind` has."""
 
 
-def check_adam(rule: Rule) -> None:
+def check_adam(rule: AdamW | GatedAdamW | Muon) -> None:
     """Raise `ValueError` for betas or an eps that Adam cannot have."""
     if not (isinstance(rule.betas, list | tuple) and len(rule.betas) == 2 and all(map(is_number, rule.betas))):
-        raise ValueError(f"betas must be two numbers, such as [0.9, 0.95], got {rule.betas!r}")
+        raise UserError(f"betas must be two numbers, such as [0.9, 0.95], got {rule.betas!r}")
     if not all(0 <= beta < 1 for beta in rule.betas):
-        raise ValueError(f"betas must lie in [0, 1), got {rule.betas}")
+        raise UserError(f"betas must lie in [0, 1), got {rule.betas}")
     object.__setattr__(rule, "betas", tuple(map(float, rule.betas)))  # torch refuses a 0 beside a 0.95
     if not (is_finite(rule.eps) and rule.eps >= SMALLEST_EPS):
-        raise ValueError(
+        raise UserError(
             f"eps must be a number of at least {SMALLEST_EPS:.3g}, got {rule.eps!r}: "
             "Adam divides by it where a gradient is zero"
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from spherelm.errors import UserError
+
 KINDS = ("constant", "cosine", "linear", "wsd", "log")
 
 
@@ -27,15 +29,15 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
+            raise UserError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+            raise UserError(f"warmup_steps must not be negative, got {self.warmup_steps}")
         if not 0 <= self.final <= 1:
-            raise ValueError(f"final must lie in [0, 1], got {self.final}")
+            raise UserError(f"final must lie in [0, 1], got {self.final}")
         if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+            raise UserError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
         if not (self.rho > 0 and math.isfinite(self.rho) and math.isfinite(1 / self.rho)):
-            raise ValueError(f"rho must be a positive number, got {self.rho}")
+            raise UserError(f"rho must be a positive number, got {self.rho}")
 
 
 def logarithmic(r: float, rho: float) -> float:

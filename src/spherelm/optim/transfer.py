@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spherelm.errors import UserError
 from spherelm.optim.groups import RateMultipliers
 
 SCALE = 0.03
@@ -25,7 +26,7 @@ class BaseShape:
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} of the base shape must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} of the base shape must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from spherelm.recipes.named import (
     recipe_names,
     tuned_rate,
 )
+from spherelm.recipes.overrides import changed
 from spherelm.recipes.presets import PRESETS, Preset
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "WAYS",
     "Choices",
     "Preset",
+    "changed",
     "distinct",
     "make_run",
     "recipe_names",

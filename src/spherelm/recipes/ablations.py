@@ -44,3 +44,11 @@ def start_fields(name: str, init: str, scale: str, d_model: int) -> dict[str, fl
 def fields_of(name: str, d_model: int) -> dict[str, Any]:
     """What differs from the base in the ablation `name` of a model with `d_model` channels."""
     return start_fields(*STARTS[name], d_model) if name in STARTS else FIELDS[name]
+
+
+def in_words(name: str) -> str:
+    """What differs from the base in the ablation `name`."""
+    if name in STARTS:
+        scale, init, stored = STARTS[name]
+        return f"{scale} from {init}, stored at {stored}"
+    return ", ".join(f"{field}={value}" for field, value in FIELDS[name].items())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spherelm.errors import UserError
 from spherelm.models import CONFIGS, Architecture, DecoderArch
 from spherelm.optim import RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -269,6 +270,7 @@ def ablation(name: str) -> Recipe:
             return choices
         return dataclasses.replace(choices, model={**choices.model, **ablations.fields_of(name, preset.d_model)})
 
+    recipe.__doc__ = f"`paper` with {ablations.in_words(name)} in nGPT."
     return recipe
 
 
@@ -317,7 +319,7 @@ def tuned_rate(preset: Preset, recipe: str, arm: str) -> float | None:
 
 def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     if name not in among:
-        raise ValueError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
+        raise UserError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
     return among[name]
 
 
@@ -352,13 +354,13 @@ def make_run(
     given = dict(overrides)
     given |= heads_of(given, size.d_model)
     size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
-    given |= layers_of(given, size)
-    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "logit_scale", "even_start")))
+    given |= layers_of(given, size.architecture)
+    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "logit_scale", "even_start", "about")))
     size = dataclasses.replace(size, base=base_of(size.base, given))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:
-        raise ValueError(
+        raise UserError(
             f"no learning rate was tuned for {arm} at {preset!r} by {recipe!r}: give --lr (compare: --lr-gpt, --lr-ngpt)"
         )
     optim = optim_config(rate, choices.optim, given)
@@ -375,6 +377,6 @@ def make_run(
         data=data,
         base=size.base if recipe == "nugpt" and arm == "ngpt" else None,
     )
-    refuse_unknown(given, arm)
+    refuse_unknown(given, config)
     check_effects(overrides, config, arm == "ngpt")
     return config

@@ -11,12 +11,12 @@ from typing import Any, get_args, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
+from spherelm.errors import UserError
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, Variant
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import BaseShape
-from spherelm.recipes.presets import Preset
 from spherelm.runs.config import RunConfig, TrainConfig
 
 
@@ -44,9 +44,9 @@ def of_type(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
             raise TypeCheckError(name)
     except TypeCheckError:
-        raise ValueError(f"{name} must be {in_words(hint)}, got {value!r}") from None
+        raise UserError(f"{name} must be {in_words(hint)}, got {value!r}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
+        raise UserError(f"{name} must be a finite number, got {value}")
     return value
 
 
@@ -84,13 +84,24 @@ def fields_of(arm: str) -> set[str]:
     )
 
 
-def refuse_unknown(given: Collection[str], arm: str) -> None:
-    """Raise `ValueError` for a name in `given`, of which a run of `arm` has none, and say what was meant or who has it."""
+def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
+    """Raise `ValueError` for any name in `given`: the run of `config` has none such. Say what was meant or who has it."""
+    arm, kind, known = config.arm, config.model.architecture.kind, fields_of(config.arm)
     for name in sorted(given):
         others = [other for other in ARMS if name in fields_of(other)]
+        if name in known:
+            owners = ", ".join(other for other in ARCHITECTURES if name in fields_of_architecture(other))
+            raise UserError(f"{name} is a field of the architecture {owners}, and this run has {kind}: leave it out")
         if others:
-            raise ValueError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
-        raise ValueError(f"no field is called {name}{nearest(name, fields_of(arm))}")
+            raise UserError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
+    if given:
+        raise UserError(f"no field is called {', '.join(name + nearest(name, known) for name in sorted(given))}")
+
+
+def fields_of_architecture(kind: str) -> set[str]:
+    """Every field of the architecture `kind` that can be given by its name."""
+    owners = [ARCHITECTURES[kind], *((MixerSizes, ExpertSizes) if kind == "decoder" else ())]
+    return {field.name for owner in owners for field in dataclasses.fields(owner)} - {"kind", "mixer", "experts"}
 
 
 def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
@@ -101,7 +112,7 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
     width = given.get("d_model", d_model)
     counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
     if "n_heads" in given or not counts or width % d_k:
-        raise ValueError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
+        raise UserError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
     return {"n_heads": width // d_k}
 
 
@@ -109,22 +120,23 @@ def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture
     """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
     kind = given.pop("architecture", preset.kind)
     if kind not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
     start = preset if kind == preset.kind else ARCHITECTURES[kind]()
     changed: dict[str, Any] = {}
     if isinstance(start, DecoderArch):
         changed["mixer"] = dataclasses.replace(start.mixer, **take(given, MixerSizes))
         changed["experts"] = dataclasses.replace(start.experts, **take(given, ExpertSizes))
+        changed |= {name: given.pop(name) for name in ("pattern",) if name in given}  # which says itself what it may be
     return dataclasses.replace(start, **changed, **take(given, type(start), but=("kind", "mixer", "experts")))
 
 
-def layers_of(given: Mapping[str, Any], size: Preset) -> dict[str, int]:
+def layers_of(given: Mapping[str, Any], architecture: Architecture) -> dict[str, int]:
     """The n_layers that a pattern of the architecture makes, where it has one and `given` does not say otherwise."""
-    pattern = size.architecture.pattern if isinstance(size.architecture, DecoderArch) else None
+    pattern = architecture.pattern if isinstance(architecture, DecoderArch) else None
     if pattern is None:
         return {}
     if given.get("n_layers", len(pattern)) != len(pattern):
-        raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
+        raise UserError(f"pattern {pattern!r} has {len(pattern)} letters: leave out n_layers={given['n_layers']}")
     return {"n_layers": len(pattern)}
 
 
@@ -167,17 +179,17 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
     """
     kind = given.pop("optimizer", chosen.get("optimizer", "adamw"))
     if kind not in RULES:
-        raise ValueError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
+        raise UserError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
     names = {name: {field.name for field in dataclasses.fields(rule)} - {"kind"} for name, rule in RULES.items()}
     own = {name: value for name, value in chosen.items() if name in names[kind]} | take(
         given, RULES[kind], but=("kind",)
     )
     for name in list(given):
         others = [other for other in RULES if name in names[other]]
-        if others and given[name] in (None, False):
+        if others and (given[name] is None or given[name] is False):
             del given[name]  # switched off
         elif others:
-            raise ValueError(f"{name} is a field of the optimizer {others[0]}, and this run has {kind}: leave it out")
+            raise UserError(f"{name} is a field of the optimizer {others[0]}, and this run has {kind}: leave it out")
     common = {name: value for name, value in chosen.items() if name not in {"optimizer", *set().union(*names.values())}}
     common = {"lr": lr, **common, **take(given, OptimConfig, but=("optimizer", "multipliers"))}
     common["multipliers"] = multipliers_of(common.get("multipliers", RateMultipliers()), given)
@@ -227,7 +239,33 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
             if not holds and name in given and given[name] is not None and given[name] is not False
         ]
         if idle:
-            raise ValueError(
+            raise UserError(
                 f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}, or is left out "
                 "(a sweep of the others can go into the same --out)"
             )
+
+
+def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
+    """`config` with `fields`, named as for `make_run`, in place of its own. Nothing else changes, as no recipe is asked again.
+
+    Raises `ValueError` naming an unknown field, or one that would change nothing.
+    """
+    model, optim, given = config.model, config.optim, dict(fields)
+    given |= heads_of(given, model.d_model)
+    architecture = architecture_of(model.architecture, given)
+    given |= layers_of(given, architecture)
+    groups = nested(type(model))
+    own = {name: value for name, value in vars(model).items() if name not in ("architecture", *groups)}
+    own |= {f"{group}.{name}": value for group in groups for name, value in vars(getattr(model, group)).items()}
+    rule = {name: value for name, value in vars(optim.optimizer).items() if name != "kind"}
+    result = dataclasses.replace(
+        config,
+        model=model_config(type(model), architecture, own, given),
+        optim=optim_config(optim.lr, {**vars(optim), **rule, "optimizer": optim.optimizer.kind}, given),
+        schedule=schedule_of(config.schedule, given),
+        train=dataclasses.replace(config.train, **take(given, TrainConfig)),
+        base=None if config.base is None else base_of(config.base, given),
+    )
+    refuse_unknown(given, result)
+    check_effects(fields, result, config.arm == "ngpt")
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from spherelm.errors import UserError
 from spherelm.models import ARMS, Architecture, DecoderArch, EncDecArch, EncoderArch
 from spherelm.optim.transfer import BaseShape
 
@@ -16,6 +17,7 @@ WAYS = ("adam", "paper", "nugpt", "muon", "training-ngpt")
 class Preset:
     """A size, a length and the peak learning rates tuned for them.
 
+    about: one line for the list of presets.
     rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
     of the recipe "nugpt" was tuned. For pairs seq_len is the longest text of either side and
@@ -43,12 +45,13 @@ class Preset:
     architecture: Architecture = field(default_factory=DecoderArch)
     logit_scale: float | None = None
     even_start: bool = False
+    about: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+                raise UserError(f"{name} must be a positive whole number, got {value!r}")
 
 
 def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:
@@ -59,7 +62,20 @@ def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Prese
     rates = {(recipe, arm): 1e-3 for recipe in WAYS if recipe != "muon" for arm in ARMS}
     steps = round(52e9 / (512 * context))
     base = BaseShape(1020, 10, steps)  # nuGPT's own, at the same length
-    return Preset(n_layers, d_model, n_heads, context, 512, steps, rates, 8, 1000, vocab_size=32000, base=base)
+    return Preset(
+        n_layers,
+        d_model,
+        n_heads,
+        context,
+        512,
+        steps,
+        rates,
+        8,
+        1000,
+        vocab_size=32000,
+        base=base,
+        about="a run of the nGPT paper",
+    )
 
 
 SMALLEST = BaseShape(64, 4, 320)
@@ -99,11 +115,11 @@ def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
     rates["nugpt", "ngpt"] = RATES_OF_SMALLEST["nugpt", "ngpt"]  # at every size
     return Preset(
         n_layers, d_model, n_heads, 256, 4, steps, rates, eval_every=steps // 8, base=SMALLEST, logit_scale=22.63,
-        even_start=True,
+        even_start=True, about="a size of the ladder: 5 tokens for each block parameter",
     )  # fmt: skip
 
 
-def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
+def demo_hybrid(pattern: str, baseline: float, normalized: float, about: str) -> Preset:
     """The layers of `pattern` at the demo's width, length and number of tokens.
 
     The peak rates were tuned with one seed (docs/experiments.md); the baseline's is that of its matrices.
@@ -111,12 +127,13 @@ def demo_hybrid(pattern: str, baseline: float, normalized: float) -> Preset:
     rates = {("adam", "gpt"): baseline, ("adam", "ngpt"): normalized}
     return Preset(
         len(pattern), 128, 2, 256, 4, 240, rates, None, 40, 32, compile=False, even_start=True,
-        architecture=DecoderArch(pattern=pattern), base=BaseShape(128, len(pattern), 240),
+        architecture=DecoderArch(pattern=pattern), base=BaseShape(128, len(pattern), 240), about=about,
     )  # fmt: skip
 
 
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
+        about="minutes on a laptop, on the text that ships with spherelm",
         n_layers=4,
         d_model=128,
         n_heads=2,
@@ -142,6 +159,7 @@ PRESETS: dict[str, Preset] = {
         even_start=True,
     ),
     "encoder": Preset(
+        about="the demo as an encoder that fills in hidden tokens",
         n_layers=4,
         d_model=128,
         n_heads=2,
@@ -158,6 +176,7 @@ PRESETS: dict[str, Preset] = {
         even_start=True,
     ),
     "pairs": Preset(
+        about="an encoder-decoder for pairs of short texts",
         n_layers=2,
         d_model=128,
         n_heads=4,
@@ -177,9 +196,9 @@ PRESETS: dict[str, Preset] = {
         logit_scale=25.0,
         even_start=True,
     ),
-    "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2),
-    "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2),
-    "hybrid-moe": demo_hybrid("MAMOMAMO", 2e-3, 1.6e-2),
+    "moe": demo_hybrid("AOAOAOAO", 4e-3, 1.6e-2, "the demo with mixtures of experts"),
+    "hybrid": demo_hybrid("MAM-MAM-", 2e-3, 1.6e-2, "the demo with Mamba-2 mixers"),
+    "hybrid-moe": demo_hybrid("MAMOMAMO", 2e-3, 1.6e-2, "the demo with mixers and experts"),
     "0.3m": small_size(4, 64, 1),
     "1m": small_size(4, 128, 2),
     "4m": small_size(6, 192, 3),

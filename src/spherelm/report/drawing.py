@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spherelm.errors import UserError
 from spherelm.report.svg import VARIABLES, inline
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise ValueError(
+        raise UserError(
             "figures need matplotlib, which is not installed: pip install '.[report]' in a clone of spherelm"
         ) from None
 

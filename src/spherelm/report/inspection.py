@@ -21,6 +21,7 @@ from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.errors import NotFoundError, UserError
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
 from spherelm.report.drawing import require_matplotlib
@@ -73,7 +74,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.positions < 2:
-            raise ValueError(f"tokens must be at least 2, got {self.positions}")
+            raise UserError(f"tokens must be at least 2, got {self.positions}")
 
 
 def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
@@ -85,7 +86,7 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     for no matplotlib.
     """
     if not runs:
-        raise ValueError("no run is named: give directories of spherelm train or compare")
+        raise UserError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
     check_free(out)
     text = _text(request)
@@ -100,12 +101,12 @@ def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
     return [figure for _, _, figures in sections for figure in figures]
 
 
-def write_walk(runs: Sequence[Path], out: Path, sentence: str | None = None) -> None:
-    """Write only the walk of some runs, as the file `out`; raises as `inspect` does."""
+def trace_walks(runs: Sequence[Path], sentence: str | None = None) -> tuple[list[Walk], str]:
+    """The walk of each run, and the sentence that they are of; raises as `inspect` does."""
     walked = fitting_sentence(runs) if sentence is None else sentence
     walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
-    out.write_text(walk_page(walks, walked), encoding="utf-8")
     _say_if_cut(walked, sentence)
+    return walks, walked
 
 
 def fitting_sentence(paths: Sequence[Path]) -> str:
@@ -133,13 +134,13 @@ def expand(path: Path) -> list[Path]:
     summary = path / "summary.json"
     if not summary.is_file():
         if not path.is_dir():
-            raise FileNotFoundError(f"no run at {path}: pass run directories that spherelm train wrote")
+            raise NotFoundError(f"no run at {path}: pass run directories that spherelm train wrote")
         return [named_checkpoint(path) or path]
     try:
         arms = json.loads(summary.read_text("utf-8"))["arms"]
         return [path / name for arm in arms.values() for name in arm["runs"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{summary} is damaged ({error!r}): pass the run directories in {path} instead") from None
+        raise UserError(f"{summary} is damaged ({error!r}): pass the run directories in {path} instead") from None
 
 
 def run_directory(path: Path) -> Path:
@@ -157,11 +158,11 @@ def check_shapes(paths: Sequence[Path]) -> None:
         config = read_config(run_directory(path) / "config.json")
         model = config.model
         if isinstance(model.architecture, EncoderArch):
-            raise ValueError(f"{path} is an encoder: what is drawn here is of models that predict the next token")
+            raise UserError(f"{path} is an encoder: what is drawn here is of models that predict the next token")
         shape = tuple(getattr(model, name) for name in SHAPE)
         first, known = shapes.setdefault(config.arm, (path, shape))
         if shape != known:
-            raise ValueError(
+            raise UserError(
                 f"{path} and {first} are both {config.arm} and of different sizes, and cannot stand for one model: "
                 "inspect them one after the other"
             )
@@ -179,25 +180,25 @@ def _text(request: Request) -> str:
     try:
         return request.text.read_text("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{request.text} is not UTF-8 text: convert it, or give another --text") from None
+        raise UserError(f"{request.text} is not UTF-8 text: convert it, or give another --text") from None
 
 
 def windows(tokenizer: Tokenizer, text: str, model: Decoder, positions: int) -> Tensor:
     """The first `positions` tokens of the text as int64 [batch, seq], whole sequences of the model's max_seq_len at most."""
     ids = tokenizer.encode(text[: 16 * positions])[:positions]
     if len(ids) < 2:
-        raise ValueError(f"the text has {counted(len(ids), 'token')}: give at least two")
+        raise UserError(f"the text has {counted(len(ids), 'token')}: give at least two")
     check_ids(ids, model)
     seq = min(model.config.max_seq_len, len(ids))
     if seq < 2:
-        raise ValueError("the model reads one token at a time: there is no next token to look at")
+        raise UserError("the model reads one token at a time: there is no next token to look at")
     return torch.tensor(ids[: len(ids) // seq * seq]).reshape(-1, seq)
 
 
 def check_ids(ids: Sequence[int], model: Decoder) -> None:
     """`ValueError` if a token is none of the model's."""
     if max(ids) >= model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the run's tokenizer gives token {max(ids)}, its model knows 0 to {model.config.vocab_size - 1}: they do not "
             "belong together"
         )
@@ -208,7 +209,7 @@ def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspecte
     model = load_model(path)
     layer = None if request.layer is None else request.layer - 1
     if layer is not None and not 0 <= layer < len(model.blocks):
-        raise ValueError(f"layer must be 1 to {len(model.blocks)} for {path}, got {request.layer}")
+        raise UserError(f"layer must be 1 to {len(model.blocks)} for {path}, got {request.layer}")
     try:
         tokenizer = load_tokenizer(run)
         tokens = windows(tokenizer, text, model, request.positions)
@@ -216,7 +217,7 @@ def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspecte
         inside = look_inside(model, tokens, layer)
         walk = trace_walk(model, tokenizer, sentence, name_of(path))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be inspected: {error}") from error
+        raise UserError(f"{path} cannot be inspected: {error}") from error
     config = read_config(run / "config.json")
     count = sum(parameter.numel() for parameter in model.parameters())
     distances = list(_distances(path, model))

@@ -20,6 +20,7 @@ import numpy as np
 
 from spherelm.counting import counted
 from spherelm.data.output import check_free, whole_directory
+from spherelm.errors import NotFoundError, UserError
 from spherelm.experiments.record import Run, read_run
 from spherelm.experiments.robustness import TOLERANCE, tolerated, where_best
 from spherelm.models import NAMES
@@ -106,7 +107,7 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
     FileExistsError where `out` holds something, ValueError for runs that were validated on different text.
     """
     if not directories:
-        raise ValueError("no run is named: give directories of spherelm train or compare")
+        raise UserError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
     check_free(out)
     runs = dict.fromkeys(run.resolve() for directory in directories for run in find_runs(directory))
@@ -114,7 +115,7 @@ def write_ladder(directories: Sequence[Path], out: Path) -> list[Figure]:
     ended = [end for run in runs if (end := read_end(run)) is not None]
     ends = list({(end.choice, end.config.train.seed): end for end in reversed(ended)}.values())[::-1]
     if not ends:
-        raise FileNotFoundError(f"no finished run in {listed([str(path) for path in directories])}")
+        raise NotFoundError(f"no finished run in {listed([str(path) for path in directories])}")
     sections = [
         ("Loss over token budget", "", _budget_figures(ends)),
         ("Loss over peak learning rate", "", _rate_figures(ends)),
@@ -133,7 +134,7 @@ def find_runs(directory: Path) -> Iterator[Path]:
     """The directory itself if it is a run, else the runs in it; raises FileNotFoundError if there are none."""
     found = [path for path in (directory, *sorted(directory.glob("*"))) if (path / "metrics.jsonl").is_file()]
     if not found:
-        raise FileNotFoundError(f"{directory} holds no run: pass directories of spherelm compare, sweep or train")
+        raise NotFoundError(f"{directory} holds no run: pass directories of spherelm compare, sweep or train")
     yield from found
 
 
@@ -146,10 +147,10 @@ def check_same_text(runs: Sequence[Path]) -> None:
             identity = dict(json.loads(path.read_text("utf-8"))).get("data_identity") or {}
             text = (identity.get("val"), identity.get("tokenizer"))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): leave {run} out") from error
+            raise UserError(f"{path} is damaged ({error}): leave {run} out") from error
         known = known or (run, text)
         if text != known[1]:
-            raise ValueError(
+            raise UserError(
                 f"{run} and {known[0]} were validated on different text or tokens, and their losses cannot be compared: "
                 "report on them one after the other"
             )

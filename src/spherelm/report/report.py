@@ -11,8 +11,9 @@ from typing import Any
 from spherelm.analysis.weights import WeightReport, measure
 from spherelm.experiments.record import Comparison, read_comparison, read_samples
 from spherelm.report.figures import Figure, loss_figures, weight_figures
-from spherelm.report.inspection import write_walk
+from spherelm.report.inspection import trace_walks
 from spherelm.report.page import page
+from spherelm.report.walk import walk_page
 from spherelm.runs.checkpoint import load_model
 
 
@@ -48,11 +49,12 @@ def _write_walk(comparison: Comparison) -> str:
     """Write walk.html, the hidden states of each arm's first seed, beside the page; or say, and return, why there is none."""
     first = [comparison.directory / comparison.arms[arm].runs[0].name for arm in comparison.arms]
     try:
-        write_walk(first, comparison.directory / "walk.html")
+        walks, sentence = trace_walks(first)
     except (FileNotFoundError, ValueError) as error:
         missing = f"The walk on the sphere cannot be shown: {error}."
         print(f"spherelm: {missing}", file=sys.stderr)
         return missing
+    (comparison.directory / "walk.html").write_text(walk_page(walks, sentence), encoding="utf-8")
     return ""
 
 

@@ -19,6 +19,7 @@ from spherelm.analysis.motion import output_directions
 from spherelm.analysis.recording import record
 from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
+from spherelm.errors import UserError
 from spherelm.layers.readout import read_logits
 from spherelm.models.config import Config
 from spherelm.models.decoder import Decoder
@@ -67,7 +68,7 @@ def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -
     recording = record(model, torch.tensor([ids]))
     states = torch.stack(recording.stops)
     if not torch.isfinite(states).all():
-        raise ValueError("a hidden state holds NaN or Inf: this model diverged, take an earlier checkpoint")
+        raise UserError("a hidden state holds NaN or Inf: this model diverged, take an earlier checkpoint")
     unit = sphere.norm(states.double())
     entries, probabilities, angles = nearest_entries(model, states)
     with torch.enable_grad():
@@ -92,9 +93,9 @@ def check_sentence(ids: Sequence[int], config: Config) -> None:
     """`ValueError` if a model of this config cannot walk with the sentence's tokens."""
     limit, known = most_tokens(config), config.vocab_size
     if not 1 <= len(ids) <= limit:
-        raise ValueError(f"the sentence has {counted(len(ids), 'token')}: give one of 1 to {limit}")
+        raise UserError(f"the sentence has {counted(len(ids), 'token')}: give one of 1 to {limit}")
     if max(ids) >= known:
-        raise ValueError(
+        raise UserError(
             f"the sentence has token {max(ids)}, the model knows 0 to {known - 1}: this is not its tokenizer"
         )
 

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from spherelm.errors import NotFoundError, StorageError, UserError
 from spherelm.models import Decoder, build
 from spherelm.models.older import is_old, renames
 from spherelm.runs.config import read_config
@@ -39,9 +42,6 @@ NAME = re.compile(r"step-(\d{8})")
 RANDOM_STATE = "random_state"
 _WRITTEN = re.compile(r"shard-(\d+)-model-0000([12])-of-\d+\.safetensors")
 ALONE = Group()
-
-# What torch says of a run of one process, where it is what is meant.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming the intent")
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,13 @@ class CheckpointWriter:
             part.mkdir(parents=True, exist_ok=True)
             files = dict.fromkeys(weights, 1) | dict.fromkeys(moments, 2)
             writer = HuggingFaceStorageWriter(str(part), files, save_distributed=True)
-            save(
-                {**weights, **moments},
-                storage_writer=writer,
-                process_group=self.group.saving,
-                no_dist=self.group.is_alone,
-            )
+            with _one_process_is_meant():
+                save(
+                    {**weights, **moments},
+                    storage_writer=writer,
+                    process_group=self.group.saving,
+                    no_dist=self.group.is_alone,
+                )
             hashes = self._hashes(part)
             if self.group.is_first:
                 self._finish(part, final, hashes, progress)
@@ -168,7 +169,7 @@ class CheckpointWriter:
             shutil.rmtree(part, ignore_errors=True)
             last = latest_checkpoint(self.run)
             good = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-            raise OSError(
+            raise StorageError(
                 f"could not save a checkpoint in {final.parent} ({reason(error)}); {good}: free some space and --resume"
             ) from error
 
@@ -258,13 +259,13 @@ def checkpoint_of(run: str | Path) -> Path:
     return found
 
 
-def no_checkpoint(path: Path) -> FileNotFoundError:
+def no_checkpoint(path: Path) -> NotFoundError:
     """What is said of a directory without a checkpoint: which runs are in it, if any."""
     runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
     if not runs:
-        return FileNotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
+        return NotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
     more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
-    return FileNotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
+    return NotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:
@@ -284,10 +285,10 @@ def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[st
             hashes = sorted(item for item in state["sha256"].items() if item[0].startswith(of))
             for name, expected in hashes[group.rank :: group.world_size]:
                 if _digest(checkpoint / name) != expected:
-                    raise ValueError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
+                    raise UserError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
             return state
         except (KeyError, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError) as error:
-            raise ValueError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
+            raise UserError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
 
     return group.together(verified)
 
@@ -305,7 +306,7 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
     try:
         metadata = reader.read_metadata()
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{checkpoint} holds a file that is not safetensors ({error}): {REMEDY}") from error
+        raise UserError(f"{checkpoint} holds a file that is not safetensors ({error}): {REMEDY}") from error
     shapes = {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
     weights = {name.partition("/")[0] for name in shapes}
     new = renames(weights) if is_old(weights) else {}
@@ -319,7 +320,16 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
 def _read(checkpoint: Path, into: dict[str, Tensor], group: Group) -> None:
     """Fill the tensors `into`, by the names in the checkpoint, from it, whatever number of processes wrote it."""
     reader = HuggingFaceStorageReader(str(checkpoint))
-    load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)
+    with _one_process_is_meant():
+        load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's warning about a run of one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming")
+        yield
 
 
 @torch.no_grad()
@@ -332,10 +342,10 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
     weights = _weights(model)
     for name in sorted(weights.keys() ^ stored.keys()):
         where = "the model" if name in weights else "the checkpoint"
-        raise ValueError(f"{checkpoint} belongs to another model: only {where} has {name}")
+        raise UserError(f"{checkpoint} belongs to another model: only {where} has {name}")
     for name, weight in weights.items():
         if weight.shape != stored[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} belongs to another config: {name} is {tuple(stored[name].shape)} there, "
                 f"{tuple(weight.shape)} in the model"
             )
@@ -363,7 +373,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     another config.
     """
     if not any(checkpoint.glob(f"{Path(MOMENTS).stem}*.safetensors")):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot go on from it; "
             f"{REMEDY}"
         )

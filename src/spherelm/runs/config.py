@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spherelm.errors import UserError
 from spherelm.models import CONFIGS, Config, older
 from spherelm.models.config import from_plain, to_plain
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
@@ -73,27 +74,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         counts = ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every", "keep_every", "skip_budget")
         for name in (*counts, "spike_factor", "save_minutes"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.seed >= 2**64:
-            raise ValueError(f"seed must be below 2^64, got {self.seed}")
+            raise UserError(f"seed must be below 2^64, got {self.seed}")
         for name, known in (("dtype", DTYPES), ("strategy", STRATEGIES), ("on_bad_step", ON_BAD_STEP)):
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+                raise UserError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name in ("shard_size", "timeout"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
         if 0 < self.spike_factor <= 1:
-            raise ValueError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
+            raise UserError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
         if self.eval_limit is not None and self.eval_limit < 1:
-            raise ValueError(f"eval_limit must be at least 1 or None, got {self.eval_limit}")
+            raise UserError(f"eval_limit must be at least 1 or None, got {self.eval_limit}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+            raise UserError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+            raise UserError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.train.seq_len > self.model.max_seq_len:
-            raise ValueError(
+            raise UserError(
                 f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
             )
         if self.schedule.warmup_steps > self.train.steps:
-            raise ValueError(
+            raise UserError(
                 f"warmup_steps={self.schedule.warmup_steps} is more than the run's steps={self.train.steps}: lower it"
             )
 
@@ -136,12 +137,12 @@ def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     """
     local, rest = divmod(train.batch_size, world_size)
     if rest or not local:
-        raise ValueError(
+        raise UserError(
             f"batch_size={train.batch_size} cannot be shared by {world_size} processes: choose a multiple of {world_size}"
         )
     size = min(train.micro_batch_size or local, local)
     if local % size:
-        raise ValueError(f"micro_batch_size={size} does not divide the {local} sequences of each process")
+        raise UserError(f"micro_batch_size={size} does not divide the {local} sequences of each process")
     return size, local // size
 
 
@@ -160,7 +161,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
         model = older.fields_today(record["arm"], record["model"])
         optim = dict(record["optim"])
         rule = older.rule_today(optim)
-        optim["optimizer"] = RULES[rule.pop("kind")](**{**rule, "betas": tuple(rule["betas"])})
+        optim["optimizer"] = RULES[rule.pop("kind")](**rule)
         optim["multipliers"] = RateMultipliers(**optim["multipliers"])
         return RunConfig(
             recipe=record["recipe"],
@@ -172,8 +173,16 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
             data=record["data"],
             base=BaseShape(**record["base"]) if record.get("base") else None,
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a run configuration of this version of spherelm: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"not a run configuration of this version of spherelm: {error}") from error
+
+
+def record_today(record: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a `config.json`, its configuration as this version writes it; a record of anything else as it is."""
+    try:
+        return {**record, **to_dict(from_dict(record))}
+    except ValueError:
+        return record
 
 
 def read_config(path: Path) -> RunConfig:
@@ -181,7 +190,7 @@ def read_config(path: Path) -> RunConfig:
     try:
         return from_dict(read_record(path))
     except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:

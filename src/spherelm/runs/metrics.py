@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spherelm.errors import UserError
+
 MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb")
 """The fields of a record in which two runs that are otherwise equal differ."""
 
@@ -20,5 +22,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
     return records

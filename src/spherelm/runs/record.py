@@ -17,8 +17,9 @@ from typing import Any
 
 from spherelm.data.output import locked
 from spherelm.data.sources import proportions
+from spherelm.errors import OutputExistsError, UserError
 from spherelm.runs.checkpoint import latest_checkpoint
-from spherelm.runs.config import RunConfig, to_dict
+from spherelm.runs.config import RunConfig, record_today, to_dict
 
 FREE_TO_CHANGE = (
     *(
@@ -48,7 +49,7 @@ FREE_TO_CHANGE = (
             *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
         )
     ),
-    *("base", "base.d_model", "base.n_layers", "base.steps", "model.mamba_chunk"),
+    *("base", "base.d_model", "base.n_layers", "base.steps", "model.architecture.mixer.mamba_chunk"),
 )
 """What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
 
@@ -131,15 +132,15 @@ def claimed(out: Path, wanted: dict[str, Any], resume: bool) -> Iterator[bool]:
 def is_taken(out: Path, resume: bool) -> bool:
     """Whether `out` holds something that may be resumed; raises `FileExistsError` for what may not, or if `resume` is False."""
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another --out")
+        raise OutputExistsError(f"{out} is a file: choose another --out")
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return False
     if not resume:
-        raise FileExistsError(
+        raise OutputExistsError(
             f"{out} already holds something: choose another --out, or --resume to go on with what is there"
         )
     if not (out / "config.json").exists():
-        raise FileExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
+        raise OutputExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
     return True
 
 
@@ -157,16 +158,17 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         write_json(path, {**wanted, **about})
         return False
     try:
-        before, now = _flat(dict(json.loads(path.read_text(encoding="utf-8")))), _flat(json.loads(json.dumps(wanted)))
+        before = _flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
+        now = _flat(json.loads(json.dumps(wanted)))
         moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+        raise UserError(f"{path} is damaged ({error}): choose another --out") from error
     free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE
     differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
         field = min(differing, key=lambda name: ("." in name, not name.startswith("train.")))
-        raise ValueError(
+        raise UserError(
             f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
             "give the same value, or another --out"
         )

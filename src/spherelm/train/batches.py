@@ -25,6 +25,7 @@ from spherelm.data.shards import Split, Tokens, open_tokens
 from spherelm.data.sources import OF_STREAMS, StreamSpec, sources_of, stream_spec
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import summed_loss
 from spherelm.layers.loss import IGNORED
 from spherelm.models import Decoder, EncDecArch, EncoderArch
@@ -127,7 +128,7 @@ def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
     if isinstance(architecture, EncDecArch):
         data = _open_pairs(config, rank, world_size)
     elif config.data is not None and holds_pairs(Path(config.data)):
-        raise ValueError(
+        raise UserError(
             f"{config.data} holds pairs of texts, which are for encoder-decoders: train with --preset pairs"
         )
     else:
@@ -136,7 +137,7 @@ def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
         data = _masked(data, config, rank)
     size = data.tokenizer.vocab_size
     if size > config.model.vocab_size:
-        raise ValueError(f"{config.data or 'the text'} has {size} token ids, the model only {config.model.vocab_size}")
+        raise UserError(f"{config.data or 'the text'} has {size} token ids, the model only {config.model.vocab_size}")
     return data
 
 
@@ -170,7 +171,7 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
 def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
     """The same text with tokens hidden in it, in the validation windows always the same ones."""
     if data.end_token is not None:
-        raise ValueError("--mask-documents is for models that write: an encoder reads a window as one text")
+        raise UserError("--mask-documents is for models that write: an encoder reads a window as one text")
     assert isinstance(config.model.architecture, EncoderArch)
     size, part, seed = config.model.vocab_size, config.model.architecture.hidden_part, config.train.seed
     held_out = tuple(
@@ -183,17 +184,17 @@ def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
 
 def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
     if config.data is None or not holds_pairs(Path(config.data)):
-        raise ValueError(
-            f"{config.arm} learns from pairs and {config.data or 'the shipped text'} holds none: make them with spherelm data "
-            "pairs and name them with --data"
+        raise UserError(
+            f"an encoder-decoder learns from pairs and {config.data or 'the shipped text'} holds none: make them with "
+            "spherelm data pairs and name them with --data"
         )
     directory, train = Path(config.data), config.train
     if train.mask_documents:
-        raise ValueError("--mask-documents is for running text: pairs are apart anyway")
+        raise UserError("--mask-documents is for running text: pairs are apart anyway")
     manifest, tokenizer = read_pairs_manifest(directory), load_tokenizer(directory)
     longest = max(split["longest"] for split in manifest["splits"].values())
     if longest > train.seq_len:
-        raise ValueError(
+        raise UserError(
             f"{directory} has texts of up to {longest} tokens, the run is for seq_len={train.seq_len}: give --seq-len "
             f"{longest}, or prepare the pairs with --max-tokens {train.seq_len}"
         )
@@ -218,7 +219,11 @@ def _open_stream(config: RunConfig, spec: StreamSpec, rank: int, world_size: int
         check_input(file)
         check_held_out(file, sha256_of(file), text.local_files)
     blocks = (
-        read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(spec.request.column))
+        read_blocks(
+            file,
+            cutter=Cutter(tokenizer),
+            rows=Rows(spec.request.column, named_by=OF_STREAMS["column"], skipped_by=None),
+        )
         if fraction is None
         else text.blocks(None)
     )
@@ -242,7 +247,7 @@ def _fraction(value: str) -> float:
     except ValueError:
         fraction = math.nan
     if not 0 < fraction < 1:
-        raise ValueError(f"val={value} is neither a file nor a part between 0 and 1 of the documents")
+        raise UserError(f"val={value} is neither a file nor a part between 0 and 1 of the documents")
     return fraction
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spherelm.counting import counted
+from spherelm.errors import UserError
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
@@ -51,11 +52,11 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
-            raise ValueError(f"--world-size must be at least 1, got {self.world_size}")
+            raise UserError(f"--world-size must be at least 1, got {self.world_size}")
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+            raise UserError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
         if self.strategy == "hybrid" and self.world_size % self.shard_size:
-            raise ValueError(f"--shard-size {self.shard_size} does not divide --world-size {self.world_size}")
+            raise UserError(f"--shard-size {self.shard_size} does not divide --world-size {self.world_size}")
 
     @property
     def parts(self) -> int:
@@ -139,9 +140,9 @@ def estimate(
     layout = layout or Layout()
     device_memory = memory_here() if device_memory is None else device_memory
     if not device_memory > 0:
-        raise ValueError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
+        raise UserError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
     if not 0 < mfu <= 1 or not peak_tflops > 0:
-        raise ValueError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")
+        raise UserError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")
     train, roles = config.train, parameters_by_role(config.model)
     size, per_update = micro_batches(config.train, layout.world_size)
     memory = memory_per_device(config, layout)

@@ -11,6 +11,7 @@ from typing import Any
 from spherelm.data.documents import read_lines
 from spherelm.data.output import check_new_file
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from spherelm.errors import UserError
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
@@ -35,7 +36,7 @@ def transformers_tokenizer(directory: Path) -> Any:
     """
     tokenizer = load_tokenizer(directory)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        raise ValueError(
+        raise UserError(
             f"tasks need a tokenizer.json, and the run's tokenizer {tokenizer.name} is a SentencePiece model: for this run "
             "only --perplexity can be had"
         )
@@ -44,7 +45,7 @@ def transformers_tokenizer(directory: Path) -> Any:
 
         definition = tokenizer_definition(directory)
     except ImportError as error:
-        raise ValueError("tasks need transformers and lm-eval: pip install '.[eval]' in a clone of spherelm") from error
+        raise UserError("tasks need transformers and lm-eval: pip install '.[eval]' in a clone of spherelm") from error
     return fast_tokenizer(definition.json, definition.eos_token, NO_LIMIT)
 
 
@@ -65,11 +66,11 @@ def load_decoder(run: Path) -> Decoder:
     """The model of a run or a checkpoint on the best device. Raises as `load_model`, `ValueError` for what has an encoder."""
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
-        raise ValueError(
-            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of gpt or ngpt"
+        raise UserError(
+            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of a language model"
         )
     if isinstance(model, MaskedModel):
-        raise ValueError(f"{run} is an encoder, which predicts no next token: pass a run of gpt or ngpt")
+        raise UserError(f"{run} is an encoder, which predicts no next token: pass a run of a language model")
     return model
 
 
@@ -134,7 +135,7 @@ def task_scorer(train: TrainConfig, tokenizer: Tokenizer) -> Callable[[Decoder],
     names = split_names(train.eval_tasks)
     if not names:
         if train.eval_tasks_every:
-            raise ValueError(f"eval_tasks_every={train.eval_tasks_every} needs tasks: name them with --eval-tasks")
+            raise UserError(f"eval_tasks_every={train.eval_tasks_every} needs tasks: name them with --eval-tasks")
         return None
     settings = TaskSettings(None if train.task_data is None else Path(train.task_data), train.eval_limit)
     check_harness()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spherelm.errors import StorageError
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.sinks import Sink, numbers
 
@@ -45,7 +46,7 @@ class MetricsLog:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise OSError(f"could not write {self.path} ({error}): free some space and --resume") from error
+            raise StorageError(f"could not write {self.path} ({error}): free some space and --resume") from error
         told = (kind, values.get("step")) in self._told
         self._tell(record, [sink for sink in self._sinks if sink.new or not told])
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
@@ -109,9 +110,7 @@ def mesh_of(train: TrainConfig, world_size: int, device: torch.device) -> Device
     if train.strategy == "shard":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     if world_size % train.shard_size:
-        raise ValueError(
-            f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor"
-        )
+        raise UserError(f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor")
     shape = (world_size // train.shard_size, train.shard_size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from spherelm.data.loader import Batches
 from spherelm.data.verification import verify_where_cheap
+from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
@@ -93,7 +94,7 @@ class Trainer:
         self.micro_batch_size, _ = micro_batches(config.train, group.world_size)
         self.data, self.score_tasks = prepare(config, group)
         if self.score_tasks is not None and not group.is_alone:
-            raise ValueError(
+            raise UserError(
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
             )
 

@@ -17,6 +17,7 @@ except ImportError as error:
         "spherelm.interop.huggingface needs transformers: pip install '.[hf]' in a clone of spherelm"
     ) from error
 
+from spherelm.errors import UserError
 from spherelm.interop.huggingface.configuration import SphereLMConfig, SphereSeq2SeqConfig
 from spherelm.interop.huggingface.modeling import SphereLMForCausalLM, SphereModel
 from spherelm.interop.huggingface.seq2seq import SphereSeq2SeqLM
@@ -41,7 +42,7 @@ def classes_of(model: Decoder) -> tuple[type[SphereLMConfig], type[SphereModel]]
     """The config and the class that wrap `model`; `ValueError` for a kind that has none."""
     found = next(((c, w) for c, w in WRAPPERS if model.config.architecture.kind in c.kinds), None)
     if found is None:
-        raise ValueError(f"there is no Hugging Face class for {type(model).__name__}: use spherelm.load_model")
+        raise UserError(f"there is no Hugging Face class for {type(model).__name__}: use spherelm.load_model")
     return found
 
 

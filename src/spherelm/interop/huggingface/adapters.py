@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.layers.linear import UnitLinear
 
 try:
@@ -59,7 +60,7 @@ class UnitLora(LoraLinear):
     def forward(self, x: Tensor, scale: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As that of `Linear`. Other arguments of peft's, such as one adapter for each row of a batch, are refused."""
         if any(value is not None for value in kwargs.values()):
-            raise ValueError(
+            raise UserError(
                 f"weights on the sphere have one adapter for the whole batch: leave out {', '.join(kwargs)}"
             )
         return F.linear(x, self.scaled_weight(scale).to(x.dtype))
@@ -68,12 +69,12 @@ class UnitLora(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapted weight in the place of W; all active adapters together, since their sum is what is normalized."""
         if adapter_names is not None and set(adapter_names) != set(self.active_adapters):
-            raise ValueError(f"set_adapter({adapter_names}) first: only the active adapters can be merged")
+            raise UserError(f"set_adapter({adapter_names}) first: only the active adapters can be merged")
         if self.merged:
             return
         weight = self.adapted_weight()
         if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"the adapters {', '.join(self.active_adapters)} hold numbers that are not finite")
+            raise UserError(f"the adapters {', '.join(self.active_adapters)} hold numbers that are not finite")
         self._unmerged = self.unit_layer.weight.data
         self.unit_layer.weight.data = weight.clone()
         self.merged_adapters = [name for name in self.active_adapters if name in self.lora_A]
@@ -93,9 +94,9 @@ def on_sphere(config: LoraConfig) -> LoraConfig:
     Weights without a unit axis (those of GPT) are adapted as always. Raises `ValueError` for options that do not fit.
     """
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")
+        raise UserError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")
     for name, value in PLAIN.items():
         if getattr(config, name) != value:
-            raise ValueError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")
+            raise UserError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")
     config._register_custom_module({UnitLinear: UnitLora})
     return config

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from spherelm.errors import UserError
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, older
 from spherelm.models.config import from_plain, to_plain
 
@@ -76,11 +77,11 @@ class SphereLMConfig(PreTrainedConfig):
     def arm_config(self) -> Config:
         """The config of ours that this describes."""
         if self.arm not in ARMS:
-            raise ValueError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
+            raise UserError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
         assert self.architecture is not None
         assert self.start is not None
         if self.architecture.get("kind") not in self.kinds:
-            raise ValueError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
+            raise UserError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
         shape = {name: getattr(self, name) for name in SHAPE}
         return from_plain(CONFIGS[self.arm], {**shape, "architecture": self.architecture, **self.start})
 

@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from spherelm.errors import UserError
 from spherelm.interop.huggingface.configuration import SphereLMConfig
 from spherelm.interop.huggingface.retracting import check_departure, kept
 from spherelm.interop.huggingface.states import CountView, views
@@ -76,7 +77,7 @@ class ChosenAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         name = self.config._attn_implementation
         if name not in ATTENTIONS:
-            raise ValueError(f"attn_implementation={name!r} is not supported: choose one of {', '.join(ATTENTIONS)}")
+            raise UserError(f"attn_implementation={name!r} is not supported: choose one of {', '.join(ATTENTIONS)}")
         return ATTENTIONS[name](q, k, v, scale, mask)
 
 
@@ -122,9 +123,9 @@ def check_adapters(model: nn.Module) -> None:
         if base is None or getattr(module, "keeps_sphere", False):
             continue
         if getattr(base, "unit_axis", None) is not None:
-            raise ValueError(f"{type(module).__name__} takes {name} off the unit sphere: {adapter_fix(module, base)}")
+            raise UserError(f"{type(module).__name__} takes {name} off the unit sphere: {adapter_fix(module, base)}")
         if name.endswith("model.head.linear"):
-            raise ValueError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
+            raise UserError(f"{type(module).__name__} on {name} would have no effect: leave it out of target_modules")
 
 
 def adapter_fix(module: nn.Module, base: nn.Module) -> str:
@@ -218,7 +219,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     @staticmethod
     def _check_kind(ours: nn.Module, other: nn.Module) -> None:
         if type(other) is not type(ours) or other.weight.shape != ours.weight.shape:
-            raise ValueError(
+            raise UserError(
                 f"{other} cannot take the place of {ours}: copy its weight into the old one's and, for an nGPT, retract"
             )
 
@@ -229,7 +230,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         wanted, multiple = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
         wanted = -(-wanted // multiple) * multiple
         if wanted != self.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the vocabulary of {self.config.vocab_size} cannot be resized to {wanted}: "
                 "train with a larger vocab_size, which may leave rows unused"
             )
@@ -251,7 +252,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask")
         if kwargs.get("is_first_iteration") and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-            raise ValueError(
+            raise UserError(
                 "prompts are padded on the right, where new tokens go: pad on the left (tokenizer.padding_side = 'left')"
             )
         return super().prepare_inputs_for_generation(*args, **kwargs)
@@ -262,7 +263,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     def _wants_attentions(self, asked: bool | None) -> bool:
         wanted = bool(self.config.output_attentions if asked is None else asked)
         if wanted and self.config._attn_implementation != "eager":
-            raise ValueError(
+            raise UserError(
                 "output_attentions needs attn_implementation='eager': the fused attention has no weights to show"
             )
         return wanted
@@ -345,7 +346,7 @@ class SphereLMForCausalLM(SphereModel):
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of the two")
+            raise UserError("give input_ids or inputs_embeds, one of the two")
         h: Tensor = self.model.embedded(input_ids) if inputs_embeds is None else inputs_embeds
         return h
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spherelm import sphere
+from spherelm.errors import UserError
 from spherelm.layers.linear import own_vectors, retract_weight, unit_modules
 
 FAR = 0.01
@@ -32,9 +33,7 @@ def retract_moved(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             weight: Any = module.weight
             if id(weight) in moved:
                 if weight.ndim < 2:
-                    raise ValueError(
-                        f"{name} is cut within its vectors, which cannot be kept on the sphere: use FSDP 2"
-                    )
+                    raise UserError(f"{name} is cut within its vectors, which cannot be kept on the sphere: use FSDP 2")
                 retract_weight(weight, axis)
 
 
@@ -51,7 +50,7 @@ def check_departure(model: nn.Module) -> None:
         if module.weight.requires_grad and whole:
             far = (sphere.retraction_factor(own, dim=axis) - 1).abs().max().item()
             if far > FAR:
-                raise ValueError(
+                raise UserError(
                     f"{name} is trained and {far:.2g} off the unit sphere: call spherelm.retract(model) now, and after "
                     "every update that is not a step of a torch optimizer; shard by FSDP 2, not 1"
                 )

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
+from spherelm.errors import UserError
 from spherelm.interop.huggingface.configuration import SphereSeq2SeqConfig
 from spherelm.interop.huggingface.modeling import CACHE, LayerView, SphereModel, recorded_attention
 from spherelm.layers.cache import KVCache, Pair
@@ -102,7 +103,7 @@ class SphereSeq2SeqLM(SphereModel):
         """`labels` [batch, target] moved right by one behind the start token; ignored places become that token."""
         start = self.config.decoder_start_token_id
         if start is None:
-            raise ValueError("decoder_start_token_id is not set: set it in the config, or give decoder_input_ids")
+            raise UserError("decoder_start_token_id is not set: set it in the config, or give decoder_input_ids")
         moved = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) < 0, start)
         moved[:, 0] = start
         return moved
@@ -155,7 +156,7 @@ class SphereSeq2SeqLM(SphereModel):
             )
         if decoder_input_ids is None:
             if labels is None:
-                raise ValueError("give decoder_input_ids or labels: there is nothing to write")
+                raise UserError("give decoder_input_ids or labels: there is nothing to write")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         memory = self._memory(encoder_outputs[0], attention_mask)
         given: Any = past_key_values if cache is None else cache
@@ -189,9 +190,9 @@ class SphereSeq2SeqLM(SphereModel):
 
     def _given(self, input_ids: Tensor | None, others: dict[str, Any]) -> Tensor:
         if others.get("inputs_embeds") is not None:
-            raise ValueError("the encoder reads input_ids, not inputs_embeds (of trained prompts, for one)")
+            raise UserError("the encoder reads input_ids, not inputs_embeds (of trained prompts, for one)")
         if input_ids is None:
-            raise ValueError("give input_ids or encoder_outputs: there is no source")
+            raise UserError("give input_ids or encoder_outputs: there is no source")
         return input_ids
 
     def _memory(self, states: Tensor, attention_mask: Tensor | None) -> Memory:

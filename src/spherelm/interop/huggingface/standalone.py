@@ -22,6 +22,7 @@ AUTO_MAPS = {
 """What config.json says so that the Auto classes find the file, by `model_type`."""
 
 MODULES = (
+    "errors",
     "sphere",
     "layers.grouped",
     "layers.linear",

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from spherelm.errors import UserError
 from spherelm.layers.cache import LayerCache, Pair, StateCache
 
 
@@ -41,7 +42,7 @@ class StateLayer(DynamicLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a state does not say what it came from."""
-        raise ValueError("a recurrent state cannot be cropped: leave out assisted decoding, or begin with a new cache")
+        raise UserError("a recurrent state cannot be cropped: leave out assisted decoding, or begin with a new cache")
 
 
 class StateView(StateCache):
@@ -50,7 +51,7 @@ class StateView(StateCache):
     def __init__(self, cache: Cache, layer: int) -> None:
         super().__init__()
         if not isinstance(cache, DynamicCache):
-            raise ValueError(
+            raise UserError(
                 f"a hybrid keeps states in a DynamicCache, not in a {type(cache).__name__}: pass one, or none"
             )
         while len(cache.layers) <= layer:

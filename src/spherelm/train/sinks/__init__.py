@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from spherelm.errors import UserError
+
 NAMES = ("tensorboard", "wandb", "trackio")
 
 
@@ -48,9 +50,9 @@ def check_names(log_to: str) -> list[str]:
     names = [name.strip() for name in log_to.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"--log-to {name} is unknown: choose among {','.join(NAMES)}")
+            raise UserError(f"--log-to {name} is unknown: choose among {','.join(NAMES)}")
         if find_spec(name) is None:
-            raise ValueError(f"--log-to {name} needs {name}: pip install '.[logs]' in a clone of spherelm")
+            raise UserError(f"--log-to {name} needs {name}: pip install '.[logs]' in a clone of spherelm")
     return list(dict.fromkeys(names))
 
 

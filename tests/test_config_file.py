@@ -1,0 +1,147 @@
+"""`spherelm train --config`, and the lists of what there is to choose from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import tiny
+
+from spherelm.models import ARMS
+from spherelm.recipes import PRESETS, RECIPES, changed, make_run
+from spherelm.runs.config import RunConfig, read_config, to_dict
+from spherelm.train import trainer
+
+SMALL = [
+    "--steps",
+    3,
+    "--seq-len",
+    16,
+    "--batch-size",
+    2,
+    "--dtype",
+    "float32",
+    "--no-compile",
+    "--keep",
+    5,
+    "--seed",
+    4,
+]
+SMALL += ["--set", "n_layers=1", "d_model=32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_data(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
+    return commands.make_command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The runs that the command line asked for, none of which is trained."""
+    seen: list[RunConfig] = []
+
+    def note(config: RunConfig, *_: Any) -> float:
+        seen.append(config)
+        return 0.0
+
+    monkeypatch.setattr(trainer, "train", note)
+    return seen
+
+
+def test_a_runs_config_trains_it_again(data: Path, tmp_path: Path, command: commands.Command) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert command("train", "--arm", "ngpt", "--out", first, "--data", data, *SMALL).code in (0, 1)
+    assert command("train", "--config", first / "config.json", "--out", again).code in (0, 1)
+    assert read_config(again / "config.json") == read_config(first / "config.json")
+    assert (again / "checkpoints").is_dir()
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (first, again)]
+    losses = [[json.loads(line).get("loss") for line in log] for log in logs]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flags_override_the_file_and_nothing_else_changes(
+    arm: str, preset: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
+) -> None:
+    config = make_run(arm, preset, "adam", vocab_size=64, lr=0.01, seed=7, keep=5)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(to_dict(config)))
+    flags = ["--lr", 0.02, "--keep", 2, "--dtype", "float32", "--set", "grad_clip=0.5", "rope_base=500"]
+    assert command("train", "--config", file, "--out", tmp_path / "out", *flags).code == 0
+    wanted = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, lr=0.02, grad_clip=0.5),
+        model=dataclasses.replace(config.model, rope_base=500),
+        train=dataclasses.replace(config.train, keep=2, dtype="float32"),
+    )
+    assert asked == [wanted]
+
+
+def test_another_optimizer_or_scale_by_name(asked: list[RunConfig]) -> None:
+    config = make_run("ngpt", "demo", "adam", vocab_size=64)
+    run = changed(config, {"optimizer": "muon", "momentum": 0.7, "alpha.init": 0.3, "schedule": "constant"})
+    assert (run.optim.optimizer.kind, run.model.alpha.init, run.schedule.kind) == ("muon", 0.3, "constant")  # type: ignore[union-attr]
+    assert run.optim.optimizer.momentum == 0.7  # type: ignore[union-attr]
+    assert run.optim.multipliers == config.optim.multipliers
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--arm", "gpt"], "--arm does nothing beside --config"),
+        (["--preset", "1m"], "--preset does nothing beside --config"),
+        (["--recipe", "muon"], "--recipe does nothing beside --config"),
+        (["--set", "alpha.init=0.1"], "alpha.init is no field of gpt, only of ngpt"),
+        (["--set", "momentum=0.5"], "momentum is a field of the optimizer muon"),
+        (["--set", "grad_clop=1"], "did you mean 'grad_clip'?"),
+    ],
+)
+def test_what_does_not_fit_the_file_is_refused(
+    flags: list[str], said: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(to_dict(make_run("gpt", "demo", "adam", vocab_size=64))))
+    answer = command("train", "--config", file, "--out", tmp_path / "out", *flags)
+    assert (answer.code, len(answer.err.splitlines()), asked) == (2, 1, [])
+    assert said in answer.err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": "adam"}', "null"])
+def test_a_file_that_is_no_config_is_refused(
+    text: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    answer = command("train", "--config", file, "--out", tmp_path / "out")
+    assert (answer.code, len(answer.err.splitlines()), asked) == (2, 1, [])
+    assert str(file) in answer.err
+
+
+def test_without_arm_and_file_both_are_named(tmp_path: Path, command: commands.Command) -> None:
+    answer = command("train", "--out", tmp_path / "out")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "--arm gpt or --arm ngpt" in answer.err
+    assert "--config" in answer.err
+
+
+@pytest.mark.parametrize(("name", "table"), [("presets", PRESETS), ("recipes", RECIPES)])
+def test_what_there_is_to_choose_from_has_a_line_each(name: str, table: Any, command: commands.Command) -> None:
+    answer = command(name)
+    lines = [line.split(maxsplit=1) for line in answer.out.splitlines()]
+    assert {line[0] for line in lines} - {"preset"} == set(table)
+    assert all(len(line) == 2 for line in lines)
+    assert (answer.code, answer.err) == (0, "")
+
+
+def test_every_preset_says_what_it_is() -> None:
+    assert all(preset.about for preset in PRESETS.values())
