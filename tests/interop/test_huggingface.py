@@ -423,7 +423,7 @@ def test_the_config_speaks_transformers(tmp_path: Path) -> None:
         ({"architecture": {"kind": "decoder", "pattern": "MA-"}}, "pattern 'MA-' has 3 letters for n_layers=4"),
         (
             {"arm": "nhybrid", "pattern": 7},
-            "pattern must be a text with a letter for each layer, such as 'MAM-', got 7",
+            "pattern must be text, a letter a layer such as MAM-, got 7",
         ),
     ],
 )
