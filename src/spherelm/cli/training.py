@@ -147,8 +147,7 @@ def train(
     asked = {"lr": lr, "seed": seed, "dtype": dtype, **vars(sizes), **habits}
     asked = {name: value for name, value in asked.items() if value is not None}
     if config is not None:
-        flags = {"compile": "no_compile"}
-        given = {name: value for name, value in asked.items() if is_given(flags.get(name, name))}
+        given = {name: value for name, value in asked.items() if is_given({"compile": "no_compile"}.get(name, name))}
         run = changed(read_config(config), given | own)
         run = run if path is None else on_data(run, path)
     elif arm is None:
