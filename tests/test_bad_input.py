@@ -18,6 +18,7 @@ from spherelm.cli import COMMANDS
 from spherelm.cli.given import flags_of
 from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
+from spherelm.errors import UserError
 from spherelm.experiments.sweep import parse_axes, parse_fields
 from spherelm.models import ARMS
 from spherelm.recipes import make_run
@@ -310,7 +311,7 @@ def test_a_rate_that_float32_does_not_hold_diverges(
     assert " at step " in answer.shown[-1]
 
 
-class Refusal(ValueError):
+class Refusal(UserError):
     """What one of the floors below does not take."""
 
 

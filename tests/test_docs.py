@@ -273,6 +273,14 @@ def test_what_the_diffs_add_works(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_python_of_the_page_about_architectures_runs() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "architectures.md", "exec"), {})
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     texts = {
         name: (ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
