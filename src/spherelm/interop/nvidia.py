@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spherelm.errors import UserError
+from spherelm.errors import NotFoundError, UserError
 from spherelm.layers.linear import retract
 from spherelm.models import Config, Decoder, GPTConfig, NGPTConfig, ScaleSpec, Variant, build
 
@@ -191,8 +191,11 @@ def read_checkpoint(path: str | Path) -> NvidiaCheckpoint:
     Nothing in the file is run and no class of it is made. Raises `FileNotFoundError`, and `ValueError` in one line for a
     file that is damaged, names anything that train.py does not store (by that name), or does not fit its own `model_args`.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise NotFoundError(f"no file {path}: give the ckpt.pt that train.py wrote")
     try:
-        return _checkpoint(_content(Path(path)))
+        return _checkpoint(_content(path))
     except ValueError as error:
         raise UserError(f"{path} is not a readable NVIDIA/ngpt checkpoint: {' '.join(str(error).split())}") from error
 
@@ -247,8 +250,6 @@ def _content(path: Path) -> Any:
                 raise UserError(f"its {damaged} is damaged (the checksum differs): copy the file again")
         with torch.serialization.safe_globals([(Inert, name) for name in FOREIGN]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise type(error)(f"no file {path}: give the ckpt.pt that train.py wrote") from None
     except (OSError, MemoryError, ValueError):
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
