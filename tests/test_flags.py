@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 
 from spherelm import cli
 from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
+from spherelm.runs.config import to_dict
 
 FLAGS = [(name, flag) for name, command in cli.COMMANDS.items() for flag in flags_of(command)]
 NEEDY = [(name, flag) for name, flag in FLAGS if flags_of(cli.COMMANDS[name])[flag].needs]
@@ -93,6 +95,7 @@ class Answer(dict[str, Any]):
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tiny.make_data(tmp_path_factory.mktemp("flags"))
     (data.parent / "data-by-another-name").symlink_to(data)
+    (data.parent / "config.json").write_text(json.dumps(to_dict(tiny.run_config("ngpt", data))), encoding="utf-8")
     return data
 
 
@@ -145,7 +148,8 @@ def types_of(command: Callable[..., Any]) -> dict[str, Any]:
 
 def given(name: str, flag: str, data: Path) -> list[object]:
     """The flag with a value that it does not have by itself."""
-    path = data.parent / ("data-by-another-name" if flag in ("--data", "--test") else "val.txt")
+    names = {"--data": "data-by-another-name", "--test": "data-by-another-name", "--config": "config.json"}
+    path = data.parent / names.get(flag, "val.txt")
     kind = types_of(cli.COMMANDS[name])[flag]
     if kind is bool:
         return [flag]
@@ -207,6 +211,8 @@ def test_every_flag_acts_where_it_is_taken(
         words = [word for place, word in enumerate(words) if flag not in words[max(0, place - 1) : place + 1]]
     if name == "generate" and flag in ("--prompts", "--interactive"):
         words = words[:1]  # in place of --prompt
+    if flag == "--config":
+        words = words[2:]  # in place of --arm
     if flag == "--json" and name in ("eval", "bench"):
         own = [flag, tmp_path / "new.json"]
     if (name, flag) == ("train", "--no-compile"):
@@ -227,6 +233,8 @@ def test_a_flag_that_cannot_act_is_refused(
         blocking, _, value = other.partition(" ")
         if blocking == "--interactive":
             words = words[:1]
+        if blocking == "--config":
+            words = words[2:]
         more = [] if not other else [blocking, value] if value else given(name, blocking, data)
         answer = command(*name.split(), *words, *given(name, flag, data), *more)
         assert (answer.code, answer.out) == (2, "")
