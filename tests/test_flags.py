@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,8 @@ import torch
 
 from spherelm import cli
 from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
+from spherelm.data.sources import vocabulary_size
+from spherelm.recipes import make_run
 from spherelm.runs.config import to_dict
 
 FLAGS = [(name, flag) for name, command in cli.COMMANDS.items() for flag in flags_of(command)]
@@ -55,6 +57,8 @@ SAMPLES = {
     "--preset": "0.3m",
     "--recipe": "paper",
     ("train", "--set"): "d_model=64",
+    ("train", "--d-model"): "64",
+    ("train", "--n-heads"): "4",
     ("sweep", "--vary"): "d_model=64",
     ("evidence", "--sizes"): "1m",
     ("evidence", "--contexts"): "512",
@@ -95,7 +99,8 @@ class Answer(dict[str, Any]):
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tiny.make_data(tmp_path_factory.mktemp("flags"))
     (data.parent / "data-by-another-name").symlink_to(data)
-    (data.parent / "config.json").write_text(json.dumps(to_dict(tiny.run_config("ngpt", data))), encoding="utf-8")
+    run = make_run("ngpt", vocab_size=vocabulary_size(str(data)), data=str(data))
+    (data.parent / "config.json").write_text(json.dumps(to_dict(run)))
     return data
 
 
@@ -182,6 +187,11 @@ def least(name: str, data: Path, tmp_path: Path) -> list[object]:
     }[name]  # fmt: skip
 
 
+def without(words: list[object], flags: Collection[str]) -> list[object]:
+    """`words` but these flags, each with the value behind it."""
+    return [word for place, word in enumerate(words) if not {word, *words[max(0, place - 1) : place]} & set(flags)]
+
+
 def needed(name: str, flag: str, data: Path) -> dict[str, list[object]]:
     """The flags with values that a flag needs beside it, and those that these need."""
     found: dict[str, list[object]] = {}
@@ -206,18 +216,15 @@ def test_every_flag_acts_where_it_is_taken(
     alone = [
         word for other, found in more.items() for word in found if flag not in getattr(flags[other].needs, "beside", ())
     ]
-    without = [*words, *alone]
-    if flag in words:
-        words = [word for place, word in enumerate(words) if flag not in words[max(0, place - 1) : place + 1]]
+    plain = [*words, *alone]
+    words = without(words, [flag, *(["--arm"] if flag == "--config" else [])])
     if name == "generate" and flag in ("--prompts", "--interactive"):
         words = words[:1]  # in place of --prompt
-    if flag == "--config":
-        words = words[2:]  # in place of --arm
     if flag == "--json" and name in ("eval", "bench"):
         own = [flag, tmp_path / "new.json"]
     if (name, flag) == ("train", "--no-compile"):
-        words, without = [*words, "--preset", "1m"], [*without, "--preset", "1m"]  # the demo is not compiled anyway
-    assert seen(name, *words, *(word for found in more.values() for word in found), *own) != seen(name, *without)
+        words, plain = [*words, "--preset", "1m"], [*plain, "--preset", "1m"]  # the demo is not compiled anyway
+    assert seen(name, *words, *(word for found in more.values() for word in found), *own) != seen(name, *plain)
 
 
 @pytest.mark.parametrize(("name", "flag"), NEEDY)
@@ -233,9 +240,8 @@ def test_a_flag_that_cannot_act_is_refused(
         blocking, _, value = other.partition(" ")
         if blocking == "--interactive":
             words = words[:1]
-        if blocking == "--config":
-            words = words[2:]
         more = [] if not other else [blocking, value] if value else given(name, blocking, data)
+        words = without(words, [flag, *(one for one in flags if other in getattr(flags[one].needs, "without", ()))])
         answer = command(*name.split(), *words, *given(name, flag, data), *more)
         assert (answer.code, answer.out) == (2, "")
         (line,) = answer.shown

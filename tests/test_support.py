@@ -41,7 +41,7 @@ TESTS = {
         "models/test_hybrid.py:test_documents_in_a_row_are_worth_what_they_are_alone",
     ),
     "`generate` with a cache, beams, `--window`": (
-        "models/test_continuation.py:test_a_sliding_window_goes_on_from_the_last_half",
+        "generation/test_continuation.py:test_a_sliding_window_goes_on_from_the_last_half",
         "models/test_encoder_decoder.py:test_cached_decoding_is_the_full_forward_pass",
         "train/test_masked_run.py:test_commands_about_models_that_write_say_so_in_one_line",
         "models/test_hybrid.py:test_rows_of_any_length_go_on_as_they_would_alone",
@@ -53,8 +53,8 @@ TESTS = {
         "test_support.py:test_a_hybrid_run_is_written_with_measured_exported_and_inspected",
     ),
     "`inspect`": (
-        "compare/test_inspection.py:test_every_figure_is_there_as_svg_and_as_png",
-        "compare/test_inspection.py:test_encoder_decoders_are_looked_into_as_they_read_their_own_source",
+        "report/test_inspection.py:test_every_figure_is_there_as_svg_and_as_png",
+        "report/test_inspection.py:test_encoder_decoders_are_looked_into_as_they_read_their_own_source",
         "train/test_masked_run.py:test_commands_about_models_that_write_say_so_in_one_line",
         "test_support.py:test_a_hybrid_run_is_written_with_measured_exported_and_inspected",
     ),

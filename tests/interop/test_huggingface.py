@@ -21,7 +21,7 @@ from spherelm.models import CONFIGS, Decoder, build
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
-from spherelm.interop.huggingface import SphereLMConfig, SphereLMForCausalLM, to_hf  # noqa: E402
+from spherelm.interop.huggingface import SphereLMConfig, SphereLMForCausalLM, SphereSeq2SeqConfig, to_hf  # noqa: E402
 from spherelm.interop.huggingface.modeling import eager_attend  # noqa: E402
 
 SIZES = {"vocab_size": 50, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "max_seq_len": 64}
@@ -373,6 +373,32 @@ def test_the_config_has_every_field_of_ours(arm: str) -> None:
     assert written["architecture"] == dataclasses.asdict(ours.architecture)
 
 
+OLDER = {"init_std": 0.3, "alpha_init": 0.1, "s_z_scale": None, "qk_norm": False, "mamba_chunk": 8, "n_experts": 4}
+"""Some of what version 0.1.0 wrote into every config: fields of both arms and of every architecture."""
+
+OF_NGPT = {"alpha.init": 0.1, "variant.qk_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("arm", "fields", "read"),
+    [
+        ("gpt", {"pattern": None}, ("gpt", "decoder", {"init_std": 0.3})),
+        ("ngpt", {"pattern": None}, ("ngpt", "decoder", OF_NGPT)),
+        ("hybrid", {"pattern": "MA"}, ("gpt", "decoder", {"init_std": 0.3, "pattern": "MA", "mamba_chunk": 8})),
+        ("nencdec", {"n_encoder_layers": 3}, ("ngpt", "encdec", {**OF_NGPT, "n_encoder_layers": 3})),
+        ("encdec", {"share_embeddings": True}, ("gpt", "encdec", {"init_std": 0.3, "share_embeddings": True})),
+    ],
+)
+def test_a_config_of_version_0_1_0_is_read(
+    arm: str, fields: dict[str, Any], read: tuple[str, str, dict[str, Any]]
+) -> None:
+    kind = SphereSeq2SeqConfig if "encdec" in arm else SphereLMConfig
+    config = kind(arm=arm, **{**SIZES, **OLDER, **fields})
+    today, architecture, values = read
+    assert config.arm_config() == make_config(today, architecture, n_kv_heads=4, **{**SIZES, **values})
+    assert not set(OLDER) & set(config.to_diff_dict())
+
+
 def test_the_config_speaks_transformers(tmp_path: Path) -> None:
     config = SphereLMConfig(
         arm="gpt", hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
@@ -397,7 +423,7 @@ def test_the_config_speaks_transformers(tmp_path: Path) -> None:
         ({"architecture": {"kind": "decoder", "pattern": "MA-"}}, "pattern 'MA-' has 3 letters for n_layers=4"),
         (
             {"arm": "nhybrid", "pattern": 7},
-            "pattern must be a text with a letter for each layer, such as 'MAM-', got 7",
+            "pattern must be text, a letter a layer such as MAM-, got 7",
         ),
     ],
 )

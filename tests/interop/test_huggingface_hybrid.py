@@ -127,21 +127,22 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, tmp_path: Path) -> None:
     assert torch.equal(again(tokens).logits, hf(tokens).logits)
 
 
-def test_the_standalone_file_holds_all_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_arms
+def test_the_standalone_file_holds_all_that_it_needs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run here as modules of their own; `test_huggingface_export.py` loads such a file where spherelm is not.
 
     Two of them beside the package, each with an operation of torch's that the others leave alone: torch frees one whose name is
     defined again.
     """
-    model, tokens = make_model("ngpt", "MA-O"), some_tokens(1, 11)
+    model, tokens = make_model(arm, "MA-O", n_shared_experts=1), some_tokens(1, 11)
     beside, operations = [], {grouped_product._qualname}
     for name in ("modeling_spherelm", "modeling_spherelm", "transformers_modules.mine.modeling_spherelm"):
         module = ModuleType(name)
         monkeypatch.setitem(sys.modules, name, module)
-        exec(compile(standalone_source("ngpt"), "modeling_spherelm.py", "exec"), module.__dict__)
+        exec(compile(standalone_source(arm), "modeling_spherelm.py", "exec"), module.__dict__)
         config = to_hf(model).config
         theirs = module.SphereLMForCausalLM(module.SphereLMConfig(**config.to_diff_dict())).eval()
-        assert type(theirs.model) is module.NGPT
+        assert type(theirs.model) is module.LANGUAGE_MODELS[arm]
         theirs.model.load_state_dict(model.state_dict())
         beside.append(theirs)
         operations.add(module.grouped_product._qualname)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from spherelm import attach_retraction, departure, load_model  # noqa: E402
 from spherelm.generation.beam import BeamSettings, beam_search  # noqa: E402
 from spherelm.interop.export import export  # noqa: E402
 from spherelm.interop.huggingface import SphereSeq2SeqConfig, SphereSeq2SeqLM, to_hf  # noqa: E402
+from spherelm.interop.huggingface.standalone import standalone_source  # noqa: E402
 from spherelm.train.trainer import train  # noqa: E402
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
@@ -212,6 +215,20 @@ def test_what_is_missing_is_named() -> None:
         wrapped(input_ids=c.tokens, labels=c.targets)
     with pytest.raises(ValueError, match="a spherelm-seq2seq model has the architecture encdec"):
         SphereSeq2SeqConfig(architecture={"kind": "decoder"})
+
+
+@both_arms
+@pytest.mark.parametrize(
+    "fields", [{"n_encoder_layers": 1}, {"share_embeddings": True, "tie_embeddings": True}], ids=str
+)
+def test_the_standalone_file_translates(arm: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    c, module = make_pair_case(arm, **fields), ModuleType("modeling_spherelm")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(standalone_source(arm), "modeling_spherelm.py", "exec"), module.__dict__)
+    config = module.SphereSeq2SeqConfig(**to_hf(c.model).config.to_diff_dict())
+    theirs = module.SphereSeq2SeqLM(config).to(torch.float64)
+    theirs.model.load_state_dict(c.model.state_dict())
+    close(theirs(**inputs(c), decoder_input_ids=c.tokens).logits, c.model(c.source, c.tokens))
 
 
 @both_arms

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from spherelm import load_model
 from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
+from spherelm.optim.groups import count_devices
 from spherelm.runs import checkpoint as module
 from spherelm.runs.checkpoint import (
     MOMENTS,
@@ -29,7 +30,6 @@ from spherelm.runs.checkpoint import (
     WEIGHTS,
     CheckpointWriter,
     Progress,
-    count_devices,
     latest_checkpoint,
     load_checkpoint,
     load_weights,

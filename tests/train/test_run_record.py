@@ -17,7 +17,7 @@ from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.recipes import PRESETS, RECIPES, make_run
 from spherelm.runs.config import RunConfig, TrainConfig, from_dict, read_config, to_dict
-from spherelm.runs.record import FREE_TO_CHANGE, _flat, claim_directory, command_line, git_commit, versions, write_json
+from spherelm.runs.record import FREE_TO_CHANGE, claim_directory, command_line, flat, git_commit, versions, write_json
 
 WANTED: dict[str, Any] = {"arm": "gpt", "train": {"steps": 3, "keep": 2}, "betas": (0.9, 0.95)}
 
@@ -80,7 +80,7 @@ def test_a_field_that_differs_is_named(change: dict[str, Any], message: str, tmp
 def test_what_may_change_on_resuming_is_called_as_in_the_config() -> None:
     runs = make_run("ngpt", recipe="nugpt", vocab_size=9), make_run("ngpt", "hybrid", vocab_size=9)
     configs = [to_dict(run) for run in runs]
-    assert set(FREE_TO_CHANGE) <= {field for config in configs for field in ("base", *_flat(config))}
+    assert set(FREE_TO_CHANGE) <= {field for config in configs for field in ("base", *flat(config))}
 
 
 def test_how_often_to_save_may_change(tmp_path: Path) -> None:

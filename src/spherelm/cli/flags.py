@@ -44,6 +44,29 @@ class DryRun:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The shape of a model and the length of its run; the preset's where left out.
+
+    Attributes:
+        steps: Updates.
+        seq_len: Tokens a sequence.
+        batch_size: Sequences an update.
+        micro_batch_size: Sequences at once, gradients accumulating over the batch.
+        d_model: Channels of the hidden state.
+        n_layers: Layers.
+        n_heads: Heads of attention, each of d_model / n_heads channels.
+    """
+
+    steps: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    d_model: int | None = None
+    n_layers: int | None = None
+    n_heads: int | None = None
+
+
+@dataclass(frozen=True)
 class Rhythm:
     """How often a run validates and saves.
 
@@ -156,6 +179,7 @@ class Translation:
     length_penalty: Annotated[float, Needs("--translate")] = 1.0
 
 
+SizeFlags = Annotated[Sizes, OmitArgPrefixes]
 DryRunFlags = Annotated[DryRun, OmitArgPrefixes]
 LogFlags = Annotated[Logs, OmitArgPrefixes]
 TaskFlags = Annotated[TrainingTasks, OmitArgPrefixes]

@@ -20,6 +20,8 @@ from spherelm.cli.flags import (
     Logs,
     Rhythm,
     RhythmFlags,
+    SizeFlags,
+    Sizes,
     SpreadFlags,
     Spreading,
     TaskFlags,
@@ -101,13 +103,10 @@ def train(
     preset: Annotated[str, Needs(without=["--config"])] = "demo",
     recipe: Annotated[str, Needs(without=["--config"])] = "default",
     config: Path | None = None,
-    steps: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    micro_batch_size: int | None = None,
+    sizes: SizeFlags = Sizes(),
     lr: float | None = None,
-    seed: int | None = None,
-    dtype: Dtype | None = None,
+    seed: int = 0,
+    dtype: Dtype = "auto",
     no_compile: Flag = False,
     mask_documents: Flag = False,
     fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
@@ -128,13 +127,9 @@ def train(
         preset: Size and length of the run.
         recipe: How the arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
         config: A run's config.json: the run is that one, but for the flags that are given.
-        steps: Updates; the preset's if left out.
-        seq_len: Tokens a sequence; the preset's if left out.
-        batch_size: Sequences an update; the preset's if left out.
-        micro_batch_size: Sequences at once, gradients accumulating over the batch; the preset's if left out.
         lr: Peak learning rate; the one tuned for the preset and recipe if left out.
-        seed: Of the weights' start and of the order of the text; 0 if left out.
-        dtype: Format of the computation (weights are float32); auto, if left out: bfloat16 where the hardware has it.
+        seed: Of the weights' start and of the order of the text.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
         no_compile: Do not use torch.compile.
         mask_documents: Keep attention within a document where a sequence holds several.
         fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
@@ -145,17 +140,15 @@ def train(
     from spherelm.runs.config import read_config
 
     path, compiled = None if data is None else str(data), False if no_compile else None
-    sizes = {"steps": steps, "seq_len": seq_len, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
     habits: dict[str, Any] = {"compile": compiled, "mask_documents": mask_documents or None}
     habits |= {**vars(rhythm), **vars(logs), **vars(spreading), **vars(bad_steps)}
     habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
-    own = parse_fields(fields, {"lr": lr, **sizes})
-    asked = {"lr": lr, "seed": seed, "dtype": dtype, **sizes, **habits}
+    own = parse_fields(fields, {"lr": lr, **vars(sizes)})
+    asked = {"lr": lr, "seed": seed, "dtype": dtype, **vars(sizes), **habits}
     asked = {name: value for name, value in asked.items() if value is not None}
     if config is not None:
-        flags = {"compile": "no_compile"}
-        run = read_config(config)
-        run = changed(run, {name: value for name, value in asked.items() if is_given(flags.get(name, name))} | own)
+        given = {name: value for name, value in asked.items() if is_given({"compile": "no_compile"}.get(name, name))}
+        run = changed(read_config(config), given | own)
         run = run if path is None else on_data(run, path)
     elif arm is None:
         raise UserError("no arm is given: give --arm gpt or --arm ngpt, or the --config of a run")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spherelm.errors import UserError
@@ -171,3 +171,16 @@ def set_rate(optimizer: Optimizer, lr: float) -> None:
     """Give every group the learning rate `lr` times its own multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]
+
+
+def count_devices(optimizer: Optimizer) -> dict[Tensor, torch.device]:
+    """Where the optimizer keeps its count of a parameter's updates, a tensor without dimensions.
+
+    torch's fused and capturable ones do beside the parameter, any other on the CPU.
+    """
+    cpu = torch.device("cpu")
+    return {
+        parameter: parameter.device if group.get("fused") or group.get("capturable") else cpu
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from spherelm.errors import NotFoundError, StorageError, UserError
 from spherelm.models import Decoder, build
 from spherelm.models.older import is_old, renames
+from spherelm.optim.groups import count_devices
 from spherelm.runs.config import read_config
 from spherelm.runs.group import Group
 
@@ -350,19 +351,6 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
                 f"{tuple(weight.shape)} in the model"
             )
     _read(checkpoint, {stored[name].name: weight.detach() for name, weight in weights.items()}, group)
-
-
-def count_devices(optimizer: Optimizer) -> dict[Tensor, torch.device]:
-    """Where the optimizer keeps its count of a parameter's updates, a tensor without dimensions.
-
-    torch's fused and capturable ones do beside the parameter, any other on the CPU.
-    """
-    cpu = torch.device("cpu")
-    return {
-        parameter: parameter.device if group.get("fused") or group.get("capturable") else cpu
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
 
 
 @torch.no_grad()

@@ -83,11 +83,12 @@ def command_line() -> str:
     return shlex.join(["spherelm" if program in ("__main__.py", "spherelm") else program, *sys.argv[1:]])
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `record` by path, such as "model.alpha.init"."""
+    found: dict[str, Any] = {}
     for key, value in record.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _finite(value: Any) -> Any:
@@ -158,8 +159,8 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         write_json(path, {**wanted, **about})
         return False
     try:
-        before = _flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
-        now = _flat(json.loads(json.dumps(wanted)))
+        before = flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
+        now = flat(json.loads(json.dumps(wanted)))
         moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error

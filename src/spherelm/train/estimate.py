@@ -21,6 +21,7 @@ from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
 from spherelm.runs.config import STRATEGIES, RunConfig, micro_batches, to_dict
+from spherelm.runs.record import flat
 from spherelm.train.counting import block_costs, readout_cost, training_flops
 from spherelm.train.opening import number, repetition
 from spherelm.train.precision import best_device
@@ -203,7 +204,7 @@ def estimate_table(found: dict[str, Any]) -> str:
         "configuration",
     ]
     for part in ("model", "optim", "schedule", "train"):
-        rows.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in found[part].items()))
+        rows.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in flat(found[part]).items()))
     if found["base"] is not None:
         rows.append("  base: " + ", ".join(f"{name}={value}" for name, value in found["base"].items()))
     return "\n".join([*rows, f"  data: {found['data'] or 'the text that ships with spherelm'}"])

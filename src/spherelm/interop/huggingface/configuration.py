@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from spherelm.errors import UserError
-from spherelm.models import ARMS, CONFIGS, Config, EncDecArch, older
+from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, older
 from spherelm.models.config import from_plain, to_plain
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -57,11 +57,7 @@ class SphereLMConfig(PreTrainedConfig):
         old = {name: kwargs.pop(name) for name in list(kwargs) if older.is_field(name)}
         super().__post_init__(**kwargs)
         if old:
-            read = older.fields_today(self.arm, old)
-            self.architecture = read.pop("architecture", None)
-            self.arm = older.arm_today(self.arm)
-            names = {field.name for field in fields(CONFIGS[self.arm])}
-            self.start = {name: value for name, value in read.items() if name in names}
+            self._read_older(old)
         # Caches and other tools of transformers count on these two being numbers.
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.d_ff = self.d_ff or 4 * self.d_model
@@ -70,6 +66,13 @@ class SphereLMConfig(PreTrainedConfig):
         plain = to_plain(self.arm_config())
         self.architecture = plain.pop("architecture")
         self.start = {name: value for name, value in plain.items() if name not in SHAPE}
+
+    def _read_older(self, old: dict[str, Any]) -> None:
+        """Take what version 0.1.0 wrote, which was the fields of every arm and architecture: those of others are ignored."""
+        read = older.fields_today(self.arm, old)
+        architecture, self.arm = read.pop("architecture", {"kind": self.kinds[0]}), older.arm_today(self.arm)
+        self.architecture = _known(ARCHITECTURES.get(architecture["kind"]), architecture)
+        self.start = _known(CONFIGS.get(self.arm), read)
 
     def arm_config(self) -> Config:
         """The config of ours that this describes."""
@@ -110,6 +113,12 @@ class SphereLMConfig(PreTrainedConfig):
             described.pop("auto_map", None)
         written = ["arm", *SHAPE, "architecture", "start"]
         return described | {name: getattr(self, name) for name in written}
+
+
+def _known(owner: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Of `values` those that are fields of the dataclass `owner`; all of them where there is no such class."""
+    names = values.keys() if owner is None else {field.name for field in fields(owner)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 SHAPE = (

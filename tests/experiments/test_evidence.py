@@ -76,7 +76,7 @@ def test_points_come_cheapest_first() -> None:
     ("fields", "message"),
     [
         ({"sizes": ("huge",)}, "unknown size 'huge': choose among demo"),
-        ({"sizes": ("0.3m", "pairs")}, "'pairs' has another architecture than the contenders, .*: take another size"),
+        ({"sizes": ("0.3m", "pairs")}, "'pairs' has another architecture than the contenders, .*: take another"),
         ({"sizes": ("hybrid",)}, "'hybrid' has another architecture than the contenders"),
         ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-paper"),
         ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
