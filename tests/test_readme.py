@@ -47,7 +47,7 @@ from spherelm.models.decoder import Decoder
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
-from spherelm.runs.config import DTYPES
+from spherelm.runs.config import DTYPES, to_dict
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -141,6 +141,10 @@ def test_every_command_is_understood(
     monkeypatch.chdir(tmp_path)
     if words[1] == "eval" and "--json" in words:
         Path(words[words.index("--json") + 1]).parent.mkdir(parents=True, exist_ok=True)
+    if "--config" in words:
+        file = Path(words[words.index("--config") + 1])
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(to_dict(make_run("ngpt", vocab_size=4096))), encoding="utf-8")
     run_command(words)
 
 
