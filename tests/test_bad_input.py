@@ -115,7 +115,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "hidden_part=0.1"], "hidden_part is a field of the architecture encoder, and this run has decoder"),
         (["--preset", "dmo"], "unknown preset 'dmo' (did you mean 'demo'?): choose one of demo, "),
         (["--recipe", "MUON"], "unknown recipe 'MUON' (did you mean 'muon'?): choose one of default, "),
-        (["--n-layer", 1], "train has no flag --n-layer: did you mean --set n_layers=VALUE?"),
+        (["--n-layer", 1], "train has no flag --n-layer: did you mean --n-layers?"),
         (["--set", "tie_embeddings=perhaps"], "tie_embeddings must be true or false, got 'perhaps'"),
         (["--set", "max_angle=true"], "max_angle must be a number or null, got True"),
         (["--set", "matrix_rate=true"], "matrix_rate must be a number, got True"),

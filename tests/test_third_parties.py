@@ -23,7 +23,11 @@ def warn_as(module: str) -> None:
     warnings.warn_explicit("spoken", UserWarning, "some.py", 7, module=module)
 
 
-def test_others_are_silenced_and_errors_and_our_own_warnings_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_others_are_silenced_and_errors_and_our_own_warnings_are_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "warnoptions", [])
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
     other = logging.getLogger("some.library")
     with silenced():
         for level in (logging.INFO, logging.WARNING, logging.ERROR):

@@ -199,7 +199,7 @@ def test_what_makes_no_hybrid(arm: str) -> None:
         "mamba_conv must be a whole number of at least 2, got 1": {"mamba_conv": 1},
         "mamba_chunk must be a positive whole number, got 0": {"mamba_chunk": 0},
         "mamba_expand must be a positive whole number, got 1.5": {"mamba_expand": 1.5},
-        "pattern must be text or null, got 3": {"pattern": 3},
+        "pattern must be text, a letter a layer such as MAM-, got 3": {"pattern": 3},
         "experts_per_token must be a positive whole number, got 0": {"pattern": "MO", "experts_per_token": 0},
         "experts_per_token=9 of n_experts=4 cannot be picked": {
             "pattern": "MO",

@@ -83,10 +83,11 @@ SMALL_PARTS = ("--micro-batch-size", "2", "--resume")
 SKIPPING = ("--on-bad-step", "skip", "--skip-budget", "2")
 NAN = "loss = float('nan')"
 NO_TEXT_ON_ONE = """
+from spherelm.errors import UserError
 from spherelm.train import trainer
 
 def no_text(*_):
-    raise ValueError("no text here")
+    raise UserError("no text here")
 
 if rank == 1:
     trainer.open_data = no_text
