@@ -11,9 +11,10 @@ import commands
 import pytest
 import tiny
 
+from spherelm.errors import UserError
 from spherelm.models import ARMS
 from spherelm.recipes import PRESETS, RECIPES, changed, make_run
-from spherelm.runs.config import RunConfig, read_config, to_dict
+from spherelm.runs.config import RunConfig, from_dict, read_config, to_dict
 from spherelm.train import trainer
 
 SMALL = [
@@ -145,3 +146,83 @@ def test_what_there_is_to_choose_from_has_a_line_each(name: str, table: Any, com
 
 def test_every_preset_says_what_it_is() -> None:
     assert all(preset.about for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("train.steps", 3.5),
+        ("train.compile", "false"),
+        ("train.log_to", None),
+        ("train.mask_documents", "no"),
+        ("model.variant", None),
+        ("model.n_layers", None),
+        ("model.vocab_size", None),
+        ("model.tie_embeddings", "no"),
+        ("model.common_start", True),
+        ("model.alpha.init", "large"),
+        ("model.architecture", "decoder"),
+        ("model.architecture.kind", "bogus"),
+        ("optim.lr", "fast"),
+        ("optim.optimizer.kind", "sgd"),
+        ("schedule.rho", []),
+        ("data", 7),
+        ("recipe", None),
+    ],
+)
+def test_a_value_of_another_type_is_refused(path: str, value: Any) -> None:
+    record = json.loads(json.dumps(to_dict(make_run("ngpt", vocab_size=64))))
+    *outer, last = path.split(".")
+    place = record
+    for name in outer:
+        place = place[name]
+    assert last in place
+    place[last] = value
+    with pytest.raises(UserError):
+        from_dict(record)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_was_written_is_read_as_it_was(arm: str, preset: str) -> None:
+    config = make_run(arm, preset, vocab_size=64, lr=0.01)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "needs"),
+    [
+        ("demo", {"d_expert": 8}, "a pattern with O"),
+        ("demo", {"s_moe.init": 2.0}, "a pattern with O"),
+        ("hybrid", {"n_experts": 4}, "a pattern with O"),
+        ("demo", {"mamba_groups": 2}, "a pattern with M"),
+        ("moe", {"s_mamba.scale": 2.0}, "a pattern with M"),
+    ],
+)
+def test_a_field_of_a_part_that_is_not_there_is_refused(preset: str, fields: dict[str, Any], needs: str) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(fields))} has no effect .*{needs}"):
+        make_run("ngpt", preset, vocab_size=64, **fields)
+    with pytest.raises(UserError, match=f"{next(iter(fields))} has no effect .*{needs}"):
+        changed(make_run("ngpt", preset, vocab_size=64), fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eval_every": "x"},
+        {"eval_every": 2.5},
+        {"eval_windows": None},
+        {"max_seq_len": None},
+        {"optimizer": {}},
+        {"optimizer": [1]},
+        {"architecture": [1, 2]},
+        {"step": "riemannian"},
+        {"pattern": "AO", "n_experts": None},
+        {"pattern": "AO", "n_shared_experts": None},
+        {"pattern": "M-", "mamba_conv": None},
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        make_run("ngpt", vocab_size=64, **fields)

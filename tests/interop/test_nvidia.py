@@ -204,7 +204,7 @@ def test_models_of_their_formulas_against_the_equations(
     arm: str, case: Any, agree: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits and gradients in float64, learned scales all different; the hidden state not unit at first."""
-    c = case(arm, rope="nvidia", **({"step": "nvidia"} if arm == "ngpt" else {}))
+    c = case(arm, rope="nvidia", **({"variant.step": "nvidia"} if arm == "ngpt" else {}))
     with torch.no_grad():
         c.model.embed.weight.mul_(1.5)
     monkeypatch.setattr(paper, "rope", their_rope)

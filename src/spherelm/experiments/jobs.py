@@ -169,7 +169,8 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         except (BrokenProcessPool, KeyboardInterrupt) as error:
             if isinstance(error, BrokenProcessPool) and not asked:
                 raise StorageError(
-                    "a training process was killed (out of memory?): use fewer --workers and --resume"
+                    "a training process was killed (out of memory?): use fewer --workers; the same "
+                    "command goes on, compare with --resume"
                 ) from error
             # A worker that has ended after a signal to the whole group may be noticed here before the signal is.
             _stop(pool)

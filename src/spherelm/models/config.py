@@ -21,10 +21,13 @@ LETTERS = "MA-O"
 
 
 def check_counts(owner: Any, names: Iterable[str], least: int = 1) -> None:
-    """Raise `ValueError` for a field of `owner` that is no whole number of at least `least`; `None` is let pass."""
+    """Raise `ValueError` for a field of `owner` that is no whole number of at least `least`, nor `None` by default."""
+    optional = {field.name for field in fields(owner) if field.default is None}
     for name in names:
         value = getattr(owner, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        if not (value is None and name in optional) and (
+            not isinstance(value, int) or isinstance(value, bool) or value < least
+        ):
             wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
             raise UserError(f"{name} must be {wanted}, got {value!r}")
 
@@ -364,6 +367,8 @@ def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
         if name not in names:
             raise UserError(f"{kind.__name__} has no field {name}")
         if isinstance(value, Mapping):
+            if name == "architecture":
+                check_known("architecture", value.get("kind", "decoder"), ARCHITECTURES)
             owner = ARCHITECTURES[value.get("kind", "decoder")] if name == "architecture" else hints[name]
             values[name] = from_plain(owner, value)
     return kind(**values)

@@ -78,7 +78,9 @@ class MaskedModel(Decoder):
 
     def conditioned(self, prompts: Rows, end_token: int | None) -> NoReturn:
         """Raises `ValueError`: it does not write."""
-        raise UserError("an encoder fills in hidden tokens and writes no text: give a run of a decoder or an encoder-decoder")
+        raise UserError(
+            "an encoder fills in hidden tokens and writes no text: give a run of a decoder or an encoder-decoder"
+        )
 
     def places(self, prompt: Sequence[int]) -> NoReturn:
         """Raises `ValueError`: it does not write."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, get_args, get_type_hints
-
-from typeguard import TypeCheckError, check_type
+from typing import Any, get_type_hints
 
 from spherelm.errors import UserError
-from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, Variant
+from spherelm.fields import of_type
+from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, ScaleSpec
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -36,30 +33,6 @@ def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[s
     }
 
 
-def of_type(name: str, value: Any, hint: Any) -> Any:
-    """`value`, a list as a tuple, if it is of the type `hint` and no number that is none; else `ValueError`."""
-    value = tuple(value) if isinstance(value, list) else value
-    try:
-        check_type(value, hint)
-        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
-            raise TypeCheckError(name)
-    except TypeCheckError:
-        raise UserError(f"{name} must be {in_words(hint)}, got {value!r}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value}")
-    return value
-
-
-WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
-
-
-def in_words(hint: Any) -> str:
-    """A type as it is told to people; of a union each of its types."""
-    if isinstance(hint, UnionType):
-        return " or ".join(map(in_words, get_args(hint)))
-    return WORDS.get(hint, str(hint).replace("float", "number"))
-
-
 def nearest(name: str, among: Iterable[str]) -> str:
     """What is said behind a name that there is not: the one `among` those there are that it may stand for, if any."""
     lowered = {one.lower(): one for one in among}
@@ -76,12 +49,7 @@ def fields_of(arm: str) -> set[str]:
     groups = nested(CONFIGS[arm])
     found |= {f"{name}.{f.name}" for name, group in groups.items() for f in dataclasses.fields(group)}
     own = {f"base_{f.name}" for f in dataclasses.fields(BaseShape)} | {f"{role}_rate" for role in ROLES}
-    return (
-        found
-        | own
-        | {"schedule", "d_k"}
-        | ({f.name for f in dataclasses.fields(Variant)} if "variant" in groups else set())
-    )
+    return found | own | {"schedule", "d_k"}
 
 
 def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
@@ -119,7 +87,7 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
 def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture:
     """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
     kind = given.pop("architecture", preset.kind)
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
     start = preset if kind == preset.kind else ARCHITECTURES[kind]()
     changed: dict[str, Any] = {}
@@ -156,8 +124,6 @@ def model_config(
         fields = {path[len(name) + 1 :]: value for path, value in chosen.items() if path.startswith(f"{name}.")}
         own = {path[len(name) + 1 :]: given.pop(path) for path in list(given) if path.startswith(f"{name}.")}
         fields |= take(own, type(group))
-        if name == "variant":
-            fields |= take(given, type(group))
         given |= {f"{name}.{rest}": value for rest, value in own.items()}
         values[name] = dataclasses.replace(group, **fields)
     return kind(architecture=architecture, **values)
@@ -178,7 +144,7 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
     Raises `ValueError` for a field of another optimizer than the one that is chosen.
     """
     kind = given.pop("optimizer", chosen.get("optimizer", "adamw"))
-    if kind not in RULES:
+    if not isinstance(kind, str) or kind not in RULES:
         raise UserError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
     names = {name: {field.name for field in dataclasses.fields(rule)} - {"kind"} for name, rule in RULES.items()}
     own = {name: value for name, value in chosen.items() if name in names[kind]} | take(
@@ -216,17 +182,24 @@ def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
     return dataclasses.replace(base, **found)
 
 
+def names_of(kind: type[Any]) -> tuple[str, ...]:
+    """The names of a dataclass's fields."""
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
 def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) -> None:
     """Raise `ValueError` for a field of `given` that changes nothing in a run of `config`, and say what would make it act.
 
     on_sphere: whether the arm has unit vectors. A field that is switched off, by false or none, is let pass.
     """
-    optim, schedule = config.optim, config.schedule
+    optim, schedule, pattern = config.optim, config.schedule, config.model.pattern or ""
     acts = {
         "schedule=log": (schedule.kind == "log", ("rho",)),
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
         "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
         "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr", "tangent")),
+        "a pattern with M": ("M" in pattern, (*names_of(MixerSizes), *(f"s_mamba.{n}" for n in names_of(ScaleSpec)))),
+        "a pattern with O": ("O" in pattern, (*names_of(ExpertSizes), *(f"s_moe.{n}" for n in names_of(ScaleSpec)))),
         "recipe 'nugpt' and an arm on the sphere": (
             config.base is not None,
             ("base", "base_d_model", "base_n_layers", "base_steps"),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spherelm.errors import UserError
+from spherelm.fields import check_fields
 from spherelm.models import CONFIGS, Config, older
-from spherelm.models.config import from_plain, to_plain
+from spherelm.models.config import check_known, from_plain, to_plain
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 
@@ -72,6 +73,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -120,6 +122,7 @@ class RunConfig:
         return self.model.arm
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.train.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
@@ -157,10 +160,13 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
 
     Raises `ValueError` naming what is missing or unknown.
     """
+    if not isinstance(record, dict):
+        raise UserError("not a run configuration: it holds no object of JSON")
     try:
         model = older.fields_today(record["arm"], record["model"])
         optim = dict(record["optim"])
         rule = older.rule_today(optim)
+        check_known("optimizer", rule["kind"], RULES)
         optim["optimizer"] = RULES[rule.pop("kind")](**rule)
         optim["multipliers"] = RateMultipliers(**optim["multipliers"])
         return RunConfig(

@@ -306,7 +306,9 @@ def prepare(config: RunConfig, group: Group) -> tuple[RunData, Callable[[Decoder
 
 def check_runs(configs: Sequence[RunConfig]) -> None:
     """Raise what the first of these runs that cannot begin would raise; nothing is written and no model takes memory."""
-    texts = {str((c.arm, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1))): c for c in configs}
+    texts = {
+        str((c.model.architecture, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1))): c for c in configs
+    }
     for config in texts.values():
         micro_batches(config.train, 1)
         prepare(config, Group())
