@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("ngpt", {"tie_embeddings": True}),
     "nvidia": ("ngpt", {"rope": "nvidia", "variant.step": "nvidia"}),
     "riemannian": ("ngpt", {"variant.step": "riemannian", "variant.alpha_sign": "free"}),
-    "no norm of q and k": ("ngpt", {"qk_norm": False}),
+    "no norm of q and k": ("ngpt", {"variant.qk_norm": False}),
     "scalars": ("ngpt", {f"{name}.form": "scalar" for name in ("alpha", "s_qk", "s_u", "s_v", "s_z")}),
     "preconditioned": ("ngpt", {"logit_preconditioning": 1.0}),
 }
