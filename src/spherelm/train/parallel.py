@@ -77,7 +77,7 @@ def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
 def leave(say: Callable[[], object], code: int) -> NoReturn:
     """End one of several processes, all of which end for one reason: the first calls `say`, the others keep silent.
 
-    Each waits a while for the others, so that torchrun, which ends all when one has ended, does not cut off the first; one
+    They wait a while for one another, so that torchrun, which ends all when one has ended, does not cut off the first; one
     whose first rank never comes here calls `say` itself. The groups of processes are not taken apart: that aborts now and
     then (SIGABRT) when an exception is under way.
     """
@@ -88,10 +88,11 @@ def leave(say: Callable[[], object], code: int) -> NoReturn:
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))
         store = PrefixStore(f"spherelm/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        store.set(str(rank), "1")
-        awaited = range(world_size) if rank == 0 else [0]
-        if silent_among(awaited, store) and rank:
+        if rank and silent_among([0], store):
             say()
+        store.set(str(rank), "1")  # the last that this one asks of the store, which may end with the first
+        if rank == 0:
+            silent_among(range(world_size), store)
     except (RuntimeError, ValueError):  # there is no store, or no longer: the process that kept it has said why
         pass
     for stream in (sys.stdout, sys.stderr):
