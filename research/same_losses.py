@@ -55,7 +55,8 @@ def cases() -> dict[str, dict[str, Any]]:
         found[f"ngpt-{name}"] = {"arm": "ngpt", "recipe": name, **DECODER}
     for arm in ("hybrid", "nhybrid"):
         for pattern in ("MA-O", "A-A-"):
-            found[f"{arm}-{pattern}"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": pattern}
+            sizes = HYBRID if "M" in pattern else RUN
+            found[f"{arm}-{pattern}"] = {"arm": arm, "recipe": "adam", **sizes, "pattern": pattern}
         balanced = {**HYBRID, "pattern": "AOM-", "balance": "loss", "n_shared_experts": 1}
         found[f"{arm}-loss"] = {"arm": arm, "recipe": "adam", **balanced}
         found[f"{arm}-compiled"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "compile": True}
