@@ -115,10 +115,17 @@ def test_what_would_do_nothing_is_refused() -> None:
 
 
 def test_a_part_of_a_model_is_enough() -> None:
-    """Two optimizers, the last of which steps for both, and frozen weights."""
+    """An optimizer of some of the model's weights, and one whose model is only a part; neither is refused, both retract."""
     model = small_model()
-    attach_retraction(torch.optim.SGD(model[2].parameters()), model)
-    attach_retraction(torch.optim.SGD(model.parameters()), model[1])
+    some = torch.optim.SGD(model[2].parameters(), lr=0.5)
+    attach_retraction(some, model)
+    every = torch.optim.SGD(model.parameters(), lr=0.5)
+    attach_retraction(every, model[1])
+    for optimizer, retracted in ((every, model[1]), (some, model)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert departure(retracted) < 1e-6
 
 
 def test_decay_of_unit_weights_must_be_meant() -> None:
