@@ -127,13 +127,18 @@ def gpt_softmax_scale(d_k: int) -> float:
     return 1 / math.sqrt(d_k)
 
 
+def q_or_k(p: Params, name: str, shape: Shape, x: Tensor) -> Tensor:
+    """One head's queries or keys, through the RMSNorm that today's GPTs have there, if this one has it."""
+    return rms_norm(x, p[name + "_norm.weight"], shape.rms_eps) if name + "_norm.weight" in p else x
+
+
 def gpt_attention(p: Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
     """ATTN of eq. 4: softmax of eq. 13's left hand side, head by head; k/v head j serves n_heads/n_kv_heads queries."""
     group, d_k = shape.n_heads // shape.n_kv_heads, shape.d_k
     heads = []
     for i in range(shape.n_heads):
-        q = rope(h @ head(p[prefix + "q.weight"], i, d_k).T, shape.rope_base)
-        k = rope(h @ head(p[prefix + "k.weight"], i // group, d_k).T, shape.rope_base)
+        q = rope(q_or_k(p, prefix + "q", shape, h @ head(p[prefix + "q.weight"], i, d_k).T), shape.rope_base)
+        k = rope(q_or_k(p, prefix + "k", shape, h @ head(p[prefix + "k.weight"], i // group, d_k).T), shape.rope_base)
         v = h @ head(p[prefix + "v.weight"], i // group, d_k).T
         heads.append(causal_softmax(q @ k.transpose(-1, -2) * gpt_softmax_scale(d_k)) @ v)
     return torch.cat(heads, -1) @ p[prefix + "o.weight"].T
@@ -232,12 +237,11 @@ def gpt_encoder(p: Params, shape: Shape, source: Tensor) -> Tensor:
     h, d_k = p.get("encoder.embed.weight", p["embed.weight"])[source], shape.d_k
     for i in range(shape.n_encoder_layers):
         b = f"encoder.blocks.{i}."
-        x, heads = rms_norm(h, p[b + "norm_a.weight"], shape.rms_eps), []
+        x, heads, a = rms_norm(h, p[b + "norm_a.weight"], shape.rms_eps), [], b + "attention."
         for j in range(shape.n_heads):
-            q = rope(x @ head(p[b + "attention.q.weight"], j, d_k).T, shape.rope_base)
-            k = rope(
-                x @ head(p[b + "attention.k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T, shape.rope_base
-            )
+            k_head = head(p[a + "k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k)
+            q = rope(q_or_k(p, a + "q", shape, x @ head(p[a + "q.weight"], j, d_k).T), shape.rope_base)
+            k = rope(q_or_k(p, a + "k", shape, x @ k_head.T), shape.rope_base)
             v = x @ head(p[b + "attention.v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
             heads.append(softmax(q @ k.T * gpt_softmax_scale(d_k)) @ v)
         h = h + torch.cat(heads, -1) @ p[b + "attention.o.weight"].T
@@ -249,8 +253,9 @@ def gpt_cross(p: Params, prefix: str, shape: Shape, h: Tensor, memory: Tensor) -
     """Queries from the target's ``h [T, d]``, keys and values from the source's states ``[S, d]``; no rotation."""
     heads, d_k = [], shape.d_k
     for j in range(shape.n_heads):
-        q = h @ head(p[prefix + "q.weight"], j, d_k).T
+        q = q_or_k(p, prefix + "q", shape, h @ head(p[prefix + "q.weight"], j, d_k).T)
         k = memory @ head(p[prefix + "k.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
+        k = q_or_k(p, prefix + "k", shape, k)
         v = memory @ head(p[prefix + "v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
         heads.append(softmax(q @ k.T * gpt_softmax_scale(d_k)) @ v)
     return torch.cat(heads, -1) @ p[prefix + "o.weight"].T

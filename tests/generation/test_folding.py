@@ -19,6 +19,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt", {}),
     "gpt, grouped": ("gpt", {"n_kv_heads": 1}),
     "gpt, tied": ("gpt", {"tie_embeddings": True}),
+    "gpt, norm of q and k": ("gpt", {"qk_norm": True, "n_kv_heads": 1}),
     "gpt, nvidia's rope": ("gpt", {"rope": "nvidia"}),
     "ngpt": ("ngpt", {}),
     "grouped": ("ngpt", {"n_kv_heads": 1}),

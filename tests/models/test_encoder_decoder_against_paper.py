@@ -27,7 +27,9 @@ SCALES: dict[str, dict[str, Any]] = {
     "s_qk": {"s_qk.init": 0.33, "s_qk.scale": 1.0},
     "s_u, s_v, s_z": {"s_u.init": 0.2, "s_v.scale": 2.0, "s_z.init": 24**0.5},
 }
-CASES = [(arm, name) for arm in ARMS for name in FIELDS] + [("ngpt", name) for name in SCALES]
+NORMED: dict[str, dict[str, Any]] = {"norm of q and k": {"qk_norm": True, "n_heads": 6, "n_kv_heads": 2}}
+OWN = [("ngpt", name) for name in SCALES] + [("gpt", name) for name in NORMED]
+CASES = [(arm, name) for arm in ARMS for name in FIELDS] + OWN
 LR = 3e-3
 
 
@@ -38,7 +40,7 @@ def assert_near(ours: torch.Tensor, oracle: torch.Tensor, tolerance: float, what
 
 @pytest.mark.parametrize(("arm", "name"), CASES)
 def test_logits_loss_and_every_gradient(arm: str, name: str) -> None:
-    c = make_pair_case(arm, **{**FIELDS, **SCALES}[name])
+    c = make_pair_case(arm, **{**FIELDS, **SCALES, **NORMED}[name])
     pairs = (c.source, c.tokens)
     assert_near(c.model(*pairs), c.forward(c.weights, c.shape, pairs), 1e-12)
     loss, gradients = paper.loss_and_gradients(c.forward, c.weights, c.shape, pairs, c.targets)

@@ -28,7 +28,12 @@ SCALES: dict[str, dict[str, Any]] = {
     "s_u and s_v": {"s_u.init": 0.2, "s_u.scale": 0.5, "s_v.init": 0.3, "s_v.scale": 2.0},
     "s_z": {"s_z.init": 24**0.5, "s_z.scale": 0.03},
 }
-CASES = [(arm, name) for arm in golden.ARMS for name in FIELDS] + [("ngpt", name) for name in SCALES]
+NORMED: dict[str, dict[str, Any]] = {
+    "norm of q and k": {"qk_norm": True},
+    "norm of q and k, grouped": {"qk_norm": True, "n_kv_heads": 1},
+}
+OWN = [("ngpt", name) for name in SCALES] + [("gpt", name) for name in NORMED]
+CASES = [(arm, name) for arm in golden.ARMS for name in FIELDS] + OWN
 
 
 def assert_near(ours: torch.Tensor, oracle: torch.Tensor, tolerance: float, what: str = "") -> None:
@@ -38,7 +43,7 @@ def assert_near(ours: torch.Tensor, oracle: torch.Tensor, tolerance: float, what
 
 @pytest.mark.parametrize(("arm", "name"), CASES)
 def test_logits_loss_and_every_gradient(arm: str, name: str, case: Any) -> None:
-    c = case(arm, **{**FIELDS, **SCALES}[name])
+    c = case(arm, **{**FIELDS, **SCALES, **NORMED}[name])
     assert_near(c.model(c.tokens), c.forward(c.weights, c.shape, c.tokens), 1e-12)
     loss, gradients = paper.loss_and_gradients(c.forward, c.weights, c.shape, c.tokens, c.targets)
     ours = c.model.loss(c.tokens, c.targets)

@@ -94,6 +94,22 @@ class UnitScale(nn.Module):
         return self.unit(x) * self.scale
 
 
+class NormedRotation(nn.Module):
+    """The norms of queries and of keys, whose gains differ, and then `rotation`: [batch, heads, seq, d_k] -> the same."""
+
+    gains: Tensor
+
+    def __init__(self, source: Attention, norm: RMSNorm, dtype: torch.dtype) -> None:
+        super().__init__()
+        q, k = source.q_norm.weight, source.k_norm.weight
+        gains = torch.cat((q.expand(source.n_heads, -1), k.expand(source.n_kv_heads, -1)))  # type: ignore[operator]
+        self.rotation, self.norm = source.rotation, GainlessNorm(norm)
+        self.register_buffer("gains", gains.unsqueeze(1).to(dtype, copy=True))
+
+    def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
+        return self.rotation(self.norm(x) * self.gains, table)
+
+
 class FoldedAttention(nn.Module):
     """The attention of `source`: its queries, keys and values are one product, and `finish` ends queries and keys together.
 
@@ -147,8 +163,10 @@ class FoldedResidual(nn.Module):
         self.norm, gain, part = GainlessNorm(source.norm), source.norm.weight, source.part
         if isinstance(part, Attention):
             qkv = torch.cat((part.q.weight, part.k.weight, part.v.weight)) * gain
+            normed = isinstance(part.q_norm, RMSNorm)
+            rotation = NormedRotation(part, part.q_norm, dtype) if normed else part.rotation
             self.part: nn.Module = FoldedAttention(
-                part, qkv.to(dtype), part.o.weight.to(dtype), part.rotation, nn.Identity()
+                part, qkv.to(dtype), part.o.weight.to(dtype), rotation, nn.Identity()
             )
         else:
             assert isinstance(part, FeedForward)
@@ -255,7 +273,7 @@ def frozen(weight: Tensor) -> nn.Parameter:
 
 
 KNOWN: tuple[type[nn.Module], ...] = (
-    *(Block, RMSNorm, nn.ModuleList),
+    *(Block, RMSNorm, nn.Identity, nn.ModuleList),
     *(gpt.Residual, Attention, FeedForward, Embedding, Linear, gpt.Head),
     *(ngpt.Step, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear, ngpt.Head),
 )

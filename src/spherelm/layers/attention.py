@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.causal_backward import attend_by_products, products_are_faster
 from spherelm.layers.linear import Linear, Scale, UnitLinear
+from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import ROPES, Rope, RotaryTable, Rotation, rotate
 
 
@@ -60,15 +61,23 @@ Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 """What computes attention: `attend`, or another implementation with its arguments and result."""
 
 
+def head_norms(d_k: int, qk_norm: bool) -> tuple[nn.Module, nn.Module]:
+    """The norms of a head's queries and of its keys [..., d_k], which do nothing without qk_norm."""
+    return (RMSNorm(d_k), RMSNorm(d_k)) if qk_norm else (nn.Identity(), nn.Identity())
+
+
 class Attention(nn.Module):
     """The baseline's attention: `W_o softmax(RoPE(q) RoPE(k)^T / sqrt(d_k)) v` (nGPT paper, eq. 4 and section 2.3.1).
 
-    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k].
+    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k]. qk_norm: whether each
+    head of q and k passes an RMSNorm before the rotation (Henry et al., arXiv 2010.04245; gains [d_k], as in Qwen 3).
     """
 
     reads = ("table", "mask", "cache", "attend")
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, rotation: Rotation = rotate) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, rotation: Rotation = rotate, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, 1 / math.sqrt(d_k)
@@ -77,6 +86,7 @@ class Attention(nn.Module):
         self.k = Linear(d_model, n_kv_heads * d_k)
         self.v = Linear(d_model, n_kv_heads * d_k)
         self.o = Linear(n_heads * d_k, d_model, writes=True)
+        self.q_norm, self.k_norm = head_norms(d_k, qk_norm)
 
     def forward(
         self,
@@ -87,8 +97,8 @@ class Attention(nn.Module):
         attend: Attend = attend,
     ) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; with a cache, `h` holds only the new positions."""
-        q = self.rotation(split_heads(self.q(h), self.n_heads), table)
-        k = self.rotation(split_heads(self.k(h), self.n_kv_heads), table)
+        q = self.rotation(self.q_norm(split_heads(self.q(h), self.n_heads)), table)
+        k = self.rotation(self.k_norm(split_heads(self.k(h), self.n_kv_heads)), table)
         v = split_heads(self.v(h), self.n_kv_heads)
         if cache is not None:
             k, v = cache.update(k, v)

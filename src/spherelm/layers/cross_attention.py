@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spherelm import sphere
-from spherelm.layers.attention import Attend, attend, join_heads, split_heads
+from spherelm.layers.attention import Attend, attend, head_norms, join_heads, split_heads
 from spherelm.layers.cache import LayerCache, Pair
 from spherelm.layers.linear import Linear, Scale, UnitLinear
 
@@ -28,12 +28,13 @@ class Memory(NamedTuple):
 class CrossAttention(nn.Module):
     """The baseline's: `W_o softmax(q k^T / sqrt(d_k)) v` with q from `h`, k and v from the source (Vaswani et al., 3.2.3).
 
-    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k].
+    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k]. qk_norm: as in
+    `Attention`.
     """
 
     reads = ("memory", "cache", "attend")
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, 1 / math.sqrt(d_k)
@@ -41,14 +42,15 @@ class CrossAttention(nn.Module):
         self.k = Linear(d_model, n_kv_heads * d_k)
         self.v = Linear(d_model, n_kv_heads * d_k)
         self.o = Linear(n_heads * d_k, d_model, writes=True)
+        self.q_norm, self.k_norm = head_norms(d_k, qk_norm)
 
     def read(self, states: Tensor) -> Pair:
         """Keys and values [batch, n_kv_heads, source, d_k] of the source's states."""
-        return split_heads(self.k(states), self.n_kv_heads), split_heads(self.v(states), self.n_kv_heads)
+        return self.k_norm(split_heads(self.k(states), self.n_kv_heads)), split_heads(self.v(states), self.n_kv_heads)
 
     def forward(self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model]; a cache keeps the source's keys and values."""
-        q = split_heads(self.q(h), self.n_heads)
+        q = self.q_norm(split_heads(self.q(h), self.n_heads))
         k, v = self.read(memory.states) if cache is None else cache.fixed(lambda: self.read(memory.states))
         return self.o(join_heads(attend(q, k, v, self.softmax_scale, memory.mask)))
 

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """`x / rms(x) * gain` over the last axis, with a learned gain [d_model], reduced in float32."""
+    """`x / rms(x) * gain` over the last axis, with a learned gain [width], reduced in float32."""
 
     role = "gain"
 
-    def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, eps=1e-6)
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d_model] -> the same."""
+        """[..., width] -> the same."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

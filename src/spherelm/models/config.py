@@ -224,11 +224,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GPTConfig(ModelConfig):
-    """The shape of a baseline, as in `ModelConfig`. init_std: the spread of its weights at the start."""
+    """The shape of a baseline, as in `ModelConfig`.
+
+    init_std: the spread of its weights at the start. qk_norm: whether queries and keys pass an RMSNorm, which the paper's
+    baseline does not have and the GPTs of 2026 do.
+    """
 
     arm: ClassVar[str] = "gpt"
 
     init_std: float = 0.02
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

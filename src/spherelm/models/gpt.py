@@ -44,12 +44,12 @@ class Residual(nn.Module):
 
 def attention(config: GPTConfig) -> Attention:
     """The part A."""
-    return Attention(config.d_model, config.n_heads, config.kv_heads, ROPES[config.rope].rotation)
+    return Attention(config.d_model, config.n_heads, config.kv_heads, ROPES[config.rope].rotation, config.qk_norm)
 
 
 def cross_attention(config: GPTConfig) -> CrossAttention:
     """The part C."""
-    return CrossAttention(config.d_model, config.n_heads, config.kv_heads)
+    return CrossAttention(config.d_model, config.n_heads, config.kv_heads, config.qk_norm)
 
 
 def mlp(config: GPTConfig, width: int | None = None) -> FeedForward:
