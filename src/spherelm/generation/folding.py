@@ -99,11 +99,13 @@ class NormedRotation(nn.Module):
 
     gains: Tensor
 
-    def __init__(self, source: Attention, norm: RMSNorm, dtype: torch.dtype) -> None:
+    def __init__(self, source: Attention, dtype: torch.dtype) -> None:
         super().__init__()
-        q, k = source.q_norm.weight, source.k_norm.weight
-        gains = torch.cat((q.expand(source.n_heads, -1), k.expand(source.n_kv_heads, -1)))  # type: ignore[operator]
-        self.rotation, self.norm = source.rotation, GainlessNorm(norm)
+        q, k = source.q_norm, source.k_norm
+        assert isinstance(q, RMSNorm)
+        assert isinstance(k, RMSNorm)
+        gains = torch.cat((q.weight.expand(source.n_heads, -1), k.weight.expand(source.n_kv_heads, -1)))
+        self.rotation, self.norm = source.rotation, GainlessNorm(q)
         self.register_buffer("gains", gains.unsqueeze(1).to(dtype, copy=True))
 
     def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
@@ -163,8 +165,7 @@ class FoldedResidual(nn.Module):
         self.norm, gain, part = GainlessNorm(source.norm), source.norm.weight, source.part
         if isinstance(part, Attention):
             qkv = torch.cat((part.q.weight, part.k.weight, part.v.weight)) * gain
-            normed = isinstance(part.q_norm, RMSNorm)
-            rotation = NormedRotation(part, part.q_norm, dtype) if normed else part.rotation
+            rotation = NormedRotation(part, dtype) if isinstance(part.q_norm, RMSNorm) else part.rotation
             self.part: nn.Module = FoldedAttention(
                 part, qkv.to(dtype), part.o.weight.to(dtype), rotation, nn.Identity()
             )

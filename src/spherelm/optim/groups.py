@@ -51,11 +51,13 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 class OptimConfig:
     """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
 
-    lr: the peak learning rate. optimizer: which one, with its own fields. weight_decay: `None` means the paper's for the arm,
-    0.1 for a plain model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr:
-    the peak rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may
-    turn a unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the
-    rate does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
+    lr: the peak learning rate. optimizer: which one, with its own fields. weight_decay: an update shrinks each decayed
+    weight by this part of lr, whatever its role's multiplier; `None` means the paper's for the arm, 0.1 for a plain
+    model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr: the peak
+    rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may
+    turn a unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls
+    as the rate does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers
+    balance by it.
     """
 
     lr: float
@@ -130,7 +132,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
                     "role": role,
                     "lr": config.lr * multiplier,
                     "lr_multiplier": multiplier,
-                    "weight_decay": decay if role in DECAYED_ROLES else 0.0,
+                    "weight_decay": decay / multiplier if role in DECAYED_ROLES and multiplier else 0.0,
                 }
             )
     return groups

@@ -1,14 +1,13 @@
 """Named runs: sizes (`presets`) and ways to train them (`named`)."""
 
+from spherelm.recipes.choices import Choices
 from spherelm.recipes.named import (
     ABLATIONS,
     RECIPES,
     WAYS,
-    Choices,
     distinct,
     make_run,
     recipe_names,
-    tuned_rate,
 )
 from spherelm.recipes.overrides import changed
 from spherelm.recipes.presets import PRESETS, Preset
@@ -24,5 +23,4 @@ __all__ = [
     "distinct",
     "make_run",
     "recipe_names",
-    "tuned_rate",
 ]
