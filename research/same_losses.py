@@ -38,37 +38,37 @@ def cases() -> dict[str, dict[str, Any]]:
     """The runs by name: arguments of `make_run`."""
     found: dict[str, dict[str, Any]] = {}
     for arm in ("gpt", "ngpt"):
-        for recipe in ("adam", "paper", "nugpt", "muon", "training-ngpt"):
+        for recipe in ("law", "paper", "nugpt", "training-ngpt"):
             found[f"{arm}-{recipe}"] = {"arm": arm, "recipe": recipe, **DECODER}
         found[f"{arm}-tied-grouped"] = {
             "arm": arm,
-            "recipe": "muon",
+            "recipe": "law",
             **DECODER,
             "tie_embeddings": True,
             "n_kv_heads": 1,
         }
-        found[f"{arm}-documents"] = {"arm": arm, "recipe": "muon", **DECODER, "mask_documents": True, "recompute": True}
-        found[f"{arm}-bfloat16"] = {"arm": arm, "recipe": "muon", **DECODER, "dtype": "bfloat16"}
-        found[f"{arm}-compiled"] = {"arm": arm, "recipe": "muon", **DECODER, "compile": True}
-        found[f"{arm}-resumed"] = {"arm": arm, "recipe": "muon", **DECODER, "save_every": 4}
+        found[f"{arm}-documents"] = {"arm": arm, "recipe": "law", **DECODER, "mask_documents": True, "recompute": True}
+        found[f"{arm}-bfloat16"] = {"arm": arm, "recipe": "law", **DECODER, "dtype": "bfloat16"}
+        found[f"{arm}-compiled"] = {"arm": arm, "recipe": "law", **DECODER, "compile": True}
+        found[f"{arm}-resumed"] = {"arm": arm, "recipe": "law", **DECODER, "save_every": 4}
     for name in ("no-qk-norm", "alpha-free", "riemannian", "s_z-fixed", "alpha-scalar", "s_uv-from-rsqrt-at-1"):
         found[f"ngpt-{name}"] = {"arm": "ngpt", "recipe": name, **DECODER}
     for arm in ("hybrid", "nhybrid"):
         for pattern in ("MA-O", "A-A-"):
             sizes = HYBRID if "M" in pattern else RUN
-            found[f"{arm}-{pattern}"] = {"arm": arm, "recipe": "adam", **sizes, "pattern": pattern}
+            found[f"{arm}-{pattern}"] = {"arm": arm, "recipe": "law", **sizes, "pattern": pattern}
         balanced = {**HYBRID, "pattern": "AOM-", "balance": "loss", "n_shared_experts": 1}
-        found[f"{arm}-loss"] = {"arm": arm, "recipe": "adam", **balanced}
-        found[f"{arm}-compiled"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "compile": True}
-        found[f"{arm}-resumed"] = {"arm": arm, "recipe": "adam", **HYBRID, "pattern": "MA-O", "save_every": 4}
+        found[f"{arm}-loss"] = {"arm": arm, "recipe": "law", **balanced}
+        found[f"{arm}-compiled"] = {"arm": arm, "recipe": "law", **HYBRID, "pattern": "MA-O", "compile": True}
+        found[f"{arm}-resumed"] = {"arm": arm, "recipe": "law", **HYBRID, "pattern": "MA-O", "save_every": 4}
     for arm in ("encdec", "nencdec"):
-        found[f"{arm}"] = {"arm": arm, "recipe": "adam", "preset": "pairs", **PAIRS}
-        found[f"{arm}-tied"] = {"arm": arm, "recipe": "adam", "preset": "pairs", **PAIRS, "tie_embeddings": True}
+        found[f"{arm}"] = {"arm": arm, "recipe": "law", "preset": "pairs", **PAIRS}
+        found[f"{arm}-tied"] = {"arm": arm, "recipe": "law", "preset": "pairs", **PAIRS, "tie_embeddings": True}
         found[f"{arm}-paper"] = {"arm": arm, "recipe": "paper", "preset": "pairs", **PAIRS}
-        found[f"{arm}-compiled"] = {"arm": arm, "recipe": "adam", "preset": "pairs", **PAIRS, "compile": True}
+        found[f"{arm}-compiled"] = {"arm": arm, "recipe": "law", "preset": "pairs", **PAIRS, "compile": True}
     for arm in ("encoder", "nencoder"):
-        found[arm] = {"arm": arm, "recipe": "adam", **DECODER}
-        found[f"{arm}-resumed"] = {"arm": arm, "recipe": "adam", **DECODER, "save_every": 4}
+        found[arm] = {"arm": arm, "recipe": "law", **DECODER}
+        found[f"{arm}-resumed"] = {"arm": arm, "recipe": "law", **DECODER, "save_every": 4}
     return found
 
 

@@ -370,13 +370,11 @@ def test_sweep_passes_on_what_was_asked(
         2,
     ]
     (tmp_path / "sweep").mkdir()
-    answer = command("sweep", "--out", tmp_path / "sweep", "--data", data, "--recipe", "default", "paper", *words)
+    answer = command("sweep", "--out", tmp_path / "sweep", "--data", data, "--recipe", "law", "paper", *words)
     assert answer.code == 0, answer.err
     assert len(seen) == 2 * 2 * 2 * 2
     keys = {(j.config.recipe, j.config.optim.lr, j.config.model.alpha.init, j.config.train.seed) for j in seen}  # type: ignore[union-attr]
-    assert keys == {
-        (r, lr, a, s) for r in ("default", "paper") for lr in (0.1, 0.2) for a in (0.1, 0.3) for s in (0, 1)
-    }
+    assert keys == {(r, lr, a, s) for r in ("law", "paper") for lr in (0.1, 0.2) for a in (0.1, 0.3) for s in (0, 1)}
     assert {(j.config.train.steps, j.config.train.seq_len, j.config.data) for j in seen} == {(9, 16, str(data))}
     assert len(answer.out.splitlines()) == 2 + 8
     assert "| ngpt | demo | default | 0.1 | 16 | 0.1 | 9 | 2.5000 | 0.0000 |  | 2 |" in answer.out.splitlines()

@@ -74,7 +74,7 @@ def test_a_runs_config_trains_it_again(data: Path, tmp_path: Path, command: comm
 def test_flags_override_the_file_and_nothing_else_changes(
     arm: str, preset: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
 ) -> None:
-    config = make_run(arm, preset, "adam", vocab_size=64, lr=0.01, seed=7, keep=5)
+    config = make_run(arm, preset, "paper", vocab_size=64, lr=0.01, seed=7, keep=5)
     file = tmp_path / "run.json"
     file.write_text(json.dumps(to_dict(config)))
     flags = ["--lr", 0.02, "--keep", 2, "--dtype", "float32", "--set", "grad_clip=0.5", "rope_base=500"]
@@ -89,7 +89,7 @@ def test_flags_override_the_file_and_nothing_else_changes(
 
 
 def test_another_optimizer_or_scale_by_name(asked: list[RunConfig]) -> None:
-    config = make_run("ngpt", "demo", "adam", vocab_size=64)
+    config = make_run("ngpt", "demo", "paper", vocab_size=64)
     run = changed(config, {"optimizer": "muon", "momentum": 0.7, "alpha.init": 0.3, "schedule": "constant"})
     assert (run.optim.optimizer.kind, run.model.alpha.init, run.schedule.kind) == ("muon", 0.3, "constant")  # type: ignore[union-attr]
     assert run.optim.optimizer.momentum == 0.7  # type: ignore[union-attr]
@@ -101,7 +101,7 @@ def test_another_optimizer_or_scale_by_name(asked: list[RunConfig]) -> None:
     [
         (["--arm", "gpt"], "--arm does nothing beside --config"),
         (["--preset", "1m"], "--preset does nothing beside --config"),
-        (["--recipe", "muon"], "--recipe does nothing beside --config"),
+        (["--recipe", "nugpt"], "--recipe does nothing beside --config"),
         (["--set", "alpha.init=0.1"], "alpha.init is no field of gpt, only of ngpt"),
         (["--set", "momentum=0.5"], "momentum is a field of the optimizer muon"),
         (["--set", "grad_clop=1"], "did you mean 'grad_clip'?"),
@@ -111,13 +111,13 @@ def test_what_does_not_fit_the_file_is_refused(
     flags: list[str], said: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
 ) -> None:
     file = tmp_path / "run.json"
-    file.write_text(json.dumps(to_dict(make_run("gpt", "demo", "adam", vocab_size=64))))
+    file.write_text(json.dumps(to_dict(make_run("gpt", "demo", "paper", vocab_size=64))))
     answer = command("train", "--config", file, "--out", tmp_path / "out", *flags)
     assert (answer.code, len(answer.err.splitlines()), asked) == (2, 1, [])
     assert said in answer.err
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": "adam"}', "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": "paper"}', "null"])
 def test_a_file_that_is_no_config_is_refused(
     text: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
 ) -> None:

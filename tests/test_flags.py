@@ -62,7 +62,7 @@ SAMPLES = {
     ("sweep", "--vary"): "d_model=64",
     ("evidence", "--sizes"): "1m",
     ("evidence", "--contexts"): "512",
-    ("evidence", "--contenders"): "gpt-muon",
+    ("evidence", "--contenders"): "gpt-law",
     ("eval", "--lengths"): "16",
     ("eval", "--rope-scaling"): "linear:4",
     ("bench", "--shape"): "1,8,1,8,1,8",
@@ -281,7 +281,7 @@ def test_a_flag_that_is_repeated(
     if flag == "--reference":
         words += ["--translate", data]
     second = {
-        "--arms": "gpt", "--recipe": "muon", "--sizes": "4m", "--contexts": "256", "--contenders": "nugpt",
+        "--arms": "gpt", "--recipe": "nugpt", "--sizes": "4m", "--contexts": "256", "--contenders": "nugpt",
         "--set": "n_layers=1", "--vary": "n_layers=1", "--lr": "0.5", "--budgets": "2",
     }.get(flag, data)  # fmt: skip
     assert seen(name, *words, *own, flag, second) == seen(name, *words, *own, second)

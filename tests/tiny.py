@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm.data.prepare import prepare
-from spherelm.optim.transfer import BaseShape
-from spherelm.recipes import WAYS, Preset, make_run
+from spherelm.recipes import Preset, make_run
 from spherelm.runs.checkpoint import MOMENTS, WEIGHTS
 from spherelm.runs.config import RunConfig
 from spherelm.runs.metrics import MEASURED, read_metrics
@@ -52,11 +51,9 @@ PRESET = Preset(
     seq_len=16,
     batch_size=4,
     steps=6,
-    rates={(recipe, arm): 1e-2 for recipe in WAYS for arm in ARMS},
     eval_every=2,
     eval_windows=6,
     compile=False,
-    base=BaseShape(16, 2, 6),
 )
 
 

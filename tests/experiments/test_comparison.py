@@ -21,6 +21,7 @@ from spherelm.experiments.record import read_comparison
 from spherelm.models import DecoderArch
 from spherelm.recipes.presets import PRESETS
 from spherelm.report.report import write_report
+from spherelm.runs.config import read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import alone_in
 from spherelm.train.batches import tokens_per_byte
@@ -46,16 +47,16 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
     pytest.importorskip(
         "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
     )
-    rates = {("adam", "gpt"): 2e-3, ("adam", "ngpt"): 1e-2}
     architecture = DecoderArch(pattern="M-A")
-    pattern = dataclasses.replace(tiny.PRESET, n_layers=3, d_model=32, architecture=architecture, rates=rates)
+    pattern = dataclasses.replace(tiny.PRESET, n_layers=3, d_model=32, architecture=architecture)
     monkeypatch.setitem(PRESETS, "tiny", pattern)
     out = tmp_path / "out"
     summary = compare(config(data, seeds=1, quick=True), out)
     assert jobs_done == ["gpt-0", "ngpt-0"]
     patterns = [tiny.read_json(out / run / "config.json")["model"]["architecture"]["pattern"] for run in jobs_done]
     assert patterns == ["M-A", "M-A"]
-    assert [summary["arms"][arm]["lr"] for arm in tiny.ARMS] == [2e-3, 1e-2]
+    rates = [read_config(out / run / "config.json").optim.lr for run in jobs_done]
+    assert [summary["arms"][arm]["lr"] for arm in tiny.ARMS] == rates
     losses = {arm: summary["arms"][arm]["final_loss"] for arm in tiny.ARMS}
     assert summary["speedup"]["winner"] == min(losses, key=lambda arm: losses[arm])
     read = read_comparison(out)

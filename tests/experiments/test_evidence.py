@@ -28,7 +28,7 @@ from spherelm.experiments.evidence import (
 )
 from spherelm.experiments.evidence_record import on_record, table
 from spherelm.recipes import make_run
-from spherelm.recipes.presets import PRESETS, RATES_OF_SMALLEST, SMALLEST
+from spherelm.recipes.presets import PRESETS
 from spherelm.runs.checkpoint import load_model
 from spherelm.runs.record import alone_in, write_json
 
@@ -46,23 +46,6 @@ def test_the_sizes_are_what_they_are_called() -> None:
         assert point.tokens == pytest.approx(5 * point.block_parameters, rel=1e-3)
         model = make_run("ngpt", name, "nugpt", vocab_size=9).model
         assert model.d_model // model.n_heads == 64, "nuGPT wants heads of one width"
-
-
-def test_rates_of_sizes_are_carried_over_from_the_smallest() -> None:
-    """At 128 channels and 5120 updates: 2^(-3/4) 16^(-1/3) of that at 64 channels and 320 updates; Muon's for GPT 16^(-1/3)."""
-    ratio = 2**-0.75 * 16 ** (-1 / 3)
-    for arm in tiny.ARMS:
-        base = PRESETS["1m"].rates["adam", arm]
-        assert base == pytest.approx(ratio * recipes_rate(arm), rel=0.05)
-    assert PRESETS["1m"].rates["muon", "ngpt"] == pytest.approx(ratio * RATES_OF_SMALLEST["muon", "ngpt"], rel=0.05)
-    assert PRESETS["1m"].rates["muon", "gpt"] == pytest.approx(
-        16 ** (-1 / 3) * RATES_OF_SMALLEST["muon", "gpt"], rel=0.05
-    )
-    assert PRESETS["1m"].base == SMALLEST
-
-
-def recipes_rate(arm: str) -> float:
-    return RATES_OF_SMALLEST["adam", arm]
 
 
 def test_points_come_cheapest_first() -> None:
@@ -83,7 +66,7 @@ def test_points_come_cheapest_first() -> None:
         ({"budgets": (0.0,)}, "budgets must be positive numbers"),
         ({"budgets": (math.inf,)}, "budgets must be positive numbers"),
         ({"budgets": (5.0, 5.0)}, "budgets has a value twice"),
-        ({"contenders": ("gpt-muon", "gpt-muon")}, "contenders has a value twice"),
+        ({"contenders": ("gpt-law", "gpt-law")}, "contenders has a value twice"),
         ({"budgets": (0.0078, 0.0079)}, "budgets 0.0078 and 0.0079 are both 2 updates of 0.3m: leave one out"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
     ],
@@ -156,9 +139,7 @@ def test_a_small_ladder(
 ) -> None:
     for module in (evidence, evidence_plan):
         monkeypatch.setattr(module, "TOKENS_AN_UPDATE", 64)
-    grid = Grid(
-        str(data), str(test_data), ("tiny",), (16,), (0.02, 0.04), ("gpt-adamw", "ngpt-adam"), 2, test_windows=5
-    )
+    grid = Grid(str(data), str(test_data), ("tiny",), (16,), (0.02, 0.04), ("gpt-law", "ngpt-law"), 2, test_windows=5)
     out = tmp_path / "ladder"
     record = climb(grid, out)
     stored = tiny.read_json(out / "evidence.json")
@@ -185,23 +166,23 @@ def test_a_small_ladder(
     assert (cost["size"], cost["context"], cost["compiled"]) == ("tiny", 16, False)
     assert list(cost["seconds"]) == list(grid.contenders)
     assert all(seconds > 0 for seconds in cost["seconds"].values())
-    assert cost["ratios"]["gpt-adamw"]["gpt-adamw"] == 1.0
+    assert cost["ratios"]["gpt-law"]["gpt-law"] == 1.0
     for row in record["speedups"]:
         if row["speedup"] is not None:
-            assert row["seconds"] == row["speedup"] / cost["ratios"]["gpt-adamw"]["ngpt-adam"]
+            assert row["seconds"] == row["speedup"] / cost["ratios"]["gpt-law"]["ngpt-law"]
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
     again = climb(grid, out)
     kept = ("measured", "costs", "speedups")
     assert {k: again[k] for k in kept} == {k: record[k] for k in kept}, "steps are not timed again either"
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == stamps, "nothing ran again"
-    part = climb(dataclasses.replace(grid, budgets=(0.04,), contenders=("gpt-adamw",), seeds=1), out)
+    part = climb(dataclasses.replace(grid, budgets=(0.04,), contenders=("gpt-law",), seeds=1), out)
     assert {k: part[k] for k in kept} == {k: record[k] for k in kept}, "what is known already stays"
 
 
 def test_long_runs_are_compiled(data: Path, test_data: Path, tmp_path: Path) -> None:
     grid = Grid(str(data), str(test_data), budgets=(1.25, 2.5))
     ladder = Ladder(grid, tmp_path)
-    compiled = {p.steps: ladder.job("ngpt-muon", p, 1e-2, 0).config.train.compile for p in grid.points()}
+    compiled = {p.steps: ladder.job("ngpt-law", p, 1e-2, 0).config.train.compile for p in grid.points()}
     assert compiled == {320: False, 640: True}
 
 
@@ -231,13 +212,10 @@ def test_two_never_work_through_one_directory(
 def test_what_could_not_be_done_to_the_end_is_not_begun(
     data: Path, test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PRESETS, "untuned", dataclasses.replace(tiny.PRESET, rates={}))
     grid = Grid(str(data), str(test_data))
     for minutes in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="minutes must be a positive number, got"):
             climb(grid, tmp_path / "out", minutes=minutes)
-    with pytest.raises(ValueError, match="no learning rate to start from is known for gpt-adamw at 'untuned'"):
-        climb(dataclasses.replace(grid, sizes=("0.3m", "untuned")), tmp_path / "out")
     with pytest.raises(FileExistsError, match="is a file: choose another --out"):
         climb(grid, test_data / "manifest.json")
     assert not (tmp_path / "out").exists()
@@ -289,17 +267,17 @@ def test_when_its_minutes_are_over_it_prints_what_it_has(
     real = Ladder.measure
 
     def measure(self: Ladder, contender: str, point: Point) -> dict[str, Any]:
-        if contender == "ngpt-adam":
+        if contender == "ngpt-law":
             Watch.ring() if stop == "its minutes" else os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)  # a signal ends it
         return real(self, contender, point)
 
     monkeypatch.setattr(Ladder, "measure", measure)
     flags = ["--data", data, "--test", test_data, "--sizes", "tiny", "--contexts", "16", "--budgets", "0.02"]
-    flags += ["--contenders", "gpt-adamw", "ngpt-adam", "--seeds", "1", "--minutes", "7", "--out", tmp_path / "out"]
+    flags += ["--contenders", "gpt-law", "ngpt-law", "--seeds", "1", "--minutes", "7", "--out", tmp_path / "out"]
     answer = make_command(monkeypatch, capsys)("evidence", *flags)
     assert (answer.code, answer.shown[-1]) == (code, said)
     record = tiny.read_json(tmp_path / "out" / "evidence.json")
     (row,) = record["measured"]
-    assert row["contender"] == "gpt-adamw"
+    assert row["contender"] == "gpt-law"
     assert answer.out == ("" if code else table(record) + "\n")

@@ -117,7 +117,7 @@ def _arm(arm: str, finals: list[float]) -> dict:
         "bits_per_byte": float(np.mean(finals)) / np.log(2) / 3.6,
         "tokens_per_second": {"gpt": 21_000, "ngpt": 18_500}[arm],
         "lr": {"gpt": 3e-3, "ngpt": 6e-3}[arm],
-        "recipe": {"gpt": "default", "ngpt": "default"}[arm],
+        "recipe": {"gpt": "law", "ngpt": "law"}[arm],
         "optimizer": {"gpt": "adamw", "ngpt": "muon"}[arm],
         "parameters": {"gpt": 5_312_512, "ngpt": 5_327_872}[arm],
         "runs": [f"{arm}-{seed}" for seed in range(len(finals))],

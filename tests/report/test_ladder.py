@@ -115,14 +115,14 @@ def test_rates_are_compared_on_the_seeds_that_all_of_them_have(
 def test_rates_of_different_recipes_are_lines_of_their_own(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for recipe, rates in (("adam", (1e-3, 2e-3)), ("muon", (1e-2, 2e-2))):
+    for recipe, rates in (("paper", (1e-3, 2e-3)), ("law", (1e-2, 2e-2))):
         for lr in rates:
             write(f"gpt-{lr}", "gpt", 4.0 + lr, recipe=recipe, lr=lr)
     seen = lines(monkeypatch)
     _, _, page = report(tmp_path)
     assert [(line.label, line.x.tolist()) for line in seen["rate"]] == [
         ("adam, adamw", [1e-3, 2e-3]),
-        ("muon", [1e-2, 2e-2]),
+        ("law", [1e-2, 2e-2]),
     ]
     assert "GPT (muon) 0.01 (at the edge of what was tried)" in page
 

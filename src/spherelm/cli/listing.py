@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 
 def presets() -> None:
-    """List the presets: size and length of each, and for which recipes a learning rate was tuned."""
+    """List the presets: the size and the length of each."""
     from spherelm.recipes import PRESETS
 
-    header = ("preset", "layers", "d_model", "heads", "context", "batch", "updates", "tuned for", "")
+    header = ("preset", "layers", "d_model", "heads", "context", "batch", "updates", "")
     rows = [
         (
             name,
             *(str(n) for n in (size.n_layers, size.d_model, size.n_heads, size.seq_len, size.batch_size, size.steps)),
-            " ".join(dict.fromkeys(recipe for recipe, _ in size.rates)),
             size.about,
         )
         for name, size in PRESETS.items()

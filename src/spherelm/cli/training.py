@@ -38,7 +38,7 @@ def compare(
     out: Path,
     data: Path | None = None,
     preset: str = "demo",
-    recipe: str = "default",
+    recipe: str = "law",
     steps: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -57,7 +57,7 @@ def compare(
         out: Directory for both arms' runs, summary.json and report.html.
         data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
         preset: Size and length of the models' runs.
-        recipe: How each arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
+        recipe: How each arm is trained: law, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
         steps: Updates of a full run; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
@@ -101,7 +101,7 @@ def train(
     arm: Annotated[Literal["gpt", "ngpt"] | None, Needs(without=["--config"])] = None,
     data: Path | None = None,
     preset: Annotated[str, Needs(without=["--config"])] = "demo",
-    recipe: Annotated[str, Needs(without=["--config"])] = "default",
+    recipe: Annotated[str, Needs(without=["--config"])] = "law",
     config: Path | None = None,
     sizes: SizeFlags = Sizes(),
     lr: float | None = None,
@@ -125,7 +125,7 @@ def train(
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run.
-        recipe: How the arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
+        recipe: How the arm is trained: law, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
         config: A run's config.json: the run is that one, but for the flags that are given.
         lr: Peak learning rate; the one tuned for the preset and recipe if left out.
         seed: Of the weights' start and of the order of the text.
@@ -203,7 +203,7 @@ def sweep(
     lr: tuple[float, ...] = (),
     vary: tuple[str, ...] = (),
     preset: str = "demo",
-    recipe: tuple[str, ...] = ("default",),
+    recipe: tuple[str, ...] = ("law",),
     steps: int | None = None,
     data: Path | None = None,
     seeds: int = 1,
@@ -248,7 +248,7 @@ def evidence(
     sizes: tuple[str, ...] = ("0.3m",),
     contexts: tuple[int, ...] = (256,),
     budgets: tuple[float, ...] = (5.0, 10.0),
-    contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon"),
+    contenders: tuple[str, ...] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper"),
     seeds: int = 3,
     workers: int | None = None,
     minutes: float | None = None,
@@ -262,7 +262,7 @@ def evidence(
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
         contexts: Tokens a sequence; an update has 1024 tokens at each.
         budgets: Tokens for each block parameter.
-        contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
+        contenders: Among gpt-law, gpt-paper, ngpt-law, ngpt-paper, nugpt, training-ngpt.
         seeds: Runs at the learning rate that was found.
         workers: Runs at once; one a core if left out.
         minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.

@@ -44,7 +44,7 @@ class CompareConfig:
     """
 
     preset: str = "demo"
-    recipe: str = "default"
+    recipe: str = "law"
     data: str | None = None
     seeds: int = 1
     quick: bool = False

@@ -34,7 +34,7 @@ from spherelm.experiments.growth import timed_at
 from spherelm.experiments.jobs import Job, handled, run_jobs, threads, threads_each, workers_for
 from spherelm.experiments.record import standard_error
 from spherelm.experiments.sweep import UNTRAINED, name_of
-from spherelm.recipes import make_run, tuned_rate
+from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import load_model
 from spherelm.runs.record import alone_in, write_json
 from spherelm.train.precision import best_device
@@ -106,15 +106,18 @@ class Ladder:
         return found
 
     def first_rate(self, contender: str, point: Point) -> float:
-        """Where the search begins: the preset's rate, carried over from its length to this one as steps^(-1/3)."""
+        """Where the search begins: the recipe's own rate at this point."""
         arm, recipe = CONTENDERS[contender]
-        if tuned_rate(point.preset, recipe, arm) is None:
-            raise UserError(
-                f"no learning rate to start from is known for {contender} at {point.size!r}: take another size"
-            )
-        config = make_run(arm, point.size, recipe, vocab_size=self.vocab_size)
-        own = 1.0 if recipe == "nugpt" else (point.steps / config.train.steps) ** (-1 / 3)
-        return config.optim.lr * own
+        batch = TOKENS_AN_UPDATE // point.context
+        return make_run(
+            arm,
+            point.size,
+            recipe,
+            vocab_size=self.vocab_size,
+            steps=point.steps,
+            seq_len=point.context,
+            batch_size=batch,
+        ).optim.lr
 
     def measure(self, contender: str, point: Point) -> dict[str, Any]:
         """Tune, run all seeds at the best rate, and judge them on the test text."""

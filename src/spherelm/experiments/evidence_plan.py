@@ -13,12 +13,10 @@ from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
 
 CONTENDERS = {
+    "gpt-law": ("gpt", "law"),
     "gpt-paper": ("gpt", "paper"),
-    "gpt-adamw": ("gpt", "adam"),
-    "gpt-muon": ("gpt", "muon"),
+    "ngpt-law": ("ngpt", "law"),
     "ngpt-paper": ("ngpt", "paper"),
-    "ngpt-adam": ("ngpt", "adam"),
-    "ngpt-muon": ("ngpt", "muon"),
     "nugpt": ("ngpt", "nugpt"),
     "training-ngpt": ("ngpt", "training-ngpt"),
 }
@@ -40,7 +38,7 @@ class Grid:
     sizes: tuple[str, ...] = ("0.3m",)
     contexts: tuple[int, ...] = (256,)
     budgets: tuple[float, ...] = (5.0, 10.0)
-    contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon")
+    contenders: tuple[str, ...] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper")
     seeds: int = 3
     test_windows: int = 256
 

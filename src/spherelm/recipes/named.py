@@ -68,7 +68,7 @@ def nugpt(arm: str, preset: Preset) -> Choices:
     such rules: it is trained by "paper".
     """
     if arm == "gpt":
-        return paper(arm, preset)
+        return dataclasses.replace(paper(arm, preset), model=shared_embeddings(preset.architecture))
     base = preset.base or BASE
     rules = transfer(base, preset.d_model, preset.n_layers, preset.steps)
     model: dict[str, Any] = {
@@ -92,7 +92,7 @@ def training_ngpt(arm: str, preset: Preset) -> Choices:
     """
     schedule = ScheduleConfig("log", warmup_steps=preset.steps // 10, rho=0.9)
     if arm == "gpt":
-        return dataclasses.replace(paper(arm, preset), schedule=schedule)
+        return dataclasses.replace(nugpt(arm, preset), schedule=schedule)
     choices = law(arm, preset)
     optim = {"optimizer": "gated_adamw", "eps": 1e-16, "eps_gate": 1e-8, "max_angle": 0.2, "angle_follows_lr": True}
     rate = 1.6 * choices.lr * choices.optim["multipliers"].scale
@@ -177,7 +177,8 @@ def make_run(
     size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
     given |= layers_of(given, size.architecture)
     size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "base", "about")))
-    size = dataclasses.replace(size, base=base_of(BASE, given) if recipe == "nugpt" and arm == "ngpt" else None)
+    base = base_of(given.pop("base", BASE), given)
+    size = dataclasses.replace(size, base=base if recipe == "nugpt" and arm == "ngpt" else None)
     choices = make(arm, size)
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}

@@ -1,0 +1,114 @@
+"""The law: what it holds fixed, what it carries over, and that each of its numbers has a source."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spherelm import build, build_optimizer
+from spherelm.layers.linear import unit_modules
+from spherelm.recipes import PRESETS, law, make_run
+from spherelm.recipes.law import CONSTANTS, numbers
+
+both_arms = pytest.mark.parametrize("arm", ["gpt", "ngpt"])
+
+
+def rates(arm: str, **fields: Any) -> dict[str, float]:
+    """The peak rate of each role in a run of the smallest size with these fields."""
+    run = make_run(arm, "0.3m", vocab_size=64, **fields)
+    return {role: run.optim.lr * multiplier for role, multiplier in vars(run.optim.multipliers).items()}
+
+
+@both_arms
+def test_every_number_has_constants_and_every_constant_is_used(arm: str) -> None:
+    used = {
+        name
+        for kind in ("gpt", "ngpt")
+        for number in numbers(kind, PRESETS["demo"]).values()
+        for name in number.constants
+    }
+    assert used == set(CONSTANTS)
+    assert len(CONSTANTS) <= 20
+    assert all(number.constants for number in numbers(arm, PRESETS["demo"]).values())
+    assert all(constant.source and constant.means for constant in CONSTANTS.values())
+
+
+def test_the_law_is_a_page() -> None:
+    assert len(Path(law.__file__).read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@both_arms
+def test_rates_carry_over_by_powers(arm: str) -> None:
+    """Three runs give the exponents of steps; what holds between them holds from any run to any other."""
+    short, middle, long = (rates(arm, steps=steps) for steps in (100, 400, 1600))
+    small, large = (rates(arm, batch_size=batch) for batch in (4, 64))
+    for role in ("matrix", "input_embedding", "output_embedding"):
+        assert short[role] / middle[role] == pytest.approx(middle[role] / long[role])
+        assert short[role] > long[role]
+        assert large[role] / small[role] == pytest.approx(large["matrix"] / small["matrix"])
+    assert short["matrix"] / long["matrix"] > short["input_embedding"] / long["input_embedding"]
+
+
+def test_on_the_sphere_a_rate_is_an_angle_at_every_width() -> None:
+    """The first update turns the rows of an embedding by the same angle, whatever the width; Adam moves each number alike."""
+    turned = {}
+    for d_model in (64, 256):
+        run = make_run("ngpt", "0.3m", vocab_size=1024, d_model=d_model, d_k=64, n_layers=1, common_start=0.0)
+        torch.manual_seed(0)
+        model = build(run.model)
+        before = {name: module.weight.detach().clone() for name, module, _ in unit_modules(model)}
+        tokens = torch.randperm(1024).view(4, 256)
+        optimizer = build_optimizer(model, run.optim)
+        model.loss(tokens, tokens.roll(-1, 1)).backward()
+        optimizer.step()
+        cosines = {
+            name: (before[name] * module.weight.detach()).sum(axis).clamp(-1, 1)
+            for name, module, axis in ((n, m, 1 if a is None else a) for n, m, a in unit_modules(model))
+        }
+        turned[d_model] = {name: cosine.acos().square().mean().sqrt().item() for name, cosine in cosines.items()}
+    for name, angle in turned[64].items():
+        assert turned[256][name] == pytest.approx(angle, rel=0.25), name
+    assert max(turned[64].values()) < 0.2
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 10_000])
+def test_a_baselines_weights_decay_by_the_same_part_in_every_run(steps: int) -> None:
+    """What a role's rate is does not matter: rate times decay, summed over a run at the peak, is the law's constant."""
+    run = make_run("gpt", "0.3m", vocab_size=64, steps=steps)
+    optimizer = build_optimizer(build(run.model), run.optim)
+    decays = {group["role"]: steps * group["lr"] * group["weight_decay"] for group in optimizer.param_groups}
+    assert decays.pop("gain") == 0
+    assert set(decays) == {"input_embedding", "output_embedding", "matrix"}
+    assert all(decay == pytest.approx(CONSTANTS["decay.gpt"].value) for decay in decays.values())
+
+
+@pytest.mark.parametrize(("d_model", "n_heads"), [(64, 1), (256, 4)])
+def test_logits_start_with_the_spread_that_the_law_names(d_model: int, n_heads: int) -> None:
+    """In both arms, at every width: the standard deviation of the logits over the vocabulary."""
+    spreads = []
+    for arm in ("gpt", "ngpt"):
+        torch.manual_seed(1)
+        model = build(make_run(arm, "0.3m", vocab_size=4096, d_model=d_model, n_heads=n_heads).model)
+        with torch.no_grad():
+            spreads.append(model(torch.randint(4096, (2, 64))).std(-1).mean().item())
+    gpt, ngpt = spreads
+    assert ngpt == pytest.approx(CONSTANTS["logits"].value, rel=0.15)
+    assert gpt == pytest.approx(0.02 * math.sqrt(d_model), rel=0.15)
+
+
+@both_arms
+def test_memories_follow_the_run(arm: str) -> None:
+    """Adam's second moment remembers as many tokens as the paper's; the first and Muon's the root of the updates."""
+    batches = (4, 64, 512, 2048)
+    seconds = [
+        make_run(arm, "0.3m", vocab_size=9, seq_len=1024, batch_size=b).optim.optimizer.betas[1] for b in batches
+    ]
+    assert seconds == [0.99, 0.99, 0.95, 0.95]
+    for steps, first in ((100, 0.5), (961, 0.8), (100_000, 0.9)):
+        rule: Any = make_run(arm, "0.3m", vocab_size=9, steps=steps).optim.optimizer
+        assert rule.betas[0] == pytest.approx(first, abs=1e-3)
+        assert 1 / (1 - rule.momentum) == pytest.approx(2 / (1 - rule.betas[0]))
