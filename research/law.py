@@ -1,0 +1,238 @@
+"""The runs behind the law (docs/recipes.md): those that its constants were fitted on, and points that chose nothing.
+
+    python research/law.py prepare --shared ../shared/data --out data/law
+    python research/law.py run test --data data/law --out runs/law --minutes 110
+    python research/law.py table docs/results/law.json
+
+A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of it, the
+cheapest points first; `run fit` moves the rates of single roles at the points of `FIT`. Runs resume, and every finished one is
+a line of docs/results/law.json. `table` prints how far the law's rate is from the best of the three at each point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spherelm.data.sources import vocabulary_size
+from spherelm.experiments.jobs import Job, do_job
+from spherelm.recipes import make_run
+from spherelm.runs.record import write_json
+
+RESULTS = Path("docs/results/law.json")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A shape, a text and a length. tokens: of an update. vocabulary: 256, 4k or 32k, of the tokenizers of `prepare`."""
+
+    d_model: int
+    n_layers: int
+    vocabulary: str
+    tokens: int
+    steps: int
+    context: int
+    text: str
+
+    @property
+    def name(self) -> str:
+        """All of it in a word."""
+        return "-".join(str(value) for value in asdict(self).values())
+
+    @property
+    def cost(self) -> float:
+        """Roughly the operations of a run."""
+        vocabulary = {"256": 256, "4k": 4096, "32k": 32000}[self.vocabulary]
+        block = 16 * self.n_layers * self.d_model**2 + 2 * self.n_layers * self.d_model * self.context
+        return float(self.steps * self.tokens * (block + self.d_model * vocabulary))
+
+
+TEST = (
+    Point(64, 4, "4k", 1024, 160, 256, "books"),
+    Point(64, 2, "256", 2048, 640, 512, "wiki"),
+    Point(128, 4, "4k", 1024, 320, 256, "wiki"),
+    Point(128, 2, "32k", 1024, 320, 256, "books"),
+    Point(64, 8, "4k", 1024, 320, 128, "wiki"),
+    Point(64, 16, "256", 1024, 320, 256, "books"),
+    Point(256, 4, "4k", 1024, 160, 256, "wiki"),
+    Point(256, 2, "256", 2048, 320, 1024, "books"),
+    Point(512, 2, "4k", 1024, 160, 256, "books"),
+    Point(64, 4, "256", 16384, 160, 256, "wiki"),
+    Point(64, 2, "4k", 8192, 320, 2048, "books"),
+    Point(64, 2, "256", 32768, 160, 512, "books"),
+    Point(64, 2, "256", 1024, 10000, 128, "books"),
+    Point(64, 4, "4k", 1024, 2560, 256, "wiki"),
+    Point(128, 6, "256", 1024, 1280, 256, "wiki"),
+    Point(128, 4, "4k", 4096, 1000, 512, "books"),
+)
+"""Points that chose nothing. They were written down before the constants were fixed."""
+
+CENTER = Point(64, 2, "4k", 1024, 160, 256, "books")
+FIT = (
+    CENTER,
+    Point(64, 2, "4k", 4096, 160, 256, "books"),
+    Point(256, 2, "4k", 1024, 160, 256, "books"),
+    Point(64, 2, "4k", 1024, 640, 256, "books"),
+    Point(64, 2, "256", 1024, 160, 256, "books"),
+    Point(64, 2, "32k", 1024, 160, 256, "books"),
+    Point(64, 8, "4k", 1024, 160, 256, "books"),
+    Point(64, 4, "4k", 1024, 320, 256, "books"),
+)
+"""Points that the constants were fitted on: a center, and from it one step in each direction."""
+
+ROLES = {"matrix": "matrix_rate", "input": "input_embedding_rate", "output": "output_embedding_rate"}
+
+
+def wanted(kind: str) -> Iterator[tuple[Point, str, str, float]]:
+    """(point, arm, role, factor) of each run, the cheapest points first; the role "all" is the peak rate."""
+    roles = ("all",) if kind == "test" else tuple(ROLES)
+    for point in sorted(TEST if kind == "test" else FIT, key=lambda point: point.cost):
+        for arm in ("gpt", "ngpt"):
+            yield point, arm, "all", 1.0
+            yield from ((point, arm, role, factor) for role in roles for factor in (0.5, 2.0))
+
+
+def run_of(point: Point, arm: str, role: str, factor: float, data: Path) -> Any:
+    """The run by the law with one rate times a factor."""
+    directory = data / f"{point.text}-{point.vocabulary}"
+    size = vocabulary_size(str(directory))
+    fields: dict[str, Any] = {
+        "d_model": point.d_model, "n_heads": max(1, point.d_model // 64), "n_layers": point.n_layers, "steps": point.steps,
+        "seq_len": point.context, "batch_size": max(1, point.tokens // point.context), "compile": False, "eval_every": 0,
+        "eval_windows": 32768 // point.context, "stop_above": math.log(size) + 1, "save_every": 10**9,
+    }  # fmt: skip
+    lawful = make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields)
+    if role == "all":
+        return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, lr=lawful.optim.lr * factor)
+    own = getattr(lawful.optim.multipliers, ROLES[role].removesuffix("_rate"))
+    return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, **{ROLES[role]: own * factor})
+
+
+def work(asked: argparse.Namespace, jobs: Any, lock: Any) -> None:
+    """Take runs until there are none, or the time is over; one thread."""
+    torch.set_num_threads(1)
+    while time.time() < asked.until:
+        with lock:
+            job = jobs.pop(0) if len(jobs) else None
+        if job is None:
+            return
+        point, arm, role, factor = job
+        run = run_of(point, arm, role, factor, asked.data)
+        out = asked.out / f"{point.name}-{arm}-{role}-{factor:g}"
+        start = time.process_time()
+        loss = do_job(Job(run, out))
+        shutil.rmtree(out, ignore_errors=True)
+        record = {
+            "point": point.name, "arm": arm, "role": role, "factor": factor, "lr": run.optim.lr, "kind": asked.kind,
+            "multipliers": asdict(run.optim.multipliers), "loss": None if math.isnan(loss) else loss,
+            "seconds": round(time.process_time() - start, 1), "seed": 0,
+        }  # fmt: skip
+        with lock:
+            write_json(RESULTS, {"runs": [*runs_so_far(), record]})
+        print(f"{out.name} {loss:.4f} {record['seconds']:.0f} s", flush=True)
+
+
+def runs_so_far() -> list[dict[str, Any]]:
+    """The lines of the results file."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
+    return found
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Do what is left of the runs of `asked.kind`, with `asked.workers` processes."""
+    asked.until = time.time() + 60 * asked.minutes
+    done = {(r["point"], r["arm"], r["role"], r["factor"]) for r in runs_so_far() if r["kind"] == asked.kind}
+    left = [job for job in wanted(asked.kind) if (job[0].name, *job[1:]) not in done]
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        jobs, lock = manager.list(left), manager.Lock()
+        processes = [
+            multiprocessing.get_context("spawn").Process(target=work, args=(asked, jobs, lock))
+            for _ in range(asked.workers)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+
+def prepare(asked: argparse.Namespace) -> None:
+    """Data directories of books and encyclopedia by three tokenizers: bytes, the shipped one and Llama 2's."""
+    tokenizers = {
+        "256": "bytes",
+        "4k": "default",
+        "32k": str(asked.shared / "tokenizers" / "llama2" / "tokenizer.json"),
+    }
+    for text in ("books", "wiki"):
+        for name, tokenizer in tokenizers.items():
+            train = sorted((asked.shared / text).glob("train-*"))[: 1 if name == "256" else 4]
+            words = [
+                "--input",
+                *train,
+                "--val",
+                asked.shared / text / "val-000.jsonl.xz",
+                "--out",
+                asked.out / f"{text}-{name}",
+            ]
+            subprocess.run(
+                [sys.executable, "-m", "spherelm", "data", "prepare", *map(str, words), "--tokenizer", tokenizer],
+                check=True,
+            )
+
+
+def table(asked: argparse.Namespace) -> None:
+    """How much of the loss each point gives away at the law's rate, in percent of the best of the three, by arm."""
+    runs = [one for one in json.loads(asked.results.read_text(encoding="utf-8"))["runs"] if one["kind"] == "test"]
+    print("| point | arm | loss | at half | at double | over the best |\n|---|---|---|---|---|---|")
+    lost = []
+    for point in TEST:
+        for arm in ("gpt", "ngpt"):
+            found = {
+                r["factor"]: r["loss"] or math.inf
+                for r in runs
+                if (r["kind"], r["point"], r["arm"]) == ("test", point.name, arm)
+            }
+            if set(found) != {0.5, 1.0, 2.0}:
+                continue
+            lost.append(100 * (found[1.0] / min(found.values()) - 1))
+            sides = (f"{100 * (found[factor] / found[1.0] - 1):+.2f} %" for factor in (0.5, 2.0))
+            print(f"| {point.name} | {arm} | {found[1.0]:.4f} | {' | '.join(sides)} | {lost[-1]:.2f} % |")
+    print(
+        f"\n{len(lost)} of {2 * len(TEST)}: within 0.3 % {sum(x <= 0.3 for x in lost)}, within 0.1 % {sum(x <= 0.1 for x in lost)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("prepare")
+    one.add_argument("--shared", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(do=prepare)
+    one = commands.add_parser("run")
+    one.add_argument("kind", choices=["test", "fit"])
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--minutes", type=float, default=110.0)
+    one.add_argument("--workers", type=int, default=2)
+    one.set_defaults(do=run)
+    one = commands.add_parser("table")
+    one.add_argument("results", type=Path)
+    one.set_defaults(do=table)
+    asked = parser.parse_args()
+    asked.do(asked)
+
+
+if __name__ == "__main__":
+    main()
