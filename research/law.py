@@ -29,6 +29,7 @@ import torch
 from spherelm.data.sources import vocabulary_size
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.recipes import make_run
+from spherelm.recipes.law import CONSTANTS
 from spherelm.runs.record import write_json
 
 RESULTS = Path("docs/results/law.json")
@@ -208,9 +209,14 @@ def table(asked: argparse.Namespace) -> None:
             lost.append(100 * (found[1.0] / min(found.values()) - 1))
             sides = (f"{100 * (found[factor] / found[1.0] - 1):+.2f} %" for factor in (0.5, 2.0))
             print(f"| {point.name} | {arm} | {found[1.0]:.4f} | {' | '.join(sides)} | {lost[-1]:.2f} % |")
-    print(
-        f"\n{len(lost)} of {2 * len(TEST)}: within 0.3 % {sum(x <= 0.3 for x in lost)}, within 0.1 % {sum(x <= 0.1 for x in lost)}"
-    )
+    within = ", ".join(f"{sum(x <= limit for x in lost)} within {limit} %" for limit in (0.1, 0.3))
+    print(f"\n{len(lost)} of {2 * len(TEST)} done: {within}")
+
+
+def constants() -> str:
+    """The law's constants as a table of docs/recipes.md."""
+    rows = [f"| `{name}` | {one.value:.3g} | {one.means} | {one.source} |" for name, one in CONSTANTS.items()]
+    return "\n".join(["| constant | value | what it is | where it comes from |", "|---|---|---|---|", *rows])
 
 
 def main() -> None:
@@ -227,6 +233,8 @@ def main() -> None:
     one.add_argument("--minutes", type=float, default=110.0)
     one.add_argument("--workers", type=int, default=2)
     one.set_defaults(do=run)
+    one = commands.add_parser("constants")
+    one.set_defaults(do=lambda asked: print(constants()))
     one = commands.add_parser("table")
     one.add_argument("results", type=Path)
     one.set_defaults(do=table)

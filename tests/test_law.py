@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import make_command
 
 from spherelm import build, build_optimizer
 from spherelm.layers.linear import unit_modules
@@ -112,3 +116,27 @@ def test_memories_follow_the_run(arm: str) -> None:
         rule: Any = make_run(arm, "0.3m", vocab_size=9, steps=steps).optim.optimizer
         assert rule.betas[0] == pytest.approx(first, abs=1e-3)
         assert 1 / (1 - rule.momentum) == pytest.approx(2 / (1 - rule.betas[0]))
+
+
+@both_arms
+def test_a_dry_run_prints_every_number_with_its_constants(
+    arm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["train", "--arm", arm, "--out", "unused", "--d-model", 96, "--n-heads", 2, "--steps", 700, "--dry-run"]
+    answer = make_command(monkeypatch, capsys)(*flags)
+    size = replace(PRESETS["demo"], d_model=96, steps=700)
+    for name, number in numbers(arm, size).items():
+        (line,) = (line for line in answer.out.splitlines() if re.match(rf"  {re.escape(name)} +[\d.e-]+ +from ", line))
+        assert f" {number.value:.4g} " in line
+        assert line.endswith(", ".join(number.constants))
+        for constant in number.constants:
+            assert f"  {constant} " in answer.out
+            assert CONSTANTS[constant].source in answer.out
+
+
+def test_the_page_lists_the_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python research/law.py constants` makes the table."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "research")
+    table = importlib.import_module("law").constants()
+    assert table in (root / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -187,6 +187,7 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
 
 def describe(config: RunConfig, asked: DryRun) -> None:
     """Print what the run of `config` would take, spread as asked."""
+    from spherelm.recipes.explained import explained
     from spherelm.train.batches import epochs
     from spherelm.train.estimate import Layout, estimate, estimate_table
 
@@ -194,7 +195,7 @@ def describe(config: RunConfig, asked: DryRun) -> None:
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
     memory = None if asked.device_memory is None else round(asked.device_memory * 2**30)
     found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
-    print(json.dumps(found, indent=2) if asked.json else estimate_table(found))
+    print(json.dumps(found, indent=2) if asked.json else "\n".join([estimate_table(found), *explained(config)]))
 
 
 def sweep(
