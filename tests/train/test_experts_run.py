@@ -21,10 +21,11 @@ from spherelm.models import Decoder, build
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import WEIGHTS, latest_checkpoint
 from spherelm.runs.config import RunConfig
+from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer
 from spherelm.train.estimate import estimate, estimate_table
-from spherelm.train.parallel import Group, spread
+from spherelm.train.parallel import spread
 from spherelm.train.trainer import Trainer, gradients_of_batch, train
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)

@@ -20,10 +20,11 @@ from spherelm.models import LanguageModel, build
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.counting import counted_flops, flops_per_token, training_flops
 from spherelm.train.estimate import activation_memory, estimate
-from spherelm.train.parallel import Group, spread
+from spherelm.train.parallel import spread
 from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import gradients_of_batch, train
 
