@@ -212,6 +212,24 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
     assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "encoder", "--mask-documents"], "--mask-documents is for models that write: "),
+        (["--preset", "pairs"], "an encoder-decoder learns from pairs and the shipped text holds none: "),
+        (["--log-to", "diary"], "--log-to diary is unknown: choose among "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_dry_run_refuses_what_training_does(
+    words: list[str], said: str, command: commands.Command, tmp_path: Path
+) -> None:
+    asked = ["train", "--arm", "gpt", "--out", tmp_path / "run", "--steps", 1, *words]
+    real, dry = (command(*asked, *more) for more in ([], ["--dry-run"]))
+    assert (real.code, dry.code, dry.err) == (2, 2, real.err)
+    assert said in dry.err
+
+
 def test_a_dry_run_says_what_does_not_fit_and_what_is_repeated(command: commands.Command, tmp_path: Path) -> None:
     """The paper's 0.5B on one device, and on the shipped text."""
     words = ["train", "--arm", "gpt", "--out", tmp_path / "run", "--preset", "0.5b-1k", "--dry-run"]

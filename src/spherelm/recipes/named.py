@@ -26,6 +26,7 @@ from spherelm.recipes.overrides import (
     model_config,
     nearest,
     optim_config,
+    part_of_batch,
     refuse_unknown,
     schedule_of,
     take,
@@ -357,6 +358,8 @@ def make_run(
     given |= layers_of(given, size.architecture)
     size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "logit_scale", "even_start", "about")))
     size = dataclasses.replace(size, base=base_of(size.base, given))
+    if "micro_batch_size" not in overrides:
+        size = dataclasses.replace(size, micro_batch_size=part_of_batch(size.micro_batch_size, size.batch_size))
     choices = make(arm, size, size.steps)
     rate = tuned_rate(size, recipe, arm) if lr is None else lr
     if rate is None:

@@ -18,7 +18,7 @@ class Preset:
     """A size, a length and the peak learning rates tuned for them.
 
     about: one line for the list of presets.
-    rates: the peak learning rate by (recipe, arm). micro_batch_size: sequences at once, see `TrainConfig`.
+    rates: the peak learning rate by (recipe, arm). micro_batch_size: at most so many sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. base: the shape at which the rate
     of the recipe "nugpt" was tuned. For pairs seq_len is the longest text of either side and
     batch_size the pairs of an update. architecture: of the model; n_layers counts the letters of its pattern. logit_scale:
