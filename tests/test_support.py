@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHAPE = ["d_model=16", "n_heads=2", "d_ff=24", "eval_windows=3"]
 KINDS = {
     "decoders": ("demo", ["n_layers=2"]),
-    "encoder-decoders": ("pairs", ["n_layers=2"]),
+    "encoder-decoders": ("pairs", ["n_layers=2", "n_encoder_layers=2"]),
     "encoders": ("encoder", ["n_layers=2"]),
     "hybrids": ("hybrid", ["pattern=MA-O", "mamba_d_head=8", "mamba_d_state=4", "mamba_chunk=8", "n_experts=4"]),
 }

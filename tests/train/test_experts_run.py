@@ -34,7 +34,8 @@ both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 def run_config(arm: str, data: Path, **overrides: Any) -> RunConfig:
     """Six steps in float32 of two layers of experts behind attention."""
     sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "n_experts": 6, "seq_len": 16, "batch_size": 4, "steps": 6}
-    rest = {"eval_every": 3, "eval_windows": 6, "compile": False, "dtype": "float32", "lr": 5e-3, "balance_rate": 0.02}
+    rest = {"eval_every": 3, "eval_windows": 6, "compile": False, "dtype": "float32", "lr": 5e-3}
+    rest |= {"balance_rate": 0.02} if overrides.get("balance", "bias") == "bias" else {}
     given = {**sizes, **rest, "pattern": "AOO", **overrides}
     return make_run(arm, "hybrid", vocab_size=tiny.VOCAB, data=str(data), **given)
 

@@ -35,8 +35,9 @@ def _renamed(name: str, only: Mapping[str, str]) -> str:
     match = BLOCK.fullmatch(name)
     if match is None:
         top = OF_TOP.fullmatch(name)
-        is_todays = top is None or top["above"].endswith(("encoder.", "head."))
-        return name if is_todays else f"{top['above']}{TOP[top['module']]}.{top['rest']}"
+        if top is None or top["above"].endswith(("encoder.", "head.")):  # of both there are such of today
+            return name
+        return f"{top['above']}{TOP[top['module']]}.{top['rest']}"
     block, (first, _, rest) = match["block"], match["rest"].partition(".")
     if first in PARTS:
         return f"{block}{PARTS[first]}.part.{rest}"
