@@ -43,11 +43,6 @@ def data(good_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
-@pytest.fixture
 def refused(command: commands.Command) -> Refused:
     """`refused(word, ...)`: the one line with which a command refuses."""
 

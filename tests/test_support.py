@@ -190,10 +190,8 @@ def test_each_cell_is_true(
     runs: dict[str, Path],
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: commands.Command,
 ) -> None:
-    command = commands.make_command(monkeypatch, capsys)
     for answer in ROWS[row](Case(kind, words[kind], runs[kind], command, tmp_path, request)):
         if (row, kind) in REFUSED:
             assert (answer.code, len(answer.shown)) == (2, 1)
