@@ -100,8 +100,9 @@ def on_sphere(config: LoraConfig) -> LoraConfig:
     for name, value in PLAIN.items():
         if getattr(config, name) != value:
             raise UserError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")
-    targets: Any = config.target_modules
+    settings: Any = config
+    targets = settings.target_modules
     if isinstance(targets, set | list):  # by name, as version 0.1.0 called them or as they are called today
-        config.target_modules = {older.TOP.get(name, name) for name in targets}
+        settings.target_modules = {older.TOP.get(name, name) for name in targets}
     config._register_custom_module({UnitLinear: UnitLora})
     return config
