@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import commands
 import golden
 import paper
 import pytest
+import tiny
 import torch
+from against_paper import disturb
 from configs import make_config, scales_of
 from hypothesis import HealthCheck, settings
-from oracle_names import oracle_names, oracle_parameters
+from oracle_names import oracle_names
 from torch import Tensor
 
 from spherelm.models import GPTConfig, NGPTConfig, build
@@ -55,6 +59,35 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"the reference files are not here: no folder {path / 'golden'}")
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data directory; read only, a test that damages it takes a copy."""
+    return tiny.make_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
+    """The command line, called in this process."""
+    return commands.make_command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`without(library)`: importing it fails, as where it is not installed, though parts of it may be imported already."""
+
+    def without(library: str) -> None:
+        real = builtins.__import__
+
+        def refuse(name: str, *rest: Any, **options: Any) -> Any:
+            if name.split(".")[0] == library:
+                raise ModuleNotFoundError(f"No module named {name!r}")
+            return real(name, *rest, **options)
+
+        monkeypatch.setattr(builtins, "__import__", refuse)
+
+    return without
 
 
 TINY: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 16}
@@ -104,27 +137,16 @@ def oracle_shape(config: Config) -> paper.Shape:
 
 
 def make_case(arm: str, **fields: Any) -> Case:
-    """The same case at every call. All gains and scales differ and some alphas are negative, so that nothing cancels."""
+    """The same case at every call, its weights disturbed."""
     config = make_config(arm, **{**TINY, **fields})
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = build(config).double()
     noise = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in oracle_parameters(model):
-            if paper.unit_axis(name) is None:
-                parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if "alpha" in name:
-                parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if arm == "gpt" and parameter.ndim == 2:
-                parameter.mul_(5)
-            # float32 initialization is unit to 1e-7 only: here the oracle and the model start at the same double
-            if arm == "ngpt" and (axis := paper.unit_axis(name)) is not None:
-                parameter.copy_(paper.norm(parameter, axis))
+    weights = disturb(model, arm, noise)
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
-    weights = {name: parameter.detach().clone() for name, parameter in oracle_parameters(model)}
     return Case(arm, model, weights, oracle_shape(config), tokens, targets)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import paper
 import paper_hybrid
 import torch
+from against_paper import disturb
 from configs import make_config, scales_of
-from oracle_names import oracle_parameters
 from paper_moe import Experts
 from torch import Tensor
 
@@ -51,30 +51,17 @@ def hybrid_config(arm: str, pattern: str = "MAM-", **fields: Any) -> Config:
 
 
 def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> HybridCase:
-    """The same case at every call. All gains and scales differ and some alphas are negative, so that nothing cancels."""
+    """The same case at every call, its weights disturbed."""
     config = hybrid_config(arm, pattern, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = build(config).double()
     assert isinstance(model, LanguageModel)
     noise = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in oracle_parameters(model):
-            axis = paper.unit_axis(name)
-            if axis is None:
-                parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if name.endswith("conv_bias"):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if "alpha" in name:
-                parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if arm == "gpt" and axis is not None:
-                parameter.mul_(5)
-            if arm == "ngpt" and axis is not None:
-                parameter.copy_(paper.norm(parameter, axis))
+    weights = disturb(model, arm, noise)
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
-    weights = {name: parameter.detach().clone() for name, parameter in oracle_parameters(model)}
     return HybridCase(arm, model, weights, hybrid_shape(config), tokens, targets)
 
 

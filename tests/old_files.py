@@ -10,7 +10,7 @@ from typing import Any
 
 from oracle_names import oracle_names
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spherelm.optim import RULES
 
@@ -54,6 +54,17 @@ def rename_export(folder: Path) -> None:
         text = json.loads(index.read_text(encoding="utf-8"))
         text["weight_map"] = {older[name]: file for name, file in text["weight_map"].items()}
         index.write_text(json.dumps(text), encoding="utf-8")
+
+
+def rename_adapters(file: Path, prefix: str) -> None:
+    """The same for what peft saved of a model whose names follow `prefix`."""
+    tensors = load_file(file)
+    adapted = {name: name.removeprefix(prefix).partition(".lora_")[0] + ".weight" for name in tensors}
+    names = oracle_names(adapted.values())
+    renamed = {
+        prefix + names[w].removesuffix("weight") + f"lora_{n.partition('.lora_')[2]}": n for n, w in adapted.items()
+    }
+    save_file({new: tensors[name] for new, name in renamed.items()}, file, {"format": "pt"})
 
 
 def rename_files(files: list[Path], prefix: str = "") -> dict[str, str]:

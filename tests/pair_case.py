@@ -8,8 +8,8 @@ from typing import Any
 
 import paper
 import torch
+from against_paper import disturb
 from configs import make_config, scales_of
-from oracle_names import oracle_parameters
 from torch import Tensor
 
 from spherelm.models import Config, EncDecArch, EncoderDecoder, build
@@ -38,6 +38,11 @@ class PairCase:
         return ORACLES[self.arm]
 
     @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The source and the target's tokens, as the model and the oracle take them."""
+        return self.source, self.tokens
+
+    @property
     def joined(self) -> Tensor:
         """The source and behind it the target's tokens, as the loss takes them."""
         return torch.cat((self.source, self.tokens), 1)
@@ -47,6 +52,11 @@ class PairCase:
         for i in range(count):
             yield torch.cat((self.source, self.tokens.roll(i, 1)), 1), self.targets.roll(i, 1)
 
+    def oracle_batches(self, count: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """The same, as the oracle takes them."""
+        width = self.source.shape[1]
+        return (((tokens[:, :width], tokens[:, width:]), targets) for tokens, targets in self.batches(count))
+
 
 def pair_config(arm: str, **fields: Any) -> Config:
     """A decoder of two layers behind an encoder of three, unless ``fields`` say otherwise."""
@@ -54,31 +64,20 @@ def pair_config(arm: str, **fields: Any) -> Config:
 
 
 def make_pair_case(arm: str, **fields: Any) -> PairCase:
-    """The same case at every call. All gains and scales differ and some alphas are negative, so that nothing cancels."""
+    """The same case at every call, its weights disturbed."""
     config = pair_config(arm, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = build(config).double()
     assert isinstance(model, EncoderDecoder)
     noise = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in oracle_parameters(model):
-            axis = paper.unit_axis(name)
-            if axis is None:
-                parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if "alpha" in name:
-                parameter.mul_(4 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-            if arm == "gpt" and parameter.ndim == 2:
-                parameter.mul_(5)
-            if arm == "ngpt" and axis is not None:
-                parameter.copy_(paper.norm(parameter, axis))
+    weights = disturb(model, arm, noise)
     source = torch.randint(config.vocab_size, (3, max(LENGTHS)), generator=noise)
     for row, length in zip(source, LENGTHS, strict=True):
         row[length:] = -100
     tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
     targets[0, :3] = targets[2, 5] = -100
-    weights = {name: parameter.detach().clone() for name, parameter in oracle_parameters(model)}
     return PairCase(arm, model, weights, pair_shape(config), source, tokens, targets)
 
 

@@ -38,7 +38,7 @@ OWNERS = {
 """The module, or package, that alone imports an optional library; whatever else is not in the core has none yet."""
 
 OPTIONAL = [*OWNERS, "datasets", "lm_eval", "wandb", "trackio", "plotly", "tensorboard", "accelerate", "yaml", "pandas"]
-COLLECTIVE_FLOORS = {Path(f"{name}.py") for name in ("runs/group", "runs/checkpoint", "train/parallel")}
+COLLECTIVE_FLOORS = {Path(f"{name}.py") for name in ("runs/checkpoint", "train/parallel")}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "tools", "lib"}
 
 
@@ -135,16 +135,16 @@ def test_only_the_declared_libraries_are_imported() -> None:
     assert imported - declared - sys.stdlib_module_names == set()
 
 
-def test_collectives_stay_on_their_floor() -> None:
-    """`torch.distributed.tensor` only names a type of tensor, and may be named anywhere."""
-    found = set()
-    for path, node in nodes(ast.Attribute):
-        if dotted(node).startswith("torch.distributed.") and not dotted(node).startswith("torch.distributed.tensor"):
-            found.add(path)
-    for path, module in imports():
-        if module.startswith("torch.distributed") and not module.startswith("torch.distributed.tensor"):
-            found.add(path)
-    assert found - COLLECTIVE_FLOORS == set()
+def named_in(module: str) -> set[Path]:
+    """The files that import `module` or something in it, or write its full name."""
+    every = [*imports(), *((path, dotted(node)) for path, node in nodes(ast.Attribute))]
+    return {path for path, name in every if name == module or name.startswith(f"{module}.")}
+
+
+def test_collectives_stay_in_two_files_and_sharded_tensors_in_one() -> None:
+    sharded = {Path("sharding.py")}
+    assert named_in("torch.distributed") - sharded == COLLECTIVE_FLOORS
+    assert named_in("torch.distributed.tensor") == sharded
 
 
 def test_nothing_is_unpickled() -> None:

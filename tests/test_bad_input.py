@@ -43,11 +43,6 @@ def data(good_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
-@pytest.fixture
 def refused(command: commands.Command) -> Refused:
     """`refused(word, ...)`: the one line with which a command refuses."""
 
@@ -172,7 +167,8 @@ def test_a_sweep_does_not_write_over_what_is_not_its_own(refused: Refused, good_
     assert f"{tmp_path / 'file'} is a file: choose another --out" in refused(
         "sweep", "--out", tmp_path / "file", *words
     )
-    fields = [f"{name}_rate=1.{'0' * 12}{k}" for k, name in enumerate(("matrix", "scale", "gain", "router"), 1)]
+    fields = [f"{name}_rate=1.{'0' * 12}{k}" for k, name in enumerate(("matrix", "scale"), 1)]
+    fields += ["grad_clip=1.0000000000001", "alpha.scale=0.0500000001"]
     fields += [
         "weight_decay=0.1000000000001",
         "momentum=0.9000000000001",

@@ -49,16 +49,6 @@ PINNED = {
 SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--dtype", "float32", "--no-compile"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_data(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
 def plain(text: str) -> str:
     """A help page without its boxes, on one line."""
     return " ".join(re.sub("[│╭╮╰╯─•]", " ", text).split())
@@ -210,6 +200,24 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
     assert f"{record['parameters']:,}" in table.out
     assert f"{record['tokens']:,}" in table.out
     assert from_dict(record) == make_run("gpt", "0.5b-1k", "paper")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "encoder", "--mask-documents"], "--mask-documents is for models that write: "),
+        (["--preset", "pairs"], "an encoder-decoder learns from pairs and the shipped text holds none: "),
+        (["--log-to", "diary"], "--log-to diary is unknown: choose among "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_dry_run_refuses_what_training_does(
+    words: list[str], said: str, command: commands.Command, tmp_path: Path
+) -> None:
+    asked = ["train", "--arm", "gpt", "--out", tmp_path / "run", "--steps", 1, *words]
+    real, dry = (command(*asked, *more) for more in ([], ["--dry-run"]))
+    assert (real.code, dry.code, dry.err) == (2, 2, real.err)
+    assert said in dry.err
 
 
 def test_a_dry_run_says_what_does_not_fit_and_what_is_repeated(command: commands.Command, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import commands
 import pytest
-import tiny
 
 from spherelm.errors import UserError
 from spherelm.models import ARMS
@@ -33,16 +32,6 @@ SMALL = [
     4,
 ]
 SMALL += ["--set", "n_layers=1", "d_model=32"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_data(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -105,11 +105,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
-@pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, command: commands.Command) -> Iterator[Callable[..., str]]:
     """`seen(name, word, ...)`: what the command hands to the floors below and prints; addresses in memory left out."""
     calls: list[str] = []

@@ -24,6 +24,7 @@ import torch
 from commands import replaced
 from configs import make_config
 from test_docs import PAGES, ROOT, exists, name_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spherelm
 from spherelm import GPT, NGPT, attach_retraction, build_optimizer, departure
@@ -48,6 +49,9 @@ from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import KINDS
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
 from spherelm.runs.config import DTYPES, to_dict
+from spherelm.train.estimate import Layout, estimate
+from spherelm.train.sinks import NAMES as SINKS
+from spherelm.train.trainer import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -513,6 +517,53 @@ def translation(row: Row) -> None:
 @check("Number formats for inference")
 def inference_formats(row: Row) -> None:
     assert set(PRECISIONS) <= set(row.names)
+
+
+@check("Derivatives")
+def derivatives(row: Row) -> None:
+    for arm in ARMS:
+        model = small(arm)
+        weight = model.blocks[0].mlp.part.u.weight
+        with sdpa_kernel(SDPBackend.MATH):
+            (gradient,) = torch.autograd.grad(loss_of(model), weight, create_graph=True)
+            (product,) = torch.autograd.grad((gradient * torch.randn_like(gradient)).sum(), weight)
+        assert product.isfinite().all()
+        assert product.abs().max() > 0
+
+
+@check("Batches larger than memory")
+def accumulation(row: Row) -> None:
+    assert row.names == ["--micro-batch-size"]
+    data = tiny.make_data(row.tmp_path)
+    losses = [
+        train(
+            tiny.run_config("ngpt", data, steps=2, micro_batch_size=size), row.tmp_path / str(size), show_progress=False
+        )
+        for size in (1, 4)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@check("Logs")
+def logs(row: Row) -> None:
+    assert {*SINKS, "metrics.jsonl", "--log-to"} == set(row.names)
+
+
+@check("Dry runs")
+def dry_runs(row: Row) -> None:
+    for arm in ARMS:
+        told = estimate(make_run(arm, "0.5b-1k", "paper"), Layout(world_size=64), epochs={"a text": 2.0})
+        assert {"parameters", "memory_per_device", "fits", "epochs", "flops", "hours", "model", "optim"} <= told.keys()
+
+
+@check("Hugging Face transformers")
+def transformers_models(row: Row) -> None:
+    pytest.importorskip("transformers")
+    from spherelm.interop.huggingface import to_hf
+
+    for arm in ARMS:
+        model, tokens = small(arm), tokens_and_targets()[0]
+        torch.testing.assert_close(to_hf(model)(tokens).logits, model(tokens), rtol=0, atol=1e-5)
 
 
 @check("Platforms")

@@ -16,7 +16,18 @@ from spherelm.models import NGPTConfig, parameter_count
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.rules import AdamW, GatedAdamW
 from spherelm.optim.transfer import BaseShape
-from spherelm.recipes import ABLATIONS, PRESETS, RECIPES, WAYS, Choices, Preset, distinct, make_run, recipe_names
+from spherelm.recipes import (
+    ABLATIONS,
+    PRESETS,
+    RECIPES,
+    WAYS,
+    Choices,
+    Preset,
+    changed,
+    distinct,
+    make_run,
+    recipe_names,
+)
 from spherelm.runs.config import from_dict, to_dict
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
@@ -144,6 +155,17 @@ def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
         ("ngpt", "law", {"eps_gate": 1e-6}, "eps_gate is a field of the optimizer gated_adamw, and this run has muon"),
         ("ngpt", "paper", {"rho": 0.3}, "it needs schedule=log"),
         ("ngpt", "training-ngpt", {"decay_fraction": 0.3}, "it needs schedule=wsd"),
+        (
+            "ngpt",
+            "adam",
+            {"gain_rate": 2},
+            "gain_rate has no effect in ngpt by 'adam': it needs parameters of the role gain",
+        ),
+        ("gpt", "adam", {"scale_rate": 2}, "it needs parameters of the role scale"),
+        ("gpt", "adam", {"router_rate": 2}, "it needs parameters of the role router"),
+        ("gpt", "adam", {"pattern": "AO", "balance": "loss", "balance_rate": 0.1}, "a pattern with O and balance=bias"),
+        ("ngpt", "adam", {"balance_rate": 0.1}, "it needs a pattern with O and balance=bias"),
+        ("ngpt", "law", {"matrix_lr": 0.1, "matrix_rate": 2}, "matrix_rate has no effect .* it needs no matrix_lr"),
     ],
 )
 def test_a_field_that_would_change_nothing_is_refused(
@@ -151,6 +173,15 @@ def test_a_field_that_would_change_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=needed):
         make_run(arm, "demo", recipe, vocab_size=9, lr=0.01, **fields)
+
+
+@pytest.mark.parametrize(("batch_size", "largest"), [(2, 2), (12, 6), (20, 5), (11, 1), (512, 8)])
+def test_the_micro_batch_of_a_preset_is_an_upper_limit(batch_size: int, largest: int) -> None:
+    run = make_run("gpt", "0.5b-1k", "paper", batch_size=batch_size)
+    assert run.train.micro_batch_size == largest
+    assert changed(make_run("gpt", "0.5b-1k", "paper"), {"batch_size": batch_size}) == run
+    with pytest.raises(ValueError, match=f"micro_batch_size=1024 does not divide batch_size={batch_size}"):
+        make_run("gpt", "0.5b-1k", "paper", batch_size=batch_size, micro_batch_size=1024)
 
 
 def test_a_choice_that_is_switched_off_is_let_pass_where_it_could_not_act() -> None:
@@ -370,7 +401,7 @@ def test_every_ablation_of_the_paper_has_a_name() -> None:
 
 
 def test_all_ablations_go_by_one_name() -> None:
-    assert recipe_names(["default", "ablations", "paper", "riemannian"]) == ["default", "paper", *ABLATIONS]
+    assert recipe_names(["law", "ablations", "paper", "riemannian"]) == ["law", "paper", *ABLATIONS]
     assert recipe_names(["riemannian"]) == ["riemannian"]
 
 

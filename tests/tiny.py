@@ -19,9 +19,10 @@ from torch import Tensor
 
 from spherelm.data.prepare import prepare
 from spherelm.recipes import Preset, make_run
-from spherelm.runs.checkpoint import MOMENTS, WEIGHTS
+from spherelm.runs.checkpoint import MOMENTS, WEIGHTS, checkpoint_of
 from spherelm.runs.config import RunConfig
 from spherelm.runs.metrics import MEASURED, read_metrics
+from spherelm.train.trainer import train
 
 COMPILES = (
     pytest.mark.slow,
@@ -118,6 +119,19 @@ def assert_bitwise(one: Path, other: Path) -> None:
     ours, theirs = tensors(one), tensors(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_resumes(config: RunConfig, directory: Path) -> tuple[Path, Path]:
+    """A run that goes on from its first checkpoint ends where one does that was not interrupted; the last checkpoints."""
+    for name in ("whole", "broken"):
+        train(config, directory / name, show_progress=False)
+    for late in sorted((directory / "broken" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(late)
+    train(config, directory / "broken", resume=True, show_progress=False)
+    ends = [checkpoint_of(directory / name) for name in ("whole", "broken")]
+    assert_bitwise(*ends)
+    assert metrics(directory / "whole") == metrics(directory / "broken")
+    return ends[0], ends[1]
 
 
 def read_json(path: Path) -> Any:

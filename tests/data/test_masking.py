@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-import tiny
 import torch
 
 from spherelm.data.loader import Loader
@@ -13,11 +11,6 @@ from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.shards import open_tokens
 
 MASK = 257
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_data(tmp_path_factory.mktemp("data"))
 
 
 def batches(data: Path, rank: int = 0, world_size: int = 1) -> MaskedBatches:

@@ -17,11 +17,6 @@ from spherelm.data.verification import verify_where_cheap
 from spherelm.train.trainer import train
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
 def exchange_a_token(shard: Path) -> None:
     """Put another id of the vocabulary into the middle of the body, which no other check sees."""
     content = bytearray(shard.read_bytes())

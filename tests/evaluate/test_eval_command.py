@@ -38,11 +38,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
 @pytest.mark.parametrize("arm", tiny.ARMS)
 def test_perplexity_at_lengths_beyond_training(
     arm: str, runs: dict[str, Path], text: Path, tmp_path: Path, command: commands.Command

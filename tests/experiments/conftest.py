@@ -1,8 +1,6 @@
-"""A tiny data directory, and runs done here instead of in processes of their own."""
+"""Runs done here instead of in processes of their own."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import tiny
@@ -10,12 +8,6 @@ import tiny
 from spherelm.experiments import comparison, evidence, sweep
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.recipes import PRESETS
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory; read only."""
-    return tiny.make_data(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ SHAPE = Shape(n_layers=2, d_model=16, n_heads=2, seq_len=16, batch_size=4, vocab
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
-@pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a step of GPT takes 2 s, one of nGPT 3, a retraction 0.03, and the peak is 10 GFLOP/s."""
     monkeypatch.setattr(module, "measure_cost", lambda gpt, ngpt, steps: StepCost(2.0, 3.0, 1.5))

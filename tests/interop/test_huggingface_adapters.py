@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from configs import make_config
+from old_files import rename_adapters
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm import departure
@@ -153,6 +155,21 @@ def test_an_embedding_takes_no_adapter_and_can_be_trained_whole(tokens: Tensor) 
     optimizer.step()
     assert (model.base_model.model.model.embed.weight - start).abs().max() > 1e-3
     assert departure(model) < 1e-6
+
+
+def test_adapters_of_version_0_1_0_are_read(tokens: Tensor, tmp_path: Path) -> None:
+    """Files and targets that name the read-out `head`, and no parts in the blocks."""
+    model = adapted()
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    start = "base_model.model.model."
+    rename_adapters(tmp_path / "adapter_model.safetensors", start)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {f"{start}head.lora_A.weight", f"{start}blocks.1.attention.q.lora_B.weight"} < stored.keys()
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    config.target_modules = {"head" if name == "head.linear" else name for name in config.target_modules}
+    loaded = peft.PeftModel.from_pretrained(to_hf(make_model()), tmp_path, config=on_sphere(config))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_other_adapters_are_told_of_lora(tokens: Tensor) -> None:

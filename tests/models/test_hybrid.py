@@ -8,18 +8,18 @@ from typing import Any
 import paper
 import pytest
 import torch
+from against_paper import assert_computes, assert_near, assert_retracts, assert_trains
 from configs import make_config
 from hybrid_case import ARMS, MIXERS, SIZES, hybrid_config, make_hybrid_case
-from oracle_names import oracle_names, oracle_parameters
+from oracle_names import oracle_parameters
 
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import generate
 from spherelm.generation.sampling import Sampling
 from spherelm.layers.attention import separate_documents
-from spherelm.layers.linear import departure, retract, unit_modules
+from spherelm.layers.linear import unit_modules
 from spherelm.models import build
-from spherelm.optim import OptimConfig, build_optimizer
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
 PATTERNS = ("MAM-", "A-", "M", "-MA", "MOAO")
@@ -27,62 +27,21 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [(arm, pattern, {}) for arm in AR
 CASES += [(arm, "MA", {"tie_embeddings": True, "n_heads": 6, "n_kv_heads": 2, "mamba_groups": 1}) for arm in ARMS]
 CASES += [(arm, "AO", {"n_shared_experts": 1, "router_score": "softmax", "experts_per_token": 1}) for arm in ARMS]
 CASES += [("ngpt", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
-LR = 3e-3
-
-
-def assert_near(ours: torch.Tensor, oracle: torch.Tensor, tolerance: float, what: str = "") -> None:
-    assert ours.shape == oracle.shape
-    assert (ours - oracle).abs().max() <= tolerance * oracle.abs().max(), what
 
 
 @pytest.mark.parametrize(("arm", "pattern", "fields"), CASES)
 def test_logits_loss_and_every_gradient_are_the_oracles(arm: str, pattern: str, fields: dict[str, Any]) -> None:
-    c = make_hybrid_case(arm, pattern, **fields)
-    assert_near(c.model(c.tokens), c.forward(c.weights, c.shape, c.tokens), 1e-12)
-    loss, gradients = paper.loss_and_gradients(c.forward, c.weights, c.shape, c.tokens, c.targets)
-    ours = c.model.loss(c.tokens, c.targets)
-    ours.backward()
-    assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
-    parameters = dict(oracle_parameters(c.model))
-    assert parameters.keys() == gradients.keys()
-    for key, gradient in gradients.items():
-        assert_near(parameters[key].grad, gradient, 1e-11, key)
+    assert_computes(make_hybrid_case(arm, pattern, **fields), 1e-11)
 
 
 @both_arms
 def test_training_is_the_oracles(arm: str) -> None:
-    c = make_hybrid_case(arm)
-    optimizer, losses = build_optimizer(c.model, OptimConfig(lr=LR)), []
-    for batch in c.batches(8):
-        optimizer.zero_grad()
-        loss = c.model.loss(*batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(c.model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    wanted, weights = paper.train(c.forward, c.weights, c.shape, c.batches(8), paper.paper_recipe(arm, LR))
-    assert losses == pytest.approx(wanted, rel=1e-9)
-    for name, p in oracle_parameters(c.model):
-        assert (p.detach() - weights[name]).abs().max() <= 1e-9 * weights[name].abs().max(), name
-        assert (p.detach() - c.weights[name]).abs().max() > 1e-6, f"{name} did not move"
+    assert_trains(make_hybrid_case(arm), 8)
 
 
 def test_retraction_finds_every_matrix_and_nothing_of_the_state_space() -> None:
-    c = make_hybrid_case("ngpt", "MAMO", n_shared_experts=1)
-    names = oracle_names(c.model.state_dict())
-    declared = {names[f"{name}.weight"]: axis for name, _, axis in unit_modules(c.model)}
-    assert declared == {name: axis for name in c.weights if (axis := paper.unit_axis(name)) is not None}
-    assert {"blocks.0.mamba.in_proj.weight", "blocks.2.mamba.out_proj.weight", "blocks.3.experts.o.weight"} < set(
-        declared
-    )
-    with torch.no_grad():
-        for parameter in c.model.parameters():
-            parameter.mul_(1.7)
-    wanted = paper.retract({name: p.detach() for name, p in oracle_parameters(c.model)})
-    retract(c.model)
-    assert departure(c.model) < 1e-14
-    for name, parameter in oracle_parameters(c.model):
-        assert_near(parameter.detach(), wanted[name], 1e-14, name)
+    declared = assert_retracts(make_hybrid_case("ngpt", "MAMO", n_shared_experts=1))
+    assert {"blocks.0.mamba.in_proj.weight", "blocks.2.mamba.out_proj.weight", "blocks.3.experts.o.weight"} < declared
     assert not list(unit_modules(make_hybrid_case("gpt").model))
 
 

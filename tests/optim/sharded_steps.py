@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -22,7 +22,9 @@ from spherelm.layers.linear import retract
 from spherelm.models import NGPTConfig, build
 from spherelm.optim import GatedAdamW, Muon, OptimConfig, build_optimizer
 from spherelm.optim.groups import set_rate
-from spherelm.train.parallel import Group, spread
+from spherelm.runs.group import Group
+from spherelm.sharding import gathered, is_sharded
+from spherelm.train.parallel import Ranks, spread
 
 CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
 CAP: dict[str, Any] = {"max_angle": 0.03, "angle_follows_lr": True}
@@ -50,7 +52,7 @@ def weights_after(optim: OptimConfig, shard: bool, n_experts: int = 0) -> list[t
     model = model_with_experts(n_experts=n_experts) if n_experts else build(CONFIG)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if shard and n_experts:
-        spread(model, Group(dist.get_rank(), dist.get_world_size(), mesh=mesh))
+        spread(model, Ranks(dist.get_rank(), dist.get_world_size(), mesh=mesh))
     elif shard:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -60,7 +62,7 @@ def weights_after(optim: OptimConfig, shard: bool, n_experts: int = 0) -> list[t
         set_rate(optimizer, optim.lr / (step + 1))
         for index, p in enumerate(model.parameters()):
             g = gradient(step, index, p.shape)
-            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if is_sharded(p) else g
         optimizer.step()
     before = [whole(p).clone() for p in model.parameters()]
     retract(model)
@@ -73,7 +75,7 @@ def trained(how: str, alone: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     mesh = None if alone or how == "replicate" else init_device_mesh("cpu", (world_size,))
-    group = Group(rank, world_size, mesh=mesh)
+    group = Group() if alone else Ranks(rank, world_size, mesh=mesh)
     model = model_with_experts(balance="loss" if "loss" in how else "bias", coefficient=0.0)
     laid = spread(model, group, recompute="recompute" in how)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01, balance_rate=0.02), group.summed)
@@ -89,7 +91,7 @@ def trained(how: str, alone: bool) -> dict[str, torch.Tensor]:
 
 
 def whole(p: torch.Tensor) -> torch.Tensor:
-    return p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+    return gathered(p).detach()
 
 
 def work(rank: int, world_size: int, meeting: str, out: str) -> None:

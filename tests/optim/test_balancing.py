@@ -15,7 +15,8 @@ from spherelm.layers.moe import Router, clear_loads, routers
 from spherelm.models import Decoder
 from spherelm.optim import RULES, OptimConfig, attach_balancing, build_optimizer, parameter_roles
 from spherelm.optim.balancing import moved_bias
-from spherelm.train.parallel import Group, recompute_block, spread
+from spherelm.runs.group import Group
+from spherelm.train.parallel import recompute_block, spread
 
 TOKENS = torch.randint(23, (4, 8), generator=torch.Generator().manual_seed(5))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -410,15 +410,8 @@ def test_a_tokenizer_of_another_model_is_refused(runs: dict[str, Path], tmp_path
 
 
 def test_without_matplotlib_one_line_says_what_to_install(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, without: Callable[[str], None]
 ) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **options: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    without("matplotlib")
     with pytest.raises(ValueError, match=r"pip install '\.\[report\]' in a clone of spherelm"):
         inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)

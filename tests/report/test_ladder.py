@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from spherelm.recipes import make_run
@@ -228,7 +229,9 @@ def test_what_failed_while_writing_works_the_next_time(
     report(tmp_path)
 
 
-def test_what_holds_no_run_or_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
+def test_what_holds_no_run_or_is_taken_is_refused(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match="no run is named: give directories of spherelm train or compare"):
         write_ladder([], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="holds no run: pass directories of spherelm compare, sweep or train"):
@@ -239,5 +242,8 @@ def test_what_holds_no_run_or_is_taken_is_refused(write: Write, tmp_path: Path) 
     with pytest.raises(FileExistsError, match="already holds something: choose another --out"):
         write_ladder([run], run)
     write("b", "gpt", 4.0)
-    write_ladder([tmp_path / "runs"], tmp_path / "out")
-    assert "No two runs differ in budget or learning rate" in (tmp_path / "out" / "index.html").read_text("utf-8")
+    answer = commands.make_command(monkeypatch, capsys)("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert re.match("no figure, since no two runs of one arm and size differ in budget or learning rate: ", answer.out)
+    assert "no two runs of one arm and size differ in budget or learning rate" in (
+        tmp_path / "out" / "index.html"
+    ).read_text("utf-8")

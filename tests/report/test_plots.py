@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -104,15 +104,8 @@ def test_a_diverged_curve_is_drawn_as_far_as_it_goes() -> None:
     assert "nan" not in svg.lower()
 
 
-def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **options: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_matplotlib_one_line_says_what_to_install(without: Callable[[str], None]) -> None:
+    without("matplotlib")
     with pytest.raises(ValueError, match=r"pip install '\.\[report\]' in a clone of spherelm"):
         _ = plots.eigen_learning_rates({"alpha_A": LAYERS}, "k", "t", "d").svg
 

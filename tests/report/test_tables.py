@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,15 +24,8 @@ def test_a_table_is_parquet(tmp_path: Path) -> None:
     assert read == {"run": ["a", "a", "b"], "layer": [0, 1, 0], "value": [0.5, np.inf, -1.25]}
 
 
-def test_without_pyarrow_it_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **options: Any) -> Any:
-        if name.split(".")[0] == "pyarrow":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_pyarrow_it_is_json(tmp_path: Path, without: Callable[[str], None]) -> None:
+    without("pyarrow")
     path = write_table(COLUMNS, tmp_path / "numbers")
     assert path == tmp_path / "numbers.json"
     assert json.loads(path.read_text()) == {"run": ["a", "a", "b"], "layer": [0, 1, 0], "value": [0.5, None, -1.25]}

@@ -1,4 +1,4 @@
-"""The data and the runs that the tests of the training floor share."""
+"""The runs that the tests of the training floor share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ import pytest
 import tiny
 
 from spherelm.train.trainer import Trainer
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory; read only, a test that damages it takes a copy."""
-    return tiny.make_data(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

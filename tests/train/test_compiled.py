@@ -13,7 +13,8 @@ from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
 from spherelm.models import build
 from spherelm.models.decoder import Decoder
-from spherelm.train.parallel import Group, spread
+from spherelm.runs.group import Group
+from spherelm.train.parallel import spread
 from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import gradients_of_batch
 

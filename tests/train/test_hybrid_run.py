@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
 from spherelm.models import LanguageModel, build
 from spherelm.recipes import make_run
-from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.counting import counted_flops, flops_per_token, training_flops
 from spherelm.train.estimate import activation_memory, estimate
-from spherelm.train.parallel import Group, spread
+from spherelm.train.parallel import spread
 from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import gradients_of_batch, train
 
@@ -60,17 +59,7 @@ def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path:
 
 @both_arms
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arm: str, data: Path, tmp_path: Path) -> None:
-    config = run_config(arm, data, save_every=2)
-    train(config, tmp_path / "whole", show_progress=False)
-    train(config, tmp_path / "broken", show_progress=False)
-    for late in sorted((tmp_path / "broken" / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(late)
-    train(config, tmp_path / "broken", resume=True, show_progress=False)
-    ours, theirs = (latest_checkpoint(tmp_path / name) for name in ("broken", "whole"))
-    assert ours is not None
-    assert theirs is not None
-    tiny.assert_bitwise(ours, theirs)
-    assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
+    tiny.assert_resumes(run_config(arm, data, save_every=2), tmp_path)
 
 
 @both_arms

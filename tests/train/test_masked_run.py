@@ -1,4 +1,4 @@
-"""Encoders through the trainer that language models go through, and what the commands for models that write say to them."""
+"""Encoders through the trainer that language models go through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from commands import make_command
 
 from spherelm.layers.linear import departure
 from spherelm.models import MaskedModel, build
@@ -24,11 +23,6 @@ both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 def run_config(arm: str, data: Path, **overrides: Any) -> RunConfig:
     """A run of six steps of an encoder."""
     return tiny.run_config(arm, data, architecture="encoder", **overrides)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_data(tmp_path_factory.mktemp("data"))
 
 
 @both_arms
@@ -75,41 +69,3 @@ def test_validation_hides_the_same_at_every_seed(data: Path) -> None:
         assert torch.equal(part.tokens, same.tokens)
         assert torch.equal(part.targets, same.targets)
     assert not torch.equal(one.loader.batch(0)[0], other.loader.batch(0)[0])
-
-
-def test_separate_documents_are_refused(data: Path) -> None:
-    with pytest.raises(ValueError, match="--mask-documents is for models that write"):
-        open_data(run_config("ngpt", data, mask_documents=True))
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "encoder"
-    train(run_config("ngpt", data, steps=1), out, show_progress=False)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("generate", "RUN", "--prompt", "a"), "writes no text"),
-        (("eval", "RUN", "--perplexity", __file__, "--lengths", "8"), "predicts no next token"),
-        (("inspect", "RUN", "--out", "OUT"), "is an encoder"),
-        (("export", "RUN", "OUT"), "no Hugging Face class for MaskedModel"),
-    ],
-)
-def test_commands_about_models_that_write_say_so_in_one_line(
-    words: tuple[str, ...],
-    said: str,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = make_command(monkeypatch, capsys)
-    names = {"RUN": run, "OUT": tmp_path / "out"}
-    answer = command(*(names.get(word, word) for word in words))
-    assert answer.code == 2
-    assert len(answer.err.strip().splitlines()) == 1
-    assert said in answer.err
-    assert not (tmp_path / "out").exists()

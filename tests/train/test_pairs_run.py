@@ -46,18 +46,7 @@ def test_a_run_learns_and_its_record_can_be_read(arm: str, data: Path, tmp_path:
 
 @both_arms
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arm: str, data: Path, tmp_path: Path) -> None:
-    config = tiny_pairs.run_config(arm, data, steps=20, save_every=9)
-    train(config, tmp_path / "whole", show_progress=False)
-    train(config, tmp_path / "broken", show_progress=False)
-    checkpoints = sorted((tmp_path / "broken" / "checkpoints").iterdir())
-    for late in checkpoints[1:]:
-        for file in late.iterdir():
-            file.unlink()
-        late.rmdir()
-    train(config, tmp_path / "broken", resume=True, show_progress=False)
-    one, other = (dict(load_model(tmp_path / name).named_parameters()) for name in ("whole", "broken"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "broken")
+    tiny.assert_resumes(tiny_pairs.run_config(arm, data, steps=20, save_every=9), tmp_path)
 
 
 @both_arms

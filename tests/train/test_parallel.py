@@ -22,7 +22,7 @@ from spherelm.optim import OptimConfig, build_optimizer
 from spherelm.runs.checkpoint import latest_checkpoint, load_checkpoint
 from spherelm.runs.config import TrainConfig
 from spherelm.runs.metrics import read_metrics
-from spherelm.train.parallel import place
+from spherelm.sharding import cut
 
 SPREADS = {
     "replicate-2": (2, ("--strategy", "replicate")),
@@ -370,7 +370,7 @@ def test_weights_are_cut_between_unit_vectors(
     shape: tuple[int, ...], unit_axis: int | None, parts: int, axis: int
 ) -> None:
     """Rows, columns, banks of rows and of columns; where nothing divides evenly, along the first axis, as torch wants it."""
-    assert place(torch.Size(shape), unit_axis, parts) == axis
+    assert cut(torch.Size(shape), unit_axis, parts).dim == axis
 
 
 @pytest.mark.parametrize(

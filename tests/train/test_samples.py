@@ -30,11 +30,6 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> commands.Command:
-    return commands.make_command(monkeypatch, capsys)
-
-
 def test_a_run_and_its_checkpoint_write_the_same(run: Path) -> None:
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None

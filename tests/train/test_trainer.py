@@ -23,13 +23,14 @@ from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
 from spherelm.recipes.named import S_Z_SCALE
 from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
 from spherelm.train import diagnostics
 from spherelm.train import trainer as module
 from spherelm.train.batches import epochs
 from spherelm.train.guard import Diverged
 from spherelm.train.opening import say_first
-from spherelm.train.parallel import Group, spread
+from spherelm.train.parallel import spread
 from spherelm.train.precision import compile_blocks, resolve_dtype
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import Trainer, clip_gradients, gradients_of_batch, train

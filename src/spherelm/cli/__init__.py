@@ -172,8 +172,8 @@ def report_mistake() -> None:
 
 def exit_code(error: RuntimeError) -> int | None:
     """The exit code of an error that training raises on purpose, `None` for any other."""
-    from spherelm.runs.group import ElsewhereFailed, RankLost
     from spherelm.train.guard import Diverged
+    from spherelm.train.parallel import ElsewhereFailed, RankLost
     from spherelm.train.signals import Interrupted
 
     if isinstance(error, Interrupted):

@@ -42,7 +42,9 @@ def report(directories: Runs, out: Path) -> None:
         directories: Directories of compare and sweep, or runs; what eval --json left in a run is read too.
         out: Directory to make: index.html, figures (SVG, PNG), ends.json.
     """
-    from spherelm.report.ladder import write_ladder
+    from spherelm.counting import counted
+    from spherelm.report.ladder import NOTHING_DRAWN, write_ladder
 
     figures = write_ladder(directories, out)
-    print(f"{len(figures)} figures: {(out / 'index.html').resolve()}")
+    drawn = counted(len(figures), "figure") if figures else f"no figure, since {NOTHING_DRAWN}"
+    print(f"{drawn}: {(out / 'index.html').resolve()}")

@@ -188,10 +188,13 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
 def describe(config: RunConfig, asked: DryRun) -> None:
     """Print what the run of `config` would take, spread as asked."""
     from spherelm.recipes.explained import explained
-    from spherelm.train.batches import epochs
+    from spherelm.train.batches import check_text, epochs
     from spherelm.train.estimate import Layout, estimate, estimate_table
+    from spherelm.train.sinks import check_names
 
     train = config.train
+    check_names(train.log_to)
+    check_text(config)
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
     memory = None if asked.device_memory is None else round(asked.device_memory * 2**30)
     found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))

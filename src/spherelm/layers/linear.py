@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spherelm import sphere
 from spherelm.errors import UserError
 from spherelm.layers.grouped import product_by_groups
+from spherelm.sharding import own_vectors
 
 
 class Linear(nn.Linear):
@@ -159,18 +160,6 @@ def retract_weight(weight: Any, axis: int) -> None:
     """As `retract`, of one weight whose vectors along `axis` are unit."""
     own = own_vectors(weight, axis)
     own.mul_(sphere.retraction_factor(own, dim=axis))
-
-
-def own_vectors(weight: Any, axis: int) -> Tensor:
-    """The whole vectors along `axis` that this process holds of `weight`, as a plain tensor that shares its memory.
-
-    Where a sharded weight is cut across its vectors, the weight itself: what is computed of it is computed by all processes.
-    """
-    # Of a DTensor, whose class would take a second to import.
-    placements = getattr(weight, "placements", ())
-    cut = any(placement.is_shard(axis) for placement in placements)
-    own: Tensor = weight.to_local() if placements and not cut else weight
-    return own
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ with a language model does so with a translation model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -116,13 +117,17 @@ class EncoderDecoder(Decoder):
         source = padded([[*prompt, end_token] for prompt in prompts], self.embed.weight.device)
         return self.given(source), [[end_token] for _ in prompts]
 
-    def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
-        """The first layer of the encoder and that of the decoder, for a source and a target of one length.
-
-        Raises `ValueError` where there is not one of the encoder for each of the decoder.
-        """
-        if len(self.encoder.blocks) != len(self.blocks):
+    @classmethod
+    def single_layers(cls, config: Config) -> dict[Config, int]:
+        """As in `Decoder`, of encoder and decoder together; raises `ValueError` where one has more layers than the other."""
+        arch = config.architecture
+        assert isinstance(arch, EncDecArch)
+        if arch.n_encoder_layers not in (None, config.n_layers):
             raise UserError("what an encoder-decoder costs is counted where n_encoder_layers is n_layers, or None")
+        return {replace(config, n_layers=1, architecture=replace(arch, n_encoder_layers=None)): config.n_layers}
+
+    def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
+        """The first layer of the encoder and that of the decoder, for a source and a target of one length."""
         mask = torch.ones(h.shape[0], 1, 1, h.shape[1], dtype=torch.bool, device=h.device)
         memory = Memory(run_block(self.encoder.blocks[0], h, Surroundings(table, mask)), mask)
         return run_block(self.blocks[0], h, Surroundings(table, memory=memory))

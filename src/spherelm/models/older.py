@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
-TOP = {"head.weight": "head.linear.weight", "norm.weight": "head.norm.weight", "s_z.value": "head.s_z.value"}
+TOP = {"head": "head.linear", "norm": "head.norm", "s_z": "head.s_z"}
+OF_TOP = re.compile(r"(?P<above>(?:.*\.)?)(?P<module>head|norm|s_z)\.(?P<rest>weight|value|lora_[\w.]+)")
 SUBLAYERS = {"a": "attention", "c": "cross_attention", "m": "mlp"}
 PARTS = {"attention": "attention", "cross": "cross_attention", "mlp": "mlp", "mamba": "mixer", "experts": "experts"}
 BLOCK = re.compile(r"(?P<block>(?:.*\.)?blocks\.\d+\.)(?P<rest>.+)")
@@ -33,16 +34,21 @@ def renames(names: Iterable[str]) -> dict[str, str]:
 def _renamed(name: str, only: Mapping[str, str]) -> str:
     match = BLOCK.fullmatch(name)
     if match is None:
-        for old, new in TOP.items():
-            if name == old or (name.endswith(f".{old}") and not name.endswith(f"encoder.{old}")):
-                return name.removesuffix(old) + new
-        return name
+        top = OF_TOP.fullmatch(name)
+        if top is None or top["above"].endswith(("encoder.", "head.")):  # of both there are such of today
+            return name
+        return f"{top['above']}{TOP[top['module']]}.{top['rest']}"
     block, (first, _, rest) = match["block"], match["rest"].partition(".")
     if first in PARTS:
         return f"{block}{PARTS[first]}.part.{rest}"
     kind, _, letter = first.partition("_")  # norm_a, alpha_m; of a block with one part norm, alpha
     sublayer = SUBLAYERS.get(letter) if letter else only.get(block)
     return f"{block}{sublayer}.{kind}.{rest}" if sublayer else name
+
+
+def adapter_today(name: str) -> str:
+    """The name of today of a part of peft's adapters on a model, as any version named it."""
+    return name if ".part." in name else _renamed(name, {})
 
 
 def today(state: Mapping[str, Value]) -> dict[str, Value]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from spherelm import sphere
 from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
 from spherelm.optim.schedule import float32_rate
+from spherelm.sharding import from_whole_matrices, whole_matrices
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
@@ -66,28 +66,6 @@ def step_size(shape: torch.Size, unit_axis: int | None) -> float:
     """
     rows, columns = shape[-2:]
     return math.sqrt(max(1.0, columns / rows if unit_axis == len(shape) - 2 else rows / columns))
-
-
-def whole_matrices(x: Tensor) -> Tensor:
-    """`x`, gathered from all processes where it is sharded; of a bank that is cut between its matrices, this process's own."""
-    if not isinstance(x, DTensor):
-        return x
-    return x.to_local() if is_cut_between_matrices(x) else x.full_tensor()
-
-
-def is_cut_between_matrices(x: DTensor) -> bool:
-    """Whether every process that holds some of a bank [matrices, rows, columns] holds whole matrices."""
-    return x.ndim == 3 and not any(placement.is_shard(axis) for placement in x.placements for axis in (1, 2))
-
-
-def sharded_as(x: Tensor, like: Tensor) -> Tensor:
-    """`x` as `whole_matrices(like)` is, of whole matrices, sharded as `like` is."""
-    if not isinstance(like, DTensor):
-        return x
-    mesh, placements = like.device_mesh, like.placements
-    if is_cut_between_matrices(like):
-        return DTensor.from_local(x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
-    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, placements)
 
 
 class MuonAdamW(Optimizer):
@@ -188,5 +166,5 @@ class MuonAdamW(Optimizer):
     def _turn(self, parameter: Tensor, turned: Tensor, axis: int | None, group: dict[str, Any]) -> None:
         """Decay and move a parameter against its orthogonalized update."""
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        step = sharded_as(turned.to(parameter.dtype), parameter)
+        step = from_whole_matrices(turned.to(parameter.dtype), parameter)
         parameter.add_(step, alpha=-float32_rate(group["lr"] * step_size(parameter.shape, axis)))

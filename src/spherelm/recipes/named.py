@@ -27,6 +27,7 @@ from spherelm.recipes.overrides import (
     model_config,
     nearest,
     optim_config,
+    part_of_batch,
     refuse_unknown,
     schedule_of,
     take,
@@ -179,6 +180,8 @@ def make_run(
     size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "base", "about")))
     base = base_of(given.pop("base", BASE), given)
     size = dataclasses.replace(size, base=base if recipe == "nugpt" and arm == "ngpt" else None)
+    if "micro_batch_size" not in overrides:
+        size = dataclasses.replace(size, micro_batch_size=part_of_batch(size.micro_batch_size, size.batch_size))
     choices = make(arm, size)
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}

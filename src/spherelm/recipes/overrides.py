@@ -15,6 +15,7 @@ from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import BaseShape
 from spherelm.runs.config import RunConfig, TrainConfig
+from spherelm.train.estimate import parameters_by_role
 
 
 def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
@@ -175,6 +176,13 @@ def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig
     return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
 
 
+def part_of_batch(limit: int | None, batch_size: int) -> int | None:
+    """The largest divisor of a batch that is not above `limit`; `None` where there is no limit."""
+    if limit is None:
+        return None
+    return max((size for size in range(1, min(limit, batch_size) + 1) if batch_size % size == 0), default=limit)
+
+
 def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
     """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
     names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
@@ -193,7 +201,13 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
     on_sphere: whether the arm has unit vectors. A field that is switched off, by false or none, is let pass.
     """
     optim, schedule, pattern = config.optim, config.schedule, config.model.pattern or ""
-    acts = {
+    rates = {f"{role}_rate": role for role in ROLES}
+    roles = parameters_by_role(config.model) if rates.keys() & given.keys() else rates.values()
+    balanced = isinstance(arch := config.model.architecture, DecoderArch) and arch.experts.balance == "bias"
+    acts: dict[str, tuple[bool, tuple[str, ...]]] = {
+        **{f"parameters of the role {role}": (role in roles, (name,)) for name, role in rates.items()},
+        "no matrix_lr": (optim.matrix_lr is None, ("matrix_rate",)),
+        "a pattern with O and balance=bias": ("O" in pattern and balanced, ("balance_rate",)),
         "schedule=log": (schedule.kind == "log", ("rho",)),
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
         "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
@@ -231,12 +245,15 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     own = {name: value for name, value in vars(model).items() if name not in ("architecture", *groups)}
     own |= {f"{group}.{name}": value for group in groups for name, value in vars(getattr(model, group)).items()}
     rule = {name: value for name, value in vars(optim.optimizer).items() if name != "kind"}
+    train = take(given, TrainConfig)
+    if "batch_size" in train and "micro_batch_size" not in train:
+        train["micro_batch_size"] = part_of_batch(config.train.micro_batch_size, train["batch_size"])
     result = dataclasses.replace(
         config,
         model=model_config(type(model), architecture, own, given),
         optim=optim_config(optim.lr, {**vars(optim), **rule, "optimizer": optim.optimizer.kind}, given),
         schedule=schedule_of(config.schedule, given),
-        train=dataclasses.replace(config.train, **take(given, TrainConfig)),
+        train=dataclasses.replace(config.train, **train),
         base=None if config.base is None else base_of(config.base, given),
     )
     refuse_unknown(given, result)

@@ -14,10 +14,11 @@ from spherelm.optim.transfer import BaseShape
 class Preset:
     """A shape and a length, and nothing else: what is learned how fast is a recipe's business.
 
-    about: one line for the list of presets. micro_batch_size: sequences at once, see `TrainConfig`. compile: whether the run is
-    long enough to earn back the time that compilation takes. For pairs seq_len is the longest text of either side and
-    batch_size the pairs of an update. architecture: of the model; n_layers counts the letters of its pattern. base: the shape
-    that the recipe "nugpt" starts from, where it is asked for another than its own.
+    about: one line for the list of presets. micro_batch_size: at most so many sequences at once, see `TrainConfig`.
+    compile: whether the run is long enough to earn back the time that compilation takes. For pairs seq_len is the
+    longest text of either side and batch_size the pairs of an update. architecture: of the model; n_layers counts the
+    letters of its pattern. base: the shape that the recipe "nugpt" starts from, where it is asked for another than its
+    own.
     """
 
     n_layers: int

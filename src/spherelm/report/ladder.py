@@ -33,6 +33,9 @@ from spherelm.report.wording import listed, si
 from spherelm.runs.config import RunConfig, read_config
 from spherelm.runs.record import command_line, git_commit, versions, write_json
 
+NOTHING_DRAWN = "no two runs of one arm and size differ in budget or learning rate"
+"""Why there may be no figure."""
+
 
 @dataclass(frozen=True)
 class End:
@@ -340,10 +343,7 @@ def _page(
         ["Arm", "Layers x width", "Recipe", "Tokens", "Peak rate", "Seeds", "Final loss"],
         rows,
     )
-    drawn = (
-        figure_sections(sections)
-        or '<p class="missing">No two runs differ in budget or learning rate: nothing to draw.</p>'
-    )
+    drawn = figure_sections(sections) or f'<p class="missing">There is no figure, since {NOTHING_DRAWN}.</p>'
     command = f"<section><h2>Reproduce</h2><pre><code>{escape(command_line())}</code></pre></section>"
     body = f"{drawn}\n<section><h2>All runs</h2>{table}</section>\n{command}"
     return plain_page("spherelm report", "Where the runs ended", counted(len(ends), "run"), body)

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spherelm.errors import NotFoundError, StorageError, UserError
@@ -36,6 +35,7 @@ from spherelm.models.older import is_old, renames
 from spherelm.optim.groups import count_devices
 from spherelm.runs.config import read_config
 from spherelm.runs.group import Group
+from spherelm.sharding import from_own_part, is_sharded, own_part
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 REMEDY = "delete this checkpoint to go on from the one before"
@@ -99,11 +99,8 @@ def _sync(path: Path) -> None:
 @torch.no_grad()
 def _copied(tensor: Tensor) -> Tensor:
     """A copy in the processor's memory, that training does not change; of a sharded tensor, of this process's part."""
-    if isinstance(tensor, DTensor):
-        own = tensor.to_local().detach().to("cpu", copy=True)
-        mesh, places = tensor.device_mesh, tensor.placements
-        return DTensor.from_local(own, mesh, places, run_check=False, shape=tensor.shape, stride=tensor.stride())
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    copy = own_part(tensor).detach().to("cpu", copy=True)
+    return from_own_part(copy, tensor) if is_sharded(tensor) else copy.contiguous()
 
 
 class CheckpointWriter:

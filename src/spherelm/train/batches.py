@@ -104,7 +104,7 @@ def total_loss(data: RunData, losses: dict[str, float]) -> float:
 def epochs(config: RunConfig, steps: int) -> dict[str, float]:
     """How often `steps` updates of the run read each of its training texts, by name; empty where a text's end is not known."""
     train, pairs = config.train, isinstance(config.model.architecture, EncDecArch)
-    if stream_spec(config.data or "") or (pairs and config.data is None):
+    if stream_spec(config.data or ""):
         return {}
     if config.data is not None and pairs:
         return {
@@ -118,19 +118,35 @@ def epochs(config: RunConfig, steps: int) -> dict[str, float]:
     }
 
 
+def check_text(config: RunConfig) -> None:
+    """Raise `ValueError` for a kind of text that the architecture does not learn from; nothing is opened."""
+    architecture, masked = config.model.architecture, config.train.mask_documents
+    has_pairs = config.data is not None and holds_pairs(Path(config.data))
+    if isinstance(architecture, EncDecArch) and not has_pairs:
+        raise UserError(
+            f"an encoder-decoder learns from pairs and {config.data or 'the shipped text'} holds none: make them with "
+            "spherelm data pairs and name them with --data"
+        )
+    if has_pairs and not isinstance(architecture, EncDecArch):
+        raise UserError(
+            f"{config.data} holds pairs of texts, which are for encoder-decoders: train with --preset pairs"
+        )
+    if masked and isinstance(architecture, EncDecArch):
+        raise UserError("--mask-documents is for running text: pairs are apart anyway")
+    if masked and isinstance(architecture, EncoderArch):
+        raise UserError("--mask-documents is for models that write: an encoder reads a window as one text")
+
+
 def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:
     """Open the text that `config` names for one process of `world_size`.
 
     Raises `ValueError` or `FileNotFoundError` if it cannot be read or does not fit the model or the lengths asked for.
     """
+    check_text(config)
     spec = stream_spec(config.data or "")
     architecture = config.model.architecture
     if isinstance(architecture, EncDecArch):
         data = _open_pairs(config, rank, world_size)
-    elif config.data is not None and holds_pairs(Path(config.data)):
-        raise UserError(
-            f"{config.data} holds pairs of texts, which are for encoder-decoders: train with --preset pairs"
-        )
     else:
         data = _open_stream(config, spec, rank, world_size) if spec else _open_directories(config, rank, world_size)
     if isinstance(architecture, EncoderArch):
@@ -170,8 +186,6 @@ def _open_directories(config: RunConfig, rank: int, world_size: int) -> RunData:
 
 def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
     """The same text with tokens hidden in it, in the validation windows always the same ones."""
-    if data.end_token is not None:
-        raise UserError("--mask-documents is for models that write: an encoder reads a window as one text")
     assert isinstance(config.model.architecture, EncoderArch)
     size, part, seed = config.model.vocab_size, config.model.architecture.hidden_part, config.train.seed
     held_out = tuple(
@@ -183,14 +197,7 @@ def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
 
 
 def _open_pairs(config: RunConfig, rank: int, world_size: int) -> RunData:
-    if config.data is None or not holds_pairs(Path(config.data)):
-        raise UserError(
-            f"an encoder-decoder learns from pairs and {config.data or 'the shipped text'} holds none: make them with "
-            "spherelm data pairs and name them with --data"
-        )
-    directory, train = Path(config.data), config.train
-    if train.mask_documents:
-        raise UserError("--mask-documents is for running text: pairs are apart anyway")
+    directory, train = Path(config.data or ""), config.train
     manifest, tokenizer = read_pairs_manifest(directory), load_tokenizer(directory)
     longest = max(split["longest"] for split in manifest["splits"].values())
     if longest > train.seq_len:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spherelm import sphere
@@ -20,7 +19,7 @@ from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder
 from spherelm.runs.config import TrainConfig
-from spherelm.runs.group import own_part
+from spherelm.sharding import gathered, own_part
 from spherelm.train.counting import flops_per_token
 from spherelm.train.precision import resolve_dtype
 
@@ -79,7 +78,7 @@ def learned_scales(model: nn.Module) -> dict[str, Any]:
         if scales:
             found[key] = [_mean(scale.value, scale) for scale in scales]
     s_z: Any = getattr(model.head, "s_z", None)
-    return found if s_z is None else {**found, "s_z": (whole(s_z.value).mean() * s_z.init / s_z.scale).item()}
+    return found if s_z is None else {**found, "s_z": (gathered(s_z.value).mean() * s_z.init / s_z.scale).item()}
 
 
 @torch.no_grad()
@@ -112,12 +111,7 @@ def load_of_experts(model: nn.Module) -> dict[str, float]:
 
 
 def _mean(value: Tensor, scale: Any) -> float:
-    return (whole(value).abs().mean() * scale.init / scale.scale).item()
-
-
-def whole(value: Tensor) -> Tensor:
-    """`value`, gathered from all processes where it is sharded: every process must ask then."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return (gathered(value).abs().mean() * scale.init / scale.scale).item()
 
 
 def rates(optimizer: Optimizer) -> dict[str, float]:

@@ -1,22 +1,24 @@
 """Many processes as one run: where they meet, how a model is spread over them, and the few numbers they agree on.
 
 The engines are torch's: torchrun starts the processes, `DistributedDataParallel` sums the gradients of whole copies,
-`fully_shard` (FSDP2) cuts weights, gradients and moments into parts. A run of one process has a `Group` of one, for which
-everything here does nothing, so that there is one training loop and not two.
+`fully_shard` (FSDP2) cuts weights, gradients and moments into parts. A run of one process has a `Group` of one, for
+which everything here does nothing, so that there is one training loop and not two.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -35,7 +36,108 @@ from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
 from spherelm.models.kit import Surroundings
 from spherelm.runs.config import TrainConfig
-from spherelm.runs.group import ANSWER_SECONDS, Group, silent_among
+from spherelm.runs.group import Group
+from spherelm.sharding import cut, own_part
+
+ANSWER_SECONDS = 10.0
+"""How long ranks wait for one another's sign of life after a collective operation failed."""
+
+T = TypeVar("T")
+
+
+class RankLost(RuntimeError):
+    """Some processes of the run no longer answer."""
+
+
+class ElsewhereFailed(RuntimeError):
+    """What all ranks were to do failed on another rank, for the reason given."""
+
+
+@dataclass(frozen=True)
+class Ranks(Group):
+    """The processes of a run that are more than one. store: where they leave signs of life."""
+
+    store: Any = None
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """As `Group.gather`."""
+        parts = [torch.empty(len(values), dtype=torch.float64) for _ in range(self.world_size)]
+        dist.all_gather(parts, torch.tensor(values, dtype=torch.float64))
+        return [part.tolist() for part in parts]
+
+    def summed(self, counts: Tensor) -> Tensor:
+        """As `Group.summed`."""
+        dist.all_reduce(counts := counts.clone())
+        return counts
+
+    def together(self, action: Callable[[], T]) -> T:
+        """As `Group.together`: what it raises is raised where it is raised; the other ranks raise `ElsewhereFailed`."""
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        if any(flag for (flag,) in self.gather([float(failure is not None)])):
+            reasons: list[Any] = [None] * self.world_size
+            dist.all_gather_object(reasons, None if failure is None else str(failure) or type(failure).__name__)
+            if failure is not None:
+                raise failure
+            raise ElsewhereFailed(next(f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None))
+        return result
+
+    def first(self, action: Callable[[], T]) -> T:
+        """As `Group.first`."""
+        box: list[Any] = [self.together(action if self.is_first else lambda: None)]
+        dist.broadcast_object_list(box, src=0)
+        result: T = box[0]
+        return result
+
+    @torch.no_grad()
+    def strangers(self, model: nn.Module) -> list[int]:
+        """As `Group.strangers`."""
+        parts = 1 if self.mesh is None else self.mesh.size(-1)
+        own = sum((own_part(p).double().sum() for p in model.parameters()), torch.zeros((), dtype=torch.float64))
+        sums = [value for (value,) in self.gather([float(own)])]
+        return [rank for rank, value in enumerate(sums) if math.isfinite(value) and value != sums[rank % parts]]
+
+    def silent_ranks(self) -> list[int]:
+        """Which ranks give no sign of life after a collective operation failed, having waited a while for them."""
+        try:
+            self.store.set(f"alive/{self.rank}", "1")
+            return sorted(silent_among(range(self.world_size), self.store, "alive/"))
+        except RuntimeError:  # the store itself is gone, and with it the process that kept it
+            return [0]
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Turn the failure of a collective operation into `RankLost`, which names the ranks that do not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_communication(error):
+                raise
+            silent = self.silent_ranks()
+            names = ", ".join(map(str, silent)) or "none, so that it is the network"
+            raise RankLost(
+                f"rank {self.rank} could not reach the others ({str(error).splitlines()[0][:200]}); ranks that no longer "
+                f"answer (killed, hung, or their machine lost): {names}; the run goes on from its last checkpoint with --resume"
+            ) from error
+
+
+def is_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from processes that do not reach each other."""
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Timed out")
+    )
+
+
+def silent_among(ranks: Iterable[int], store: Any, prefix: str = "") -> set[int]:
+    """Those of `ranks` that have not left a sign in the `store` after a while."""
+    waiting, end = set(ranks), time.monotonic() + ANSWER_SECONDS
+    while waiting and time.monotonic() < end:
+        waiting = {rank for rank in waiting if not store.check([f"{prefix}{rank}"])}
+        time.sleep(0.02)
+    return waiting
 
 
 @contextmanager
@@ -60,15 +162,8 @@ def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
         "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
-    group = Group(
-        rank,
-        world_size,
-        device,
-        mesh_of(train, world_size, device),
-        store,
-        dist.new_group(backend="gloo", timeout=patience),
-    )
-    yield group
+    saving = dist.new_group(backend="gloo", timeout=patience)
+    yield Ranks(rank, world_size, device, mesh_of(train, world_size, device), saving, store)
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
@@ -141,7 +236,7 @@ def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
     """Lay `model`, the same on every process, over `group`; recompute: blocks keep only their input for the backward pass.
 
     The order is recomputation, then compilation (the caller's, of blocks), then distribution, each around the one before.
-    Weights are cut between unit vectors, so that their lengths need no communication; see `place`.
+    Weights are cut between unit vectors, so that their lengths need no communication; see `cut`.
     """
     if recompute:
         model.runtime.run = recompute_block
@@ -174,27 +269,14 @@ def _spread(model: Decoder, group: Group) -> Spread:
 def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh) -> Spread:
     axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
 
-    def place_of(parameter: nn.Parameter) -> Shard:
-        return Shard(place(parameter.shape, axes.get(id(parameter)), mesh.size(-1)))
-
     blocks = [
         block for name, part in model.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
     ]
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, shard_placement_fn=place_of)
+        fully_shard(module, mesh=mesh, shard_placement_fn=lambda p: cut(p.shape, axes.get(id(p)), mesh.size(-1)))
     register_fsdp_forward_method(model, "loss")
     root: Any = model  # an `FSDPModule` by now
     return Spread(model.loss, device, partial(_synchronized, root), root.reshard)
-
-
-def place(shape: torch.Size, unit_axis: int | None, parts: int) -> int:
-    """Along which axis a weight is cut into so many parts: between whole unit vectors where that can be.
-
-    The first axis that is not the unit one and divides evenly, which is FSDP's condition for all but axis 0: columns between
-    columns, a bank between its experts. Else axis 0.
-    """
-    between = (axis for axis in range(len(shape)) if axis != unit_axis and shape[axis] % parts == 0)
-    return 0 if unit_axis is None else next(between, 0)
 
 
 @contextmanager

@@ -31,16 +31,17 @@ from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
 from spherelm.runs.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.runs.config import RunConfig, micro_batches, to_dict
-from spherelm.runs.group import Group, RankLost
+from spherelm.runs.group import Group
 from spherelm.runs.record import open_run
+from spherelm.sharding import gathered
 from spherelm.train.batches import RunData, epochs, open_data, total_loss, validation_losses
-from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb, whole
+from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import say_first
-from spherelm.train.parallel import Spread, joined, spread
+from spherelm.train.parallel import RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
@@ -349,7 +350,7 @@ def gradients_of_batch(
 
 def clip_gradients(model: torch.nn.Module, limit: float | None) -> float:
     """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)).item()
+    return gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)).item()
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from spherelm import sphere
 from spherelm.errors import UserError
 from spherelm.layers.linear import UnitLinear
+from spherelm.models import older
 
 try:
     from peft import LoraConfig
@@ -91,12 +92,17 @@ def on_sphere(config: LoraConfig) -> LoraConfig:
     """`config`, told to keep adapted weights on the sphere: `get_peft_model(model, on_sphere(LoraConfig(...)))`.
 
     Needed for loading too: `PeftModel.from_pretrained(model, folder, config=on_sphere(LoraConfig.from_pretrained(folder)))`.
-    Weights without a unit axis (those of GPT) are adapted as always. Raises `ValueError` for options that do not fit.
+    Weights without a unit axis (those of GPT) are adapted as always. What version 0.1.0 saved is read too. Raises `ValueError`
+    for options that do not fit.
     """
     if not isinstance(config, LoraConfig):
         raise UserError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")
     for name, value in PLAIN.items():
         if getattr(config, name) != value:
             raise UserError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")
+    settings: Any = config
+    targets = settings.target_modules
+    if isinstance(targets, set | list):  # by name, as version 0.1.0 called them or as they are called today
+        settings.target_modules = {older.TOP.get(name, name) for name in targets}
     config._register_custom_module({UnitLinear: UnitLora})
     return config

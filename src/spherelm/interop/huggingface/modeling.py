@@ -27,7 +27,7 @@ from spherelm.layers.readout import read_logits
 from spherelm.models import build
 from spherelm.models.decoder import run_block
 from spherelm.models.kit import Surroundings
-from spherelm.models.older import is_old, today
+from spherelm.models.older import adapter_today, is_old, today
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the installed transformers calls the cache of keys and values, in arguments and results."""
@@ -154,6 +154,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"model.head.linear.weight": "model.embed.weight"}  # noqa: RUF012
     _input_embed_layer = "embed"
     _supports_sdpa = True
+    _checkpoint_conversion_mapping = {".+": lambda match: adapter_today(match[0])}  # noqa: RUF012 (peft's, of its names)
     _gradient_checkpointing_func: Callable[..., Tensor]
     _passes = 0
 

@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spherelm import sphere
 from spherelm.errors import UserError
-from spherelm.layers.linear import own_vectors, retract_weight, unit_modules
+from spherelm.layers.linear import retract_weight, unit_modules
+from spherelm.sharding import is_sharded, own_vectors
 
 FAR = 0.01
 """A departure from the sphere that rounding to bfloat16 does not reach."""
@@ -44,10 +45,11 @@ register_optimizer_step_post_hook(retract_moved)
 def check_departure(model: nn.Module) -> None:
     """Raise `ValueError` if a weight of `model` that is trained has left the sphere."""
     for name, module, axis in unit_modules(model):
-        own = own_vectors(module.weight, axis)
+        weight: Any = module.weight
+        own = own_vectors(weight, axis)
         # What is cut within vectors, or not in memory now, says nothing; what is off is so in other weights too.
-        whole = own.ndim > 1 and not hasattr(own, "placements") and own.untyped_storage().nbytes() > 0
-        if module.weight.requires_grad and whole:
+        whole = own.ndim > 1 and not is_sharded(own) and own.untyped_storage().nbytes() > 0
+        if weight.requires_grad and whole:
             far = (sphere.retraction_factor(own, dim=axis) - 1).abs().max().item()
             if far > FAR:
                 raise UserError(

@@ -23,6 +23,7 @@ AUTO_MAPS = {
 
 MODULES = (
     "errors",
+    "sharding",
     "sphere",
     "layers.grouped",
     "layers.linear",
