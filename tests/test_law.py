@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from commands import make_command
+from configs import fields_by_path
 
 from spherelm import build, build_optimizer
 from spherelm.layers.linear import unit_modules
@@ -140,3 +141,31 @@ def test_the_page_lists_the_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(root / "research")
     table = importlib.import_module("law").constants()
     assert table in (root / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+@both_arms
+def test_the_page_lists_every_difference_from_the_paper(arm: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| `?(both|gpt|ngpt)`? \| .+ \| .+ \|$", page, re.MULTILINE)
+    differing = set()
+    for preset in ("demo", "1b-1k"):
+        found = [
+            {
+                **{
+                    f"{part}.{name}": value
+                    for part in ("model", "optim", "schedule")
+                    for name, value in of(run, part).items()
+                },
+                **{f"optim.multipliers.{role}": rate for role, rate in vars(run.optim.multipliers).items()},
+            }
+            for run in (make_run(arm, preset, recipe, vocab_size=50) for recipe in ("paper", "law"))
+        ]
+        names = {name for one in found for name in one}
+        differing |= {name for name in names if found[0].get(name) != found[1].get(name)}
+    without_effect = {"optim.multipliers", "optim.optimizer.tangent"}
+    assert differing - without_effect == {field for field, whose in rows if whose in ("both", arm)}
+
+
+def of(run: Any, part: str) -> dict[str, Any]:
+    """The fields of the model, the optimizer or the schedule of a run, by path."""
+    return fields_by_path(getattr(run, part))

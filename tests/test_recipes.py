@@ -157,14 +157,19 @@ def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
         ("ngpt", "training-ngpt", {"decay_fraction": 0.3}, "it needs schedule=wsd"),
         (
             "ngpt",
-            "adam",
+            "paper",
             {"gain_rate": 2},
-            "gain_rate has no effect in ngpt by 'adam': it needs parameters of the role gain",
+            "gain_rate has no effect in ngpt by 'paper': it needs parameters of the role gain",
         ),
-        ("gpt", "adam", {"scale_rate": 2}, "it needs parameters of the role scale"),
-        ("gpt", "adam", {"router_rate": 2}, "it needs parameters of the role router"),
-        ("gpt", "adam", {"pattern": "AO", "balance": "loss", "balance_rate": 0.1}, "a pattern with O and balance=bias"),
-        ("ngpt", "adam", {"balance_rate": 0.1}, "it needs a pattern with O and balance=bias"),
+        ("gpt", "paper", {"scale_rate": 2}, "it needs parameters of the role scale"),
+        ("gpt", "paper", {"router_rate": 2}, "it needs parameters of the role router"),
+        (
+            "gpt",
+            "paper",
+            {"pattern": "AO", "balance": "loss", "balance_rate": 0.1},
+            "a pattern with O and balance=bias",
+        ),
+        ("ngpt", "paper", {"balance_rate": 0.1}, "it needs a pattern with O and balance=bias"),
         ("ngpt", "law", {"matrix_lr": 0.1, "matrix_rate": 2}, "matrix_rate has no effect .* it needs no matrix_lr"),
     ],
 )
@@ -177,7 +182,7 @@ def test_a_field_that_would_change_nothing_is_refused(
 
 @pytest.mark.parametrize(("batch_size", "largest"), [(2, 2), (12, 6), (20, 5), (11, 1), (512, 8)])
 def test_the_micro_batch_of_a_preset_is_an_upper_limit(batch_size: int, largest: int) -> None:
-    run = make_run("gpt", "0.5b-1k", "paper", batch_size=batch_size)
+    run = make_run("gpt", "0.5b-1k", "paper", batch_size=batch_size, lr=1e-3)
     assert run.train.micro_batch_size == largest
     assert changed(make_run("gpt", "0.5b-1k", "paper"), {"batch_size": batch_size}) == run
     with pytest.raises(ValueError, match=f"micro_batch_size=1024 does not divide batch_size={batch_size}"):
