@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.experiments.bench.table", str)
     monkeypatch.setattr("spherelm.experiments.bench.profile", str)
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
-    monkeypatch.setattr("spherelm.data.sources.vocabulary_size", lambda data: 4096)
+    monkeypatch.setattr("spherelm.data.sources.parse_data", lambda said: SimpleNamespace(vocab_size=4096))
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})

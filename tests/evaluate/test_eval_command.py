@@ -126,7 +126,7 @@ def test_what_cannot_be_is_one_line(
         ([tmp_path, "--perplexity", text], "holds no checkpoint"),
         ([tmp_path, "--task-data", tmp_path], "holds no checkpoint"),
         ([run, "--task-data", tmp_path], "docs/evaluation.md says what --task-data must hold"),
-        ([run, "--tasks", "winogrande", "--limit", 0], "limit must be at least 1, got 0"),
+        ([run, "--tasks", "winogrande", "--limit", 0], "limit must be more than 0, got 0"),
         ([run, "--tasks", ","], "tasks must be named, and each once, got none"),
     ]
     for words, message in cases:

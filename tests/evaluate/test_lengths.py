@@ -209,14 +209,14 @@ def test_texts_that_are_too_short_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lengths": ()}, "lengths must be positive and ascending"),
-        ({"lengths": (0, 8)}, "lengths must be positive and ascending"),
-        ({"lengths": (8, 4)}, "lengths must be positive and ascending"),
+        ({"lengths": ()}, "lengths Tuple should have at least 1 item"),
+        ({"lengths": (0, 8)}, "lengths.0 must be more than 0, got 0"),
+        ({"lengths": (8, 4)}, "lengths must be ascending"),
         ({"lengths": (6, 16)}, "lengths 6 does not divide 16"),
-        ({"lengths": (6, 16), "stride": 7}, "stride must be from 1 to the shortest length 6, got 7"),
-        ({"lengths": (6, 16), "stride": 0}, "stride must be from 1 to the shortest length 6, got 0"),
+        ({"lengths": (6, 16), "stride": 7}, "stride must be at most the shortest length 6, got 7"),
+        ({"lengths": (6, 16), "stride": 0}, "stride must be more than 0, got 0"),
         ({"lengths": (8, 16), "tokens_each": 15}, "tokens_each=15 is less than one window: give at least 16"),
-        ({"lengths": (8,), "bins": 0}, "bins must be at least 1"),
+        ({"lengths": (8,), "bins": 0}, "bins must be more than 0"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ import tiny
 from commands import make_command
 
 from spherelm.data.shards import open_tokens
+from spherelm.data.sources import tokens_per_byte
 from spherelm.experiments import comparison as module
 from spherelm.experiments.comparison import CompareConfig, compare, samples
 from spherelm.experiments.record import read_comparison
@@ -23,7 +24,6 @@ from spherelm.recipes.presets import PRESETS
 from spherelm.report.report import write_report
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import alone_in
-from spherelm.train.batches import tokens_per_byte
 from spherelm.train.guard import Diverged
 from spherelm.train.trainer import train
 

@@ -258,7 +258,7 @@ def test_a_file_that_the_package_lacks_is_no_reason_to_leave_the_walk_out(
         ([], "no run is named: give directories of spherelm train or compare"),
         (["nowhere"], "no run at nowhere: pass run directories that spherelm train wrote"),
         (["."], "holds no checkpoint: pass a run directory that spherelm train wrote"),
-        (["RUN", "--tokens", "1"], "tokens must be at least 2, got 1"),
+        (["RUN", "--tokens", "1"], "positions must be at least 2, got 1"),
         (["RUN", "--layer", "3"], "layer must be 1 to 2 for .*, got 3"),
         (["RUN", "--sentence", "x" * 41], "the sentence has 41 tokens: give one of 1 to 16"),
         (["RUN", "--text", "missing.txt"], r"No such file or directory: 'missing\.txt'"),

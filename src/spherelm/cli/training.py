@@ -160,9 +160,9 @@ def train(
 
 def on_data(config: RunConfig, data: str) -> RunConfig:
     """The run of `config` on other data, with as many token ids as that has."""
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
 
-    return replace(config, data=data, model=replace(config.model, vocab_size=vocabulary_size(data)))
+    return replace(config, data=data, model=replace(config.model, vocab_size=parse_data(data).vocab_size))
 
 
 def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> None:
@@ -178,11 +178,11 @@ def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> No
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     """How many token ids the data has; a size that names its own vocabulary needs no data to be described."""
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
     from spherelm.recipes.presets import PRESETS
 
     known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
-    return known or vocabulary_size(data)
+    return known or parse_data(data).vocab_size
 
 
 def describe(config: RunConfig, asked: DryRun) -> None:
@@ -226,7 +226,7 @@ def sweep(
         seeds: Runs a combination.
         workers: Runs at once; one a core if left out.
     """
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
     from spherelm.experiments.sweep import grid, parse_axes, table
     from spherelm.experiments.sweep import sweep as run_sweep
     from spherelm.recipes import distinct, recipe_names
@@ -239,7 +239,9 @@ def sweep(
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
-    rows = run_sweep(distinct(grid(axes)), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
+    rows = run_sweep(
+        distinct(grid(axes)), seeds, out, vocab_size=parse_data(path).vocab_size, data=path, workers=workers
+    )
     write_page(rows, out)
     print(table(rows))
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
 from spherelm.errors import UserError
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
+from spherelm.fields import check
 from spherelm.third_parties import silenced
 
 PAPER_TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
@@ -44,17 +46,12 @@ class TaskSettings:
     """
 
     data: Path | None = None
-    limit: int | None = None
-    few_shot: int = 0
-    batch_size: int = 16
+    limit: PositiveInt | None = None
+    few_shot: NonNegativeInt = 0
+    batch_size: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit must be at least 1, got {self.limit}")
-        if self.few_shot < 0:
-            raise UserError(f"few_shot must not be negative, got {self.few_shot}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        check(self)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from spherelm.counting import counted
@@ -31,6 +32,7 @@ from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import token_losses
+from spherelm.fields import check
 from spherelm.models import Decoder
 
 TOKENS_AT_ONCE = 8192
@@ -59,26 +61,25 @@ class Plan:
     spans or strides; `None` for all. bins: equal pieces of a window, for the loss by position.
     """
 
-    lengths: tuple[int, ...]
-    stride: int | None = None
-    tokens_each: int | None = None
-    bins: int = 16
+    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    stride: PositiveInt | None = None
+    tokens_each: PositiveInt | None = None
+    bins: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
-            raise UserError(f"lengths must be positive and ascending, got {self.lengths}")
+        check(self)
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise UserError(f"lengths must be ascending, got {self.lengths}")
         for length in self.lengths:
             if self.stride is None and self.longest % length:
                 raise UserError(
                     f"lengths {length} does not divide {self.longest}: each length must divide the longest, so that all are "
                     "scored on the same tokens; or give a stride"
                 )
-        if self.stride is not None and not 1 <= self.stride <= self.lengths[0]:
-            raise UserError(f"stride must be from 1 to the shortest length {self.lengths[0]}, got {self.stride}")
+        if self.stride is not None and self.stride > self.lengths[0]:
+            raise UserError(f"stride must be at most the shortest length {self.lengths[0]}, got {self.stride}")
         if self.tokens_each is not None and self.tokens_each < self.step:
             raise UserError(f"tokens_each={self.tokens_each} is less than one window: give at least {self.step}")
-        if self.bins < 1:
-            raise UserError(f"bins must be at least 1, got {self.bins}")
 
     @property
     def longest(self) -> int:

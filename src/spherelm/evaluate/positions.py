@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
 from spherelm.errors import UserError
+from spherelm.fields import check
 from spherelm.layers.attention import Attend
 from spherelm.layers.rope import interpolated, yarn, yarn_temperature
 from spherelm.models import Decoder
@@ -23,13 +26,12 @@ class Positions:
     model's own.
     """
 
-    base: float | None = None
+    base: Annotated[float, Field(gt=1)] | None = None
     scaling: str = "none"
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.base is not None and not self.base > 1:
-            raise UserError(f"rope_base must be greater than 1, got {self.base}")
+        check(self)
 
     def __str__(self) -> str:
         parts = [] if self.base is None else [f"base {self.base:g}"]

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
-from spherelm.data.sources import vocabulary_size
+from spherelm.data.sources import parse_data
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
 from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
 from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
+from spherelm.fields import check
 from spherelm.generation.samples import continuations
 from spherelm.models import ARMS, DecoderArch, parameter_count
 from spherelm.recipes import make_run
@@ -46,7 +48,7 @@ class CompareConfig:
     preset: str = "demo"
     recipe: str = "default"
     data: str | None = None
-    seeds: int = 1
+    seeds: PositiveInt = 1
     quick: bool = False
     steps: int | None = None
     seq_len: int | None = None
@@ -57,8 +59,7 @@ class CompareConfig:
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        check(self)
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
@@ -77,7 +78,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     """
     start = time.perf_counter()
     workers_for(1, workers)  # a wrong number is refused before anything is written
-    vocab_size = vocabulary_size(config.data)
+    vocab_size = parse_data(config.data).vocab_size
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
     if not isinstance(architecture := full["gpt"][0].model.architecture, DecoderArch):
         raise UserError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
+
+from pydantic import PositiveFloat, PositiveInt
 
 from spherelm.errors import UserError
 from spherelm.experiments.cost import COMPILE_FROM
+from spherelm.fields import check
 from spherelm.models import DecoderArch
 from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
@@ -38,13 +40,14 @@ class Grid:
     data: str
     test: str
     sizes: tuple[str, ...] = ("0.3m",)
-    contexts: tuple[int, ...] = (256,)
-    budgets: tuple[float, ...] = (5.0, 10.0)
+    contexts: tuple[PositiveInt, ...] = (256,)
+    budgets: tuple[PositiveFloat, ...] = (5.0, 10.0)
     contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon")
-    seeds: int = 3
-    test_windows: int = 256
+    seeds: PositiveInt = 3
+    test_windows: PositiveInt = 256
 
     def __post_init__(self) -> None:
+        check(self)
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
             unknown = [value for value in getattr(self, name) if value not in known]
             if unknown:
@@ -57,13 +60,9 @@ class Grid:
                     f"{size!r} has another architecture than the contenders, attention and MLP in every layer: "
                     "take another size"
                 )
-        if self.seeds < 1:
-            raise UserError(f"seeds must be at least 1, got {self.seeds}")
         for context in self.contexts:
-            if context < 1 or TOKENS_AN_UPDATE % context:
+            if TOKENS_AN_UPDATE % context:
                 raise UserError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
-        if not all(budget > 0 and math.isfinite(budget) for budget in self.budgets):
-            raise UserError(f"budgets must be positive numbers, got {self.budgets}")
         for name in ("sizes", "contexts", "budgets", "contenders"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spherelm.errors import UserError
+from spherelm.fields import check
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.optim.balancing import Summed, attach_balancing
 from spherelm.optim.retraction import AngleCap, attach_retraction
-from spherelm.optim.rules import AdamW, Rule, is_finite
+from spherelm.optim.rules import AdamW, Rule
 
 DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 """Weight decay acts on these; never on gains and learned scales (nGPT paper, A.5)."""
@@ -26,18 +28,15 @@ DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 class RateMultipliers:
     """What the peak learning rate is multiplied by, role by role."""
 
-    input_embedding: float = 1.0
-    output_embedding: float = 1.0
-    matrix: float = 1.0
-    scale: float = 1.0
-    gain: float = 1.0
-    router: float = 1.0
+    input_embedding: NonNegativeFloat = 1.0
+    output_embedding: NonNegativeFloat = 1.0
+    matrix: NonNegativeFloat = 1.0
+    scale: NonNegativeFloat = 1.0
+    gain: NonNegativeFloat = 1.0
+    router: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
-        for role in ROLES:
-            rate = getattr(self, role)
-            if not (is_finite(rate) and rate >= 0):
-                raise UserError(f"{role}_rate must be a number of at least 0, got {rate!r}")
+        check(self)
 
 
 ROLES = tuple(f.name for f in fields(RateMultipliers))
@@ -58,27 +57,18 @@ class OptimConfig:
     rate does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
     """
 
-    lr: float
+    lr: PositiveFloat
     optimizer: Rule = AdamW()
-    weight_decay: float | None = None
-    grad_clip: float | None = 1.0
+    weight_decay: NonNegativeFloat | None = None
+    grad_clip: PositiveFloat | None = 1.0
     multipliers: RateMultipliers = RateMultipliers()
-    matrix_lr: float | None = None
-    max_angle: float | None = None
+    matrix_lr: PositiveFloat | None = None
+    max_angle: PositiveFloat | None = None
     angle_follows_lr: bool = False
-    balance_rate: float = 1e-3
+    balance_rate: NonNegativeFloat = 1e-3
 
     def __post_init__(self) -> None:
-        if not (is_finite(self.lr) and self.lr > 0):
-            raise UserError(f"the learning rate must be a positive number, got {self.lr!r}")
-        for name in ("weight_decay", "balance_rate"):
-            value = getattr(self, name)
-            if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
-                raise UserError(f"{name} must be a number that is not negative, got {value!r}")
-        for name in ("grad_clip", "matrix_lr", "max_angle"):
-            value = getattr(self, name)
-            if value is not None and not (is_finite(value) and value > 0):
-                raise UserError(f"{name} must be a positive number or None, got {value!r}")
+        check(self)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:

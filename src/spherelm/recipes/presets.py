@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spherelm.errors import UserError
+from pydantic import PositiveInt
+
+from spherelm.fields import check
 from spherelm.models import ARMS, Architecture, DecoderArch, EncDecArch, EncoderArch
 from spherelm.optim.transfer import BaseShape
 
@@ -28,12 +30,12 @@ class Preset:
     at 64 and 128 channels and carried over to the ladder's wider sizes.
     """
 
-    n_layers: int
-    d_model: int
-    n_heads: int
-    seq_len: int
-    batch_size: int
-    steps: int
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    seq_len: PositiveInt
+    batch_size: PositiveInt
+    steps: PositiveInt
     rates: Mapping[tuple[str, str], float]
     micro_batch_size: int | None = None
     eval_every: int = 100
@@ -48,10 +50,7 @@ class Preset:
     about: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} must be a positive whole number, got {value!r}")
+        check(self)
 
 
 def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from spherelm.analysis.geometry import off_sphere
@@ -22,6 +23,7 @@ from spherelm.data.corpus import shipped_documents
 from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
+from spherelm.fields import check
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
 from spherelm.report.drawing import require_matplotlib
@@ -68,13 +70,12 @@ class Request:
 
     text: Path | None = None
     sentence: str | None = None
-    positions: int = 2048
+    positions: Annotated[int, Field(ge=2)] = 2048
     layer: int | None = None
     images: bool = True
 
     def __post_init__(self) -> None:
-        if self.positions < 2:
-            raise UserError(f"tokens must be at least 2, got {self.positions}")
+        check(self)
 
 
 def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:

@@ -6,18 +6,19 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from spherelm.errors import UserError
-from spherelm.fields import check_fields
+from spherelm.fields import Part, check, from_plain
 from spherelm.models import CONFIGS, Config, older
-from spherelm.models.config import check_known, from_plain, to_plain
-from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.models.config import to_plain
+from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 
-DTYPES = ("auto", "float32", "bfloat16")
-STRATEGIES = ("replicate", "shard", "hybrid")
-ON_BAD_STEP = ("stop", "skip")
+Strategy = Literal["replicate", "shard", "hybrid"]
+"""How several processes share a model."""
 
 
 @dataclass(frozen=True)
@@ -42,60 +43,41 @@ class TrainConfig:
     label_smoothing: the part of a target's probability that the training loss spreads over the vocabulary; validation has none.
     """
 
-    steps: int
-    seq_len: int
-    batch_size: int
-    micro_batch_size: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
+    steps: PositiveInt
+    seq_len: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = True
-    eval_every: int = 100
-    eval_windows: int = 64
-    save_every: int = 0
-    save_minutes: float = 30.0
-    keep: int = 2
+    eval_every: NonNegativeInt = 100
+    eval_windows: PositiveInt = 64
+    save_every: NonNegativeInt = 0
+    save_minutes: NonNegativeFloat = 30.0
+    keep: PositiveInt = 2
     mask_documents: bool = False
     log_to: str = ""
-    diagnose_every: int = 0
+    diagnose_every: NonNegativeInt = 0
     eval_tasks: str = ""
-    eval_tasks_every: int = 0
+    eval_tasks_every: NonNegativeInt = 0
     task_data: str | None = None
-    eval_limit: int | None = None
-    keep_every: int = 0
-    strategy: str = "replicate"
-    shard_size: int = 8
+    eval_limit: PositiveInt | None = None
+    keep_every: NonNegativeInt = 0
+    strategy: Strategy = "replicate"
+    shard_size: PositiveInt = 8
     recompute: bool = False
-    timeout: float = 600.0
-    on_bad_step: str = "stop"
-    skip_budget: int = 10
-    spike_factor: float = 0.0
+    timeout: PositiveFloat = 600.0
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    skip_budget: NonNegativeInt = 10
+    spike_factor: NonNegativeFloat = 0.0
     stop_above: float | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: Part = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        counts = ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every", "keep_every", "skip_budget")
-        for name in (*counts, "spike_factor", "save_minutes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.seed >= 2**64:
-            raise UserError(f"seed must be below 2^64, got {self.seed}")
-        for name, known in (("dtype", DTYPES), ("strategy", STRATEGIES), ("on_bad_step", ON_BAD_STEP)):
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        for name in ("shard_size", "timeout"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        check(self)
         if 0 < self.spike_factor <= 1:
             raise UserError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
-        if self.eval_limit is not None and self.eval_limit < 1:
-            raise UserError(f"eval_limit must be at least 1 or None, got {self.eval_limit}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise UserError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
 
 
@@ -122,7 +104,7 @@ class RunConfig:
         return self.model.arm
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
         if self.train.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
@@ -155,31 +137,45 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return {"arm": config.arm, **plain, "model": to_plain(config.model)}
 
 
+@dataclass(frozen=True)
+class Record:
+    """What `to_dict` writes, of this version or of 0.1.0, before its parts are read."""
+
+    arm: str
+    recipe: str
+    preset: str
+    model: dict[str, Any]
+    optim: dict[str, Any]
+    schedule: dict[str, Any]
+    train: dict[str, Any]
+    data: str | None = None
+    base: dict[str, Any] | None = None
+
+
 def from_dict(record: dict[str, Any]) -> RunConfig:
     """The configuration that `to_dict` wrote, of this version or of 0.1.0; keys that are not its own are left alone.
 
-    Raises `ValueError` naming what is missing or unknown.
+    Raises `UserError` naming what is missing, unknown or wrong.
     """
     if not isinstance(record, dict):
-        raise UserError("not a run configuration: it holds no object of JSON")
+        raise UserError("not a run configuration: it is no object with fields")
     try:
-        model = older.fields_today(record["arm"], record["model"])
-        optim = dict(record["optim"])
-        rule = older.rule_today(optim)
-        check_known("optimizer", rule["kind"], RULES)
-        optim["optimizer"] = RULES[rule.pop("kind")](**rule)
-        optim["multipliers"] = RateMultipliers(**optim["multipliers"])
+        own = {field.name for field in dataclasses.fields(Record)}
+        parts = from_plain(Record, {name: value for name, value in record.items() if name in own})
+        arm = older.arm_today(parts.arm)
+        if arm not in CONFIGS:
+            raise UserError(f"arm must be one of {', '.join(CONFIGS)}, got {parts.arm!r}")
         return RunConfig(
-            recipe=record["recipe"],
-            preset=record["preset"],
-            model=from_plain(CONFIGS[older.arm_today(record["arm"])], model),
-            optim=OptimConfig(**optim),
-            schedule=ScheduleConfig(**record["schedule"]),
-            train=TrainConfig(**record["train"]),
-            data=record["data"],
-            base=BaseShape(**record["base"]) if record.get("base") else None,
+            recipe=parts.recipe,
+            preset=parts.preset,
+            model=from_plain(CONFIGS[arm], older.fields_today(parts.arm, parts.model), "model."),
+            optim=from_plain(OptimConfig, older.optim_today(parts.optim), "optim."),
+            schedule=from_plain(ScheduleConfig, parts.schedule, "schedule."),
+            train=from_plain(TrainConfig, parts.train, "train."),
+            data=parts.data,
+            base=from_plain(BaseShape, parts.base, "base.") if parts.base else None,
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"not a run configuration of this version of spherelm: {error}") from error
 
 
@@ -187,7 +183,7 @@ def record_today(record: dict[str, Any]) -> dict[str, Any]:
     """What stands in a `config.json`, its configuration as this version writes it; a record of anything else as it is."""
     try:
         return {**record, **to_dict(from_dict(record))}
-    except ValueError:
+    except UserError:
         return record
 
 
