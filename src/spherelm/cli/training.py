@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +19,7 @@ from spherelm.cli.flags import (
     Flag,
     LogFlags,
     Logs,
+    OfTrain,
     Rhythm,
     RhythmFlags,
     SizeFlags,
@@ -27,26 +29,29 @@ from spherelm.cli.flags import (
     TaskFlags,
     TrainingTasks,
 )
-from spherelm.cli.given import Needs, is_given
+from spherelm.cli.given import Sets
 from spherelm.errors import UserError
 
 if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
 
+OfOptim = Sets("spherelm.optim.groups.OptimConfig", left_out="(default: tuned for preset and recipe)")
+Compared = Sets("spherelm.experiments.comparison.CompareConfig")
+
 
 def compare(
     out: Path,
-    data: Path | None = None,
-    preset: str = "demo",
-    recipe: str = "default",
-    steps: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    lr_gpt: float | None = None,
-    lr_ngpt: float | None = None,
-    seeds: int = 1,
-    quick: Flag = False,
-    dtype: Dtype = "auto",
+    data: Annotated[str | None, Compared] = None,
+    preset: Annotated[str, Compared] = "demo",
+    recipe: Annotated[str, Compared] = "default",
+    steps: Annotated[int | None, Compared] = None,
+    seq_len: Annotated[int | None, Compared] = None,
+    batch_size: Annotated[int | None, Compared] = None,
+    lr_gpt: Annotated[float | None, Compared] = None,
+    lr_ngpt: Annotated[float | None, Compared] = None,
+    seeds: Annotated[int, Compared] = 1,
+    quick: Annotated[Flag, Compared] = False,
+    dtype: Annotated[Dtype, Compared] = "auto",
     no_compile: Flag = False,
     workers: int | None = None,
     resume: Flag = False,
@@ -55,17 +60,6 @@ def compare(
 
     Args:
         out: Directory for both arms' runs, summary.json and report.html.
-        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
-        preset: Size and length of the models' runs.
-        recipe: How each arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
-        steps: Updates of a full run; the preset's if left out.
-        seq_len: Tokens a sequence; the preset's if left out.
-        batch_size: Sequences an update; the preset's if left out.
-        lr_gpt: The baseline's peak learning rate; the one tuned for the preset if left out.
-        lr_ngpt: The normalized arm's peak learning rate; the one tuned for the preset if left out.
-        seeds: Runs an arm; with 2 or more the speedup gets an interval.
-        quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
         no_compile: Do not use torch.compile (the demo preset does not anyway).
         workers: Runs at once; one a core if left out, one in all on an accelerator.
         resume: Go on with the comparison in `out`.
@@ -78,7 +72,7 @@ def compare(
     config = CompareConfig(
         preset=preset,
         recipe=recipe,
-        data=None if data is None else str(data),
+        data=data,
         seeds=seeds,
         quick=quick,
         steps=steps,
@@ -98,17 +92,17 @@ def compare(
 
 def train(
     out: Path,
-    arm: Annotated[Literal["gpt", "ngpt"] | None, Needs(without=["--config"])] = None,
-    data: Path | None = None,
-    preset: Annotated[str, Needs(without=["--config"])] = "demo",
-    recipe: Annotated[str, Needs(without=["--config"])] = "default",
+    arm: Literal["gpt", "ngpt"] | None = None,
+    data: str | None = None,
+    preset: str | None = None,
+    recipe: str | None = None,
     config: Path | None = None,
     sizes: SizeFlags = Sizes(),
-    lr: float | None = None,
-    seed: int = 0,
-    dtype: Dtype = "auto",
+    lr: Annotated[float | None, OfOptim] = None,
+    seed: Annotated[int | None, OfTrain] = None,
+    dtype: Annotated[Dtype | None, OfTrain] = None,
     no_compile: Flag = False,
-    mask_documents: Flag = False,
+    mask_documents: Annotated[Flag, OfTrain] = False,
     fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
     resume: Flag = False,
     rhythm: RhythmFlags = Rhythm(),
@@ -124,45 +118,69 @@ def train(
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
-        preset: Size and length of the run.
-        recipe: How the arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
-        config: A run's config.json: the run is that one, but for the flags that are given.
-        lr: Peak learning rate; the one tuned for the preset and recipe if left out.
-        seed: Of the weights' start and of the order of the text.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        preset: Size and length of the run; demo if left out.
+        recipe: How the arm is trained: default (if left out), adam, muon, paper, nugpt, training-ngpt, or an ablation
+            (docs/recipes.md).
+        config: A run's config.json: the run is that one, but for the flags that are given. Or a file, JSON or YAML, of some of
+            its fields, as --set names them or nested as there: preset, recipe and flags say the rest.
         no_compile: Do not use torch.compile.
-        mask_documents: Keep attention within a document where a sequence holds several.
         fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
         resume: Go on with the run in `out` from its last checkpoint.
     """
     from spherelm.experiments.sweep import parse_fields
-    from spherelm.recipes import changed, make_run
-    from spherelm.runs.config import read_config
+    from spherelm.recipes.overrides import WHOLE
+    from spherelm.runs.config import read_record
 
-    path, compiled = None if data is None else str(data), False if no_compile else None
-    habits: dict[str, Any] = {"compile": compiled, "mask_documents": mask_documents or None}
-    habits |= {**vars(rhythm), **vars(logs), **vars(spreading), **vars(bad_steps)}
-    habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
-    own = parse_fields(fields, {"lr": lr, **vars(sizes)})
-    asked = {"lr": lr, "seed": seed, "dtype": dtype, **vars(sizes), **habits}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if config is not None:
-        given = {name: value for name, value in asked.items() if is_given({"compile": "no_compile"}.get(name, name))}
-        run = changed(read_config(config), given | own)
-        run = run if path is None else on_data(run, path)
-    elif arm is None:
-        raise UserError("no arm is given: give --arm gpt or --arm ngpt, or the --config of a run")
+    own = {"lr": lr, "seed": seed, "dtype": dtype, "compile": False if no_compile else None}
+    own |= {"mask_documents": mask_documents or None, **vars(sizes), **vars(rhythm), **vars(spreading)}
+    own |= {"recompute": spreading.recompute or None, **vars(bad_steps), **vars(logs), **vars(scores)}
+    chosen = {"arm": arm, "data": data, "preset": preset, "recipe": recipe}
+    asked = {name: value for name, value in own.items() if value is not None}
+    asked |= parse_fields(fields, {"lr": lr, **vars(sizes)})
+    record = {} if config is None else read_record(config)
+    if config is not None and record.keys() >= WHOLE:
+        run = run_of_whole(config, chosen, asked)
     else:
-        size = vocabulary(path, preset, dry_run.dry_run)
-        run = make_run(arm, preset, recipe, vocab_size=size, data=path, **(asked | own))
+        run = run_of_parts(config, record, chosen, asked, dry_run.dry_run)
     carry_out(run, out, resume, dry_run)
 
 
-def on_data(config: RunConfig, data: str) -> RunConfig:
-    """The run of `config` on other data, with as many token ids as that has."""
+def run_of_whole(config: Path, chosen: Mapping[str, str | None], asked: Mapping[str, Any]) -> RunConfig:
+    """The run of the config.json `config`, but for the data that is chosen and the fields that are asked for."""
     from spherelm.data.sources import parse_data
+    from spherelm.recipes import changed
+    from spherelm.runs.config import read_config
 
-    return replace(config, data=data, model=replace(config.model, vocab_size=parse_data(data).vocab_size))
+    for name in ("arm", "preset", "recipe"):
+        if chosen[name] is not None:
+            raise UserError(f"--{name} does nothing beside --config {config}, which is of a whole run: leave it out")
+    run, data = changed(read_config(config), asked), chosen["data"]
+    if data is None:
+        return run
+    return replace(run, data=data, model=replace(run.model, vocab_size=parse_data(data).vocab_size))
+
+
+def run_of_parts(
+    config: Path | None,
+    record: Mapping[str, Any],
+    chosen: Mapping[str, str | None],
+    asked: Mapping[str, Any],
+    dry: bool,
+) -> RunConfig:
+    """The run of the fields in `record`, of the file `config`, and over them what is chosen and asked for by flags."""
+    from spherelm.recipes import make_run
+    from spherelm.recipes.overrides import fields_in
+
+    given = fields_in(record) | {name: value for name, value in chosen.items() if value is not None} | dict(asked)
+    arm, preset, data = given.pop("arm", None), given.pop("preset", "demo"), given.pop("data", None)
+    if arm is None:
+        lacking = "no arm is given" if config is None else f"{config} names no arm"
+        raise UserError(f"{lacking}: give --arm gpt or --arm ngpt, or the --config of a run")
+    for name, value in (("arm", arm), ("preset", preset), ("data", data)):
+        if not isinstance(value, str | None):
+            raise UserError(f"{name} must be text, got {value!r}")
+    size = vocabulary(data, preset, dry)
+    return make_run(arm, preset, given.pop("recipe", "default"), **{"vocab_size": size, "data": data, **given})
 
 
 def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> None:

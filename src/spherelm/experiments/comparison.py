@@ -41,8 +41,19 @@ PROMPT = "The old man looked out over the sea, and"
 class CompareConfig:
     """What is compared: a preset, a recipe, seeds, and what shall differ from the preset (`None`: nothing).
 
-    lr_gpt, lr_ngpt: peak learning rates of the baseline and of the normalized arm, also where these are hybrids.
-    quick: read the speedup off the curve within the full runs instead of training at shorter budgets as well.
+    Attributes:
+        preset: Size and length of the models' runs.
+        recipe: How each arm is trained: default, adam, muon, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
+        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        seeds: Runs an arm; with 2 or more the speedup gets an interval.
+        quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
+        steps: Updates of a full run; the preset's if left out.
+        seq_len: Tokens a sequence; the preset's if left out.
+        batch_size: Sequences an update; the preset's if left out.
+        lr_gpt: The baseline's peak learning rate; the one tuned for the preset if left out.
+        lr_ngpt: The normalized arm's peak learning rate; the one tuned for the preset if left out.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
+        compile: Whether to use torch.compile; the preset says if left out.
     """
 
     preset: str = "demo"

@@ -119,10 +119,20 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape that both arms share. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model.
+    """The shape that both arms share. Raises `UserError`, naming the value and the fix, for sizes that make no model.
 
-    rope: "standard", "nvidia" for the formula that NVIDIA/ngpt's checkpoints were trained with, or "none" for no positions.
-    Raises `ValueError`, naming the value and the fix, for sizes that make no model.
+    Attributes:
+        vocab_size: Token ids.
+        n_layers: Layers.
+        d_model: Channels of the hidden state.
+        n_heads: Heads of attention, each of d_model / n_heads channels.
+        n_kv_heads: Heads of keys and values; null: n_heads.
+        d_ff: Channels inside of an MLP; null: 4 d_model.
+        max_seq_len: The longest sequence.
+        rope_base: Of the rotary embedding's frequencies.
+        rope: standard; nvidia: the formula that NVIDIA/ngpt's checkpoints were trained with; none: no positions.
+        tie_embeddings: Whether input and output embedding are one.
+        architecture: A decoder, an encoder-decoder or an encoder, with fields of its own.
     """
 
     arm: ClassVar[str]

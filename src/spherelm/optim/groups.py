@@ -50,11 +50,16 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 class OptimConfig:
     """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
 
-    lr: the peak learning rate. optimizer: which one, with its own fields. weight_decay: `None` means the paper's for the arm,
-    0.1 for a plain model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr:
-    the peak rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may
-    turn a unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls as the
-    rate does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers balance by it.
+    Attributes:
+        lr: Peak learning rate.
+        optimizer: Which one, with its own fields.
+        weight_decay: null: the paper's for the arm, 0.1 for a plain model and 0 on the sphere.
+        grad_clip: The largest global gradient norm, null for no limit.
+        multipliers: Of the peak rate, role by role.
+        matrix_lr: Peak rate of the block matrices, where it is not lr times their multiplier.
+        max_angle: Radians by which one update may turn a unit vector of a block matrix at the peak rate, null for no limit.
+        angle_follows_lr: The limit falls as the rate does.
+        balance_rate: By how much an update moves the bias of an expert's score, where a model's routers balance by it.
     """
 
     lr: PositiveFloat

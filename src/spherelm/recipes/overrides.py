@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -252,3 +253,34 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     refuse_unknown(given, result)
     check_effects(fields, result, config.arm == "ngpt")
     return result
+
+
+WHOLE = frozenset({"arm", "recipe", "preset", "model", "optim", "schedule", "train"})
+"""What a run's config.json has; a file of settings with fewer of them says what shall differ from a preset and a recipe."""
+
+
+def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a file of settings, nested as in a run's config.json or not, by their names in `make_run` or `changed`.
+
+    Raises `UserError` for a field that is there twice. Whether there is such a field is for others to say.
+    """
+    found: list[tuple[str, Any]] = []
+
+    def note(place: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                note(name, value)
+            elif name == "kind":
+                found.append((place, value))
+            else:
+                found.append((NAMES_IN.get(place, "{}").format(name), value))
+
+    note("", record)
+    twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]} stands there twice, in two places: leave one of them out")
+    return dict(found)
+
+
+NAMES_IN = {"multipliers": "{}_rate", "base": "base_{}", **{group: f"{group}.{{}}" for group in GROUPS}}
+"""How the fields of a part of a config are called where they are given one by one."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from spherelm.errors import UserError
 from spherelm.fields import Part, check, from_plain
@@ -25,22 +28,37 @@ Strategy = Literal["replicate", "shard", "hybrid"]
 class TrainConfig:
     """How long and on what a model trains.
 
-    steps: optimizer updates. seq_len: tokens a sequence. batch_size: sequences an update, over all processes.
-    micro_batch_size: sequences at once in one process, `None` for all; the gradients of the rest accumulate. dtype: of the
-    computation; weights are float32 always; "auto" is bfloat16 where the hardware multiplies it fast. eval_every,
-    save_every: in updates, 0 for only at the end. save_minutes: where save_every is 0, save so often all the same, 0 for never.
-    eval_windows: sequences of validation text read each time. keep: how many checkpoints stay. mask_documents: attention does
-    not cross from one document of a sequence into another.
-    log_to: where records go besides `metrics.jsonl`, by commas. diagnose_every: updates between measurements of updates, or 0.
-    eval_tasks: tasks of the evaluation harness, by commas, scored every eval_tasks_every updates (0: only at the end), on
-    copies of their data in the directory task_data (`None`: downloaded) and the first eval_limit documents (`None`: all).
-    keep_every: checkpoints of every so many updates stay for good, 0 for none. strategy: how several processes share a model:
-    "replicate" (each has all of it), "shard" (each has a part), "hybrid" (groups of shard_size share one, and are
-    replicas). recompute: blocks keep only their input, and are computed again for the backward pass. timeout: seconds that
-    processes wait for one another. on_bad_step: "stop" or "skip" an update whose loss or gradient is no number, or whose
-    gradient norm is more than spike_factor times its running average (0: any is let through); at most skip_budget in a run.
-    stop_above: a validation loss after the start that is higher ends the run as diverged, `None` for no such limit.
-    label_smoothing: the part of a target's probability that the training loss spreads over the vocabulary; validation has none.
+    Attributes:
+        steps: Updates.
+        seq_len: Tokens a sequence.
+        batch_size: Sequences an update, over all processes.
+        micro_batch_size: Sequences at once in one process, gradients accumulating over the batch; null: all.
+        seed: Of the weights' start and of the order of the text.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
+        compile: Whether to use torch.compile.
+        eval_every: Updates between validations, 0: only at the end.
+        eval_windows: Sequences of validation text read each time.
+        save_every: Updates between checkpoints; 0: by the clock, every save_minutes, and at the end.
+        save_minutes: Minutes between checkpoints where save_every is 0; 0: only one at the end.
+        keep: Checkpoints that stay, the newest ones.
+        mask_documents: Keep attention within a document where a sequence holds several.
+        log_to: Where records go besides metrics.jsonl: any of tensorboard,wandb,trackio, by commas.
+        diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
+        eval_tasks: Tasks of the evaluation harness to score in training, by commas, into metrics.jsonl.
+        eval_tasks_every: Updates between these scores, 0 for only at the end.
+        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        eval_limit: Documents of each task, the first ones; all if left out.
+        keep_every: Checkpoints of every so many updates stay as well, 0 for none.
+        strategy: How processes share a model: replicate: each has all of it; shard: a part; hybrid: groups share one,
+            as replicas.
+        shard_size: Processes of a group, for the strategy hybrid.
+        recompute: Blocks keep only their input, and are computed again for the backward pass: less memory, more time.
+        timeout: Seconds that processes wait for one another before the run ends.
+        on_bad_step: stop or skip: where the loss or gradient is no number, or the gradient norm leaps.
+        skip_budget: Updates that may be skipped in a run.
+        spike_factor: The norm leaps if it is so many times its running average; 0: it may.
+        stop_above: A validation loss after the start that is higher ends the run as diverged; null: none does.
+        label_smoothing: The part of a target's probability that the training loss spreads over the vocabulary.
     """
 
     steps: PositiveInt
@@ -188,14 +206,39 @@ def record_today(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration stored in the file `path`; raises `ValueError` naming the file if it is not one."""
+    """The configuration stored in the file `path`; raises `UserError` naming the file if it is not one."""
+    record = read_record(path)
     try:
-        return from_dict(read_record(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        return from_dict(record)
+    except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Everything in a run's `config.json`."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Everything in a run's `config.json`, or in such a file that was written by hand, of JSON or (.yaml, .yml) of YAML.
+
+    Raises `UserError` naming the file if it cannot be read, holds no fields, or one twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # PyYAML, which reads YAML 1.1, would take 1e-3 for text.
+        read = YAML(typ="safe", pure=True).load if path.suffix in (".yaml", ".yml") else _read_json
+        record: dict[str, Any] = read(text)
+    except MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        raise UserError(f"{path} cannot be used: {error.problem}{line}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, YAMLError, UserError) as error:
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} cannot be used: it holds no fields")
     return record
+
+
+def _read_json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if twice:
+            raise UserError(f"{twice[0]!r} stands twice in one object")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
