@@ -7,7 +7,7 @@ it decodes, pydantic also where somebody builds a dataclass in Python, which is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
@@ -64,9 +64,8 @@ def called(name: Callable[[str], str]) -> Iterator[None]:
 
 
 @cache
-def checker(kind: Hashable) -> TypeAdapter[Any]:
+def checker(kind: Any) -> TypeAdapter[Any]:
     """What checks the values of all fields of the dataclass `kind`."""
-    assert isinstance(kind, type)
     hints = get_type_hints(kind, include_extras=True)
     # Nothing in a TypedDict is built or replaced but the values themselves.
     values = TypedDict(kind.__name__, {field.name: hints[field.name] for field in fields(kind)})  # type: ignore[misc]
@@ -79,8 +78,9 @@ def check(config: Any) -> None:
 
     `__post_init__` of every config calls it first; only rules between fields are its own.
     """
+    kind: Any = type(config)
     try:
-        values = checker(type(config)).validate_python(vars(config))
+        values = checker(kind).validate_python(vars(config))
     except ValidationError as error:
         raise mistake(error) from None
     for name, value in values.items():  # a list has become a tuple, a whole number a float
@@ -93,15 +93,16 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
     place: stands before the names of fields in what is said of them. Raises `UserError` for a field that there is not, that is
     missing, or that has a value it cannot have, and what `kind` itself raises.
     """
+    wanted: Any = kind
     try:  # of JSON, where a list may be a tuple and an object a dataclass, but a text is never a number
-        found: T = reader(kind).validate_json(json.dumps(plain), strict=True, extra="forbid")
+        found: T = reader(wanted).validate_json(json.dumps(plain), strict=True, extra="forbid")
         return found
     except ValidationError as error:
         raise mistake(error, place) from None
 
 
 @cache
-def reader(kind: Hashable) -> TypeAdapter[Any]:
+def reader(kind: Any) -> TypeAdapter[Any]:
     """What builds the dataclass `kind` and those in it."""
     return TypeAdapter(kind)
 

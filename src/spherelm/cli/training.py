@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -136,13 +136,25 @@ def train(
     own |= {"recompute": spreading.recompute or None, **vars(bad_steps), **vars(logs), **vars(scores)}
     chosen = {"arm": arm, "data": data, "preset": preset, "recipe": recipe}
     asked = {name: value for name, value in own.items() if value is not None}
-    asked |= parse_fields(fields, {"lr": lr, **vars(sizes)})
     record = {} if config is None else read_record(config)
-    if config is not None and record.keys() >= WHOLE:
+    is_whole = record.keys() >= WHOLE
+    if is_whole:
+        refuse_choices(config, chosen, fields)
+    asked |= parse_fields(fields, {"lr": lr, **vars(sizes)})
+    if config is not None and is_whole:
         run = run_of_whole(config, chosen, asked)
     else:
         run = run_of_parts(config, record, chosen, asked, dry_run.dry_run)
     carry_out(run, out, resume, dry_run)
+
+
+def refuse_choices(config: Path | None, chosen: Mapping[str, str | None], fields: Iterable[str]) -> None:
+    """Raise `UserError` where a flag or `--set` chooses what the whole run of the file `config` has chosen already."""
+    names = ("arm", "preset", "recipe")
+    given = [f"--{name}" for name in names if chosen[name] is not None]
+    given += [f"--set {word}" for word in fields if word.partition("=")[0] in names]
+    if given:
+        raise UserError(f"{given[0]} does nothing beside --config {config}, which is of a whole run: leave it out")
 
 
 def run_of_whole(config: Path, chosen: Mapping[str, str | None], asked: Mapping[str, Any]) -> RunConfig:
@@ -151,9 +163,6 @@ def run_of_whole(config: Path, chosen: Mapping[str, str | None], asked: Mapping[
     from spherelm.recipes import changed
     from spherelm.runs.config import read_config
 
-    for name in ("arm", "preset", "recipe"):
-        if chosen[name] is not None:
-            raise UserError(f"--{name} does nothing beside --config {config}, which is of a whole run: leave it out")
     run, data = changed(read_config(config), asked), chosen["data"]
     if data is None:
         return run

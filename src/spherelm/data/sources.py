@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -288,7 +288,7 @@ def _hub(said: str) -> Hub:
     limit = given.pop("limit", None)
     if limit is not None and not limit.isdecimal():
         raise UserError(f"{said!r}: limit={limit} is no number of rows")
-    own = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
+    own: Any = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
     return Hub(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
 
 
