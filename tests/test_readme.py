@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tiny
@@ -47,7 +47,7 @@ from spherelm.generation.samples import PRECISIONS
 from spherelm.models import ARCHITECTURES, ARMS, build, model_class
 from spherelm.models.decoder import Decoder
 from spherelm.optim import OptimConfig
-from spherelm.optim.schedule import KINDS
+from spherelm.optim.schedule import ScheduleConfig
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
 from spherelm.runs.config import DTYPES, to_dict
 from spherelm.train.estimate import Layout, estimate
@@ -418,7 +418,7 @@ def sizes(row: Row) -> None:
 
 @check("Schedules")
 def schedules(row: Row) -> None:
-    assert row.names == list(KINDS)
+    assert row.names == list(get_args(get_type_hints(ScheduleConfig)["kind"]))
 
 
 @check("Optimizers")

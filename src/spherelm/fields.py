@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import docstring_parser
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict
 
 from spherelm.errors import UserError
@@ -32,9 +31,9 @@ class Among:
 
     known: Iterable[str]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         """The schema of one of the names."""
-        return core_schema.literal_schema(list(self.known))
+        return handler.generate_schema(Literal[tuple(self.known)])
 
 
 def documentation(kind: type[Any]) -> dict[str, str]:
