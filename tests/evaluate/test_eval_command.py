@@ -50,7 +50,7 @@ def test_perplexity_at_lengths_beyond_training(
     assert (record["arm"], record["step"], record["run"]) == (arm, 6, str(runs[arm]))
     assert record["command"].startswith("spherelm eval ")
     found = record["perplexity"]
-    plan = Plan((16, 32, 64), tokens_each=128, bins=4)
+    plan = Plan((16, 32, 64), document_tokens=128, bins=4)
     expected = perplexity_by_length(load_model(runs[arm]), read_documents([text], load_tokenizer("bytes")), plan)
     assert found["lengths"] == expected["lengths"]
     assert (found["trained_length"], found["positions"], found["files"]) == (16, "as trained", [str(text)])

@@ -43,6 +43,8 @@ class DryRun:
     device_memory: Annotated[float | None, Needs("--dry-run")] = None
 
 
+BEAMS = "spherelm.generation.beam.BeamSettings"
+OfBeams = Sets(BEAMS)
 TRAIN = "spherelm.runs.config.TrainConfig"
 OfTrain = Sets(TRAIN)
 OfPreset = Sets(TRAIN, left_out="(default: the preset's)")
@@ -112,15 +114,12 @@ class TrainingTasks:
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """A search instead of a draw.
+    """A search instead of a draw; then --samples are the best texts found."""
 
-    Attributes:
-        beams: Search for the most probable texts with so many at a time, instead of drawing; then --samples are the best.
-        length_penalty: Of that search: a text counts as its log probability over its length to this power.
-    """
-
-    beams: Annotated[int | None, Needs(without=["--interactive"])] = None
-    length_penalty: Annotated[float, Needs("--beams")] = 1.0
+    beams: Annotated[
+        int | None, Sets(BEAMS, left_out="(default: none, texts are drawn)"), Needs(without=["--interactive"])
+    ] = None
+    length_penalty: Annotated[float, OfBeams, Needs("--beams")] = 1.0
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,12 @@ class Translation:
     Attributes:
         translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
         write: A file to be made of what was written.
-        beams: Texts that are pursued at a time.
-        length_penalty: A text counts as its log probability over its length to this power.
     """
 
     translate: Annotated[Path | None, Needs("--reference")] = None
     write: Annotated[Path | None, Needs("--translate")] = None
-    beams: Annotated[int, Needs("--translate")] = 5
-    length_penalty: Annotated[float, Needs("--translate")] = 1.0
+    beams: Annotated[int, OfBeams, Needs("--translate")] = 5
+    length_penalty: Annotated[float, OfBeams, Needs("--translate")] = 1.0
 
 
 SizeFlags = Annotated[Sizes, OmitArgPrefixes]

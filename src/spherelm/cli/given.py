@@ -56,14 +56,15 @@ class Sets:
     field: str | None = None
     left_out: str | None = None
 
-    def shown(self, parameter: str) -> Any:
-        """What `--help` says of the flag of this parameter."""
+    def shown(self, parameter: str, own: Any) -> Any:
+        """What `--help` says of the flag of this parameter, whose own default comes before the field's."""
         from spherelm.fields import documentation
 
         module, _, name = self.owner.rpartition(".")
         kind, field = getattr(importlib.import_module(module), name), self.field or parameter
-        default = next(one.default for one in dataclasses.fields(kind) if one.name == field)
-        return arg(help=documentation(kind)[field], help_behavior_hint=self.left_out or said_default(default))
+        default = own or next(one.default for one in dataclasses.fields(kind) if one.name == field)
+        said = "(required)" if own is inspect.Parameter.empty else self.left_out or said_default(default)
+        return arg(help=documentation(kind)[field], help_behavior_hint=said)
 
 
 def said_default(default: Any) -> str:
@@ -173,9 +174,12 @@ def described(hint: Any, name: str, default: Any) -> Any:
         about = {"__doc__": kind.__doc__}
         assert isinstance(kind, type)
         kind = dataclasses.make_dataclass(kind.__name__, flags, bases=(kind,), frozen=True, namespace=about)
-    elif default is not inspect.Parameter.empty:
+    else:
         sets = next((note for note in notes if isinstance(note, Sets)), None)
-        notes = (*notes, sets.shown(name) if sets else arg(help_behavior_hint=said_default(default)))
+        if sets:
+            notes = (*notes, sets.shown(name, default))
+        elif default is not inspect.Parameter.empty:
+            notes = (*notes, arg(help_behavior_hint=said_default(default)))
         if type(None) in get_args(kind):
             inner = next(one for one in get_args(kind) if one is not type(None))
             choices = "{" + ",".join(map(str, get_args(inner))) + "}"

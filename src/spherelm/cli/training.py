@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
 
 OfOptim = Sets("spherelm.optim.groups.OptimConfig", left_out="(default: tuned for preset and recipe)")
+OfGrid = Sets("spherelm.experiments.evidence_plan.Grid")
 Compared = Sets("spherelm.experiments.comparison.CompareConfig")
 
 
@@ -275,13 +276,13 @@ def sweep(
 
 def evidence(
     out: Path,
-    data: Path,
-    test: Path,
-    sizes: tuple[str, ...] = ("0.3m",),
-    contexts: tuple[int, ...] = (256,),
-    budgets: tuple[float, ...] = (5.0, 10.0),
-    contenders: tuple[str, ...] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon"),
-    seeds: int = 3,
+    data: Annotated[Path, OfGrid],
+    test: Annotated[Path, OfGrid],
+    sizes: Annotated[tuple[str, ...], OfGrid] = ("0.3m",),
+    contexts: Annotated[tuple[int, ...], OfGrid] = (256,),
+    budgets: Annotated[tuple[float, ...], OfGrid] = (5.0, 10.0),
+    contenders: Annotated[tuple[str, ...], OfGrid] = ("gpt-adamw", "gpt-muon", "ngpt-adam", "ngpt-muon"),
+    seeds: Annotated[int, OfGrid] = 3,
     workers: int | None = None,
     minutes: float | None = None,
 ) -> None:
@@ -289,13 +290,6 @@ def evidence(
 
     Args:
         out: Directory for the runs and evidence.json; the same command again goes on with it.
-        data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.
-        test: Data directory made with the same tokenizer, whose validation text is used at the end only.
-        sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
-        contexts: Tokens a sequence; an update has 1024 tokens at each.
-        budgets: Tokens for each block parameter.
-        contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
-        seeds: Runs at the learning rate that was found.
         workers: Runs at once; one a core if left out.
         minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.
     """

@@ -41,8 +41,11 @@ Definition = dict[str, Any]
 class TaskSettings:
     """How tasks are run.
 
-    data: directory of local copies, `None` to let the harness download. limit: the first so many documents of each task,
-    `None` for all. few_shot: examples before each document. batch_size: sequences at once.
+    Attributes:
+        data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        limit: Documents of each task, the first ones; all if left out.
+        few_shot: Examples before each document.
+        batch_size: Sequences of a task at once.
     """
 
     data: Path | None = None

@@ -32,9 +32,17 @@ TOKENS_AN_UPDATE = 1024
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: sizes (presets), contexts in tokens, budgets in tokens for each block parameter, contenders, seeds.
+    """What is trained and tested.
 
-    data: a data directory; test: another with the same tokenizer, whose validation text decides, `test_windows` of it.
+    Attributes:
+        data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.
+        test: Data directory made with the same tokenizer, whose validation text is used at the end only.
+        sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
+        contexts: Tokens a sequence; an update has 1024 tokens at each.
+        budgets: Tokens for each block parameter.
+        contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
+        seeds: Runs at the learning rate that was found.
+        test_windows: Sequences of the text of `test` that are read.
     """
 
     data: str

@@ -23,6 +23,10 @@ class BeamSettings:
 
     A text y of |y| new tokens, its end token included, is worth `log p(y | prompt) / |y|^length_penalty`: 0 prefers short
     texts, which are more probable as a whole, 1 takes the mean over tokens, more prefers long ones.
+
+    Attributes:
+        beams: Search for the most probable texts with so many at a time.
+        length_penalty: Of that search: a text counts as its log probability over its length to this power.
     """
 
     beams: PositiveInt = 5

@@ -18,13 +18,15 @@ COLDEST = 1e-20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. In this order, each on what the one before it left:
+    """How the next token is drawn: in the order penalty, temperature, top_k, top_p, min_p, each on what the one before left.
 
-    repetition_penalty: the logit of every token that the row holds already, prompt included, is divided by it where it is
-    positive and multiplied where it is negative (Keskar et al., arXiv 1909.05858); 1 changes nothing.
-    temperature: divides the logits; 0, or less than `COLDEST`, takes the most probable token, whatever the rest says.
-    top_k: the k most probable tokens. top_p: the fewest whose probabilities reach p, at least one.
-    min_p: the tokens whose probability is at least `min_p` times the largest (Nguyen et al., arXiv 2407.01082).
+    Attributes:
+        temperature: 0 (or less than `COLDEST`) always takes the most probable token; 1 draws as the model predicts.
+        top_k: Draw among the k most probable tokens only.
+        top_p: Draw among the fewest tokens that reach this probability, at least one.
+        min_p: Draw among the tokens that have at least this part of the largest probability (arXiv 2407.01082).
+        repetition_penalty: Above 1, tokens that occurred, prompt included, become less probable: a positive logit is divided
+            by it, a negative one multiplied (Keskar et al., arXiv 1909.05858).
     """
 
     temperature: NonNegativeFloat = 1.0

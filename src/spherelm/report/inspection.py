@@ -62,15 +62,19 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at: `positions` tokens of the file `text`, or of the shipped validation text; `sentence` for the walk.
+    """What to look at.
 
-    `sentence`: if None, as much of `SENTENCE` as every model's context holds. `layer`: whose queries and keys are shown,
-    counted from 1, the middle one if None. `images`: write PNG files too.
+    Attributes:
+        text: Text file that the models read; the shipped validation text if left out.
+        sentence: Sentence of the walk, at most 40 tokens; if left out, a default, cut to what the models' context holds.
+        tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
+        layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
+        images: Whether PNG files are written too.
     """
 
     text: Path | None = None
     sentence: str | None = None
-    positions: Annotated[int, Field(ge=2)] = 2048
+    tokens: Annotated[int, Field(ge=2)] = 2048
     layer: int | None = None
     images: bool = True
 
@@ -175,7 +179,7 @@ def _text(request: Request) -> str:
         found: list[str] = []
         for document in shipped_documents("val"):
             found.append(document["text"])
-            if sum(map(len, found)) > 16 * request.positions:
+            if sum(map(len, found)) > 16 * request.tokens:
                 break
         return "\n\n".join(found)
     try:
@@ -213,7 +217,7 @@ def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspecte
         raise UserError(f"layer must be 1 to {len(model.blocks)} for {path}, got {request.layer}")
     try:
         tokenizer = load_tokenizer(run)
-        tokens = windows(tokenizer, text, model, request.positions)
+        tokens = windows(tokenizer, text, model, request.tokens)
         check_sentence(tokenizer.encode(sentence), model.config)  # ahead of what takes long
         inside = look_inside(model, tokens, layer)
         walk = trace_walk(model, tokenizer, sentence, name_of(path))
