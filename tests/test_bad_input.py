@@ -596,7 +596,7 @@ def test_generating_from_what_is_no_run(refused: Refused, good_data: Path, tmp_p
     line = refused("generate", run, "--prompt", "ba")
     assert line.startswith("2 prompt tokens and max_new_tokens=100 do not fit the model's max_seq_len=16")
     small = ["--prompt", "ba", "--max-new-tokens", 3]
-    assert "out of range: temperature=-1.0 (>= 0)" in refused("generate", run, *small, "--temperature", -1)
+    assert "temperature must be at least 0, got -1.0" in refused("generate", run, *small, "--temperature", -1)
     weights = run / "checkpoints" / "step-00000001" / "model.safetensors"
     edit(weights, weights.stat().st_size - 3, b"\x7f")
     assert "is damaged (its sha256 differs)" in refused("generate", run, *small)

@@ -288,12 +288,12 @@ def test_samples_fit_the_models(limit: int, prompt: int, length: int, data: Path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": 0}, "seeds must be more than 0, got 0"),
         ({"preset": "huge"}, "unknown preset 'huge': choose one of demo"),
         ({"preset": "pairs"}, "preset 'pairs' is of the architecture encdec: spherelm sweep trains both arms of it"),
         ({"preset": "encoder"}, "preset 'encoder' is of the architecture encoder: spherelm sweep"),
         ({"recipe": "secret"}, "unknown recipe 'secret': choose one of default, adam"),
-        ({"steps": 0}, "steps must be a positive whole number, got 0"),
+        ({"steps": 0}, "steps must be more than 0, got 0"),
         ({"seq_len": 10**6}, "sequence length 1000000 needs 1000001 tokens"),
         ({"lr_ngpt": 0.0}, "the learning rate must be a positive number, got 0.0"),
     ],
