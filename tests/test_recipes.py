@@ -261,7 +261,7 @@ def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
     assert (run.optim.max_angle, run.optim.grad_clip) == (None, None)
     for name, kind in (
         ("steps", "a valid integer"),
-        ("dtype", "'auto', "),
+        ("dtype", "'auto'.*"),
         ("compile", "a valid boolean"),
         ("rho", "a valid number"),
     ):

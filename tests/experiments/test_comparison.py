@@ -295,7 +295,7 @@ def test_samples_fit_the_models(limit: int, prompt: int, length: int, data: Path
         ({"recipe": "secret"}, "unknown recipe 'secret': choose one of default, adam"),
         ({"steps": 0}, "steps must be more than 0, got 0"),
         ({"seq_len": 10**6}, "sequence length 1000000 needs 1000001 tokens"),
-        ({"lr_ngpt": 0.0}, "the learning rate must be a positive number, got 0.0"),
+        ({"lr_ngpt": 0.0}, "lr must be more than 0, got 0.0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
