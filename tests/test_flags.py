@@ -157,7 +157,7 @@ def given(name: str, flag: str, data: Path) -> list[object]:
     if get_origin(kind) is Literal or get_origin(inner) is Literal:
         value: object = get_args(kind if get_origin(kind) is Literal else inner)[-1]
     else:
-        value = {int: 3, float: 0.75, str: "abc", Path: path}[inner]
+        value = path if flag in names else {int: 3, float: 0.75, str: "abc", Path: path}[inner]
     return [flag, SAMPLES.get((name, flag), SAMPLES.get(flag, value))]
 
 
