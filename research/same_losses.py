@@ -135,13 +135,13 @@ def carry_out(name: str, case: dict[str, Any], start: Start, pairs: Path) -> lis
     data = str(pairs) if "encdec" in given["arm"] else None
     if name.endswith("compiled"):
         torch.compiler.reset()
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
     from spherelm.models.older import FORMER_ARMS
 
     arm = given.pop("arm")
     arm, architecture = FORMER_ARMS.get(arm, (arm, "decoder"))
     given.setdefault("preset", {"encoder": "encoder"}.get(architecture, "demo"))
-    config = make_run(arm, vocab_size=vocabulary_size(data), data=data, **given)
+    config = make_run(arm, vocab_size=parse_data(data).vocab_size, data=data, **given)
     trainer.build, trainer.clip_gradients, trainer.WORSE = start, ordered_clip, math.inf
     try:
         with tempfile.TemporaryDirectory() as directory:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from spherelm.data.sources import vocabulary_size
+from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.experiments.sweep import FIXED, UNTRAINED, name_of, parse_fields
 from spherelm.recipes import make_run
@@ -35,7 +35,7 @@ class Search:
 
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.fixed = asked, fixed_fields(asked.fixed)
-        self.vocab_size = vocabulary_size(str(asked.data))
+        self.vocab_size = parse_data(str(asked.data)).vocab_size
         self.losses: dict[tuple[float, ...], float] = {}
 
     def loss(self, values: Mapping[str, float]) -> float:

@@ -9,7 +9,9 @@ from typing import Any
 
 import commands
 import pytest
+from ruamel.yaml import YAML
 
+from spherelm.data.sources import parse_data
 from spherelm.errors import UserError
 from spherelm.models import ARMS
 from spherelm.recipes import PRESETS, RECIPES, changed, make_run
@@ -91,6 +93,7 @@ def test_another_optimizer_or_scale_by_name(asked: list[RunConfig]) -> None:
         (["--arm", "gpt"], "--arm does nothing beside --config"),
         (["--preset", "1m"], "--preset does nothing beside --config"),
         (["--recipe", "nugpt"], "--recipe does nothing beside --config"),
+        (["--set", "recipe=paper"], "--set recipe=paper does nothing beside --config"),
         (["--set", "alpha.init=0.1"], "alpha.init is no field of gpt, only of ngpt"),
         (["--set", "momentum=0.5"], "momentum is a field of the optimizer muon"),
         (["--set", "grad_clop=1"], "did you mean 'grad_clip'?"),
@@ -102,6 +105,64 @@ def test_what_does_not_fit_the_file_is_refused(
     file = tmp_path / "run.json"
     file.write_text(json.dumps(to_dict(make_run("gpt", "demo", "paper", vocab_size=64))))
     answer = command("train", "--config", file, "--out", tmp_path / "out", *flags)
+    assert (answer.code, len(answer.err.splitlines()), asked) == (2, 1, [])
+    assert said in answer.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "arm: ngpt\nsteps: 50\nlr: 1e-3\nalpha.init: 0.1\nmatrix_rate: 2\noptimizer: muon\nmomentum: .9\nschedule: wsd\n",
+        """
+        arm: ngpt
+        train: {steps: 50}
+        optim: {lr: 1e-3, multipliers: {matrix: 2}, optimizer: {kind: muon, momentum: 0.9}}
+        model: {alpha: {init: 0.1}}
+        schedule: {kind: wsd}
+        """,
+        """{"arm": "ngpt", "train": {"steps": 50}, "lr": 1e-3, "model": {"alpha.init": 0.1}, "matrix_rate": 2,
+        "optim": {"optimizer": {"kind": "muon"}, "momentum": 0.9}, "schedule": {"kind": "wsd"}}""",
+    ],
+    ids=["flat", "nested", "both, in JSON"],
+)
+def test_some_fields_are_filled_up_from_flags_preset_and_recipe(
+    text: str, data: Path, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
+) -> None:
+    file = tmp_path / ("run.json" if text.startswith("{") else "run.yaml")
+    file.write_text(text)
+    flags = ["--steps", 60, "--recipe", "paper", "--data", data]
+    assert command("train", "--config", file, "--out", tmp_path / "out", *flags).code == 0
+    fields = {"alpha.init": 0.1, "matrix_rate": 2.0, "optimizer": "muon", "momentum": 0.9, "schedule": "wsd"}
+    size = parse_data(str(data)).vocab_size
+    assert asked == [make_run("ngpt", "demo", "paper", vocab_size=size, data=str(data), lr=1e-3, steps=60, **fields)]
+
+
+def test_a_whole_config_may_be_yaml(tmp_path: Path, command: commands.Command, asked: list[RunConfig]) -> None:
+    config = make_run("ngpt", "hybrid", vocab_size=64, eps=1e-12)
+    file = tmp_path / "run.yaml"
+    YAML().dump(to_dict(config), file)
+    assert command("train", "--config", file, "--out", tmp_path / "out").code == 0
+    assert asked == [config]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("run.yaml", "arm: gpt\narm: ngpt", "duplicate key"),
+        ("run.json", '{"arm": "gpt", "arm": "ngpt"}', "'arm' stands twice"),
+        ("run.yaml", "arm: gpt\nsteps: 3\ntrain: {steps: 4}", "steps stands there twice"),
+        ("run.yaml", "arm: gpt\nstepz: 3", "did you mean 'steps'?"),
+        ("run.yaml", "arm: gpt\ntrain: {keep: 0}", "keep must be more than 0, got 0"),
+        ("run.yml", "arm: [gpt", "(line 2)"),
+        ("run.yml", "- arm", "it holds no fields"),
+        ("run.yaml", "arm: 7", "arm must be text, got 7"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_one_line(
+    name: str, text: str, said: str, tmp_path: Path, command: commands.Command, asked: list[RunConfig]
+) -> None:
+    (tmp_path / name).write_text(text + "\n")
+    answer = command("train", "--config", tmp_path / name, "--out", tmp_path / "out")
     assert (answer.code, len(answer.err.splitlines()), asked) == (2, 1, [])
     assert said in answer.err
 

@@ -19,7 +19,7 @@ import torch
 
 from spherelm import cli
 from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
-from spherelm.data.sources import vocabulary_size
+from spherelm.data.sources import parse_data
 from spherelm.recipes import make_run
 from spherelm.runs.config import to_dict
 
@@ -99,7 +99,7 @@ class Answer(dict[str, Any]):
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tiny.make_data(tmp_path_factory.mktemp("flags"))
     (data.parent / "data-by-another-name").symlink_to(data)
-    run = make_run("ngpt", vocab_size=vocabulary_size(str(data)), data=str(data))
+    run = make_run("ngpt", vocab_size=parse_data(str(data)).vocab_size, data=str(data))
     (data.parent / "config.json").write_text(json.dumps(to_dict(run)))
     return data
 
@@ -157,7 +157,7 @@ def given(name: str, flag: str, data: Path) -> list[object]:
     if get_origin(kind) is Literal or get_origin(inner) is Literal:
         value: object = get_args(kind if get_origin(kind) is Literal else inner)[-1]
     else:
-        value = {int: 3, float: 0.75, str: "abc", Path: path}[inner]
+        value = path if flag in names else {int: 3, float: 0.75, str: "abc", Path: path}[inner]
     return [flag, SAMPLES.get((name, flag), SAMPLES.get(flag, value))]
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tiny
@@ -46,7 +47,7 @@ from spherelm.generation.samples import PRECISIONS
 from spherelm.models import ARCHITECTURES, ARMS, build, model_class
 from spherelm.models.decoder import Decoder
 from spherelm.optim import OptimConfig
-from spherelm.optim.schedule import KINDS
+from spherelm.optim.schedule import ScheduleConfig
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
 from spherelm.runs.config import DTYPES, to_dict
 from spherelm.train.estimate import Layout, estimate
@@ -127,7 +128,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.experiments.bench.table", str)
     monkeypatch.setattr("spherelm.experiments.bench.profile", str)
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
-    monkeypatch.setattr("spherelm.data.sources.vocabulary_size", lambda data: 4096)
+    monkeypatch.setattr("spherelm.data.sources.parse_data", lambda said: SimpleNamespace(vocab_size=4096))
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})
@@ -417,7 +418,7 @@ def sizes(row: Row) -> None:
 
 @check("Schedules")
 def schedules(row: Row) -> None:
-    assert row.names == list(KINDS)
+    assert row.names == list(get_args(get_type_hints(ScheduleConfig)["kind"]))
 
 
 @check("Optimizers")

@@ -123,10 +123,10 @@ def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
     run = make_run("ngpt", recipe="training-ngpt", vocab_size=9, max_angle=None, grad_clip=None, angle_follows_lr=False)
     assert (run.optim.max_angle, run.optim.grad_clip) == (None, None)
     for name, kind in (
-        ("steps", "positive whole number"),
-        ("dtype", "text"),
-        ("compile", "true or false"),
-        ("rho", "a number"),
+        ("steps", "a valid integer"),
+        ("dtype", "'auto'.*"),
+        ("compile", "a valid boolean"),
+        ("rho", "a valid number"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*{kind}, got None"):
             make_run("ngpt", vocab_size=9, **{name: None})
@@ -230,16 +230,16 @@ def test_an_explicit_init_beats_the_recipes() -> None:
             {"alpha.init": 0.1},
             "alpha.init is no field of gpt, only of ngpt: leave it out for gpt",
         ),
-        ("ngpt", "demo", "law", {"n_layers": 0}, "n_layers must be a positive whole number, got 0"),
-        ("ngpt", "demo", "law", {"lr": "abc"}, "the learning rate must be a positive number, got 'abc'"),
-        ("ngpt", "hybrid", "law", {"pattern": 5}, "pattern must be text, a letter a layer such as MAM-, got 5"),
-        ("ngpt", "demo", "law", {"n_layers": "many"}, "n_layers must be a positive whole number, got 'many'"),
-        ("ngpt", "demo", "law", {"d_model": -64}, "d_model must be a positive whole number, got -64"),
-        ("ngpt", "demo", "law", {"seq_len": 12.5}, "seq_len must be a positive whole number, got 12.5"),
-        ("ngpt", "demo", "law", {"steps": 0}, "steps must be a positive whole number, got 0"),
+        ("ngpt", "demo", "law", {"n_layers": 0}, "n_layers must be more than 0, got 0"),
+        ("ngpt", "demo", "law", {"lr": "abc"}, "lr must be a valid number, got 'abc'"),
+        ("ngpt", "hybrid", "law", {"pattern": 5}, "pattern must be a valid string, got 5"),
+        ("ngpt", "demo", "law", {"n_layers": "many"}, "n_layers must be a valid integer, got 'many'"),
+        ("ngpt", "demo", "law", {"d_model": -64}, "d_model must be more than 0, got -64"),
+        ("ngpt", "demo", "law", {"seq_len": 12.5}, "seq_len must be a valid integer, got 12.5"),
+        ("ngpt", "demo", "law", {"steps": 0}, "steps must be more than 0, got 0"),
         ("ngpt", "demo", "law", {"n_heads": 3, "d_model": 128}, "n_heads=3 does not divide d_model=128"),
-        ("gpt", "demo", "law", {"lr": 0.0}, "the learning rate must be a positive number, got 0.0"),
-        ("gpt", "demo", "law", {"lr": -1.0}, "the learning rate must be a positive number, got -1.0"),
+        ("gpt", "demo", "law", {"lr": 0.0}, "lr must be more than 0, got 0.0"),
+        ("gpt", "demo", "law", {"lr": -1.0}, "lr must be more than 0, got -1.0"),
     ],
 )
 def test_what_is_unknown_or_impossible_is_named(

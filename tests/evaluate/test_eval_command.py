@@ -50,7 +50,7 @@ def test_perplexity_at_lengths_beyond_training(
     assert (record["arm"], record["step"], record["run"]) == (arm, 6, str(runs[arm]))
     assert record["command"].startswith("spherelm eval ")
     found = record["perplexity"]
-    plan = Plan((16, 32, 64), tokens_each=128, bins=4)
+    plan = Plan((16, 32, 64), document_tokens=128, bins=4)
     expected = perplexity_by_length(load_model(runs[arm]), read_documents([text], load_tokenizer("bytes")), plan)
     assert found["lengths"] == expected["lengths"]
     assert (found["trained_length"], found["positions"], found["files"]) == (16, "as trained", [str(text)])
@@ -126,7 +126,7 @@ def test_what_cannot_be_is_one_line(
         ([tmp_path, "--perplexity", text], "holds no checkpoint"),
         ([tmp_path, "--task-data", tmp_path], "holds no checkpoint"),
         ([run, "--task-data", tmp_path], "docs/evaluation.md says what --task-data must hold"),
-        ([run, "--tasks", "winogrande", "--limit", 0], "limit must be at least 1, got 0"),
+        ([run, "--tasks", "winogrande", "--limit", 0], "limit must be more than 0, got 0"),
         ([run, "--tasks", ","], "tasks must be named, and each once, got none"),
     ]
     for words, message in cases:

@@ -291,9 +291,9 @@ def test_without_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"limit": 0}, "limit must be at least 1"),
-        ({"few_shot": -1}, "few_shot must not be negative"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"limit": 0}, "limit must be more than 0"),
+        ({"few_shot": -1}, "few_shot must be at least 0"),
+        ({"batch_size": 0}, "batch_size must be more than 0"),
     ],
 )
 def test_settings_are_checked(fields: dict[str, Any], message: str) -> None:

@@ -26,7 +26,7 @@ from spherelm.models import GPTConfig, NGPTConfig, build
 PLANS = [
     Plan((4, 8, 16), bins=4),
     Plan((16,), bins=3),
-    Plan((8, 24), tokens_each=48),
+    Plan((8, 24), document_tokens=48),
     Plan((6, 10, 24), stride=5, bins=2),
 ]
 
@@ -56,11 +56,11 @@ def test_all_lengths_score_the_same_tokens_once(plan: Plan, count: int) -> None:
         sets.append(set(targets))
     assert all(other == sets[0] for other in sets)
     assert len(sets[0]) == steps * plan.step
-    if plan.tokens_each is None:
+    if plan.document_tokens is None:
         # What is left out at the end has no room for one more.
         assert count - 1 - (plan.longest - plan.step) - len(sets[0]) < plan.step
     else:
-        assert len(sets[0]) <= plan.tokens_each
+        assert len(sets[0]) <= plan.document_tokens
 
 
 def model_of(arm: str) -> Any:
@@ -209,14 +209,14 @@ def test_texts_that_are_too_short_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lengths": ()}, "lengths must be positive and ascending"),
-        ({"lengths": (0, 8)}, "lengths must be positive and ascending"),
-        ({"lengths": (8, 4)}, "lengths must be positive and ascending"),
+        ({"lengths": ()}, "lengths Tuple should have at least 1 item"),
+        ({"lengths": (0, 8)}, "lengths.0 must be more than 0, got 0"),
+        ({"lengths": (8, 4)}, "lengths must be ascending"),
         ({"lengths": (6, 16)}, "lengths 6 does not divide 16"),
-        ({"lengths": (6, 16), "stride": 7}, "stride must be from 1 to the shortest length 6, got 7"),
-        ({"lengths": (6, 16), "stride": 0}, "stride must be from 1 to the shortest length 6, got 0"),
-        ({"lengths": (8, 16), "tokens_each": 15}, "tokens_each=15 is less than one window: give at least 16"),
-        ({"lengths": (8,), "bins": 0}, "bins must be at least 1"),
+        ({"lengths": (6, 16), "stride": 7}, "stride must be at most the shortest length 6, got 7"),
+        ({"lengths": (6, 16), "stride": 0}, "stride must be more than 0, got 0"),
+        ({"lengths": (8, 16), "document_tokens": 15}, "document_tokens=15 is less than one window: give at least 16"),
+        ({"lengths": (8,), "bins": 0}, "bins must be more than 0"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:

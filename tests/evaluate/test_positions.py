@@ -109,5 +109,5 @@ def test_what_is_asked_for_is_said() -> None:
     assert parse_positions(None, None) == parse_positions(None, "none") == Positions()
     assert str(Positions()) == "as trained"
     assert str(parse_positions(85550, "yarn:8")) == "base 85550, yarn:8"
-    with pytest.raises(ValueError, match="rope_base must be greater than 1, got 0"):
+    with pytest.raises(ValueError, match="rope_base must be more than 1, got 0"):
         parse_positions(0, None)

@@ -132,7 +132,7 @@ def test_prompts_of_a_file_become_lines(run: Path, command: commands.Command, tm
             "24 tokens and its end, the model's max_seq_len is 24: cut it up",
         ),
         (["--prompt", "x", "--max-new-tokens", "24"], "ask for 0 to 23 new tokens"),
-        (["--prompt", "x", "--beams", "0", "--max-new-tokens", "4"], "beams must be at least 1, got 0"),
+        (["--prompt", "x", "--beams", "0", "--max-new-tokens", "4"], "beams must be more than 0, got 0"),
     ],
 )
 def test_what_generate_cannot_do_is_said(run: Path, flags: list[str], said: str, command: commands.Command) -> None:

@@ -15,6 +15,7 @@ import tiny
 from commands import make_command
 
 from spherelm.data.shards import open_tokens
+from spherelm.data.sources import tokens_per_byte
 from spherelm.experiments import comparison as module
 from spherelm.experiments.comparison import CompareConfig, compare, samples
 from spherelm.experiments.record import read_comparison
@@ -24,7 +25,6 @@ from spherelm.report.report import write_report
 from spherelm.runs.config import read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import alone_in
-from spherelm.train.batches import tokens_per_byte
 from spherelm.train.guard import Diverged
 from spherelm.train.trainer import train
 
@@ -289,14 +289,14 @@ def test_samples_fit_the_models(limit: int, prompt: int, length: int, data: Path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": 0}, "seeds must be more than 0, got 0"),
         ({"preset": "huge"}, "unknown preset 'huge': choose one of demo"),
         ({"preset": "pairs"}, "preset 'pairs' is of the architecture encdec: spherelm sweep trains both arms of it"),
         ({"preset": "encoder"}, "preset 'encoder' is of the architecture encoder: spherelm sweep"),
-        ({"recipe": "secret"}, "unknown recipe 'secret': choose one of default, adam"),
-        ({"steps": 0}, "steps must be a positive whole number, got 0"),
+        ({"recipe": "secret"}, "unknown recipe 'secret': choose one of law, paper"),
+        ({"steps": 0}, "steps must be more than 0, got 0"),
         ({"seq_len": 10**6}, "sequence length 1000000 needs 1000001 tokens"),
-        ({"lr_ngpt": 0.0}, "the learning rate must be a positive number, got 0.0"),
+        ({"lr_ngpt": 0.0}, "lr must be more than 0, got 0.0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -63,12 +63,12 @@ def test_points_come_cheapest_first() -> None:
         ({"sizes": ("hybrid",)}, "'hybrid' has another architecture than the contenders"),
         ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-paper"),
         ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
-        ({"budgets": (0.0,)}, "budgets must be positive numbers"),
-        ({"budgets": (math.inf,)}, "budgets must be positive numbers"),
+        ({"budgets": (0.0,)}, "budgets.0 must be more than 0"),
+        ({"budgets": (math.inf,)}, "budgets.0 must be a finite number"),
         ({"budgets": (5.0, 5.0)}, "budgets has a value twice"),
         ({"contenders": ("gpt-law", "gpt-law")}, "contenders has a value twice"),
         ({"budgets": (0.0078, 0.0079)}, "budgets 0.0078 and 0.0079 are both 2 updates of 0.3m: leave one out"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": 0}, "seeds must be more than 0, got 0"),
     ],
 )
 def test_what_cannot_be_is_named(fields: dict[str, Any], message: str) -> None:

@@ -110,22 +110,19 @@ def test_probabilities_are_float32_whatever_the_logits_are(dtype: torch.dtype) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.5}, "temperature=-0.5 (>= 0)"),
-        ({"temperature": math.inf}, "temperature=inf"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"top_k": 0}, "top_k=0 (>= 1)"),
-        ({"top_p": 0.0}, "top_p=0.0 (in (0, 1])"),
-        ({"top_p": 1.5}, "top_p=1.5"),
-        ({"min_p": -0.1}, "min_p=-0.1 (in [0, 1])"),
-        ({"min_p": 1.1}, "min_p=1.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 (> 0)"),
-        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40 (at least 1e-6)"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty=inf (at most 1e6)"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
-        ({"top_k": 0, "min_p": 2.0}, "top_k=0 (>= 1), min_p=2.0 (in [0, 1])"),
+        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
+        ({"temperature": math.inf}, "temperature must be a finite number, got inf"),
+        ({"temperature": math.nan}, "temperature must be a finite number, got nan"),
+        ({"top_k": 0}, "top_k must be more than 0, got 0"),
+        ({"top_p": 0.0}, "top_p must be more than 0, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be at most 1, got 1.5"),
+        ({"min_p": -0.1}, "min_p must be at least 0, got -0.1"),
+        ({"min_p": 1.1}, "min_p must be at most 1, got 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be at least 1e-06, got 0.0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty must be at least 1e-06, got 1e-40"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be a finite number, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=r"^out of range: ") as error:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Sampling(**settings)
-    assert message in str(error.value)

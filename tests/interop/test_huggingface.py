@@ -417,13 +417,13 @@ def test_the_config_speaks_transformers(tmp_path: Path) -> None:
     [
         ({"arm": "rnn"}, "unknown arm 'rnn': choose one of gpt, ngpt$"),
         ({"d_model": 30, "n_heads": 4}, "n_heads=4 does not divide d_model=30"),
-        ({"rope": "spiral"}, "unknown rope 'spiral'"),
+        ({"rope": "spiral"}, "rope must be 'standard', 'nvidia' or 'none', got 'spiral'"),
         ({"architecture": {"pattern": "MA-"}}, "a spherelm model has the architecture decoder"),
         ({"architecture": {"kind": "encdec"}}, "a spherelm model has the architecture decoder"),
         ({"architecture": {"kind": "decoder", "pattern": "MA-"}}, "pattern 'MA-' has 3 letters for n_layers=4"),
         (
             {"arm": "nhybrid", "pattern": 7},
-            "pattern must be text, a letter a layer such as MAM-, got 7",
+            "pattern must be a valid string, got 7",
         ),
     ],
 )

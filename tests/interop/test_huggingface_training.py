@@ -198,7 +198,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from spherelm import NGPT, NGPTConfig
 from spherelm.interop.huggingface import to_hf
-from spherelm.models.config import from_plain
+from spherelm.fields import from_plain
 
 folder = sys.argv[1]
 dist.init_process_group("gloo")
@@ -274,7 +274,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from spherelm import NGPT, NGPTConfig, attach_retraction, departure
-from spherelm.models.config import from_plain
+from spherelm.fields import from_plain
 
 folder = sys.argv[1]
 accelerator = Accelerator(cpu=True)

@@ -96,5 +96,5 @@ def test_without_it_the_scale_sits_in_the_rows() -> None:
 
 
 def test_a_negative_exponent_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"logit_preconditioning must not be negative, got -1\.0"):
+    with pytest.raises(ValueError, match=r"logit_preconditioning must be at least 0, got -1\.0"):
         NGPTConfig(**CONFIG, logit_preconditioning=-1.0)

@@ -118,7 +118,7 @@ def test_it_writes_nothing(arm: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"hidden_part": 0.0}, "hidden_part must lie between 0 and 1, got 0.0"),
+        ({"hidden_part": 0.0}, "hidden_part must be more than 0, got 0.0"),
         ({"tie_embeddings": True}, "cannot be tied"),
     ],
 )

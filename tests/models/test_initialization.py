@@ -123,7 +123,7 @@ def test_logits_start_nearly_equal_where_rows_start_together() -> None:
 
 
 def test_a_negative_common_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"common_start must not be negative, got -1\.0"):
+    with pytest.raises(ValueError, match=r"common_start must be at least 0, got -1\.0"):
         NGPTConfig(**SIZES, common_start=-1.0)
 
 

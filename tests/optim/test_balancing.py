@@ -190,5 +190,5 @@ def test_a_model_without_routers_is_refused() -> None:
 
 
 def test_a_negative_rate_is_refused() -> None:
-    with pytest.raises(ValueError, match="balance_rate must be a number that is not negative, got -1"):
+    with pytest.raises(ValueError, match="balance_rate must be at least 0, got -1"):
         OptimConfig(lr=1.0, balance_rate=-1)

@@ -59,5 +59,5 @@ def test_two_transfers_in_a_row_are_one() -> None:
 
 
 def test_a_base_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="n_layers of the base shape must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_layers must be more than 0, got 0"):
         BaseShape(64, 0, 10)

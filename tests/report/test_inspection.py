@@ -39,7 +39,7 @@ from spherelm.train.trainer import Trainer
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 
-SMALL = Request(sentence="The sea.", positions=64, images=False)
+SMALL = Request(sentence="The sea.", tokens=64, images=False)
 OF_WEIGHTS = [
     "alpha",
     "scales",
@@ -115,7 +115,7 @@ def inspected(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         patch.setattr(Drawing, "png", png)
         patch.setattr(Drawing, "_drawn", loose)
         patch.setattr(sphere_map, "ITERATIONS", 20)
-        request = Request(sentence="The sea.", positions=64)
+        request = Request(sentence="The sea.", tokens=64)
         figures = inspect([runs["gpt-0"], runs["ngpt-0"], checkpoint], out, request)
     return Inspected(out, figures, images)
 
@@ -288,7 +288,7 @@ def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path
     runs = [tmp_path / arm for arm in tiny.ARMS]
     for run in runs:
         Trainer(tiny_pairs.run_config(run.name, data, steps=1), run, False).run(show_progress=False)
-    figures = inspect(runs, tmp_path / "out", Request(sentence="bada ki", positions=32, images=False))
+    figures = inspect(runs, tmp_path / "out", Request(sentence="bada ki", tokens=32, images=False))
     assert len(figures) > 10
     assert (tmp_path / "out" / "walk.html").is_file()
     model, tokens = load_model(runs[1]), torch.randint(256, (2, 9))

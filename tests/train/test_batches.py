@@ -14,14 +14,15 @@ import tiny
 import torch
 
 from spherelm.data import stream
+from spherelm.data.hub import HubRequest
 from spherelm.data.prepare import prepare
 from spherelm.data.shards import open_tokens
-from spherelm.data.sources import proportions, sources_of, stream_spec, vocabulary_size
+from spherelm.data.sources import Hub, Mixture, Shards, Shipped, parse_data, tokens_per_byte
 from spherelm.layers.attention import separate_documents
 from spherelm.runs.checkpoint import load_model
 from spherelm.runs.config import RunConfig
 from spherelm.runs.metrics import read_metrics
-from spherelm.train.batches import open_data, tokens_per_byte
+from spherelm.train.batches import open_data
 from spherelm.train.trainer import Trainer, train
 
 
@@ -47,21 +48,18 @@ def mixture(directories: list[Path]) -> str:
 
 def test_what_data_names(directories: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = directories
-    assert sources_of(str(one)) == {one: 1}
-    assert sources_of(mixture(directories)) == {one: Fraction(7, 10), other: Fraction(3, 10)}
-    assert sources_of(f"{one}=2,{other}=.5") == {one: Fraction(4, 5), other: Fraction(1, 5)}
+    assert parse_data(None) == Shipped()
+    assert parse_data(str(one)) == parse_data(f"{one}=3") == Shards(one)
+    assert parse_data(mixture(directories)) == Mixture({one: Fraction(7, 10), other: Fraction(3, 10)})
+    assert parse_data(f"{one}=2,{other}=.5") == Mixture({one: Fraction(4, 5), other: Fraction(1, 5)})
     monkeypatch.chdir(tmp_path)
-    assert sources_of("x=1,y") == {Path("x=1,y"): 1}
+    assert parse_data("x=1,y") == Shards(Path("x=1,y"))
     Path("x=1,y=2").mkdir()
-    assert sources_of("x=1,y=2") == {Path("x=1,y=2"): 1}
-    assert stream_spec("x") is None
-    spec = stream_spec("stream:org/name@v1,tokenizer=bytes,val=0.2,config=en,split=all,column=content,limit=9")
-    assert spec is not None
-    assert (spec.tokenizer, spec.val) == ("bytes", "0.2")
-    request = spec.request
-    assert (request.name, request.config, request.split) == ("org/name@v1", "en", "all")
-    assert (request.column, request.limit) == ("content", 9)
-    assert vocabulary_size(mixture(directories)) == vocabulary_size("stream:x,tokenizer=bytes") == 257
+    assert parse_data("x=1,y=2") == Shards(Path("x=1,y=2"))
+    request = HubRequest("org/name@v1", config="en", split="all", column="content", limit=9)
+    stream = "stream:org/name@v1,tokenizer=bytes,val=0.2,config=en,split=all,column=content,limit=9"
+    assert parse_data(stream) == Hub(request, "bytes", "0.2")
+    assert parse_data(mixture(directories)).vocab_size == parse_data("stream:x,tokenizer=bytes").vocab_size == 257
 
 
 @pytest.mark.parametrize(
@@ -200,8 +198,9 @@ def test_text_that_lies_elsewhere_is_the_same_text(
 
 def test_the_part_that_a_stream_holds_out_is_part_of_what_it_is() -> None:
     """Its first held-out documents may be the same, and then its identity is."""
-    stream_of = "stream:x,tokenizer=bytes,val="
-    assert proportions(f"{stream_of}0.30") == proportions(f"{stream_of}.3") != proportions(f"{stream_of}0.31")
-    assert (
-        proportions(f"{stream_of}a/val.txt") == proportions(f"{stream_of}b/val.txt") != proportions(stream_of + "0.3")
-    )
+
+    def held_out(val: str) -> tuple[object, ...]:
+        return parse_data(f"stream:x,tokenizer=bytes,val={val}").proportions
+
+    assert held_out("0.30") == held_out(".3") != held_out("0.31")
+    assert held_out("a/val.txt") == held_out("b/val.txt") != held_out("0.3")

@@ -220,8 +220,8 @@ def test_spreading_divides_what_it_says() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda run: Layout(0), "--world-size must be at least 1, got 0"),
-        (lambda run: Layout(2, "tensor"), "unknown strategy 'tensor': choose one of replicate, shard, hybrid"),
+        (lambda run: Layout(0), "world_size must be more than 0, got 0"),
+        (lambda run: Layout(2, "tensor"), "strategy must be 'replicate', 'shard' or 'hybrid', got 'tensor'"),
         (lambda run: Layout(12, "hybrid"), "--shard-size 8 does not divide --world-size 12"),
         (lambda run: estimate(run, Layout(3)), "batch_size=512 cannot be shared by 3 processes"),
         (lambda run: estimate(run, mfu=40), r"--mfu must lie in \(0, 1\].*got 40"),

@@ -376,11 +376,11 @@ def test_weights_are_cut_between_unit_vectors(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"strategy": "tensor"}, "unknown strategy 'tensor': choose one of replicate, shard, hybrid"),
-        ({"on_bad_step": "ignore"}, "unknown on_bad_step 'ignore': choose one of stop, skip"),
+        ({"strategy": "tensor"}, "strategy must be 'replicate', 'shard' or 'hybrid', got 'tensor'"),
+        ({"on_bad_step": "ignore"}, "on_bad_step must be 'stop' or 'skip', got 'ignore'"),
         ({"spike_factor": 0.5}, "spike_factor must be 0 or more than 1, got 0.5"),
-        ({"timeout": 0.0}, "timeout must be positive, got 0.0"),
-        ({"keep_every": -1}, "keep_every must not be negative, got -1"),
+        ({"timeout": 0.0}, "timeout must be more than 0, got 0.0"),
+        ({"keep_every": -1}, "keep_every must be at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range(fields: dict[str, Any], message: str) -> None:

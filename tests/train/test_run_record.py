@@ -150,17 +150,17 @@ def test_a_record_of_something_else_is_refused(change: dict[str, Any], tmp_path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"seq_len": 0}, "seq_len must be at least 1"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"eval_windows": 0}, "eval_windows must be at least 1"),
-        ({"keep": 0}, "keep must be at least 1, got 0"),
-        ({"eval_every": -1}, "eval_every must not be negative, got -1"),
-        ({"save_every": -1}, "save_every must not be negative"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"dtype": "float16"}, "unknown dtype 'float16': choose one of auto, float32, bfloat16"),
+        ({"steps": 0}, "steps must be more than 0, got 0"),
+        ({"seq_len": 0}, "seq_len must be more than 0"),
+        ({"batch_size": -1}, "batch_size must be more than 0, got -1"),
+        ({"eval_windows": 0}, "eval_windows must be more than 0"),
+        ({"keep": 0}, "keep must be more than 0, got 0"),
+        ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
+        ({"save_every": -1}, "save_every must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"dtype": "float16"}, "dtype must be 'auto', 'float32' or 'bfloat16', got 'float16'"),
         ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide batch_size=4"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 does not divide batch_size=4"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be more than 0, got 0"),
     ],
 )
 def test_lengths_and_sizes_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:

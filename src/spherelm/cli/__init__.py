@@ -82,9 +82,6 @@ def outline(command: Any) -> Callable[[], None]:
     return nothing
 
 
-app = program()
-
-
 def rank_and_size() -> tuple[int, int]:
     """Which of the processes that torchrun started this is, and of how many."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -8,28 +8,30 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from spherelm.cli.flags import Translation, TranslationFlags
-from spherelm.cli.given import Needs
+from spherelm.cli.given import Needs, Sets
 from spherelm.counting import counted
 from spherelm.errors import UserError
 
 OfTasks = Needs("--tasks", without=["--perplexity", "--translate"])
 OfPerplexity = Needs("--perplexity")
+TASKS, PLAN = "spherelm.evaluate.harness.TaskSettings", "spherelm.evaluate.lengths.Plan"
+POSITIONS = "spherelm.evaluate.positions.Positions"
 
 
 def eval_(
     run: Positional[Path],
     tasks: str | None = None,
-    task_data: Annotated[Path | None, OfTasks] = None,
-    limit: Annotated[int | None, OfTasks] = None,
-    few_shot: Annotated[int, OfTasks] = 0,
-    batch_size: Annotated[int, OfTasks] = 16,
+    task_data: Annotated[Path | None, OfTasks, Sets(TASKS, "data")] = None,
+    limit: Annotated[int | None, OfTasks, Sets(TASKS)] = None,
+    few_shot: Annotated[int, OfTasks, Sets(TASKS)] = 0,
+    batch_size: Annotated[int, OfTasks, Sets(TASKS)] = 16,
     perplexity: tuple[Path, ...] = (),
     field: Annotated[str | None, OfPerplexity] = None,
     lengths: Annotated[str | None, OfPerplexity] = None,
-    stride: Annotated[int | None, OfPerplexity] = None,
-    document_tokens: Annotated[int | None, OfPerplexity] = None,
-    bins: Annotated[int, OfPerplexity] = 16,
-    rope_base: Annotated[float | None, OfPerplexity] = None,
+    stride: Annotated[int | None, OfPerplexity, Sets(PLAN)] = None,
+    document_tokens: Annotated[int | None, OfPerplexity, Sets(PLAN)] = None,
+    bins: Annotated[int, OfPerplexity, Sets(PLAN)] = 16,
+    rope_base: Annotated[float | None, OfPerplexity, Sets(POSITIONS)] = None,
     rope_scaling: Annotated[str | None, OfPerplexity] = None,
     texts: TranslationFlags = Translation(),
     reference: Annotated[tuple[Path, ...], Needs("--translate")] = (),
@@ -40,17 +42,9 @@ def eval_(
     Args:
         run: A run directory, or one of its checkpoints.
         tasks: Tasks of the harness by commas; the paper's five if left out, or none beside --perplexity and --translate.
-        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
-        limit: Documents of each task, the first ones; all if left out.
-        few_shot: Examples before each document.
-        batch_size: Sequences of a task at once.
         perplexity: Text files, of the kinds that `data prepare` reads, to measure perplexity on instead.
         field: Where the text of a row is in those files; "text" if left out, body.text for "text" within "body".
         lengths: Tokens of a window, by commas, also beyond the length trained on; that length if left out.
-        stride: Windows advance by so many tokens and score only these; windows do not overlap if left out.
-        document_tokens: At most so many tokens of each document are scored; all if left out.
-        bins: Pieces of a window in each of which the loss is given.
-        rope_base: Another base for the rotary embedding than the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
         reference: Files of what should be written, a line for each line of --translate.
         json: File to write everything to, as JSON.

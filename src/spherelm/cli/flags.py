@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from spherelm.cli.given import Needs
+from spherelm.cli.given import Needs, Sets
 
 Flag = Annotated[bool, FlagCreatePairsOff]
 """A switch: absent or `--name`, without a `--no-name` beside it."""
@@ -43,123 +43,83 @@ class DryRun:
     device_memory: Annotated[float | None, Needs("--dry-run")] = None
 
 
+BEAMS = "spherelm.generation.beam.BeamSettings"
+OfBeams = Sets(BEAMS)
+TRAIN = "spherelm.runs.config.TrainConfig"
+OfTrain = Sets(TRAIN)
+OfPreset = Sets(TRAIN, left_out="(default: the preset's)")
+OfModel = Sets("spherelm.models.config.ModelConfig", left_out="(default: the preset's)")
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """The shape of a model and the length of its run; the preset's where left out.
+    """The shape of a model and the length of its run."""
 
-    Attributes:
-        steps: Updates.
-        seq_len: Tokens a sequence.
-        batch_size: Sequences an update.
-        micro_batch_size: Sequences at once, gradients accumulating over the batch.
-        d_model: Channels of the hidden state.
-        n_layers: Layers.
-        n_heads: Heads of attention, each of d_model / n_heads channels.
-    """
-
-    steps: int | None = None
-    seq_len: int | None = None
-    batch_size: int | None = None
-    micro_batch_size: int | None = None
-    d_model: int | None = None
-    n_layers: int | None = None
-    n_heads: int | None = None
+    steps: Annotated[int | None, OfPreset] = None
+    seq_len: Annotated[int | None, OfPreset] = None
+    batch_size: Annotated[int | None, OfPreset] = None
+    micro_batch_size: Annotated[int | None, OfPreset] = None
+    d_model: Annotated[int | None, OfModel] = None
+    n_layers: Annotated[int | None, OfModel] = None
+    n_heads: Annotated[int | None, OfModel] = None
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How often a run validates and saves.
+    """How often a run validates and saves."""
 
-    Attributes:
-        eval_every: Updates between validations; the preset's if left out.
-        save_every: Updates between checkpoints; 0: by the clock, every --save-minutes, and at the end.
-        save_minutes: Minutes between checkpoints where --save-every is 0; 0: only one at the end.
-        keep: Checkpoints that stay, the newest ones.
-        keep_every: Checkpoints of every so many updates stay as well, 0 for none.
-    """
-
-    eval_every: int | None = None
-    save_every: int = 0
-    save_minutes: float = 30.0
-    keep: int = 2
-    keep_every: Annotated[int, Needs("--save-every")] = 0
+    eval_every: Annotated[int | None, OfPreset] = None
+    save_every: Annotated[int | None, OfTrain] = None
+    save_minutes: Annotated[float | None, OfTrain] = None
+    keep: Annotated[int | None, OfTrain] = None
+    keep_every: Annotated[int | None, OfTrain, Needs("--save-every")] = None
 
 
 @dataclass(frozen=True)
 class Spreading:
-    """How several processes, started by torchrun, share a run.
+    """How several processes, started by torchrun, share a run; with one process too, so that the command stays the same."""
 
-    Attributes:
-        strategy: replicate: each process has the whole model; shard: a part of it; hybrid: groups share one, as replicas.
-        shard_size: Processes of a group, for the strategy hybrid.
-        recompute: Blocks keep only their input, and are computed again for the backward pass: less memory, more time.
-        timeout: Seconds that processes wait for one another before the run ends.
-    """
-
-    strategy: Literal["replicate", "shard", "hybrid"] = (
-        "replicate"  # with one process too: the same command for any number
-    )
-    shard_size: Annotated[int, Needs("--strategy hybrid")] = 8
-    recompute: Flag = False
-    timeout: float = 600.0
+    strategy: Annotated[Literal["replicate", "shard", "hybrid"] | None, OfTrain] = None
+    shard_size: Annotated[int | None, OfTrain, Needs("--strategy hybrid")] = None
+    recompute: Annotated[Flag, OfTrain] = False
+    timeout: Annotated[float | None, OfTrain] = None
 
 
 @dataclass(frozen=True)
 class BadSteps:
-    """What becomes of an update that went wrong.
+    """What becomes of an update that went wrong."""
 
-    Attributes:
-        on_bad_step: stop or skip: where the loss or gradient is no number, or the gradient norm leaps.
-        skip_budget: Updates that may be skipped in a run.
-        spike_factor: The norm leaps if it is so many times its running average; 0: it may.
-    """
-
-    on_bad_step: Literal["stop", "skip"] = "stop"
-    skip_budget: Annotated[int, Needs("--on-bad-step skip")] = 10
-    spike_factor: float = 0.0
+    on_bad_step: Annotated[Literal["stop", "skip"] | None, OfTrain] = None
+    skip_budget: Annotated[int | None, OfTrain, Needs("--on-bad-step skip")] = None
+    spike_factor: Annotated[float | None, OfTrain] = None
 
 
 @dataclass(frozen=True)
 class Logs:
-    """What is logged, and where besides metrics.jsonl.
+    """What is logged, and where besides metrics.jsonl."""
 
-    Attributes:
-        log_to: Where records go besides metrics.jsonl: any of tensorboard,wandb,trackio, by commas.
-        diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
-    """
-
-    log_to: str = ""
-    diagnose_every: int = 0
+    log_to: Annotated[str | None, OfTrain] = None
+    diagnose_every: Annotated[int | None, OfTrain] = None
 
 
 @dataclass(frozen=True)
 class TrainingTasks:
-    """Tasks that are scored in training.
+    """Tasks that are scored in training."""
 
-    Attributes:
-        eval_tasks: Tasks of the evaluation harness to score in training, by commas, into metrics.jsonl.
-        eval_tasks_every: Updates between these scores, 0 for only at the end.
-        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
-        eval_limit: Documents of each task, the first ones; all if left out.
-    """
-
-    eval_tasks: str = ""
-    eval_tasks_every: Annotated[int, Needs("--eval-tasks")] = 0
-    task_data: Annotated[Path | None, Needs("--eval-tasks")] = None
-    eval_limit: Annotated[int | None, Needs("--eval-tasks")] = None
+    eval_tasks: Annotated[str | None, OfTrain] = None
+    eval_tasks_every: Annotated[int | None, OfTrain, Needs("--eval-tasks")] = None
+    task_data: Annotated[str | None, OfTrain, Needs("--eval-tasks")] = None
+    eval_limit: Annotated[int | None, OfTrain, Needs("--eval-tasks")] = None
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """A search instead of a draw.
+    """A search instead of a draw; then --samples are the best texts found."""
 
-    Attributes:
-        beams: Search for the most probable texts with so many at a time, instead of drawing; then --samples are the best.
-        length_penalty: Of that search: a text counts as its log probability over its length to this power.
-    """
-
-    beams: Annotated[int | None, Needs(without=["--interactive"])] = None
-    length_penalty: Annotated[float, Needs("--beams")] = 1.0
+    beams: Annotated[
+        int | None, Sets(BEAMS, left_out="(default: none, texts are drawn)"), Needs(without=["--interactive"])
+    ] = None
+    length_penalty: Annotated[float, OfBeams, Needs("--beams")] = 1.0
 
 
 @dataclass(frozen=True)
@@ -169,14 +129,12 @@ class Translation:
     Attributes:
         translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
         write: A file to be made of what was written.
-        beams: Texts that are pursued at a time.
-        length_penalty: A text counts as its log probability over its length to this power.
     """
 
     translate: Annotated[Path | None, Needs("--reference")] = None
     write: Annotated[Path | None, Needs("--translate")] = None
-    beams: Annotated[int, Needs("--translate")] = 5
-    length_penalty: Annotated[float, Needs("--translate")] = 1.0
+    beams: Annotated[int, OfBeams, Needs("--translate")] = 5
+    length_penalty: Annotated[float, OfBeams, Needs("--translate")] = 1.0
 
 
 SizeFlags = Annotated[Sizes, OmitArgPrefixes]

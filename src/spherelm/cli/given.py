@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
@@ -40,6 +42,37 @@ class Needs:
         if self.without:
             return None
         return f"{flag} acts only with {' or '.join(self.beside)}: give both, or leave {flag} out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """Stands in a flag's annotation: the flag sets a field of a dataclass, which says what the field is and its default.
+
+    owner: the dataclass by its whole name, since it takes a second to import what needs torch. field: `None` where it is called
+    as the flag is. left_out: what the field is without the flag, where that is not the default.
+    """
+
+    owner: str
+    field: str | None = None
+    left_out: str | None = None
+
+    def shown(self, parameter: str, own: Any) -> Any:
+        """What `--help` says of the flag of this parameter, whose own default comes before the field's."""
+        from spherelm.fields import documentation
+
+        module, _, name = self.owner.rpartition(".")
+        kind, field = getattr(importlib.import_module(module), name), self.field or parameter
+        default = own or next(one.default for one in dataclasses.fields(kind) if one.name == field)
+        said = "(required)" if own is inspect.Parameter.empty else self.left_out or said_default(default)
+        return arg(help=documentation(kind)[field], help_behavior_hint=said)
+
+
+def said_default(default: Any) -> str:
+    """What `--help` says of a default; nothing of one that says nothing."""
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    nothing = default in (None, "", dataclasses.MISSING) or isinstance(default, bool)
+    return "" if nothing else f"(default: {default})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +136,6 @@ def read(words: Sequence[str], flags: Mapping[str, Kind]) -> Iterator[tuple[str,
         yield key_of(words[place]), [*([value] if equals else []), *words[place + 1 : following]]
 
 
-def is_given(parameter: str) -> bool:
-    """Whether the command line has the flag of this parameter."""
-    return any(key_of(word) == flag_name(parameter) for word in sys.argv[1:])
-
-
 def key_of(word: str) -> str:
     """The flag in a word that may hold its value too; underscores may stand for hyphens."""
     return word.partition("=")[0].replace("_", "-")
@@ -123,13 +151,42 @@ def check(words: Sequence[str], flags: Mapping[str, Kind]) -> None:
         if kind.is_list and not values:
             raise UserError(f"{flag} has no value: give one, or leave it out")
         found.setdefault(flag, []).extend(values if kind.is_list else values[:1])
+    written = {flag: flag for flag in found}
     for field, _, value in (word.partition("=") for word in found.get("--set", [])):
         found.setdefault(flag_name(field), []).append(value)
+        written.setdefault(flag_name(field), f"--set {field}")
     for flag in found:
         needs = flags[flag].needs if flag in flags else None
-        complaint = needs.complaint(flag, found) if needs else None
+        complaint = needs.complaint(written[flag], found) if needs else None
         if complaint:
             raise UserError(complaint)
+
+
+METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+
+
+def described(hint: Any, name: str, default: Any) -> Any:
+    """The annotation `hint` of the parameter `name` with what `--help` shows of its flag, or of the flags of its dataclass."""
+    kind, notes = unfold(hint)
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        flags = [(f.name, described(hints[f.name], f.name, f.default), f.default) for f in dataclasses.fields(kind)]
+        about = {"__doc__": kind.__doc__}
+        assert isinstance(kind, type)
+        kind = dataclasses.make_dataclass(kind.__name__, flags, bases=(kind,), frozen=True, namespace=about)
+    else:
+        sets = next((note for note in notes if isinstance(note, Sets)), None)
+        if sets:
+            notes = (*notes, sets.shown(name, default))
+        elif default is not inspect.Parameter.empty:
+            notes = (*notes, arg(help_behavior_hint=said_default(default)))
+        if type(None) in get_args(kind):
+            inner = next(one for one in get_args(kind) if one is not type(None))
+            choices = "{" + ",".join(map(str, get_args(inner))) + "}"
+            notes = (*notes, arg(metavar=METAVARS.get(inner, choices)))
+    for note in notes:
+        kind = Annotated[kind, note]
+    return kind
 
 
 def checked(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,13 +195,14 @@ def checked(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters, defaults = [], {}
     for name, parameter in inspect.signature(command).parameters.items():
         (kind, notes), default = unfold(hints[name]), parameter.default
-        hint = hints[name]
+        hint = described(hints[name], name, default)
         if is_list(kind) and Positional not in notes:
-            shown = arg(help_behavior_hint=f"(default: {' '.join(map(str, default))})")
             hint = tuple[kind, ...]  # type: ignore[valid-type]
-            for note in (*notes, shown, UseAppendAction):
+            for note in (*unfold(described(hints[name], name, default))[1], UseAppendAction):
                 hint = Annotated[hint, note]
             defaults[name], default = default, ()
+        if dataclasses.is_dataclass(kind):
+            default = unfold(hint)[0]()
         parameters.append(parameter.replace(annotation=hint, default=default))
 
     @functools.wraps(command)

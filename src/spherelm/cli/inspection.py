@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from spherelm.cli.flags import Flag, Runs
+from spherelm.cli.given import Sets
+
+Looks = Sets("spherelm.report.inspection.Request")
 
 
 def inspect(
     runs: Runs,
     out: Path,
-    text: Path | None = None,
-    sentence: str | None = None,
-    tokens: int = 2048,
-    layer: int | None = None,
+    text: Annotated[Path | None, Looks] = None,
+    sentence: Annotated[str | None, Looks] = None,
+    tokens: Annotated[int, Looks] = 2048,
+    layer: Annotated[int | None, Looks] = None,
     no_images: Flag = False,
 ) -> None:
     """Look inside trained models, one or several side by side: figures, tables, and the walk on the sphere.
@@ -21,10 +25,6 @@ def inspect(
     Args:
         runs: Run directories, checkpoints, or directories of compare; runs of one arm are taken for seeds of one model.
         out: Directory to make: index.html, walk.html, figures (SVG, PNG), tables (parquet, or JSON without pyarrow).
-        text: Text file that the models read; the shipped validation text if left out.
-        sentence: Sentence of the walk, at most 40 tokens; if left out, a default, cut to what the models' context holds.
-        tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
-        layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
         no_images: Write no PNG files.
     """
     from spherelm.report.inspection import Request

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
-from spherelm.cli.given import Needs
+from spherelm.cli.given import Needs, Sets
 from spherelm.counting import counted
 from spherelm.errors import UserError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spherelm.generation.samples import Conversation
 
 
+OfDraw = Sets("spherelm.generation.sampling.Sampling")
 Drawn = Needs(without=["--beams", "--temperature 0"])
 """For flags of a draw: neither a search nor the most probable token draws."""
 
@@ -54,11 +55,11 @@ def generate(
     prompts: Path | None = None,
     interactive: Flag = False,
     max_new_tokens: int = 100,
-    temperature: Annotated[float, Needs(without=["--beams"])] = 0.8,
-    top_k: Annotated[int | None, Drawn] = 50,
-    top_p: Annotated[float | None, Drawn] = None,
-    min_p: Annotated[float | None, Drawn] = None,
-    repetition_penalty: Annotated[float, Needs(without=["--beams"])] = 1.0,
+    temperature: Annotated[float, Needs(without=["--beams"]), OfDraw] = 0.8,
+    top_k: Annotated[int | None, Drawn, OfDraw] = 50,
+    top_p: Annotated[float | None, Drawn, OfDraw] = None,
+    min_p: Annotated[float | None, Drawn, OfDraw] = None,
+    repetition_penalty: Annotated[float, Needs(without=["--beams"]), OfDraw] = 1.0,
     stop: tuple[str, ...] = (),
     samples: Annotated[int, Needs(without=["--interactive"])] = 1,
     seed: Annotated[int, Drawn] = 0,
@@ -77,11 +78,6 @@ def generate(
         prompts: A file with a prompt a line, or a .jsonl of objects with a "prompt".
         interactive: Write a line, read how it goes on, write the next. Ctrl-C stops the text, Ctrl-D ends.
         max_new_tokens: Tokens to add.
-        temperature: 0 always takes the most probable token; 1 draws as the model predicts.
-        top_k: Draw among the k most probable tokens only.
-        top_p: Draw among the fewest tokens that reach this probability.
-        min_p: Draw among the tokens that have at least this part of the largest probability.
-        repetition_penalty: Above 1, tokens that occurred become less probable.
         stop: The text ends before the first of these strings.
         samples: Continuations to draw of each prompt.
         seed: Of the draw; text i draws with seed + i.

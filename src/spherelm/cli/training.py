@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +19,7 @@ from spherelm.cli.flags import (
     Flag,
     LogFlags,
     Logs,
+    OfTrain,
     Rhythm,
     RhythmFlags,
     SizeFlags,
@@ -27,26 +29,30 @@ from spherelm.cli.flags import (
     TaskFlags,
     TrainingTasks,
 )
-from spherelm.cli.given import Needs, is_given
+from spherelm.cli.given import Sets
 from spherelm.errors import UserError
 
 if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
 
+OfOptim = Sets("spherelm.optim.groups.OptimConfig", left_out="(default: tuned for preset and recipe)")
+OfGrid = Sets("spherelm.experiments.evidence_plan.Grid")
+Compared = Sets("spherelm.experiments.comparison.CompareConfig")
+
 
 def compare(
     out: Path,
-    data: Path | None = None,
-    preset: str = "demo",
-    recipe: str = "law",
-    steps: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    lr_gpt: float | None = None,
-    lr_ngpt: float | None = None,
-    seeds: int = 1,
-    quick: Flag = False,
-    dtype: Dtype = "auto",
+    data: Annotated[str | None, Compared] = None,
+    preset: Annotated[str, Compared] = "demo",
+    recipe: Annotated[str, Compared] = "law",
+    steps: Annotated[int | None, Compared] = None,
+    seq_len: Annotated[int | None, Compared] = None,
+    batch_size: Annotated[int | None, Compared] = None,
+    lr_gpt: Annotated[float | None, Compared] = None,
+    lr_ngpt: Annotated[float | None, Compared] = None,
+    seeds: Annotated[int, Compared] = 1,
+    quick: Annotated[Flag, Compared] = False,
+    dtype: Annotated[Dtype, Compared] = "auto",
     no_compile: Flag = False,
     workers: int | None = None,
     resume: Flag = False,
@@ -55,17 +61,6 @@ def compare(
 
     Args:
         out: Directory for both arms' runs, summary.json and report.html.
-        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
-        preset: Size and length of the models' runs.
-        recipe: How each arm is trained: law, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
-        steps: Updates of a full run; the preset's if left out.
-        seq_len: Tokens a sequence; the preset's if left out.
-        batch_size: Sequences an update; the preset's if left out.
-        lr_gpt: The baseline's peak learning rate; the one tuned for the preset if left out.
-        lr_ngpt: The normalized arm's peak learning rate; the one tuned for the preset if left out.
-        seeds: Runs an arm; with 2 or more the speedup gets an interval.
-        quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
         no_compile: Do not use torch.compile (the demo preset does not anyway).
         workers: Runs at once; one a core if left out, one in all on an accelerator.
         resume: Go on with the comparison in `out`.
@@ -78,7 +73,7 @@ def compare(
     config = CompareConfig(
         preset=preset,
         recipe=recipe,
-        data=None if data is None else str(data),
+        data=data,
         seeds=seeds,
         quick=quick,
         steps=steps,
@@ -98,17 +93,17 @@ def compare(
 
 def train(
     out: Path,
-    arm: Annotated[Literal["gpt", "ngpt"] | None, Needs(without=["--config"])] = None,
-    data: Path | None = None,
-    preset: Annotated[str, Needs(without=["--config"])] = "demo",
-    recipe: Annotated[str, Needs(without=["--config"])] = "law",
+    arm: Literal["gpt", "ngpt"] | None = None,
+    data: str | None = None,
+    preset: str | None = None,
+    recipe: str | None = None,
     config: Path | None = None,
     sizes: SizeFlags = Sizes(),
-    lr: float | None = None,
-    seed: int = 0,
-    dtype: Dtype = "auto",
+    lr: Annotated[float | None, OfOptim] = None,
+    seed: Annotated[int | None, OfTrain] = None,
+    dtype: Annotated[Dtype | None, OfTrain] = None,
     no_compile: Flag = False,
-    mask_documents: Flag = False,
+    mask_documents: Annotated[Flag, OfTrain] = False,
     fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
     resume: Flag = False,
     rhythm: RhythmFlags = Rhythm(),
@@ -124,45 +119,78 @@ def train(
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
-        preset: Size and length of the run.
-        recipe: How the arm is trained: law, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
-        config: A run's config.json: the run is that one, but for the flags that are given.
-        lr: Peak learning rate; the one tuned for the preset and recipe if left out.
-        seed: Of the weights' start and of the order of the text.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        preset: Size and length of the run; demo if left out.
+        recipe: How the arm is trained: law (if left out), paper, nugpt, training-ngpt, or an ablation
+            (docs/recipes.md).
+        config: A run's config.json: the run is that one, but for the flags that are given. Or a file, JSON or YAML, of some of
+            its fields, as --set names them or nested as there: preset, recipe and flags say the rest.
         no_compile: Do not use torch.compile.
-        mask_documents: Keep attention within a document where a sequence holds several.
         fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
         resume: Go on with the run in `out` from its last checkpoint.
     """
     from spherelm.experiments.sweep import parse_fields
-    from spherelm.recipes import changed, make_run
-    from spherelm.runs.config import read_config
+    from spherelm.recipes.overrides import WHOLE
+    from spherelm.runs.config import read_record
 
-    path, compiled = None if data is None else str(data), False if no_compile else None
-    habits: dict[str, Any] = {"compile": compiled, "mask_documents": mask_documents or None}
-    habits |= {**vars(rhythm), **vars(logs), **vars(spreading), **vars(bad_steps)}
-    habits |= {**vars(scores), "task_data": None if scores.task_data is None else str(scores.task_data)}
-    own = parse_fields(fields, {"lr": lr, **vars(sizes)})
-    asked = {"lr": lr, "seed": seed, "dtype": dtype, **vars(sizes), **habits}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if config is not None:
-        given = {name: value for name, value in asked.items() if is_given({"compile": "no_compile"}.get(name, name))}
-        run = changed(read_config(config), given | own)
-        run = run if path is None else on_data(run, path)
-    elif arm is None:
-        raise UserError("no arm is given: give --arm gpt or --arm ngpt, or the --config of a run")
+    own = {"lr": lr, "seed": seed, "dtype": dtype, "compile": False if no_compile else None}
+    own |= {"mask_documents": mask_documents or None, **vars(sizes), **vars(rhythm), **vars(spreading)}
+    own |= {"recompute": spreading.recompute or None, **vars(bad_steps), **vars(logs), **vars(scores)}
+    chosen = {"arm": arm, "data": data, "preset": preset, "recipe": recipe}
+    asked = {name: value for name, value in own.items() if value is not None}
+    record = {} if config is None else read_record(config)
+    is_whole = record.keys() >= WHOLE
+    if is_whole:
+        refuse_choices(config, chosen, fields)
+    asked |= parse_fields(fields, {"lr": lr, **vars(sizes)})
+    if config is not None and is_whole:
+        run = run_of_whole(config, chosen, asked)
     else:
-        size = vocabulary(path, preset, dry_run.dry_run)
-        run = make_run(arm, preset, recipe, vocab_size=size, data=path, **(asked | own))
+        run = run_of_parts(config, record, chosen, asked, dry_run.dry_run)
     carry_out(run, out, resume, dry_run)
 
 
-def on_data(config: RunConfig, data: str) -> RunConfig:
-    """The run of `config` on other data, with as many token ids as that has."""
-    from spherelm.data.sources import vocabulary_size
+def refuse_choices(config: Path | None, chosen: Mapping[str, str | None], fields: Iterable[str]) -> None:
+    """Raise `UserError` where a flag or `--set` chooses what the whole run of the file `config` has chosen already."""
+    names = ("arm", "preset", "recipe")
+    given = [f"--{name}" for name in names if chosen[name] is not None]
+    given += [f"--set {word}" for word in fields if word.partition("=")[0] in names]
+    if given:
+        raise UserError(f"{given[0]} does nothing beside --config {config}, which is of a whole run: leave it out")
 
-    return replace(config, data=data, model=replace(config.model, vocab_size=vocabulary_size(data)))
+
+def run_of_whole(config: Path, chosen: Mapping[str, str | None], asked: Mapping[str, Any]) -> RunConfig:
+    """The run of the config.json `config`, but for the data that is chosen and the fields that are asked for."""
+    from spherelm.data.sources import parse_data
+    from spherelm.recipes import changed
+    from spherelm.runs.config import read_config
+
+    run, data = changed(read_config(config), asked), chosen["data"]
+    if data is None:
+        return run
+    return replace(run, data=data, model=replace(run.model, vocab_size=parse_data(data).vocab_size))
+
+
+def run_of_parts(
+    config: Path | None,
+    record: Mapping[str, Any],
+    chosen: Mapping[str, str | None],
+    asked: Mapping[str, Any],
+    dry: bool,
+) -> RunConfig:
+    """The run of the fields in `record`, of the file `config`, and over them what is chosen and asked for by flags."""
+    from spherelm.recipes import make_run
+    from spherelm.recipes.overrides import fields_in
+
+    given = fields_in(record) | {name: value for name, value in chosen.items() if value is not None} | dict(asked)
+    arm, preset, data = given.pop("arm", None), given.pop("preset", "demo"), given.pop("data", None)
+    if arm is None:
+        lacking = "no arm is given" if config is None else f"{config} names no arm"
+        raise UserError(f"{lacking}: give --arm gpt or --arm ngpt, or the --config of a run")
+    for name, value in (("arm", arm), ("preset", preset), ("data", data)):
+        if not isinstance(value, str | None):
+            raise UserError(f"{name} must be text, got {value!r}")
+    size = vocabulary(data, preset, dry)
+    return make_run(arm, preset, given.pop("recipe", "law"), **{"vocab_size": size, "data": data, **given})
 
 
 def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> None:
@@ -178,11 +206,11 @@ def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> No
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     """How many token ids the data has; a size that names its own vocabulary needs no data to be described."""
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
     from spherelm.recipes.presets import PRESETS
 
     known = PRESETS[preset].vocab_size if preset in PRESETS and dry_run and data is None else None
-    return known or vocabulary_size(data)
+    return known or parse_data(data).vocab_size
 
 
 def describe(config: RunConfig, asked: DryRun) -> None:
@@ -227,7 +255,7 @@ def sweep(
         seeds: Runs a combination.
         workers: Runs at once; one a core if left out.
     """
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
     from spherelm.experiments.sweep import grid, parse_axes, table
     from spherelm.experiments.sweep import sweep as run_sweep
     from spherelm.recipes import distinct, recipe_names
@@ -240,20 +268,22 @@ def sweep(
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
-    rows = run_sweep(distinct(grid(axes)), seeds, out, vocab_size=vocabulary_size(path), data=path, workers=workers)
+    rows = run_sweep(
+        distinct(grid(axes)), seeds, out, vocab_size=parse_data(path).vocab_size, data=path, workers=workers
+    )
     write_page(rows, out)
     print(table(rows))
 
 
 def evidence(
     out: Path,
-    data: Path,
-    test: Path,
-    sizes: tuple[str, ...] = ("0.3m",),
-    contexts: tuple[int, ...] = (256,),
-    budgets: tuple[float, ...] = (5.0, 10.0),
-    contenders: tuple[str, ...] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper"),
-    seeds: int = 3,
+    data: Annotated[Path, OfGrid],
+    test: Annotated[Path, OfGrid],
+    sizes: Annotated[tuple[str, ...], OfGrid] = ("0.3m",),
+    contexts: Annotated[tuple[int, ...], OfGrid] = (256,),
+    budgets: Annotated[tuple[float, ...], OfGrid] = (5.0, 10.0),
+    contenders: Annotated[tuple[str, ...], OfGrid] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper"),
+    seeds: Annotated[int, OfGrid] = 3,
     workers: int | None = None,
     minutes: float | None = None,
 ) -> None:
@@ -261,13 +291,6 @@ def evidence(
 
     Args:
         out: Directory for the runs and evidence.json; the same command again goes on with it.
-        data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.
-        test: Data directory made with the same tokenizer, whose validation text is used at the end only.
-        sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
-        contexts: Tokens a sequence; an update has 1024 tokens at each.
-        budgets: Tokens for each block parameter.
-        contenders: Among gpt-law, gpt-paper, ngpt-law, ngpt-paper, nugpt, training-ngpt.
-        seeds: Runs at the learning rate that was found.
         workers: Runs at once; one a core if left out.
         minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.
     """

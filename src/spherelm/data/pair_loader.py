@@ -15,7 +15,7 @@ import torch
 
 from spherelm.counting import counted
 from spherelm.data.loader import Batch, StatelessBatches, check_share
-from spherelm.data.pairs import Pairs
+from spherelm.data.pairs import PairTokens
 from spherelm.errors import UserError
 
 PADDING = -100
@@ -31,7 +31,7 @@ class PairLoader(StatelessBatches):
     """
 
     def __init__(
-        self, pairs: Pairs, eos_id: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self, pairs: PairTokens, eos_id: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         check_share(batch_size, rank, world_size)
         if len(pairs) < batch_size:
@@ -76,7 +76,7 @@ class PairLoader(StatelessBatches):
         return order
 
 
-def pair_batch(pairs: Pairs, rows: npt.NDArray[np.int64] | Sequence[int], eos_id: int) -> Batch:
+def pair_batch(pairs: PairTokens, rows: npt.NDArray[np.int64] | Sequence[int], eos_id: int) -> Batch:
     """The pairs numbered `rows` as a batch, no wider than their longest source and target."""
     read = [pairs.row(int(index)) for index in rows]
     source = np.full((len(read), max(len(s) for s, _ in read) + 1), PADDING, dtype=np.int64)
@@ -89,7 +89,7 @@ def pair_batch(pairs: Pairs, rows: npt.NDArray[np.int64] | Sequence[int], eos_id
     return torch.from_numpy(np.concatenate((source, written), axis=1)), torch.from_numpy(targets)
 
 
-def held_out_pairs(pairs: Pairs, count: int, eos_id: int) -> Batch:
+def held_out_pairs(pairs: PairTokens, count: int, eos_id: int) -> Batch:
     """`count` validation pairs, or all there are, spread evenly over the file, in the order of their lengths, as a batch."""
     rows = np.unique(np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(np.int64))
     source, target = pairs.lengths()

@@ -49,7 +49,7 @@ class Texts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairTokens:
     """The pairs of a split: ids int32 [tokens], and where each row ends int64 [pairs]; rows hold no end token."""
 
     source: npt.NDArray[np.int32]
@@ -200,13 +200,13 @@ def read_pairs_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory / MANIFEST} is damaged ({error}): prepare the pairs again") from error
 
 
-def open_pairs(directory: Path, split: str) -> Pairs:
+def open_pairs(directory: Path, split: str) -> PairTokens:
     """The pairs of the split "train" or "val" of `directory`; verified against its hash."""
     entry = read_pairs_manifest(directory)["splits"][split]
     path = directory / f"{split}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         raise UserError(f"{path} is missing or damaged: prepare the pairs again")
     try:
-        return Pairs(**load_file(path), fingerprint=entry["sha256"])
+        return PairTokens(**load_file(path), fingerprint=entry["sha256"])
     except (safetensors.SafetensorError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): prepare the pairs again") from error

@@ -1,19 +1,273 @@
-"""What the `data` of a run names: directories, a mixture of them, a stream, or the text that ships with spherelm."""
+"""The data of a run: what `--data` may name, a dataclass each, which know how to open themselves."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
 
 from spherelm.data.corpus import shipped_directory
-from spherelm.data.hub import HubRequest
-from spherelm.data.mixture import shares
-from spherelm.data.pairs import holds_pairs, read_pairs_manifest
-from spherelm.data.shards import open_tokens
-from spherelm.data.tokenizer import load_tokenizer
+from spherelm.data.cutting import Cutter
+from spherelm.data.documents import check_input, read_blocks
+from spherelm.data.hub import HubRequest, HubText, sha256_of
+from spherelm.data.loader import Batches, Loader, validation_windows
+from spherelm.data.mixture import MixtureLoader, shares
+from spherelm.data.pair_loader import PairLoader, held_out_pairs
+from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
+from spherelm.data.plan import check_held_out
+from spherelm.data.rows import Rows
+from spherelm.data.shards import Split, Tokens, open_tokens
+from spherelm.data.stream import StreamLoader, held_out_windows
+from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import UserError
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads its data, in the process `rank` of `world_size`; the rest as in `TrainConfig`."""
+
+    seq_len: int
+    batch_size: int
+    seed: int
+    eval_windows: int
+    mask_documents: bool
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation windows of one source of text: tokens, targets int64 [windows, seq]. The weights of all sources sum to 1."""
+
+    name: str
+    weight: float
+    tokens: Tensor
+    targets: Tensor
+    tokens_per_byte: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`.
+
+    tokens_per_update: where updates have another number of tokens than batch_size sequences of seq_len, that on average.
+    shards: the prepared texts that are read as they are needed; others were verified when they were opened.
+    """
+
+    loader: Batches
+    held_out: tuple[HeldOut, ...]
+    tokenizer: Tokenizer
+    identity: dict[str, str]
+    end_token: int | None = None
+    tokens_per_update: int | None = None
+    shards: tuple[Tokens, ...] = ()
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """How many tokens a UTF-8 byte of the validation text takes, its sources mixed by their weights."""
+        return 1 / sum(part.weight / part.tokens_per_byte for part in self.held_out)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The text that ships with spherelm, prepared on first use."""
+
+    kind: Literal["shipped"] = "shipped"
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return Shards(shipped_directory()).vocab_size
+
+    @property
+    def proportions(self) -> tuple[object, ...]:
+        """What is not in the identity of the texts: data of equal identity and proportions is the same, wherever it lies."""
+        return (Fraction(1),)
+
+    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
+        """How often a run of so many sequences reads each of its training texts, by name; empty where no end is known."""
+        return {"the text that ships with spherelm": _epochs(shipped_directory(), sequences * seq_len)}
+
+    def open(self, how: Reading) -> RunData:
+        """The batches and validation windows. Raises `UserError` if it cannot be read or does not fit the lengths."""
+        return Shards(shipped_directory()).open(how)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A directory of `spherelm data prepare`. Its properties and methods are described in `Shipped`, as those of all data."""
+
+    path: Path
+    kind: Literal["shards"] = "shards"
+
+    @property
+    def vocab_size(self) -> int:
+        return open_tokens(self.path, "train").vocab_size
+
+    @property
+    def proportions(self) -> tuple[object, ...]:
+        return (Fraction(1),)
+
+    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
+        return {str(self.path): _epochs(self.path, sequences * seq_len)}
+
+    def open(self, how: Reading) -> RunData:
+        text = open_tokens(self.path, "train")
+        loader = Loader(text, how.seq_len, how.batch_size, how.seed, how.rank, how.world_size)
+        return _of_shards(loader, {self.path: Fraction(1)}, [text], how)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several directories of shards, with weights that sum to 1."""
+
+    parts: Mapping[Path, Fraction]
+    kind: Literal["mixture"] = "mixture"
+
+    @property
+    def vocab_size(self) -> int:
+        return Shards(next(iter(self.parts))).vocab_size
+
+    @property
+    def proportions(self) -> tuple[object, ...]:
+        return tuple(self.parts.values())
+
+    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
+        tokens = sequences * seq_len
+        return {str(path): _epochs(path, float(weight) * tokens) for path, weight in self.parts.items()}
+
+    def open(self, how: Reading) -> RunData:
+        texts, weights = [open_tokens(path, "train") for path in self.parts], list(self.parts.values())
+        loader = MixtureLoader(texts, weights, how.seq_len, how.batch_size, how.seed, how.rank, how.world_size)
+        return _of_shards(loader, self.parts, texts, how)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Text that is read as it is needed. val: the part of the documents that is held out, or a file of validation text."""
+
+    request: HubRequest
+    tokenizer: str = "default"
+    val: str = "0.01"
+    kind: Literal["hub"] = "hub"
+
+    @property
+    def vocab_size(self) -> int:
+        return load_tokenizer(self.tokenizer).vocab_size
+
+    @property
+    def proportions(self) -> tuple[object, ...]:
+        try:
+            return (float(self.val),)
+        except ValueError:
+            return ("a file",)
+
+    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
+        return {}
+
+    def open(self, how: Reading) -> RunData:
+        text, tokenizer = HubText(self.request, words=OF_STREAMS), load_tokenizer(self.tokenizer)
+        file = Path(self.val)
+        part = 0.0 if file.is_file() else _part(self.val)
+        if part:
+            blocks = text.blocks(None)
+        else:
+            check_input(file)
+            check_held_out(file, sha256_of(file), text.local_files)
+            rows = Rows(self.request.column, named_by=OF_STREAMS["column"], skipped_by=None)
+            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=rows)
+        with closing(blocks):
+            windows, per_byte, fingerprint = held_out_windows(
+                blocks, tokenizer, part or 1.0, how.seq_len, how.eval_windows
+            )
+        loader = StreamLoader(text, tokenizer, how.seq_len, how.batch_size, how.seed, part, how.rank, how.world_size)
+        return RunData(
+            loader=loader,
+            held_out=(HeldOut(self.request.name, 1.0, *windows, per_byte),),
+            tokenizer=tokenizer,
+            identity={"train": text.fingerprint, "val": fingerprint, "tokenizer": tokenizer.fingerprint},
+            end_token=tokenizer.eos_id if how.mask_documents else None,
+        )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A directory of `spherelm data pairs`."""
+
+    path: Path
+    kind: Literal["pairs"] = "pairs"
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = read_pairs_manifest(self.path)["tokenizer"]["vocab_size"]
+        return size
+
+    @property
+    def proportions(self) -> tuple[object, ...]:
+        return (Fraction(1),)
+
+    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
+        return {str(self.path): sequences / read_pairs_manifest(self.path)["splits"]["train"]["pairs"]}
+
+    def open(self, how: Reading) -> RunData:
+        manifest, tokenizer = read_pairs_manifest(self.path), load_tokenizer(self.path)
+        longest = max(split["longest"] for split in manifest["splits"].values())
+        if longest > how.seq_len:
+            raise UserError(
+                f"{self.path} has texts of up to {longest} tokens, the run is for seq_len={how.seq_len}: give --seq-len "
+                f"{longest}, or prepare the pairs with --max-tokens {how.seq_len}"
+            )
+        pairs, val = (open_pairs(self.path, split) for split in SPLITS)
+        held_out, counts = held_out_pairs(val, how.eval_windows, tokenizer.eos_id), manifest["splits"]["val"]
+        per_byte = (counts["target_tokens"] + counts["pairs"]) / counts["target_bytes"]
+        loader = PairLoader(pairs, tokenizer.eos_id, how.batch_size, how.seed, how.rank, how.world_size)
+        return RunData(
+            loader=loader,
+            held_out=(HeldOut(str(self.path), 1.0, *held_out, per_byte),),
+            tokenizer=tokenizer,
+            identity={"train": pairs.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.fingerprint},
+            tokens_per_update=loader.tokens_per_update,
+        )
+
+
+Data = Shipped | Shards | Mixture | Hub | Pairs
+
+
+def parse_data(said: str | None) -> Data:
+    """What `--data`, or the `data` of a run's config.json, names.
+
+    `None` is the text that ships with spherelm; `stream:NAME,KEY=VALUE,...` a stream; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture,
+    unless a directory is called so; all else is one directory, of shards or of pairs. Raises `UserError` for what is none.
+    """
+    if said is None:
+        return Shipped()
+    if said.startswith("stream:"):
+        return _hub(said)
+    path, parts = Path(said), said.split(",")
+    found = [_WEIGHTED.fullmatch(part) for part in parts]
+    if path.is_dir() or not all(found):
+        named = [match[1] if match else part for match, part in zip(found, parts, strict=True)]
+        if len(named) > 1 and not path.is_dir() and all(Path(part).is_dir() for part in named):
+            weighted = ",".join(f"{part}=1" for part in named)
+            raise UserError(f"{said!r} names several directories: give each its weight, such as --data {weighted}")
+        return Pairs(path) if holds_pairs(path) else Shards(path)
+    weights = [(Path(match[1]), Fraction(match[2])) for match in found if match]
+    if len(dict(weights)) < len(weights):
+        raise UserError(f"{said!r} names a directory twice: add its weights up")
+    whole = shares([weight for _, weight in weights])
+    if len(weights) == 1:
+        return Shards(weights[0][0])
+    return Mixture({path: Fraction(part, sum(whole)) for (path, _), part in zip(weights, whole, strict=True)})
+
 
 _WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
 
@@ -25,73 +279,53 @@ OF_STREAMS = {
 """How a stream is asked for what `data.hub.FLAGS` ask for."""
 
 
-@dataclass(frozen=True)
-class StreamSpec:
-    """What `stream:NAME,key=value,...` says. val: the part of the documents that is held out, or a file of validation text."""
-
-    request: HubRequest
-    tokenizer: str = "default"
-    val: str = "0.01"
-
-
-def stream_spec(data: str) -> StreamSpec | None:
-    """The stream that a run's `data` names, `None` if it names none; raises `ValueError` naming an unknown key."""
-    if not data.startswith("stream:"):
-        return None
-    name, *pairs = data.removeprefix("stream:").split(",")
+def _hub(said: str) -> Hub:
+    name, *pairs = said.removeprefix("stream:").split(",")
     given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     known = {"config", "split", "column", "limit", "tokenizer", "val"}
     if not name or len(given) < len(pairs) or given.keys() - known:
-        raise UserError(f"{data!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
+        raise UserError(f"{said!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
     limit = given.pop("limit", None)
     if limit is not None and not limit.isdecimal():
-        raise UserError(f"{data!r}: limit={limit} is no number of rows")
-    own = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
-    return StreamSpec(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
+        raise UserError(f"{said!r}: limit={limit} is no number of rows")
+    own: Any = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
+    return Hub(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
 
 
-def sources_of(data: str | None) -> dict[Path, Fraction]:
-    """The data directories that a run's `data` names, with their weights, which sum to 1.
-
-    `None` is the text that ships with spherelm, prepared on first use; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture, unless a
-    directory is called so; all else is one directory.
-    """
-    if data is None:
-        return {shipped_directory(): Fraction(1)}
-    found = [_WEIGHTED.fullmatch(part) for part in data.split(",")]
-    if Path(data).is_dir() or not all(found):
-        named = [match[1] if match else part for match, part in zip(found, data.split(","), strict=True)]
-        if len(named) > 1 and not Path(data).is_dir() and all(Path(part).is_dir() for part in named):
-            weighted = ",".join(f"{part}=1" for part in named)
-            raise UserError(f"{data!r} names several directories: give each its weight, such as --data {weighted}")
-        return {Path(data): Fraction(1)}
-    pairs = [(Path(match[1]), Fraction(match[2])) for match in found if match]
-    if len(dict(pairs)) < len(pairs):
-        raise UserError(f"{data!r} names a directory twice: add its weights up")
-    whole = shares([weight for _, weight in pairs])
-    return {path: Fraction(part, sum(whole)) for (path, _), part in zip(pairs, whole, strict=True)}
-
-
-def proportions(data: str | None) -> tuple[float | str | Fraction, ...]:
-    """What a run's `data` says that is not in the identity of its texts: the weights of a mixture, a stream's held-out part.
-
-    Two `data` with equal identities and equal proportions are the same text, wherever it lies.
-    """
-    spec = stream_spec(data or "")
-    if spec is None:
-        return (Fraction(1),) if data is None else tuple(sources_of(data).values())
+def _part(value: str) -> float:
     try:
-        return (float(spec.val),)
+        part = float(value)
     except ValueError:
-        return ("a file",)
+        part = math.nan
+    if not 0 < part < 1:
+        raise UserError(f"val={value} is neither a file nor a part between 0 and 1 of the documents")
+    return part
 
 
-def vocabulary_size(data: str | None) -> int:
-    """The number of token ids in the data that a run's `data` names."""
-    spec = stream_spec(data or "")
-    if spec is not None:
-        return load_tokenizer(spec.tokenizer).vocab_size
-    if data is not None and holds_pairs(Path(data)):
-        size: int = read_pairs_manifest(Path(data))["tokenizer"]["vocab_size"]
-        return size
-    return open_tokens(next(iter(sources_of(data))), "train").vocab_size
+def _epochs(path: Path, tokens: float) -> float:
+    return tokens / len(open_tokens(path, "train"))
+
+
+def _of_shards(loader: Batches, parts: Mapping[Path, Fraction], texts: list[Tokens], how: Reading) -> RunData:
+    held_out = [open_tokens(path, "val") for path in parts]
+    windows = [validation_windows(text, how.seq_len, how.eval_windows) for text in held_out]
+    return RunData(
+        loader=loader,
+        held_out=tuple(
+            HeldOut(str(path), float(weight), *batch, tokens_per_byte(text))
+            for (path, weight), batch, text in zip(parts.items(), windows, held_out, strict=True)
+        ),
+        tokenizer=load_tokenizer(texts[0].directory),
+        identity={
+            "train": ",".join(text.fingerprint for text in texts),
+            "val": ",".join(text.fingerprint for text in held_out),
+            "tokenizer": texts[0].tokenizer_fingerprint,
+        },
+        end_token=texts[0].eos_id if how.mask_documents else None,
+        shards=(*texts, *held_out),
+    )
+
+
+def tokens_per_byte(tokens: Tokens) -> float:
+    """How many tokens a UTF-8 byte of this text takes on average."""
+    return len(tokens) / tokens.bytes_total

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
 from spherelm.errors import UserError
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
+from spherelm.fields import check
 from spherelm.third_parties import silenced
 
 PAPER_TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
@@ -39,22 +41,20 @@ Definition = dict[str, Any]
 class TaskSettings:
     """How tasks are run.
 
-    data: directory of local copies, `None` to let the harness download. limit: the first so many documents of each task,
-    `None` for all. few_shot: examples before each document. batch_size: sequences at once.
+    Attributes:
+        data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        limit: Documents of each task, the first ones; all if left out.
+        few_shot: Examples before each document.
+        batch_size: Sequences of a task at once.
     """
 
     data: Path | None = None
-    limit: int | None = None
-    few_shot: int = 0
-    batch_size: int = 16
+    limit: PositiveInt | None = None
+    few_shot: NonNegativeInt = 0
+    batch_size: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit must be at least 1, got {self.limit}")
-        if self.few_shot < 0:
-            raise UserError(f"few_shot must not be negative, got {self.few_shot}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        check(self)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from spherelm.counting import counted
@@ -31,6 +32,7 @@ from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import token_losses
+from spherelm.fields import check
 from spherelm.models import Decoder
 
 TOKENS_AT_ONCE = 8192
@@ -54,31 +56,36 @@ class Document:
 class Plan:
     """Which windows are read.
 
-    lengths: tokens of a window, ascending; each divides the longest. stride: `None` for disjoint windows, else by how much
-    they advance, at most the shortest length. tokens_each: at most so many tokens of a document count, rounded down to whole
-    spans or strides; `None` for all. bins: equal pieces of a window, for the loss by position.
+    Attributes:
+        lengths: Tokens of a window, ascending; each divides the longest.
+        stride: Windows advance by so many tokens, at most the shortest length, and score only these; windows do not overlap
+            if left out.
+        document_tokens: At most so many tokens of each document are scored, rounded down to whole spans or strides; all if
+            left out.
+        bins: Pieces of a window in each of which the loss is given.
     """
 
-    lengths: tuple[int, ...]
-    stride: int | None = None
-    tokens_each: int | None = None
-    bins: int = 16
+    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    stride: PositiveInt | None = None
+    document_tokens: PositiveInt | None = None
+    bins: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
-            raise UserError(f"lengths must be positive and ascending, got {self.lengths}")
+        check(self)
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise UserError(f"lengths must be ascending, got {self.lengths}")
         for length in self.lengths:
             if self.stride is None and self.longest % length:
                 raise UserError(
                     f"lengths {length} does not divide {self.longest}: each length must divide the longest, so that all are "
                     "scored on the same tokens; or give a stride"
                 )
-        if self.stride is not None and not 1 <= self.stride <= self.lengths[0]:
-            raise UserError(f"stride must be from 1 to the shortest length {self.lengths[0]}, got {self.stride}")
-        if self.tokens_each is not None and self.tokens_each < self.step:
-            raise UserError(f"tokens_each={self.tokens_each} is less than one window: give at least {self.step}")
-        if self.bins < 1:
-            raise UserError(f"bins must be at least 1, got {self.bins}")
+        if self.stride is not None and self.stride > self.lengths[0]:
+            raise UserError(f"stride must be at most the shortest length {self.lengths[0]}, got {self.stride}")
+        if self.document_tokens is not None and self.document_tokens < self.step:
+            raise UserError(
+                f"document_tokens={self.document_tokens} is less than one window: give at least {self.step}"
+            )
 
     @property
     def longest(self) -> int:
@@ -88,7 +95,7 @@ class Plan:
     @property
     def needed(self) -> int | None:
         """How many tokens of a document are enough; `None` for all."""
-        return None if self.tokens_each is None else self.tokens_each + self.longest + 1
+        return None if self.document_tokens is None else self.document_tokens + self.longest + 1
 
     @property
     def step(self) -> int:
@@ -98,7 +105,7 @@ class Plan:
     def steps(self, count: int) -> int:
         """How many windows of the longest length a document of `count` tokens has."""
         room = (count - 1 - (self.longest - self.step)) // self.step
-        most = room if self.tokens_each is None else self.tokens_each // self.step
+        most = room if self.document_tokens is None else self.document_tokens // self.step
         return max(0, min(room, most))
 
     def starts(self, length: int, steps: int) -> range:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
 from spherelm.errors import UserError
+from spherelm.fields import check
 from spherelm.layers.attention import Attend
 from spherelm.layers.rope import interpolated, yarn, yarn_temperature
 from spherelm.models import Decoder
@@ -17,22 +20,23 @@ SCALINGS = ("linear", "yarn")
 
 @dataclass(frozen=True)
 class Positions:
-    """What is different from training: `base` of the rotation's frequencies, and how positions are stretched by `factor`.
+    """What is different from training: the rotation's frequencies, and how positions are stretched by `factor`.
 
-    scaling: "linear" (position interpolation, arXiv 2306.15595), "yarn" (arXiv 2309.00071) or "none". A base of `None` is the
-    model's own.
+    Attributes:
+        rope_base: Another base for the rotary embedding than the one trained with.
+        scaling: linear (position interpolation, arXiv 2306.15595), yarn (arXiv 2309.00071) or none.
+        factor: By which positions are stretched.
     """
 
-    base: float | None = None
+    rope_base: Annotated[float, Field(gt=1)] | None = None
     scaling: str = "none"
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.base is not None and not self.base > 1:
-            raise UserError(f"rope_base must be greater than 1, got {self.base}")
+        check(self)
 
     def __str__(self) -> str:
-        parts = [] if self.base is None else [f"base {self.base:g}"]
+        parts = [] if self.rope_base is None else [f"base {self.rope_base:g}"]
         parts += [] if self.scaling == "none" else [f"{self.scaling}:{self.factor:g}"]
         return ", ".join(parts) or "as trained"
 
@@ -61,8 +65,8 @@ def place(model: Decoder, positions: Positions, trained_length: int) -> None:
     """
     if model.config.rope == "none" and positions != Positions():
         raise UserError(f"{positions} is about a rotary embedding, and this model has none: leave it out")
-    if positions.base is not None:
-        model.runtime.rope_base = positions.base
+    if positions.rope_base is not None:
+        model.runtime.rope_base = positions.rope_base
     if positions.scaling == "linear":
         model.runtime.table = interpolated(model.runtime.table, positions.factor)
     elif positions.scaling == "yarn":

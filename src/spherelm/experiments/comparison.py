@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
-from spherelm.data.sources import vocabulary_size
+from spherelm.data.sources import parse_data
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
 from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
 from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
+from spherelm.fields import check
 from spherelm.generation.samples import continuations
 from spherelm.models import ARMS, DecoderArch, parameter_count
 from spherelm.recipes import make_run
@@ -39,14 +41,25 @@ PROMPT = "The old man looked out over the sea, and"
 class CompareConfig:
     """What is compared: a preset, a recipe, seeds, and what shall differ from the preset (`None`: nothing).
 
-    lr_gpt, lr_ngpt: peak learning rates of the baseline and of the normalized arm, also where these are hybrids.
-    quick: read the speedup off the curve within the full runs instead of training at shorter budgets as well.
+    Attributes:
+        preset: Size and length of the models' runs.
+        recipe: How each arm is trained: law, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
+        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        seeds: Runs an arm; with 2 or more the speedup gets an interval.
+        quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
+        steps: Updates of a full run; the preset's if left out.
+        seq_len: Tokens a sequence; the preset's if left out.
+        batch_size: Sequences an update; the preset's if left out.
+        lr_gpt: The baseline's peak learning rate; the one tuned for the preset if left out.
+        lr_ngpt: The normalized arm's peak learning rate; the one tuned for the preset if left out.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
+        compile: Whether to use torch.compile; the preset says if left out.
     """
 
     preset: str = "demo"
     recipe: str = "law"
     data: str | None = None
-    seeds: int = 1
+    seeds: PositiveInt = 1
     quick: bool = False
     steps: int | None = None
     seq_len: int | None = None
@@ -57,8 +70,7 @@ class CompareConfig:
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        check(self)
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
@@ -77,7 +89,7 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     """
     start = time.perf_counter()
     workers_for(1, workers)  # a wrong number is refused before anything is written
-    vocab_size = vocabulary_size(config.data)
+    vocab_size = parse_data(config.data).vocab_size
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
     if not isinstance(architecture := full["gpt"][0].model.architecture, DecoderArch):
         raise UserError(

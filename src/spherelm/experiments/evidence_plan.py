@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
+
+from pydantic import PositiveFloat, PositiveInt
 
 from spherelm.errors import UserError
 from spherelm.experiments.cost import COMPILE_FROM
+from spherelm.fields import check
 from spherelm.models import DecoderArch
 from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
@@ -28,21 +30,30 @@ TOKENS_AN_UPDATE = 1024
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: sizes (presets), contexts in tokens, budgets in tokens for each block parameter, contenders, seeds.
+    """What is trained and tested.
 
-    data: a data directory; test: another with the same tokenizer, whose validation text decides, `test_windows` of it.
+    Attributes:
+        data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.
+        test: Data directory made with the same tokenizer, whose validation text is used at the end only.
+        sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
+        contexts: Tokens a sequence; an update has 1024 tokens at each.
+        budgets: Tokens for each block parameter.
+        contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
+        seeds: Runs at the learning rate that was found.
+        test_windows: Sequences of the text of `test` that are read.
     """
 
     data: str
     test: str
     sizes: tuple[str, ...] = ("0.3m",)
-    contexts: tuple[int, ...] = (256,)
-    budgets: tuple[float, ...] = (5.0, 10.0)
+    contexts: tuple[PositiveInt, ...] = (256,)
+    budgets: tuple[PositiveFloat, ...] = (5.0, 10.0)
     contenders: tuple[str, ...] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper")
-    seeds: int = 3
-    test_windows: int = 256
+    seeds: PositiveInt = 3
+    test_windows: PositiveInt = 256
 
     def __post_init__(self) -> None:
+        check(self)
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
             unknown = [value for value in getattr(self, name) if value not in known]
             if unknown:
@@ -55,13 +66,9 @@ class Grid:
                     f"{size!r} has another architecture than the contenders, attention and MLP in every layer: "
                     "take another size"
                 )
-        if self.seeds < 1:
-            raise UserError(f"seeds must be at least 1, got {self.seeds}")
         for context in self.contexts:
-            if context < 1 or TOKENS_AN_UPDATE % context:
+            if TOKENS_AN_UPDATE % context:
                 raise UserError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
-        if not all(budget > 0 and math.isfinite(budget) for budget in self.budgets):
-            raise UserError(f"budgets must be positive numbers, got {self.budgets}")
         for name in ("sizes", "contexts", "budgets", "contenders"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

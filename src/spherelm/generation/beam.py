@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from spherelm.errors import UserError
+from spherelm.fields import check
 from spherelm.layers.readout import read_logits
 from spherelm.models.decoder import Decoder, LanguageModel, Rows
 
@@ -22,16 +23,17 @@ class BeamSettings:
 
     A text y of |y| new tokens, its end token included, is worth `log p(y | prompt) / |y|^length_penalty`: 0 prefers short
     texts, which are more probable as a whole, 1 takes the mean over tokens, more prefers long ones.
+
+    Attributes:
+        beams: Search for the most probable texts with so many at a time.
+        length_penalty: Of that search: a text counts as its log probability over its length to this power.
     """
 
-    beams: int = 5
-    length_penalty: float = 1.0
+    beams: PositiveInt = 5
+    length_penalty: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise UserError(f"beams must be at least 1, got {self.beams}")
-        if not self.length_penalty >= 0:
-            raise UserError(f"length_penalty must not be negative, got {self.length_penalty}")
+        check(self)
 
     def worth(self, log_probability: float, length: int) -> float:
         """What a text of `length` tokens is worth."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from spherelm.errors import UserError
+from spherelm.fields import check
 
 COLDEST = 1e-20
 """The least temperature that logits are divided by: below it float32 overflows, and long before it nothing else is drawn."""
@@ -16,34 +18,25 @@ COLDEST = 1e-20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. In this order, each on what the one before it left:
+    """How the next token is drawn: in the order penalty, temperature, top_k, top_p, min_p, each on what the one before left.
 
-    repetition_penalty: the logit of every token that the row holds already, prompt included, is divided by it where it is
-    positive and multiplied where it is negative (Keskar et al., arXiv 1909.05858); 1 changes nothing.
-    temperature: divides the logits; 0, or less than `COLDEST`, takes the most probable token, whatever the rest says.
-    top_k: the k most probable tokens. top_p: the fewest whose probabilities reach p, at least one.
-    min_p: the tokens whose probability is at least `min_p` times the largest (Nguyen et al., arXiv 2407.01082).
+    Attributes:
+        temperature: 0 (or less than `COLDEST`) always takes the most probable token; 1 draws as the model predicts.
+        top_k: Draw among the k most probable tokens only.
+        top_p: Draw among the fewest tokens that reach this probability, at least one.
+        min_p: Draw among the tokens that have at least this part of the largest probability (arXiv 2407.01082).
+        repetition_penalty: Above 1, tokens that occurred, prompt included, become less probable: a positive logit is divided
+            by it, a negative one multiplied (Keskar et al., arXiv 1909.05858).
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: NonNegativeFloat = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
 
     def __post_init__(self) -> None:
-        allowed = (
-            ("temperature", 0 <= self.temperature < float("inf"), ">= 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, ">= 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
-            ("repetition_penalty", not 0 < self.repetition_penalty < 1e-6, "at least 1e-6"),
-            ("repetition_penalty", not self.repetition_penalty > 1e6, "at most 1e6"),
-        )
-        wrong = [f"{name}={getattr(self, name)} ({said})" for name, is_right, said in allowed if not is_right]
-        if wrong:
-            raise UserError(f"out of range: {', '.join(wrong)}")
+        check(self)
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

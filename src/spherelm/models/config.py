@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from spherelm.errors import UserError
+from spherelm.fields import Among, check
 from spherelm.layers.linear import FORMS, Scale
 from spherelm.layers.mamba2 import MambaShape
 from spherelm.layers.moe import BALANCINGS, SCORES
 from spherelm.layers.rope import ROPES
 from spherelm.models.variants import SIGNS, STEPS
 
-T = TypeVar("T")
-
 LETTERS = "MA-O"
 """Of a pattern: Mamba-2 mixer, attention, MLP, mixture of experts."""
-
-
-def check_counts(owner: Any, names: Iterable[str], least: int = 1) -> None:
-    """Raise `ValueError` for a field of `owner` that is no whole number of at least `least`, nor `None` by default."""
-    optional = {field.name for field in fields(owner) if field.default is None}
-    for name in names:
-        value = getattr(owner, name)
-        if not (value is None and name in optional) and (
-            not isinstance(value, int) or isinstance(value, bool) or value < least
-        ):
-            wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
-            raise UserError(f"{name} must be {wanted}, got {value!r}")
-
-
-def check_known(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise `ValueError` for a value that is not among those `known`."""
-    if value not in known:
-        raise UserError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -47,16 +29,15 @@ class MixerSizes:
     product.
     """
 
-    mamba_expand: int = 2
-    mamba_d_head: int = 64
-    mamba_d_state: int = 64
-    mamba_groups: int = 1
-    mamba_conv: int = 4
-    mamba_chunk: int = 64
+    mamba_expand: PositiveInt = 2
+    mamba_d_head: PositiveInt = 64
+    mamba_d_state: PositiveInt = 64
+    mamba_groups: PositiveInt = 1
+    mamba_conv: Annotated[int, Field(ge=2)] = 4
+    mamba_chunk: PositiveInt = 64
 
     def __post_init__(self) -> None:
-        check_counts(self, ("mamba_expand", "mamba_d_head", "mamba_d_state", "mamba_groups", "mamba_chunk"))
-        check_counts(self, ("mamba_conv",), least=2)
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -67,18 +48,15 @@ class ExpertSizes:
     default those that a token meets are as wide as an MLP together. router_score, balance: as for `Router`.
     """
 
-    n_experts: int = 8
-    experts_per_token: int = 2
-    n_shared_experts: int = 0
-    d_expert: int | None = None
-    router_score: str = "sigmoid"
-    balance: str = "bias"
+    n_experts: PositiveInt = 8
+    experts_per_token: PositiveInt = 2
+    n_shared_experts: NonNegativeInt = 0
+    d_expert: PositiveInt | None = None
+    router_score: Annotated[str, Among(SCORES)] = "sigmoid"
+    balance: Annotated[str, Among(BALANCINGS)] = "bias"
 
     def __post_init__(self) -> None:
-        check_counts(self, ("n_experts", "experts_per_token", "d_expert"))
-        check_counts(self, ("n_shared_experts",), least=0)
-        check_known("router_score", self.router_score, SCORES)
-        check_known("balance", self.balance, BALANCINGS)
+        check(self)
         if self.experts_per_token > self.n_experts:
             raise UserError(
                 f"experts_per_token={self.experts_per_token} of n_experts={self.n_experts} cannot be picked: "
@@ -99,8 +77,7 @@ class DecoderArch:
     experts: ExpertSizes = ExpertSizes()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str | None):
-            raise UserError(f"pattern must be text, a letter a layer such as MAM-, got {self.pattern!r}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -112,11 +89,11 @@ class EncDecArch:
     """
 
     kind: Literal["encdec"] = "encdec"
-    n_encoder_layers: int | None = None
+    n_encoder_layers: PositiveInt | None = None
     share_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self, ("n_encoder_layers",))
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -124,14 +101,13 @@ class EncoderArch:
     """A text is read in both directions, and hidden tokens are filled in. hidden_part: of the tokens, in training."""
 
     kind: Literal["encoder"] = "encoder"
-    hidden_part: float = 0.15
+    hidden_part: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
     def __post_init__(self) -> None:
-        if not 0 < self.hidden_part < 1:
-            raise UserError(f"hidden_part must lie between 0 and 1, got {self.hidden_part}")
+        check(self)
 
 
-Architecture = DecoderArch | EncDecArch | EncoderArch
+Architecture = Annotated[DecoderArch | EncDecArch | EncoderArch, Discriminator("kind")]
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "decoder": DecoderArch,
@@ -143,32 +119,39 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape that both arms share. `None` for `n_kv_heads` means n_heads, for `d_ff` 4 d_model.
+    """The shape that both arms share. Raises `UserError`, naming the value and the fix, for sizes that make no model.
 
-    rope: "standard", "nvidia" for the formula that NVIDIA/ngpt's checkpoints were trained with, or "none" for no positions.
-    Raises `ValueError`, naming the value and the fix, for sizes that make no model.
+    Attributes:
+        vocab_size: Token ids.
+        n_layers: Layers.
+        d_model: Channels of the hidden state.
+        n_heads: Heads of attention, each of d_model / n_heads channels.
+        n_kv_heads: Heads of keys and values; null: n_heads.
+        d_ff: Channels inside of an MLP; null: 4 d_model.
+        max_seq_len: The longest sequence.
+        rope_base: Of the rotary embedding's frequencies.
+        rope: standard; nvidia: the formula that NVIDIA/ngpt's checkpoints were trained with; none: no positions.
+        tie_embeddings: Whether input and output embedding are one.
+        architecture: A decoder, an encoder-decoder or an encoder, with fields of its own.
     """
 
     arm: ClassVar[str]
 
-    vocab_size: int
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
-    max_seq_len: int = 1024
-    rope_base: float = 10000.0
-    rope: str = "standard"
+    vocab_size: PositiveInt
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = None
+    d_ff: PositiveInt | None = None
+    max_seq_len: PositiveInt = 1024
+    rope_base: Annotated[float, Field(gt=1)] = 10000.0
+    rope: Annotated[str, Among(ROPES)] = "standard"
     tie_embeddings: bool = False
     architecture: Architecture = DecoderArch()
 
     def __post_init__(self) -> None:
-        check_counts(self, ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"))
+        check(self)
         check_heads(self)
-        if not self.rope_base > 1:
-            raise UserError(f"rope_base must be greater than 1, got {self.rope_base}")
-        check_known("rope", self.rope, ROPES)
         if isinstance(self.architecture, DecoderArch):
             check_pattern(self, self.architecture)
         elif isinstance(self.architecture, EncoderArch) and self.tie_embeddings:
@@ -232,13 +215,8 @@ class GPTConfig(ModelConfig):
 
     arm: ClassVar[str] = "gpt"
 
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.init_std > 0:
-            raise UserError(f"init_std must be positive, got {self.init_std}")
 
 
 @dataclass(frozen=True)
@@ -249,12 +227,12 @@ class ScaleSpec:
     fixed.
     """
 
-    init: float = 1.0
-    scale: float | None = None
-    form: str = "vector"
+    init: PositiveFloat = 1.0
+    scale: PositiveFloat | None = None
+    form: Annotated[str, Among(FORMS)] = "vector"
 
     def __post_init__(self) -> None:
-        check_known("form", self.form, FORMS)
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -265,13 +243,12 @@ class Variant:
     from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether queries and keys are normalized.
     """
 
-    step: str = "lerp"
-    alpha_sign: str = "positive"
+    step: Annotated[str, Among(STEPS)] = "lerp"
+    alpha_sign: Annotated[str, Among(SIGNS)] = "positive"
     qk_norm: bool = True
 
     def __post_init__(self) -> None:
-        check_known("step", self.step, STEPS)
-        check_known("alpha_sign", self.alpha_sign, SIGNS)
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -292,21 +269,9 @@ class NGPTConfig(ModelConfig):
     s_z: ScaleSpec = ScaleSpec()
     s_mamba: ScaleSpec = ScaleSpec(scale=1.0)
     s_moe: ScaleSpec = ScaleSpec(scale=1.0)
-    logit_preconditioning: float = 0.0
-    common_start: float = 0.0
+    logit_preconditioning: NonNegativeFloat = 0.0
+    common_start: NonNegativeFloat = 0.0
     variant: Variant = Variant()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe"):
-            spec: ScaleSpec = getattr(self, name)
-            if not spec.init > 0:
-                raise UserError(f"{name}.init must be positive, got {spec.init}")
-            if spec.scale is not None and not spec.scale > 0:
-                raise UserError(f"{name}.scale must be positive or None, got {spec.scale}")
-        for name in ("logit_preconditioning", "common_start"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def learned(self, spec: ScaleSpec, *shape: int) -> Scale:
         """The learned scale that `spec` describes."""
@@ -359,24 +324,6 @@ def check_pattern(config: ModelConfig, arch: DecoderArch) -> None:
         raise UserError(
             f"d_ff={config.d_ff} is too narrow for {arch.experts.experts_per_token} experts a token: give d_expert"
         )
-
-
-def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:
-    """The dataclass `kind` of plain values such as JSON has them; architectures by their `kind`.
-
-    Raises `ValueError` for a field that there is not, and whatever `kind` raises.
-    """
-    hints, values = get_type_hints(kind), dict(plain)
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    for name, value in values.items():
-        if name not in names:
-            raise UserError(f"{kind.__name__} has no field {name}")
-        if isinstance(value, Mapping):
-            if name == "architecture":
-                check_known("architecture", value.get("kind", "decoder"), ARCHITECTURES)
-            owner = ARCHITECTURES[value.get("kind", "decoder")] if name == "architecture" else hints[name]
-            values[name] = from_plain(owner, value)
-    return kind(**values)
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def arm_today(arm: str) -> str:
 def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model's config, as any version wrote them for `arm`, as plain values of today's config."""
     found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}  # of the architecture
     for name, value in fields.items():
         scale = SCALE.fullmatch(name)
         if scale:
@@ -93,14 +94,13 @@ def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         elif name in VARIANT:
             found.setdefault("variant", {})[name] = value
         elif name in MIXER or name in EXPERTS:
-            group = "mixer" if name in MIXER else "experts"
-            found.setdefault("architecture", {}).setdefault(group, {})[name] = value
+            flat.setdefault("mixer" if name in MIXER else "experts", {})[name] = value
         elif name in ARCHITECTURE:
-            found.setdefault("architecture", {})[name] = value
+            flat[name] = value
         else:
             found[name] = value
-    if arm in FORMER_ARMS or "architecture" in found:
-        found.setdefault("architecture", {}).setdefault("kind", FORMER_ARMS.get(arm, (arm, "decoder"))[1])
+    if arm in FORMER_ARMS or flat:
+        found["architecture"] = {"kind": FORMER_ARMS.get(arm, (arm, "decoder"))[1], **flat}
     return found
 
 
@@ -112,10 +112,11 @@ RULE = {
 """The fields of each optimizer, which stood beside those that all have."""
 
 
-def rule_today(optim: dict[str, Any]) -> dict[str, Any]:
-    """Remove what belongs to one optimizer from the fields `optim`, as any version wrote them, and return it as today's."""
-    rule = optim.pop("optimizer")
-    if isinstance(rule, Mapping):
-        return dict(rule)
-    own = {name: optim.pop(name) for name in {name for names in RULE.values() for name in names} if name in optim}
-    return {"kind": rule, **{name: own[name] for name in RULE[rule]}}
+def optim_today(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an optimizer's config, as any version wrote them, as plain values of today's."""
+    rule = optim.get("optimizer")
+    if not isinstance(rule, str) or rule not in RULE:
+        return dict(optim)
+    own = {name for names in RULE.values() for name in names}
+    common = {name: value for name, value in optim.items() if name not in own}
+    return {**common, "optimizer": {"kind": rule, **{name: optim[name] for name in RULE[rule] if name in optim}}}

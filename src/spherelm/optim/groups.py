@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spherelm.errors import UserError
+from spherelm.fields import check
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import routers
 from spherelm.optim.balancing import Summed, attach_balancing
 from spherelm.optim.retraction import AngleCap, attach_retraction
-from spherelm.optim.rules import AdamW, Rule, is_finite
+from spherelm.optim.rules import AdamW, Rule
 
 DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 """Weight decay acts on these; never on gains and learned scales (nGPT paper, A.5)."""
@@ -26,18 +28,15 @@ DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 class RateMultipliers:
     """What the peak learning rate is multiplied by, role by role."""
 
-    input_embedding: float = 1.0
-    output_embedding: float = 1.0
-    matrix: float = 1.0
-    scale: float = 1.0
-    gain: float = 1.0
-    router: float = 1.0
+    input_embedding: NonNegativeFloat = 1.0
+    output_embedding: NonNegativeFloat = 1.0
+    matrix: NonNegativeFloat = 1.0
+    scale: NonNegativeFloat = 1.0
+    gain: NonNegativeFloat = 1.0
+    router: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
-        for role in ROLES:
-            rate = getattr(self, role)
-            if not (is_finite(rate) and rate >= 0):
-                raise UserError(f"{role}_rate must be a number of at least 0, got {rate!r}")
+        check(self)
 
 
 ROLES = tuple(f.name for f in fields(RateMultipliers))
@@ -51,36 +50,31 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 class OptimConfig:
     """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
 
-    lr: the peak learning rate. optimizer: which one, with its own fields. weight_decay: an update shrinks each decayed
-    weight by this part of lr, whatever its role's multiplier; `None` means the paper's for the arm, 0.1 for a plain
-    model and 0 on the sphere. grad_clip: the largest global gradient norm, `None` for no limit. matrix_lr: the peak
-    rate of the block matrices, where it is not lr times their multiplier. max_angle: radians by which one update may
-    turn a unit vector of a block matrix at the peak rate, `None` for no limit; where angle_follows_lr, the limit falls
-    as the rate does. balance_rate: what the bias of an expert's score moves by after an update, where a model's routers
-    balance by it.
+    Attributes:
+        lr: Peak learning rate.
+        optimizer: Which one, with its own fields.
+        weight_decay: An update shrinks each decayed weight by this part of lr, whatever its role's multiplier. null: the
+            paper's for the arm, 0.1 for a plain model and 0 on the sphere.
+        grad_clip: The largest global gradient norm, null for no limit.
+        multipliers: Of the peak rate, role by role.
+        matrix_lr: Peak rate of the block matrices, where it is not lr times their multiplier.
+        max_angle: Radians by which one update may turn a unit vector of a block matrix at the peak rate, null for no limit.
+        angle_follows_lr: The limit falls as the rate does.
+        balance_rate: By how much an update moves the bias of an expert's score, where a model's routers balance by it.
     """
 
-    lr: float
+    lr: PositiveFloat
     optimizer: Rule = AdamW()
-    weight_decay: float | None = None
-    grad_clip: float | None = 1.0
+    weight_decay: NonNegativeFloat | None = None
+    grad_clip: PositiveFloat | None = 1.0
     multipliers: RateMultipliers = RateMultipliers()
-    matrix_lr: float | None = None
-    max_angle: float | None = None
+    matrix_lr: PositiveFloat | None = None
+    max_angle: PositiveFloat | None = None
     angle_follows_lr: bool = False
-    balance_rate: float = 1e-3
+    balance_rate: NonNegativeFloat = 1e-3
 
     def __post_init__(self) -> None:
-        if not (is_finite(self.lr) and self.lr > 0):
-            raise UserError(f"the learning rate must be a positive number, got {self.lr!r}")
-        for name in ("weight_decay", "balance_rate"):
-            value = getattr(self, name)
-            if not (value is None and name == "weight_decay") and not (is_finite(value) and value >= 0):
-                raise UserError(f"{name} must be a number that is not negative, got {value!r}")
-        for name in ("grad_clip", "matrix_lr", "max_angle"):
-            value = getattr(self, name)
-            if value is not None and not (is_finite(value) and value > 0):
-                raise UserError(f"{name} must be a positive number or None, got {value!r}")
+        check(self)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeInt
 
-from spherelm.errors import UserError
-
-KINDS = ("constant", "cosine", "linear", "wsd", "log")
+from spherelm.fields import check
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,14 @@ class ScheduleConfig:
     which "wsd" decays linearly. rho: the bend of "log"; the smaller, the earlier it falls.
     """
 
-    kind: str = "cosine"
-    warmup_steps: int = 0
-    final: float = 0.0
-    decay_fraction: float = 0.2
-    rho: float = 0.1
+    kind: Literal["constant", "cosine", "linear", "wsd", "log"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    rho: Annotated[float, Field(ge=sys.float_info.min)] = 0.1  # below it 1 / rho is infinite
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        if not 0 <= self.final <= 1:
-            raise UserError(f"final must lie in [0, 1], got {self.final}")
-        if not 0 < self.decay_fraction <= 1:
-            raise UserError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
-        if not (self.rho > 0 and math.isfinite(self.rho) and math.isfinite(1 / self.rho)):
-            raise UserError(f"rho must be a positive number, got {self.rho}")
+        check(self)
 
 
 def logarithmic(r: float, rho: float) -> float:

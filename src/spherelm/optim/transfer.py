@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spherelm.errors import UserError
+from pydantic import PositiveInt
+
+from spherelm.fields import check
 from spherelm.optim.groups import RateMultipliers
 
 SCALE = 0.03
@@ -19,14 +21,12 @@ SCALE = 0.03
 class BaseShape:
     """The shape and the number of updates that the peak learning rate was tuned at; the paper's has 10 layers of 1020."""
 
-    d_model: int
-    n_layers: int
-    steps: int
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    steps: PositiveInt
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} of the base shape must be at least 1, got {getattr(self, name)}")
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any
 
 from spherelm.errors import UserError
-from spherelm.fields import of_type
+from spherelm.fields import called
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, ScaleSpec
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
@@ -19,19 +20,9 @@ from spherelm.train.estimate import parameters_by_role
 
 
 def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[str, Any]:
-    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them.
-
-    `ValueError` for a value that is not of its field's type; the dataclass says which values of the type it takes. Sizes of
-    models, whole numbers, are left to it altogether.
-    """
-    hints = get_type_hints(owner)
+    """Remove from `given` the fields of the dataclass `owner`, all `but` these, and return them."""
     names = [f.name for f in dataclasses.fields(owner) if f.name in given and f.name not in but]
-    checks_counts = owner not in (OptimConfig, ScheduleConfig, TrainConfig)
-    found = {name: given.pop(name) for name in names}
-    return {
-        name: value if checks_counts and hints[name] is int else of_type(name, value, hints[name])
-        for name, value in found.items()
-    }
+    return {name: given.pop(name) for name in names}
 
 
 def nearest(name: str, among: Iterable[str]) -> str:
@@ -95,7 +86,6 @@ def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture
     if isinstance(start, DecoderArch):
         changed["mixer"] = dataclasses.replace(start.mixer, **take(given, MixerSizes))
         changed["experts"] = dataclasses.replace(start.experts, **take(given, ExpertSizes))
-        changed |= {name: given.pop(name) for name in ("pattern",) if name in given}  # which says itself what it may be
     return dataclasses.replace(start, **changed, **take(given, type(start), but=("kind", "mixer", "experts")))
 
 
@@ -126,7 +116,8 @@ def model_config(
         own = {path[len(name) + 1 :]: given.pop(path) for path in list(given) if path.startswith(f"{name}.")}
         fields |= take(own, type(group))
         given |= {f"{name}.{rest}": value for rest, value in own.items()}
-        values[name] = dataclasses.replace(group, **fields)
+        with called(f"{name}.{{}}".format):
+            values[name] = dataclasses.replace(group, **fields)
     return kind(architecture=architecture, **values)
 
 
@@ -166,14 +157,16 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
 def multipliers_of(chosen: RateMultipliers, given: dict[str, Any]) -> RateMultipliers:
     """Remove the multipliers from `given` and set them."""
     names = {role: f"{role}_rate" for role in ROLES}
-    found = {role: of_type(name, given.pop(name), float) for role, name in names.items() if name in given}
-    return dataclasses.replace(chosen, **found)
+    found = {role: given.pop(name) for role, name in names.items() if name in given}
+    with called("{}_rate".format):
+        return dataclasses.replace(chosen, **found)
 
 
 def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig:
     """Remove the schedule's fields from `given` and set them."""
-    kind = {"kind": of_type("schedule", given.pop("schedule"), str)} if "schedule" in given else {}
-    return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
+    kind = {"kind": given.pop("schedule")} if "schedule" in given else {}
+    with called(lambda name: "schedule" if name == "kind" else name):
+        return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
 
 
 def part_of_batch(limit: int | None, batch_size: int) -> int | None:
@@ -186,8 +179,9 @@ def part_of_batch(limit: int | None, batch_size: int) -> int | None:
 def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
     """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
     names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
-    found = {field: of_type(name, given.pop(name), int) for field, name in names.items() if name in given}
-    return dataclasses.replace(base, **found)
+    found = {field: given.pop(name) for field, name in names.items() if name in given}
+    with called("base_{}".format):
+        return dataclasses.replace(base, **found)
 
 
 def names_of(kind: type[Any]) -> tuple[str, ...]:
@@ -259,3 +253,34 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     refuse_unknown(given, result)
     check_effects(fields, result, config.arm == "ngpt")
     return result
+
+
+WHOLE = frozenset({"arm", "recipe", "preset", "model", "optim", "schedule", "train"})
+"""What a run's config.json has; a file of settings with fewer of them says what shall differ from a preset and a recipe."""
+
+
+def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a file of settings, nested as in a run's config.json or not, by their names in `make_run` or `changed`.
+
+    Raises `UserError` for a field that is there twice. Whether there is such a field is for others to say.
+    """
+    found: list[tuple[str, Any]] = []
+
+    def note(place: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                note(name, value)
+            elif name == "kind":
+                found.append((place, value))
+            else:
+                found.append((NAMES_IN.get(place, "{}").format(name), value))
+
+    note("", record)
+    twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]} stands there twice, in two places: leave one of them out")
+    return dict(found)
+
+
+NAMES_IN = {"multipliers": "{}_rate", "base": "base_{}", **{group: f"{group}.{{}}" for group in GROUPS}}
+"""How the fields of a part of a config are called where they are given one by one."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from spherelm.errors import UserError
+from pydantic import PositiveInt
+
+from spherelm.fields import check
 from spherelm.models import Architecture, DecoderArch, EncDecArch, EncoderArch
 from spherelm.optim.transfer import BaseShape
 
@@ -21,12 +23,12 @@ class Preset:
     own.
     """
 
-    n_layers: int
-    d_model: int
-    n_heads: int
-    seq_len: int
-    batch_size: int
-    steps: int
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    seq_len: PositiveInt
+    batch_size: PositiveInt
+    steps: PositiveInt
     micro_batch_size: int | None = None
     eval_every: int = 100
     eval_windows: int = 64
@@ -38,10 +40,7 @@ class Preset:
     about: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_heads", "seq_len", "batch_size", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} must be a positive whole number, got {value!r}")
+        check(self)
 
 
 def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Preset:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from spherelm.analysis.geometry import off_sphere
@@ -22,6 +23,7 @@ from spherelm.data.corpus import shipped_documents
 from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
+from spherelm.fields import check
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
 from spherelm.report.drawing import require_matplotlib
@@ -60,21 +62,24 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at: `positions` tokens of the file `text`, or of the shipped validation text; `sentence` for the walk.
+    """What to look at.
 
-    `sentence`: if None, as much of `SENTENCE` as every model's context holds. `layer`: whose queries and keys are shown,
-    counted from 1, the middle one if None. `images`: write PNG files too.
+    Attributes:
+        text: Text file that the models read; the shipped validation text if left out.
+        sentence: Sentence of the walk, at most 40 tokens; if left out, a default, cut to what the models' context holds.
+        tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
+        layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
+        images: Whether PNG files are written too.
     """
 
     text: Path | None = None
     sentence: str | None = None
-    positions: int = 2048
+    tokens: Annotated[int, Field(ge=2)] = 2048
     layer: int | None = None
     images: bool = True
 
     def __post_init__(self) -> None:
-        if self.positions < 2:
-            raise UserError(f"tokens must be at least 2, got {self.positions}")
+        check(self)
 
 
 def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
@@ -174,7 +179,7 @@ def _text(request: Request) -> str:
         found: list[str] = []
         for document in shipped_documents("val"):
             found.append(document["text"])
-            if sum(map(len, found)) > 16 * request.positions:
+            if sum(map(len, found)) > 16 * request.tokens:
                 break
         return "\n\n".join(found)
     try:
@@ -212,7 +217,7 @@ def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspecte
         raise UserError(f"layer must be 1 to {len(model.blocks)} for {path}, got {request.layer}")
     try:
         tokenizer = load_tokenizer(run)
-        tokens = windows(tokenizer, text, model, request.positions)
+        tokens = windows(tokenizer, text, model, request.tokens)
         check_sentence(tokenizer.encode(sentence), model.config)  # ahead of what takes long
         inside = look_inside(model, tokens, layer)
         walk = trace_walk(model, tokenizer, sentence, name_of(path))

@@ -4,98 +4,98 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from spherelm.errors import UserError
-from spherelm.fields import check_fields
+from spherelm.fields import Part, check, from_plain
 from spherelm.models import CONFIGS, Config, older
-from spherelm.models.config import check_known, from_plain, to_plain
-from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.models.config import to_plain
+from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 
-DTYPES = ("auto", "float32", "bfloat16")
-STRATEGIES = ("replicate", "shard", "hybrid")
-ON_BAD_STEP = ("stop", "skip")
+Strategy = Literal["replicate", "shard", "hybrid"]
+"""How several processes share a model."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How long and on what a model trains.
 
-    steps: optimizer updates. seq_len: tokens a sequence. batch_size: sequences an update, over all processes.
-    micro_batch_size: sequences at once in one process, `None` for all; the gradients of the rest accumulate. dtype: of the
-    computation; weights are float32 always; "auto" is bfloat16 where the hardware multiplies it fast. eval_every,
-    save_every: in updates, 0 for only at the end. save_minutes: where save_every is 0, save so often all the same, 0 for never.
-    eval_windows: sequences of validation text read each time. keep: how many checkpoints stay. mask_documents: attention does
-    not cross from one document of a sequence into another.
-    log_to: where records go besides `metrics.jsonl`, by commas. diagnose_every: updates between measurements of updates, or 0.
-    eval_tasks: tasks of the evaluation harness, by commas, scored every eval_tasks_every updates (0: only at the end), on
-    copies of their data in the directory task_data (`None`: downloaded) and the first eval_limit documents (`None`: all).
-    keep_every: checkpoints of every so many updates stay for good, 0 for none. strategy: how several processes share a model:
-    "replicate" (each has all of it), "shard" (each has a part), "hybrid" (groups of shard_size share one, and are
-    replicas). recompute: blocks keep only their input, and are computed again for the backward pass. timeout: seconds that
-    processes wait for one another. on_bad_step: "stop" or "skip" an update whose loss or gradient is no number, or whose
-    gradient norm is more than spike_factor times its running average (0: any is let through); at most skip_budget in a run.
-    stop_above: a validation loss after the start that is higher ends the run as diverged, `None` for no such limit.
-    label_smoothing: the part of a target's probability that the training loss spreads over the vocabulary; validation has none.
+    Attributes:
+        steps: Updates.
+        seq_len: Tokens a sequence.
+        batch_size: Sequences an update, over all processes.
+        micro_batch_size: Sequences at once in one process, gradients accumulating over the batch; null: all.
+        seed: Of the weights' start and of the order of the text.
+        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
+        compile: Whether to use torch.compile.
+        eval_every: Updates between validations, 0: only at the end.
+        eval_windows: Sequences of validation text read each time.
+        save_every: Updates between checkpoints; 0: by the clock, every save_minutes, and at the end.
+        save_minutes: Minutes between checkpoints where save_every is 0; 0: only one at the end.
+        keep: Checkpoints that stay, the newest ones.
+        mask_documents: Keep attention within a document where a sequence holds several.
+        log_to: Where records go besides metrics.jsonl: any of tensorboard,wandb,trackio, by commas.
+        diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
+        eval_tasks: Tasks of the evaluation harness to score in training, by commas, into metrics.jsonl.
+        eval_tasks_every: Updates between these scores, 0 for only at the end.
+        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        eval_limit: Documents of each task, the first ones; all if left out.
+        keep_every: Checkpoints of every so many updates stay as well, 0 for none.
+        strategy: How processes share a model: replicate: each has all of it; shard: a part; hybrid: groups share one,
+            as replicas.
+        shard_size: Processes of a group, for the strategy hybrid.
+        recompute: Blocks keep only their input, and are computed again for the backward pass: less memory, more time.
+        timeout: Seconds that processes wait for one another before the run ends.
+        on_bad_step: stop or skip: where the loss or gradient is no number, or the gradient norm leaps.
+        skip_budget: Updates that may be skipped in a run.
+        spike_factor: The norm leaps if it is so many times its running average; 0: it may.
+        stop_above: A validation loss after the start that is higher ends the run as diverged; null: none does.
+        label_smoothing: The part of a target's probability that the training loss spreads over the vocabulary.
     """
 
-    steps: int
-    seq_len: int
-    batch_size: int
-    micro_batch_size: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
+    steps: PositiveInt
+    seq_len: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = True
-    eval_every: int = 100
-    eval_windows: int = 64
-    save_every: int = 0
-    save_minutes: float = 30.0
-    keep: int = 2
+    eval_every: NonNegativeInt = 100
+    eval_windows: PositiveInt = 64
+    save_every: NonNegativeInt = 0
+    save_minutes: NonNegativeFloat = 30.0
+    keep: PositiveInt = 2
     mask_documents: bool = False
     log_to: str = ""
-    diagnose_every: int = 0
+    diagnose_every: NonNegativeInt = 0
     eval_tasks: str = ""
-    eval_tasks_every: int = 0
+    eval_tasks_every: NonNegativeInt = 0
     task_data: str | None = None
-    eval_limit: int | None = None
-    keep_every: int = 0
-    strategy: str = "replicate"
-    shard_size: int = 8
+    eval_limit: PositiveInt | None = None
+    keep_every: NonNegativeInt = 0
+    strategy: Strategy = "replicate"
+    shard_size: PositiveInt = 8
     recompute: bool = False
-    timeout: float = 600.0
-    on_bad_step: str = "stop"
-    skip_budget: int = 10
-    spike_factor: float = 0.0
+    timeout: PositiveFloat = 600.0
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    skip_budget: NonNegativeInt = 10
+    spike_factor: NonNegativeFloat = 0.0
     stop_above: float | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: Part = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("steps", "seq_len", "batch_size", "eval_windows", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        counts = ("eval_every", "save_every", "seed", "diagnose_every", "eval_tasks_every", "keep_every", "skip_budget")
-        for name in (*counts, "spike_factor", "save_minutes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.seed >= 2**64:
-            raise UserError(f"seed must be below 2^64, got {self.seed}")
-        for name, known in (("dtype", DTYPES), ("strategy", STRATEGIES), ("on_bad_step", ON_BAD_STEP)):
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        for name in ("shard_size", "timeout"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        check(self)
         if 0 < self.spike_factor <= 1:
             raise UserError(f"spike_factor must be 0 or more than 1, got {self.spike_factor}")
-        if self.eval_limit is not None and self.eval_limit < 1:
-            raise UserError(f"eval_limit must be at least 1 or None, got {self.eval_limit}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise UserError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
 
 
@@ -122,7 +122,7 @@ class RunConfig:
         return self.model.arm
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
         if self.train.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"seq_len={self.train.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}: lower one"
@@ -155,31 +155,45 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return {"arm": config.arm, **plain, "model": to_plain(config.model)}
 
 
+@dataclass(frozen=True)
+class Record:
+    """What `to_dict` writes, of this version or of 0.1.0, before its parts are read."""
+
+    arm: str
+    recipe: str
+    preset: str
+    model: dict[str, Any]
+    optim: dict[str, Any]
+    schedule: dict[str, Any]
+    train: dict[str, Any]
+    data: str | None = None
+    base: dict[str, Any] | None = None
+
+
 def from_dict(record: dict[str, Any]) -> RunConfig:
     """The configuration that `to_dict` wrote, of this version or of 0.1.0; keys that are not its own are left alone.
 
-    Raises `ValueError` naming what is missing or unknown.
+    Raises `UserError` naming what is missing, unknown or wrong.
     """
     if not isinstance(record, dict):
-        raise UserError("not a run configuration: it holds no object of JSON")
+        raise UserError("not a run configuration: it is no object with fields")
     try:
-        model = older.fields_today(record["arm"], record["model"])
-        optim = dict(record["optim"])
-        rule = older.rule_today(optim)
-        check_known("optimizer", rule["kind"], RULES)
-        optim["optimizer"] = RULES[rule.pop("kind")](**rule)
-        optim["multipliers"] = RateMultipliers(**optim["multipliers"])
+        own = {field.name for field in dataclasses.fields(Record)}
+        parts = from_plain(Record, {name: value for name, value in record.items() if name in own})
+        arm = older.arm_today(parts.arm)
+        if arm not in CONFIGS:
+            raise UserError(f"arm must be one of {', '.join(CONFIGS)}, got {parts.arm!r}")
         return RunConfig(
-            recipe=record["recipe"],
-            preset=record["preset"],
-            model=from_plain(CONFIGS[older.arm_today(record["arm"])], model),
-            optim=OptimConfig(**optim),
-            schedule=ScheduleConfig(**record["schedule"]),
-            train=TrainConfig(**record["train"]),
-            data=record["data"],
-            base=BaseShape(**record["base"]) if record.get("base") else None,
+            recipe=parts.recipe,
+            preset=parts.preset,
+            model=from_plain(CONFIGS[arm], older.fields_today(parts.arm, parts.model), "model."),
+            optim=from_plain(OptimConfig, older.optim_today(parts.optim), "optim."),
+            schedule=from_plain(ScheduleConfig, parts.schedule, "schedule."),
+            train=from_plain(TrainConfig, parts.train, "train."),
+            data=parts.data,
+            base=from_plain(BaseShape, parts.base, "base.") if parts.base else None,
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"not a run configuration of this version of spherelm: {error}") from error
 
 
@@ -187,19 +201,44 @@ def record_today(record: dict[str, Any]) -> dict[str, Any]:
     """What stands in a `config.json`, its configuration as this version writes it; a record of anything else as it is."""
     try:
         return {**record, **to_dict(from_dict(record))}
-    except ValueError:
+    except UserError:
         return record
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration stored in the file `path`; raises `ValueError` naming the file if it is not one."""
+    """The configuration stored in the file `path`; raises `UserError` naming the file if it is not one."""
+    record = read_record(path)
     try:
-        return from_dict(read_record(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        return from_dict(record)
+    except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Everything in a run's `config.json`."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Everything in a run's `config.json`, or in such a file that was written by hand, of JSON or (.yaml, .yml) of YAML.
+
+    Raises `UserError` naming the file if it cannot be read, holds no fields, or one twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # PyYAML, which reads YAML 1.1, would take 1e-3 for text.
+        read = YAML(typ="safe", pure=True).load if path.suffix in (".yaml", ".yml") else _read_json
+        record: dict[str, Any] = read(text)
+    except MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        raise UserError(f"{path} cannot be used: {error.problem}{line}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, YAMLError, UserError) as error:
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} cannot be used: it holds no fields")
     return record
+
+
+def _read_json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if twice:
+            raise UserError(f"{twice[0]!r} stands twice in one object")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)

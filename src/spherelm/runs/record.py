@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spherelm.data.output import locked
-from spherelm.data.sources import proportions
+from spherelm.data.sources import parse_data
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, record_today, to_dict
@@ -161,7 +161,12 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
     try:
         before = flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
         now = flat(json.loads(json.dumps(wanted)))
-        moved = "data_identity" in wanted and proportions(before.get("data")) == proportions(now.get("data"))
+        texts = (
+            [parse_data(values.get("data")).proportions for values in (before, now)]
+            if "data_identity" in wanted
+            else []
+        )
+        moved = bool(texts) and texts[0] == texts[1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error
     free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE

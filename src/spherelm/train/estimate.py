@@ -14,13 +14,15 @@ from math import ceil
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 
 from spherelm.counting import counted
 from spherelm.errors import UserError
+from spherelm.fields import check
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
-from spherelm.runs.config import STRATEGIES, RunConfig, micro_batches, to_dict
+from spherelm.runs.config import RunConfig, Strategy, micro_batches, to_dict
 from spherelm.runs.record import flat
 from spherelm.train.counting import block_costs, readout_cost, training_flops
 from spherelm.train.opening import number, repetition
@@ -46,16 +48,13 @@ class Layout:
     for the backward pass and are computed again in it. Raises `ValueError` naming what does not fit together.
     """
 
-    world_size: int = 1
-    strategy: str = "replicate"
-    shard_size: int = 8
+    world_size: PositiveInt = 1
+    strategy: Strategy = "replicate"
+    shard_size: PositiveInt = 8
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise UserError(f"--world-size must be at least 1, got {self.world_size}")
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        check(self)
         if self.strategy == "hybrid" and self.world_size % self.shard_size:
             raise UserError(f"--shard-size {self.shard_size} does not divide --world-size {self.world_size}")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spherelm.data.loader import Batches
+from spherelm.data.sources import RunData
 from spherelm.data.verification import verify_where_cheap
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
@@ -34,7 +35,7 @@ from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.group import Group
 from spherelm.runs.record import open_run
 from spherelm.sharding import gathered
-from spherelm.train.batches import RunData, epochs, open_data, total_loss, validation_losses
+from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from spherelm.errors import UserError
+from spherelm.fields import from_plain
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, older
-from spherelm.models.config import from_plain, to_plain
+from spherelm.models.config import to_plain
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
 """What transformers calls `n_heads` and `n_kv_heads`."""
