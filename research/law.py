@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from spherelm.data.sources import vocabulary_size
+from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.recipes import make_run
 from spherelm.recipes.law import CONSTANTS
@@ -108,7 +108,7 @@ def wanted(kind: str) -> Iterator[tuple[Point, str, str, float]]:
 def run_of(point: Point, arm: str, role: str, factor: float, data: Path) -> Any:
     """The run by the law with one rate times a factor."""
     directory = data / f"{point.text}-{point.vocabulary}"
-    size = vocabulary_size(str(directory))
+    size = parse_data(str(directory)).vocab_size
     fields: dict[str, Any] = {
         "d_model": point.d_model, "n_heads": max(1, point.d_model // 64), "n_layers": point.n_layers, "steps": point.steps,
         "seq_len": point.context, "batch_size": max(1, point.tokens // point.context), "compile": False, "eval_every": 0,

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-import docstring_parser
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
@@ -34,15 +33,6 @@ class Among:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         """The schema of one of the names."""
         return handler.generate_schema(Literal[tuple(self.known)])
-
-
-def documentation(kind: type[Any]) -> dict[str, str]:
-    """What the dataclass `kind`, and those that it derives from, say of their fields under "Attributes:"."""
-    found: dict[str, str] = {}
-    for owner in reversed(kind.__mro__):
-        said = docstring_parser.parse(owner.__doc__ or "").params
-        found |= {one.arg_name: " ".join((one.description or "").split()) for one in said}
-    return found
 
 
 class FieldError(UserError):

@@ -5,9 +5,9 @@ What a flag needs in order to act is declared beside it, by `Needs`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
-import importlib
 import inspect
 import itertools
 import sys
@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+import spherelm
 from spherelm.errors import UserError
 
 
@@ -58,13 +59,37 @@ class Sets:
 
     def shown(self, parameter: str, own: Any) -> Any:
         """What `--help` says of the flag of this parameter, whose own default comes before the field's."""
-        from spherelm.fields import documentation
+        field = self.field or parameter
+        help_text, default = read_fields(self.owner)[field]
+        said = "(required)" if own is inspect.Parameter.empty else self.left_out or said_default(own or default)
+        return arg(help=help_text, help_behavior_hint=said)
 
-        module, _, name = self.owner.rpartition(".")
-        kind, field = getattr(importlib.import_module(module), name), self.field or parameter
-        default = own or next(one.default for one in dataclasses.fields(kind) if one.name == field)
-        said = "(required)" if own is inspect.Parameter.empty else self.left_out or said_default(default)
-        return arg(help=documentation(kind)[field], help_behavior_hint=said)
+
+@functools.cache
+def read_fields(owner: str) -> dict[str, tuple[str, Any]]:
+    """What the dataclass `owner` says of each field, and the field's default (`None` for what is no plain value).
+
+    They are read off the source: to import it would import torch, and help should be there at once.
+    """
+    import docstring_parser
+
+    module, _, name = owner.rpartition(".")
+    file = Path(spherelm.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    documented = docstring_parser.parse(ast.get_docstring(body) or "").params
+    said = {one.arg_name: " ".join((one.description or "").split()) for one in documented}
+    lines = [line for line in body.body if isinstance(line, ast.AnnAssign)]
+    named = {line.target.id: line.value for line in lines if isinstance(line.target, ast.Name)}
+    return {name: (said[name], plain(value)) for name, value in named.items() if name in said}
+
+
+def plain(value: ast.expr | None) -> Any:
+    """The value of an expression of numbers, texts and the like; `None` for any other."""
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
 
 
 def said_default(default: Any) -> str:

@@ -35,7 +35,7 @@ from spherelm.errors import UserError
 if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
 
-OfOptim = Sets("spherelm.optim.groups.OptimConfig", left_out="(default: tuned for preset and recipe)")
+OfOptim = Sets("spherelm.optim.groups.OptimConfig", left_out="(default: what the recipe says)")
 OfGrid = Sets("spherelm.experiments.evidence_plan.Grid")
 Compared = Sets("spherelm.experiments.comparison.CompareConfig")
 

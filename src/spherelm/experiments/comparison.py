@@ -50,8 +50,8 @@ class CompareConfig:
         steps: Updates of a full run; the preset's if left out.
         seq_len: Tokens a sequence; the preset's if left out.
         batch_size: Sequences an update; the preset's if left out.
-        lr_gpt: The baseline's peak learning rate; the one tuned for the preset if left out.
-        lr_ngpt: The normalized arm's peak learning rate; the one tuned for the preset if left out.
+        lr_gpt: The baseline's peak learning rate; the recipe's if left out.
+        lr_ngpt: The normalized arm's peak learning rate; the recipe's if left out.
         dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
         compile: Whether to use torch.compile; the preset says if left out.
     """

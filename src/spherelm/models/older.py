@@ -91,7 +91,7 @@ def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         scale = SCALE.fullmatch(name)
         if scale:
             found.setdefault(scale[1], {})[scale[2]] = value
-        elif name in VARIANT:
+        elif name in VARIANT and arm_today(arm) == "ngpt":  # "qk_norm" is a GPT's own field, of today
             found.setdefault("variant", {})[name] = value
         elif name in MIXER or name in EXPERTS:
             flat.setdefault("mixer" if name in MIXER else "experts", {})[name] = value
