@@ -59,7 +59,7 @@ def test_rates_carry_over_by_powers(arm: str) -> None:
 
 
 def test_on_the_sphere_a_rate_is_an_angle_at_every_width() -> None:
-    """The first update turns the rows of an embedding by the same angle, whatever the width; Adam moves each number alike."""
+    """The first update turns unit vectors by the same angle at 64 and 256 channels, and output rows by half: logits sum."""
     turned = {}
     for d_model in (64, 256):
         run = make_run("ngpt", "0.3m", vocab_size=1024, d_model=d_model, d_k=64, n_layers=1, common_start=0.0)
@@ -76,7 +76,7 @@ def test_on_the_sphere_a_rate_is_an_angle_at_every_width() -> None:
         }
         turned[d_model] = {name: cosine.acos().square().mean().sqrt().item() for name, cosine in cosines.items()}
     for name, angle in turned[64].items():
-        assert turned[256][name] == pytest.approx(angle, rel=0.25), name
+        assert turned[256][name] == pytest.approx(angle / 2 if name == "head.linear" else angle, rel=0.25), name
     assert max(turned[64].values()) < 0.2
 
 

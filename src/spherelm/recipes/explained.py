@@ -17,7 +17,7 @@ def explained(run: RunConfig) -> list[str]:
     model, train = run.model, run.train
     shape = Preset(
         model.n_layers, model.d_model, model.n_heads, train.seq_len, train.batch_size, train.steps,
-        architecture=model.architecture,
+        architecture=model.architecture, vocab_size=model.vocab_size,
     )  # fmt: skip
     found = numbers(run.arm, shape)
     used = dict.fromkeys(name for number in found.values() for name in number.constants)

@@ -1,8 +1,9 @@
 """The law: from a shape, the tokens of an update and the number of updates to every choice of a run. One for all sizes.
 
-A rate is `constant * (steps / 1000)^-length * (tokens of an update / 1024)^batch`. Muon turns a unit vector by its
-rate, whatever the width. Adam moves each number by its rate, and so turns a unit vector of d_model numbers by `rate *
-sqrt(d_model)`: on the sphere every constant is an angle in radians, and Adam's rates are the angles over sqrt(d_model).
+A rate is `constant * (steps / 1000)^-length * (tokens of an update / 1024)^batch`, over a unit of width. Muon turns a
+unit vector by its rate, whatever the width. Adam moves each number by its rate, and so turns a unit vector of d_model
+numbers by `rate * sqrt(d_model)`: on the sphere these constants are angles in radians. A logit is a sum over d_model
+numbers, so the output embedding's rate goes with 1/d_model in both arms (Yang et al., arXiv 2203.03466).
 """
 
 from __future__ import annotations
@@ -26,27 +27,24 @@ class Constant(NamedTuple):
 
 
 CONSTANTS: Mapping[str, Constant] = {
-    "matrix.gpt": Constant(0.0153, "Muon's rate of block matrices at 1000 updates of 1024 tokens", "law.json"),
-    "matrix.ngpt": Constant(0.030, "Muon's angle of block matrices there, in radians", "law.json"),
-    "input.gpt": Constant(0.123, "Adam's rate of the input embedding there", "law.json"),
-    "input.ngpt": Constant(0.038, "Adam's angle of the input embedding there", "law.json"),
-    "output.gpt": Constant(0.016, "Adam's rate of the output embedding and of gains there", "law.json"),
-    "output.ngpt": Constant(0.076, "Adam's angle of the output embedding there, and of learned scales", "law.json"),
-    "length.muon": Constant(0.55, "how Muon's rates fall with the number of updates", "ladder.json"),
-    "length.adam": Constant(
-        1 / 3, "how Adam's rates fall with the number of updates", "nuGPT (arXiv 2604.27077), Table 1"
-    ),
-    "batch": Constant(0.25, "how all rates rise with the tokens of an update", "law.json"),
+    "matrix.gpt": Constant(0.0165, "Muon's rate of block matrices at 1000 updates of 1024 tokens", "law.json"),
+    "matrix.ngpt": Constant(0.032, "Muon's angle of block matrices there, in radians", "law.json"),
+    "input.gpt": Constant(0.065, "Adam's rate of the input embedding there", "law.json"),
+    "input.ngpt": Constant(0.043, "Adam's angle of the input embedding there", "law.json"),
+    "output.gpt": Constant(1.16, "Adam's rate of the output embedding there, times d_model", "law.json"),
+    "output.ngpt": Constant(0.53, "Adam's rate of the output embedding there, times d_model", "law.json"),
+    "vector.gpt": Constant(0.0165, "Adam's rate of gains there", "law.json"),
+    "vector.ngpt": Constant(0.082, "Adam's rate of learned scales there, times sqrt(d_model)", "law.json"),
+    "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
+    "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
+    "batch": Constant(0.18, "all rates rise with the tokens of an update to this power", "law.json"),
+    "vocabulary.gpt": Constant(0.15, "GPT's matrices: fall with (vocabulary / 4096) to this power", "law.json"),
     "decay.gpt": Constant(0.25, "sum over a run of peak rate times weight decay", "law.json"),
     "memory": Constant(
-        6.2, "Adam's first moment remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice as many", "betas.json"
+        6.2, "Adam's beta 1 remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice that", "betas.json"
     ),
-    "second": Constant(
-        0.95, "Adam's second beta at 524288 tokens an update; as many tokens elsewhere", "nGPT, Table 3"
-    ),
-    "alpha": Constant(
-        0.05, "eigen learning rates of 24 layers at the start; as 1/sqrt(layers) elsewhere", "nGPT, Table 3"
-    ),
+    "second": Constant(0.95, "Adam's beta 2 at 524288 tokens an update; as many tokens elsewhere", "nGPT, Table 3"),
+    "alpha": Constant(0.05, "eigen learning rates of 24 layers at the start, as 1/sqrt(layers)", "nGPT, Table 3"),
     "common": Constant(8.0, "weight of the direction that the rows of an embedding share at the start", "starts.json"),
     "logits": Constant(0.25, "spread of the logits at the start", "law.json"),
     "s_qk": Constant(0.5, "s_qk at the start", "starts.json"),
@@ -68,15 +66,19 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     horizon = min(10.0, max(2.0, math.sqrt(steps) / CONSTANTS["memory"].value))
     second = min(0.99, max(0.95, CONSTANTS["second"].value ** (tokens / 524288)))
 
-    def rate(role: str, kind: str, unit: float = 1.0) -> Number:
+    def rate(role: str, kind: str, unit: float) -> Number:
         names = (f"{role}.{arm}", f"length.{kind}", "batch")
         value, length, batch = (CONSTANTS[name].value for name in names)
         return Number(value * (steps / 1000) ** -length * (tokens / 1024) ** batch / unit, names)
 
-    unit = width if arm == "ngpt" else 1.0
-    matrix, embedding, output = rate("matrix", "muon"), rate("input", "adam", unit), rate("output", "adam", unit)
-    relative = {"input_embedding": embedding, "output_embedding": output, "scale" if arm == "ngpt" else "gain": output}
-    relative |= {"router": output}
+    unit, matrix = width if arm == "ngpt" else 1.0, rate("matrix", "muon", 1.0)
+    if arm == "gpt":
+        fewer = ((preset.vocab_size or 4096) / 4096) ** -CONSTANTS["vocabulary.gpt"].value
+        matrix = Number(matrix.value * fewer, (*matrix.constants, "vocabulary.gpt"))
+    vector = rate("vector", "adam", unit)
+    relative = {"input_embedding": rate("input", "adam", unit), "router": vector}
+    relative["output_embedding"] = rate("output", "adam", preset.d_model)
+    relative["scale" if arm == "ngpt" else "gain"] = vector
     found = {
         "lr": matrix,
         **{f"{role}_rate": Number(own.value / matrix.value, own.constants) for role, own in relative.items()},
@@ -104,15 +106,11 @@ def law(arm: str, preset: Preset) -> Choices:
     warm-up of a tenth of the run, 2000 updates at most.
     """
     found = {name: number.value for name, number in numbers(arm, preset).items()}
-    optim = {
-        "optimizer": "muon",
-        "betas": (found.pop("first_beta"), found.pop("second_beta")),
-        "momentum": found.pop("momentum"),
-        "multipliers": RateMultipliers(**{role: found.pop(f"{role}_rate", 1.0) for role in ROLES}),
-    }
-    model = {**shared_embeddings(preset.architecture)}
+    multipliers = RateMultipliers(**{role: found.pop(f"{role}_rate", 1.0) for role in ROLES})
+    betas = (found.pop("first_beta"), found.pop("second_beta"))
+    optim = {"optimizer": "muon", "betas": betas, "momentum": found.pop("momentum"), "multipliers": multipliers}
+    model = shared_embeddings(preset.architecture)
     if arm == "gpt":
-        optim["weight_decay"] = found.pop("weight_decay")
-        model["qk_norm"] = True
+        optim["weight_decay"], model["qk_norm"] = found.pop("weight_decay"), True
     warmup = 0 if arm == "ngpt" else min(2000, preset.steps // 10)
     return Choices(found.pop("lr"), {**model, **found}, optim, ScheduleConfig("linear", warmup_steps=warmup))

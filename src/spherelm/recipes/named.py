@@ -178,6 +178,7 @@ def make_run(
     size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
     given |= layers_of(given, size.architecture)
     size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "base", "about")))
+    size = dataclasses.replace(size, vocab_size=vocab_size or size.vocab_size)
     base = base_of(given.pop("base", BASE), given)
     size = dataclasses.replace(size, base=base if recipe == "nugpt" and arm == "ngpt" else None)
     if "micro_batch_size" not in overrides:
@@ -186,7 +187,7 @@ def make_run(
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
-    model = {"vocab_size": vocab_size or size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
+    model = {"vocab_size": size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
     config = RunConfig(
         recipe=recipe,
         preset=preset,
