@@ -1,4 +1,4 @@
-"""The README's table of what goes with which kind of model: each cell names the tests that hold it."""
+"""The table of what goes with which kind of model (docs/reference/support.md): each cell names the tests that hold it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_docs import ROOT, exists
 
 from spherelm.train.trainer import train
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "support.md").read_text(encoding="utf-8")
 KINDS = ("decoders", "encoder-decoders", "encoders", "hybrids")
 TESTS = {
     "`train`, `--resume` to the bit": (
@@ -79,7 +79,7 @@ NO = {
 
 def table() -> dict[str, list[str]]:
     """The cells of each row."""
-    _, found = README.split(f"| | {' | '.join(KINDS)} |\n|---|---|---|---|---|\n")
+    _, found = PAGE.split(f"| | {' | '.join(KINDS)} |\n|---|---|---|---|---|\n")
     rows = re.match(r"(\|.*\|\n)+", found)
     assert rows is not None
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[0].splitlines()]
