@@ -97,8 +97,8 @@ test: check
 # The pages' results are written from docs/results first, so that they cannot be stale.
 docs: $(DOCS_READY)
 	$(BIN)/python research/pages.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo 'The site: build/site/index.html'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'The site: build/site/index.html; to search it: $(BIN)/python -m http.server -d build/site'
 
 format: $(TEST_READY)
 	$(BIN)/ruff format .

@@ -126,6 +126,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.experiments.bench.profile", str)
     monkeypatch.setattr("spherelm.train.trainer.train", lambda *rest: 0.0)
     monkeypatch.setattr("spherelm.data.sources.vocabulary_size", lambda data: 4096)
+    monkeypatch.setattr("spherelm.train.batches.epochs", lambda *rest: {})
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})
