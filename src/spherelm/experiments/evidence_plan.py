@@ -38,7 +38,7 @@ class Grid:
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
         contexts: Tokens a sequence; an update has 1024 tokens at each.
         budgets: Tokens for each block parameter.
-        contenders: Among gpt-paper, gpt-adamw, gpt-muon, ngpt-paper, ngpt-adam, ngpt-muon, nugpt, training-ngpt.
+        contenders: Among gpt-law, gpt-paper, ngpt-law, ngpt-paper, nugpt, training-ngpt.
         seeds: Runs at the learning rate that was found.
         test_windows: Sequences of the text of `test` that are read.
     """
