@@ -1,6 +1,7 @@
 # From a fresh clone, with nothing but Python 3.10 or later:
 #   make demo     GPT and nGPT side by side on the text that ships with spherelm, and a page that says what came of it
 #   make test     every check and every test
+#   make docs     the documents as a site, build/site/index.html
 # Works with GNU make 3.81 and later and with BSD make: no functions, no pattern rules, no bashisms.
 
 # Which Python makes the environment, and where.
@@ -28,6 +29,7 @@ PYTEST_FLAGS = -n auto --maxprocesses 8 --dist loadfile
 BIN = $(VENV)/bin
 DEMO_READY = $(VENV)/.installed-report
 TEST_READY = $(VENV)/.installed-all-dev
+DOCS_READY = $(VENV)/.installed-docs
 
 # Makes the environment where there is none and installs spherelm in place with the optional sets named in $extras.
 # One pip command for everything: installing torch's users one by one can replace torch. Its output is boiled down to
@@ -59,11 +61,12 @@ INSTALL = \
 	echo; \
 	if test -e $(VENV)/.failed; then cat $(VENV)/pip.log >&2; exit 1; fi
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test docs check format clean
 
 help:
-	@echo 'make demo     compare GPT and nGPT on the text that ships with spherelm; go on with it if it was interrupted'
+	@echo 'make demo     compare GPT and nGPT on the text that ships with spherelm; resume if it was interrupted'
 	@echo 'make test     format, lint, types, import floors, tests with coverage'
+	@echo 'make docs     build the documents as a site in build/site; a broken link fails'
 	@echo 'make check    the same without the tests'
 	@echo 'make format   format the code and mend what the linter can mend'
 	@echo 'make clean    remove the environment, caches and build leftovers; runs/ stays'
@@ -74,7 +77,10 @@ $(DEMO_READY): pyproject.toml constraints-cpu.txt
 $(TEST_READY): pyproject.toml constraints-cpu.txt
 	@extras=all,dev; $(INSTALL); touch $(DEMO_READY) $@
 
-# What is finished is not done again; what was begun goes on. The last line printed says where the page is.
+$(DOCS_READY): pyproject.toml constraints-cpu.txt
+	@extras=docs; $(INSTALL); touch $@
+
+# Finished runs are not repeated, interrupted ones are resumed. The last line printed says where the page is.
 demo: $(DEMO_READY)
 	@resume=; if test -e $(DEMO_OUT)/config.json; then resume=--resume; fi; \
 	set -x; $(BIN)/python -m spherelm compare --out $(DEMO_OUT) $(DEMO_FLAGS) $$resume
@@ -87,6 +93,12 @@ check: $(TEST_READY)
 
 test: check
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --cov=spherelm --cov-report=term:skip-covered
+
+# The pages' results are written from docs/results first, so that they cannot be stale.
+docs: $(DOCS_READY)
+	$(BIN)/python research/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'The site: build/site/index.html; to search it: $(BIN)/python -m http.server -d build/site'
 
 format: $(TEST_READY)
 	$(BIN)/ruff format .

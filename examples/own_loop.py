@@ -9,10 +9,11 @@ import argparse
 
 import torch
 
-from spherelm import NGPT, NGPTConfig, ScaleSpec, attach_retraction, departure
+from spherelm import attach_retraction, build, departure
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
+from spherelm.recipes import make_run
 
 
 def main() -> None:
@@ -24,11 +25,9 @@ def main() -> None:
     torch.manual_seed(0)
     text = open_tokens(shipped_directory(), "train")
     loader = Loader(text, seq_len=128, batch_size=8, seed=0)
-    # In a short run the learned scales cannot travel far: start them near where they belong (docs/paper.md).
-    config = NGPTConfig(
-        text.vocab_size, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(128**0.5), alpha=ScaleSpec(0.12)
-    )
-    model = NGPT(config)
+    # From a size and a length to initial values that suit them (docs/tutorials/layers-in-your-model.md).
+    run = make_run("ngpt", d_model=128, n_layers=4, n_heads=2, vocab_size=text.vocab_size, seq_len=128, steps=steps)
+    model = build(run.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     attach_retraction(optimizer, model)  # unit weights now and after every step
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)

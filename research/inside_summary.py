@@ -1,21 +1,19 @@
-"""The numbers and sentences of docs/inside.md, from what `spherelm inspect` wrote: no word of them is typed by hand.
+"""docs/results/inside.json from what `spherelm inspect` wrote, and the text that `pages.py` makes of it.
 
 spherelm inspect runs/demo --out runs/inside
-python research/inside_summary.py runs/inside --summary docs/results/inside.json --page docs/inside.md
+python research/inside_summary.py runs/inside --summary docs/results/inside.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-BEGIN, END = "<!-- inside-result:begin -->", "<!-- inside-result:end -->"
 NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
 ATTENTION, MLP = ("Q", "K", "V", "W_o"), ("W_u", "W_v", "W_oMLP")
 
@@ -152,21 +150,12 @@ def text(found: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def renewed(page: str, found: dict[str, Any]) -> str:
-    """The page with the part between the marks written anew."""
-    block = f"{BEGIN}\n{text(found)}\n{END}"
-    return re.sub(f"{BEGIN}.*{END}", lambda _: block, page, flags=re.DOTALL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inspected", type=Path, help="the directory that `spherelm inspect` wrote")
     parser.add_argument("--summary", type=Path, required=True)
-    parser.add_argument("--page", type=Path, required=True)
     given = parser.parse_args()
-    found = summary(given.inspected)
-    given.summary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    given.page.write_text(renewed(given.page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    given.summary.write_text(json.dumps(summary(given.inspected), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -214,12 +214,46 @@ def test_what_the_diffs_add_works(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_python_of_the_page_about_architectures_runs() -> None:
-    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["architectures.md", "tutorials/layers-in-your-model.md"])
+def test_the_python_of_a_page_runs(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "architectures.md", "exec"), {})
+        exec(compile(block, name, "exec"), {"__name__": "page"})
+
+
+def code_lines() -> list[tuple[str, str]]:
+    """The lines of code that stand beside the five equations, as (where, line)."""
+    page = (ROOT / "docs" / "concepts" / "five-equations.md").read_text(encoding="utf-8")
+    readme = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("| equation of the paper |")[2].partition("\n\n")[0]
+    )
+    found = [("page", line) for line in re.findall(r"^```python\n(.*?)\n```", page, re.MULTILINE | re.DOTALL)]
+    return found + [("README", line) for line in re.findall(r"\| `([^`]*)` \|$", readme, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("where", "line"), code_lines())
+def test_the_code_beside_an_equation_is_the_code(where: str, line: str) -> None:
+    files = (ROOT / "src" / "spherelm" / folder for folder in ("layers", "models"))
+    assert any(line in file.read_text(encoding="utf-8") for folder in files for file in folder.glob("*.py"))
+
+
+def test_there_is_a_line_of_code_for_each_equation() -> None:
+    counts = [sum(where == place for where, _ in code_lines()) for place in ("page", "README")]
+    assert counts == [6, 5]  # the page has the learned scales as well
+
+
+PROSE = [page for page in PAGES if page.name == "README.md" or "docs" in page.parts]
+NOT_OURS = {"recipes.md", "paper.md"}
+
+
+@pytest.mark.parametrize("page", [page for page in PROSE if page.name not in NOT_OURS], ids=name_of)
+def test_no_line_of_prose_is_wider_than_a_screen(page: Path) -> None:
+    """But for tables, code and links that cannot be broken."""
+    text = re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    wide = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    ", "<summary>"))]
+    assert wide == []
 
 
 def test_the_version_is_the_same_everywhere() -> None:

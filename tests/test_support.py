@@ -1,4 +1,4 @@
-"""The README's table of what goes with which kind of model, cell by cell: "yes" works, "no" is refused in one line."""
+"""The table of what goes with which kind of model (docs/reference/support.md), cell by cell: "yes" works, "no" is refused in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.test_spread import assert_same, train_alone_and_spread
 
 from spherelm import load_model
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "support.md").read_text(encoding="utf-8")
 SHAPE = ["d_model=16", "n_heads=2", "d_ff=24", "eval_windows=3"]
 KINDS = {
     "decoders": ("demo", ["n_layers=2"]),
@@ -169,7 +169,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory, words: dict[str, list[objec
 
 def table() -> dict[str, list[str]]:
     """The cells of each row."""
-    _, found = README.split(f"| | {' | '.join(KINDS)} |\n|---|---|---|---|---|\n")
+    _, found = PAGE.split(f"| | {' | '.join(KINDS)} |\n|---|---|---|---|---|\n")
     rows = re.match(r"(\|.*\|\n)+", found)
     assert rows is not None
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[0].splitlines()]
