@@ -50,7 +50,7 @@ from spherelm.models.decoder import Decoder
 from spherelm.optim import OptimConfig
 from spherelm.optim.schedule import ScheduleConfig
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS, make_run
-from spherelm.runs.config import DTYPES, to_dict
+from spherelm.runs.config import TrainConfig, to_dict
 from spherelm.train.estimate import Layout, estimate
 from spherelm.train.sinks import NAMES as SINKS
 from spherelm.train.trainer import train
@@ -491,7 +491,7 @@ def embeddings(row: Row) -> None:
 
 @check("Number formats")
 def number_formats(row: Row) -> None:
-    assert set(row.names) == {*DTYPES} - {"auto"}
+    assert set(row.names) == {*get_args(get_type_hints(TrainConfig)["dtype"])} - {"auto"}
     model = small("ngpt")
     model.runtime.compute_dtype = torch.bfloat16
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
