@@ -1,4 +1,4 @@
-"""What goes with which kind of model (docs/reference/support.md): "yes" works, "no" is refused in one line."""
+"""What goes with which kind of model (docs/reference/support.md), cell by cell: "yes" works, "no" is refused in one line."""
 
 from __future__ import annotations
 
