@@ -10,22 +10,26 @@ from torch import nn
 
 from spherelm.layers.mamba2 import StateSpace
 from spherelm.models import Decoder
+from spherelm.train.rehearsal import known_dtype, matrices
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware. A processor that does not is up to 100 times slower at it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def resolve_dtype(name: str, model: nn.Module, rows: int) -> torch.dtype:
+    """The dtype of the computation that "auto", "float32" or "bfloat16" means for `model` on `rows` tokens at once.
+
+    "auto" is, on a processor, in which the products of the model are faster; on a GPU bfloat16 where it has that in hardware.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    device = next(model.parameters()).device
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+        return known_dtype(matrices(model), rows)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the computation that "auto", "float32" or "bfloat16" means on `device`."""
-    if name == "auto":
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def name_of(dtype: torch.dtype) -> str:
+    """As a configuration names it: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def best_device() -> torch.device:
