@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from spherelm.train.rehearsal import Products, Shapes
+from spherelm.models import Decoder
+from spherelm.train.rehearsal import Products, Shapes, matrices
 
 WINDOW = 0.015
 """Seconds that each number of threads is tried for, twice."""
@@ -137,3 +138,9 @@ class Threads:
         free = (idle - self._idle) / max(now - self._since, 1e-9)
         self._idle, self._since = idle, now
         return free
+
+
+def threads_for(model: Decoder, rows: int) -> Threads | None:
+    """What sets the number of threads of a run of `model` on `rows` tokens at once, to at most the present; `None` for 1."""
+    limit, dtype = torch.get_num_threads(), model.runtime.compute_dtype or torch.float32
+    return None if limit == 1 else Threads(limit, Rehearsal(matrices(model), rows, dtype))

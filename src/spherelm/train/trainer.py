@@ -46,10 +46,9 @@ from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import say_first
 from spherelm.train.parallel import RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, name_of, resolve_dtype
-from spherelm.train.rehearsal import matrices
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
-from spherelm.train.threads import Rehearsal, Threads, threads
+from spherelm.train.threads import threads, threads_for
 
 
 class Trainer:
@@ -142,7 +141,9 @@ class Trainer:
 
     def _run_on_threads(self, show: bool) -> float:
         train = self.config.train
-        self.threads = self._chosen_threads()
+        rows = self.micro_batch_size * train.seq_len
+        is_free = train.threads is None and self.device.type == "cpu" and self.group.is_alone
+        self.threads = threads_for(self.model, rows) if is_free else None
         if show:
             way = (
                 train.dtype
@@ -162,14 +163,6 @@ class Trainer:
             except RankLost:
                 self.checkpoints.abandon()
                 raise
-
-    def _chosen_threads(self) -> Threads | None:
-        """What sets the number of threads, of a run of one process that does not say how many; the limit is what it has."""
-        train, limit = self.config.train, torch.get_num_threads()
-        if train.threads is not None or limit == 1 or self.device.type != "cpu" or not self.group.is_alone:
-            return None
-        rows, dtype = self.micro_batch_size * train.seq_len, self.model.runtime.compute_dtype or torch.float32
-        return Threads(limit, Rehearsal(matrices(self.model), rows, dtype))
 
     def _run(self, bar: Any) -> float:
         """Train to the end, or until a signal asks to stop: then save first, and leave the rest to --resume."""
@@ -384,7 +377,11 @@ def gradients_of_batch(
 
 def clip_gradients(model: torch.nn.Module, limit: float | None) -> float:
     """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
-    return gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    length: float = gathered(norm).item()
+    if limit is not None and not length + 1e-6 <= limit:  # else torch would multiply all of them by 1
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return length
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
