@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,9 +28,9 @@ def resolve_dtype(name: str, model: nn.Module, rows: int) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """As a configuration names it: "float32"."""
-    return str(dtype).removeprefix("torch.")
+def name_of(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    """As a configuration names what `resolve_dtype` gives."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def best_device() -> torch.device:
