@@ -48,6 +48,21 @@ def test_each_matrix_of_a_bank_is_orthogonalized_by_itself(shape: tuple[int, int
         assert step_size(torch.Size(shape), bank_axis) == step_size(torch.Size(shape[1:]), axis)
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (40, 100), (100, 40), (40, 60)])
+def test_the_ways_of_orthogonalizing_agree(shape: tuple[int, int]) -> None:
+    """By Gram matrices or not, as the definition says it; singular values over four decades, as gradients have them."""
+    a, b, c = muon.COEFFICIENTS
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -4, 40, dtype=torch.float64)
+    turned = values / values.norm()
+    for _ in range(muon.STEPS):
+        turned = a * turned + b * turned**3 + c * turned**5
+    expected, g = u @ turned.diag() @ v, u @ values.diag() @ v
+    torch.testing.assert_close(orthogonalized(1e-3 * g, torch.float64), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(orthogonalized(g, torch.float32).double(), expected, rtol=0, atol=1e-3)
+    assert (orthogonalized(g, torch.bfloat16) - expected).norm() < 0.3 * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
 def test_a_plain_matrix_moves_as_with_torchs_muon(shape: tuple[int, int]) -> None:
     """Torch computes the iteration in bfloat16: that is what the tolerance is for."""

@@ -31,7 +31,7 @@ from spherelm.train.batches import epochs
 from spherelm.train.guard import Diverged
 from spherelm.train.opening import say_first
 from spherelm.train.parallel import spread
-from spherelm.train.precision import compile_blocks, resolve_dtype
+from spherelm.train.precision import compile_blocks
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import Trainer, clip_gradients, gradients_of_batch, train
 
@@ -140,7 +140,7 @@ def test_metrics_hold_what_is_documented(arm: str, trainer: MakeTrainer, tmp_pat
         extra = (
             {"bits_per_byte"}
             if record["kind"] == "val"
-            else {"lr", "grad_norm", "tokens_per_second", "mfu", "memory_mb"}
+            else {"lr", "grad_norm", "tokens_per_second", "mfu", "memory_mb", "threads"}
         )
         assert set(record) == common | extra
         assert record["tokens"] == record["step"] * 4 * 16
@@ -411,21 +411,6 @@ def test_interrupted_can_be_sent_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(Interrupted("saved at step 3", 15)))
     assert (str(error), error.signal_number) == ("saved at step 3", 15)
-
-
-def test_auto_is_bfloat16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert resolve_dtype("float32", cpu) is torch.float32
-    assert resolve_dtype("bfloat16", cpu) is torch.bfloat16
-    for avx512, amx, wanted in (
-        (False, False, torch.float32),
-        (True, False, torch.bfloat16),
-        (False, True, torch.bfloat16),
-    ):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
-        assert resolve_dtype("auto", cpu) is wanted
-    assert resolve_dtype("auto", torch.device("meta")) is torch.float32
 
 
 def test_progress_is_shown_on_stderr(trainer: MakeTrainer, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def bench(
     Args:
         shape: Layers, d_model, heads, tokens a sequence, sequences, vocabulary.
         steps: Steps of each arm that count, after 3 that do not.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware has it.
+        dtype: Format of the computation (weights are float32); auto: the faster one on this machine.
         no_compile: Do not use torch.compile.
         json: File to write the result to, as JSON.
         profile: Show the operations that take the time, of each arm, by torch's profiler.

@@ -102,6 +102,7 @@ def train(
     lr: Annotated[float | None, OfOptim] = None,
     seed: Annotated[int | None, OfTrain] = None,
     dtype: Annotated[Dtype | None, OfTrain] = None,
+    threads: Annotated[int | None, OfTrain] = None,
     no_compile: Flag = False,
     mask_documents: Annotated[Flag, OfTrain] = False,
     fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
@@ -132,7 +133,7 @@ def train(
     from spherelm.recipes.overrides import WHOLE
     from spherelm.runs.config import read_record
 
-    own = {"lr": lr, "seed": seed, "dtype": dtype, "compile": False if no_compile else None}
+    own = {"lr": lr, "seed": seed, "dtype": dtype, "threads": threads, "compile": False if no_compile else None}
     own |= {"mask_documents": mask_documents or None, **vars(sizes), **vars(rhythm), **vars(spreading)}
     own |= {"recompute": spreading.recompute or None, **vars(bad_steps), **vars(logs), **vars(scores)}
     chosen = {"arm": arm, "data": data, "preset": preset, "recipe": recipe}

@@ -20,12 +20,12 @@ from spherelm.counting import counted
 from spherelm.errors import UserError
 from spherelm.experiments.cost import StepCost, TimedSteps, measure_cost
 from spherelm.layers.linear import retract
-from spherelm.models import ARMS, NAMES
+from spherelm.models import ARMS, NAMES, build
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
 from spherelm.third_parties import silence
 from spherelm.train.counting import training_flops
-from spherelm.train.precision import best_device, resolve_dtype
+from spherelm.train.precision import best_device, name_of, resolve_dtype
 
 MATMUL_SIZE = 4096
 """The peak is that of a product of two square matrices of this size, which is large enough for any hardware here."""
@@ -61,6 +61,13 @@ def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None
         sizes["pattern"] = pattern
         del sizes["n_layers"]
     return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in ARMS}
+
+
+def resolved(shape: Shape, dtype: str, pattern: str | None = None) -> str:
+    """The number format that `dtype` comes to at `shape` on this machine, by name."""
+    baseline = next(iter(configs(shape, dtype, compiled=False, pattern=pattern).values()))
+    model = build(baseline.model).to(best_device())
+    return name_of(resolve_dtype(dtype, model, shape.batch_size * shape.seq_len))
 
 
 def matmul_rate(dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 3) -> float:
@@ -138,18 +145,20 @@ def bench(
     retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as for
     `configs`.
     """
-    arms, device = configs(shape, dtype, compiled, pattern), best_device()
+    device = best_device()
+    dtype = resolved(shape, dtype, pattern)
+    arms = configs(shape, dtype, compiled, pattern)
     baseline, normalized = arms
     cost: StepCost = measure_cost(arms[baseline], arms[normalized], steps)
     seconds = {baseline: cost.gpt_seconds, normalized: cost.ngpt_seconds}
-    rate, tokens = matmul_rate(resolve_dtype(dtype, device)), shape.batch_size * shape.seq_len
+    rate, tokens = matmul_rate(getattr(torch, dtype)), shape.batch_size * shape.seq_len
     reached = {arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] for arm in arms}
     peak = max(rate, *reached.values())
     uncompiled = configs(shape, dtype, compiled=False, pattern=pattern)
     return {
         "shape": {**asdict(shape), "n_layers": arms[baseline].model.n_layers},
         "pattern": pattern,
-        "dtype": str(resolve_dtype(dtype, device)).removeprefix("torch."),
+        "dtype": dtype,
         "compiled": compiled,
         "device": device.type,
         "threads": torch.get_num_threads(),

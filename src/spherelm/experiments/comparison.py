@@ -16,7 +16,7 @@ from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
-from spherelm.experiments.jobs import Job, run_jobs, threads, threads_each, workers_for
+from spherelm.experiments.jobs import Job, run_jobs, threads_each, workers_for
 from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
 from spherelm.fields import check
 from spherelm.generation.samples import continuations
@@ -28,6 +28,7 @@ from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claimed, command_line, git_commit, versions, write_json
 from spherelm.train.batches import open_data
 from spherelm.train.guard import Diverged
+from spherelm.train.threads import threads
 from spherelm.train.trainer import check_runs
 
 SHORTER = (0.65, 0.4, 0.25)
@@ -52,7 +53,7 @@ class CompareConfig:
         batch_size: Sequences an update; the preset's if left out.
         lr_gpt: The baseline's peak learning rate; the recipe's if left out.
         lr_ngpt: The normalized arm's peak learning rate; the recipe's if left out.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
+        dtype: Format of the computation (weights are float32); auto: the faster one on this machine.
         compile: Whether to use torch.compile; the preset says if left out.
     """
 

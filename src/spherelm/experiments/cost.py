@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -37,10 +38,10 @@ class TimedSteps:
         device, train = best_device(), config.train
         keep_freed_memory()
         self.model: Decoder = build(config.model).to(device)
-        self.model.runtime.compute_dtype = resolve_dtype(train.dtype, device)
+        shape = (train.micro_batch_size or train.batch_size, train.seq_len)
+        self.model.runtime.compute_dtype = resolve_dtype(train.dtype, self.model, math.prod(shape))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.grad_clip = config.optim.grad_clip
-        shape = (train.micro_batch_size or train.batch_size, train.seq_len)
         self.tokens = torch.randint(config.model.vocab_size, shape, device=device)
         self.targets = torch.randint(config.model.vocab_size, shape, device=device)
         if train.compile:

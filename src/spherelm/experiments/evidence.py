@@ -31,7 +31,7 @@ from spherelm.experiments.cost import median_ratio, time_in_turn
 from spherelm.experiments.evidence_plan import CONTENDERS, TOKENS_AN_UPDATE, Grid, Point
 from spherelm.experiments.evidence_record import on_record, summary, with_row
 from spherelm.experiments.growth import timed_at
-from spherelm.experiments.jobs import Job, handled, run_jobs, threads, threads_each, workers_for
+from spherelm.experiments.jobs import Job, handled, run_jobs, threads_each, workers_for
 from spherelm.experiments.record import standard_error
 from spherelm.experiments.sweep import UNTRAINED, name_of
 from spherelm.recipes import make_run
@@ -39,6 +39,7 @@ from spherelm.runs.checkpoint import load_model
 from spherelm.runs.record import alone_in, write_json
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
+from spherelm.train.threads import threads
 from spherelm.train.trainer import check_runs
 
 STEP = 2.0

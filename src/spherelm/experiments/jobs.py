@@ -71,17 +71,6 @@ def threads_each(workers: int) -> int:
     return min(share, int(allowed)) if allowed.isdecimal() and int(allowed) else share
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with `count` processor threads in this process, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
     silence()

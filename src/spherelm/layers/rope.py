@@ -49,8 +49,30 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     x: [batch, heads, seq, d_k]; the result has the dtype of `x`, the rotation is computed in that of the table.
     """
     cos, sin = table
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    if transformed() or torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad:
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    rotated: Tensor = _Rotation.apply(x, cos, sin)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """`rotate` without its intermediate results: both halves are written where they belong, and the way back is a rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        wide = x.to(cos.dtype)
+        out = wide.new_empty(wide.shape)
+        (first, second), (to_first, to_second) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grad_outputs[0], (cos, -sin)), None, None
 
 
 def _unit_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

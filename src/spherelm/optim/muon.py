@@ -26,6 +26,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 STEPS = 5
 
+SHORTEST = 1e-7
+"""The norm below which a matrix is taken for zero."""
+
 SMALL = 2**17
 """Entries up to which matrices of one shape are orthogonalized together: what is between their products costs more there."""
 
@@ -49,12 +52,35 @@ def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
     a, b, c = COEFFICIENTS
     wide = g.shape[-2] <= g.shape[-1]
     x = (g if wide else g.mT).to(dtype)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
-    add_product = torch.addmm if g.ndim == 2 else torch.baddbmm
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.mT
+    x = x if x.ndim == 3 else x.unsqueeze(0)
+    if 2 * x.shape[-2] <= x.shape[-1] and torch.finfo(dtype).bits >= 32:
+        x = _turning(x, steps) @ x
+    else:
+        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(SHORTEST)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(g.shape)
+
+
+def _turning(x: Tensor, steps: int) -> Tensor:
+    """What all steps together multiply x by, and its norm: from `x x^T` alone, so with few products of x where that is wide.
+
+    Not in 16 bits, where the small eigenvalues of `x x^T` are rounding and each step has to look at x itself.
+    """
+    a, b, c = COEFFICIENTS
+    gram = x @ x.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(SHORTEST**2)  # of the norm of x
+    gram = gram / square
+    turning: Tensor | None = None
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        turning = factor if turning is None else factor @ turning
+        if step < steps - 1:
+            gram = factor @ (factor @ gram)
+    assert turning is not None
+    return turning * square.rsqrt()
 
 
 def step_size(shape: torch.Size, unit_axis: int | None) -> float:
@@ -165,6 +191,7 @@ class MuonAdamW(Optimizer):
 
     def _turn(self, parameter: Tensor, turned: Tensor, axis: int | None, group: dict[str, Any]) -> None:
         """Decay and move a parameter against its orthogonalized update."""
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
         step = from_whole_matrices(turned.to(parameter.dtype), parameter)
         parameter.add_(step, alpha=-float32_rate(group["lr"] * step_size(parameter.shape, axis)))

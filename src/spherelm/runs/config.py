@@ -34,7 +34,8 @@ class TrainConfig:
         batch_size: Sequences an update, over all processes.
         micro_batch_size: Sequences at once in one process, gradients accumulating over the batch; null: all.
         seed: Of the weights' start and of the order of the text.
-        dtype: Format of the computation (weights are float32); auto: bfloat16 where the hardware multiplies it fast.
+        dtype: Format of the computation (weights are float32); auto: the faster one on this machine, recorded.
+        threads: Of the processor; null: as many as are fastest, which may change while it runs.
         compile: Whether to use torch.compile.
         eval_every: Updates between validations, 0: only at the end.
         eval_windows: Sequences of validation text read each time.
@@ -67,6 +68,7 @@ class TrainConfig:
     micro_batch_size: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: PositiveInt | None = None
     compile: bool = True
     eval_every: NonNegativeInt = 100
     eval_windows: PositiveInt = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 from spherelm.errors import UserError
 
-MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb")
+MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb", "threads")
 """The fields of a record in which two runs that are otherwise equal differ."""
 
 

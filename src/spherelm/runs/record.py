@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
                 "keep",
                 "keep_every",
                 "compile",
+                "threads",
                 "log_to",
                 "diagnose_every",
                 "micro_batch_size",
@@ -169,7 +170,11 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         moved = bool(texts) and texts[0] == texts[1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error
-    free = (*FREE_TO_CHANGE, "data") if moved else FREE_TO_CHANGE
+    free = (
+        *FREE_TO_CHANGE,
+        *(["data"] if moved else []),
+        *(["train.dtype"] if now.get("train.dtype") == "auto" else []),
+    )
     differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
@@ -179,6 +184,14 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
             "give the same value, or another --out"
         )
     return True
+
+
+def recorded_dtype(out: Path) -> str:
+    """The number format that the run in the directory `out` computes in; "auto" where there is none or it does not say."""
+    try:
+        return str(json.loads((out / "config.json").read_text(encoding="utf-8"))["train"]["dtype"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "auto"
 
 
 @contextmanager

@@ -11,12 +11,15 @@ REPEATS = 4.0
 """So often the same text can be read at little loss (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
-def say_first(train: TrainConfig, tokens_per_step: int, epochs: Mapping[str, float], peak: str) -> None:
-    """Say on stderr what the run is about to do, and warn where it repeats its text often. epochs: by the name of the text."""
+def say_first(train: TrainConfig, tokens_per_step: int, epochs: Mapping[str, float], peak: str, way: str = "") -> None:
+    """Say on stderr what the run is about to do, and warn where it repeats its text often. epochs: by the name of the text.
+
+    way: in which number format it computes, and on how many threads.
+    """
     about = (
         f"{train.steps:,} updates of {tokens_per_step:,} tokens, {epochs_in_words(epochs)}; MFU is the part of {peak}"
     )
-    for line in (about, *repetition(epochs)):
+    for line in (about + (way and f"; {way}"), *repetition(epochs)):
         print(f"spherelm: {line}", file=sys.stderr)
 
 

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
 
 from spherelm.layers.mamba2 import StateSpace
 from spherelm.models import Decoder
+from spherelm.train.rehearsal import known_dtype, matrices
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware. A processor that does not is up to 100 times slower at it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def resolve_dtype(name: str, model: nn.Module, rows: int) -> torch.dtype:
+    """The dtype of the computation that "auto", "float32" or "bfloat16" means for `model` on `rows` tokens at once.
+
+    "auto" is, on a processor, in which the products of the model are faster; on a GPU bfloat16 where it has that in hardware.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    device = next(model.parameters()).device
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+        return known_dtype(matrices(model), rows)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the computation that "auto", "float32" or "bfloat16" means on `device`."""
-    if name == "auto":
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def name_of(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    """As a configuration names what `resolve_dtype` gives."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def best_device() -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spherelm.counting import counted
 from spherelm.data.loader import Batches
 from spherelm.data.sources import RunData
 from spherelm.data.verification import verify_where_cheap
@@ -33,7 +35,7 @@ from spherelm.optim.groups import set_rate
 from spherelm.runs.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.group import Group
-from spherelm.runs.record import open_run
+from spherelm.runs.record import open_run, recorded_dtype
 from spherelm.sharding import gathered
 from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
@@ -43,9 +45,10 @@ from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import say_first
 from spherelm.train.parallel import RankLost, Spread, joined, spread
-from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
+from spherelm.train.precision import best_device, compile_blocks, name_of, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
+from spherelm.train.threads import threads, threads_for
 
 
 class Trainer:
@@ -70,7 +73,8 @@ class Trainer:
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model).to(self.device)
-        model.runtime.compute_dtype = resolve_dtype(train.dtype, self.device)
+        self.config = config = group.first(lambda: self._with_dtype(model, resume))
+        model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
         model.runtime.label_smoothing = train.label_smoothing
         self.model = model
         self.spread = spread(model, group, train.recompute)
@@ -100,6 +104,13 @@ class Trainer:
                 "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
             )
 
+    def _with_dtype(self, model: Decoder, resume: bool) -> RunConfig:
+        """The configuration with a format in place of "auto": that of the run which is resumed, or the faster one here."""
+        train = self.config.train
+        dtype = recorded_dtype(self.out) if resume and train.dtype == "auto" else train.dtype
+        found = name_of(resolve_dtype(dtype, model, self.micro_batch_size * train.seq_len))
+        return replace(self.config, train=replace(train, dtype=found))
+
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to go on from."""
         group, opened = self.group, open_run(self.out, self.config, self.data.identity, resume)
@@ -125,9 +136,21 @@ class Trainer:
         Raises `Diverged` naming the step and the cause, `Interrupted` after saving on one of the signals `NOTED`, `RankLost`
         naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
         """
-        train, show = self.config.train, show_progress and self.group.is_first
+        with threads(self.config.train.threads or torch.get_num_threads()):
+            return self._run_on_threads(show_progress and self.group.is_first)
+
+    def _run_on_threads(self, show: bool) -> float:
+        train = self.config.train
+        rows = self.micro_batch_size * train.seq_len
+        is_free = train.threads is None and self.device.type == "cpu" and self.group.is_alone
+        self.threads = threads_for(self.model, rows) if is_free else None
         if show:
-            say_first(train, self.tokens_per_step, epochs(self.config, train.steps), self.speed.peak())
+            way = (
+                train.dtype
+                if self.device.type != "cpu"
+                else f"{train.dtype} on {counted(torch.get_num_threads(), 'thread')}"
+            )
+            say_first(train, self.tokens_per_step, epochs(self.config, train.steps), self.speed.peak(), way)
         if train.compile:
             compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
@@ -199,8 +222,11 @@ class Trainer:
         if grad_norm is not None:
             record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
             record |= {"mfu": self.speed.mfu(speed), "memory_mb": peak_memory_mb(self.device)}
-            record |= load_of_experts(self.model)
+            record |= {"threads": torch.get_num_threads(), **load_of_experts(self.model)}
             self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
+        # Compiled code is made for a number of threads.
+        if self.threads and not config.train.compile and (changed := self.threads.after(seconds)):
+            bar.write(f"spherelm: {changed}", file=sys.stderr)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if self._stop:
@@ -351,7 +377,11 @@ def gradients_of_batch(
 
 def clip_gradients(model: torch.nn.Module, limit: float | None) -> float:
     """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
-    return gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    length: float = gathered(norm).item()
+    if limit is not None and not length + 1e-6 <= limit:  # else torch would multiply all of them by 1
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return length
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
