@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 
 from spherelm.data.documents import read_lines
 from spherelm.data.pairs import PairFiles, prepare_pairs
-from spherelm.data.sources import vocabulary_size
+from spherelm.data.sources import parse_data
 from spherelm.evaluate.translation import error_rates
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.recipes import make_run
@@ -84,7 +84,7 @@ def main() -> None:
     config = make_run(
         asked.arm,
         "pairs",
-        vocab_size=vocabulary_size(str(data)),
+        vocab_size=parse_data(str(data)).vocab_size,
         data=str(data),
         lr=asked.lr,
         steps=asked.steps,

@@ -23,6 +23,7 @@ AUTO_MAPS = {
 
 MODULES = (
     "errors",
+    "fields",
     "sharding",
     "sphere",
     "layers.grouped",
