@@ -385,7 +385,7 @@ def test_sweep_passes_on_what_was_asked(
     assert keys == {(r, lr, a, s) for r in ("law", "paper") for lr in (0.1, 0.2) for a in (0.1, 0.3) for s in (0, 1)}
     assert {(j.config.train.steps, j.config.train.seq_len, j.config.data) for j in seen} == {(9, 16, str(data))}
     assert len(answer.out.splitlines()) == 2 + 8
-    assert "| ngpt | demo | default | 0.1 | 16 | 0.1 | 9 | 2.5000 | 0.0000 |  | 2 |" in answer.out.splitlines()
+    assert "| ngpt | demo | law | 0.1 | 16 | 0.1 | 9 | 2.5000 | 0.0000 |  | 2 |" in answer.out.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) ->
         per_byte = tokens_per_byte(open_tokens(data, "val"))
         assert of_arm["bits_per_byte"] == pytest.approx(of_arm["final_loss"] / math.log(2) * per_byte)
         assert of_arm["tokens_per_second"] > 0
-        assert of_arm["lr"] == 1e-2
+        assert of_arm["lr"] == read_config(out / f"{arm}-0" / "config.json").optim.lr
         assert of_arm["runs"] == [f"{arm}-0", f"{arm}-1"]
     best = summary["speedup"]["winner"]
     assert jobs_done[:4] == ["gpt-0", "ngpt-0", "gpt-1", "ngpt-1"], "both arms of a seed side by side"

@@ -159,7 +159,7 @@ def test_the_command_ends_in_a_page(
     words = ["--preset", "tiny", "--data", data, "--arms", "gpt", "--out", tmp_path / "out"]
     answer = make_command(monkeypatch, capsys)("sweep", *words)
     assert answer.code == 0, answer.err
-    assert jobs_done == ["gpt-preset=tiny-recipe=default-seed=0"]
+    assert jobs_done == ["gpt-preset=tiny-recipe=law-seed=0"]
     assert "1 choice, 1 run" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 

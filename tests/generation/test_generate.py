@@ -67,8 +67,8 @@ def test_nothing_more_is_the_prompt(case: Any) -> None:
     [
         ({"max_new_tokens": 8}, "9 prompt tokens and max_new_tokens=8 do not fit the model's max_seq_len=16.*0 to 7"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1 do not fit"),
-        ({"temperature": -0.5}, "temperature=-0.5"),
-        ({"min_p": 2.0}, "min_p=2.0"),
+        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
+        ({"min_p": 2.0}, "min_p must be at most 1, got 2.0"),
         ({"seed": [1, 2]}, "2 seeds for 3 rows: give one for each, or one number for all"),
         ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, r"at least one token, got shape \(1, 0\)"),
         ({"prompt": torch.zeros(3, dtype=torch.int64)}, r"\[batch, seq\].*got shape \(3,\)"),

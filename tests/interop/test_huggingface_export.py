@@ -150,7 +150,7 @@ def test_the_card_says_what_the_run_says(runs: dict[str, Path], tmp_path: Path) 
         f"{val['loss']:.4f} nats per token, at update 6",
         f"{val['bits_per_byte']:.4f}",
         "| tokens seen | 384 |",
-        "`default` at the size",
+        "`law` at the size",
         config["data_identity"]["train"],
         config["versions"]["torch"],
         "trust_remote_code=True",

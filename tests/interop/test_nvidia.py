@@ -225,10 +225,10 @@ def test_cached_decoding_with_their_formula_beyond_the_trained_length(arm: str, 
 @pytest.mark.parametrize("config_class", [GPTConfig, NGPTConfig])
 def test_unknown_formulas_are_refused(config_class: Any) -> None:
     shape = {"vocab_size": 11, "n_layers": 1, "d_model": 12, "n_heads": 3}
-    with pytest.raises(ValueError, match="unknown rope 'nvidea': choose one of standard, nvidia"):
+    with pytest.raises(ValueError, match="rope must be 'standard', 'nvidia' or 'none', got 'nvidea'"):
         config_class(**shape, rope="nvidea")
     if config_class is NGPTConfig:
-        with pytest.raises(ValueError, match="unknown step 'slerp': choose one of lerp, nvidia"):
+        with pytest.raises(ValueError, match="step must be 'lerp', 'nvidia' or 'riemannian', got 'slerp'"):
             Variant(step="slerp")
 
 
@@ -658,7 +658,7 @@ def test_a_file_that_holds_something_else(save: Save) -> None:
 
 
 def test_an_unknown_rope_is_refused(save: Save) -> None:
-    with pytest.raises(ValueError, match="unknown rope 'own': choose one of standard, nvidia"):
+    with pytest.raises(ValueError, match="rope must be 'standard', 'nvidia' or 'none', got 'own'"):
         load_checkpoint(save(their_content()), rope="own")
 
 

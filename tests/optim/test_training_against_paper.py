@@ -50,7 +50,12 @@ def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any, train: Any
         special = {"embed.weight": 0.5, "head.weight": 0.25}
         return LR * (0.1 if "norm" in name else special.get(name, 2.0))
 
-    recipe = dataclasses.replace(paper.paper_recipe(arm, LR), lr=rate)
+    def decay(name: str) -> float:
+        """So that rate times decay is the same for every role, as `weight_decay` says."""
+        return plain.decay(name) * LR / rate(name)
+
+    plain = paper.paper_recipe(arm, LR)
+    recipe = dataclasses.replace(plain, lr=rate, decay=decay)
     oracle = paper.train(
         c.forward,
         c.weights,

@@ -122,10 +122,10 @@ def test_rates_of_different_recipes_are_lines_of_their_own(
     seen = lines(monkeypatch)
     _, _, page = report(tmp_path)
     assert [(line.label, line.x.tolist()) for line in seen["rate"]] == [
-        ("adam, adamw", [1e-3, 2e-3]),
-        ("law", [1e-2, 2e-2]),
+        ("law, muon", [1e-2, 2e-2]),
+        ("paper, adamw", [1e-3, 2e-3]),
     ]
-    assert "GPT (muon) 0.01 (at the edge of what was tried)" in page
+    assert "GPT (law, muon) 0.01 (at the edge of what was tried)" in page
 
 
 def test_the_same_run_twice_is_no_second_seed_and_an_unfinished_one_is_none(write: Write, tmp_path: Path) -> None:

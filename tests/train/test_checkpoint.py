@@ -387,7 +387,7 @@ def test_load_model_says_what_is_missing(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json cannot be used"):
         load_model(tmp_path)
     write_json(tmp_path / "config.json", to_dict(tiny.run_config("gpt", data)))
-    with pytest.raises(ValueError, match="belongs to another config"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         load_model(tmp_path)
 
 

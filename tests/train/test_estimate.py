@@ -179,7 +179,8 @@ def test_every_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) ->
 
 def test_the_base_of_nugpt_is_told_and_of_others_there_is_none() -> None:
     told = [estimate_table(estimate(make_run("ngpt", "1b-4k", recipe), Layout())) for recipe in ("nugpt", "paper")]
-    base = PRESETS["1b-4k"].base
+    base = make_run("ngpt", "1b-4k", "nugpt").base
+    assert base is not None
     assert f"base: d_model={base.d_model}, n_layers={base.n_layers}, steps={base.steps}" in told[0]
     assert "base:" not in told[1]
 

@@ -216,7 +216,7 @@ def test_smaller_micro_batches_may_be_taken_on_resuming(
         ({"seed": 1}, r"train\.seed is 0 there and 1 now"),
         ({"steps": 8}, r"train\.steps is 6 there and 8 now"),
         ({"d_ff": 32}, r"model\.d_ff is 24 there and 32 now"),
-        ({"recipe": "paper"}, r"recipe is 'default' there and 'paper' now"),
+        ({"recipe": "paper"}, r"recipe is 'law' there and 'paper' now"),
         ({"dtype": "bfloat16"}, r"train\.dtype is 'float32' there and 'bfloat16' now"),
     ],
 )

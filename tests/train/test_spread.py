@@ -56,5 +56,5 @@ def test_a_loss_that_balances_experts_is_of_the_whole_batch(data: Path, tmp_path
     """Of which each process knows a part."""
     fields = ["eval_windows=3", "d_model=16", "n_heads=2", "d_ff=24", "pattern=MAO", "mamba_d_head=8"]
     fields += ["mamba_d_state=4", "mamba_chunk=8", "balance=loss", "n_experts=6"]
-    words = ["--arm", "ngpt", "--preset", "hybrid", "--data", str(data), "--set", *fields]
+    words = ["--arm", "ngpt", "--preset", "hybrid", "--recipe", "paper", "--data", str(data), "--set", *fields]
     assert_same(train_alone_and_spread({"hybrid": words}, tmp_path, STRONG)["hybrid"])

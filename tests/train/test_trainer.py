@@ -21,7 +21,7 @@ from spherelm.data.loader import Loader, validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.models import build
 from spherelm.optim import build_optimizer, factor
-from spherelm.recipes.named import S_Z_SCALE
+from spherelm.recipes.law import CONSTANTS
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
@@ -284,7 +284,7 @@ def test_a_rate_that_is_far_too_high_diverges_for_real(trainer: MakeTrainer, tmp
 def test_a_last_update_that_breaks_the_model_is_noticed(trainer: MakeTrainer, tmp_path: Path) -> None:
     """Only validation comes after it: no number, no success, no checkpoint."""
     with pytest.raises(Diverged, match="the validation loss is nan at step 1"):
-        trainer("gpt", lr=1e38, steps=1).run(show_progress=False)
+        trainer("gpt", recipe="paper", lr=1e38, steps=1).run(show_progress=False)
     assert latest_checkpoint(tmp_path / "run") is None
 
 
@@ -378,8 +378,8 @@ def test_the_run_directory_explains_itself(trainer: MakeTrainer, data: Path, tmp
     record = tiny.read_json(tmp_path / "run" / "config.json")
     assert record["arm"] == "ngpt"
     assert record["model"]["alpha"]["init"] == pytest.approx(0.05 * math.sqrt(24 / record["model"]["n_layers"]))
-    assert record["model"]["s_z"]["scale"] == S_Z_SCALE
-    assert record["optim"]["multipliers"]["output_embedding"] == 1.0
+    assert record["model"]["s_z"]["scale"] == CONSTANTS["s_z"].value
+    assert record["optim"]["multipliers"]["matrix"] == 1.0
     assert record["data"] == str(data)
     assert record["data_identity"]["train"] == open_tokens(data, "train").fingerprint
     assert {"python", "torch", "spherelm", "numpy"} <= set(record["versions"])

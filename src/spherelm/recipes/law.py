@@ -53,6 +53,10 @@ CONSTANTS: Mapping[str, Constant] = {
 """All numbers of the law, and where each comes from."""
 
 
+SHORTEST = 100
+"""Updates of the shortest run that the powers are carried to; one of two updates would turn vectors by a radian."""
+
+
 class Number(NamedTuple):
     """A choice of the law, by the name that `--set` has for it, and the constants that it comes from."""
 
@@ -62,7 +66,8 @@ class Number(NamedTuple):
 
 def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     """Every number that the law chooses for `arm` at this shape and length, by its field."""
-    steps, tokens, width = preset.steps, preset.batch_size * preset.seq_len, math.sqrt(preset.d_model)
+    steps = max(SHORTEST, preset.steps)
+    tokens, width = preset.batch_size * preset.seq_len, math.sqrt(preset.d_model)
     horizon = min(10.0, max(2.0, math.sqrt(steps) / CONSTANTS["memory"].value))
     second = min(0.99, max(0.95, CONSTANTS["second"].value ** (tokens / 524288)))
 
@@ -89,8 +94,7 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     if arm == "gpt":
         return {**found, "weight_decay": Number(CONSTANTS["decay.gpt"].value / (steps * matrix.value), ("decay.gpt",))}
     layers, common = depth(preset.architecture, preset.n_layers), CONSTANTS["common"].value
-    return {
-        **found,
+    return found | {
         "alpha.init": Number(CONSTANTS["alpha"].value * math.sqrt(24 / layers), ("alpha",)),
         "common_start": Number(common, ("common",)),
         "s_qk.init": Number(CONSTANTS["s_qk"].value, ("s_qk",)),
@@ -102,8 +106,8 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
 def law(arm: str, preset: Preset) -> Choices:
     """The law: every choice follows from shape, tokens of an update and number of updates (docs/recipes.md). The default.
 
-    Muon for block matrices and Adam beside it, linearly to 0, in both arms. The baseline has a norm of queries and keys, and a
-    warm-up of a tenth of the run, 2000 updates at most.
+    Muon for block matrices and Adam beside it, linearly to 0. The baseline has a norm of queries and keys and warms up over a
+    tenth of the run, 2000 updates at most.
     """
     found = {name: number.value for name, number in numbers(arm, preset).items()}
     multipliers = RateMultipliers(**{role: found.pop(f"{role}_rate", 1.0) for role in ROLES})
