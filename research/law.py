@@ -2,7 +2,8 @@
 
     python research/law.py prepare --shared ../shared/data --out data/law
     python research/law.py run test --data data/law --out runs/law --minutes 110
-    python research/law.py table docs/results/law.json
+    python research/law.py table
+    python research/law.py draw
 
 A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of it, the
 cheapest points first; `run fit` moves the rates of single roles at the points of `FIT`. Runs resume, and every finished one is
@@ -32,7 +33,7 @@ from spherelm.recipes import make_run
 from spherelm.recipes.law import CONSTANTS
 from spherelm.runs.record import write_json
 
-RESULTS = Path("docs/results/law.json")
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "law.json"
 
 
 @dataclass(frozen=True)
@@ -192,25 +193,54 @@ def prepare(asked: argparse.Namespace) -> None:
             )
 
 
-def table(asked: argparse.Namespace) -> None:
-    """How much of the loss each point gives away at the law's rate, in percent of the best of the three, by arm."""
-    runs = [one for one in json.loads(asked.results.read_text(encoding="utf-8"))["runs"] if one["kind"] == "test"]
-    print("| point | arm | loss | at half | at double | over the best |\n|---|---|---|---|---|---|")
-    lost = []
-    for point in TEST:
+def tested(results: Path) -> Iterator[tuple[Point, str, dict[float, float]]]:
+    """(point, arm, loss by factor) of each test that has all three rates, the cheapest points first."""
+    runs = [one for one in json.loads(results.read_text(encoding="utf-8"))["runs"] if one["kind"] == "test"]
+    for point in sorted(TEST, key=lambda point: point.cost):
         for arm in ("gpt", "ngpt"):
-            found = {
-                r["factor"]: r["loss"] or math.inf
-                for r in runs
-                if (r["kind"], r["point"], r["arm"]) == ("test", point.name, arm)
-            }
-            if set(found) != {0.5, 1.0, 2.0}:
-                continue
-            lost.append(100 * (found[1.0] / min(found.values()) - 1))
-            sides = (f"{100 * (found[factor] / found[1.0] - 1):+.2f} %" for factor in (0.5, 2.0))
-            print(f"| {point.name} | {arm} | {found[1.0]:.4f} | {' | '.join(sides)} | {lost[-1]:.2f} % |")
+            of_arm = [r for r in runs if (r["point"], r["arm"]) == (point.name, arm)]
+            found = {r["factor"]: r["loss"] or math.inf for r in of_arm}
+            if len(found) == 3:
+                yield point, arm, found
+
+
+def points(results: Path = RESULTS) -> str:
+    """How much of the loss each point gives away at the law's rate, in percent of the best of the three, by arm."""
+    rows, lost = [], []
+    for point, arm, found in tested(results):
+        lost.append(100 * (found[1.0] / min(found.values()) - 1))
+        half, double = (f"{100 * (found[factor] / found[1.0] - 1):+.2f} %" for factor in (0.5, 2.0))
+        shape = f"{point.d_model} | {point.n_layers} | {point.vocabulary} | {point.tokens} | {point.steps} | {point.context}"
+        rows.append(f"| {shape} | {point.text} | {arm} | {found[1.0]:.4f} | {half} | {double} | {lost[-1]:.2f} % |")
+    heads = "| d_model | layers | vocabulary | tokens | updates | context | text | arm | loss | half | double | lost |"
     within = ", ".join(f"{sum(x <= limit for x in lost)} within {limit} %" for limit in (0.1, 0.3))
-    print(f"\n{len(lost)} of {2 * len(TEST)} done: {within}")
+    said = f"{len(lost)} of {2 * len(TEST)} tests are done: {within} of the best of the three rates."
+    return "\n".join([said, "", heads, "|" + "---|" * 12, *rows])
+
+
+def draw(asked: argparse.Namespace) -> None:
+    """Loss over rate at every tested point, rates in units of the law's, into an SVG file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    for axis, arm in zip(axes, ("gpt", "ngpt"), strict=True):
+        for point, of_arm, found in tested(asked.results):
+            if of_arm == arm:
+                rates = sorted(found)
+                label = f"{point.d_model} wide, {point.n_layers} layers, {point.steps} updates"
+                axis.plot(
+                    rates, [100 * (found[rate] / min(found.values()) - 1) for rate in rates], marker="o", label=label
+                )
+        axis.set(
+            xscale="log", xticks=[0.5, 1, 2], xticklabels=["half", "the law's", "double"], title=arm, xlabel="peak rate"
+        )
+        axis.minorticks_off()
+    axes[0].set_ylabel("loss over the lowest, %")
+    axes[1].legend(fontsize=6)
+    figure.savefig(asked.out, metadata={"Date": None})
 
 
 def constants() -> str:
@@ -233,11 +263,12 @@ def main() -> None:
     one.add_argument("--minutes", type=float, default=110.0)
     one.add_argument("--workers", type=int, default=2)
     one.set_defaults(do=run)
-    one = commands.add_parser("constants")
-    one.set_defaults(do=lambda asked: print(constants()))
     one = commands.add_parser("table")
-    one.add_argument("results", type=Path)
-    one.set_defaults(do=table)
+    one.set_defaults(do=lambda asked: print(points()))
+    one = commands.add_parser("draw")
+    one.add_argument("--results", type=Path, default=RESULTS)
+    one.add_argument("--out", type=Path, default=Path("docs/images/law.svg"))
+    one.set_defaults(do=draw)
     asked = parser.parse_args()
     asked.do(asked)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import cost_tables as costs
 import inside_summary
+import law
 import length_picture
 import predict_scale
 import result_tables as tables
@@ -64,6 +65,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "profile": costs.profile,
     "grouped": costs.grouped,
     "predicted-scale": predict_scale.table,
+    "law-constants": law.constants,
+    "law-points": law.points,
 }
 """Every part of a page that is made from results."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from dataclasses import replace
@@ -133,14 +132,6 @@ def test_a_dry_run_prints_every_number_with_its_constants(
         for constant in number.constants:
             assert f"  {constant} " in answer.out
             assert CONSTANTS[constant].source in answer.out
-
-
-def test_the_page_lists_the_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python research/law.py constants` makes the table."""
-    root = Path(__file__).parents[1]
-    monkeypatch.syspath_prepend(root / "research")
-    table = importlib.import_module("law").constants()
-    assert table in (root / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 @both_arms
