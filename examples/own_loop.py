@@ -9,11 +9,10 @@ import argparse
 
 import torch
 
-from spherelm import attach_retraction, build, departure
+from spherelm import attach_retraction, build, departure, recipe
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.loader import Loader
 from spherelm.data.shards import open_tokens
-from spherelm.recipes import make_run
 
 
 def main() -> None:
@@ -26,7 +25,8 @@ def main() -> None:
     text = open_tokens(shipped_directory(), "train")
     loader = Loader(text, seq_len=128, batch_size=8, seed=0)
     # From a size and a length to initial values that suit them (docs/tutorials/layers-in-your-model.md).
-    run = make_run("ngpt", d_model=128, n_layers=4, n_heads=2, vocab_size=text.vocab_size, seq_len=128, steps=steps)
+    size = {"d_model": 128, "n_layers": 4, "n_heads": 2, "vocab_size": text.vocab_size}
+    run = recipe("ngpt", **size, seq_len=128, batch_size=8, steps=steps)
     model = build(run.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     attach_retraction(optimizer, model)  # unit weights now and after every step

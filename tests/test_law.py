@@ -13,7 +13,7 @@ import torch
 from commands import make_command
 from configs import fields_by_path
 
-from spherelm import build, build_optimizer
+from spherelm import build, build_optimizer, recipe
 from spherelm.layers.linear import unit_modules
 from spherelm.recipes import PRESETS, law, make_run
 from spherelm.recipes.law import CONSTANTS, numbers
@@ -160,3 +160,12 @@ def test_the_page_lists_every_difference_from_the_paper(arm: str) -> None:
 def of(run: Any, part: str) -> dict[str, Any]:
     """The fields of the model, the optimizer or the schedule of a run, by path."""
     return fields_by_path(getattr(run, part))
+
+
+@both_arms
+def test_the_public_recipe_is_the_run_that_the_command_makes(arm: str) -> None:
+    """`spherelm.recipe` takes nothing from a preset but what training needs beside the shape and the length."""
+    size = {"d_model": 96, "n_layers": 3, "n_heads": 2, "vocab_size": 300, "seq_len": 64, "batch_size": 8, "steps": 500}
+    run, made = recipe(arm, **size), make_run(arm, "0.3m", **size)  # type: ignore[arg-type]
+    assert (run.model, run.optim, run.schedule) == (made.model, made.optim, made.schedule)
+    assert run.recipe == "law"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         build,
     )
     from spherelm.optim import OptimConfig, attach_retraction, build_optimizer
+    from spherelm.recipes import recipe
     from spherelm.runs.checkpoint import load_model
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "departure",
     "generate",
     "load_model",
+    "recipe",
     "retract",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     **dict.fromkeys(("OptimConfig", "attach_retraction", "build_optimizer"), "spherelm.optim"),
     "generate": "spherelm.generation.generate",
     "load_model": "spherelm.runs.checkpoint",
+    "recipe": "spherelm.recipes",
 }
 
 

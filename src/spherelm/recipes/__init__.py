@@ -7,6 +7,7 @@ from spherelm.recipes.named import (
     WAYS,
     distinct,
     make_run,
+    recipe,
     recipe_names,
 )
 from spherelm.recipes.overrides import changed
@@ -22,5 +23,6 @@ __all__ = [
     "changed",
     "distinct",
     "make_run",
+    "recipe",
     "recipe_names",
 ]

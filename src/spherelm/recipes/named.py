@@ -201,3 +201,32 @@ def make_run(
     refuse_unknown(given, config)
     check_effects(overrides, config, arm == "ngpt")
     return config
+
+
+def recipe(
+    arm: str,
+    *,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    vocab_size: int,
+    seq_len: int,
+    batch_size: int,
+    steps: int,
+    name: str = "law",
+    **fields: Any,
+) -> RunConfig:
+    """From a shape and a length to a config, an optimizer and a schedule: `run.model`, `run.optim`, `run.schedule`.
+
+    Args:
+        arm: "gpt" or "ngpt".
+        d_model, n_layers, n_heads, vocab_size: The model's shape.
+        seq_len, batch_size: Tokens of a sequence, and sequences of an update.
+        steps: Updates of the whole run.
+        name: Which recipe; see `RECIPES`.
+        fields: More fields, as for `make_run`.
+
+    Raises `UserError` naming a field that cannot be so.
+    """
+    shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
+    return make_run(arm, "demo", name, **shape, seq_len=seq_len, batch_size=batch_size, steps=steps, **fields)  # type: ignore[arg-type]
