@@ -155,7 +155,7 @@ def runs_so_far() -> list[dict[str, Any]]:
 def run(asked: argparse.Namespace) -> None:
     """Do what is left of the runs of `asked.kind`, with `asked.workers` processes."""
     asked.until = time.time() + 60 * asked.minutes
-    done = {(r["point"], r["arm"], r["role"], r["factor"]) for r in runs_so_far() if r["kind"] == asked.kind}
+    done = {(r["point"], r["arm"], r.get("role"), r.get("factor")) for r in runs_so_far() if r["kind"] == asked.kind}
     left = [job for job in wanted(asked.kind) if (job[0].name, *job[1:]) not in done]
     with multiprocessing.get_context("spawn").Manager() as manager:
         jobs, lock = manager.list(left), manager.Lock()
