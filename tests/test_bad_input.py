@@ -78,7 +78,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--keep", 0], "keep must be more than 0, got 0"),
         (["--set", "momentum=abc"], "momentum must be a valid number, got 'abc'"),
         (["--set", "eps=x"], "eps must be a valid number, got 'x'"),
-        (["--set", "tangent=1"], "tangent must be a valid boolean, got 1"),
+        (["--set", "hyperball=1"], "hyperball must be a valid boolean, got 1"),
         (["--set", "matrix_rate=x"], "matrix_rate must be a valid number, got 'x'"),
         (["--set", "schedule=3"], "schedule must be 'constant', 'cosine', 'linear', 'wsd' or 'log', got 3"),
         (["--set", "grad_clip=x"], "grad_clip must be a valid number, got 'x'"),
@@ -200,11 +200,11 @@ def test_every_field_that_is_named_as_one_is_one(arm: str) -> None:
 
 
 def test_truth_is_read_as_json_and_as_python_write_it() -> None:
-    words = ["tie_embeddings=True", "compile=FALSE", "tangent=true", "grad_clip=None", "max_angle=null", "rope=none"]
+    words = ["tie_embeddings=True", "compile=FALSE", "hyperball=true", "grad_clip=None", "max_angle=null", "rope=none"]
     expected = {
         "tie_embeddings": True,
         "compile": False,
-        "tangent": True,
+        "hyperball": True,
         "grad_clip": None,
         "max_angle": None,
         "rope": "none",

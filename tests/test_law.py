@@ -153,7 +153,7 @@ def test_the_page_lists_every_difference_from_the_paper(arm: str) -> None:
         ]
         names = {name for one in found for name in one}
         differing |= {name for name in names if found[0].get(name) != found[1].get(name)}
-    without_effect = {"optim.multipliers", "optim.optimizer.tangent"}
+    without_effect = {"optim.multipliers", "optim.optimizer.hyperball"}
     assert differing - without_effect == {field for field, whose in rows if whose in ("both", arm)}
 
 

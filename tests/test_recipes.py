@@ -141,12 +141,17 @@ def test_none_is_a_value_of_a_field_that_may_have_none() -> None:
             {"max_angle": 0.1},
             "max_angle has no effect in gpt by 'law': it needs an arm on the sphere",
         ),
-        ("gpt", "law", {"tangent": True}, "tangent has no effect in gpt by 'law': it needs an arm on the sphere"),
+        (
+            "ngpt",
+            "law",
+            {"hyperball": True},
+            "hyperball has no effect in ngpt by 'law': it needs an arm that is not on the",
+        ),
         (
             "ngpt",
             "paper",
-            {"tangent": True},
-            "tangent is a field of the optimizer muon, and this run has adamw: leave it out",
+            {"hyperball": True},
+            "hyperball is a field of the optimizer muon, and this run has adamw: leave it out",
         ),
         ("ngpt", "paper", {"angle_follows_lr": True}, "it needs a max_angle"),
         ("ngpt", "paper", {"momentum": 0}, "momentum is a field of the optimizer muon, and this run has adamw"),
@@ -190,7 +195,7 @@ def test_the_micro_batch_of_a_preset_is_an_upper_limit(batch_size: int, largest:
 
 
 def test_a_choice_that_is_switched_off_is_let_pass_where_it_could_not_act() -> None:
-    off: dict[str, Any] = {"tangent": False, "max_angle": None}
+    off: dict[str, Any] = {"hyperball": False, "max_angle": None}
     assert make_run("gpt", vocab_size=9, **off) == make_run("gpt", vocab_size=9)
 
 

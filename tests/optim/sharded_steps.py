@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from moe_case import model_with_experts
 
 from spherelm.layers.linear import retract
-from spherelm.models import NGPTConfig, build
+from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.optim import GatedAdamW, Muon, OptimConfig, build_optimizer
 from spherelm.optim.groups import set_rate
 from spherelm.runs.group import Group
@@ -27,14 +27,16 @@ from spherelm.sharding import gathered, is_sharded
 from spherelm.train.parallel import Ranks, spread
 
 CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
+PLAIN = GPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
 CAP: dict[str, Any] = {"max_angle": 0.03, "angle_follows_lr": True}
 OPTIMS = {
     "adamw": OptimConfig(lr=0.1, **CAP),
     "gated": OptimConfig(lr=0.1, optimizer=GatedAdamW(eps_gate=0.5), **CAP),
     "muon": OptimConfig(lr=0.01, optimizer=Muon(), matrix_lr=0.05),
-    "muon, tangent, capped": OptimConfig(lr=0.01, optimizer=Muon(tangent=True), matrix_lr=0.05, **CAP),
+    "muon, capped": OptimConfig(lr=0.01, optimizer=Muon(), matrix_lr=0.05, **CAP),
+    "hyperball": OptimConfig(lr=0.01, optimizer=Muon(hyperball=True), matrix_lr=0.05),
 }
-EXPERTS = {f"experts, {name}": OPTIMS[name] for name in ("adamw", "muon, tangent, capped")}
+EXPERTS = {f"experts, {name}": OPTIMS[name] for name in ("adamw", "muon, capped")}
 """With a mixture of experts in place of each MLP: six are cut between experts, of five with d_ff even each expert is."""
 SPREADS = ("replicate", "shard", "shard, recompute", "shard, loss")
 """How two processes train a model with experts on a batch that one process sees whole."""
@@ -46,10 +48,15 @@ def gradient(step: int, index: int, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + index))
 
 
+def is_plain(optim: OptimConfig) -> bool:
+    """Whether it is an optimizer of matrices that are not on the sphere."""
+    return isinstance(optim.optimizer, Muon) and optim.optimizer.hyperball
+
+
 def weights_after(optim: OptimConfig, shard: bool, n_experts: int = 0) -> list[torch.Tensor]:
     """Whole weights after a few optimizer steps by made-up gradients."""
     torch.manual_seed(0)
-    model = model_with_experts(n_experts=n_experts) if n_experts else build(CONFIG)
+    model = model_with_experts(n_experts=n_experts) if n_experts else build(PLAIN if is_plain(optim) else CONFIG)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if shard and n_experts:
         spread(model, Ranks(dist.get_rank(), dist.get_world_size(), mesh=mesh))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spherelm import sphere
-from spherelm.layers.linear import UnitLinear, departure, unit_modules
+from spherelm.layers.linear import departure, unit_modules
 from spherelm.models import NGPT, GPTConfig, NGPTConfig, build
 from spherelm.optim import RULES, Muon, OptimConfig, build_optimizer, muon
 from spherelm.optim.groups import RateMultipliers, set_rate
@@ -73,7 +73,7 @@ def test_a_plain_matrix_moves_as_with_torchs_muon(shape: tuple[int, int]) -> Non
         "params": [ours],
         "muon": True,
         "momentum": 0.95,
-        "tangent": False,
+        "hyperball": False,
         "unit_axes": [None],
         "weight_decay": 0.1,
     }
@@ -108,10 +108,9 @@ def pushed(optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> Non
 CONFIG: dict[str, Any] = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
 
 
-@pytest.mark.parametrize("tangent", [False, True])
-def test_ngpt_stays_on_the_sphere_and_only_block_matrices_are_muons(tangent: bool) -> None:
+def test_ngpt_stays_on_the_sphere_and_only_block_matrices_are_muons() -> None:
     model = build(NGPTConfig(**CONFIG))
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=Muon(tangent=tangent), matrix_lr=0.05))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=Muon(), matrix_lr=0.05))
     for seed in range(3):
         pushed(optimizer, model, seed)
         assert departure(model) < 3e-7
@@ -133,7 +132,7 @@ def test_small_matrices_of_one_shape_are_orthogonalized_together_and_move_as_alo
             "params": parameters,
             "muon": True,
             "momentum": 0.9,
-            "tangent": True,
+            "hyperball": False,
             "unit_axes": axes,
             "weight_decay": 0.1,
         }
@@ -197,15 +196,21 @@ def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
         assert ours.equal(theirs) != is_block_matrix, name
 
 
-def test_the_tangent_projection_takes_the_radial_part_out_of_the_momentum() -> None:
-    model = nn.Sequential(UnitLinear(6, 5), UnitLinear(5, 6, writes=True))
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer=Muon(tangent=True)))
-    before = [module.weight.detach().clone() for _, module, _ in unit_modules(model)]
-    pushed(optimizer, model, 0)
-    for (_, module, axis), weight in zip(unit_modules(model), before, strict=True):
-        momentum = optimizer.state[module.weight]["momentum_buffer"]
-        torch.testing.assert_close(sphere.tangent(weight, module.weight.grad, axis) * 0.05, momentum)  # type: ignore[arg-type]
-        assert (momentum * weight).sum(axis).abs().max() < 1e-6
+def test_hyperball_turns_plain_matrices_and_keeps_their_norm() -> None:
+    """`W <- R unit(W - eta R unit(u))` (arXiv 2606.16899, as the paper writes it), over a few updates; no weight decay."""
+    model = build(GPTConfig(**CONFIG))
+    config = OptimConfig(lr=1e-2, optimizer=Muon(hyperball=True), matrix_lr=0.05, weight_decay=0.1)
+    optimizer = build_optimizer(model, config)
+    matrices = {name: p for name, p in model.named_parameters() if name.startswith("blocks") and p.ndim == 2}
+    at_first = {name: p.detach().double().norm() for name, p in matrices.items()}
+    for seed in range(3):
+        before = {name: p.detach().double() for name, p in matrices.items()}
+        pushed(optimizer, model, seed)
+        for name, p in matrices.items():
+            momentum = optimizer.state[p]["momentum_buffer"]
+            u = orthogonalized(p.grad.lerp(momentum, 0.95), torch.float32).double()  # type: ignore[union-attr]
+            moved = before[name] - 0.05 * at_first[name] * u / u.norm()
+            torch.testing.assert_close(p.double(), at_first[name] * moved / moved.norm(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("arm", [GPTConfig, NGPTConfig])
@@ -235,7 +240,7 @@ def test_vectors_are_refused() -> None:
 
 def test_groups_that_are_added_later_are_trained_too() -> None:
     matrix, vector, late = (nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (2,), (4,)))
-    muons = {"params": [matrix], "muon": True, "momentum": 0.9, "tangent": False, "unit_axes": [None]}
+    muons = {"params": [matrix], "muon": True, "momentum": 0.9, "hyperball": False, "unit_axes": [None]}
     optimizer = MuonAdamW([muons], 0.1, (0.9, 0.95), 1e-8, fused=False)
     optimizer.add_param_group({"params": [vector]})
     optimizer.add_param_group({"params": [late], "lr": 0.2})

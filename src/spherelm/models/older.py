@@ -107,7 +107,7 @@ def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 RULE = {
     "adamw": ("betas", "eps"),
     "gated_adamw": ("betas", "eps", "eps_gate", "gate_sharpness", "gated_step"),
-    "muon": ("betas", "eps", "momentum", "tangent"),
+    "muon": ("betas", "eps", "momentum"),
 }
 """The fields of each optimizer, which stood beside those that all have."""
 
@@ -115,8 +115,13 @@ RULE = {
 def optim_today(optim: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an optimizer's config, as any version wrote them, as plain values of today's."""
     rule = optim.get("optimizer")
+    if isinstance(rule, Mapping):
+        return {
+            **optim,
+            "optimizer": {n: v for n, v in rule.items() if (n, v) != ("tangent", False)},
+        }  # gone: it was no gain
     if not isinstance(rule, str) or rule not in RULE:
         return dict(optim)
-    own = {name for names in RULE.values() for name in names}
+    own = {name for names in RULE.values() for name in names} | ({"tangent"} if not optim.get("tangent") else set())
     common = {name: value for name, value in optim.items() if name not in own}
     return {**common, "optimizer": {"kind": rule, **{name: optim[name] for name in RULE[rule] if name in optim}}}

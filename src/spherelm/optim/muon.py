@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024) for block matrices, Adam for everything else, as one optimizer; and Muon on the sphere.
 
 `torch.optim.Muon` computes in bfloat16 always, which most processors emulate at a hundredth of their speed, and takes no
-DTensors; so the update stands here, twenty lines, tested against torch's. What the sphere adds: a gradient may be
-projected onto the tangent space of the unit vectors first, and the update is scaled so that the rate is an angle.
+DTensors; so the update stands here, twenty lines, tested against torch's. On the sphere the update is scaled so that the
+rate is an angle. With Hyperball (arXiv 2606.16899) a plain matrix too keeps the Frobenius norm that it started with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from spherelm import sphere
 from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
 from spherelm.optim.schedule import float32_rate
@@ -94,14 +93,25 @@ def step_size(shape: torch.Size, unit_axis: int | None) -> float:
     return math.sqrt(max(1.0, columns / rows if unit_axis == len(shape) - 2 else rows / columns))
 
 
+def hyperball_move(weight: Tensor, update: Tensor, angle: float) -> Tensor:
+    """`R unit(W - angle R unit(u))`, where R is the Frobenius norm of W and unit divides by it (Hyperball, arXiv 2606.16899).
+
+    weight, update: [rows, columns], or banks of such. A matrix of zeros stays zero. The norm is that of the start, since no
+    move changes it.
+    """
+    radius, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, update))
+    moved = weight - angle * radius * update / length.clamp_min(SHORTEST)
+    return moved * (radius / torch.linalg.matrix_norm(moved, keepdim=True).clamp_min(SHORTEST))
+
+
 class MuonAdamW(Optimizer):
     """Muon for the groups with `"muon": True`, torch's AdamW for the others, behind the interface of one optimizer.
 
     Both see the very groups and state of this object, so a schedule, a checkpoint or a hook needs to know nothing of it.
     A muon group holds matrices and banks of them only. Besides `lr` and `weight_decay` it has `momentum`, `unit_axes` (one for
-    each of its parameters, `None` for a plain matrix) and `tangent`: whether the gradient is projected onto the tangent space
-    of the unit vectors before it enters the momentum. Each matrix of a bank is orthogonalized by itself. Under sharding every
-    process gathers a matrix to orthogonalize it; of a bank each does its own. dtype: in which it is orthogonalized.
+    each of its parameters, `None` for a plain matrix) and `hyperball`: whether plain matrices keep their norm. Each matrix of
+    a bank is orthogonalized by itself. Under sharding every process gathers a matrix to orthogonalize it; of a bank each does
+    its own. dtype: in which it is orthogonalized.
     """
 
     def __init__(
@@ -118,7 +128,7 @@ class MuonAdamW(Optimizer):
         """As torch's; `ValueError` for a muon group with anything but matrices and banks of them."""
         super().add_param_group(param_group)
         if param_group["muon"]:
-            plain = {"momentum": 0.95, "tangent": False, "unit_axes": [None] * len(param_group["params"])}
+            plain = {"momentum": 0.95, "hyperball": False, "unit_axes": [None] * len(param_group["params"])}
             param_group |= {name: value for name, value in plain.items() if name not in param_group}
         if param_group["muon"] and any(p.ndim not in (2, 3) for p in param_group["params"]):
             self.param_groups.pop()
@@ -168,7 +178,7 @@ class MuonAdamW(Optimizer):
         for parameter, axis in zip(group["params"], group["unit_axes"], strict=True):
             if parameter.grad is None:
                 continue
-            update = self._update(parameter, parameter.grad, axis, group)
+            update = self._update(parameter, parameter.grad, group["momentum"])
             if update.ndim == 2 and update.numel() <= SMALL:
                 small.setdefault(update.shape, []).append((parameter, axis, update))
             else:
@@ -179,13 +189,11 @@ class MuonAdamW(Optimizer):
             for (parameter, axis, _), one in zip(alike, turned, strict=True):
                 self._turn(parameter, one, axis, group)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, axis: int | None, group: dict[str, Any]) -> Tensor:
+    def _update(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         """The momentum's update, whole: what is to be orthogonalized."""
-        state, momentum = self.state[parameter], group["momentum"]
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        if axis is not None and group["tangent"]:
-            gradient = sphere.tangent(parameter, gradient, dim=axis)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return whole_matrices(gradient.lerp(average, momentum))  # Nesterov
 
@@ -194,4 +202,7 @@ class MuonAdamW(Optimizer):
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         step = from_whole_matrices(turned.to(parameter.dtype), parameter)
+        if group["hyperball"] and axis is None:
+            parameter.copy_(hyperball_move(parameter, step, float32_rate(group["lr"])))
+            return
         parameter.add_(step, alpha=-float32_rate(group["lr"] * step_size(parameter.shape, axis)))

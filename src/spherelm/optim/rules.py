@@ -77,14 +77,15 @@ class GatedAdamW:
 class Muon:
     """Muon for block matrices, and Adam, with these betas and eps, for everything else.
 
-    momentum: Muon's. tangent: project the gradients of unit vectors onto the tangent space first.
+    momentum: Muon's. hyperball: a plain matrix keeps the norm that it started with, has no weight decay, and the rate is the
+    angle by which it turns (Hyperball, arXiv 2606.16899: MuonH).
     """
 
     kind: Literal["muon"] = "muon"
     betas: Betas = (0.9, 0.95)
     eps: Eps = 1e-8
     momentum: Part = 0.95
-    tangent: bool = False
+    hyperball: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -95,7 +96,8 @@ class Muon:
         for group in groups:
             if group["role"] == "matrix":
                 unit_axes = [axes.get(id(parameter)) for parameter in group["params"]]
-                group |= {"muon": True, "momentum": self.momentum, "tangent": self.tangent, "unit_axes": unit_axes}
+                group |= {"muon": True, "momentum": self.momentum, "hyperball": self.hyperball, "unit_axes": unit_axes}
+                group |= {"weight_decay": 0.0} if self.hyperball else {}
         return MuonAdamW(groups, lr, self.betas, self.eps, can_fuse(model), product_dtype(model))
 
     def state_size(self, counts: Mapping[str, int]) -> int:

@@ -205,7 +205,8 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
         "schedule=log": (schedule.kind == "log", ("rho",)),
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction",)),
         "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
-        "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr", "tangent")),
+        "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr")),
+        "an arm that is not on the sphere": (not on_sphere, ("hyperball",)),
         "a pattern with M": ("M" in pattern, (*names_of(MixerSizes), *(f"s_mamba.{n}" for n in names_of(ScaleSpec)))),
         "a pattern with O": ("O" in pattern, (*names_of(ExpertSizes), *(f"s_moe.{n}" for n in names_of(ScaleSpec)))),
         "recipe 'nugpt' and an arm on the sphere": (
