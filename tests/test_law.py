@@ -32,7 +32,8 @@ def test_every_number_has_constants_and_every_constant_is_used(arm: str) -> None
     used = {
         name
         for kind in ("gpt", "ngpt")
-        for number in numbers(kind, PRESETS["demo"]).values()
+        for preset in (PRESETS["demo"], PRESETS["hybrid"])
+        for number in numbers(kind, preset).values()
         for name in number.constants
     }
     assert used == set(CONSTANTS)
@@ -100,7 +101,7 @@ def test_logits_start_with_the_spread_that_the_law_names(d_model: int, n_heads: 
         with torch.no_grad():
             spreads.append(model(torch.randint(4096, (2, 64))).std(-1).mean().item())
     gpt, ngpt = spreads
-    assert ngpt == pytest.approx(CONSTANTS["logits"].value, rel=0.15)
+    assert ngpt == pytest.approx(CONSTANTS["spread"].value, rel=0.15)
     assert gpt == pytest.approx(0.02 * math.sqrt(d_model), rel=0.15)
 
 

@@ -27,31 +27,28 @@ class Constant(NamedTuple):
 
 
 CONSTANTS: Mapping[str, Constant] = {
-    "matrix.gpt": Constant(0.0165, "Muon's rate of block matrices at 1000 updates of 1024 tokens", "law.json"),
+    "matrix.gpt": Constant(0.0165, "rate of block matrices and gains at 1000 updates of 1024 tokens", "law.json"),
     "matrix.ngpt": Constant(0.032, "Muon's angle of block matrices there, in radians", "law.json"),
     "input.gpt": Constant(0.065, "Adam's rate of the input embedding there", "law.json"),
     "input.ngpt": Constant(0.043, "Adam's angle of the input embedding there", "law.json"),
     "output.gpt": Constant(1.16, "Adam's rate of the output embedding there, times d_model", "law.json"),
     "output.ngpt": Constant(0.53, "Adam's rate of the output embedding there, times d_model", "law.json"),
-    "vector.gpt": Constant(0.0165, "Adam's rate of gains there", "law.json"),
     "vector.ngpt": Constant(0.082, "Adam's rate of learned scales there, times sqrt(d_model)", "law.json"),
     "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
     "batch": Constant(0.18, "all rates rise with the tokens of an update to this power", "law.json"),
     "vocabulary.gpt": Constant(0.15, "GPT's matrices: fall with (vocabulary / 4096) to this power", "law.json"),
+    "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this power", "law.json"),
+    "mixers.gpt": Constant(0.4, "GPT's matrices, where a pattern has Mamba mixers: times this", "law.json"),
     "decay.gpt": Constant(0.25, "sum over a run of peak rate times weight decay", "law.json"),
-    "memory": Constant(
-        6.2, "Adam's beta 1 remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice that", "betas.json"
-    ),
+    "memory": Constant(6.2, "Adam's beta 1 remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice", "betas.json"),
     "second": Constant(0.95, "Adam's beta 2 at 524288 tokens an update; as many tokens elsewhere", "nGPT, Table 3"),
     "alpha": Constant(0.05, "eigen learning rates of 24 layers at the start, as 1/sqrt(layers)", "nGPT, Table 3"),
     "common": Constant(8.0, "weight of the direction that the rows of an embedding share at the start", "starts.json"),
-    "logits": Constant(0.25, "spread of the logits at the start", "law.json"),
-    "s_qk": Constant(0.5, "s_qk at the start", "starts.json"),
+    "spread": Constant(0.25, "spread of the logits, and of attention's scores, at the start", "law.json, starts.json"),
     "s_z": Constant(1.4, "what s_z is stored at: the lower, the faster it learns", "s-z-tuning.json"),
 }
 """All numbers of the law, and where each comes from."""
-
 
 SHORTEST = 100
 """Updates of the shortest run that the powers are carried to; one of two updates would turn vectors by a radian."""
@@ -66,40 +63,43 @@ class Number(NamedTuple):
 
 def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     """Every number that the law chooses for `arm` at this shape and length, by its field."""
-    steps = max(SHORTEST, preset.steps)
-    tokens, width = preset.batch_size * preset.seq_len, math.sqrt(preset.d_model)
-    horizon = min(10.0, max(2.0, math.sqrt(steps) / CONSTANTS["memory"].value))
-    second = min(0.99, max(0.95, CONSTANTS["second"].value ** (tokens / 524288)))
+    of = {name: constant.value for name, constant in CONSTANTS.items()}
+    steps, tokens, width = max(SHORTEST, preset.steps), preset.batch_size * preset.seq_len, math.sqrt(preset.d_model)
+    layers, pattern = depth(preset.architecture, preset.n_layers), getattr(preset.architecture, "pattern", None) or ""
+    horizon = min(10.0, max(2.0, math.sqrt(steps) / of["memory"]))
 
     def rate(role: str, kind: str, unit: float) -> Number:
         names = (f"{role}.{arm}", f"length.{kind}", "batch")
-        value, length, batch = (CONSTANTS[name].value for name in names)
+        value, length, batch = (of[name] for name in names)
         return Number(value * (steps / 1000) ** -length * (tokens / 1024) ** batch / unit, names)
 
-    unit, matrix = width if arm == "ngpt" else 1.0, rate("matrix", "muon", 1.0)
+    matrix, unit = rate("matrix", "muon", 1.0), width if arm == "ngpt" else 1.0
     if arm == "gpt":
-        fewer = ((preset.vocab_size or 4096) / 4096) ** -CONSTANTS["vocabulary.gpt"].value
-        matrix = Number(matrix.value * fewer, (*matrix.constants, "vocabulary.gpt"))
-    vector = rate("vector", "adam", unit)
-    relative = {"input_embedding": rate("input", "adam", unit), "router": vector}
-    relative["output_embedding"] = rate("output", "adam", preset.d_model)
-    relative["scale" if arm == "ngpt" else "gain"] = vector
+        factors = {"vocabulary.gpt": ((preset.vocab_size or 4096) / 4096) ** -of["vocabulary.gpt"]}
+        factors |= {"depth.gpt": (layers / 2) ** -of["depth.gpt"]}
+        factors |= {"mixers.gpt": of["mixers.gpt"]} if "M" in pattern else {}
+        matrix = Number(matrix.value * math.prod(factors.values()), (*matrix.constants, *factors))
+    vector = rate("vector" if arm == "ngpt" else "matrix", "adam", unit)
+    relative = {"router": vector, "scale" if arm == "ngpt" else "gain": vector}
+    relative |= {
+        "input_embedding": rate("input", "adam", unit),
+        "output_embedding": rate("output", "adam", preset.d_model),
+    }
     found = {
         "lr": matrix,
         **{f"{role}_rate": Number(own.value / matrix.value, own.constants) for role, own in relative.items()},
         "first_beta": Number(1 - 1 / horizon, ("memory",)),
-        "second_beta": Number(second, ("second",)),
+        "second_beta": Number(min(0.99, max(0.95, of["second"] ** (tokens / 524288))), ("second",)),
         "momentum": Number(1 - 1 / (2 * horizon), ("memory",)),
     }
     if arm == "gpt":
-        return {**found, "weight_decay": Number(CONSTANTS["decay.gpt"].value / (steps * matrix.value), ("decay.gpt",))}
-    layers, common = depth(preset.architecture, preset.n_layers), CONSTANTS["common"].value
+        return found | {"weight_decay": Number(of["decay.gpt"] / (steps * matrix.value), ("decay.gpt",))}
     return found | {
-        "alpha.init": Number(CONSTANTS["alpha"].value * math.sqrt(24 / layers), ("alpha",)),
-        "common_start": Number(common, ("common",)),
-        "s_qk.init": Number(CONSTANTS["s_qk"].value, ("s_qk",)),
-        "s_z.init": Number(CONSTANTS["logits"].value * common * width, ("logits", "common")),
-        "s_z.scale": Number(CONSTANTS["s_z"].value, ("s_z",)),
+        "alpha.init": Number(of["alpha"] * math.sqrt(24 / layers), ("alpha",)),
+        "common_start": Number(of["common"], ("common",)),
+        "s_qk.init": Number(math.sqrt(of["spread"]), ("spread",)),
+        "s_z.init": Number(of["spread"] * of["common"] * width, ("spread", "common")),
+        "s_z.scale": Number(of["s_z"], ("s_z",)),
     }
 
 
