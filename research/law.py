@@ -112,8 +112,9 @@ def run_of(point: Point, arm: str, role: str, factor: float, data: Path) -> Any:
     size = parse_data(str(directory)).vocab_size
     fields: dict[str, Any] = {
         "d_model": point.d_model, "n_heads": max(1, point.d_model // 64), "n_layers": point.n_layers, "steps": point.steps,
-        "seq_len": point.context, "batch_size": max(1, point.tokens // point.context), "compile": point.steps > 5000, "eval_every": 0,
-        "eval_windows": 32768 // point.context, "stop_above": math.log(size) + 1, "save_every": 10**9, "threads": 1,
+        "seq_len": point.context, "batch_size": max(1, point.tokens // point.context), "eval_every": 0,
+        "compile": point.steps > 5000, "threads": 1,
+        "eval_windows": 32768 // point.context, "stop_above": math.log(size) + 1, "save_every": 10**9,
     }  # fmt: skip
     lawful = make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields)
     if role == "all":

@@ -216,6 +216,7 @@ def test_spreading_divides_what_it_says() -> None:
     assert micro_batches(run.train, 64) == (8, 1)
     assert micro_batches(run.train, 8) == (8, 8)
     assert micro_batches(run.train, 512) == (1, 1)
+    assert micro_batches(dataclasses.replace(run.train, batch_size=24, micro_batch_size=8), 2) == (6, 2)
 
 
 @pytest.mark.parametrize(

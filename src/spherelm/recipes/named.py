@@ -27,13 +27,12 @@ from spherelm.recipes.overrides import (
     model_config,
     nearest,
     optim_config,
-    part_of_batch,
     refuse_unknown,
     schedule_of,
     take,
 )
 from spherelm.recipes.presets import PRESETS, Preset
-from spherelm.runs.config import RunConfig, TrainConfig
+from spherelm.runs.config import RunConfig, TrainConfig, part_of_batch
 
 BASE = BaseShape(64, 4, 320)
 """Where the rate of "nugpt" was tuned."""
@@ -182,7 +181,8 @@ def make_run(
     base = base_of(given.pop("base", BASE), given)
     size = dataclasses.replace(size, base=base if recipe == "nugpt" and arm == "ngpt" else None)
     if "micro_batch_size" not in overrides:
-        size = dataclasses.replace(size, micro_batch_size=part_of_batch(size.micro_batch_size, size.batch_size))
+        limit = size.micro_batch_size
+        size = dataclasses.replace(size, micro_batch_size=limit and part_of_batch(limit, size.batch_size))
     choices = make(arm, size)
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}

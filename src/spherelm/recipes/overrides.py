@@ -15,7 +15,7 @@ from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import BaseShape
-from spherelm.runs.config import RunConfig, TrainConfig
+from spherelm.runs.config import RunConfig, TrainConfig, part_of_batch
 from spherelm.train.estimate import parameters_by_role
 
 
@@ -169,13 +169,6 @@ def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig
         return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
 
 
-def part_of_batch(limit: int | None, batch_size: int) -> int | None:
-    """The largest divisor of a batch that is not above `limit`; `None` where there is no limit."""
-    if limit is None:
-        return None
-    return max((size for size in range(1, min(limit, batch_size) + 1) if batch_size % size == 0), default=limit)
-
-
 def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
     """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
     names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
@@ -242,7 +235,8 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     rule = {name: value for name, value in vars(optim.optimizer).items() if name != "kind"}
     train = take(given, TrainConfig)
     if "batch_size" in train and "micro_batch_size" not in train:
-        train["micro_batch_size"] = part_of_batch(config.train.micro_batch_size, train["batch_size"])
+        limit = config.train.micro_batch_size
+        train["micro_batch_size"] = limit and part_of_batch(limit, train["batch_size"])
     result = dataclasses.replace(
         config,
         model=model_config(type(model), architecture, own, given),

@@ -138,17 +138,21 @@ class RunConfig:
 def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     """Sequences of a micro-batch in each of `world_size` processes, and how many micro-batches an update takes.
 
-    Raises `ValueError` where a batch cannot be shared so.
+    At most `train.micro_batch_size` at once, fewer where that does not divide the part of one process. Raises `UserError`
+    where a batch cannot be shared so.
     """
     local, rest = divmod(train.batch_size, world_size)
     if rest or not local:
         raise UserError(
             f"batch_size={train.batch_size} cannot be shared by {world_size} processes: choose a multiple of {world_size}"
         )
-    size = min(train.micro_batch_size or local, local)
-    if local % size:
-        raise UserError(f"micro_batch_size={size} does not divide the {local} sequences of each process")
+    size = part_of_batch(train.micro_batch_size or local, local)
     return size, local // size
+
+
+def part_of_batch(limit: int, batch_size: int) -> int:
+    """The largest divisor of a batch that is not above `limit`."""
+    return max((size for size in range(1, min(limit, batch_size) + 1) if batch_size % size == 0), default=1)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
