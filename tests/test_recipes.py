@@ -12,8 +12,8 @@ import tiny
 from configs import fields_by_path
 
 from spherelm import recipes
-from spherelm.models import NGPTConfig, parameter_count
-from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig
+from spherelm.models import NGPTConfig, build, parameter_count
+from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig, build_optimizer
 from spherelm.optim.rules import AdamW, GatedAdamW
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import (
@@ -197,6 +197,20 @@ def test_the_micro_batch_of_a_preset_is_an_upper_limit(batch_size: int, largest:
 def test_a_choice_that_is_switched_off_is_let_pass_where_it_could_not_act() -> None:
     off: dict[str, Any] = {"hyperball": False, "max_angle": None}
     assert make_run("gpt", vocab_size=9, **off) == make_run("gpt", vocab_size=9)
+
+
+def test_hyperball_changes_the_matrices_of_the_baseline_alone() -> None:
+    """They turn by nGPT's angle, without decay; every other role keeps its rate and its decay."""
+    found = {}
+    for arm, recipe in (("gpt", "law"), ("gpt", "hyperball"), ("ngpt", "law")):
+        run = make_run(arm, "0.3m", recipe, vocab_size=9, steps=2000)
+        groups = build_optimizer(build(run.model), run.optim).param_groups
+        found[arm, recipe] = {group["role"]: (group["lr"], group["lr"] * group["weight_decay"]) for group in groups}
+    law, ball = found["gpt", "law"], found["gpt", "hyperball"]
+    assert ball.pop("matrix") == pytest.approx((found["ngpt", "law"]["matrix"][0], 0.0))
+    for role, rates in ball.items():
+        assert rates == pytest.approx(law[role]), role
+    assert make_run("ngpt", "demo", "hyperball", vocab_size=9).optim == make_run("ngpt", "demo", vocab_size=9).optim
 
 
 def test_the_baseline_of_the_ablations_is_trained_once() -> None:

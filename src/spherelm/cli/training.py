@@ -121,7 +121,7 @@ def train(
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
         data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
         preset: Size and length of the run; demo if left out.
-        recipe: How the arm is trained: law (if left out), paper, nugpt, training-ngpt, or an ablation
+        recipe: How the arm is trained: law (if left out), paper, hyperball, nugpt, training-ngpt, or an ablation
             (docs/recipes.md).
         config: A run's config.json: the run is that one, but for the flags that are given. Or a file, JSON or YAML, of some of
             its fields, as --set names them or nested as there: preset, recipe and flags say the rest.

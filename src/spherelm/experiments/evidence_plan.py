@@ -17,6 +17,7 @@ from spherelm.recipes.presets import PRESETS, Preset
 CONTENDERS = {
     "gpt-law": ("gpt", "law"),
     "gpt-paper": ("gpt", "paper"),
+    "gpt-hyperball": ("gpt", "hyperball"),
     "ngpt-law": ("ngpt", "law"),
     "ngpt-paper": ("ngpt", "paper"),
     "nugpt": ("ngpt", "nugpt"),
@@ -38,7 +39,7 @@ class Grid:
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
         contexts: Tokens a sequence; an update has 1024 tokens at each.
         budgets: Tokens for each block parameter.
-        contenders: Among gpt-law, gpt-paper, ngpt-law, ngpt-paper, nugpt, training-ngpt.
+        contenders: Among gpt-law, gpt-paper, gpt-hyperball, ngpt-law, ngpt-paper, nugpt, training-ngpt.
         seeds: Runs at the learning rate that was found.
         test_windows: Sequences of the text of `test` that are read.
     """

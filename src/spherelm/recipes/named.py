@@ -100,6 +100,26 @@ def training_ngpt(arm: str, preset: Preset) -> Choices:
     return Choices(rate, model, {**optim, "betas": choices.optim["betas"]}, schedule)
 
 
+def hyperball(arm: str, preset: Preset) -> Choices:
+    """The baseline of "law" with MuonH (Hyperball, arXiv 2606.16899): its matrices keep the norm that they start with.
+
+    They turn by the angle that nGPT's matrices turn by in "law", and start with a spread of 0.5 / sqrt(d_model): the best
+    of three spreads and three angles at 64 channels (docs/experiments.md). nGPT is that of "law".
+    """
+    choices = law(arm, preset)
+    if arm == "ngpt":
+        return choices
+    angle = law("ngpt", preset).lr
+    part, rates = choices.lr / angle, choices.optim["multipliers"]
+    optim = {
+        "hyperball": True,
+        "weight_decay": choices.optim["weight_decay"] * part,
+        "multipliers": RateMultipliers(**{r: getattr(rates, r) * (1.0 if r == "matrix" else part) for r in ROLES}),
+    }
+    model = {**choices.model, "init_std": 0.5 / math.sqrt(preset.d_model)}
+    return dataclasses.replace(choices, lr=angle, model=model, optim={**choices.optim, **optim})
+
+
 def ablation(name: str) -> Recipe:
     """The paper's recipe with one change to nGPT, by its name in Tables 4 to 6; GPT is the paper's."""
 
@@ -116,7 +136,9 @@ def ablation(name: str) -> Recipe:
 ABLATIONS: dict[str, Recipe] = {name: ablation(name) for name in ablations.NAMES}
 """Tables 4 to 6 of the nGPT paper, in its order; their base is "paper", whose learning rate they take."""
 
-WAYS: dict[str, Recipe] = {"law": law, "paper": paper, "nugpt": nugpt, "training-ngpt": training_ngpt}
+WAYS: dict[str, Recipe] = {
+    "law": law, "paper": paper, "hyperball": hyperball, "nugpt": nugpt, "training-ngpt": training_ngpt
+}  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {**WAYS, **ABLATIONS}
 
