@@ -80,6 +80,8 @@ def test_where_the_logits_scale_starts_is_the_models_to_override() -> None:
     assert model.s_z.init == 9.0
 
 
+@pytest.mark.row("Sizes")
+@pytest.mark.row("Recipes")
 @pytest.mark.parametrize("recipe", WAYS)
 @pytest.mark.parametrize("preset", PRESETS)
 @both_arms

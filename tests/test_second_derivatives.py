@@ -232,6 +232,7 @@ def oracle_product(c: Any, directions: Parts) -> Parts:
     return product(loss, list(c.weights.values()), directions)
 
 
+@pytest.mark.row("Derivatives")
 def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) -> None:
     """In training mode as in training, through the loss that never holds the logits, and through logits."""
     c, tokens, directions = setting
@@ -250,6 +251,7 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
         assert_near(product(f, weights, directions), oracle)
 
 
+@pytest.mark.row("Derivatives")
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # slower, says torch, of indices under vmap
 def test_a_model_under_torch_func(setting: tuple[Any, Tensor, Parts]) -> None:
     c, tokens, directions = setting
@@ -278,6 +280,7 @@ def preconditioned() -> tuple[Decoder, Tensor]:
     return build(NGPTConfig(**sizes, logit_preconditioning=0.5)).double(), torch.randint(11, (2, 6))
 
 
+@pytest.mark.row("Derivatives")
 def test_preconditioned_logits_have_first_derivatives_alone() -> None:
     """Their gradient is the derivative of nothing, and to differentiate it would go through what it replaces."""
     model, tokens = preconditioned()

@@ -67,6 +67,7 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
     assert "final loss, nGPT less GPT" in page
 
 
+@pytest.mark.row("Report")
 def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
     pytest.importorskip(
         "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"

@@ -231,6 +231,7 @@ def test_the_standalone_file_translates(arm: str, fields: dict[str, Any], monkey
     close(theirs(**inputs(c), decoder_input_ids=c.tokens).logits, c.model(c.source, c.tokens))
 
 
+@pytest.mark.row("Hugging Face transformers")
 @both_arms
 @pytest.mark.parametrize("standalone", [False, True])
 def test_an_exported_run_translates(arm: str, standalone: bool, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.row("Hugging Face transformers")
 @pytest.mark.parametrize("optimizer_of", [ours, any_optimizer_with_one_line])
 def test_the_trainer_of_transformers(optimizer_of: Any, windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
     trainer, watch = make_trainer(tmp_path, windows, optimizer_of)

@@ -66,6 +66,7 @@ def real(request: pytest.FixtureRequest, shared: Path) -> Path:
     return shared / "golden" / f"nvidia-{request.param}"
 
 
+@pytest.mark.row("NVIDIA/ngpt checkpoints")
 @pytest.mark.parametrize("rope", sorted(EXPECTED))
 def test_logits_loss_and_every_gradient(real: Path, rope: str) -> None:
     """rope="nvidia" against NVIDIA's own code, "standard" against the paper's equations on the same weights."""
@@ -463,6 +464,7 @@ def archive_of(pickled: bytes, path: Path) -> Path:
     return path
 
 
+@pytest.mark.row("NVIDIA/ngpt checkpoints")
 @pytest.mark.parametrize("name", sorted(HARM))
 @pytest.mark.parametrize("where", ["whole", "model", "config", "moment"])
 def test_a_file_that_wants_to_run_code_is_refused_by_name(name: str, where: str, save: Save, tmp_path: Path) -> None:
@@ -682,6 +684,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+@pytest.mark.row("NVIDIA/ngpt checkpoints")
 @pytest.mark.parametrize("rope", ["nvidia", "standard"])
 @pytest.mark.parametrize("use_ngpt", [0, 1])
 def test_import_writes_a_run_directory(use_ngpt: int, rope: str, save: Save, command: Any, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_float32_agrees_with_float64(arm: str, case: Any) -> None:
     assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
+@pytest.mark.row("Number formats")
 @both_arms
 def test_bfloat16_compute_keeps_float32_weights_gradients_and_loss(arm: str, case: Any) -> None:
     c = case(arm)

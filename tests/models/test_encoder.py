@@ -53,6 +53,7 @@ def shape_of(model: MaskedModel) -> paper.Shape:
     return paper.Shape(config.n_layers, config.d_model, config.n_heads, n_kv_heads, n_encoder_layers=config.n_layers)
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("arm", ARMS)
 def test_logits_loss_and_every_gradient(arm: str, fields: str) -> None:

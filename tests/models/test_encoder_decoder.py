@@ -45,6 +45,7 @@ def test_parameter_names_are_pinned() -> None:
     )
 
 
+@pytest.mark.row("Embeddings")
 @both_arms
 def test_embeddings_can_be_shared(arm: str) -> None:
     names = {name for name, _ in build(pair_config(arm, share_embeddings=True)).named_parameters()}

@@ -30,6 +30,7 @@ OWN = [("ngpt", name) for name in SCALES] + [("gpt", name) for name in NORMED]
 CASES = [(arm, name) for arm in ARMS for name in FIELDS] + OWN
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize(("arm", "name"), CASES)
 def test_logits_loss_and_every_gradient(arm: str, name: str) -> None:
     assert_computes(make_pair_case(arm, **{**FIELDS, **SCALES, **NORMED}[name]), 2e-12)

@@ -29,6 +29,7 @@ CASES += [(arm, "AO", {"n_shared_experts": 1, "router_score": "softmax", "expert
 CASES += [("ngpt", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize(("arm", "pattern", "fields"), CASES)
 def test_logits_loss_and_every_gradient_are_the_oracles(arm: str, pattern: str, fields: dict[str, Any]) -> None:
     assert_computes(make_hybrid_case(arm, pattern, **fields), 1e-11)

@@ -37,11 +37,13 @@ OWN = [("ngpt", name) for name in SCALES] + [("gpt", name) for name in NORMED]
 CASES = [(arm, name) for arm in golden.ARMS for name in FIELDS] + OWN
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize(("arm", "name"), CASES)
 def test_logits_loss_and_every_gradient(arm: str, name: str, case: Any) -> None:
     assert_computes(case(arm, **{**FIELDS, **SCALES, **NORMED}[name]))
 
 
+@pytest.mark.row("Embeddings")
 def test_a_tied_model_has_one_embedding(case: Any) -> None:
     for arm in golden.ARMS:
         model = case(arm, tie_embeddings=True).model

@@ -73,6 +73,7 @@ def test_defaults_are_the_papers() -> None:
     assert dataclasses.astuple(config.multipliers) == (1.0,) * len(ROLES)
 
 
+@pytest.mark.row("Optimizers")
 @both_arms
 @pytest.mark.parametrize("role", ROLES)
 def test_a_multiplier_reaches_exactly_its_role(arm: str, role: str, case: Any, train: Any) -> None:

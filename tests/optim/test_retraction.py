@@ -30,6 +30,7 @@ def test_attaching_puts_the_weights_on_the_sphere_at_once() -> None:
     assert departure(model) < 3e-7
 
 
+@pytest.mark.row("Optimizers")
 @given(st.integers(0, 2**20), st.floats(-4, 1), st.sampled_from(["SGD", "Adam", "AdamW", "RMSprop"]))
 def test_unit_after_every_step_of_any_optimizer(seed: int, rate: float, name: str) -> None:
     torch.manual_seed(seed)

@@ -114,6 +114,7 @@ def allocated(run: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.row("Dry runs")
 @both_arms
 @pytest.mark.parametrize("fields", SHAPES)
 def test_memory_is_what_a_real_step_holds(arm: str, fields: dict[str, Any]) -> None:
@@ -155,6 +156,7 @@ def test_the_straight_line_through_two_counts_is_the_count(arm: str) -> None:
     assert vars(readout_cost(config, tokens, torch.bfloat16)) == pytest.approx(vars(counted), rel=1e-3)
 
 
+@pytest.mark.row("Dry runs")
 @both_arms
 @pytest.mark.parametrize("preset", PAPER_RUNS)
 def test_every_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) -> None:

@@ -46,6 +46,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize(("arm", "dtype"), [("ngpt", "float32"), ("gpt", "bfloat16")])
 def test_killed_at_any_moment(arm: str, dtype: str, data: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -88,6 +89,7 @@ main()
 """
 
 
+@pytest.mark.row("Many processes")
 def test_torchrun_restarts_a_run_that_lost_a_process(data: Path, tmp_path: Path) -> None:
     """With the command as it was first given: a restart goes on from the last checkpoint."""
     (tmp_path / "program.py").write_text(KILL_ONE)

@@ -49,6 +49,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(arm: str, data: Path
     tiny.assert_resumes(tiny_pairs.run_config(arm, data, steps=20, save_every=9), tmp_path)
 
 
+@pytest.mark.row("Translation")
 @both_arms
 def test_labels_are_smoothed_in_training_and_not_in_validation(arm: str, data: Path, tmp_path: Path) -> None:
     plain, smooth = (

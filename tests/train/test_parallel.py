@@ -196,6 +196,7 @@ def runs(ended: AllEnded, root: Path) -> Path:
     return root
 
 
+@pytest.mark.row("Many processes")
 @both_arms
 @pytest.mark.parametrize("spread", SPREADS)
 def test_the_curve_is_that_of_one_process(arm: str, spread: str, runs: Path) -> None:
@@ -246,6 +247,7 @@ def test_bfloat16_is_close(arm: str, runs: Path) -> None:
     assert_close(runs / f"{arm}-bf16-two", runs / f"{arm}-bf16-one", 2e-3)
 
 
+@pytest.mark.row("Many processes")
 @both_arms
 def test_a_run_goes_on_over_other_numbers_of_processes(arm: str, runs: Path) -> None:
     """One, two, one: model, moments, place in the text and metrics go with it."""
@@ -259,6 +261,7 @@ def test_twenty_short_runs_end_with_code_zero(ended: AllEnded) -> None:
     assert {name: codes for name, codes in short.items() if codes != [0, 0]} == {}
 
 
+@pytest.mark.row("Many processes")
 @pytest.mark.parametrize(("name", "code"), [("killed", -9), ("hung", 9)])
 def test_a_process_that_is_lost_is_named(name: str, code: int, ended: AllEnded, root: Path) -> None:
     """The others do not wait forever."""
@@ -279,6 +282,7 @@ def test_a_process_whose_loss_is_no_number_is_named(ended: AllEnded) -> None:
     assert "the loss is" not in second.err, "one says why"
 
 
+@pytest.mark.row("Interruption")
 def test_bad_updates_are_skipped_within_the_budget(ended: AllEnded, root: Path) -> None:
     assert [rank.code for rank in ended["skipped"]] == [0, 0], ended["skipped"][0].err
     records = read_metrics(root / "skipped" / "metrics.jsonl")

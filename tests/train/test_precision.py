@@ -113,6 +113,7 @@ def test_float16_survives_a_large_residual_stream(runs: dict[tuple[str, str], Pa
     assert relative_error(half, exact, tokens) < 0.02
 
 
+@pytest.mark.row("Number formats for inference")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])
 def test_text_is_written_in_any_precision(
     precision: str, runs: dict[tuple[str, str], Path], capsys: pytest.CaptureFixture[str]

@@ -120,6 +120,7 @@ MEASURING = {
 """What is under way when the signal comes, its number among all of its kind, and the update that the run has come to."""
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize("moment", MEASURING)
 def test_a_signal_saves_before_anything_else_is_measured(
     moment: str, trainer: MakeTrainer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -210,12 +210,14 @@ def test_a_conversation_says_how_much_room_is_left_and_stays_as_it_was(run: Path
     assert len("".join(endless.answer("ba", 60)).encode()) > 40
 
 
+@pytest.mark.row("Generation")
 def test_a_prompt_streams_to_the_terminal(run: Path, command: commands.Command) -> None:
     answer = command("generate", run, "--prompt", "ba", "--max-new-tokens", 9, "--seed", 3)
     (text,) = continuations(run, "ba", 1, 9, temperature=0.8, top_k=50, seed=3)
     assert (answer.code, answer.out, answer.err) == (0, f"ba{text}\n", "")
 
 
+@pytest.mark.row("Generation")
 def test_a_file_of_prompts_as_json_lines(run: Path, command: commands.Command, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("ba\nnu\n", encoding="utf-8")
     words = ["--max-new-tokens", 6, "--samples", 2, "--seed", 3, "--temperature", 1.1, "--top-p", 0.9, "--min-p", 0.01]
@@ -234,6 +236,7 @@ def test_a_file_of_prompts_as_json_lines(run: Path, command: commands.Command, t
     assert plain.out == "\n---\n".join(prompt + text for (prompt, _), text in zip(asked, texts, strict=True)) + "\n"
 
 
+@pytest.mark.row("Generation")
 def test_a_conversation_on_the_terminal(run: Path, command: commands.Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("ba\n\n nu\n" + "ba" * 20 + "\nk\n"))
     answer = command("generate", run, "--interactive", "--max-new-tokens", 8, "--temperature", 0)

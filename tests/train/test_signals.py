@@ -60,6 +60,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
     assert trainer.progress.step == step
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_stopped_command_saves_and_goes_on_bitwise(number: signal.Signals, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -60,6 +60,7 @@ def test_accumulated_gradients_are_those_of_one_batch(
     assert (parts - one).abs().max() <= tolerance * one.abs().max()
 
 
+@pytest.mark.row("Batches larger than memory")
 @both_arms
 def test_a_run_with_accumulation_is_the_run_without(arm: str, data: Path, tmp_path: Path) -> None:
     for name, size in (("one", None), ("parts", 2)):
@@ -90,6 +91,7 @@ def test_the_loop_is_the_plain_one(arm: str, trainer: MakeTrainer, data: Path) -
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.row("Number formats")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ngpt_is_on_the_sphere_after_every_step(dtype: str, trainer: MakeTrainer) -> None:
     run = trainer("ngpt", dtype=dtype, batch_size=2, lr=0.1)
@@ -105,7 +107,8 @@ def test_ngpt_is_on_the_sphere_after_every_step(dtype: str, trainer: MakeTrainer
     run.run(show_progress=False)
     assert len(departures) == 7
     assert max(departures) < 1e-6
-    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    moments = [moment for state in run.optimizer.state.values() for moment in state.values()]
+    assert {tensor.dtype for tensor in (*run.model.parameters(), *moments)} == {torch.float32}
 
 
 @both_arms
@@ -180,6 +183,7 @@ def test_the_data_sheet_of_a_gpu_is_found_by_its_name() -> None:
     assert diagnostics.data_sheet_flops(names[0], torch.float32) is None
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize(
     ("fields", "steps"), [({}, [3, 6]), ({"save_minutes": 0}, [6]), ({"save_every": 4}, [4, 6])], ids=str
 )
@@ -326,6 +330,7 @@ def test_a_normalized_model_thrown_about_by_its_rate_fails(trainer: MakeTrainer)
         trainer("ngpt", lr=1e6, eval_every=0).run(show_progress=False)
 
 
+@pytest.mark.row("Compilation")
 def test_compiling_that_fails_is_said_and_changes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
