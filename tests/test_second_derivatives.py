@@ -8,8 +8,7 @@ from typing import Any
 import paper
 import pytest
 import torch
-from hybrid_case import make_hybrid_case
-from pair_case import make_pair_case
+from cases import make_hybrid_case, make_pair_case
 from torch import Tensor
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -214,7 +213,7 @@ def loss_of(model: Decoder, weights: dict[str, Tensor], tokens: Tensor, targets:
 def setting(request: pytest.FixtureRequest, case: Any) -> tuple[Any, Tensor, Parts]:
     """A case, its tokens as the loss takes them, and a direction for every weight."""
     c = MODELS[request.param](case)
-    return c, getattr(c, "joined", c.tokens), [draw(*w.shape) for w in c.weights.values()]
+    return c, c.joined, [draw(*w.shape) for w in c.weights.values()]
 
 
 def by_our_names(c: Any) -> dict[str, Tensor]:
@@ -223,10 +222,8 @@ def by_our_names(c: Any) -> dict[str, Tensor]:
 
 
 def oracle_product(c: Any, directions: Parts) -> Parts:
-    batch = (c.source, c.tokens) if hasattr(c, "source") else c.tokens
-
     def loss(*leaves: Tensor) -> Tensor:
-        logits = c.forward(dict(zip(c.weights, leaves, strict=True)), c.shape, batch)
+        logits = c.forward(dict(zip(c.weights, leaves, strict=True)), c.shape, c.read)
         return paper.cross_entropy(logits, c.targets)
 
     return product(loss, list(c.weights.values()), directions)
@@ -238,7 +235,7 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
     c, tokens, directions = setting
     oracle = oracle_product(c, directions)
     weights, names = list(c.weights.values()), list(by_our_names(c))
-    read = {"source": c.source, "tokens": c.tokens} if hasattr(c, "source") else {"tokens": c.tokens}
+    read = {"source": c.source, "tokens": c.tokens} if c.source is not None else {"tokens": c.tokens}
 
     def of_logits(*leaves: Tensor) -> Tensor:
         logits = functional_call(c.model, dict(zip(names, leaves, strict=True)), kwargs=read)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pair_case import make_pair_case
+from cases import make_pair_case
 
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.generate import generate

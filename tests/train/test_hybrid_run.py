@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cases import ARMS
 from configs import make_config
-from hybrid_case import ARMS
 from torch import Tensor
 
 from spherelm import departure, load_model

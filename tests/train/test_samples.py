@@ -118,6 +118,7 @@ def test_a_window_goes_past_the_models_length(run: Path) -> None:
     assert max(len(text) for text in texts) > 2 * 32
 
 
+@pytest.mark.row("Number formats for inference")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_writes_and_reports_its_departure(
     precision: str, run: Path, capsys: pytest.CaptureFixture[str]
@@ -130,7 +131,7 @@ def test_every_precision_writes_and_reports_its_departure(
         assert said == ""
     else:
         assert said.startswith(f"spherelm: weights in {precision}, departure from the sphere ")
-        assert 0 < float(said.split()[-1]) < 1e-2
+        assert 0 < float(said.split()[-1]) < (3e-7 if precision == "int8" else 1e-2)
     capsys.readouterr()
     assert text[:1] == continuations(run, "ba", 1, 1, temperature=0)[0], "greedy, the first token is the same"
 
