@@ -38,6 +38,12 @@ os.environ["PYTHONWARNINGS"] = ",".join(f"error::{kind}" for kind in ("UserWarni
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that none is left to one process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ from test_parallel import arguments
 
 from spherelm.runs.checkpoint import latest_checkpoint
 
-KILLS = 12
+pytestmark = pytest.mark.slow
+KILLS = 6
 """For each arm, beside those at chosen moments."""
 
 AT_CALL = """
@@ -53,7 +54,7 @@ def test_killed_at_any_moment(arm: str, dtype: str, data: Path, tmp_path: Path) 
     flags = ("--save-every", "3", "--dtype", dtype, "--keep", "2", "--resume")
 
     def job(out: Path, before: str = "", kill_after: float = 300.0) -> ranks.Job:
-        return ranks.Job(1, arguments(arm, out, data, *flags, steps=400), before, kill_after=kill_after)
+        return ranks.Job(1, arguments(arm, out, data, *flags, steps=300), before, kill_after=kill_after)
 
     draw = random.Random(arm)
     jobs = [job(run, AT_CALL.format(where=where)) for where in MOMENTS.values()]
