@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cases import D_FF, E, model_with_experts
+from cases import D_FF, E, config_of, hybrid_config, model_with_experts
 from torch.profiler import ProfilerActivity, profile
 
 from spherelm.layers.loss import linear_cross_entropy
-from spherelm.models import Config, EncDecArch, build, parameter_count
+from spherelm.models import Config, build, parameter_count
 from spherelm.optim import RULES, build_optimizer
 from spherelm.recipes import make_run
 from spherelm.train import counting
@@ -61,29 +60,23 @@ def test_operations_are_those_of_the_rule(arm: str, fields: dict[str, Any]) -> N
 
 
 @both_arms
-def test_operations_are_those_of_a_real_step(arm: str) -> None:
+@pytest.mark.parametrize("kind", ["decoder", "encdec", "encoder", "hybrid"])
+def test_operations_are_those_of_a_real_step(arm: str, kind: str) -> None:
     """Counted while real numbers are computed, backward too, with the loss that is its own autograd function."""
-    config = model_config(arm, **SHAPES[0])
-    model, tokens = build(config), torch.randint(512, (2, 128))
+    config = hybrid_config(arm) if kind == "hybrid" else config_of(arm, kind, n_layers=3)
+    tokens, targets = torch.randint(37, (2, 32 if kind == "encdec" else 16)), torch.randint(37, (2, 16))
     with counted_flops() as counter:
-        model.loss(tokens, tokens).backward()
-    assert counter.get_total_flops() == training_flops(config, 2, 128)
+        build(config).loss(tokens, targets).backward()
+    assert counter.get_total_flops() == training_flops(config, 2, 16)
 
 
 @both_arms
-def test_operations_of_an_encoder_decoder_are_those_of_a_real_step(arm: str) -> None:
-    """Of sources and targets of one length."""
-    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4}
-    config = make_run(arm, "pairs", vocab_size=512, lr=1e-3, seq_len=64, **shape).model
-    model, tokens, targets = build(config), torch.randint(512, (2, 128)), torch.randint(512, (2, 64))
-    with counted_flops() as counter:
-        model.loss(tokens, targets).backward()
-    assert counter.get_total_flops() == training_flops(config, 2, 64)
-    same = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, n_encoder_layers=2))
-    assert training_flops(same, 2, 64) == training_flops(config, 2, 64)
+def test_encoder_decoders_are_counted_where_both_are_equally_deep(arm: str) -> None:
+    config = config_of(arm, "encdec", n_encoder_layers=None)
+    assert training_flops(config_of(arm, "encdec", n_encoder_layers=2), 2, 16) == training_flops(config, 2, 16)
     for n in (1, 3):
         with pytest.raises(ValueError, match="counted where n_encoder_layers is n_layers"):
-            training_flops(dataclasses.replace(config, architecture=EncDecArch(n_encoder_layers=n)), 2, 64)
+            training_flops(config_of(arm, "encdec", n_encoder_layers=n), 2, 16)
 
 
 @both_arms

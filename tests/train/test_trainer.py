@@ -131,9 +131,8 @@ def test_clipping_scales_the_whole_gradient_down_and_never_up() -> None:
         assert grads.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
-@both_arms
-def test_metrics_hold_what_is_documented(arm: str, trainer: MakeTrainer, tmp_path: Path) -> None:
-    loss = trainer(arm, steps=5).run(show_progress=False)
+def test_metrics_hold_what_is_documented(trainer: MakeTrainer, tmp_path: Path) -> None:
+    loss = trainer(steps=5).run(show_progress=False)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     common = {"kind", "step", "tokens", "seconds", "loss"}
     assert [(r["kind"], r["step"]) for r in records] == [
@@ -252,9 +251,8 @@ def test_eval_every_zero_validates_at_start_and_end(
     assert [r["step"] for r in tiny.metrics(tmp_path / "run") if r["kind"] == "val"] == [0, steps]
 
 
-@both_arms
-def test_a_run_that_diverges_says_where_and_why(arm: str, trainer: MakeTrainer, tmp_path: Path) -> None:
-    run = trainer(arm, save_every=1)
+def test_a_run_that_diverges_says_where_and_why(trainer: MakeTrainer, tmp_path: Path) -> None:
+    run = trainer(save_every=1)
     weights = next(p for p in run.model.parameters())
     update = run._update
 
@@ -292,10 +290,8 @@ def test_a_last_update_that_breaks_the_model_is_noticed(trainer: MakeTrainer, tm
     assert latest_checkpoint(tmp_path / "run") is None
 
 
-@both_arms
 @pytest.mark.parametrize(("start", "end", "worse"), [(6.0, 6.05, False), (6.0, 6.2, True), (3.0, 6.0, True)])
 def test_a_run_that_ends_worse_than_an_untrained_model_fails(
-    arm: str,
     start: float,
     end: float,
     worse: bool,
@@ -306,7 +302,7 @@ def test_a_run_that_ends_worse_than_an_untrained_model_fails(
     """Its start, or where that is lower an even guess, ln(257) = 5.55 nats, also when resumed; in between it may be worse."""
     validations = {0: start, 2: 9.0, 4: 9.0, 6: end}
     for resume in (False, True):
-        run = trainer(arm, save_every=4, resume=resume)
+        run = trainer(save_every=4, resume=resume)
         (name,) = (part.name for part in run.data.held_out)
         monkeypatch.setattr(
             run, "_validation_losses", lambda run=run, name=name: {name: validations[run.progress.step]}
