@@ -23,8 +23,8 @@ DEMO_OUT = runs/demo
 DEMO_FLAGS = --seeds 3
 
 # A test process a core, each of a few hundred megabytes, hence at most eight.
-# The tests of a file stay in one process, and share what is expensive to make.
-PYTEST_FLAGS = -n auto --maxprocesses 8 --dist loadfile
+# The tests of a file stay in one process, and share what is expensive to make; files keep the order of tests/conftest.py.
+PYTEST_FLAGS = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BIN = $(VENV)/bin
 DEMO_READY = $(VENV)/.installed-report

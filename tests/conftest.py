@@ -5,27 +5,18 @@ from __future__ import annotations
 import builtins
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import commands
-import golden
 import paper
 import pytest
 import tiny
 import torch
-from against_paper import disturb
-from configs import make_config, scales_of
+from cases import Case, make_case
 from hypothesis import HealthCheck, settings
-from oracle_names import oracle_names
 from torch import Tensor
-
-from spherelm.models import GPTConfig, NGPTConfig, build
-from spherelm.models.config import Config
-from spherelm.models.decoder import Decoder
-from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +36,12 @@ os.environ["PYTHONWARNINGS"] = ",".join(f"error::{kind}" for kind in ("UserWarni
 
 # The tensors here are tiny: a second thread costs more than it brings, much more when several tests run at once.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that none is left to one process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
@@ -90,116 +87,10 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return without
 
 
-TINY: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_ff": 40, "max_seq_len": 16}
-
-
-@pytest.fixture
-def gpt_config() -> GPTConfig:
-    return GPTConfig(**TINY)
-
-
-@pytest.fixture
-def ngpt_config() -> NGPTConfig:
-    return NGPTConfig(**TINY)
-
-
-@dataclass
-class Case:
-    """A small float64 model, the same weights for the oracle, and one batch in which some targets are ignored."""
-
-    arm: str
-    model: Decoder
-    weights: paper.Params
-    shape: paper.Shape
-    tokens: Tensor
-    targets: Tensor
-
-    @property
-    def forward(self) -> paper.Forward:
-        return paper.gpt if self.arm == "gpt" else paper.ngpt
-
-    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``count`` different batches: the positions rolled."""
-        for i in range(count):
-            yield self.tokens.roll(i, 1), self.targets.roll(i, 1)
-
-
-def oracle_shape(config: Config) -> paper.Shape:
-    """What the oracle needs to know of ``config``."""
-    return paper.Shape(
-        config.n_layers,
-        config.d_model,
-        config.n_heads,
-        config.kv_heads,
-        config.rope_base,
-        **scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z"),
-    )
-
-
-def make_case(arm: str, **fields: Any) -> Case:
-    """The same case at every call, its weights disturbed."""
-    config = make_config(arm, **{**TINY, **fields})
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = build(config).double()
-    noise = torch.Generator().manual_seed(7)
-    weights = disturb(model, arm, noise)
-    tokens = torch.randint(config.vocab_size, (3, 9), generator=noise)
-    targets = torch.randint(config.vocab_size, (3, 9), generator=noise)
-    targets[0, :3] = targets[2, 5] = -100
-    return Case(arm, model, weights, oracle_shape(config), tokens, targets)
-
-
 @pytest.fixture
 def case() -> Callable[..., Case]:
-    """``case(arm, **config_fields)``: see ``make_case``."""
+    """`case(arm, **config_fields)`: see `cases.make_case`."""
     return make_case
-
-
-def make_golden_model(files: golden.Golden) -> Decoder:
-    """Our model with the weights of a golden checkpoint as they are stored, in float64."""
-    sizes: dict[str, Any] = {
-        "vocab_size": files.vocab_size,
-        "n_layers": files.shape.n_layers,
-        "d_model": files.shape.d_model,
-        "n_heads": files.shape.n_heads,
-        "max_seq_len": files.tokens.shape[1],
-    }
-    model = build(GPTConfig(**sizes) if files.arm == "gpt" else NGPTConfig(**sizes)).double()
-    names = oracle_names(model.state_dict())
-    model.load_state_dict({name: files.weights[theirs] for name, theirs in names.items()})
-    return model
-
-
-@pytest.fixture
-def golden_model() -> Callable[[golden.Golden], Decoder]:
-    """``golden_model(files)``: see ``make_golden_model``."""
-    return make_golden_model
-
-
-def train_model(
-    model: Decoder, config: OptimConfig, batches: Iterable[tuple[Tensor, Tensor]], schedule: list[float] | None = None
-) -> list[float]:
-    """Trains ``model`` as its own loop would, one update a batch at ``schedule[i]`` of the peak rate; the losses."""
-    optimizer = build_optimizer(model, config)
-    losses = []
-    for i, (tokens, targets) in enumerate(batches):
-        if schedule is not None:
-            set_rate(optimizer, config.lr * schedule[i])
-        optimizer.zero_grad()
-        loss = model.loss(tokens, targets)
-        loss.backward()
-        if config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.fixture
-def train() -> Callable[..., list[float]]:
-    """``train(model, config, batches, schedule)``: see ``train_model``."""
-    return train_model
 
 
 def wrong_rope(x: Tensor, base: float) -> Tensor:

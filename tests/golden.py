@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import paper
-from oracle_names import by_oracle_names
+from oracle_names import by_oracle_names, oracle_names
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm.interop.nvidia import read_checkpoint, to_ours
+from spherelm.models import CONFIGS, Decoder, build
 
 ARMS = ("gpt", "ngpt")
 
@@ -34,6 +35,15 @@ class Golden:
     logits: Tensor
     gradients: paper.Params
     losses: list[float]
+
+    @property
+    def model(self) -> Decoder:
+        """Ours, with the weights as they are stored, in float64."""
+        shape, length = self.shape, self.tokens.shape[1]
+        sizes = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_heads": shape.n_heads, "max_seq_len": length}
+        model = build(CONFIGS[self.arm](vocab_size=self.vocab_size, **sizes)).double()
+        model.load_state_dict({name: self.weights[theirs] for name, theirs in oracle_names(model.state_dict()).items()})
+        return model
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the stored losses: in batch i every sequence is rolled by i positions.

@@ -8,8 +8,7 @@ from typing import Any
 import paper
 import pytest
 import torch
-from hybrid_case import make_hybrid_case
-from pair_case import make_pair_case
+from cases import make_hybrid_case, make_pair_case
 from torch import Tensor
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -214,7 +213,7 @@ def loss_of(model: Decoder, weights: dict[str, Tensor], tokens: Tensor, targets:
 def setting(request: pytest.FixtureRequest, case: Any) -> tuple[Any, Tensor, Parts]:
     """A case, its tokens as the loss takes them, and a direction for every weight."""
     c = MODELS[request.param](case)
-    return c, getattr(c, "joined", c.tokens), [draw(*w.shape) for w in c.weights.values()]
+    return c, c.joined, [draw(*w.shape) for w in c.weights.values()]
 
 
 def by_our_names(c: Any) -> dict[str, Tensor]:
@@ -223,21 +222,20 @@ def by_our_names(c: Any) -> dict[str, Tensor]:
 
 
 def oracle_product(c: Any, directions: Parts) -> Parts:
-    batch = (c.source, c.tokens) if hasattr(c, "source") else c.tokens
-
     def loss(*leaves: Tensor) -> Tensor:
-        logits = c.forward(dict(zip(c.weights, leaves, strict=True)), c.shape, batch)
+        logits = c.forward(dict(zip(c.weights, leaves, strict=True)), c.shape, c.read)
         return paper.cross_entropy(logits, c.targets)
 
     return product(loss, list(c.weights.values()), directions)
 
 
+@pytest.mark.row("Derivatives")
 def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) -> None:
     """In training mode as in training, through the loss that never holds the logits, and through logits."""
     c, tokens, directions = setting
     oracle = oracle_product(c, directions)
     weights, names = list(c.weights.values()), list(by_our_names(c))
-    read = {"source": c.source, "tokens": c.tokens} if hasattr(c, "source") else {"tokens": c.tokens}
+    read = {"source": c.source, "tokens": c.tokens} if c.source is not None else {"tokens": c.tokens}
 
     def of_logits(*leaves: Tensor) -> Tensor:
         logits = functional_call(c.model, dict(zip(names, leaves, strict=True)), kwargs=read)
@@ -250,6 +248,7 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
         assert_near(product(f, weights, directions), oracle)
 
 
+@pytest.mark.row("Derivatives")
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # slower, says torch, of indices under vmap
 def test_a_model_under_torch_func(setting: tuple[Any, Tensor, Parts]) -> None:
     c, tokens, directions = setting
@@ -278,6 +277,7 @@ def preconditioned() -> tuple[Decoder, Tensor]:
     return build(NGPTConfig(**sizes, logit_preconditioning=0.5)).double(), torch.randint(11, (2, 6))
 
 
+@pytest.mark.row("Derivatives")
 def test_preconditioned_logits_have_first_derivatives_alone() -> None:
     """Their gradient is the derivative of nothing, and to differentiate it would go through what it replaces."""
     model, tokens = preconditioned()

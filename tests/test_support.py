@@ -1,12 +1,17 @@
-"""What goes with which kind of model (docs/reference/support.md), cell by cell: "yes" works, "no" is refused in one line."""
+"""What is supported (docs/reference/support.md).
+
+Of the table of features, each row is held by the tests that are marked with its title, and what it names is what there is.
+The table by kind of model is run cell by cell: "yes" works, "no" is refused in one line.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import commands
 import pytest
@@ -17,8 +22,68 @@ from test_docs import ROOT
 from train.test_spread import assert_same, train_alone_and_spread
 
 from spherelm import load_model
+from spherelm.data.compression import COMPRESSIONS
+from spherelm.data.documents import SUFFIXES
+from spherelm.generation.samples import PRECISIONS
+from spherelm.models import ARMS
+from spherelm.optim.schedule import ScheduleConfig
+from spherelm.recipes import ABLATIONS, PRESETS, WAYS
+from spherelm.runs.config import TrainConfig
+from spherelm.train.sinks import NAMES as SINKS
 
 PAGE = (ROOT / "docs" / "reference" / "support.md").read_text(encoding="utf-8")
+FEATURES = dict(
+    re.findall(r"^\| ([A-Z][^|]*?) \| (.*) \|$", PAGE.partition("## Features")[2].partition("\n## ")[0], re.MULTILINE)
+)
+MARK = re.compile(r"^@pytest\.mark\.row\(\"(.+)\"\)$", re.MULTILINE)
+
+
+def test_every_feature_is_run_by_tests_that_carry_its_name() -> None:
+    """A mark stands on the test that runs what the row says, and goes where the test goes."""
+    files = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert {title for file in files for title in MARK.findall(file)} == set(FEATURES)
+
+
+NAMED: dict[str, Iterable[str]] = {
+    "Models": ARMS,
+    "Recipes": WAYS,
+    "Sizes": PRESETS,
+    "Schedules": get_args(get_type_hints(ScheduleConfig)["kind"]),
+    "Number formats": {*get_args(get_type_hints(TrainConfig)["dtype"])} - {"auto"},
+    "Number formats for inference": [*PRECISIONS, "spherelm generate --dtype", "load_model(run, dtype)"],
+    "Input files": [*SUFFIXES, *COMPRESSIONS, "--field"],
+    "Logs": [*SINKS, "metrics.jsonl", "--log-to"],
+}
+"""What stands in backticks in rows that list all there is."""
+
+
+@pytest.mark.parametrize("title", NAMED)
+def test_a_feature_names_all_there_is(title: str) -> None:
+    assert sorted(re.findall(r"`([^`]+)`", FEATURES[title])) == sorted(NAMED[title])
+    assert title != "Recipes" or f" {len(ABLATIONS)} ablations" in FEATURES[title]
+
+
+@pytest.mark.row("Commands")
+def test_the_commands_are_those_that_the_command_line_lists(command: commands.Command) -> None:
+    def listed(*group: str) -> list[str]:
+        found = re.search(r"usage: [^{]*\{([\w,\s-]+)\}", command(*group, "--help").out)
+        return [" ".join((*group, name.strip())) for name in found[1].split(",")] if found else []
+
+    names = re.findall(r"`([^`]+)`", FEATURES["Commands"])
+    groups = {name.split()[0] for name in names if " " in name}
+    there = {*listed(), *(name for group in groups for name in listed(group))}
+    assert set(names) == there - groups
+
+
+@pytest.mark.row("Platforms")
+def test_the_platforms_are_those_of_the_package() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'requires-python = ">=3.10"' in project
+    assert all(f"Operating System :: {name}" in project for name in ("MacOS", "POSIX :: Linux"))
+
+
+# ------------------------------------------------------------------------------------------------- by kind of model
+
 SHAPE = ["d_model=16", "n_heads=2", "d_ff=24", "eval_windows=3"]
 KINDS = {
     "decoders": ("demo", ["n_layers=2"]),

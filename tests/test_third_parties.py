@@ -79,39 +79,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
-def spherelm(*words: object, **variables: str) -> tuple[int, list[str]]:
-    """The exit code and the lines on stderr of a command in a process of its own."""
-    answer = subprocess.run(
-        [sys.executable, "-m", "spherelm", *map(str, words)],
-        env=UNASKED | {"OMP_NUM_THREADS": "1"} | variables,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    return answer.returncode, answer.stderr.splitlines()
-
-
-def test_export_prints_nothing_of_others(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs the extra hf")
-    assert spherelm("export", run, tmp_path / "out") == (0, [])
-
-
-NETWORKS = [
-    pytest.param({"HF_HUB_OFFLINE": "1"}, id="offline"),
-    # As without a network: tried again and again for half a minute.
-    pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, id="unreachable", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("variables", NETWORKS)
-def test_tasks_that_cannot_be_had_are_one_line(run: Path, variables: dict[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra eval")
-    code, (line,) = spherelm("eval", run, "--tasks", "arc_easy", HF_HOME=str(tmp_path), **variables)
-    assert code == 2
-    assert line.startswith("spherelm: the data of arc_easy cannot be downloaded (")
-    assert line.endswith("check the network, or give --task-data DIR")
-
-
 HANDLERS = """
 import logging
 from spherelm.evaluate.harness import check_harness
@@ -122,10 +89,53 @@ handlers = [handler for logger in loggers for handler in getattr(logger, "handle
 closed = [handler for handler in handlers if getattr(getattr(handler, "stream", None), "closed", False)]
 assert handlers and not closed, closed
 """
+Ended = dict[str, tuple[int, list[str]]]
 
 
-def test_the_logs_of_what_the_harness_imports_have_somewhere_to_go() -> None:
+@pytest.fixture(scope="module")
+def ended(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The exit codes and the lines on stderr of processes that run side by side: one of them waits for half a minute."""
+    place, tasks = tmp_path_factory.mktemp("ended"), ["-m", "spherelm", "eval", run, "--tasks", "arc_easy"]
+    asked: dict[str, tuple[list[object], dict[str, str]]] = {
+        "export": (["-m", "spherelm", "export", run, place / "out"], {}),
+        # As without a network: tried again and again.
+        "unreachable": (tasks, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(place / "a")}),
+        "offline": (tasks, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "b")}),
+        "handlers": (["-c", HANDLERS], {}),
+    }
+    begun = {
+        name: subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            env=UNASKED | {"OMP_NUM_THREADS": "1"} | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, (words, variables) in asked.items()
+    }
+    errors = {name: process.communicate()[1] for name, process in begun.items()}
+    return {name: (begun[name].returncode, said.splitlines()) for name, said in errors.items()}
+
+
+@pytest.mark.slow
+def test_export_prints_nothing_of_others(ended: Ended) -> None:
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    assert ended["export"] == (0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["offline", "unreachable"])
+def test_tasks_that_cannot_be_had_are_one_line(network: str, ended: Ended) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    code, (line,) = ended[network]
+    assert code == 2
+    assert line.startswith("spherelm: the data of arc_easy cannot be downloaded (")
+    assert line.endswith("check the network, or give --task-data DIR")
+
+
+@pytest.mark.slow
+def test_the_logs_of_what_the_harness_imports_have_somewhere_to_go(ended: Ended) -> None:
     """Whatever a library logs there later is a traceback of logging else."""
     pytest.importorskip("lm_eval", reason="needs the extra eval")
-    done = subprocess.run([sys.executable, "-c", HANDLERS], env=UNASKED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert ended["handlers"][0] == 0, ended["handlers"][1]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import moe_case
 import numpy as np
 import paper
 import paper_moe
 import pytest
 import torch
+from cases import WITH_EXPERTS, E, model_with_experts
 from torch import Tensor
 
 from spherelm.analysis import geometry, weights
@@ -27,12 +27,12 @@ from spherelm.report.inside_tables import write_tables
 from spherelm.train.diagnostics import Diagnosis, load_of_experts
 
 TOKENS = torch.randint(23, (4, 8), generator=torch.Generator().manual_seed(5))
-E, D = moe_case.E, 16
+D = 16
 both_arms = pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 
 
 def model_of(arm: str) -> Decoder:
-    return moe_case.model_with_experts(arm).eval()
+    return model_with_experts(arm).eval()
 
 
 @both_arms
@@ -54,7 +54,7 @@ def test_load_is_how_often_each_expert_is_picked(arm: str) -> None:
 
 def test_angles_are_between_what_experts_make_of_the_same_state() -> None:
     """As the oracle computes each of them, with angles from dot products."""
-    mixture = moe_case.model_with_experts().double().blocks[1].experts.part  # type: ignore[union-attr]
+    mixture = model_with_experts().double().blocks[1].experts.part  # type: ignore[union-attr]
     states = paper.norm(torch.randn(7, D, dtype=torch.float64))
     p = dict(mixture.named_parameters())
     made = [
@@ -71,14 +71,14 @@ def test_angles_are_between_what_experts_make_of_the_same_state() -> None:
 
 
 def test_equal_experts_are_at_no_angle() -> None:
-    mixture = moe_case.model_with_experts().double().blocks[0].experts.part  # type: ignore[union-attr]
+    mixture = model_with_experts().double().blocks[0].experts.part  # type: ignore[union-attr]
     for bank in (mixture.u, mixture.v, mixture.o):
         bank.weight.data[:] = bank.weight.data[:1].clone()
     assert between_proposals(mixture, torch.randn(5, D, dtype=torch.float64)).abs().max() < 1e-6
 
 
 def test_a_model_without_experts_has_none_and_no_section() -> None:
-    model = build(NGPTConfig(**moe_case.SIZES)).eval()
+    model = build(NGPTConfig(**WITH_EXPERTS)).eval()
     assert look_at_experts(model, TOKENS) is None
     assert expert_section({"ngpt": [look_inside(model, TOKENS)]}) == []
 
@@ -140,7 +140,7 @@ def test_a_layer_without_attention_is_refused_by_name() -> None:
 
 
 def test_an_update_tells_its_load_and_the_angles_of_banks() -> None:
-    model = moe_case.model_with_experts()
+    model = model_with_experts()
     optimizer = build_optimizer(model, OptimConfig(lr=0.05))
     diagnosis = Diagnosis(model, optimizer)
     model.loss(TOKENS, TOKENS).backward()
@@ -156,4 +156,4 @@ def test_an_update_tells_its_load_and_the_angles_of_banks() -> None:
     summary = load_of_experts(model)
     assert summary["load_max"] == max(told["load_max_by_layer"])
     assert summary["load_entropy"] == pytest.approx(np.mean(told["load_entropy_by_layer"]))
-    assert load_of_experts(build(NGPTConfig(**moe_case.SIZES))) == {}
+    assert load_of_experts(build(NGPTConfig(**WITH_EXPERTS))) == {}

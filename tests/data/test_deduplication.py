@@ -75,6 +75,7 @@ def test_the_set_of_digests_is_a_set(batches: list[list[bytes]]) -> None:
     assert len(ours._runs) <= 12
 
 
+@pytest.mark.row("Data at scale")
 def test_only_the_first_of_equal_documents_stays(inputs: list[Path], tmp_path: Path) -> None:
     manifest = prepare(inputs, tmp_path / "out", "bytes", deduplicate=True)
     assert texts_of(tmp_path / "out") == expected([LONG, *TEXTS, LONG + "but other"])

@@ -61,6 +61,7 @@ def parquet(path: Path, **columns: Any) -> Path:
     return path
 
 
+@pytest.mark.row("Input files")
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("size", [1, 50, 1 << 20])
 def test_lines(tmp_path: Path, suffix: str, size: int) -> None:
@@ -314,6 +315,7 @@ def test_a_long_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.
             documents(path)
 
 
+@pytest.mark.row("Input files")
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_csv(tmp_path: Path, suffix: str) -> None:
     file = io.StringIO(newline="")
@@ -381,6 +383,7 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
                     documents(tmp_path / name)
 
 
+@pytest.mark.row("Input files")
 def test_directories_and_patterns(tmp_path: Path) -> None:
     for name in ("b.txt", "a.jsonl.gz", "sub/c.md", "notes.docx", ".hidden.txt", ".git/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

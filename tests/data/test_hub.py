@@ -120,6 +120,7 @@ def test_the_same_shards_as_from_the_files_themselves(parquet: Path, tmp_path: P
     assert prepare([], tmp_path / "stream", "bytes", val_fraction=0.2, hub=HubRequest(str(parquet))) == manifest
 
 
+@pytest.mark.row("Data at scale")
 def test_workers_do_not_change_a_byte(parquet: Path, tmp_path: Path, small: None) -> None:
     for workers in (1, 2):
         prepare(

@@ -85,6 +85,7 @@ def anonymous() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
 
 
+@pytest.mark.row("Data at scale")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_reading_takes_no_memory(text: Tokens) -> None:
     """64 MB of windows at random places of 8.6 GB."""

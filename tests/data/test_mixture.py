@@ -60,6 +60,7 @@ def test_shares_are_exact() -> None:
         shares(weights("0.000001", "1"))
 
 
+@pytest.mark.row("Data at scale")
 @settings(max_examples=20)
 @given(seq_len=st.integers(1, 60), share=st.integers(1, 2), seed=st.integers(0, 9), step=st.integers(0, 10**6))
 def test_ranks_together_are_one_process(texts: list[Tokens], seq_len: int, share: int, seed: int, step: int) -> None:

@@ -81,6 +81,7 @@ def test_json_against_the_library(files: Path, name: str, size: int, eos: int) -
     assert (ours.vocab_size, ours.eos_id) == (size, eos)
 
 
+@pytest.mark.row("Tokenizers")
 def test_sentencepiece_against_the_library(files: Path) -> None:
     path = files / "llama2" / "tokenizer.model"
     ours, theirs = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -95,6 +96,7 @@ def test_both_forms_of_llama2_agree(files: Path) -> None:
         assert model.encode(text) == json_form.encode(text)
 
 
+@pytest.mark.row("Tokenizers")
 def test_hugging_face_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name goes to AutoTokenizer; what it loads gives the ids that it gives itself, and saves without it."""
     transformers = pytest.importorskip("transformers")

@@ -144,6 +144,7 @@ def test_a_sentencepiece_run_has_perplexity_only(tmp_path: Path, shared: Path) -
         evaluation.transformers_tokenizer(tmp_path)
 
 
+@pytest.mark.row("Downstream tasks")
 def test_tasks_are_scored_in_training(tmp_path: Path, command: commands.Command, shared: Path) -> None:
     """Into metrics.jsonl, the losses as without; a resumed run may ask for others; a name that is wrong stops it at once."""
     data, evals = tiny.make_data(tmp_path), shared / "data/evals"

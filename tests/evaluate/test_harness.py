@@ -98,6 +98,7 @@ def theirs(name: str, evals: Path, ours: Any, monkeypatch: pytest.MonkeyPatch) -
     return ConfigurableTask(config=definition)
 
 
+@pytest.mark.row("Downstream tasks")
 @pytest.mark.parametrize("name", PAPER_TASKS)
 def test_requests_are_the_harnesss_own(
     name: str, ours: dict[str, Any], shared: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,6 +201,7 @@ def untrained(arm: str) -> Any:
     return build(config).eval()
 
 
+@pytest.mark.row("Downstream tasks")
 @pytest.mark.parametrize(("arm", "names"), [("ngpt", PAPER_TASKS), ("gpt", ("arc_easy", "winogrande"))])
 def test_an_untrained_model_guesses(arm: str, names: tuple[str, ...], tokenizer: Any, shared: Path) -> None:
     """At chance within four standard errors on every task, which a wrong answer key or a leak of it would not be."""

@@ -89,6 +89,7 @@ def by_hand(model: Any, document: Tensor, length: int, plan: Plan) -> dict[int, 
     return found
 
 
+@pytest.mark.row("Perplexity over length")
 @pytest.mark.parametrize("arm", tiny.ARMS)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("at_once", [1, 40, 8192])

@@ -46,6 +46,7 @@ def llama(model: GPT, scaling: dict[str, Any]) -> LlamaForCausalLM:
     return theirs.eval()
 
 
+@pytest.mark.row("Perplexity over length")
 @pytest.mark.parametrize(
     ("base", "scaling", "theirs"),
     [

@@ -149,6 +149,7 @@ def test_a_language_model_can_be_searched_too(tmp_path: Path, command: commands.
     assert answer.out == "ba" + decoded(best.tokens) + "\n"
 
 
+@pytest.mark.row("Translation")
 def test_eval_scores_what_the_run_writes(run: Path, command: commands.Command, tmp_path: Path) -> None:
     source, target = tiny_pairs.write_files(tmp_path, "test", ["bada ki", "mu", "lila baki"])
     out = tmp_path / "scores.json"

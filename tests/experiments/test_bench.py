@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_memory_is_of_a_process_of_its_own() -> None:
 def test_a_machine_is_timed(command: commands.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command, without the processes that memory is measured in, and a smaller product."""
     monkeypatch.setattr(module, "peak_memory", lambda config: 1.0)
-    monkeypatch.setattr(module, "MATMUL_SIZE", 64)
+    monkeypatch.setattr(module, "matmul_rate", partial(module.matmul_rate, size=64))
     words = ["--shape", "2,16,2,16,4,61", "--steps", 2, "--no-compile", "--dtype", "float32"]
     answer = command("bench", *words, "--json", tmp_path / "bench.json", "--profile")
     assert answer.code == 0, answer.err

@@ -67,6 +67,7 @@ def test_hybrids_are_compared_where_the_preset_has_a_pattern(
     assert "final loss, nGPT less GPT" in page
 
 
+@pytest.mark.row("Report")
 def test_a_whole_comparison(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
     pytest.importorskip(
         "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
@@ -125,15 +126,6 @@ def test_shorter_budgets_have_whole_schedules_of_their_own(data: Path, tmp_path:
     assert summary["arms"]["gpt"]["final_loss_se"] is None
 
 
-def test_both_arms_read_the_same_text_in_the_same_order(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
-    compare(config(data, seeds=1, quick=True), tmp_path / "out")
-    gpt, ngpt = (tiny.read_json(tmp_path / "out" / f"{arm}-0" / "config.json") for arm in tiny.ARMS)
-    assert gpt["train"] == ngpt["train"]
-    assert gpt["data_identity"] == ngpt["data_identity"]
-    shared = set(gpt["model"]) & set(ngpt["model"])
-    assert {name: gpt["model"][name] for name in shared} == {name: ngpt["model"][name] for name in shared}
-
-
 def test_quick_reads_the_curve_of_the_full_runs(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
     summary = compare(config(data, quick=True), tmp_path / "out")
     assert jobs_done == ["gpt-0", "ngpt-0", "gpt-1", "ngpt-1"]
@@ -141,6 +133,11 @@ def test_quick_reads_the_curve_of_the_full_runs(data: Path, tmp_path: Path, jobs
     assert summary["short_runs"] == []
     curve = module.in_run_curve(tmp_path / "out" / "ngpt-0")
     assert [tokens for tokens, _ in curve] == [128, 256, 384], "the untrained start is no point"
+    gpt, ngpt = (tiny.read_json(tmp_path / "out" / f"{arm}-0" / "config.json") for arm in tiny.ARMS)
+    assert gpt["train"] == ngpt["train"]
+    assert gpt["data_identity"] == ngpt["data_identity"], "both arms read the same text in the same order"
+    shared = set(gpt["model"]) & set(ngpt["model"])
+    assert {name: gpt["model"][name] for name in shared} == {name: ngpt["model"][name] for name in shared}
 
 
 def test_an_arm_that_diverges_loses_and_the_rest_is_written(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
@@ -154,6 +151,10 @@ def test_an_arm_that_diverges_loses_and_the_rest_is_written(data: Path, tmp_path
     written = tiny.read_json(tmp_path / "out" / "samples.json")
     assert written["gpt"] == []
     assert len(written["ngpt"]) == 2
+    pytest.importorskip(
+        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
+    )
+    assert "diverged" in write_report(tmp_path / "out").read_text()
 
 
 def test_where_every_run_diverged_there_is_nothing_to_compare(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
@@ -162,14 +163,6 @@ def test_where_every_run_diverged_there_is_nothing_to_compare(data: Path, tmp_pa
         compare(config(data, seeds=1, lr_gpt=1e30, lr_ngpt=1e6), tmp_path / "out")
     assert [path.name for path in sorted((tmp_path / "out").glob("*/diverged.txt"))] == ["diverged.txt"] * 2
     assert not list((tmp_path / "out").glob("*steps*"))
-
-
-def test_a_page_is_drawn_of_an_arm_that_diverged(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:
-    pytest.importorskip(
-        "matplotlib", reason="the page needs matplotlib: pip install '.[report]' in a clone of spherelm"
-    )
-    compare(config(data, seeds=1, quick=True, lr_gpt=1e30), tmp_path / "out")
-    assert "diverged" in write_report(tmp_path / "out").read_text()
 
 
 def test_what_each_arm_learns_with_can_be_chosen(data: Path, tmp_path: Path, jobs_done: list[str]) -> None:

@@ -223,10 +223,10 @@ def lives(group: int) -> bool:
     return not states or any(its_group == group and state not in "ZX" for its_group, state in states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "code", "workers"),
     [
-        ("SIGTERM to the parent", 143, 1),
         ("Ctrl-C", 130, 2),
         ("lost terminal", 129, 1),
         ("SIGKILL to the parent", -9, 1),
@@ -238,10 +238,10 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
     sweep = Sweep(data, tmp_path / "sweep", workers)
     try:
         sweep.wait_for_runs(workers)
-        if code in (130, 129):  # a terminal sends it to the whole group
+        if code > 0:  # a terminal sends it to the whole group
             os.killpg(sweep.process.pid, code - 128)
         else:
-            sweep.process.send_signal(signal.SIGTERM if code == 143 else signal.SIGKILL)
+            sweep.process.send_signal(signal.SIGKILL)
         out, err = sweep.process.communicate(timeout=PATIENCE)
         sweep.wait_until_all_are_gone()
     finally:
@@ -258,6 +258,13 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
     if code != -9:
         line = "spherelm: stopped; every run under way saved itself; the same command goes on, compare with --resume"
         assert err.splitlines()[-1] == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_each_of_three_signals_stops_all(number: signal.Signals) -> None:
+    with module._noted_interrupts() as asked, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert asked == [number]
 
 
 @pytest.mark.usefixtures("one_core")

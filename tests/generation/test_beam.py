@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pair_case import make_pair_case
+from cases import make_pair_case
 
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.generate import generate
@@ -34,6 +34,7 @@ def all_texts(model: Any, source: list[int], limit: int) -> dict[tuple[int, ...]
     return texts
 
 
+@pytest.mark.row("Generation")
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 def test_with_enough_beams_it_finds_the_best_texts_there_are(model: EncoderDecoder, length_penalty: float) -> None:
     limit = 4

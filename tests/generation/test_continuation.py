@@ -35,6 +35,7 @@ def next_logits(model: Decoder, row: list[int]) -> Tensor:
     return model(torch.tensor([row]))[0, -1]
 
 
+@pytest.mark.row("Generation")
 @both_arms
 @pytest.mark.parametrize("n_kv_heads", [3, 1])
 def test_rows_of_any_lengths_are_computed_as_if_alone(arm: str, n_kv_heads: int, case: Any) -> None:
@@ -97,6 +98,7 @@ def slid(row: list[int], read: int, limit: int) -> tuple[list[int], int]:
     return row[read:], read
 
 
+@pytest.mark.row("Generation")
 @both_arms
 def test_a_sliding_window_goes_on_from_the_last_half(arm: str, case: Any) -> None:
     model = case(arm, max_seq_len=8).model

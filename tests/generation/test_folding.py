@@ -41,6 +41,7 @@ def decoded(model: Decoder, tokens: Tensor) -> Tensor:
     return torch.cat([model(piece, cache) for piece in pieces], dim=1)
 
 
+@pytest.mark.row("Generation")
 @every_variant
 def test_folded_is_unfolded(variant: str, case: Any) -> None:
     arm, fields = VARIANTS[variant]

@@ -15,6 +15,7 @@ from spherelm.generation.sampling import Sampling
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 
 
+@pytest.mark.row("Generation")
 @both_arms
 def test_greedy_generation_is_argmax_of_the_full_forward_pass(arm: str, case: Any) -> None:
     c = case(arm)

@@ -35,6 +35,7 @@ def kept_by_definition(p: list[float], s: Sampling) -> list[float]:
     return [p[i] / mass if i in order else 0.0 for i in range(len(p))]
 
 
+@pytest.mark.row("Generation")
 @given(
     seeds,
     st.floats(0.2, 3),

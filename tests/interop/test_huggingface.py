@@ -56,6 +56,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@pytest.mark.row("Hugging Face transformers")
 @both_arms
 @every_variant
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -221,6 +222,7 @@ def test_sampling_and_beams_run() -> None:
     assert (log_probability(beams) >= log_probability(greedy) - 1e-5).all()
 
 
+@pytest.mark.row("Hugging Face transformers")
 @both_arms
 @pytest.mark.parametrize("variant", ["grouped", "tied"])
 @pytest.mark.parametrize("shard", ["5GB", "10KB"])

@@ -75,6 +75,7 @@ def test_a_new_adapter_changes_nothing(tokens: Tensor) -> None:
     torch.testing.assert_close(adapted()(tokens).logits, make_model()(tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.row("Hugging Face transformers")
 def test_the_adapted_weight_is_normalized(tokens: Tensor) -> None:
     model = adapted()
     disturb(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_case import ARMS, hybrid_config
+from cases import ARMS, hybrid_config
 
 from spherelm.generation.generate import generate
 from spherelm.layers.grouped import grouped_product

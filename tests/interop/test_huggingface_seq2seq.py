@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_pairs
 import torch
-from pair_case import ARMS, LENGTHS, PairCase, make_pair_case
+from cases import ARMS, LENGTHS, Case, make_pair_case
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -30,7 +30,7 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def inputs(c: PairCase) -> dict[str, torch.Tensor]:
+def inputs(c: Case) -> dict[str, torch.Tensor]:
     """The case's sources as transformers pads them."""
     mask = c.source.ge(0).long()
     return {"input_ids": c.source.clamp_min(0), "attention_mask": mask}
@@ -231,6 +231,7 @@ def test_the_standalone_file_translates(arm: str, fields: dict[str, Any], monkey
     close(theirs(**inputs(c), decoder_input_ids=c.tokens).logits, c.model(c.source, c.tokens))
 
 
+@pytest.mark.row("Hugging Face transformers")
 @both_arms
 @pytest.mark.parametrize("standalone", [False, True])
 def test_an_exported_run_translates(arm: str, standalone: bool, tmp_path: Path) -> None:

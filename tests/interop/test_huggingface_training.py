@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ranks import free_port
 from torch import Tensor
 
 from spherelm import NGPT, NGPTConfig, OptimConfig, attach_retraction, build_optimizer, departure, retract
@@ -98,6 +98,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.row("Hugging Face transformers")
 @pytest.mark.parametrize("optimizer_of", [ours, any_optimizer_with_one_line])
 def test_the_trainer_of_transformers(optimizer_of: Any, windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
     trainer, watch = make_trainer(tmp_path, windows, optimizer_of)
@@ -191,51 +192,6 @@ def test_pieces_of_vectors_are_refused(windows: list[dict[str, Tensor]]) -> None
         optimizer.step()
 
 
-SHARDED = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from spherelm import NGPT, NGPTConfig
-from spherelm.interop.huggingface import to_hf
-from spherelm.fields import from_plain
-
-folder = sys.argv[1]
-dist.init_process_group("gloo")
-mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-given = torch.load(folder + "/given.pt")
-model = NGPT(from_plain(NGPTConfig, given["config"]))
-model.load_state_dict(given["start"])
-model = to_hf(model)
-for block in model.model.blocks:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-for batch in given["batches"]:
-    model(batch, labels=batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-weights = [p.full_tensor() for p in model.parameters()]
-if dist.get_rank() == 0:
-    torch.save(weights, folder + "/end.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_a_sharded_model_stays_too(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    model = make_model()
-    batches = [window["input_ids"].unsqueeze(0) for window in windows[:3]]
-    start = copy.deepcopy(model.model.state_dict())
-    torch.save({"config": to_plain(CONFIG), "start": start, "batches": batches}, tmp_path / "given.pt")
-    assert run_on_two_processes(SHARDED, tmp_path) == [0, 0]
-    steps(model, torch.optim.SGD(model.parameters(), lr=0.5), windows)
-    assert departure(model) < 1e-6
-    end = torch.load(tmp_path / "end.pt")
-    assert len(end) == len(list(model.parameters()))
-    for one, other in zip(end, model.parameters(), strict=True):
-        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-5)
-
-
 def test_the_trainer_resumes_from_its_checkpoint(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
     whole, _ = make_trainer(tmp_path, windows, ours, save_strategy="steps", save_steps=STEPS // 2)
     whole.train()
@@ -269,104 +225,116 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert departure(loaded) < 1e-6
 
 
-ACCELERATED = """
+TWO_PROCESSES = """
 import sys
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from spherelm import NGPT, NGPTConfig, attach_retraction, departure
 from spherelm.fields import from_plain
-
-folder = sys.argv[1]
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-model = NGPT(from_plain(NGPTConfig, torch.load(folder + "/config.pt")))
-model.load_state_dict(torch.load(folder + "/start.pt"))
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
-attach_retraction(optimizer, model)
-loader = torch.utils.data.DataLoader(torch.load(folder + "/windows.pt"), batch_size=4)
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-assert type(model).__name__ == "DistributedDataParallel"
-
-def run(batches):
-    losses = []
-    for batch in batches:
-        logits = model(batch[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert departure(model) < 1e-6
-        losses.append(accelerator.reduce(loss.detach(), "mean").item())
-    return losses
-
-def weights():
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-batches = list(loader)
-half = len(batches) // 2
-losses = run(batches[:half])
-accelerator.save_state(folder + "/state")
-losses += run(batches[half:])
-end = weights()
-gathered = accelerator.gather(end)
-assert torch.equal(gathered[:len(end)], gathered[len(end):]), "both processes have the same weights"
-accelerator.load_state(folder + "/state")
-assert not torch.equal(weights(), end)
-assert run(batches[half:]) == losses[half:]
-assert torch.equal(weights(), end), "going on from the saved state gives the same weights"
-if accelerator.is_main_process:
-    torch.save({"losses": losses, "weights": end}, folder + "/end.pt")
-accelerator.end_training()
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
-
-
-FLATTENED = """
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from spherelm import NGPT, NGPTConfig
 from spherelm.interop.huggingface import to_hf
 
-dist.init_process_group("gloo")
-for original in (True, False):
-    torch.manual_seed(0)
-    model = to_hf(NGPT(NGPTConfig(vocab_size=50, n_layers=2, d_model=32, n_heads=2, max_seq_len=32)))
+folder = sys.argv[1]
+given = torch.load(folder + "/given.pt")
+
+
+def started():
+    model = NGPT(from_plain(NGPTConfig, given["config"]))
+    model.load_state_dict(given["start"])
+    return model
+
+
+def updated(model, optimizer, batches):
+    for batch in batches:
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def sharded():
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = to_hf(started())
+    for block in model.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    updated(model, torch.optim.SGD(model.parameters(), lr=0.5), given["windows"][:3, None])
+    return [p.full_tensor() for p in model.parameters()]
+
+
+def flattened(original):
+    model = to_hf(started())
     model = FullyShardedDataParallel(
         model, auto_wrap_policy=ModuleWrapPolicy({type(model.model.blocks[0])}), use_orig_params=original,
         device_id=torch.device("cpu"),
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    batch = torch.randint(50, (2, 16))
     try:
-        for _ in range(8):
-            model(batch, labels=batch).loss.backward()
+        updated(model, torch.optim.AdamW(model.parameters(), lr=0.1), given["windows"][:8, None])
+    except ValueError as error:
+        return str(error)
+
+
+def accelerated():
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    model = started()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
+    attach_retraction(optimizer, model)
+    loader = torch.utils.data.DataLoader(given["windows"], batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    assert type(model).__name__ == "DistributedDataParallel"
+
+    def run(batches):
+        losses = []
+        for batch in batches:
+            logits = model(batch[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-        raise AssertionError("trained off the sphere without a word")
-    except ValueError as error:
-        assert "FSDP 2" in str(error), error
+            assert departure(model) < 1e-6
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        return losses
+
+    def weights():
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    batches = list(loader)
+    half = len(batches) // 2
+    losses = run(batches[:half])
+    accelerator.save_state(folder + "/state")
+    losses += run(batches[half:])
+    end = weights()
+    gathered = accelerator.gather(end)
+    assert torch.equal(gathered[:len(end)], gathered[len(end):]), "both processes have the same weights"
+    accelerator.load_state(folder + "/state")
+    assert not torch.equal(weights(), end)
+    assert run(batches[half:]) == losses[half:]
+    assert torch.equal(weights(), end), "going on from the saved state gives the same weights"
+    return {"losses": losses, "weights": end}
+
+
+dist.init_process_group("gloo")
+found = {"sharded": sharded(), "flattened": [flattened(True), flattened(False)], "accelerated": accelerated()}
+if dist.get_rank() == 0:
+    torch.save(found, folder + "/found.pt")
+dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_flattened_weights_are_refused(tmp_path: Path) -> None:
-    """FSDP 1 keeps vectors in pieces, or out of the optimizer's sight, and their memory away between uses."""
-    assert run_on_two_processes(FLATTENED, tmp_path) == [0, 0]
-
-
-def run_on_two_processes(program: str, folder: Path) -> list[int]:
-    """The exit codes of two ranks of `program`, given `folder`; what they print is shown where one fails."""
-    (folder / "program.py").write_text(program)
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+@pytest.fixture(scope="module")
+def two_processes(windows: list[dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes make of the model: sharded by FSDP 2, flattened by FSDP 1, and in copies by accelerate."""
+    folder = tmp_path_factory.mktemp("two")
+    ids = torch.stack([window["input_ids"] for window in windows[:128]])
+    torch.save(
+        {"config": to_plain(CONFIG), "start": make_model().model.state_dict(), "windows": ids}, folder / "given.pt"
+    )
+    (folder / "program.py").write_text(TWO_PROCESSES)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = os.environ | meeting | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(folder / "program.py"), str(folder)],
@@ -378,22 +346,33 @@ def run_on_two_processes(program: str, folder: Path) -> list[int]:
         )
         for rank in range(2)
     ]
-    for process in processes:
-        print(process.communicate()[0])
-    return [process.returncode for process in processes]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    found: dict[str, Any] = torch.load(folder / "found.pt")
+    return found
 
 
-def test_accelerate_on_two_processes(windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    ids = torch.stack([window["input_ids"] for window in windows[:128]])
+@pytest.mark.slow
+def test_a_sharded_model_stays_too(windows: list[dict[str, Tensor]], two_processes: dict[str, Any]) -> None:
     model = make_model()
-    for name, value in {"windows": ids, "config": to_plain(CONFIG), "start": model.model.state_dict()}.items():
-        torch.save(value, tmp_path / f"{name}.pt")
-    assert run_on_two_processes(ACCELERATED, tmp_path) == [0, 0]
-    end = torch.load(tmp_path / "end.pt")
-    assert end["losses"][-1] < end["losses"][0] - 0.8
+    steps(model, torch.optim.SGD(model.parameters(), lr=0.5), windows)
+    assert departure(model) < 1e-6
+    for one, other in zip(two_processes["sharded"], model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-5)
 
+
+@pytest.mark.slow
+def test_flattened_weights_are_refused(two_processes: dict[str, Any]) -> None:
+    """FSDP 1 keeps vectors in pieces, or out of the optimizer's sight, and their memory away between uses."""
+    assert all("FSDP 2" in said for said in two_processes["flattened"])
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_processes(windows: list[dict[str, Tensor]], two_processes: dict[str, Any]) -> None:
+    end, model = two_processes["accelerated"], make_model()
+    assert end["losses"][-1] < end["losses"][0] - 0.8
     optimizer = any_optimizer_with_one_line(model)
-    for batch in ids.split(8):
+    for batch in torch.stack([window["input_ids"] for window in windows[:128]]).split(8):
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

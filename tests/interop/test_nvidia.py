@@ -20,12 +20,12 @@ import numpy as np
 import paper
 import pytest
 import torch
+from commands import Command
 from oracle_names import oracle_parameters
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from spherelm.cli import main
 from spherelm.interop import nvidia
 from spherelm.interop.imported import run_config
 from spherelm.interop.nvidia import load_checkpoint, load_optimizer, read_checkpoint, to_model, to_ours
@@ -66,6 +66,7 @@ def real(request: pytest.FixtureRequest, shared: Path) -> Path:
     return shared / "golden" / f"nvidia-{request.param}"
 
 
+@pytest.mark.row("NVIDIA/ngpt checkpoints")
 @pytest.mark.parametrize("rope", sorted(EXPECTED))
 def test_logits_loss_and_every_gradient(real: Path, rope: str) -> None:
     """rope="nvidia" against NVIDIA's own code, "standard" against the paper's equations on the same weights."""
@@ -463,8 +464,11 @@ def archive_of(pickled: bytes, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", sorted(HARM))
-@pytest.mark.parametrize("where", ["whole", "model", "config", "moment"])
+@pytest.mark.row("NVIDIA/ngpt checkpoints")
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [*((name, "config") for name in sorted(HARM)), *(("system", where) for where in ("whole", "model", "moment"))],
+)
 def test_a_file_that_wants_to_run_code_is_refused_by_name(name: str, where: str, save: Save, tmp_path: Path) -> None:
     mark = tmp_path / "harmed"
     make = HARM[name]
@@ -665,29 +669,14 @@ def test_an_unknown_rope_is_refused(save: Save) -> None:
 # ------------------------------------------------------------------------------------------ the command
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """`command("import", ...)` is the exit code and everything printed."""
-
-    def run(*words: Any) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["spherelm", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
-
-
+@pytest.mark.row("NVIDIA/ngpt checkpoints")
 @pytest.mark.parametrize("rope", ["nvidia", "standard"])
 @pytest.mark.parametrize("use_ngpt", [0, 1])
-def test_import_writes_a_run_directory(use_ngpt: int, rope: str, save: Save, command: Any, tmp_path: Path) -> None:
+def test_import_writes_a_run_directory(use_ngpt: int, rope: str, save: Save, command: Command, tmp_path: Path) -> None:
     path, out = save(their_content(use_nGPT=use_ngpt)), tmp_path / "runs" / "imported"
-    code, printed = command("import", "nvidia", path, out, "--rope", rope)
-    assert (code, f"departure from the sphere {departure(load_checkpoint(path, rope)):.1e}" in printed) == (0, True)
+    answer = command("import", "nvidia", path, out, "--rope", rope)
+    assert answer.code == 0
+    assert f"departure from the sphere {departure(load_checkpoint(path, rope)):.1e}" in answer.out + answer.err
     wanted, tokens = load_checkpoint(path, rope), torch.randint(300, (2, 9))
     for run in (out, out / "checkpoints" / "step-00000001"):
         model = saved.load_model(run)
@@ -707,9 +696,9 @@ def test_import_writes_a_run_directory(use_ngpt: int, rope: str, save: Save, com
     assert load_file(out / "checkpoints" / "step-00000001" / "optimizer.safetensors").keys() == {"random_state"}
 
 
-def test_import_keeps_the_moments_where_asked(save: Save, command: Any, tmp_path: Path) -> None:
+def test_import_keeps_the_moments_where_asked(save: Save, command: Command, tmp_path: Path) -> None:
     path, out = save(their_content()), tmp_path / "run"
-    assert command("import", "nvidia", path, out, "--moments")[0] == 0
+    assert command("import", "nvidia", path, out, "--moments").code == 0
     read = read_checkpoint(path)
     model = saved.load_model(out)
     optimizer = build_optimizer(model, read_config(out / "config.json").optim)
@@ -720,44 +709,44 @@ def test_import_keeps_the_moments_where_asked(save: Save, command: Any, tmp_path
             assert torch.equal(optimizer.state[parameter][key], moment.float()), (name, key)
 
 
-def test_import_with_a_tokenizer_can_write_text(save: Save, command: Any, tmp_path: Path) -> None:
+def test_import_with_a_tokenizer_can_write_text(save: Save, command: Command, tmp_path: Path) -> None:
     path, out = save(their_content(vocab_size=257)), tmp_path / "run"
-    assert command("import", "nvidia", path, out, "--tokenizer", "bytes")[0] == 0
-    code, printed = command("generate", out, "--prompt", "ab", "--max-new-tokens", "5", "--top-k", "1")
-    assert (code, printed[:2]) == (0, "ab"), printed
+    assert command("import", "nvidia", path, out, "--tokenizer", "bytes").code == 0
+    answer = command("generate", out, "--prompt", "ab", "--max-new-tokens", "5", "--top-k", "1")
+    assert (answer.code, answer.out[:2]) == (0, "ab"), answer.err
 
 
-def test_import_refuses_a_directory_that_holds_something(save: Save, command: Any, tmp_path: Path) -> None:
+def test_import_refuses_a_directory_that_holds_something(save: Save, command: Command, tmp_path: Path) -> None:
     path, out = save(their_content()), tmp_path / "run"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    code, printed = command("import", "nvidia", path, out)
-    assert code == 2
-    assert printed == f"spherelm: {out} already holds something: choose another directory for the imported run\n"
+    answer = command("import", "nvidia", path, out)
+    assert answer.code == 2
+    assert answer.err == f"spherelm: {out} already holds something: choose another directory for the imported run\n"
     assert [p.name for p in out.iterdir()] == ["notes.txt"]
-    assert command("import", "nvidia", path, out / "notes.txt")[0] == 2
+    assert command("import", "nvidia", path, out / "notes.txt").code == 2
 
 
-def test_import_of_what_cannot_be_read_leaves_nothing(save: Save, command: Any, tmp_path: Path) -> None:
+def test_import_of_what_cannot_be_read_leaves_nothing(save: Save, command: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
     harmful = save({"model": Harm(os.system, f"touch {tmp_path / 'harmed'}")})
-    code, printed = command("import", "nvidia", harmful, out)
-    assert (code, printed.count("\n"), "system, which train.py does not store" in printed) == (2, 1, True)
-    assert command("import", "nvidia", tmp_path / "none.pt", out)[0] == 2
-    small = save(their_content(vocab_size=256))
-    code, printed = command("import", "nvidia", small, out, "--tokenizer", "bytes")
-    assert (code, "bytes has 257 token ids, the model" in printed) == (2, True)
+    answer = command("import", "nvidia", harmful, out)
+    assert (answer.code, answer.out, len(answer.shown)) == (2, "", 1)
+    assert "system, which train.py does not store" in answer.err
+    assert command("import", "nvidia", tmp_path / "none.pt", out).code == 2
+    answer = command("import", "nvidia", save(their_content(vocab_size=256)), out, "--tokenizer", "bytes")
+    assert (answer.code, "bytes has 257 token ids, the model" in answer.err) == (2, True)
     assert not out.exists()
     assert not (tmp_path / "harmed").exists()
 
 
 def test_import_that_fails_half_way_leaves_nothing(
-    save: Save, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: Save, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any, **settings: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(saved.CheckpointWriter, "_write", full)
-    code, printed = command("import", "nvidia", save(their_content()), tmp_path / "run")
-    assert (code, "No space left on device" in printed) == (2, True)
+    answer = command("import", "nvidia", save(their_content()), tmp_path / "run")
+    assert (answer.code, "No space left on device" in answer.err) == (2, True)
     assert not (tmp_path / "run").exists()

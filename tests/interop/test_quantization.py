@@ -46,6 +46,7 @@ def with_dequantized_weights(model: Decoder, packed: Decoder) -> Decoder:
     return plain
 
 
+@pytest.mark.row("Number formats for inference")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_each_vector_is_rounded_to_steps_of_its_own(axis: int) -> None:
     torch.manual_seed(0)

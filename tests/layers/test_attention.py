@@ -38,6 +38,7 @@ def hidden(kind: str) -> Tensor:
     return (h if kind == "plain" else paper.norm(h)).requires_grad_()
 
 
+@pytest.mark.row("Attention")
 @pytest.mark.parametrize("n_kv_heads", [6, 3, 2, 1])
 @pytest.mark.parametrize("kind", ["plain", "unit"])
 def test_attention_and_its_gradients_are_the_papers(kind: str, n_kv_heads: int, agree: Any) -> None:

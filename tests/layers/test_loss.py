@@ -119,6 +119,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.row("Loss")
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("rows", [64, 2000])
 def test_the_logits_of_all_tokens_never_exist_at_once(rows: int, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,7 @@ def test_the_kernel_is_called_for_what_it_computes(kernel: Callable[..., Any], p
     torch.testing.assert_close(y, chunked(x, dt, *rest)[0], rtol=0, atol=0)  # on the CPU there is no kernel
 
 
+@pytest.mark.row("Derivatives")
 @pytest.mark.usefixtures("kernel")
 def test_the_kernel_refuses_second_derivatives() -> None:
     """What it computes backward is constant to autograd. The plain scan in its place has them."""

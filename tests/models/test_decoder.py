@@ -8,9 +8,10 @@ import golden
 import paper
 import pytest
 import torch
+from cases import config_of
 
 from spherelm.layers.linear import Scale
-from spherelm.models import GPTConfig, NGPTConfig, build
+from spherelm.models import build
 
 BLOCK = {f"attention.part.{w}.weight" for w in "qkvo"} | {f"mlp.part.{w}.weight" for w in "uvo"}
 SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {
@@ -21,12 +22,12 @@ SCALES = {"attention.alpha.value", "mlp.alpha.value"} | {
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 
 
-def test_parameter_names_are_pinned(gpt_config: GPTConfig, ngpt_config: NGPTConfig) -> None:
+def test_parameter_names_are_pinned() -> None:
     """Checkpoints, the optimizer's roles and the importers depend on these."""
     gpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | {"attention.norm.weight", "mlp.norm.weight"}}
     ngpt = {f"blocks.{i}.{n}" for i in range(2) for n in BLOCK | SCALES}
-    assert set(build(gpt_config).state_dict()) == gpt | {"embed.weight", "head.linear.weight", "head.norm.weight"}
-    assert set(build(ngpt_config).state_dict()) == ngpt | {"embed.weight", "head.linear.weight", "head.s_z.value"}
+    assert set(build(config_of("gpt")).state_dict()) == gpt | {"embed.weight", "head.linear.weight", "head.norm.weight"}
+    assert set(build(config_of("ngpt")).state_dict()) == ngpt | {"embed.weight", "head.linear.weight", "head.s_z.value"}
 
 
 @both_arms
@@ -97,6 +98,7 @@ def test_float32_agrees_with_float64(arm: str, case: Any) -> None:
     assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
+@pytest.mark.row("Number formats")
 @both_arms
 def test_bfloat16_compute_keeps_float32_weights_gradients_and_loss(arm: str, case: Any) -> None:
     c = case(arm)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pair_case import ARMS, LENGTHS, PairCase, make_pair_case, pair_config
+from cases import ARMS, LENGTHS, make_pair_case, pair_config
 
 from spherelm.models import EncoderDecoder, build
 from spherelm.models.encoder_decoder import padded
@@ -45,6 +45,7 @@ def test_parameter_names_are_pinned() -> None:
     )
 
 
+@pytest.mark.row("Embeddings")
 @both_arms
 def test_embeddings_can_be_shared(arm: str) -> None:
     names = {name for name, _ in build(pair_config(arm, share_embeddings=True)).named_parameters()}
@@ -145,7 +146,7 @@ def test_float32_and_bfloat16(arm: str) -> None:
 
 
 def test_hidden_states_are_unit_everywhere() -> None:
-    c: PairCase = make_pair_case("ngpt")
+    c = make_pair_case("ngpt")
     lengths: list[torch.Tensor] = []
     modules = (c.model.embed, *c.model.blocks, c.model.encoder.embed, *c.model.encoder.blocks)
     for module in modules:

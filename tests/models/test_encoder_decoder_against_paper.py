@@ -6,8 +6,7 @@ from typing import Any
 
 import paper
 import pytest
-from against_paper import assert_computes, assert_retracts, assert_trains
-from pair_case import ARMS, make_pair_case
+from cases import ARMS, assert_computes, assert_retracts, assert_trains, make_pair_case
 
 from spherelm.layers.linear import unit_modules
 
@@ -30,6 +29,7 @@ OWN = [("ngpt", name) for name in SCALES] + [("gpt", name) for name in NORMED]
 CASES = [(arm, name) for arm in ARMS for name in FIELDS] + OWN
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize(("arm", "name"), CASES)
 def test_logits_loss_and_every_gradient(arm: str, name: str) -> None:
     assert_computes(make_pair_case(arm, **{**FIELDS, **SCALES, **NORMED}[name]), 2e-12)
@@ -38,7 +38,7 @@ def test_logits_loss_and_every_gradient(arm: str, name: str) -> None:
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_smoothed_loss(arm: str) -> None:
     c = make_pair_case(arm)
-    wanted = paper.smoothed_cross_entropy(c.forward(c.weights, c.shape, (c.source, c.tokens)), c.targets, 0.1)
+    wanted = paper.smoothed_cross_entropy(c.forward(c.weights, c.shape, c.read), c.targets, 0.1)
     c.model.runtime.label_smoothing = 0.1
     assert c.model.loss(c.joined, c.targets).item() == pytest.approx(wanted.item(), rel=1e-13)
     plain = paper.cross_entropy(c.model(c.source, c.tokens), c.targets)
@@ -73,5 +73,5 @@ def test_the_oracle_notices(mistake: str, monkeypatch: pytest.MonkeyPatch) -> No
     name, replacement = MISTAKES[mistake]
     monkeypatch.setattr(paper, name, replacement)
     c = make_pair_case("ngpt")
-    wanted = c.forward(c.weights, c.shape, (c.source, c.tokens))
+    wanted = c.forward(c.weights, c.shape, c.read)
     assert (c.model(c.source, c.tokens) - wanted).abs().max() > 1e-6 * wanted.abs().max()

@@ -8,9 +8,7 @@ from typing import Any
 import paper
 import pytest
 import torch
-from against_paper import assert_computes, assert_near, assert_retracts, assert_trains
-from configs import make_config
-from hybrid_case import ARMS, MIXERS, SIZES, hybrid_config, make_hybrid_case
+from cases import ARMS, assert_computes, assert_near, assert_retracts, assert_trains, hybrid_config, make_hybrid_case
 from oracle_names import oracle_parameters
 
 from spherelm.generation.beam import BeamSettings, beam_search
@@ -29,6 +27,7 @@ CASES += [(arm, "AO", {"n_shared_experts": 1, "router_score": "softmax", "expert
 CASES += [("ngpt", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize(("arm", "pattern", "fields"), CASES)
 def test_logits_loss_and_every_gradient_are_the_oracles(arm: str, pattern: str, fields: dict[str, Any]) -> None:
     assert_computes(make_hybrid_case(arm, pattern, **fields), 1e-11)
@@ -151,7 +150,7 @@ def test_documents_in_a_row_are_worth_what_they_are_alone(arm: str) -> None:
 @both_arms
 def test_what_makes_no_hybrid(arm: str) -> None:
     wrong: dict[str, dict[str, Any]] = {
-        "pattern 'MX' has 'X': a layer is one of M, A, -, O": {"pattern": "MX", "n_layers": 2},
+        "pattern 'MX' has 'X': a layer is one of M, A, -, O": {"pattern": "MX"},
         "pattern 'MA' has 2 letters for n_layers=3: one for each layer": {"pattern": "MA", "n_layers": 3},
         "mamba_d_head=7 does not divide mamba_expand \\* d_model = 48: choose a divisor": {"mamba_d_head": 7},
         "mamba_groups=3 does not divide the 4 heads of a mixer": {"mamba_groups": 3},
@@ -166,11 +165,11 @@ def test_what_makes_no_hybrid(arm: str) -> None:
             "experts_per_token": 9,
         },
         "balance must be 'bias', 'loss' or 'none', got 'scales'": {"pattern": "MO", "balance": "scales"},
-        "d_ff=1 is too narrow for 2 experts a token: give d_expert": {"pattern": "MO", "d_ff": 1},
+        "d_ff=1 is too narrow for 2 experts a token: give d_expert": {"pattern": "MO", "d_ff": 1, "d_expert": None},
     }
     for message, fields in wrong.items():
         with pytest.raises(ValueError, match=message):
-            make_config(arm, **{**SIZES, **MIXERS, "pattern": "MA", "n_layers": 2, **fields})
+            hybrid_config(arm, **{"pattern": "MA", **fields})
 
 
 def test_the_scale_of_a_mixer_must_be_positive() -> None:

@@ -9,7 +9,7 @@ import golden
 import paper
 import pytest
 import torch
-from against_paper import assert_computes, assert_near
+from cases import assert_computes, assert_near
 from oracle_names import oracle_parameters
 
 from spherelm.layers.linear import retract
@@ -37,11 +37,13 @@ OWN = [("ngpt", name) for name in SCALES] + [("gpt", name) for name in NORMED]
 CASES = [(arm, name) for arm in golden.ARMS for name in FIELDS] + OWN
 
 
+@pytest.mark.row("Models")
 @pytest.mark.parametrize(("arm", "name"), CASES)
 def test_logits_loss_and_every_gradient(arm: str, name: str, case: Any) -> None:
     assert_computes(case(arm, **{**FIELDS, **SCALES, **NORMED}[name]))
 
 
+@pytest.mark.row("Embeddings")
 def test_a_tied_model_has_one_embedding(case: Any) -> None:
     for arm in golden.ARMS:
         model = case(arm, tie_embeddings=True).model
@@ -59,9 +61,9 @@ def test_the_loss_of_training_is_the_cross_entropy_of_the_logits(arm: str, case:
 
 
 @pytest.mark.parametrize("arm", golden.ARMS)
-def test_the_golden_files_through_our_model(arm: str, shared: Path, golden_model: Any) -> None:
+def test_the_golden_files_through_our_model(arm: str, shared: Path) -> None:
     files = golden.load(shared, arm)
-    model = golden_model(files)
+    model = files.model
     retract(model)
     loss = model.loss(files.tokens, files.targets)
     loss.backward()

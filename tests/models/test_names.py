@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from configs import make_config
-from hybrid_case import hybrid_config
+from cases import config_of, hybrid_config, pair_config
 from oracle_names import by_oracle_names
-from pair_case import TINY, pair_config
 
-from spherelm.models import GPTConfig, NGPTConfig, build
+from spherelm.models import build
 from spherelm.models.older import is_old, today
 
 CONFIGS: dict[str, Any] = {
-    "gpt": GPTConfig(**TINY),
-    "ngpt": NGPTConfig(**TINY),
-    "tied": NGPTConfig(**TINY, tie_embeddings=True),
+    "gpt": config_of("gpt"),
+    "ngpt": config_of("ngpt"),
+    "tied": config_of("ngpt", tie_embeddings=True),
     "encdec of gpt": pair_config("gpt"),
     "encdec of ngpt": pair_config("ngpt"),
-    "encoder of gpt": make_config("gpt", "encoder", **TINY),
-    "encoder of ngpt": make_config("ngpt", "encoder", **TINY),
+    "encoder of gpt": config_of("gpt", "encoder"),
+    "encoder of ngpt": config_of("ngpt", "encoder"),
     "hybrid of gpt": hybrid_config("gpt", "MA-O", n_shared_experts=1),
     "hybrid of ngpt": hybrid_config("ngpt", "MA-O", n_shared_experts=1),
 }

@@ -16,7 +16,7 @@ from torch.distributed.tensor import distribute_tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from moe_case import model_with_experts
+from cases import model_with_experts
 
 from spherelm.layers.linear import retract
 from spherelm.models import GPTConfig, NGPTConfig, build

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import moe_case
 import pytest
 import torch
+from cases import model_with_experts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def test_the_busy_are_picked_less_often_and_the_idle_more(load: list[int]) -> No
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_micro_batches_add_up_to_the_batch(arm: str) -> None:
     """And what is counted is forgotten after each step, but kept as seen."""
-    model = moe_case.model_with_experts(arm)
+    model = model_with_experts(arm)
     found = []
     for parts in (TOKENS.split(4), TOKENS.split(1)):
         for _, router in routers(model):
@@ -76,7 +76,7 @@ def loads_of(model: nn.Module) -> list[Tensor]:
 
 def test_only_routers_that_balance_by_a_bias_have_it_moved() -> None:
     for balance in ("loss", "none"):
-        model = moe_case.model_with_experts(balance=balance)
+        model = model_with_experts(balance=balance)
         optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
         model.loss(TOKENS, TOKENS).backward()
         optimizer.step()
@@ -103,7 +103,7 @@ def test_the_bias_makes_an_uneven_load_even() -> None:
 
 
 def test_what_is_recomputed_is_counted_once() -> None:
-    model = moe_case.model_with_experts(balance="loss")
+    model = model_with_experts(balance="loss")
     plain = gradients(model)
     once = loads(model)
     clear_loads(model)
@@ -123,7 +123,7 @@ def gradients(model: Decoder, factor: float = 1.0) -> list[Tensor]:
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_the_auxiliary_loss_is_in_the_gradient_and_not_in_the_loss(arm: str) -> None:
     """It comes with whatever the loss is multiplied by, as the part of a micro-batch in its batch."""
-    models = [moe_case.model_with_experts(arm, balance=b, coefficient=0.5) for b in ("none", "loss")]
+    models = [model_with_experts(arm, balance=b, coefficient=0.5) for b in ("none", "loss")]
     models[1].load_state_dict(models[0].state_dict())
     plain, penalized = (model.loss(TOKENS, TOKENS) for model in models)
     assert torch.equal(plain, penalized)
@@ -140,7 +140,7 @@ def test_the_auxiliary_loss_makes_the_load_more_even() -> None:
     worst = {}
     for coefficient in (0.0, 1.0):
         torch.manual_seed(0)
-        model = moe_case.model_with_experts(balance="loss", coefficient=coefficient)
+        model = model_with_experts(balance="loss", coefficient=coefficient)
         with torch.no_grad():
             for _, router in routers(model):
                 router.weight[:2] *= 4
@@ -155,7 +155,7 @@ def test_the_auxiliary_loss_makes_the_load_more_even() -> None:
 
 
 def test_roles_of_a_model_with_experts() -> None:
-    roles = parameter_roles(moe_case.model_with_experts())
+    roles = parameter_roles(model_with_experts())
     start = "blocks.0.experts.part."
     assert {name.removeprefix(start): role for name, role in roles.items() if name.startswith(start)} == {
         "router.weight": "router",
@@ -168,7 +168,7 @@ def test_roles_of_a_model_with_experts() -> None:
 def test_every_optimizer_moves_banks_and_keeps_them_on_the_sphere(optimizer: str) -> None:
     from spherelm import departure
 
-    model = moe_case.model_with_experts()
+    model = model_with_experts()
     before = [p.detach().clone() for p in model.parameters()]
     made = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=RULES[optimizer](), max_angle=0.1))
     losses = []

@@ -37,6 +37,7 @@ def by_the_formula(
     return theta
 
 
+@pytest.mark.row("Optimizers")
 @given(st.floats(0.1, 2.0), st.sampled_from([1e-6, 1e-3, 1.0]), st.sampled_from([0.0, 1e-8, 1e-2]))
 def test_it_is_the_formula(a: float, eps_gate: float, eps: float) -> None:
     torch.manual_seed(0)

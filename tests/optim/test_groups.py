@@ -7,6 +7,7 @@ from typing import Any
 import golden
 import pytest
 import torch
+from cases import train
 from oracle_names import oracle_names, oracle_parameters
 from torch import nn
 
@@ -66,16 +67,10 @@ def test_decay_reaches_matrices_and_embeddings_only(arm: str, asked: float | Non
         assert group["weight_decay"] == (0.0 if group["role"] in ("gain", "scale") else decay), group["role"]
 
 
-def test_defaults_are_the_papers() -> None:
-    config = OptimConfig(lr=1e-3)
-    rule = config.optimizer
-    assert (rule.betas, rule.eps, config.grad_clip, config.weight_decay) == ((0.9, 0.95), 1e-8, 1.0, None)
-    assert dataclasses.astuple(config.multipliers) == (1.0,) * len(ROLES)
-
-
+@pytest.mark.row("Optimizers")
 @both_arms
 @pytest.mark.parametrize("role", ROLES)
-def test_a_multiplier_reaches_exactly_its_role(arm: str, role: str, case: Any, train: Any) -> None:
+def test_a_multiplier_reaches_exactly_its_role(arm: str, role: str, case: Any) -> None:
     """Adam's first step is proportional to the rate: compare what moved, and by how much."""
     moved = []
     for multiplier in (1.0, 0.25):

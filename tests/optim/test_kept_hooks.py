@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import make_hybrid_case, make_pair_case
 from configs import make_config
-from hybrid_case import make_hybrid_case
-from pair_case import make_pair_case
 from torch import nn
 
 from spherelm.layers.linear import UnitLinear, departure
@@ -47,9 +46,8 @@ MODELS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_copied_model_is_the_model(name: str, duplicate: Callable[[Any], Any], case: Any) -> None:
     c = MODELS[name](case)
-    tokens = getattr(c, "joined", c.tokens)
     twin = duplicate(c.model)
-    assert torch.equal(twin.loss(tokens, c.targets), c.model.loss(tokens, c.targets))
+    assert torch.equal(twin.loss(c.joined, c.targets), c.model.loss(c.joined, c.targets))
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in c.model.parameters()}
 
 

@@ -266,6 +266,7 @@ def rows_turned(model: NGPT, before: dict[str, Tensor]) -> float:
     return max(sphere.angle(before[name], weight.detach(), axis).max().item() for name, weight, axis in found)  # type: ignore[arg-type]
 
 
+@pytest.mark.row("Optimizers")
 @pytest.mark.parametrize("reloaded", [False, True])
 @pytest.mark.parametrize("optimizer_name", ["adamw", "gated_adamw", "muon"])
 def test_no_vector_turns_beyond_the_cap(optimizer_name: str, reloaded: bool) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import paper
 import pytest
 import torch
+from cases import train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def test_attaching_puts_the_weights_on_the_sphere_at_once() -> None:
     assert departure(model) < 3e-7
 
 
+@pytest.mark.row("Optimizers")
 @given(st.integers(0, 2**20), st.floats(-4, 1), st.sampled_from(["SGD", "Adam", "AdamW", "RMSprop"]))
 def test_unit_after_every_step_of_any_optimizer(seed: int, rate: float, name: str) -> None:
     torch.manual_seed(seed)
@@ -87,14 +89,14 @@ def test_build_optimizer_retracts_sphere_models_only(arm: str, on_sphere: bool, 
     assert bool(((rows - 1).abs() < 1e-12).all()) == on_sphere
 
 
-def test_float32_training_stays_on_the_sphere(case: Any, train: Any) -> None:
+def test_float32_training_stays_on_the_sphere(case: Any) -> None:
     c = case("ngpt")
     model = c.model.float()
     train(model, OptimConfig(lr=3e-2), c.batches(10))
     assert departure(model) < 3e-7
 
 
-def test_a_shared_weight_is_retracted(case: Any, train: Any) -> None:
+def test_a_shared_weight_is_retracted(case: Any) -> None:
     c = case("ngpt", tie_embeddings=True)
     train(c.model, OptimConfig(lr=3e-2), c.batches(2))
     assert c.model.head.linear.weight is c.model.embed.weight

@@ -27,6 +27,7 @@ def oracle(kind: str, r: float, end: float, rho: float) -> float:
     return paper.log_decay(r, rho, end) if kind == "log" else decays[kind](r, end)
 
 
+@pytest.mark.row("Schedules")
 @pytest.mark.parametrize("kind", ["cosine", "linear", "log"])
 @pytest.mark.parametrize("end", [0.0, 0.1])
 @pytest.mark.parametrize("warmup", [0, 10])
@@ -64,6 +65,7 @@ def test_a_constant_rate_is_constant() -> None:
     assert [factor(config, i, 5) for i in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.row("Schedules")
 def test_wsd_is_stable_then_falls_linearly() -> None:
     config = ScheduleConfig("wsd", warmup_steps=10, decay_fraction=0.2, final=0.1)
     factors = [factor(config, i, 110) for i in range(111)]

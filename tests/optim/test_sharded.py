@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 
+@pytest.mark.row("Optimizers")
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     meeting, out = tmp_path / "meeting", tmp_path / "found.pt"

@@ -9,36 +9,24 @@ from typing import Any
 import golden
 import paper
 import pytest
-from oracle_names import oracle_parameters
+from cases import LR, assert_trained, assert_trains, train
 
 from spherelm.optim import AdamW
 from spherelm.optim.groups import OptimConfig, RateMultipliers
 from spherelm.optim.schedule import ScheduleConfig, factor
 
-LR = 3e-3
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
-
-
-def check(c: Any, losses: list[float], wanted: tuple[list[float], paper.Params]) -> None:
-    """Losses to 1e-9 relative, weights to 1e-9 of the largest of their tensor."""
-    assert losses == pytest.approx(wanted[0], rel=1e-9)
-    for name, p in oracle_parameters(c.model):
-        assert (p.detach() - wanted[1][name]).abs().max() <= 1e-9 * wanted[1][name].abs().max(), name
-        assert (p.detach() - c.weights[name]).abs().max() > 1e-6, f"{name} did not move"
 
 
 @both_arms
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"n_heads": 6, "n_kv_heads": 2}], ids=str)
-def test_training_is_the_papers(arm: str, steps: int, fields: dict[str, Any], case: Any, train: Any) -> None:
-    c = case(arm, **fields)
-    losses = train(c.model, OptimConfig(lr=LR), c.batches(steps))
-    recipe = paper.paper_recipe(arm, LR)
-    check(c, losses, paper.train(c.forward, c.weights, c.shape, c.batches(steps), recipe))
+def test_training_is_the_papers(arm: str, steps: int, fields: dict[str, Any], case: Any) -> None:
+    assert_trains(case(arm, **fields), steps)
 
 
 @both_arms
-def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any, train: Any) -> None:
+def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any) -> None:
     c = case(arm)
     schedule = [factor(ScheduleConfig("cosine", warmup_steps=2), i, 10) for i in range(10)]
     multipliers = RateMultipliers(input_embedding=0.5, output_embedding=0.25, matrix=2.0, scale=3.0, gain=0.1)
@@ -64,27 +52,27 @@ def test_schedule_and_multipliers_are_the_papers(arm: str, case: Any, train: Any
         recipe,
         lambda i: (i + 1) / 2 if i < 2 else paper.cosine_decay((i - 2) / 8),
     )
-    check(c, losses, oracle)
+    assert_trained(c, losses, oracle)
 
 
-def test_other_constants_reach_the_optimizer(case: Any, train: Any) -> None:
+def test_other_constants_reach_the_optimizer(case: Any) -> None:
     c = case("gpt")
     config = OptimConfig(lr=LR, optimizer=AdamW(betas=(0.8, 0.99), eps=1e-3), weight_decay=0.5, grad_clip=None)
     recipe = paper.Recipe(
         lambda name: LR, lambda name: 5 * paper.gpt_decay(name), betas=(0.8, 0.99), eps=1e-3, limit=float("inf")
     )
     losses = train(c.model, config, c.batches(5))
-    check(c, losses, paper.train(c.forward, c.weights, c.shape, c.batches(5), recipe))
+    assert_trained(c, losses, paper.train(c.forward, c.weights, c.shape, c.batches(5), recipe))
 
 
 @both_arms
-def test_the_twenty_golden_losses(arm: str, shared: Path, golden_model: Any, train: Any) -> None:
+def test_the_twenty_golden_losses(arm: str, shared: Path) -> None:
     files = golden.load(shared, arm)
-    losses = train(golden_model(files), OptimConfig(lr=1e-3), files.batches())
+    losses = train(files.model, OptimConfig(lr=1e-3), files.batches())
     assert losses == pytest.approx(files.losses, rel=1e-9)
 
 
-def test_a_mistake_is_noticed(mutated_arm: str, case: Any, train: Any) -> None:
+def test_a_mistake_is_noticed(mutated_arm: str, case: Any) -> None:
     """With one mistake in the oracle, three steps no longer agree anywhere near the tolerances above."""
     c = case(mutated_arm)
     losses = train(c.model, OptimConfig(lr=1e-2), c.batches(3))

@@ -132,6 +132,7 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sphere_map, "ITERATIONS", 20)
 
 
+@pytest.mark.row("Inside the models")
 def test_every_figure_is_there_as_svg_and_as_png(inspected: Inspected) -> None:
     figures = inspected.out / "figures"
     assert (

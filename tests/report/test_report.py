@@ -114,6 +114,7 @@ def edit_summary(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], N
     return edit
 
 
+@pytest.mark.row("Report")
 def test_the_page_stands_alone(directory: Path, page: Page) -> None:
     for _, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "action", "poster", "srcset", "data"):

@@ -180,6 +180,7 @@ def test_keys_turn_and_zoom(browser: Any, key: str) -> None:
     assert places(browser) == start
 
 
+@pytest.mark.row("Inside the models")
 def test_the_slider_walks_from_stop_to_stop(browser: Any) -> None:
     slider = find(browser, "#stop")
     assert slider.get_attribute("max") == str(STOPS - 1)

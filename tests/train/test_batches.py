@@ -107,6 +107,7 @@ def test_a_mixture_is_validated_by_source(directories: list[Path], tmp_path: Pat
     assert torch.equal(torch.cat(parts), data.loader.batch(3)[0])
 
 
+@pytest.mark.row("Data at scale")
 @pytest.mark.parametrize("kind", ["mixture", "stream"])
 def test_resumed_equals_uninterrupted(
     kind: str, directories: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +148,7 @@ def test_a_stream_validates_on_what_it_does_not_train_on(directories: list[Path]
     assert windows.flatten().tolist() == expected
 
 
+@pytest.mark.row("Data at scale")
 def test_documents_are_kept_apart(directories: list[Path], tmp_path: Path) -> None:
     """In training, whatever the micro-batches, and in validation."""
     for data in (mixture(directories), f"stream:{directories[0]}.jsonl,tokenizer=bytes,val=0.3"):

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import moe_case
 import pytest
 import tiny
 import torch
+from cases import model_with_experts
 from old_files import flatten_config, rename_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, 
         optimizer.zero_grad()
         return {**state_of(model, optimizer), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
 
-    model, other = (moe_case.model_with_experts(arm) for _ in range(2))
+    model, other = (model_with_experts(arm) for _ in range(2))
     optimizer, fresh = (build_optimizer(each, OptimConfig(lr=1e-2)) for each in (model, other))
     before = updated(model, optimizer)
     assert before["blocks.0.experts.part.router.score_bias"].abs().max() > 0
@@ -169,7 +169,7 @@ def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, 
 
 
 def test_a_checkpoint_without_the_biases_is_refused(tmp_path: Path) -> None:
-    model = moe_case.model_with_experts()
+    model = model_with_experts()
     path = save_checkpoint(tmp_path, model, build_optimizer(model, OptimConfig(lr=1e-2)), Progress(1, 0.0), keep=1)
     for block in model.blocks:
         del block.experts.part.router.score_bias

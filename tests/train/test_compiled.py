@@ -19,6 +19,7 @@ from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import gradients_of_batch
 
 
+@pytest.mark.row("Compilation")
 @tiny.compiles
 def test_compiled_gradients_are_eager_gradients(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """nGPT, whose blocks have everything that GPT's have and more."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
 
-import moe_case
 import pytest
 import tiny
 import torch
+from cases import D_FF, E, config_of, hybrid_config, model_with_experts
 from torch.profiler import ProfilerActivity, profile
 
 from spherelm.layers.loss import linear_cross_entropy
-from spherelm.models import Config, EncDecArch, build
+from spherelm.models import Config, build, parameter_count
 from spherelm.optim import RULES, build_optimizer
-from spherelm.recipes import PRESETS, make_run
+from spherelm.recipes import make_run
 from spherelm.train import counting
 from spherelm.train.counting import block_costs, counted_flops, flops_per_token, readout_cost, training_flops
 from spherelm.train.estimate import (
@@ -31,7 +30,6 @@ from spherelm.train.estimate import (
 )
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
-PAPER_RUNS = [name for name in PRESETS if "b-" in name]
 SHAPES: list[dict[str, Any]] = [
     {"n_layers": 3, "d_model": 64, "n_heads": 4, "seq_len": 128, "vocab_size": 512},
     {"n_layers": 6, "d_model": 64, "n_heads": 4, "seq_len": 128, "vocab_size": 4096},
@@ -62,39 +60,33 @@ def test_operations_are_those_of_the_rule(arm: str, fields: dict[str, Any]) -> N
 
 
 @both_arms
-def test_operations_are_those_of_a_real_step(arm: str) -> None:
+@pytest.mark.parametrize("kind", ["decoder", "encdec", "encoder", "hybrid"])
+def test_operations_are_those_of_a_real_step(arm: str, kind: str) -> None:
     """Counted while real numbers are computed, backward too, with the loss that is its own autograd function."""
-    config = model_config(arm, **SHAPES[0])
-    model, tokens = build(config), torch.randint(512, (2, 128))
+    config = hybrid_config(arm) if kind == "hybrid" else config_of(arm, kind, n_layers=3)
+    tokens, targets = torch.randint(37, (2, 32 if kind == "encdec" else 16)), torch.randint(37, (2, 16))
     with counted_flops() as counter:
-        model.loss(tokens, tokens).backward()
-    assert counter.get_total_flops() == training_flops(config, 2, 128)
+        build(config).loss(tokens, targets).backward()
+    assert counter.get_total_flops() == training_flops(config, 2, 16)
 
 
 @both_arms
-def test_operations_of_an_encoder_decoder_are_those_of_a_real_step(arm: str) -> None:
-    """Of sources and targets of one length."""
-    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4}
-    config = make_run(arm, "pairs", vocab_size=512, lr=1e-3, seq_len=64, **shape).model
-    model, tokens, targets = build(config), torch.randint(512, (2, 128)), torch.randint(512, (2, 64))
-    with counted_flops() as counter:
-        model.loss(tokens, targets).backward()
-    assert counter.get_total_flops() == training_flops(config, 2, 64)
-    same = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, n_encoder_layers=2))
-    assert training_flops(same, 2, 64) == training_flops(config, 2, 64)
+def test_encoder_decoders_are_counted_where_both_are_equally_deep(arm: str) -> None:
+    config = config_of(arm, "encdec", n_encoder_layers=None)
+    assert training_flops(config_of(arm, "encdec", n_encoder_layers=2), 2, 16) == training_flops(config, 2, 16)
     for n in (1, 3):
         with pytest.raises(ValueError, match="counted where n_encoder_layers is n_layers"):
-            training_flops(dataclasses.replace(config, architecture=EncDecArch(n_encoder_layers=n)), 2, 64)
+            training_flops(config_of(arm, "encdec", n_encoder_layers=n), 2, 16)
 
 
 @both_arms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_of_experts_those_count_that_a_token_meets(arm: str, dtype: torch.dtype) -> None:
     """Whether torch's kernel multiplies their matrices, or the loop."""
-    model, tokens = moe_case.model_with_experts(arm, top_k=2).to(dtype), torch.randint(23, (2, 8))
+    model, tokens = model_with_experts(arm, top_k=2).to(dtype), torch.randint(23, (2, 8))
     with counted_flops() as counter:
         model.loss(tokens, tokens).backward()
-    d, d_ff, n_experts, layers, vocab = 16, moe_case.D_FF, moe_case.E, 2, 23
+    d, d_ff, n_experts, layers, vocab = 16, D_FF, E, 2, 23
     products = layers * (4 * d * d + 2 * 3 * d * d_ff + n_experts * d) + d * vocab
     rule = 6 * products + 12 * layers * d * 8
     assert flops_per_token(model, 8) == rule
@@ -114,6 +106,7 @@ def allocated(run: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.row("Dry runs")
 @both_arms
 @pytest.mark.parametrize("fields", SHAPES)
 def test_memory_is_what_a_real_step_holds(arm: str, fields: dict[str, Any]) -> None:
@@ -155,18 +148,17 @@ def test_the_straight_line_through_two_counts_is_the_count(arm: str) -> None:
     assert vars(readout_cost(config, tokens, torch.bfloat16)) == pytest.approx(vars(counted), rel=1e-3)
 
 
-@both_arms
-@pytest.mark.parametrize("preset", PAPER_RUNS)
-def test_every_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) -> None:
+@pytest.mark.row("Dry runs")
+@pytest.mark.parametrize(
+    ("arm", "preset"), [("gpt", "0.5b-1k"), ("ngpt", "0.5b-8k"), ("gpt", "1b-4k"), ("ngpt", "1b-1k")]
+)
+def test_a_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) -> None:
     config = make_run(arm, preset, "paper")
     found = estimate(config, Layout(64, "hybrid", recompute=True))
     assert json.loads(json.dumps(found)) == found
     assert sum(found["parameters_by_role"].values()) == found["parameters"]
     size, context = preset.split("-")
-    assert (
-        found["parameters"] // 100_000
-        == {"0.5b": {"gpt": 4682, "ngpt": 4684}, "1b": {"gpt": 10257, "ngpt": 10261}}[size][arm]
-    )
+    assert found["parameters"] == parameter_count(config.model)
     assert found["tokens"] == pytest.approx(52e9, rel=1e-3)
     layers, d = (24, 1024) if size == "0.5b" else (36, 1280)
     rule = 6 * (16 * d * d * layers + 32000 * d) + 12 * layers * d * config.train.seq_len + sums(arm, config.model)
@@ -178,8 +170,8 @@ def test_every_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) ->
 
 
 def test_the_base_of_nugpt_is_told_and_of_others_there_is_none() -> None:
-    told = [estimate_table(estimate(make_run("ngpt", "1b-4k", recipe), Layout())) for recipe in ("nugpt", "paper")]
-    base = make_run("ngpt", "1b-4k", "nugpt").base
+    runs = [make_run("ngpt", "0.3m", recipe, vocab_size=64) for recipe in ("nugpt", "paper")]
+    told, base = [estimate_table(estimate(run, Layout())) for run in runs], runs[0].base
     assert base is not None
     assert f"base: d_model={base.d_model}, n_layers={base.n_layers}, steps={base.steps}" in told[0]
     assert "base:" not in told[1]

@@ -15,7 +15,8 @@ from test_parallel import arguments
 
 from spherelm.runs.checkpoint import latest_checkpoint
 
-KILLS = 12
+pytestmark = pytest.mark.slow
+KILLS = 6
 """For each arm, beside those at chosen moments."""
 
 AT_CALL = """
@@ -46,13 +47,14 @@ MOMENTS = {
 }
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize(("arm", "dtype"), [("ngpt", "float32"), ("gpt", "bfloat16")])
 def test_killed_at_any_moment(arm: str, dtype: str, data: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     flags = ("--save-every", "3", "--dtype", dtype, "--keep", "2", "--resume")
 
     def job(out: Path, before: str = "", kill_after: float = 300.0) -> ranks.Job:
-        return ranks.Job(1, arguments(arm, out, data, *flags, steps=400), before, kill_after=kill_after)
+        return ranks.Job(1, arguments(arm, out, data, *flags, steps=300), before, kill_after=kill_after)
 
     draw = random.Random(arm)
     jobs = [job(run, AT_CALL.format(where=where)) for where in MOMENTS.values()]
@@ -88,6 +90,7 @@ main()
 """
 
 
+@pytest.mark.row("Many processes")
 def test_torchrun_restarts_a_run_that_lost_a_process(data: Path, tmp_path: Path) -> None:
     """With the command as it was first given: a restart goes on from the last checkpoint."""
     (tmp_path / "program.py").write_text(KILL_ONE)

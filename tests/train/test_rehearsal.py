@@ -42,6 +42,7 @@ def bfloat16_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Speeds:
 SMALL = GPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=24, max_seq_len=8)
 
 
+@pytest.mark.row("Number formats")
 @pytest.mark.parametrize(
     ("times", "wanted"), [(0.3, torch.bfloat16), (0.95, torch.float32), (1.9, torch.float32), (100.0, torch.float32)]
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import tiny
 from spherelm.data.prepare import prepare
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.train import trainer as module
-from spherelm.train.signals import Interrupted, Noted
+from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import Trainer, train
 
 MakeTrainer = Callable[..., Trainer]
@@ -61,50 +60,15 @@ def test_resuming_after_a_crash_changes_nothing(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@both_arms
-def test_a_crash_before_the_first_checkpoint_starts_over(arm: str, trainer: MakeTrainer, tmp_path: Path) -> None:
-    first = trainer(arm)
+def test_a_crash_before_the_first_checkpoint_starts_over(trainer: MakeTrainer, tmp_path: Path) -> None:
+    first = trainer()
     crash_at(first, 4)
     with pytest.raises(SystemExit):
         first.run(show_progress=False)
     assert latest_checkpoint(tmp_path / "run") is None
-    trainer(arm, resume=True).run(show_progress=False)
+    trainer(resume=True).run(show_progress=False)
     steps = [record["step"] for record in tiny.metrics(tmp_path / "run") if record["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
-
-
-@contextmanager
-def asked_to_stop(noted: Noted) -> Iterator[Noted]:
-    yield noted
-
-
-@both_arms
-@pytest.mark.parametrize("number", [15, 2], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_at_the_next_step_and_resuming_changes_nothing(
-    arm: str, number: int, trainer: MakeTrainer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The signal comes between two validations, where nothing would be saved otherwise."""
-    train(tiny.run_config(arm, data), tmp_path / "whole", show_progress=False)
-    noted = Noted()
-    first = trainer(arm)
-    update = first._update
-
-    def update_and_signal(step: int, lr: float) -> tuple[float, float]:
-        if step == 2:
-            noted.numbers.append(number)
-        return update(step, lr)
-
-    first._update = update_and_signal  # type: ignore
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "signals_noted", lambda: asked_to_stop(noted))
-        with pytest.raises(Interrupted, match=r"SIG(TERM|INT): saved .*run at step 3; go on with --resume") as error:
-            first.run(show_progress=False)
-    assert error.value.signal_number == number
-    saved = latest_checkpoint(tmp_path / "run")
-    assert saved is not None
-    assert saved.name == "step-00000003"
-    trainer(arm, resume=True).run(show_progress=False)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 SCORED: dict[str, Any] = {"eval_tasks": "some", "eval_tasks_every": 4}
@@ -114,12 +78,14 @@ MEASURING = {
     "the last validation": ("validation", 11, 6),
     "an evaluation": ("score", 1, 4),
     "the last evaluation": ("score", 2, 6),
+    "an update between two validations": ("update", 3, 3),
     "an update after which a validation is due": ("update", 4, 4),
     "the last update": ("update", 6, 6),
 }
 """What is under way when the signal comes, its number among all of its kind, and the update that the run has come to."""
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize("moment", MEASURING)
 def test_a_signal_saves_before_anything_else_is_measured(
     moment: str, trainer: MakeTrainer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -187,13 +153,11 @@ def test_what_changes_nothing_may_change_on_resuming(trainer: MakeTrainer, data:
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@both_arms
-@pytest.mark.parametrize("sizes", [(None, 1), (1, None), (4, 2)], ids=str)
+@pytest.mark.parametrize(("arm", "before", "after"), [("ngpt", None, 1), ("gpt", 1, None), ("ngpt", 4, 2)])
 def test_smaller_micro_batches_may_be_taken_on_resuming(
-    arm: str, sizes: tuple[int | None, int | None], trainer: MakeTrainer, data: Path, tmp_path: Path
+    arm: str, before: int | None, after: int | None, trainer: MakeTrainer, data: Path, tmp_path: Path
 ) -> None:
     """As one does where memory ran out: the run ends where it would have ended, but for the rounding of sums."""
-    before, after = sizes
     loss = train(tiny.run_config(arm, data), tmp_path / "whole", show_progress=False)
     first = trainer(arm, save_every=2, micro_batch_size=before)
     crash_at(first, 6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,6 @@ def test_text_ends_where_the_model_ends_the_document(run: Path, monkeypatch: pyt
         ("", 3, {}, "the prompt is empty: give at least one character"),
         ("ba" * 16, 1, {}, "32 prompt tokens and max_new_tokens=1 do not fit.*max_seq_len=32"),
         ("ba", 31, {}, "ask for 0 to 30 new tokens or shorten the prompt"),
-        ("ba", 3, {"temperature": math.nan}, "temperature must be a finite number, got nan"),
-        ("ba", 3, {"top_p": math.nan}, "top_p must be a finite number, got nan"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(
@@ -118,6 +115,7 @@ def test_a_window_goes_past_the_models_length(run: Path) -> None:
     assert max(len(text) for text in texts) > 2 * 32
 
 
+@pytest.mark.row("Number formats for inference")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_writes_and_reports_its_departure(
     precision: str, run: Path, capsys: pytest.CaptureFixture[str]
@@ -130,7 +128,7 @@ def test_every_precision_writes_and_reports_its_departure(
         assert said == ""
     else:
         assert said.startswith(f"spherelm: weights in {precision}, departure from the sphere ")
-        assert 0 < float(said.split()[-1]) < 1e-2
+        assert 0 < float(said.split()[-1]) < (3e-7 if precision == "int8" else 1e-2)
     capsys.readouterr()
     assert text[:1] == continuations(run, "ba", 1, 1, temperature=0)[0], "greedy, the first token is the same"
 
@@ -210,12 +208,14 @@ def test_a_conversation_says_how_much_room_is_left_and_stays_as_it_was(run: Path
     assert len("".join(endless.answer("ba", 60)).encode()) > 40
 
 
+@pytest.mark.row("Generation")
 def test_a_prompt_streams_to_the_terminal(run: Path, command: commands.Command) -> None:
     answer = command("generate", run, "--prompt", "ba", "--max-new-tokens", 9, "--seed", 3)
     (text,) = continuations(run, "ba", 1, 9, temperature=0.8, top_k=50, seed=3)
     assert (answer.code, answer.out, answer.err) == (0, f"ba{text}\n", "")
 
 
+@pytest.mark.row("Generation")
 def test_a_file_of_prompts_as_json_lines(run: Path, command: commands.Command, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("ba\nnu\n", encoding="utf-8")
     words = ["--max-new-tokens", 6, "--samples", 2, "--seed", 3, "--temperature", 1.1, "--top-p", 0.9, "--min-p", 0.01]
@@ -234,6 +234,7 @@ def test_a_file_of_prompts_as_json_lines(run: Path, command: commands.Command, t
     assert plain.out == "\n---\n".join(prompt + text for (prompt, _), text in zip(asked, texts, strict=True)) + "\n"
 
 
+@pytest.mark.row("Generation")
 def test_a_conversation_on_the_terminal(run: Path, command: commands.Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("ba\n\n nu\n" + "ba" * 20 + "\nk\n"))
     answer = command("generate", run, "--interactive", "--max-new-tokens", 8, "--temperature", 0)

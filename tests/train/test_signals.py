@@ -60,9 +60,9 @@ def stop_after(trainer: Trainer, step: int) -> None:
     assert trainer.progress.step == step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_stopped_command_saves_and_goes_on_bitwise(number: signal.Signals, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.mark.row("Interruption")
+def test_a_stopped_command_saves_and_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
+    run, number = tmp_path / "run", signal.SIGINT
     process = subprocess.Popen(
         command(run, data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
     )

@@ -101,6 +101,7 @@ def awaited(there: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.row("Logs")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_told_whole_and_once(name: str, data: Path, tmp_path: Path) -> None:
     """Cut off after step 4, its last checkpoint at step 2: steps 3 and 4 are done twice and told once."""
@@ -207,6 +208,7 @@ log.close()
 """
 
 
+@pytest.mark.row("Logs")
 def test_a_process_with_sinks_ends_well_and_calls_nobody(tmp_path: Path) -> None:
     """wandb's service is a process of its own: it must not keep this one, nor print."""
     pytest.importorskip("wandb")

@@ -12,6 +12,7 @@ import torch
 from spherelm import departure, load_model
 from spherelm.runs.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
 SPREADS = {
     "alone": (1, ()),
     "shard": (2, ("--strategy", "shard", "--recompute", "--micro-batch-size", "2")),

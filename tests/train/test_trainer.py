@@ -60,6 +60,7 @@ def test_accumulated_gradients_are_those_of_one_batch(
     assert (parts - one).abs().max() <= tolerance * one.abs().max()
 
 
+@pytest.mark.row("Batches larger than memory")
 @both_arms
 def test_a_run_with_accumulation_is_the_run_without(arm: str, data: Path, tmp_path: Path) -> None:
     for name, size in (("one", None), ("parts", 2)):
@@ -90,6 +91,7 @@ def test_the_loop_is_the_plain_one(arm: str, trainer: MakeTrainer, data: Path) -
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.row("Number formats")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ngpt_is_on_the_sphere_after_every_step(dtype: str, trainer: MakeTrainer) -> None:
     run = trainer("ngpt", dtype=dtype, batch_size=2, lr=0.1)
@@ -105,7 +107,8 @@ def test_ngpt_is_on_the_sphere_after_every_step(dtype: str, trainer: MakeTrainer
     run.run(show_progress=False)
     assert len(departures) == 7
     assert max(departures) < 1e-6
-    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    moments = [moment for state in run.optimizer.state.values() for moment in state.values()]
+    assert {tensor.dtype for tensor in (*run.model.parameters(), *moments)} == {torch.float32}
 
 
 @both_arms
@@ -128,9 +131,8 @@ def test_clipping_scales_the_whole_gradient_down_and_never_up() -> None:
         assert grads.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
-@both_arms
-def test_metrics_hold_what_is_documented(arm: str, trainer: MakeTrainer, tmp_path: Path) -> None:
-    loss = trainer(arm, steps=5).run(show_progress=False)
+def test_metrics_hold_what_is_documented(trainer: MakeTrainer, tmp_path: Path) -> None:
+    loss = trainer(steps=5).run(show_progress=False)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     common = {"kind", "step", "tokens", "seconds", "loss"}
     assert [(r["kind"], r["step"]) for r in records] == [
@@ -180,6 +182,7 @@ def test_the_data_sheet_of_a_gpu_is_found_by_its_name() -> None:
     assert diagnostics.data_sheet_flops(names[0], torch.float32) is None
 
 
+@pytest.mark.row("Interruption")
 @pytest.mark.parametrize(
     ("fields", "steps"), [({}, [3, 6]), ({"save_minutes": 0}, [6]), ({"save_every": 4}, [4, 6])], ids=str
 )
@@ -248,9 +251,8 @@ def test_eval_every_zero_validates_at_start_and_end(
     assert [r["step"] for r in tiny.metrics(tmp_path / "run") if r["kind"] == "val"] == [0, steps]
 
 
-@both_arms
-def test_a_run_that_diverges_says_where_and_why(arm: str, trainer: MakeTrainer, tmp_path: Path) -> None:
-    run = trainer(arm, save_every=1)
+def test_a_run_that_diverges_says_where_and_why(trainer: MakeTrainer, tmp_path: Path) -> None:
+    run = trainer(save_every=1)
     weights = next(p for p in run.model.parameters())
     update = run._update
 
@@ -288,10 +290,8 @@ def test_a_last_update_that_breaks_the_model_is_noticed(trainer: MakeTrainer, tm
     assert latest_checkpoint(tmp_path / "run") is None
 
 
-@both_arms
 @pytest.mark.parametrize(("start", "end", "worse"), [(6.0, 6.05, False), (6.0, 6.2, True), (3.0, 6.0, True)])
 def test_a_run_that_ends_worse_than_an_untrained_model_fails(
-    arm: str,
     start: float,
     end: float,
     worse: bool,
@@ -302,7 +302,7 @@ def test_a_run_that_ends_worse_than_an_untrained_model_fails(
     """Its start, or where that is lower an even guess, ln(257) = 5.55 nats, also when resumed; in between it may be worse."""
     validations = {0: start, 2: 9.0, 4: 9.0, 6: end}
     for resume in (False, True):
-        run = trainer(arm, save_every=4, resume=resume)
+        run = trainer(save_every=4, resume=resume)
         (name,) = (part.name for part in run.data.held_out)
         monkeypatch.setattr(
             run, "_validation_losses", lambda run=run, name=name: {name: validations[run.progress.step]}
@@ -326,6 +326,7 @@ def test_a_normalized_model_thrown_about_by_its_rate_fails(trainer: MakeTrainer)
         trainer("ngpt", lr=1e6, eval_every=0).run(show_progress=False)
 
 
+@pytest.mark.row("Compilation")
 def test_compiling_that_fails_is_said_and_changes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
