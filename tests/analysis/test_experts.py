@@ -10,6 +10,8 @@ import paper
 import paper_moe
 import pytest
 import torch
+from spherelm.report.expert_figures import expert_section
+from spherelm.report.inside_figures import motion_section, weight_section
 from torch import Tensor
 
 from spherelm.analysis import geometry, weights
@@ -21,8 +23,6 @@ from spherelm.layers.linear import departure
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
-from spherelm.report.expert_figures import expert_section
-from spherelm.report.inside_figures import motion_section, weight_section
 from spherelm.report.inside_tables import write_tables
 from spherelm.train.diagnostics import Diagnosis, load_of_experts
 
