@@ -88,7 +88,7 @@ def picture(texts: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("summary", type=Path, help="what research/ladder_summary.py wrote")
     parser.add_argument("picture", type=Path)

@@ -50,7 +50,7 @@ def table(found: dict[str, Any], lengths: list[int]) -> str:
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     record, picture = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     found = record["results"]
     first = next(iter(found.values()))

@@ -115,7 +115,7 @@ def picture(found: dict[tuple[str, str], Curves]) -> Figure:
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     found = read(Path(sys.argv[1]))
     Path(sys.argv[2]).write_text(standalone(picture(found).svg), encoding="utf-8")
     print(table(found))

@@ -153,7 +153,7 @@ def read_end(directory: Path) -> End | None:
 
 
 def read_evaluations(run: Path) -> Iterator[dict[str, Any]]:
-    """What `spherelm eval --json` wrote into a run directory, file after file; other files are passed over."""
+    """The results of `spherelm eval --json` in a run directory, file by file; other files are passed over."""
     for path in sorted(run.glob("*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))

@@ -68,7 +68,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at.
+    """The text, sentence and layer to look at.
 
     Attributes:
         text: Text file that the models read; the shipped validation text if left out.

@@ -1,4 +1,4 @@
-"""The figures of what models do with a text: how states move, what each depth would predict, experts, and training."""
+"""The figures of a model at work on a text: how states move, predictions at each depth, experts, and training."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def motion_section(found: Found) -> list[Figure]:
 
 
 def lens_section(found: Found) -> list[Figure]:
-    """What each stop would predict."""
+    """The predictions that the output matrix would make at each stop."""
     return [
         LENS_LOSS.figure(found),
         LENS_AGREEMENT.figure(found, _before_last_layer),

@@ -59,7 +59,7 @@ def _of(row: Row, key: str) -> str:
 
 
 def label(row: Row, keys: Sequence[str]) -> str:
-    """What tells this choice from the others, in few words."""
+    """A short name of a choice: the fields in which the choices differ."""
     named = {key: row.choice[key] for key in keys if key in row.choice}
     words = [
         value if isinstance(value, str) else f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"

@@ -1,4 +1,4 @@
-"""The figures of what lies in the weights: learned scales, embeddings, and the spectra of matrices."""
+"""The figures of trained weights: learned scales, embeddings, and the spectra of matrices."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ IN_PAPER = ("attention", "MLP")
 
 
 def weight_figures(weights: Weights, unit_conditions: ByMatrix | None = None) -> list[Figure]:
-    """What both arms' trained weights look like; an arm may be missing.
+    """Figures of both arms' trained weights; an arm may be missing.
 
     weights: `{"gpt": [one report a seed], "ngpt": ...}`. unit_conditions: condition numbers of the same matrices with their
     vectors made unit, drawn dotted.

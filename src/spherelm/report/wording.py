@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spherelm.experiments.record import Arm, Comparison, standard_error
+from spherelm.experiments.speedup import OPPOSITE
 from spherelm.models import NAMES
 
 OPTIMIZERS = {"adamw": "AdamW", "gated_adamw": "GatedAdamW", "muon": "Muon for block matrices, AdamW for the rest"}
@@ -93,7 +94,7 @@ REACH = (
 
 
 def _reach(comparison: Comparison) -> str:
-    """What the factor was measured at, and what is known of how it changes."""
+    """Size, context and budget that the factor was measured at, and how it changes with them."""
     config, parameters = comparison.summary.get("config", {}), comparison.arms[comparison.baseline].parameters
     tokens, context = comparison.arms[comparison.loser].tokens, config.get("seq_len")
     known = [
@@ -117,7 +118,7 @@ def _time(comparison: Comparison) -> str:
     bound, inverse = comparison.speedup.get("bound"), factor < 1
     name, times = (baseline, 1 / factor) if inverse else (normalized, factor)
     spread = _interval(comparison, "seconds_interval", inverse) if comparison.speedup.get("seconds_interval") else ""
-    qualifier = _bound(_flip(bound) if inverse else bound)
+    qualifier = _bound(OPPOSITE.get(bound or "") if inverse else bound)
     return f"{cost}Counted in seconds, {name} gets there {qualifier}{times:.2f}× faster{spread}."
 
 
@@ -141,19 +142,15 @@ def _method(comparison: Comparison) -> str:
 
 
 def bound_on_tokens(comparison: Comparison) -> str | None:
-    """What is known of the tokens that the winner needs: "at most", "at least", or None where they are known."""
+    """The bound on the tokens that the winner needs: "at most", "at least", or None where they are known."""
     bound = comparison.speedup.get("bound")
     # summary.json bounds the baseline's tokens over the other's: with those below the line, the bound on them is the other one.
-    return _flip(bound) if comparison.winner == comparison.normalized else bound
+    return OPPOSITE.get(bound or "") if comparison.winner == comparison.normalized else bound
 
 
 def _bound_on_factor(comparison: Comparison) -> str | None:
-    """What is known of how many times fewer tokens the winner needs."""
-    return _flip(bound_on_tokens(comparison))
-
-
-def _flip(bound: str | None) -> str | None:
-    return {"at least": "at most", "at most": "at least"}.get(bound) if bound else None
+    """The bound on how many times fewer tokens the winner needs."""
+    return OPPOSITE.get(bound_on_tokens(comparison) or "")
 
 
 def _bound(bound: str | None) -> str:
