@@ -123,7 +123,7 @@ def test_every_command_is_understood(
 
     monkeypatch.setattr("spherelm.experiments.comparison.compare", understood_comparison)
     monkeypatch.setattr("spherelm.experiments.sweep.sweep", understood_sweep)
-    monkeypatch.setattr("spherelm.report.report.write_report", lambda out: None)
+    monkeypatch.setattr("spherelm.report.comparison_page.write_report", lambda out: None)
     monkeypatch.setattr("spherelm.report.sweep_page.write_page", lambda *rest: None)
     monkeypatch.setattr("spherelm.experiments.evidence.climb", lambda *_: {"measured": [], "speedups": []})
     monkeypatch.setattr("spherelm.experiments.bench.bench", lambda *rest: {})
@@ -144,7 +144,7 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.train.evaluation.perplexity_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.cli.evaluation.tables", lambda results: [])
     monkeypatch.setattr("spherelm.report.inspection.inspect", lambda *rest: [])
-    monkeypatch.setattr("spherelm.report.ladder.write_ladder", lambda *rest: [])
+    monkeypatch.setattr("spherelm.report.ends_page.write_ends", lambda *rest: [])
     monkeypatch.setattr("spherelm.interop.imported.import_nvidia", lambda *rest, **more: torch.nn.Linear(1, 1))
     monkeypatch.chdir(tmp_path)
     if words[1] == "eval" and "--json" in words:
