@@ -357,7 +357,7 @@ TESTED_ELSEWHERE = {
     "Inside the models": (
         "report/test_inspection.py:test_every_figure_is_there_as_svg_and_as_png",
         "report/test_walk.py:test_the_slider_walks_from_stop_to_stop",
-        "report/test_ladder.py:test_tasks_are_read_from_what_eval_wrote",
+        "report/test_ends.py:test_tasks_are_read_from_what_eval_wrote",
     ),
     "Generation": (
         "generation/test_generate.py:test_greedy_generation_is_argmax_of_the_full_forward_pass",

@@ -78,7 +78,7 @@ class Saving:
 
 
 def fewer_tokens(tokens: int, curves: Sequence[Sequence[Point]], losses: Sequence[float]) -> Saving:
-    """What an arm saves whose `curves`, one a seed, are compared with the other's `losses` at the end of `tokens`."""
+    """The saving of an arm with `curves`, one a seed, against the other arm's final `losses` after `tokens`."""
     reach = tokens_to_reach(mean_curve(curves), float(np.mean(losses)))
     seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, losses, strict=True)]
     by_seed = [None if seed.bound else tokens / seed.tokens for seed in seeds]
