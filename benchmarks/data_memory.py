@@ -57,7 +57,7 @@ def write_text(folder: Path, target: int, file_bytes: int = 64 * MIB) -> int:
 
 
 def anonymous(process: int | str = "self") -> float:
-    """What a process holds for itself, in MiB; 0 if it is gone."""
+    """Memory that a process holds for itself, in MiB; 0 if it is gone."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -143,7 +143,7 @@ def make_llama(shape: Shape) -> LlamaForCausalLM:
 def contestants(
     shape: Shape, prompt: Tensor, new: int, dtype: torch.dtype, clock: Clock
 ) -> dict[str, Callable[[], float]]:
-    """What is timed, by name; each call is one run."""
+    """The timed calls, by name; each is one run."""
     batch = len(prompt)
     sizes = (shape.vocab_size, shape.n_layers, shape.d_model, shape.n_heads)
     gpt, ngpt = (

@@ -31,7 +31,7 @@ def seconds(dtype: torch.dtype, ends: torch.Tensor, shape: tuple[int, int, int])
 
 
 def main() -> None:
-    """What the module says."""
+    """Time both products and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=8)

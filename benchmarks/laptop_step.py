@@ -1,4 +1,4 @@
-"""What a small run's step costs on few cores, and what of that is not the model's own products.
+"""The cost of a small run's step on few cores, and the part of it that is not the model's own products.
 
 python benchmarks/laptop_step.py step muon --json docs/results/laptop.json
 python benchmarks/laptop_step.py step muon --other OTHER_CHECKOUT/src
@@ -75,7 +75,7 @@ class Child:
 
 
 def child(asked: dict[str, Any]) -> None:
-    """What a child process does: takes steps, or times their products, one command a line."""
+    """The loop of a child process: takes steps, or times their products, one command a line."""
     sys.path.insert(0, asked["src"])
     import torch
 
@@ -112,7 +112,7 @@ def child(asked: dict[str, Any]) -> None:
 
 
 def chooser(steps: Any) -> Callable[[], None]:
-    """What sets the number of threads as a run does at its start; nothing in code that does not choose."""
+    """A callable that sets the number of threads as a run does at its start; it does nothing in code that does not choose."""
     try:
         from spherelm.train.rehearsal import matrices
         from spherelm.train.threads import Rehearsal, Threads
@@ -133,7 +133,10 @@ def products_seconds(steps: Any, taken: Callable[[Callable[[], object]], float])
     found: Counter[tuple[Any, ...]] = Counter()
 
     class Recorder(TorchDispatchMode):
+        """Counts matrix products by the shapes, strides and formats of their factors."""
+
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            """Note one product, and compute it."""
             if function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
                 found[tuple((tuple(x.shape), x.stride(), x.dtype) for x in args[-2:])] += 1
             return function(*args, **(kwargs or {}))

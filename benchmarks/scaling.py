@@ -1,4 +1,4 @@
-"""What several processes and checkpoints cost on this machine: strong scaling, and seconds of training lost per save.
+"""The cost of several processes and of checkpoints on this machine: strong scaling, and seconds of training lost per save.
 
 python benchmarks/scaling.py --json docs/results/scaling.json
 

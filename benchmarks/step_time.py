@@ -79,7 +79,7 @@ def llama(shape: Shape, dtype: torch.dtype, compiled: bool) -> Step:
 
 
 def attention_by_torch(dtype: torch.dtype) -> ModuleType:
-    """What stands for the module `flash_attn`: [batch, seq, heads, d_k] in and out, computed in `dtype`."""
+    """A stand-in for the module `flash_attn`: [batch, seq, heads, d_k] in and out, computed in `dtype`."""
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, **rest: Any) -> Tensor:
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
@@ -139,7 +139,7 @@ def lucidrains(shape: Shape) -> Step:
 
 
 def contestants(arguments: argparse.Namespace, shape: Shape) -> dict[str, Step]:
-    """What is timed, by name."""
+    """The timed steps, by name."""
     compiled, dtype = not arguments.no_compile, getattr(torch, arguments.dtype)
     ours = {arm: TimedSteps(config).time_step for arm, config in configs(shape, arguments.dtype, compiled).items()}
     steps: dict[str, Step] = dict(ours)
@@ -160,7 +160,7 @@ def seconds(step: Step, clock: Clock) -> float:
 
 
 def product(dtype: torch.dtype) -> Step:
-    """What is taken for the machine's peak: a product of two 4096 x 4096 matrices."""
+    """The peak rate of the machine: of a product of two 4096 x 4096 matrices."""
     a, b = torch.randn(2, 4096, 4096).to(dtype).unbind()
     return lambda: a @ b
 

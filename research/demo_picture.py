@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from spherelm.experiments.record import read_comparison
-from spherelm.report.figures import loss_figures
+from spherelm.report.loss_figures import loss_figures
 from spherelm.report.svg import standalone
 
 

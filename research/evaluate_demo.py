@@ -72,7 +72,7 @@ def tasks(runs: Path, data: Path) -> Jobs:
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     kind, runs, data, out = sys.argv[1], *map(Path, sys.argv[2:5])
     found = json.loads(out.read_text())["results"] if out.exists() else {}
     wanted = [(name, job) for name, job in {"lengths": lengths, "tasks": tasks}[kind](runs, data) if name not in found]

@@ -7,6 +7,7 @@ python research/inside_summary.py runs/inside --summary docs/results/inside.json
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +21,19 @@ ATTENTION, MLP = ("Q", "K", "V", "W_o"), ("W_u", "W_v", "W_oMLP")
 
 def summary(inspected: Path) -> dict[str, Any]:
     """What the tables say, means over the seeds of each arm unless the name says otherwise."""
-    from pyarrow.parquet import read_table
 
-    def rows(table: str, arm: str, **wanted: Any) -> list[dict[str, Any]]:
-        found = read_table(inspected / "tables" / f"{table}.parquet").to_pylist()
+    def rows(table: str, arm: str, **wanted: Any) -> list[dict[str, str]]:
+        with (inspected / "tables" / f"{table}.csv").open(encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(file))
         return [row for row in found if row["arm"] == arm and all(row[key] == wanted[key] for key in wanted)]
 
     def values(table: str, arm: str, **wanted: Any) -> Any:
-        return np.array([row["value"] for row in rows(table, arm, **wanted)])
+        return np.array([float(row["value"]) for row in rows(table, arm, **wanted)])
 
     def by(axis: str, table: str, arm: str, **wanted: Any) -> list[float]:
         found = rows(table, arm, **wanted)
-        places = sorted({row[axis] for row in found})
-        return [float(np.mean([row["value"] for row in found if row[axis] == place])) for place in places]
+        places = sorted({int(row[axis]) for row in found})
+        return [float(np.mean([float(row["value"]) for row in found if int(row[axis]) == place])) for place in places]
 
     def median(table: str, arm: str, names: tuple[str, ...]) -> float:
         return float(np.median(np.concatenate([values(table, arm, name=name) for name in names])))
@@ -61,7 +62,7 @@ def summary(inspected: Path) -> dict[str, Any]:
     scales = {name: by("layer", "scales", "ngpt", name=name) for name in ("alpha_A", "alpha_M", "s_qk", "s_u", "s_v")}
     s_z = values("s_z", "ngpt")
     scales["s_z"] = [float(value) for value in np.quantile(s_z, (0.05, 0.5, 0.95))]
-    departures = [row["largest_departure"] for row in rows("off_sphere", "ngpt")]
+    departures = [float(row["largest_departure"]) for row in rows("off_sphere", "ngpt")]
     record = json.loads((inspected / "inspect.json").read_text(encoding="utf-8"))
     about = {name: record[name] for name in ("runs", "tokens", "text", "command", "git_commit", "versions")}
     return {**about, "arms": arms, "scales": scales, "negative_s_z": float((s_z < 0).mean()),

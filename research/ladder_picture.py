@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pairs_summary import read_json
 
-from spherelm.report.drawing import COLOURS, FG, Drawing
-from spherelm.report.ladder_plots import LOOKS
+from spherelm.report.charts import LOOKS
+from spherelm.report.drawing import COLOURS, FG, Figure
 from spherelm.report.svg import standalone
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
 ARMS = {"gpt-muon": "gpt", "ngpt-muon": "ngpt"}
 NAMES = {"books": "books", "wiki": "encyclopedia"}
@@ -70,25 +70,25 @@ def gains(ax: Axes, texts: list[dict[str, Any]]) -> None:
     ax.legend(fontsize=7)
 
 
-def picture(texts: list[dict[str, Any]]) -> Drawing:
+def picture(texts: list[dict[str, Any]]) -> Figure:
     """Both panels."""
 
-    def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+    def draw(canvas: Canvas) -> None:
+        left, right = canvas.subplots(1, 2)
         ends(left, next(text for text in texts if text["text"]["train"] == "books"))
         gains(right, texts)
 
-    return Drawing(
-        draw, "ladder", "What nGPT saves, by budget, size, context and text",
+    return Figure(
+        "ladder", "What nGPT saves, by budget, size, context and text",
         "Left: test loss of GPT and nGPT at the ends of whole schedules over their tokens, both with Muon, with how many times "
         "fewer tokens nGPT needs for each of GPT's losses. Right: that ratio with its 95 % interval over the tokens for each "
         "block parameter; points of one budget are drawn a little apart.",
-        (8.6, 3.6),
+        draw, (8.6, 3.6),
     )  # fmt: skip
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("summary", type=Path, help="what research/ladder_summary.py wrote")
     parser.add_argument("picture", type=Path)

@@ -1,4 +1,4 @@
-"""The runs behind the law (docs/recipes.md): those that its constants were fitted on, and points that chose nothing.
+"""The runs behind the law (docs/recipes.md): those that its constants were fitted on, and others that test them.
 
     python research/law.py prepare --shared ../shared/data --out data/law
     python research/law.py run test --data data/law --out runs/law --minutes 110
@@ -79,7 +79,7 @@ TEST = (
     Point(512, 2, "256", 1024, 160, 256, "books"),
     Point(64, 2, "256", 1024, 10000, 128, "books"),
 )
-"""Points that chose nothing, written down before the constants of today were fixed."""
+"""Points that no constant was fitted on. They were written down before the constants of today were fixed."""
 
 CENTER = Point(64, 2, "4k", 1024, 160, 256, "books")
 FIT = (
@@ -154,7 +154,7 @@ def runs_so_far() -> list[dict[str, Any]]:
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Do what is left of the runs of `asked.kind`, with `asked.workers` processes."""
+    """Do the remaining runs of `asked.kind`, with `asked.workers` processes."""
     asked.until = time.time() + 60 * asked.minutes
     done = {(r["point"], r["arm"], r.get("role"), r.get("factor")) for r in runs_so_far() if r["kind"] == asked.kind}
     left = [job for job in wanted(asked.kind) if (job[0].name, *job[1:]) not in done]

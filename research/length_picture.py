@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spherelm.report.length_plots import LengthLine, change_over_length
+from spherelm.report.charts import Panel, Rule, chart, line_of
 from spherelm.report.svg import standalone
 
 ARMS = ("gpt", "ngpt")
@@ -50,15 +50,15 @@ def table(found: dict[str, Any], lengths: list[int]) -> str:
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     record, picture = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     found = record["results"]
     first = next(iter(found.values()))
     lengths = [row["length"] for row in first["lengths"]]
     lines = [
-        LengthLine(
+        line_of(
             arm,
-            np.array(lengths, dtype=float),
+            lengths,
             [losses(found, arm, seed, way) - losses(found, arm, seed, "as trained")[0] for seed in seeds(found)],
             way,
             look,
@@ -66,13 +66,14 @@ def main() -> None:
         for arm in ARMS
         for look, way in enumerate(ways(found))
     ]
-    drawing = change_over_length(
-        lines,
-        first["trained_length"],
+    y = "loss less that as trained at\nthe trained length (nats per token)"
+    panel = Panel(lines, "tokens of a window", y, rules=[Rule(first["trained_length"], upright=True)], scale="values")
+    drawing = chart(
         "length",
         "Loss over the length of the window",
         "By how much the loss on the same tokens differs from that at the trained length, for both arms and each way to place "
         "positions.",
+        [panel],
     )
     picture.write_text(standalone(drawing.svg), encoding="utf-8")
     print(table(found, lengths))

@@ -29,7 +29,7 @@ PART = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTAL
 
 
 def inside() -> str:
-    """What `spherelm inspect` saw in the demo's models."""
+    """The results of `spherelm inspect` on the demo's models."""
     return inside_summary.text(tables.read("inside"))
 
 

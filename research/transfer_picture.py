@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spherelm.experiments.robustness import best_between
-from spherelm.report.drawing import COLOURS, Drawing
-from spherelm.report.ladder_plots import LOOKS
+from spherelm.report.charts import LOOKS
+from spherelm.report.drawing import COLOURS, Figure
 from spherelm.report.svg import standalone
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
 FIELDS = {"width": ("d_model", "channels"), "budget": ("steps", "updates"), "depth": ("n_layers", "layers")}
 LIMIT = 0.75
@@ -76,14 +76,14 @@ def table(found: dict[tuple[str, str], Curves]) -> str:
     return "\n".join(lines)
 
 
-def picture(found: dict[tuple[str, str], Curves]) -> Drawing:
+def picture(found: dict[tuple[str, str], Curves]) -> Figure:
     """A panel a sweep; a vertical line marks where the parabola has its minimum."""
     kinds = list(dict.fromkeys(kind for kind, _ in found))
 
-    def draw(figure: Figure) -> None:
+    def draw(canvas: Canvas) -> None:
         from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-        axes = figure.subplots(len(RECIPES), len(kinds), sharex="col", sharey=True, squeeze=False)
+        axes = canvas.subplots(len(RECIPES), len(kinds), sharex="col", sharey=True, squeeze=False)
         for row, recipe in zip(axes, RECIPES, strict=True):
             for ax, kind in zip(row, kinds, strict=True):
                 for (value, points), (dashes, marker) in zip(found[kind, recipe].items(), LOOKS, strict=False):
@@ -103,19 +103,19 @@ def picture(found: dict[tuple[str, str], Curves]) -> Drawing:
                 if recipe == "adam":
                     ax.legend(fontsize=6.5, frameon=False)
             row[0].set_ylabel(f"{RECIPES[recipe]}: loss above the best", fontsize=8.5)
-        figure.supxlabel("peak learning rate", fontsize=8.5)
+        canvas.supxlabel("peak learning rate", fontsize=8.5)
 
-    return Drawing(
-        draw, "transfer", "Loss over peak learning rate",
+    return Figure(
+        "transfer", "Loss over peak learning rate",
         "How far the final validation loss lies above the lowest of its curve, over the peak learning rate, for several "
         "widths, budgets and depths, plain nGPT in the upper row and nuGPT in the lower; a vertical line stands where a "
         "parabola through the three lowest points has its minimum.",
-        (2.4 * len(kinds) + 0.5, 4.4),
+        draw, (2.4 * len(kinds) + 0.5, 4.4),
     )  # fmt: skip
 
 
 def main() -> None:
-    """What the module says."""
+    """Read the arguments and write the result."""
     found = read(Path(sys.argv[1]))
     Path(sys.argv[2]).write_text(standalone(picture(found).svg), encoding="utf-8")
     print(table(found))

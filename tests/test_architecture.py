@@ -21,7 +21,7 @@ OWNERS = {
     "matplotlib": {"report"},
     "datasets": {"data/hub"},
     "fsspec": {"data/hub"},
-    "pyarrow": {"data/rows", "report/tables"},
+    "pyarrow": {"data/rows"},
     "zstandard": {"data/compression"},
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
@@ -127,6 +127,8 @@ def test_only_the_declared_libraries_are_imported() -> None:
         "tokenizers",
         "tqdm",
         "docstring_parser",
+        "jinja2",
+        "markupsafe",
         "pydantic",
         "ruamel",
         "typing_extensions",

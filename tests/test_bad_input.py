@@ -360,7 +360,7 @@ def test_what_is_refused_late_leaves_no_trace(
 
 LATE = {
     "inspect": "spherelm.report.inspection.write_tables",
-    "report": "spherelm.report.ladder.write_json",
+    "report": "spherelm.report.ends_page.write_json",
     "export": "spherelm.interop.huggingface.folder.save_folder",
     "data pairs": "spherelm.data.pairs.write_json",
     "data prepare": "spherelm.data.prepare._Work.run",

@@ -21,9 +21,9 @@ from spherelm.layers.linear import departure
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
-from spherelm.report.expert_figures import expert_section
-from spherelm.report.inside_figures import motion_section, weight_section
 from spherelm.report.inside_tables import write_tables
+from spherelm.report.state_figures import expert_section, motion_section
+from spherelm.report.weight_figures import weight_section
 from spherelm.train.diagnostics import Diagnosis, load_of_experts
 
 TOKENS = torch.randint(23, (4, 8), generator=torch.Generator().manual_seed(5))
@@ -121,11 +121,11 @@ def test_off_sphere_looks_at_every_expert() -> None:
 def test_figures_and_tables_of_experts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
     found = {arm: [look_inside(model_of(arm), TOKENS) for _ in range(2)] for arm in ("gpt", "ngpt")}
-    figures = {figure.drawing.key: figure for figure in expert_section(found)}
+    figures = {figure.key: figure for figure in expert_section(found)}
     assert list(figures) == ["expert-load", "expert-angles", "expert-map"]
     assert all("<svg" in figure.svg and "<image" not in figure.svg for figure in figures.values())
     assert "of the experts" in figures["expert-load"].caption
-    others = {figure.drawing.key for figure in [*weight_section(found), *motion_section(found)]}
+    others = {figure.key for figure in [*weight_section(found), *motion_section(found)]}
     assert {"cond-experts", "scales", "angles"} <= others
     assert "cond-mlp" not in others
     written = write_tables([(arm, arm, seeds[0], [(1, {"Q": 0.0})]) for arm, seeds in found.items()], tmp_path)

@@ -111,18 +111,6 @@ def test_a_gpt_has_no_scales() -> None:
     assert report.s_z is None
 
 
-def test_quantiles_span_smallest_to_largest() -> None:
-    assert weights.quantiles(np.arange(101.0)) == {level: 100 * level for level in weights.LEVELS}
-
-
-def test_a_state_dict_measures_as_its_model() -> None:
-    model = perturbed("ngpt")
-    ours, its = weights.from_state(model.config, model.state_dict()), weights.measure(model)
-    np.testing.assert_array_equal(ours.s_z, its.s_z)
-    for name in its.condition_numbers:
-        np.testing.assert_array_equal(ours.condition_numbers[name], its.condition_numbers[name])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["blocks.1.mlp.part.o.weight", "head.linear.weight", "blocks.2.attention.norm.weight"])
 def test_a_diverged_model_is_refused(name: str, value: float) -> None:

@@ -21,7 +21,7 @@ from spherelm.experiments.comparison import CompareConfig, compare, samples
 from spherelm.experiments.record import read_comparison
 from spherelm.models import DecoderArch
 from spherelm.recipes.presets import PRESETS
-from spherelm.report.report import write_report
+from spherelm.report.comparison_page import write_report
 from spherelm.runs.config import read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import alone_in

@@ -10,14 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from commands import make_command
 
 from spherelm.experiments import sweep as module
 from spherelm.experiments.jobs import Job
+from spherelm.experiments.record import Run
 from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, parse_axis, parse_fields, sweep, table
-from spherelm.report.sweep_page import Row, label, varying, write_page
+from spherelm.report.sweep_page import Row, label, limits, varying, write_page
 from spherelm.runs.metrics import read_metrics
 
 
@@ -160,7 +162,19 @@ def test_the_command_ends_in_a_page(
     answer = make_command(monkeypatch, capsys)("sweep", *words)
     assert answer.code == 0, answer.err
     assert jobs_done == ["gpt-preset=tiny-recipe=law-seed=0"]
-    assert "1 choice, 1 run" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert f"1 choice, 1 run · 2 layers of 16 · 6 steps of 4 × 16 tokens · data {data}" in page
+    assert '<button class="copy"' in page
+
+
+def test_the_axes_of_a_sweeps_page_show_every_run_to_its_end() -> None:
+    """Also where a choice ends far above the others, which a cut at the first validations would leave out."""
+    tokens = np.array([0.0, 64.0, 128.0])
+    curves = ([8.0, 5.0, 4.0], [8.0, 7.6, 7.5], [8.0, np.nan, np.nan])
+    runs = [Run("r", tokens, tokens, tokens, np.array(loss), tokens, False) for loss in curves]
+    low, high = limits(runs)
+    assert low < 4.0 < 7.5 < high < 8.0
+    assert limits(runs[2:]) == (0.0, 1.0)
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,10 @@ from spherelm.analysis import weights
 from spherelm.analysis.recording import record
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.report import inspection, sphere_map
-from spherelm.report.drawing import Drawing
-from spherelm.report.figures import Figure
+from spherelm.report.comparison_page import write_report
+from spherelm.report.drawing import Figure
 from spherelm.report.inspection import Request, expand, inspect
-from spherelm.report.report import write_report
-from spherelm.report.walk import MAX_TOKENS
+from spherelm.report.walk import MAX_TOKENS, SENTENCE, fitting_sentence, trace_walks
 from spherelm.runs.checkpoint import WEIGHTS, load_model
 from spherelm.runs.config import to_dict
 from spherelm.runs.record import write_json
@@ -95,25 +95,25 @@ def inspected(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """Both arms, of nGPT two seeds (two checkpoints of one run): drawn once, for all tests. Of the images the first is real."""
     out = tmp_path_factory.mktemp("inspected") / "out"
     images: list[str] = []
-    real = Drawing.png
+    real = Figure.png
 
-    def loose(drawing: Drawing) -> Any:
+    def loose(figure: Figure) -> Any:
         """Without the search for a layout, which takes half of the time."""
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as Canvas
 
-        figure = Figure(figsize=drawing.size)
-        drawing.draw(figure)
-        return figure
+        canvas = Canvas(figsize=figure.size)
+        figure.draw(canvas)
+        return canvas
 
-    def png(drawing: Drawing) -> bytes:
-        images.append(drawing.key)
-        return real(drawing) if len(images) == 1 else b"not drawn"
+    def png(figure: Figure) -> bytes:
+        images.append(figure.key)
+        return real(figure) if len(images) == 1 else b"not drawn"
 
     checkpoint = out.parent / "best"  # one of its names
     checkpoint.symlink_to(runs["ngpt-0"] / "checkpoints" / "step-00000004")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drawing, "png", png)
-        patch.setattr(Drawing, "_drawn", loose)
+        patch.setattr(Figure, "png", png)
+        patch.setattr(Figure, "drawn", loose)
         patch.setattr(sphere_map, "ITERATIONS", 20)
         request = Request(sentence="The sea.", tokens=64)
         figures = inspect([runs["gpt-0"], runs["ngpt-0"], checkpoint], out, request)
@@ -124,11 +124,11 @@ def inspected(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn, but not made into files."""
 
-    def svg(drawing: Drawing) -> str:
-        drawing._drawn()
+    def svg(figure: Figure) -> str:
+        figure.drawn()
         return "<svg></svg>"
 
-    monkeypatch.setattr(Drawing, "svg", property(svg))
+    monkeypatch.setattr(Figure, "svg", property(svg))
     monkeypatch.setattr(sphere_map, "ITERATIONS", 20)
 
 
@@ -156,18 +156,27 @@ def test_the_page_shows_all_figures_and_links_what_is_there(inspected: Inspected
     assert len(ids) == len(set(ids))
 
 
-def test_tables_hold_what_was_measured(inspected: Inspected) -> None:
-    parquet = pytest.importorskip(
-        "pyarrow.parquet", reason="tables as parquet need pyarrow: pip install '.[data]' in a clone of spherelm"
-    )
-    rows = parquet.read_table(inspected.out / "tables" / "angles.parquet").to_pylist()
-    assert {row["run"] for row in rows} == {"gpt-0", "ngpt-0", "ngpt-0 step-00000004"}
-    assert len(rows) == 3 * 4 * 64
-    lengths = parquet.read_table(inspected.out / "tables" / "stops.parquet").to_pylist()
-    assert all(abs(r["value"] - 1) < 1e-5 for r in lengths if (r["name"], r["arm"]) == ("length", "ngpt"))
-    off = parquet.read_table(inspected.out / "tables" / "off_sphere.parquet").to_pylist()
-    assert {row["update"] for row in off} == {2, 4, 6}, "every checkpoint that was kept"
-    assert all((row["largest_departure"] < 1e-5) == (row["arm"] == "ngpt") for row in off if row["name"] == "input")
+def test_tables_hold_what_was_measured(inspected: Inspected, runs: dict[str, Path]) -> None:
+    def table(name: str) -> list[dict[str, str]]:
+        with (inspected.out / "tables" / f"{name}.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    angles = table("angles")
+    assert {row["run"] for row in angles} == {"gpt-0", "ngpt-0", "ngpt-0 step-00000004"}
+    assert len(angles) == 3 * 4 * 64
+    lengths = [row for row in table("stops") if (row["name"], row["arm"]) == ("length", "ngpt")]
+    assert [float(row["value"]) for row in lengths] == pytest.approx([1] * 10, abs=1e-5)
+    off = table("off_sphere")
+    assert {row["update"] for row in off} == {"2", "4", "6"}, "every checkpoint that was kept"
+    departures = [(float(row["largest_departure"]), row["arm"]) for row in off if row["name"] == "input"]
+    assert all((departure < 1e-5) == (arm == "ngpt") for departure, arm in departures)
+    found = {(row["layer"], row["head"]): [] for row in table("singular_values")}  # type: dict[Any, list[float]]
+    for row in table("singular_values"):
+        if (row["run"], row["name"]) == ("ngpt-0", "K"):
+            found[row["layer"], row["head"]].append(float(row["value"]))
+    assert found.keys() == {(layer, head) for layer in "12" for head in "01"}, "layers as the page numbers them"
+    key = load_model(runs["ngpt-0"]).blocks[1].attention.part.k.weight[8:]
+    assert found["2", "1"] == pytest.approx(torch.linalg.svdvals(key).tolist(), rel=1e-4)
 
 
 def test_the_record_says_what_was_looked_at(inspected: Inspected) -> None:
@@ -181,14 +190,21 @@ def test_the_record_says_what_was_looked_at(inspected: Inspected) -> None:
 @pytest.mark.usefixtures("unseen")
 def test_one_arm_alone_names_no_other(runs: dict[str, Path], tmp_path: Path) -> None:
     figures = inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)
-    assert [figure.drawing.key for figure in figures] == FIGURES
+    assert [figure.key for figure in figures] == FIGURES
     assert not re.search(r"\bGPT", " ".join(figure.caption for figure in figures))
+    with pytest.raises(FileExistsError, match="already holds something: choose another --out, or give --overwrite"):
+        inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = (tmp_path / "out" / "index.html").read_text("utf-8")
+    inspect([runs["ngpt-0"]], tmp_path / "out", replace(SMALL, tokens=32), overwrite=True)
+    assert "32 tokens of text" in (tmp_path / "out" / "index.html").read_text("utf-8") != before
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.usefixtures("unseen")
 def test_a_gpt_alone_has_no_scales_to_show(runs: dict[str, Path], tmp_path: Path) -> None:
     figures = inspect([runs["gpt-0"]], tmp_path / "out", SMALL)
-    assert {figure.drawing.key for figure in figures} == set(FIGURES) - {"alpha", "scales", "sz"}
+    assert {figure.key for figure in figures} == set(FIGURES) - {"alpha", "scales", "sz"}
     assert not list((tmp_path / "out").glob("figures/*.png")), "no images were asked for"
 
 
@@ -225,32 +241,21 @@ def test_a_comparisons_page_links_the_walk(
     write_comparison(tmp_path)
     for run in ("gpt-0", "ngpt-0"):
         load_tokenizer("bytes").save(tmp_path / run)
-    monkeypatch.setattr("spherelm.report.report.trace_walks", partial(inspection.trace_walks, sentence="x" * 41))
+    monkeypatch.setattr("spherelm.report.comparison_page.trace_walks", partial(trace_walks, sentence="x" * 41))
     page = write_report(tmp_path).read_text("utf-8")
     assert "walk.html" not in page
     assert "spherelm inspect . --out inside" in page
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("spherelm: The walk on the sphere cannot be shown: the sentence has 41 tokens")
     assert said.removeprefix("spherelm: ") in page
-    monkeypatch.setattr("spherelm.report.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
+    monkeypatch.setattr("spherelm.report.comparison_page.trace_walks", partial(trace_walks, sentence="A B C"))
     page = write_report(tmp_path).read_text("utf-8")
     assert '<a href="walk.html">' in page
     assert "cannot be shown" not in page
-    assert '"tokens": ["A", "' in (tmp_path / "walk.html").read_text("utf-8")
+    walk = (tmp_path / "walk.html").read_text("utf-8")
+    assert '"tokens": ["A", "' in walk
+    assert 'href="report.html"' in walk
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.usefixtures("unseen")
-def test_a_file_that_the_package_lacks_is_no_reason_to_leave_the_walk_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_comparison(tmp_path)
-    for run in ("gpt-0", "ngpt-0"):
-        load_tokenizer("bytes").save(tmp_path / run)
-    monkeypatch.setattr("spherelm.report.report.trace_walks", partial(inspection.trace_walks, sentence="A B C"))
-    monkeypatch.setattr("spherelm.report.walk.files", lambda package: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"walk\.html"):
-        write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +289,7 @@ def test_what_cannot_be_inspected_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("unseen")
 def test_encoder_decoders_are_looked_into_as_they_read_their_own_source(tmp_path: Path) -> None:
     data = tiny_pairs.make_pairs(tmp_path)
     runs = [tmp_path / arm for arm in tiny.ARMS]
@@ -338,18 +344,18 @@ def test_the_default_sentence_is_cut_to_the_most_words_that_every_run_holds(max_
         run.mkdir()
         write_json(run / "config.json", to_dict(tiny.run_config("ngpt", tmp_path, seq_len=length)))
         load_tokenizer("bytes").save(run)
-    found = inspection.fitting_sentence(runs)
+    found = fitting_sentence(runs)
     limit = min(max_seq_len, MAX_TOKENS)  # a byte is a token here
-    assert inspection.SENTENCE.startswith(found)
+    assert SENTENCE.startswith(found)
     assert 1 <= len(found) <= limit
-    words = [match.end() for match in re.finditer(r"\S+", inspection.SENTENCE) if match.end() <= limit]
+    words = [match.end() for match in re.finditer(r"\S+", SENTENCE) if match.end() <= limit]
     assert len(found) == (words[-1] if words else limit)
 
 
 def test_a_sentence_that_fits_is_left_alone(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", to_dict(tiny.run_config("gpt", tmp_path, seq_len=64)))
     load_tokenizer("default").save(tmp_path)
-    assert inspection.fitting_sentence([tmp_path]) == inspection.SENTENCE
+    assert fitting_sentence([tmp_path]) == SENTENCE
 
 
 @pytest.mark.usefixtures("unseen")
@@ -369,21 +375,17 @@ def test_a_run_on_bytes_with_a_short_context_is_inspected_with_no_more_than_its_
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_what_failed_while_writing_leaves_nothing_and_works_the_next_time(
+def test_what_failed_while_writing_leaves_nothing(
     error: BaseException, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-
     def fail(*_: Any) -> None:
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(inspection, "walk_page", fail)
-        with pytest.raises(type(error)):
-            inspect([runs["ngpt-0"]], out, SMALL)
+    monkeypatch.setattr(inspection, "_sections", lambda inspected: [])
+    monkeypatch.setattr(inspection, "walk_page", fail)
+    with pytest.raises(type(error)):
+        inspect([runs["ngpt-0"]], tmp_path / "out", SMALL)
     assert list(tmp_path.iterdir()) == []
-    inspect([runs["ngpt-0"]], out, SMALL)
-    assert (out / "index.html").is_file()
 
 
 def test_a_model_without_a_next_token_is_refused(runs: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from synthetic_runs import SHAPE, write_comparison
 
 from spherelm.experiments.record import Arm, Comparison, read_comparison
-from spherelm.report.report import write_report
+from spherelm.report.comparison_page import write_report
 from spherelm.report.wording import caveats, si, verdict
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")

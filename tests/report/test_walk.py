@@ -71,7 +71,7 @@ def test_tokens_can_be_read() -> None:
 
 
 def test_the_page_stands_alone_and_is_small() -> None:
-    page = walk_page([walk_of("gpt"), walk_of("ngpt")], SENTENCE)
+    page = walk_page([walk_of("gpt"), walk_of("ngpt")], SENTENCE, "index.html")
     assert len(page.encode()) < 500_000
     assert not re.search(r"https?://|@import|<link(?! rel=\"icon\" href=\"data:,\")|\bsrc=", page)
     assert "default-src 'none'" in page
@@ -95,7 +95,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="the browser needs selenium: pip install -e '.[dev]'")
     place = tmp_path_factory.mktemp("walk")
     path = place / "walk.html"
-    path.write_text(walk_page([walk_of("gpt"), walk_of("ngpt")], SENTENCE), encoding="utf-8")
+    path.write_text(walk_page([walk_of("gpt"), walk_of("ngpt")], SENTENCE, "index.html"), encoding="utf-8")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS.split(), f"--user-data-dir={place / 'profile'}"):
@@ -270,8 +270,9 @@ def test_what_takes_the_keyboard_shows_it_and_has_a_name(browser: Any) -> None:
         assert now[1], f"{now[0]} has no name"
         assert now[2] != "none", f"{now[0]} does not show its focus"
         seen.append(now)
+    assert find(browser, "header a").get_attribute("href").endswith("/index.html"), "back to where one came from"
     order = [name for name, _, _ in seen if name not in ("BUTTON",)]
-    assert order == ["theme", "stage", "in", "out", "reset", "play", "stop"]
+    assert order == ["theme", "A", "stage", "in", "out", "reset", "play", "stop"]
 
 
 DRAWN = "return [canvas.width / devicePixelRatio, canvas.height / devicePixelRatio]"

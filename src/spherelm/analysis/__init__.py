@@ -1,1 +1,1 @@
-"""What a trained model's weights look like: pure measurements, and the figures drawn from them."""
+"""Measurements of trained models: their weights, and their states on a text. Numbers only, no drawing."""

@@ -40,7 +40,7 @@ class Experts:
 
 @dataclass
 class _Watched:
-    """What passed through one mixture: its inputs [N, d_model], and whom its router picked."""
+    """Inputs [N, d_model] of one mixture, and the experts that its router picked."""
 
     mixture: Mixture
     inputs: list[Tensor] = field(default_factory=list)

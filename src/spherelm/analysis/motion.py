@@ -27,7 +27,7 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Lens:
-    """What every stop would predict if the output matrix read it, each [stops]; the last stop is the model's own prediction.
+    """Predictions if the output matrix read each stop, each [stops]; the last stop is the model's own prediction.
 
     `loss`: mean cross-entropy of the next token, in nats. `entropy`: of the predicted distribution, mean, in nats.
     `agreement`: part of the positions whose most probable token is the last stop's. `divergence`: mean Kullback-Leibler

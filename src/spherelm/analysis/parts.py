@@ -15,7 +15,7 @@ PARTS = {
     "mlp": "MLP",
     "experts": "experts",
 }
-"""What a part is called here, by the name of its sublayer in a block."""
+"""Names of parts, by the name of their sublayer in a block."""
 
 ENCODERS = "encoder's "
 """Ahead of a part's name: of the layers of an encoder-decoder's encoder."""

@@ -22,7 +22,7 @@ from spherelm.models.kit import Surroundings
 
 @dataclass(frozen=True)
 class Recording:
-    """What a pass over int64 tokens [batch, seq] was like, in float32; N = batch * seq positions, row after row.
+    """A recorded pass over int64 tokens [batch, seq], in float32; N = batch * seq positions, row after row.
 
     `steps`: (number of the layer, from 1; its part), in turn: attention and MLP of each layer in a GPT, cross-attention
     between them in an encoder-decoder, one part a layer in a hybrid. `stops`: the hidden state after the embedding, then after
@@ -36,11 +36,6 @@ class Recording:
     proposals: list[Tensor]
     entropies: Tensor
     steps: list[tuple[int, str]]
-
-    @property
-    def n_layers(self) -> int:
-        """How many layers there are."""
-        return self.steps[-1][0]
 
 
 class _Recorder:

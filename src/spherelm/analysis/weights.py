@@ -1,13 +1,12 @@
 """Measurements of a model's weights, as the nGPT paper shows them (sec. 3.2, figs. 4 to 6): numbers in, numbers out.
 
 Every function takes a `GPT`, an `NGPT` or anything else whose `blocks` have such parts (`analysis/parts.py`), on any device
-and in any dtype, computes in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN or Inf. A state dict
-is measured through `from_state`.
+and in any dtype, computes in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN or Inf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from spherelm.analysis.parts import ENCODERS, layers_with
 from spherelm.errors import UserError
-from spherelm.models import Config, build
 
 Array = NDArray[np.float64]
 
@@ -64,7 +62,6 @@ SCALES = {
 """Learned scales: of which part, and where in its sublayer they are."""
 
 EMBEDDINGS = {"input": "embed", "output": "head.linear"}
-LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 GRAM_CONDITION = 1e4
 """Condition number up to which singular values are taken from a Gram matrix."""
@@ -104,13 +101,6 @@ def check_finite(model: nn.Module) -> None:
             raise UserError(f"{name} holds NaN or Inf: this model diverged, measure an earlier checkpoint")
 
 
-def from_state(config: Config, state: Mapping[str, Tensor]) -> WeightReport:
-    """`measure` for a state dict of the model that `config` (a `GPTConfig` or an `NGPTConfig`) describes."""
-    model = build(config)
-    model.load_state_dict(dict(state))
-    return measure(model)
-
-
 def scales(model: nn.Module) -> dict[str, Array]:
     """Mean of each learned scale per layer that has it, `{name: [n_layers]}` (fig. 6); names that no layer has are left out.
 
@@ -138,11 +128,6 @@ def logit_scales(model: nn.Module) -> Array | None:
     """Effective `s_z` in ascending order [vocab_size] (fig. 6, last panel); None for a model without one."""
     values = _effective(model, "head.s_z")
     return None if values is None else np.sort(values.ravel())
-
-
-def quantiles(values: Array, levels: Sequence[float] = LEVELS) -> dict[float, float]:
-    """`{level: quantile}` of the values; level 0 is the smallest value, 1 the largest."""
-    return dict(zip(levels, np.quantile(values, levels).tolist(), strict=True))
 
 
 def embedding_norms(model: nn.Module) -> dict[str, Array]:

@@ -67,8 +67,8 @@ def compare(
     """
     from spherelm.experiments.comparison import CompareConfig
     from spherelm.experiments.comparison import compare as run_comparison
+    from spherelm.report.comparison_page import write_report
     from spherelm.report.drawing import require_matplotlib
-    from spherelm.report.report import write_report
 
     config = CompareConfig(
         preset=preset,

@@ -182,7 +182,7 @@ def evaluate_tasks(
 
 @torch.no_grad()
 def run_harness(model: Any, tokenizer: Any, loaded: dict[str, Any], settings: TaskSettings) -> dict[str, Any]:
-    """What the harness says of `model` on the tasks that `load_tasks` gave."""
+    """The harness's results for `model` on the tasks that `load_tasks` gave."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -20,7 +20,7 @@ SCALINGS = ("linear", "yarn")
 
 @dataclass(frozen=True)
 class Positions:
-    """What is different from training: the rotation's frequencies, and how positions are stretched by `factor`.
+    """Differences from training: the frequencies of the rotation, and positions stretched by `factor`.
 
     Attributes:
         rope_base: Another base for the rotary embedding than the one trained with.

@@ -1,4 +1,4 @@
-"""What a training step costs on this machine: a normalized model against its baseline, and both against the hardware."""
+"""The cost of a training step on this machine: nGPT against GPT, and both against the hardware."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MATMUL_SIZE = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """What is timed: `n_layers` of `d_model` in `n_heads` heads on `batch_size` sequences of `seq_len` from `vocab_size`."""
+    """A shape to time: `n_layers` of `d_model` in `n_heads` heads on `batch_size` sequences of `seq_len` from `vocab_size`."""
 
     n_layers: int
     d_model: int

@@ -40,7 +40,7 @@ PROMPT = "The old man looked out over the sea, and"
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What is compared: a preset, a recipe, seeds, and what shall differ from the preset (`None`: nothing).
+    """A comparison: preset, recipe and seeds, and the fields that differ from the preset (`None`: as there).
 
     Attributes:
         preset: Size and length of the models' runs.
@@ -170,7 +170,7 @@ def summarize(
     cost: StepCost,
     rate: float,
 ) -> dict[str, Any]:
-    """What `summary.json` says; rate: tokens a byte of the validation text."""
+    """The content of `summary.json`; rate: tokens a byte of the validation text."""
     best, first = winner(final), jobs["gpt"][0].config
     if config.quick:
         curves, method = [in_run_curve(job.out) for job in jobs[best]], "in-run"

@@ -1,4 +1,4 @@
-"""What training steps cost: all that are compared timed in one process, in turn, so that a machine's moods hit all of them."""
+"""The cost of training steps. Those compared are timed in one process, in turn, so that a busy machine slows all alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`spherelm evidence`: what each way of training saves, in tokens and seconds, over sizes, contexts and budgets, tuned at each.
 
 At every point (a size, a context, a budget) each contender searches its own peak learning rate on validation text, the best
-rate is run with all seeds, and those runs are judged on test text that nothing was chosen on. The speedup at a budget is how
+rate is run with all seeds, and those runs are judged on test text, which no choice was made on. The speedup at a budget is how
 many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at that budget; in
 seconds it is that over how much longer a step takes, all contenders' steps timed in turn.
 """

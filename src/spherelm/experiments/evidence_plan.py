@@ -1,4 +1,4 @@
-"""What a measurement of evidence trains: contenders at points of size, context and budget."""
+"""The runs of `spherelm evidence`: contenders at points of size, context and budget."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENS_AN_UPDATE = 1024
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained and tested.
+    """The points, contenders and texts of a measurement.
 
     Attributes:
         data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.

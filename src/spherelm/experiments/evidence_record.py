@@ -1,4 +1,4 @@
-"""What `evidence.json` holds: measurements, costs of steps, and what follows from them; written, read again, and as tables."""
+"""The content of `evidence.json`: measurements, costs of steps and speedups; written, read again, and as tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spherelm.experiments.growth import all_speedups, growth
 from spherelm.runs.record import command_line, git_commit, or_nan, versions
 
 PLACE = ("size", "context", "steps", "contender")
-"""What tells two measurements on the same text apart."""
+"""The fields that tell two measurements on the same text apart."""
 
 TEXT = ("data", "test", "test_windows")
 """The fields of a `Grid` that all measurements of one `evidence.json` share, wherever the text that they name lies."""
@@ -69,7 +69,7 @@ def summary(
     measured: Sequence[Mapping[str, Any]],
     costs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What `evidence.json` holds: every measurement, the speedups between them, how they grow, and how it was made.
+    """The content of `evidence.json`: every measurement, the speedups between them, how they grow, and how it was made.
 
     identity: as for `on_record`.
     """

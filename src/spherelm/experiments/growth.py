@@ -1,4 +1,4 @@
-"""What normalized contenders save at each point of a ladder, in tokens and seconds, and how that grows.
+"""The tokens and seconds that normalized contenders save at each point of size, context and budget, and how that grows.
 
 Pure functions on the measurements of `spherelm evidence`.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from spherelm.experiments.cost import COMPILE_FROM
-from spherelm.experiments.speedup import interval, mean_curve, tokens_to_reach
+from spherelm.experiments.speedup import fewer_tokens
 
 DISTINCT = 1e-3
 """A direction in which the points differ by less than this part of their size, as by rounding to whole updates, is none."""
@@ -75,16 +75,9 @@ def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -
     if not sound:
         return {"speedup": None, "bound": None, "interval": None}
     curves = [[(rung["tokens"], rung["test"][seed]) for rung in sound] for seed in range(seeds_of_all)]
-    reach = tokens_to_reach(mean_curve(curves), float(np.mean(targets)))
-    seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, targets, strict=True)]
-    ratios = [baseline["tokens"] / seed.tokens for seed in seeds if seed.bound is None]
-    bound = {"at most": "at least", "at least": "at most"}.get(reach.bound or "")
-    bounds = interval(ratios) if len(ratios) == len(seeds) else None
-    return {
-        "speedup": baseline["tokens"] / reach.tokens,
-        "bound": bound,
-        "interval": None if bounds is None else list(bounds),  # as JSON gives it back
-    }
+    found = fewer_tokens(baseline["tokens"], curves, targets)
+    bounds = None if found.interval is None else list(found.interval)  # as JSON gives it back
+    return {"speedup": found.value, "bound": found.bound, "interval": bounds}
 
 
 def growth(speedups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,10 @@ Point = tuple[float, float]
 """(tokens, validation loss in nats per token)."""
 
 
+OPPOSITE = {"at least": "at most", "at most": "at least"}
+"""Of a bound: the fewer the tokens, the larger the ratio."""
+
+
 @dataclass(frozen=True)
 class Reach:
     """The tokens after which a curve reaches a loss; `bound` says that it is only known to be at most or at least that."""
@@ -54,6 +58,35 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     return [(tokens, float(np.mean([dict(curve)[tokens] for curve in curves]))) for tokens in sorted(shared)]
 
 
+@dataclass(frozen=True)
+class Saving:
+    """How many times fewer tokens one arm needs than the other.
+
+    Attributes:
+        reach: Where its mean curve falls to the other's mean loss.
+        value: The other's tokens over these.
+        bound: Whether the value is only known to be at least or at most that.
+        by_seed: The value of each seed, `None` where it is only bounded.
+        interval: Of the value, 95 %, where every seed's is known.
+    """
+
+    reach: Reach
+    value: float
+    bound: str | None
+    by_seed: Sequence[float | None]
+    interval: tuple[float, float] | None
+
+
+def fewer_tokens(tokens: int, curves: Sequence[Sequence[Point]], losses: Sequence[float]) -> Saving:
+    """The saving of an arm with `curves`, one a seed, against the other arm's final `losses` after `tokens`."""
+    reach = tokens_to_reach(mean_curve(curves), float(np.mean(losses)))
+    seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, losses, strict=True)]
+    by_seed = [None if seed.bound else tokens / seed.tokens for seed in seeds]
+    known = [ratio for ratio in by_seed if ratio is not None]
+    bounds = interval(known) if len(known) == len(by_seed) else None
+    return Saving(reach, tokens / reach.tokens, OPPOSITE.get(reach.bound or ""), by_seed, bounds)
+
+
 def winner(final_losses: dict[str, list[float]]) -> str:
     """The arm with the lower mean final loss; an arm that diverged on any seed loses."""
     means = {arm: float(np.mean(losses)) for arm, losses in final_losses.items()}
@@ -81,29 +114,19 @@ def speedup(
     """
     best = winner(final_losses)
     losing = losing_losses(final_losses, best)
-
-    def ratio(reach: Reach) -> float:
-        return tokens / reach.tokens if best == "ngpt" else reach.tokens / tokens
-
-    if math.isnan(float(np.mean(losing))):
-        reach: Reach | None = None
-        by_seed: list[float | None] = []
-    else:
-        reach = tokens_to_reach(mean_curve(curves), float(np.mean(losing)))
-        seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, losing, strict=True)]
-        by_seed = [None if seed.bound else ratio(seed) for seed in seeds]
-    known = [value for value in by_seed if value is not None]
-    bounds = interval(known) if len(known) == len(by_seed) else None
-    value = ratio(reach) if reach else None
-    bound = reach.bound if reach else None
-    if bound and best == "ngpt":
-        # The fewer the tokens, the larger the ratio: at most so many tokens is a speedup of at least so much.
-        bound = {"at most": "at least", "at least": "at most"}[bound]
+    found = None if math.isnan(float(np.mean(losing))) else fewer_tokens(tokens, curves, losing)
+    value, bound, bounds, by_seed = None, None, None, list[float | None]()
+    if found is not None:
+        value, bound, bounds, by_seed = found.value, found.bound, found.interval, list(found.by_seed)
+        if best != "ngpt":
+            value, bound = 1 / value, OPPOSITE.get(bound or "")
+            by_seed = [None if ratio is None else 1 / ratio for ratio in by_seed]
+            bounds = None if bounds is None else (1 / bounds[1], 1 / bounds[0])
     return {
         "winner": best,
         "method": method,
         "bound": bound,
-        "tokens_to_reach": reach.tokens if reach else None,
+        "tokens_to_reach": found.reach.tokens if found else None,
         "tokens": value,
         "steps": value,
         "tokens_interval": bounds,

@@ -116,7 +116,7 @@ FIXED = {
     "vocab_size": "the tokenizer of --data",
     "seed": "--seeds",
 }
-"""What is chosen by a flag and is no field that can be varied or set, and the flag."""
+"""Fields that a flag of their own chooses, so that they cannot be varied or set, and the flag."""
 
 
 def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection[str]) -> dict[str, list[Any]]:
@@ -211,7 +211,7 @@ def sweep(
 
 
 def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[str]]:
-    """What earlier sweeps left in `out` and whose runs are still there: each arm's base, the other rows, and the commands.
+    """Rows of earlier sweeps in `out` whose runs are still there: each arm's base, the others, and the commands.
 
     Raises `FileExistsError` where `out` is a file or holds files that a sweep would write over and did not write, and
     `ValueError` where what is there was trained on other text than that of `config`.
@@ -251,7 +251,7 @@ def is_there(row: Row, out: Path) -> bool:
 
 
 def text_of(run: Path) -> dict[str, Any]:
-    """What identifies the text that a run was trained on."""
+    """The identity of the text that a run was trained on."""
     found: dict[str, Any] = json.loads((run / "config.json").read_text("utf-8")).get("data_identity", {})
     return found
 

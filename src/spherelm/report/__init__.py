@@ -1,1 +1,1 @@
-"""What is drawn and written for people: pages, figures, tables."""
+"""Pages, figures and tables."""

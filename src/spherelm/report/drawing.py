@@ -1,36 +1,35 @@
 """How every figure is drawn: one look, one type, small SVG for pages and PNG for documents.
 
-A drawing's SVG is one `<svg>` element as `spherelm.report.svg` describes it, the same bytes for the same numbers; its PNG is
-the same drawing in the light colours. matplotlib is imported when one of them is asked for, and only below `analysis`.
+A figure's SVG is one `<svg>` element as `spherelm.report.svg` describes it, the same bytes for the same numbers; its PNG is
+the same drawing in the light colours. matplotlib is imported when one of them is asked for, and only on this floor.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from html import unescape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from spherelm.errors import UserError
 from spherelm.report.svg import VARIABLES, inline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
 Array = NDArray[np.float64]
 
 FG, MUTED, GRID, GPT, NGPT, SECOND, THIRD, BACKGROUND = VARIABLES
 COLOURS = {"gpt": GPT, "ngpt": NGPT}
 SIZE = (4.9, 3.3)  # inches: read at its own size beside a second figure, and still legible on a phone
-UNITS = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}
-POINTS = 240  # of a long curve, which no screen shows more of
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -67,16 +66,21 @@ STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What a figure shows: `draw` puts it on an empty matplotlib figure of `size` inches.
+class Figure:
+    """A figure of a page, and the files of it.
 
-    `key` starts the ids of the SVG, `title` and `description` are read out where it cannot be seen.
+    Attributes:
+        key: Starts the ids of the SVG, and is the name of the files.
+        title: Plain text.
+        caption: HTML, already escaped: what is seen. Without its markup it is read out where the figure cannot be seen.
+        draw: Puts it on an empty matplotlib figure.
+        size: Of that, in inches.
     """
 
-    draw: Callable[[Figure], None]
     key: str
     title: str
-    description: str
+    caption: str
+    draw: Callable[[Canvas], None]
     size: tuple[float, float] = SIZE
 
     @cached_property
@@ -87,13 +91,14 @@ class Drawing:
 
             buffer = io.StringIO()
             metadata: Mapping[str, None] = {"Date": None}
-            figure = self._drawn()
-            for patch in (figure.patch, *(ax.patch for ax in figure.axes)):
+            canvas = self.drawn()
+            for patch in (canvas.patch, *(ax.patch for ax in canvas.axes)):
                 patch.set_facecolor("none")
                 patch.set_edgecolor("none")
             # Not by `savefig`, which draws everything once more, to see where it will be.
-            FigureCanvasSVG(figure).print_svg(buffer, metadata=metadata)
-        return inline(buffer.getvalue(), self.key, self.title, self.description)
+            FigureCanvasSVG(canvas).print_svg(buffer, metadata=metadata)
+        description = unescape(re.sub("<[^>]*>", "", self.caption))
+        return inline(buffer.getvalue(), self.key, self.title, description)
 
     def png(self, dots_per_inch: int = 160) -> bytes:
         """The file of an image in light colours."""
@@ -101,23 +106,24 @@ class Drawing:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
             buffer = io.BytesIO()
-            figure = self._drawn()
-            figure.set_facecolor(BACKGROUND)
-            figure.set_dpi(dots_per_inch)
-            FigureCanvasAgg(figure).print_png(buffer)
+            canvas = self.drawn()
+            canvas.set_facecolor(BACKGROUND)
+            canvas.set_dpi(dots_per_inch)
+            FigureCanvasAgg(canvas).print_png(buffer)
         return buffer.getvalue()
 
-    def _drawn(self) -> Figure:
-        from matplotlib.figure import Figure
+    def drawn(self) -> Canvas:
+        """The matplotlib figure with everything on it."""
+        from matplotlib.figure import Figure as Canvas
 
-        figure = Figure(figsize=self.size, layout="constrained")
-        self.draw(figure)
-        _show_single_points(figure)
-        return figure
+        canvas = Canvas(figsize=self.size, layout="constrained")
+        self.draw(canvas)
+        _show_single_points(canvas)
+        return canvas
 
 
 def require_matplotlib() -> None:
-    """`ValueError` that says what to install if matplotlib is missing; call it before long work that ends in figures."""
+    """Raise `UserError` that says what to install if matplotlib is missing; call it before long work that ends in figures."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -126,96 +132,50 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def seeds_and_mean(
-    ax: Axes, seeds: Sequence[Array], colour: str, marker: str, dashes: str, label: str, layers: Array | None = None
-) -> None:
-    """Every seed thin, their mean thick with markers, over layers; what is not finite leaves a gap.
-
-    layers: their numbers, all from 1 on if left out.
-    """
-    stack = np.where(np.isfinite(np.stack(list(seeds))), np.stack(list(seeds)), np.nan)
-    layers = np.arange(1, stack.shape[1] + 1) if layers is None else layers
-    for seed in stack if len(stack) > 1 else ():
-        ax.plot(layers, seed, color=colour, linewidth=0.6, alpha=0.45)
-    ax.plot(layers, stack.mean(axis=0), color=colour, linestyle=dashes, marker=marker, markersize=3.6, label=label)
-
-
-def legend_above(figure: Figure, ax: Axes, columns: int) -> None:
+def legend_above(canvas: Canvas, ax: Axes, columns: int) -> None:
     """One legend over the axes, where it hides no data; lines of one label are named once."""
     handles, labels = ax.get_legend_handles_labels()
     named = dict(reversed(list(zip(labels, handles, strict=True))))
-    labels = list(dict.fromkeys(labels))
-    figure.legend(
-        [named[label] for label in labels], labels, loc="outside upper left", ncols=columns, columnspacing=1.6
-    )
-
-
-def integer_layers(ax: Axes, layers: int) -> None:
-    """An x axis of layers numbered from 1."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    ax.set_xlim(1 - 0.04 * layers, layers + 0.04 * layers)
+    names = list(dict.fromkeys(labels))
+    if names:
+        chosen = [named[name] for name in names]
+        canvas.legend(chosen, names, loc="outside upper left", ncols=columns, columnspacing=1.6)
 
 
 _LOG_TICKS = ((12.0, (1, 1.5, 2, 3, 5, 7)), (300.0, (1, 2, 5)), (float("inf"), (1,)))
 
 
 def log_ticks(ax: Axes) -> None:
-    """Few round numbers, written out, on an axis of at least a factor of five."""
+    """Few round numbers, written out, on a logarithmic y axis of at least a factor of five."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = ax.get_ylim()
     widen = max(1.0, (5 * low / high) ** 0.5)
     ax.set_ylim(low / widen, high * widen)
     subs = next(subs for limit, subs in _LOG_TICKS if high / low < limit)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def readable_ticks(axis: Axis, units: bool = False) -> None:
-    """Label the ticks with as many decimals as tell them apart; with `units`, as 1.5M instead of 1,500,000."""
-    from matplotlib.ticker import Formatter
-
-    class Readable(Formatter):
-        def __call__(self, value: float, pos: int | None = None) -> str:
-            return tick_labels([value], units)[0]
-
-        def format_ticks(self, values: Any) -> list[str]:
-            return tick_labels([float(value) for value in values], units)
-
-    axis.set_major_formatter(Readable())
+def own_ticks(ax: Axes, x: Array, form: Callable[[float], str]) -> None:
+    """The values `x`, ascending, themselves as ticks of a logarithmic x axis, as far as they do not crowd."""
+    kept: list[float] = []
+    span = max(float(np.log(x[-1] / x[0])), 1e-9)
+    for value in x:
+        if not kept or np.log(value / kept[-1]) > 0.09 * span:
+            kept.append(float(value))
+    ax.set_xscale("log")
+    ax.set_xticks(kept, [form(value) for value in kept])
+    ax.minorticks_off()
 
 
-def tick_labels(values: Sequence[float], units: bool) -> list[str]:
-    """The values as text, off by no more than a twentieth of the least distance between two of them; see `readable_ticks`."""
-    apart = np.diff(np.unique(values))
-    allowed = 0.05 * float(apart.min() if apart.size else np.abs(values).max(initial=0.0))
-    scales = [next((s for s in UNITS if units and abs(value) >= s), 1.0) for value in values]
-    for places in range(16):
-        off = [abs(round(value / scale, places) * scale - value) for value, scale in zip(values, scales, strict=True)]
-        if max(off, default=0.0) <= allowed:
-            break
-    texts = [f"{value / scale:,.{places}f}" for value, scale in zip(values, scales, strict=True)]
-    if units and places:  # 800k and 1.6M: nothing is lost where the decimals are zeros
-        texts = [text.rstrip("0").rstrip(".") for text in texts]
-    return [text + UNITS.get(scale, "") for text, scale in zip(texts, scales, strict=True)]
-
-
-def _show_single_points(figure: Figure) -> None:
+def _show_single_points(canvas: Canvas) -> None:
     """A line through one point is nothing to see: give it a marker."""
-    for line in (line for ax in figure.axes for line in ax.lines):
+    for line in (line for ax in canvas.axes for line in ax.lines):
         if line.get_marker() in ("", "None") and np.isfinite(np.asarray(line.get_ydata(), dtype=np.float64)).sum() == 1:
             line.set_marker("o")
             line.set_markersize(3.6)
-
-
-def thin(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    """At most `POINTS` points of a curve, first and last among them."""
-    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    keep = np.unique(np.linspace(0, xs.size - 1, min(xs.size, POINTS)).round().astype(int))
-    return xs[keep], ys[keep]
 
 
 @contextmanager

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,25 +18,33 @@ from spherelm.analysis.inside import Inside, look_inside
 from spherelm.analysis.weights import check_finite
 from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
-from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
 from spherelm.fields import check
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
-from spherelm.report.drawing import require_matplotlib
-from spherelm.report.expert_figures import expert_section
-from spherelm.report.figures import Figure
-from spherelm.report.inside_figures import lens_section, motion_section, training_section, weight_section
+from spherelm.report.drawing import Figure, require_matplotlib
 from spherelm.report.inside_tables import write_tables
-from spherelm.report.inspect_page import figure_sections, plain_page, plain_table, write_figures
-from spherelm.report.walk import Walk, check_sentence, most_tokens, trace_walk, walk_page
+from spherelm.report.pages import Sections, new_directory, render, write_figures
+from spherelm.report.state_figures import expert_section, lens_section, motion_section, training_section
+from spherelm.report.walk import (
+    Walk,
+    check_sentence,
+    fitting_sentence,
+    name_of,
+    run_directory,
+    say_if_cut,
+    trace_walk,
+    walk_page,
+)
+from spherelm.report.weight_figures import weight_section
 from spherelm.report.wording import si
 from spherelm.runs.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint, no_checkpoint
 from spherelm.runs.config import read_config
 from spherelm.runs.record import command_line, git_commit, versions, write_json
 
-SENTENCE = "The old man looked out over the sea and thought of home."
+RECORD = "inspect.json"
+"""The file by which a directory is known as one of `spherelm inspect`."""
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "architecture")
 """The fields of a config that runs must agree in to be drawn as one model; not every config has all."""
@@ -62,7 +68,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at.
+    """The text, sentence and layer to look at.
 
     Attributes:
         text: Text file that the models read; the shipped validation text if left out.
@@ -82,56 +88,35 @@ class Request:
         check(self)
 
 
-def inspect(runs: Sequence[Path], out: Path, request: Request) -> list[Figure]:
+def inspect(runs: Sequence[Path], out: Path, request: Request, overwrite: bool = False) -> list[Figure]:
     """Look into every run and write `out`: index.html, walk.html, figures/, tables/, inspect.json; returns the figures.
 
     runs: run directories, single checkpoints, or directories of `spherelm compare`, which stand for their full runs. Runs of
-    one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all. Raises
-    FileNotFoundError for a missing run, FileExistsError where `out` holds something, ValueError for a model that holds NaN or
-    for no matplotlib.
+    one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all; overwrite: in the place
+    of what an earlier call wrote there. Raises `NotFoundError` for a missing run, `OutputExistsError` where `out` holds
+    something, `UserError` for a model that holds NaN or for no matplotlib.
     """
     if not runs:
         raise UserError("no run is named: give directories of spherelm train or compare")
     require_matplotlib()
-    check_free(out)
-    text = _text(request)
-    paths = [path for run in runs for path in expand(run)]
-    check_shapes(paths)
-    sentence = fitting_sentence(paths) if request.sentence is None else request.sentence
-    with whole_directory(out) as part:
+    with new_directory(out, RECORD, overwrite) as part:
+        text = _text(request)
+        paths = [path for run in runs for path in expand(run)]
+        check_shapes(paths)
+        sentence = fitting_sentence(paths) if request.sentence is None else request.sentence
         inspected = [_inspect(path, text, sentence, request) for path in paths]
         sections = _sections(inspected)
-        _write(part, inspected, sections, sentence, request)
-    _say_if_cut(sentence, request.sentence)
-    return [figure for _, _, figures in sections for figure in figures]
-
-
-def trace_walks(runs: Sequence[Path], sentence: str | None = None) -> tuple[list[Walk], str]:
-    """The walk of each run, and the sentence that they are of; raises as `inspect` does."""
-    walked = fitting_sentence(runs) if sentence is None else sentence
-    walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
-    _say_if_cut(walked, sentence)
-    return walks, walked
-
-
-def fitting_sentence(paths: Sequence[Path]) -> str:
-    """`SENTENCE`, or as much of its beginning as every run's tokenizer and context allow."""
-    runs = [run_directory(path) for path in paths]
-    readers = [(load_tokenizer(run), most_tokens(read_config(run / "config.json").model)) for run in runs]
-    words = SENTENCE.split()
-    beginnings = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
-    beginnings += [words[0][:count] for count in range(len(words[0]) - 1, 0, -1)]
-    for found in beginnings:
-        if all(len(tokenizer.encode(found)) <= limit for tokenizer, limit in readers):
-            break
-    return found
-
-
-def _say_if_cut(sentence: str, asked: str | None) -> None:
-    """One line on stderr if the sentence is a part of `SENTENCE`, which nobody asked for."""
-    if sentence not in (asked, SENTENCE):
-        note = f"the walk shows {sentence!r} only: the whole default sentence has too many tokens"
-        print(f"spherelm: {note}; choose another with inspect --sentence", file=sys.stderr)
+        figures = write_figures(sections, part, request.images)
+        (part / "tables").mkdir()
+        tables = write_tables(
+            [(item.name, item.arm, item.inside, item.distances) for item in inspected], part / "tables"
+        )
+        walk = walk_page([item.walk for item in inspected], sentence, "index.html")
+        (part / "walk.html").write_text(walk, encoding="utf-8")
+        write_json(part / RECORD, _record(inspected, sentence, request))
+        (part / "index.html").write_text(_page(inspected, sections, tables, sentence, request), encoding="utf-8")
+    say_if_cut(sentence, request.sentence)
+    return figures
 
 
 def expand(path: Path) -> list[Path]:
@@ -146,12 +131,6 @@ def expand(path: Path) -> list[Path]:
         return [path / name for arm in arms.values() for name in arm["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{summary} is damaged ({error!r}): pass the run directories in {path} instead") from None
-
-
-def run_directory(path: Path) -> Path:
-    """The run that a run directory or one of its checkpoints belongs to."""
-    checkpoint = named_checkpoint(path)
-    return path if checkpoint is None else checkpoint.parent.parent
 
 
 def check_shapes(paths: Sequence[Path]) -> None:
@@ -229,12 +208,6 @@ def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspecte
     return Inspected(name_of(path), config.arm, count, distances[-1][0], inside, distances, walk)
 
 
-def name_of(path: Path) -> str:
-    """A short name of a run or a checkpoint: its last parts."""
-    run = run_directory(path)
-    return run.resolve().name if run == path else f"{run.name} {path.resolve().name}"
-
-
 def _distances(path: Path, model: Decoder) -> Iterator[tuple[int, dict[str, float]]]:
     """(update, largest departures) of each checkpoint of a run up to the inspected one, whose model is given."""
     run = run_directory(path)
@@ -250,44 +223,24 @@ def _distances(path: Path, model: Decoder) -> Iterator[tuple[int, dict[str, floa
     yield int(inspected.name[5:]), off_sphere(model)
 
 
-def _sections(inspected: Sequence[Inspected]) -> list[tuple[str, str, list[Figure]]]:
-    arms = [arm for arm in NAMES if any(item.arm == arm for item in inspected)]
-    found = {arm: [item.inside for item in inspected if item.arm == arm] for arm in arms}
+def _sections(inspected: Sequence[Inspected]) -> Sections:
+    by_arm = {arm: own for arm in NAMES if (own := [item for item in inspected if item.arm == arm])}
+    found = {arm: [item.inside for item in own] for arm, own in by_arm.items()}
     distances = {
-        arm: [
-            (np.array([update for update, _ in item.distances]), np.array([max(d.values()) for _, d in item.distances]))
-            for item in inspected
-            if item.arm == arm
-        ]
-        for arm in arms
+        arm: [tuple(np.array([(update, max(d.values())) for update, d in item.distances]).T) for item in own]
+        for arm, own in by_arm.items()
     }
     return [
-        ("In the weights", "", weight_section(found)),
-        ("On the way through the model", "", motion_section(found)),
-        ("Experts", "", expert_section(found)),
-        ("What each layer would predict", "", lens_section(found)),
-        ("Over training", "", training_section(distances)),
+        ("In the weights", weight_section(found)),
+        ("On the way through the model", motion_section(found)),
+        ("Experts", expert_section(found)),
+        ("What each layer would predict", lens_section(found)),
+        ("Over training", training_section(distances)),
     ]
 
 
-def _write(
-    out: Path,
-    inspected: Sequence[Inspected],
-    sections: Sequence[tuple[str, str, list[Figure]]],
-    sentence: str,
-    request: Request,
-) -> None:
-    figures = [figure for _, _, group in sections for figure in group]
-    write_figures(figures, out, request.images)
-    (out / "tables").mkdir()
-    tables = write_tables([(item.name, item.arm, item.inside, item.distances) for item in inspected], out / "tables")
-    (out / "walk.html").write_text(walk_page([item.walk for item in inspected], sentence), encoding="utf-8")
-    write_json(out / "inspect.json", _record(inspected, sentence, request))
-    (out / "index.html").write_text(_index(inspected, sections, tables, sentence, request), encoding="utf-8")
-
-
 def _record(inspected: Sequence[Inspected], sentence: str, request: Request) -> dict[str, Any]:
-    """What was looked at, and by what."""
+    """The content of `inspect.json`: which runs, which text, and made by what."""
     return {
         "runs": [{"name": i.name, "arm": i.arm, "parameters": i.parameters, "update": i.update} for i in inspected],
         "text": "shipped validation text" if request.text is None else str(request.text),
@@ -300,12 +253,8 @@ def _record(inspected: Sequence[Inspected], sentence: str, request: Request) -> 
     }
 
 
-def _index(
-    inspected: Sequence[Inspected],
-    sections: Sequence[tuple[str, str, list[Figure]]],
-    tables: Sequence[Path],
-    sentence: str,
-    request: Request,
+def _page(
+    inspected: Sequence[Inspected], sections: Sections, tables: Sequence[Path], sentence: str, request: Request
 ) -> str:
     source = "the validation text that ships with spherelm" if request.text is None else request.text.name
     count = inspected[0].inside.motion.angles.shape[1]
@@ -313,19 +262,15 @@ def _index(
         (i.name, NAMES[i.arm], f"{i.parameters:,}", f"{i.update:,}", f"{i.inside.motion.lens.loss[-1]:.3f}")
         for i in inspected
     ]
-    caption = f"Inspected runs. The loss is that on the {count:,} tokens looked at, of {source}."
-    links = ", ".join(f'<a href="tables/{escape(path.name)}">{escape(path.name)}</a>' for path in tables)
-    body = "\n".join(
-        (
-            plain_table(caption, ["Run", "Arm", "Parameters", "Update", "Loss"], rows),
-            f'<p class="note"><a href="walk.html">The walk on the sphere</a>: hidden states of “{escape(sentence)}”, layer by '
-            "layer, on a sphere to turn.</p>",
-            figure_sections(sections),
-            f"<section><h2>Numbers</h2><p>Every number drawn here, as tables: {links}.</p>"
-            f"<pre><code>{escape(command_line())}</code></pre></section>",
-        )
+    return render(
+        "inspect.html",
+        kicker="spherelm inspect",
+        title="Inside the models",
+        subtitle=f"{counted(len(inspected), 'run')} · {si(count)} tokens of text",
+        caption=f"Inspected runs. The loss is that on the {count:,} tokens looked at, of {source}.",
+        rows=rows,
+        sentence=sentence,
+        sections=sections,
+        tables=[path.name for path in tables],
+        command=command_line(),
     )
-    subtitle = " · ".join(
-        (f"{len(inspected)} runs" if len(inspected) > 1 else inspected[0].name, f"{si(count)} tokens of text")
-    )
-    return plain_page("spherelm inspect", "Inside the models", subtitle, body)

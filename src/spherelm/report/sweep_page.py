@@ -8,13 +8,44 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from spherelm.counting import counted
-from spherelm.experiments.record import read_run
+from spherelm.experiments.record import Run, read_run
 from spherelm.experiments.sweep import Row, canonical
 from spherelm.models import NAMES
-from spherelm.report.figures import Figure
-from spherelm.report.inspect_page import figure_sections, plain_page, plain_table
-from spherelm.report.sweep_plots import Curve, Panel, small_multiples
+from spherelm.report.charts import Line, Panel, chart
+from spherelm.report.drawing import COLOURS, MUTED, Figure
+from spherelm.report.pages import render
+from spherelm.runs.config import read_config
+
+COLUMNS = 3
+PANEL = (2.1, 1.7)  # inches
+
+
+def write_page(rows: Sequence[Row], out: Path) -> None:
+    """Write `out/index.html` on the sweep whose `sweep.json` and runs are in `out`.
+
+    rows: best first, or in any other order that the table shall have.
+    """
+    commands, keys = json.loads((out / "sweep.json").read_text("utf-8"))["commands"], varying(rows)
+    runs = {name: read_run(out / name) for row in rows for name in row.runs}
+    by_arm = {arm: [row for row in rows if row.choice["arm"] == arm] for arm in NAMES}
+    page = render(
+        "runs.html",
+        kicker="spherelm sweep",
+        title="How the choices ended",
+        subtitle=f"{counted(len(rows), 'choice')}, {counted(len(runs), 'run')} · {' · '.join(_in_common(rows, out))}",
+        heading="All choices",
+        table=_table(rows, keys),
+        table_first=True,
+        sections=[
+            (f"Every run of {NAMES[arm]}", [_figure(arm, own, keys, runs)]) for arm, own in by_arm.items() if own
+        ],
+        no_figure="",
+        command="\n".join(commands),
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
@@ -28,7 +59,7 @@ def _of(row: Row, key: str) -> str:
 
 
 def label(row: Row, keys: Sequence[str]) -> str:
-    """What tells this choice from the others, in few words."""
+    """A short name of a choice: the fields in which the choices differ."""
     named = {key: row.choice[key] for key in keys if key in row.choice}
     words = [
         value if isinstance(value, str) else f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
@@ -37,23 +68,21 @@ def label(row: Row, keys: Sequence[str]) -> str:
     return ", ".join(words) or ("nothing changed" if keys else "the only choice")
 
 
-def write_page(rows: Sequence[Row], out: Path) -> None:
-    """Write `out/index.html` on the sweep whose `sweep.json` and runs are in `out`.
-
-    rows: best first, or in any other order that the table shall have.
-    """
-    commands, keys = json.loads((out / "sweep.json").read_text("utf-8"))["commands"], varying(rows)
-    sections = [(f"Every run of {NAMES[arm]}", "", [figure]) for arm, figure in _figures(rows, keys, out)]
-    command = f"<section><h2>Reproduce</h2><pre><code>{escape(chr(10).join(commands))}</code></pre></section>"
-    body = f"<section><h2>All choices</h2>{_table(rows, keys)}</section>\n{figure_sections(sections)}\n{command}"
-    count = sum(len(row.losses) for row in rows)
-    page = plain_page(
-        "spherelm sweep", "How the choices ended", f"{counted(len(rows), 'choice')}, {counted(count, 'run')}", body
-    )
-    (out / "index.html").write_text(page, encoding="utf-8")
+def _in_common(rows: Sequence[Row], out: Path) -> list[str]:
+    """Size, length and data of the runs, as far as all share them."""
+    configs = [read_config(out / row.runs[0] / "config.json") for row in rows]
+    facts = [
+        (
+            f"{config.model.n_layers} layers of {config.model.d_model}",
+            f"{counted(config.train.steps, 'step')} of {config.train.batch_size} × {config.train.seq_len} tokens",
+            f"data {config.data}" if config.data else "the shipped text",
+        )
+        for config in configs
+    ]
+    return [values[0] for values in zip(*facts, strict=True) if len(set(values)) == 1]
 
 
-def _table(rows: Sequence[Row], keys: Sequence[str]) -> str:
+def _table(rows: Sequence[Row], keys: Sequence[str]) -> tuple[str, list[str], list[tuple[str, ...]]]:
     shown = []
     for row in rows:
         difference = "base" if row.base is None else _with_error(row.difference, row.difference_error, signed=True)
@@ -63,9 +92,9 @@ def _table(rows: Sequence[Row], keys: Sequence[str]) -> str:
         shown.append((*cells, str(len(row.losses)), end, difference))
     caption = (
         "Final validation loss, nats per token: mean over seeds ± standard error, and the mean difference from the base, the "
-        "first choice of the arm, seed by seed. A run whose validation loss rises far above an untrained model's is stopped."
+        "first choice of the arm, seed by seed. A run whose validation loss rises far above an untrained model’s is stopped."
     )
-    return plain_table(caption, ["Arm", *keys, "Seeds", "Final loss", "Against the base"], shown)
+    return caption, ["Arm", *keys, "Seeds", "Final loss", "Against the base"], shown
 
 
 def _with_error(value: float | None, error: float | None, signed: bool = False) -> str:
@@ -74,22 +103,35 @@ def _with_error(value: float | None, error: float | None, signed: bool = False) 
     return f"{value:{'+' if signed else ''}.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _figures(rows: Sequence[Row], keys: Sequence[str], out: Path) -> list[tuple[str, Figure]]:
-    figures = []
-    for arm in dict.fromkeys(str(row.choice["arm"]) for row in rows):
-        own = [row for row in rows if row.choice["arm"] == arm]
-        base = next(row for row in own if row.base is None)
-        behind = [_curve(out / run) for run in base.runs]
-        panels = [
-            Panel(label(row, keys), arm, [_curve(out / run) for run in row.runs], () if row is base else behind)
-            for row in own
-        ]
-        title = f"Validation loss of every run of {NAMES[arm]}"
-        caption = f"A panel for each choice, a line for each seed; grey: the base ({label(base, keys)})."
-        figures.append((arm, Figure(small_multiples(panels, f"sweep-{arm}", title, caption), title, escape(caption))))
-    return figures
+def _figure(arm: str, rows: Sequence[Row], keys: Sequence[str], runs: dict[str, Run]) -> Figure:
+    """A panel for each choice of an arm, all with the same axes; untrained starts are left out."""
+    base = next(row for row in rows if row.base is None)
+    panels = []
+    low, high = limits([runs[name] for row in rows for name in row.runs])
+    for row in rows:
+        behind = () if row is base else base.runs
+        lines = [_curve(runs[name], MUTED) for name in behind] + [_curve(runs[name], COLOURS[arm]) for name in row.runs]
+        panels.append(Panel(lines, title=label(row, keys), scale="units", low=low, high=high))
+    title = f"Validation loss of every run of {NAMES[arm]}"
+    caption = f"A panel for each choice, a line for each seed; grey: the base ({escape(label(base, keys))})."
+    columns = min(COLUMNS, len(panels))
+    size = (PANEL[0] * columns + 0.5, PANEL[1] * -(-len(panels) // columns) + 0.5)
+    x, y = "training tokens", "validation loss (nats per token)"
+    return chart(f"sweep-{arm}", title, caption, panels, columns=columns, legend=0, x=x, y=y, size=size)
 
 
-def _curve(run: Path) -> Curve:
-    found = read_run(run)
-    return found.tokens, found.loss
+def _curve(run: Run, colour: str) -> Line:
+    trained = run.tokens > 0
+    return Line(run.tokens[trained], [run.loss[trained]], colour, width=1.1)
+
+
+def limits(runs: Sequence[Run]) -> tuple[float, float]:
+    """From below the lowest loss to above every end, and above what most runs are at after their first validation."""
+    drawn = [run.loss[run.tokens > 0] for run in runs]
+    drawn = [loss[np.isfinite(loss)] for loss in drawn if np.isfinite(loss).any()]
+    if not drawn:
+        return 0.0, 1.0
+    low = float(min(loss.min() for loss in drawn))
+    high = float(max(np.median([loss[0] for loss in drawn]), *(loss[-1] for loss in drawn)))
+    margin = 0.05 * max(high - low, 0.02)
+    return low - margin, high + margin

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from string import Template
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,15 +19,20 @@ from spherelm import sphere
 from spherelm.analysis.motion import output_directions
 from spherelm.analysis.recording import record
 from spherelm.counting import counted
-from spherelm.data.tokenizer import Tokenizer
+from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import UserError
 from spherelm.layers.readout import read_logits
 from spherelm.models.config import Config
 from spherelm.models.decoder import Decoder
-from spherelm.report import svg
+from spherelm.report.pages import render
 from spherelm.report.sphere_map import SphereMap, sphere_map
+from spherelm.runs.checkpoint import load_model, named_checkpoint
+from spherelm.runs.config import read_config
 
 Array = NDArray[np.float64]
+
+SENTENCE = "The old man looked out over the sea and thought of home."
+"""Whose walk is shown where no other is asked for."""
 
 MAX_TOKENS = 40
 """Paths of more tokens than this can be told apart by nobody."""
@@ -58,6 +64,46 @@ class Walk:
     angles: Array
     words: dict[int, str]
     steps: list[tuple[int, str]]
+
+
+def run_directory(path: Path) -> Path:
+    """The run that a run directory or one of its checkpoints belongs to."""
+    checkpoint = named_checkpoint(path)
+    return path if checkpoint is None else checkpoint.parent.parent
+
+
+def name_of(path: Path) -> str:
+    """A short name of a run or a checkpoint: its last parts."""
+    run = run_directory(path)
+    return run.resolve().name if run == path else f"{run.name} {path.resolve().name}"
+
+
+def trace_walks(runs: Sequence[Path], sentence: str | None = None) -> tuple[list[Walk], str]:
+    """The walk of each run, and the sentence that they are of; raises as `trace_walk` does."""
+    walked = fitting_sentence(runs) if sentence is None else sentence
+    walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
+    say_if_cut(walked, sentence)
+    return walks, walked
+
+
+def fitting_sentence(paths: Sequence[Path]) -> str:
+    """`SENTENCE`, or as much of its beginning as every run's tokenizer and context allow."""
+    runs = [run_directory(path) for path in paths]
+    readers = [(load_tokenizer(run), most_tokens(read_config(run / "config.json").model)) for run in runs]
+    words = SENTENCE.split()
+    beginnings = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+    beginnings += [words[0][:count] for count in range(len(words[0]) - 1, 0, -1)]
+    for found in beginnings:
+        if all(len(tokenizer.encode(found)) <= limit for tokenizer, limit in readers):
+            break
+    return found
+
+
+def say_if_cut(sentence: str, asked: str | None) -> None:
+    """One line on stderr if the sentence is a part of `SENTENCE`, which nobody asked for."""
+    if sentence not in (asked, SENTENCE):
+        note = f"the walk shows {sentence!r} only: the whole default sentence has too many tokens"
+        print(f"spherelm: {note}; choose another with inspect --sentence", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -129,18 +175,15 @@ def readable(piece: str) -> str:
     return "".join(letter if letter.isprintable() else "·" for letter in shown) or ("␣" if piece else "∅")
 
 
-def walk_page(walks: Sequence[Walk], sentence: str) -> str:
-    """One self-contained page: no network, no library; it runs from a disk in any browser of today."""
-    resources = files("spherelm.report")
-    data = json.dumps(
-        {"sentence": sentence, "runs": [_plain(walk) for walk in walks]}, ensure_ascii=False, allow_nan=False
-    )
-    return Template(resources.joinpath("walk.html").read_text("utf-8")).substitute(
-        palette=svg.palette(":root", ':root[data-theme="dark"]', ':root:not([data-theme="light"])'),
-        css=resources.joinpath("walk.css").read_text("utf-8").strip(),
-        data=data.replace("<", "\\u003c"),
-        script=resources.joinpath("walk.js").read_text("utf-8").strip(),
-    )
+def walk_page(walks: Sequence[Walk], sentence: str, back: str) -> str:
+    """One self-contained page: no network, no library; it runs from a disk in any browser of today.
+
+    back: the file beside it that links to it, and to which it leads back.
+    """
+    runs = [_plain(walk) for walk in walks]
+    data = json.dumps({"sentence": sentence, "runs": runs}, ensure_ascii=False, allow_nan=False)
+    kicker = "back to the comparison" if back == "report.html" else "back to the figures"
+    return render("walk.html", back=back, kicker=kicker, data=Markup(data.replace("<", "\\u003c")))
 
 
 def _plain(walk: Walk) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""What a comparison says, in words: the speedup as sentences, numbers as text. Plain text, no markup."""
+"""Numbers as text, and the result of a comparison as sentences. Plain text, no markup."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spherelm.experiments.record import Arm, Comparison, standard_error
+from spherelm.experiments.speedup import OPPOSITE
 from spherelm.models import NAMES
 
 OPTIMIZERS = {"adamw": "AdamW", "gated_adamw": "GatedAdamW", "muon": "Muon for block matrices, AdamW for the rest"}
 
 
 def optimizer_name(optimizer: str | None) -> str:
-    """What an optimizer of `OptimConfig` is called in a text."""
+    """The name in a text of an optimizer of `OptimConfig`."""
     return "unknown" if optimizer is None else OPTIMIZERS.get(optimizer, optimizer)
 
 
@@ -23,11 +24,6 @@ def si(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def loss_text(value: float) -> str:
-    """A loss to three decimals."""
-    return number(value, ".3f")
 
 
 def number(value: Any, form: str) -> str:
@@ -40,6 +36,18 @@ def listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def each(values: Mapping[str, float], form: str = ".3g") -> str:
+    """ "3.2 for GPT and 1.1 for nGPT", of values by arm."""
+    return listed([f"{format(value, form)} for {NAMES[arm]}" for arm, value in values.items()])
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """ "2.994 ± 0.002" on one line; without the error for a single value."""
+    error = standard_error(values)
+    mean = number(sum(values) / len(values), ".3f")
+    return mean if error is None or math.isnan(error) else f"{mean}\u00a0±\u00a0{error:.3f}"
+
+
 def verdict(comparison: Comparison) -> str:
     """The result in one sentence: who wins, by what factor in tokens, with its interval."""
     winner, loser = comparison.arms[comparison.winner], comparison.arms[comparison.loser]
@@ -50,7 +58,7 @@ def verdict(comparison: Comparison) -> str:
         return f"There is no speedup to report, since {gone} diverged: lower that arm’s learning rate."
     if tie := _tie(winner, loser):
         return tie
-    level = f"{other}’s final validation loss ({loss_text(loser.final_loss)} nats per token)"
+    level = f"{other}’s final validation loss ({number(loser.final_loss, '.3f')} nats per token)"
     if not factor:
         return f"{name} did not reach {level} within {si(winner.tokens)} tokens, so there is no speedup to report."
     inverse = winner.name == comparison.baseline
@@ -70,10 +78,7 @@ def _tie(winner: Arm, loser: Arm) -> str:
     errors = [standard_error(arm.final_losses) for arm in (winner, loser)]
     if None in errors or loser.final_loss - winner.final_loss > math.hypot(*(error or 0.0 for error in errors)):
         return ""
-    ends = [
-        f"{NAMES[arm.name]} ends at {loss_text(arm.final_loss)} ± {number(error, '.3f')}"
-        for arm, error in zip((winner, loser), errors, strict=True)
-    ]
+    ends = [f"{NAMES[arm.name]} ends at {mean_and_error(arm.final_losses)}" for arm in (winner, loser)]
     return f"No arm is ahead here, as far as these seeds can tell: {listed(ends)} nats per token."
 
 
@@ -89,7 +94,7 @@ REACH = (
 
 
 def _reach(comparison: Comparison) -> str:
-    """What the factor was measured at, and what is known of how it changes."""
+    """Size, context and budget that the factor was measured at, and how it changes with them."""
     config, parameters = comparison.summary.get("config", {}), comparison.arms[comparison.baseline].parameters
     tokens, context = comparison.arms[comparison.loser].tokens, config.get("seq_len")
     known = [
@@ -113,7 +118,7 @@ def _time(comparison: Comparison) -> str:
     bound, inverse = comparison.speedup.get("bound"), factor < 1
     name, times = (baseline, 1 / factor) if inverse else (normalized, factor)
     spread = _interval(comparison, "seconds_interval", inverse) if comparison.speedup.get("seconds_interval") else ""
-    qualifier = _bound(_flip(bound) if inverse else bound)
+    qualifier = _bound(OPPOSITE.get(bound or "") if inverse else bound)
     return f"{cost}Counted in seconds, {name} gets there {qualifier}{times:.2f}× faster{spread}."
 
 
@@ -137,19 +142,15 @@ def _method(comparison: Comparison) -> str:
 
 
 def bound_on_tokens(comparison: Comparison) -> str | None:
-    """What is known of the tokens that the winner needs: "at most", "at least", or None where they are known."""
+    """The bound on the tokens that the winner needs: "at most", "at least", or None where they are known."""
     bound = comparison.speedup.get("bound")
     # summary.json bounds the baseline's tokens over the other's: with those below the line, the bound on them is the other one.
-    return _flip(bound) if comparison.winner == comparison.normalized else bound
+    return OPPOSITE.get(bound or "") if comparison.winner == comparison.normalized else bound
 
 
 def _bound_on_factor(comparison: Comparison) -> str | None:
-    """What is known of how many times fewer tokens the winner needs."""
-    return _flip(bound_on_tokens(comparison))
-
-
-def _flip(bound: str | None) -> str | None:
-    return {"at least": "at most", "at most": "at least"}.get(bound) if bound else None
+    """The bound on how many times fewer tokens the winner needs."""
+    return OPPOSITE.get(bound_on_tokens(comparison) or "")
 
 
 def _bound(bound: str | None) -> str:

@@ -408,10 +408,10 @@ function explain() {
     (gpt
       ? "This is a GPT: its states have any length, and for this picture each was divided by its length, so that only directions are shown. "
       : "This is an nGPT: its states are unit vectors, and live on a sphere by themselves. ") +
-    "That sphere lies in " + r.dimensions + " dimensions, this one in three. The places were chosen so that the angles between any two stops of any tokens, and as much again those between the successive stops of one token, are as near as possible to the true ones: spherical multidimensional scaling by gradient descent, started from the first three principal directions, made unit. Between stops the way is a great circle.";
+    "That sphere lies in " + r.dimensions + " dimensions, this one in three. The places keep the angles between all stops as near to the true ones as possible; the angles of the steps count as much as all others together. (Spherical multidimensional scaling by gradient descent, started from the first three principal directions, made unit.) Between stops the way is a great circle.";
   get("lost").textContent =
     "The drawn angle is off by " + r.lost.step.toFixed(1) + "° on average over the steps, by " + r.lost.error.toFixed(1) + "° over all pairs of stops (correlation of drawn and true angles: " + r.lost.correlation.toFixed(2) +
-    "). So the length of a step can be trusted; how near two paths come to each other is roughly right only. All numbers and the nearest entries, which are the most probable next tokens if the output matrix read the state there, come from the true space.";
+    "). The length of a step can be trusted; how near two paths come to each other is only roughly right. All numbers come from the true space, and so do the nearest entries: the most probable next tokens if the output matrix read the state there.";
 }
 
 // Events -------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,15 @@ import commands
 import pytest
 
 from spherelm.recipes import make_run
-from spherelm.report import length_figures
-from spherelm.report.ladder import write_ladder
+from spherelm.report import ends_page
+from spherelm.report.charts import Line
+from spherelm.report.ends_page import write_ends
 from spherelm.runs.config import to_dict
 from spherelm.runs.record import write_json
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
+
+pytestmark = pytest.mark.usefixtures("unseen")
 
 SHAPE: dict[str, Any] = {"vocab_size": 96, "n_layers": 3, "d_model": 32, "n_heads": 2, "batch_size": 4, "seq_len": 16}
 Write = Callable[..., Path]
@@ -43,30 +46,37 @@ def write(tmp_path: Path) -> Write:
     return make
 
 
-def report(tmp_path: Path) -> tuple[list[Any], dict[str, Any], str]:
+def report(tmp_path: Path, overwrite: bool = False) -> tuple[list[Any], dict[str, Any], str]:
     """The figures, ends.json and the page."""
     out = tmp_path / "out"
-    figures = write_ladder([tmp_path / "runs"], out)
+    figures = write_ends([tmp_path / "runs"], out, overwrite)
     return figures, json.loads((out / "ends.json").read_text()), (out / "index.html").read_text("utf-8")
 
 
-def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What is given to the drawing of each figure, by its key."""
-    from spherelm.report import ladder
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Line]]:
+    """The lines of each figure that is made, by its key."""
+    found: dict[str, list[Line]] = {}
+    real = ends_page._figure
 
-    seen: dict[str, list[Any]] = {}
-    real = ladder.ends_of_runs
+    def watch(key: str, title: str, caption: str, lines: list[Line], *rest: Any) -> Any:
+        found[key] = lines
+        return real(key, title, caption, lines, *rest)
 
-    def watch(series: Any, x: str, y: str, tokens: bool, key: str, *rest: Any) -> Any:
-        seen[key] = list(series)
-        return real(series, x, y, tokens, key, *rest)
+    monkeypatch.setattr(ends_page, "_figure", watch)
+    return found
 
-    monkeypatch.setattr(ladder, "ends_of_runs", watch)
-    return seen
+
+def seeds(line: Line) -> list[list[float]]:
+    """The losses at each x, seed by seed; checks the mean that is drawn."""
+    dots = list(zip(*map(list, line.dots), strict=True)) if line.dots is not None else []
+    found = [[y for at, y in dots if at == x] or [mean] for x, mean in zip(line.x, line.seeds[0], strict=True)]
+    assert [sum(values) / len(values) for values in found] == pytest.approx(line.seeds[0])
+    return found
 
 
 def test_each_budget_shows_its_best_choice_over_seeds(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, seen: dict[str, list[Line]]
 ) -> None:
     for arm, shift in (("gpt", 0.0), ("ngpt", -0.1)):
         for seed in (0, 1):
@@ -74,56 +84,52 @@ def test_each_budget_shows_its_best_choice_over_seeds(
             write(f"{arm}-short-{seed}", arm, 4.0 + shift + seed / 10, steps=10, seed=seed)
             write(f"{arm}-worse-{seed}", arm, 4.5 + shift, steps=10, lr=2e-2, seed=seed)
     write("gpt-lucky", "gpt", float("nan"), steps=20, lr=3e-2)
-    seen = lines(monkeypatch)
     report(tmp_path)
     gpt, ngpt = seen["budget"]
-    assert (gpt.arm, ngpt.arm) == ("gpt", "ngpt")
-    assert gpt.x.tolist() == [640, 1280]
-    assert [values.tolist() for values in gpt.values] == [[4.0, 4.1], [3.0, 3.1]]
-    assert ngpt.values[1].tolist() == [2.9, 3.0]
+    assert (gpt.label, ngpt.label) == ("GPT", "nGPT")
+    assert gpt.x == [640, 1280]
+    assert seeds(gpt) == [[4.0, 4.1], [3.0, 3.1]]
+    assert seeds(ngpt)[1] == [2.9, 3.0]
 
 
 def test_learning_rates_are_told_apart_by_budget_and_the_edge_is_said(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, seen: dict[str, list[Line]]
 ) -> None:
     for lr, loss in ((1e-3, 4.2), (2e-3, 4.0), (4e-3, 4.1), (8e-3, float("nan"))):
         write(f"gpt-{lr}", "gpt", loss, lr=lr)
         write(f"ngpt-{lr}", "ngpt", 4.0 - lr if math.isfinite(loss) else loss, lr=lr)
-    seen = lines(monkeypatch)
     figures, _, page = report(tmp_path)
-    assert [figure.drawing.key for figure in figures] == ["rate"]
-    assert seen["rate"][0].x.tolist() == [1e-3, 2e-3, 4e-3], "what diverged is no point"
+    assert [figure.key for figure in figures] == ["rate"]
+    assert seen["rate"][0].x == [1e-3, 2e-3, 4e-3], "what diverged is no point"
     assert "The lowest: GPT 0.002 (by a parabola 0.0022) and nGPT 0.004 (beside a rate that diverged)." in page
     assert "nGPT at least 4x (0.001 to 0.004, beside a rate that diverged)" in page
     assert page.count(">diverged<") == 2
 
 
 def test_rates_are_compared_on_the_seeds_that_all_of_them_have(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, seen: dict[str, list[Line]]
 ) -> None:
     """As `spherelm evidence` leaves them: the best rate of seed 0 has three seeds, whose mean is another."""
     for lr, losses in ((1e-3, [4.0]), (2e-3, [3.9, 4.3, 4.3]), (4e-3, [4.05]), (8e-3, [float("nan")])):
         for seed, loss in enumerate(losses):
             write(f"gpt-{lr}-{seed}", "gpt", loss, lr=lr, seed=seed)
     write("gpt-longer", "gpt", 3.5, lr=1e-3, steps=20)
-    seen = lines(monkeypatch)
     _, _, page = report(tmp_path)
-    assert [values.tolist() for values in seen["rate"][0].values] == [[4.0], [3.9], [4.05]]
+    assert seeds(seen["rate"][0]) == [[4.0], [3.9], [4.05]]
     assert "The lowest: GPT 0.002 (by a parabola 0.0019)" in page
-    assert [values.tolist() for values in seen["budget"][0].values] == [[3.9, 4.3, 4.3], [3.5]], "all seeds of the best"
+    assert seeds(seen["budget"][0]) == [[3.9, 4.3, 4.3], [3.5]], "all seeds of the best"
 
 
 def test_rates_of_different_recipes_are_lines_of_their_own(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, seen: dict[str, list[Line]]
 ) -> None:
     for recipe, rates in (("paper", (1e-3, 2e-3)), ("law", (1e-2, 2e-2))):
         for lr in rates:
             write(f"gpt-{lr}", "gpt", 4.0 + lr, recipe=recipe, lr=lr)
-    seen = lines(monkeypatch)
     _, _, page = report(tmp_path)
-    assert [(line.label, line.x.tolist()) for line in seen["rate"]] == [
-        ("law, muon", [1e-2, 2e-2]),
-        ("paper, adamw", [1e-3, 2e-3]),
+    assert [(line.label, line.x) for line in seen["rate"]] == [
+        ("GPT, law, muon", [1e-2, 2e-2]),
+        ("GPT, paper, adamw", [1e-3, 2e-3]),
     ]
     assert "GPT (law, muon) 0.01 (at the edge of what was tried)" in page
 
@@ -138,10 +144,10 @@ def test_the_same_run_twice_is_no_second_seed_and_an_unfinished_one_is_none(writ
     assert [end["loss"] for end in record["ends"]] == [4.0, 3.5, 4.2]
     assert "Left out: 1 that did not come to their end" in page
     assert "1 that repeat another, seed and all, count once" in page
-    assert "4.100 ± 0.100" in page
+    assert "4.100\u00a0±\u00a00.100" in page
 
 
-def test_tasks_are_read_from_what_eval_wrote(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_are_read_from_what_eval_wrote(write: Write, tmp_path: Path, seen: dict[str, list[Line]]) -> None:
     for arm, value in (("gpt", 0.3), ("ngpt", 0.4)):
         for steps in (10, 20):
             run = write(f"{arm}-{steps}", arm, 4 - steps / 100, steps=steps)
@@ -152,17 +158,13 @@ def test_tasks_are_read_from_what_eval_wrote(write: Write, tmp_path: Path, monke
             record = {"tasks": {"arc_easy": {"metrics": metrics, "chance": 0.25}}, "average": {"acc": {"value": value}}}
             (run / "eval.json").write_text(json.dumps(record))
             (run / "broken.json").write_text("{")
-    seen = lines(monkeypatch)
     figures, record, _ = report(tmp_path)
     assert [figure.title for figure in figures] == ["Final loss over token budget", "arc_easy", "average of the five"]
-    assert [values.tolist() for values in seen["task-arc-easy"][1].values] == [
-        [pytest.approx(0.41)],
-        [pytest.approx(0.42)],
-    ]
+    assert seen["task-arc-easy"][1].seeds == [[pytest.approx(0.41), pytest.approx(0.42)]]
     assert record["ends"][0]["scores"] == pytest.approx({"arc_easy": 0.31, "average of the five": 0.3})
 
 
-def test_perplexities_over_length_are_read_too(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perplexities_over_length_are_read_too(write: Write, tmp_path: Path, seen: dict[str, list[Line]]) -> None:
     """Of one text one figure, whose lines are arms and ways to place positions, with a dot a seed."""
 
     def record(shift: float, positions: str = "as trained", file: str = "books.txt") -> dict[str, Any]:
@@ -176,32 +178,22 @@ def test_perplexities_over_length_are_read_too(write: Write, tmp_path: Path, mon
             write_json(run / "lengths.json", record(10.0 * seed))
             write_json(run / "other-text.json", record(0.0, file="wiki.txt"))
     write_json(run / "yarn.json", record(5.0, "yarn:2"))
-    seen: dict[str, Any] = {}
-    real = length_figures.ends_of_runs
-
-    def watch(series: Any, x: str, y: str, tokens: bool, key: str, *rest: Any) -> Any:
-        seen[key] = [(line.arm, line.label, line.x.tolist(), [v.tolist() for v in line.values]) for line in series]
-        return real(series, x, y, tokens, key, *rest)
-
-    monkeypatch.setattr(length_figures, "ends_of_runs", watch)
     figures, _, page = report(tmp_path)
-    assert [figure.drawing.key for figure in figures] == ["length-0", "length-1"]
-    lengths = [16.0, 32.0]
-    assert seen["length-0"] == [
-        ("gpt", "as trained", lengths, [[1.0, 11.0], [2.0, 12.0]]),
-        ("ngpt", "as trained", lengths, [[1.0, 11.0], [2.0, 12.0]]),
-        ("ngpt", "yarn:2", lengths, [[6.0], [7.0]]),
+    assert [figure.key for figure in figures] == ["length-0", "length-1"]
+    assert [(line.label, line.x, seeds(line)) for line in seen["length-0"]] == [
+        ("GPT, as trained", [16, 32], [[1.0, 11.0], [2.0, 12.0]]),
+        ("nGPT, as trained", [16, 32], [[1.0, 11.0], [2.0, 12.0]]),
+        ("nGPT, yarn:2", [16, 32], [[6.0], [7.0]]),
     ]
     assert "On 64 tokens of 2 documents of books.txt, disjoint windows: at each length the same tokens" in page
 
 
-def test_sizes_are_lines_of_their_own(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_lines_of_their_own(write: Write, tmp_path: Path, seen: dict[str, list[Line]]) -> None:
     for layers in (2, 3):
         for steps in (10, 20):
             write(f"ngpt-{layers}-{steps}", "ngpt", 4 - layers / 10 - steps / 100, n_layers=layers, steps=steps)
-    seen = lines(monkeypatch)
     _, _, page = report(tmp_path)
-    assert [line.label for line in seen["budget"]] == ["2 x 32, context 16", "3 x 32, context 16"]
+    assert [line.label for line in seen["budget"]] == ["nGPT, 2 x 32, context 16", "nGPT, 3 x 32, context 16"]
     assert not re.search(r"https?://", page.replace('xmlns="http://www.w3.org/2000/svg"', ""))
 
 
@@ -222,7 +214,7 @@ def test_what_failed_while_writing_works_the_next_time(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("spherelm.report.ladder.write_json", fail)
+        patch.setattr("spherelm.report.ends_page.write_json", fail)
         with pytest.raises(OSError, match="no space left"):
             report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
@@ -233,17 +225,27 @@ def test_what_holds_no_run_or_is_taken_is_refused(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="no run is named: give directories of spherelm train or compare"):
-        write_ladder([], tmp_path / "out")
+        write_ends([], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="holds no run: pass directories of spherelm compare, sweep or train"):
-        write_ladder([tmp_path], tmp_path / "out")
+        write_ends([tmp_path], tmp_path / "out")
     run = write("a", "gpt", 4.0, ended=False)
     with pytest.raises(FileNotFoundError, match="no finished run in"):
-        write_ladder([run], tmp_path / "out")
+        write_ends([run], tmp_path / "out")
     with pytest.raises(FileExistsError, match="already holds something: choose another --out"):
-        write_ladder([run], run)
+        write_ends([run], run)
     write("b", "gpt", 4.0)
     answer = commands.make_command(monkeypatch, capsys)("report", tmp_path / "runs", "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text("utf-8")
+    assert "no two runs of one arm and size differ in budget or learning rate" in page
     assert re.match("no figure, since no two runs of one arm and size differ in budget or learning rate: ", answer.out)
-    assert "no two runs of one arm and size differ in budget or learning rate" in (
-        tmp_path / "out" / "index.html"
-    ).read_text("utf-8")
+    again = commands.make_command(monkeypatch, capsys)("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert again.code == 2
+    assert again.shown == [
+        f"spherelm: {tmp_path / 'out'} already holds something: choose another --out, or give --overwrite"
+    ]
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    write("c", "gpt", 3.0, steps=20)
+    report(tmp_path, overwrite=True)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["ends.json", "figures", "index.html", "notes.txt"]
+    assert (tmp_path / "out" / "figures" / "budget.svg").is_file()
