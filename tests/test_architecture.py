@@ -126,11 +126,9 @@ def test_only_the_declared_libraries_are_imported() -> None:
         "scipy",
         "tokenizers",
         "tqdm",
-        "docstring_parser",
         "pydantic",
         "ruamel",
         "typing_extensions",
-        "tyro",
         "spherelm",
         *OWNERS,
     }

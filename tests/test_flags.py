@@ -16,9 +16,9 @@ import commands
 import pytest
 import tiny
 import torch
+from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
 
 from spherelm import cli
-from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
 from spherelm.data.sources import parse_data
 from spherelm.recipes import make_run
 from spherelm.runs.config import to_dict

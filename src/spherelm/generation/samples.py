@@ -13,7 +13,7 @@ import torch
 from spherelm.counting import counted
 from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import NotFoundError, UserError, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import check, for_inference, row_seeds, stream
@@ -119,7 +119,7 @@ def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, 
     has taken the weights off the sphere. Raises `ValueError` if torchao is missing.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise unknown("precision", precision, PRECISIONS)
     if precision == "int8":
         from spherelm.generation.quantization import quantized
 
