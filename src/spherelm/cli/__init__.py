@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from spherelm import __version__
 from spherelm.cli import evaluation, inspection, listing, text, timing, trained, training
-from spherelm.cli.parser import Command, parse
+from spherelm.cli.parser import Command, parse, parser_of
 from spherelm.errors import UserError, nearest
 from spherelm.third_parties import silenced
 
@@ -50,12 +50,14 @@ def run(words: Sequence[str]) -> None:
     words = [*ALSO.get(words[0], words[:1]), *words[1:]] if words else ["--help"]
     name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if name is not None:
-        command = COMMANDS[name]
-        command(**parse(command, name, words[len(name.split()) :]))
+    wants_help = bool({"-h", "--help"} & set(words))
+    if name is not None and wants_help:
+        print(parser_of(COMMANDS[name], name).format_help(), end="")
+    elif name is not None:
+        COMMANDS[name](**parse(COMMANDS[name], name, words[len(name.split()) :]))
     elif words == ["--version"]:
         print(f"spherelm {__version__}")
-    elif words[-1] in ("-h", "--help") and (group or len(words) == 1):
+    elif wants_help and (group or len(words) == 1):
         print(overview(group or list(COMMANDS)))
     else:
         asked = " ".join(words[:2] if group else words[:1])

@@ -278,7 +278,7 @@ def refuse_unknown(words: Sequence[str], flags: Mapping[str, Flag], name: str) -
     """Raise `UserError` for what is written as a flag and is none of the command `name`, with the nearest that is."""
     for word in words[: words.index("--") if "--" in words else None]:
         key = key_of(word)
-        if not re.match("--[a-z]", key) or key in flags or key == "--help":
+        if not re.match("--[a-z]", key) or key in flags:
             continue
         meant = fields_by(flags) | {flag: flag for flag in flags}
         near = nearest(key, meant, "{}")

@@ -37,7 +37,7 @@ def prepare(
         input: Text files, directories of such, or patterns: a .txt or .md is one document, a row of the others has one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
         hf_config: The configuration of that dataset, where it has several.
-        hf_split: Its split.
+        hf_split: The split of it that is read.
         field: Where the text of a row is, in every input; body.text for "text" within "body".
         skip_bad_rows: Leave out rows that hold no text that can be read, and count them; without it they are errors.
         limit: Rows of it that are read, for a sample; all if left out.

@@ -47,7 +47,7 @@ def import_nvidia(
     Example: spherelm import nvidia ckpt.pt runs/theirs --tokenizer gpt2
 
     Args:
-        ckpt: The file.
+        ckpt: The file that train.py wrote.
         out: The run directory to make.
         rope: nvidia: what their code computes, whose rotary embedding is not a rotation; standard: the paper's model.
         tokenizer: What it was trained with (a tokenizer.json, a SentencePiece .model, a Hugging Face name); not in the file.

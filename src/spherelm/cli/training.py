@@ -249,7 +249,7 @@ def sweep(
 
     Args:
         out: Directory for the runs, sweep.json and the page index.html.
-        arms: Which arms.
+        arms: Arms that are trained.
         lr: Peak learning rates; the recipe's if left out.
         vary: Fields with several values each, all of which are tried (spherelm list fields).
         set_: Fields that are the same in all runs.

@@ -24,7 +24,7 @@ def prepared(said: str | None, out: Path, tokenizer: Path | None = None) -> str 
     tokenizer: a directory that holds one; the shipped one if left out. Says on stderr what was made. What was made before of
     the same text is taken as it is. Raises `UserError` for what cannot be prepared.
     """
-    files = texts_in(said or "")
+    files = texts_in(said) if said else []
     if not files:
         return said
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

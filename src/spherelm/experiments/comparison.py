@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import PositiveInt
@@ -74,7 +74,7 @@ class CompareConfig:
     batch_size: int | None = None
     lr_gpt: float | None = None
     lr_ngpt: float | None = None
-    dtype: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None
     fields: tuple[str, ...] | None = None
     threads: PositiveInt | None = None
