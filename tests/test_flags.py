@@ -283,6 +283,8 @@ def test_a_flag_that_is_repeated(
         return
     if flag == "--reference":
         words += ["--translate", data]
+    if flag == "--lengths":
+        words += ["--perplexity", data]
     second = {
         "--arms": "gpt", "--recipe": "nugpt", "--sizes": "4m", "--contexts": "256", "--contenders": "nugpt",
         "--set": "n_layers=1", "--vary": "n_layers=1", "--lr": "0.5", "--budgets": "2", "--lengths": "32",

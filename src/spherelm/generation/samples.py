@@ -53,8 +53,8 @@ def continuations(
     settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be alone.
     A text ends where the model ends the document, and before the first `stop` string. window: as for `Continuation`. write: is
     given every piece of text that is certain, as soon as it is, of one text after the other. precision, device: as
-    for `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt or one that leaves no room for
-    `max_new_tokens`.
+    for `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt or one that leaves no room
+    for `max_new_tokens`.
     """
     if count < 1:
         raise UserError(f"samples must be at least 1, got {count}")

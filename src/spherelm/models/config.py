@@ -24,9 +24,9 @@ LETTERS = "MA-O"
 class MixerSizes:
     """Sizes of Mamba-2 mixers.
 
-    mamba_expand: channels inside of a mixer over d_model. mamba_d_head: channels of a head. mamba_d_state: numbers of a head's
-    state for each channel. mamba_groups: heads in one group share B and C. mamba_conv: positions that the convolution sees. mamba_chunk: positions computed as one
-    product.
+    mamba_expand: channels inside of a mixer over d_model. mamba_d_head: channels of a head. mamba_d_state: numbers of
+    a head's state for each channel. mamba_groups: heads in one group share B and C. mamba_conv: positions that the
+    convolution sees. mamba_chunk: positions computed as one product.
     """
 
     mamba_expand: PositiveInt = 2
@@ -224,8 +224,8 @@ class GPTConfig(ModelConfig):
 class ScaleSpec:
     """A learned scale (nGPT, section 2.5).
 
-    init: what it is at the start. scale: the value that is stored for it; 1/sqrt(d_model) if left out. form: one of `FORMS` (Table 5): a value for each entry, one learned for all, or one
-    fixed.
+    init: what it is at the start. scale: the value that is stored for it; 1/sqrt(d_model) if left out. form: one of
+    `FORMS` (Table 5): a value for each entry, one learned for all, or one fixed.
     """
 
     init: PositiveFloat = 1.0

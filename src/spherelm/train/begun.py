@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,7 +24,7 @@ def begin_with(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
         own = load_tokenizer(tokenizer_directory(source))
     except UserError:  # it has none, as some exports and imports have
         own = tokenizer
-    if (own.vocab_size, list(own.entries())) != (tokenizer.vocab_size, list(tokenizer.entries())):
+    if own.fingerprint != tokenizer.fingerprint and meanings(own) != meanings(tokenizer):
         raise UserError(
             f"{source} was trained with the tokenizer {own.name}, and the ids of the text's, {tokenizer.name}, mean something "
             f"else: prepare the text by spherelm data prepare --tokenizer {tokenizer_directory(source)}"
@@ -38,21 +39,26 @@ def begin_with(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
     model.load_state_dict(there.state_dict())
 
 
+def meanings(tokenizer: Tokenizer) -> list[str]:
+    """The text of every id, by which one tokenizer in two files is known."""
+    return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+
+
 def tokenizer_directory(source: Path) -> Path:
     """Where the tokenizer of a run, a checkpoint or an exported folder lies."""
     return run_directory(source) if named_checkpoint(source) else source
 
 
-def change_of_length(out: Path, config: RunConfig) -> str | None:
-    """What more updates than the run in `out` was begun with do to its schedule, in one line; `None` where there are not more.
+def check_length(out: Path, config: RunConfig) -> None:
+    """Say on stderr what more updates than the run in `out` was begun with do to its schedule.
 
     Raises `UserError` where updates that are made would have had other rates in the longer run.
     """
     if not (out / "config.json").is_file():
-        return None
+        return
     before, after, checkpoint = read_config(out / "config.json").train.steps, config.train.steps, latest_checkpoint(out)
     if after <= before:
-        return None
+        return
     done, schedule = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0, config.schedule
     if any(factor(schedule, step, before) != factor(schedule, step, after) for step in range(done)):
         raise UserError(
@@ -60,7 +66,8 @@ def change_of_length(out: Path, config: RunConfig) -> str | None:
             f"updates that are made other rates: begin a new run with its weights by --init-from {out} (schedule=wsd can be "
             "longer before its decay, schedule=constant at any time)"
         )
-    return (
-        f"{out} has {after:,} updates now instead of {before:,}: schedule={schedule.kind} ends at update {after:,}, and the "
-        f"{done:,} that are made had the same rates; all else stays what was chosen for {before:,} updates"
+    print(
+        f"spherelm: {out} has {after:,} updates now instead of {before:,}: schedule={schedule.kind} ends at update {after:,}, "
+        f"and the {done:,} that are made had the same rates; all else stays what was chosen for {before:,} updates",
+        file=sys.stderr,
     )

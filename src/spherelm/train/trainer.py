@@ -38,7 +38,7 @@ from spherelm.runs.group import Group
 from spherelm.runs.record import open_run, recorded_dtype
 from spherelm.sharding import gathered
 from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
-from spherelm.train.begun import begin_with, change_of_length
+from spherelm.train.begun import begin_with, check_length
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
@@ -74,7 +74,7 @@ class Trainer:
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model)
-        if config.init_from is not None and not (resume and latest_checkpoint(out)):
+        if config.init_from and not (resume and latest_checkpoint(out)):
             group.together(lambda: begin_with(model, Path(str(config.init_from)), self.data.tokenizer))
         model.to(self.device)
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
@@ -118,8 +118,7 @@ class Trainer:
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to go on from."""
         group = self.group
-        if resume and (said := group.first(lambda: change_of_length(self.out, self.config))) and group.is_first:
-            print(f"spherelm: {said}", file=sys.stderr)
+        group.first(lambda: resume and check_length(self.out, self.config))
         opened = open_run(self.out, self.config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
         if checkpoint is not None:
