@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -70,11 +71,11 @@ def test_a_resumed_run_needs_its_directory_alone(command: commands.Command, data
 def test_a_new_run_begins_with_the_weights_of_another(command: commands.Command, data: Path, tmp_path: Path) -> None:
     source, new, text = tmp_path / "source", tmp_path / "new", data.parent / "train.txt"
     assert command(*words(source, data, "--steps", 3)).code in (0, 1)
-    answer = command("train", "--init-from", source, "--out", new, "--data", text, "--steps", 2, *SMALL, "--seed", 5)
+    answer = command("train", "--init-from", source, "--out", new, "--data", text, "--steps", 2, *SMALL, "--lr", 0.01)
     assert answer.code in (0, 1), answer.err
     config = read_config(new / "config.json")
     assert (config.model, config.arm) == (read_config(source / "config.json").model, "ngpt")
-    assert config.optim != read_config(source / "config.json").optim
+    assert config.optim.lr == 0.01
     start = next(line["loss"] for line in tiny.metrics(new) if line["kind"] == "val")
     assert start < 0.98 * next(line["loss"] for line in tiny.metrics(source) if line["kind"] == "val")
     assert "by the tokenizer of" in answer.err
@@ -98,7 +99,7 @@ def test_a_new_run_begins_with_an_exported_folder(command: commands.Command, dat
     source, folder = tmp_path / "source", tmp_path / "folder"
     assert command(*words(source, data, "--steps", 1)).code in (0, 1)
     assert command("export", source, folder).code == 0
-    assert read_model_config(folder) == load_model(source).config
+    assert dataclasses.replace(read_model_config(folder), n_kv_heads=None) == load_model(source).config
     expected = load_model(source).state_dict()
     found = read_model(folder).state_dict()
     assert found.keys() == expected.keys()

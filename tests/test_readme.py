@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -149,8 +150,11 @@ def test_every_command_is_understood(
     monkeypatch.chdir(tmp_path)
     if words[1] == "eval" and "--json" in words:
         Path(words[words.index("--json") + 1]).parent.mkdir(parents=True, exist_ok=True)
-    if "--config" in words:
-        file = Path(words[words.index("--config") + 1])
+    named = {"--config": "", "--resume": "config.json"}
+    for flag, behind in itertools.pairwise(words):
+        if flag not in named or behind.startswith("-"):
+            continue
+        file = Path(behind) / named[flag]
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(to_dict(make_run("ngpt", vocab_size=4096))), encoding="utf-8")
     run_command(words)
