@@ -261,7 +261,9 @@ def test_a_comparison_goes_on_where_it_stopped(
 
 
 def test_fields_are_for_the_arms_that_have_them(data: Path) -> None:
-    runs = [config(data, fields=("d_ff=24", "alpha.init=0.3")).run(arm, 300, seed=1) for arm in tiny.ARMS]
+    runs = [
+        config(data, preset="demo", fields=("d_ff=24", "alpha.init=0.3")).run(arm, 300, seed=1) for arm in tiny.ARMS
+    ]
     assert [run.model.d_ff for run in runs] == [24, 24]
     assert runs[1].model.alpha.init == 0.3  # type: ignore[union-attr]
     for wrong, said in (
@@ -270,7 +272,7 @@ def test_fields_are_for_the_arms_that_have_them(data: Path) -> None:
         ("seed=1", "--seeds"),
     ):
         with pytest.raises(ValueError, match=said):
-            config(data, fields=(wrong,)).run("gpt", 300, seed=0)
+            config(data, preset="demo", fields=(wrong,)).run("gpt", 300, seed=0)
 
 
 def interrupted(*_: Any) -> None:
