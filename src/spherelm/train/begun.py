@@ -49,12 +49,12 @@ def tokenizer_directory(source: Path) -> Path:
     return run_directory(source) if named_checkpoint(source) else source
 
 
-def check_length(out: Path, config: RunConfig) -> None:
-    """Say on stderr what more updates than the run in `out` was begun with do to its schedule.
+def check_length(out: Path, config: RunConfig, resume: bool) -> None:
+    """Say on stderr what more updates than the run in `out` was begun with do to its schedule, where it is resumed.
 
     Raises `UserError` where updates that are made would have had other rates in the longer run.
     """
-    if not (out / "config.json").is_file():
+    if not resume or not (out / "config.json").is_file():
         return
     before, after, checkpoint = read_config(out / "config.json").train.steps, config.train.steps, latest_checkpoint(out)
     if after <= before:

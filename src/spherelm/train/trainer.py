@@ -118,7 +118,7 @@ class Trainer:
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to go on from."""
         group = self.group
-        group.first(lambda: resume and check_length(self.out, self.config))
+        group.first(lambda: check_length(self.out, self.config, resume))
         opened = open_run(self.out, self.config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
         if checkpoint is not None:
