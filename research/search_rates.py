@@ -20,14 +20,15 @@ import torch
 
 from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
-from spherelm.experiments.sweep import FIXED, UNTRAINED, name_of, parse_fields
+from spherelm.experiments.sweep import UNTRAINED, name_of
 from spherelm.recipes import make_run
+from spherelm.recipes.written import FIXED, parse_fields
 from spherelm.runs.record import command_line, git_commit, versions, write_json
 
 
 def fixed_fields(words: Sequence[str]) -> dict[str, Any]:
     """What `--fixed` holds, a recipe among it; `ValueError` for what another flag chooses and for several values."""
-    return parse_fields(words, fixed=FIXED.keys() - {"recipe"})
+    return parse_fields(words, fixed=FIXED.keys() - {"recipe", "lr"})
 
 
 class Search:

@@ -10,7 +10,6 @@ import posixpath
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +90,7 @@ def commands() -> str:
 
 
 def help_of(name: str) -> str:
-    """What `spherelm NAME --help` prints, without the lines of its boxes."""
+    """What `spherelm NAME --help` prints."""
     environment = {**os.environ, "COLUMNS": str(HELP_COLUMNS), "NO_COLOR": "1", "TERM": "dumb"}
     words = [sys.executable, "-m", "spherelm", *name.split(), "--help"]
-    text = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
-    lines = []
-    for line in text.splitlines():
-        if line.startswith("╰") or re.fullmatch(r"│ ─+ │", line):
-            continue
-        title = re.match(r"╭─ (.+?) ─*╮", line)
-        lines += [f"\n{title[1]}:"] if title else unboxed(line)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def unboxed(line: str) -> list[str]:
-    """A line of a box without its edges, indented; any other line in pieces of the width of the help."""
-    inside = re.fullmatch(r"│ ?(.*?) *│", line)
-    return [f"  {inside[1]}"] if inside else textwrap.wrap(line, HELP_COLUMNS) or [""]
+    return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout.strip()

@@ -126,13 +126,11 @@ def test_only_the_declared_libraries_are_imported() -> None:
         "scipy",
         "tokenizers",
         "tqdm",
-        "docstring_parser",
         "jinja2",
         "markupsafe",
         "pydantic",
         "ruamel",
         "typing_extensions",
-        "tyro",
         "spherelm",
         *OWNERS,
     }

@@ -15,14 +15,14 @@ import tiny
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from spherelm.cli import COMMANDS
-from spherelm.cli.given import flags_of
+from spherelm.cli.parser import flags_of
 from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
 from spherelm.errors import UserError
-from spherelm.experiments.sweep import parse_axes, parse_fields
 from spherelm.models import ARMS
 from spherelm.recipes import make_run
 from spherelm.recipes.overrides import fields_of
+from spherelm.recipes.written import parse_axes, parse_fields
 from spherelm.runs.checkpoint import latest_checkpoint, load_model
 from spherelm.train.trainer import train
 

@@ -93,7 +93,7 @@ def test_another_optimizer_or_scale_by_name(asked: list[RunConfig]) -> None:
         (["--arm", "gpt"], "--arm does nothing beside --config"),
         (["--preset", "1m"], "--preset does nothing beside --config"),
         (["--recipe", "nugpt"], "--recipe does nothing beside --config"),
-        (["--set", "recipe=paper"], "--set recipe=paper does nothing beside --config"),
+        (["--set", "recipe=paper"], "recipe is chosen by --recipe"),
         (["--set", "alpha.init=0.1"], "alpha.init is no field of gpt, only of ngpt"),
         (["--set", "momentum=0.5"], "momentum is a field of the optimizer muon"),
         (["--set", "grad_clop=1"], "did you mean 'grad_clip'?"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import io
 import json
@@ -10,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import commands
 import pytest
@@ -18,12 +17,20 @@ import tiny
 import torch
 
 from spherelm import cli
-from spherelm.cli.given import Kind, check, flag_name, flags_of, unfold
+from spherelm.cli.parser import POSITIONAL, flags_of, parse
 from spherelm.data.sources import parse_data
+from spherelm.errors import UserError
 from spherelm.recipes import make_run
 from spherelm.runs.config import to_dict
+from spherelm.train import precision
+from spherelm.train.trainer import train
 
-FLAGS = [(name, flag) for name, command in cli.COMMANDS.items() for flag in flags_of(command)]
+FLAGS = [
+    (name, flag.name)
+    for name, command in cli.COMMANDS.items()
+    for flag in flags_of(command).values()
+    if POSITIONAL not in flag.notes
+]
 NEEDY = [(name, flag) for name, flag in FLAGS if flags_of(cli.COMMANDS[name])[flag].needs]
 
 FLOORS = {
@@ -52,6 +59,12 @@ FLOORS = {
 """What each command calls with all that it was given."""
 
 SAMPLES = {
+    "--device": "cpu",
+    "--task-data": "somewhere",
+    ("compare", "--set"): "d_model=64",
+    ("sweep", "--set"): "d_model=64",
+    ("train", "--d-ff"): "96",
+    ("train", "--resume"): "",
     ("train", "--arm"): "ngpt",
     ("sweep", "--arms"): "ngpt",
     "--preset": "0.3m",
@@ -101,6 +114,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data.parent / "data-by-another-name").symlink_to(data)
     run = make_run("ngpt", vocab_size=parse_data(str(data)).vocab_size, data=str(data))
     (data.parent / "config.json").write_text(json.dumps(to_dict(run)))
+    train(tiny.run_config("gpt", data, steps=1), data.parent / "run", show_progress=False)
     return data
 
 
@@ -111,7 +125,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, command: commands.Command) -> Iterator
 
     def recorder(floor: str) -> Callable[..., Any]:
         def record(*given: Any, **named: Any) -> Any:
-            calls.append(f"{floor}{given}{named}")
+            calls.append(f"{floor}{given}{named} on {torch.get_num_threads()} threads of {precision._CHOSEN.get()}")
             return {
                 "import_nvidia": torch.nn.Linear(1, 1),
                 "continuations": [],
@@ -134,30 +148,22 @@ def seen(monkeypatch: pytest.MonkeyPatch, command: commands.Command) -> Iterator
     return watch
 
 
-def types_of(command: Callable[..., Any]) -> dict[str, Any]:
-    """The type behind each flag."""
-    found = {}
-    for name, hint in get_type_hints(command, include_extras=True).items():
-        kind, notes = unfold(hint)
-        if dataclasses.is_dataclass(kind):
-            found |= types_of(kind)  # type: ignore[arg-type]
-        else:
-            found[flag_name(name, notes)] = kind
-    return found
-
-
 def given(name: str, flag: str, data: Path) -> list[object]:
     """The flag with a value that it does not have by itself."""
-    names = {"--data": "data-by-another-name", "--test": "data-by-another-name", "--config": "config.json"}
+    names = {
+        "--data": "data-by-another-name",
+        "--test": "data-by-another-name",
+        "--config": "config.json",
+        "--init-from": "run",
+    }
     path = data.parent / names.get(flag, "val.txt")
-    kind = types_of(cli.COMMANDS[name])[flag]
+    kind = flags_of(cli.COMMANDS[name])[flag].kind
     if kind is bool:
         return [flag]
-    inner = next((one for one in get_args(kind) if one not in (type(None), ...)), kind) if get_args(kind) else kind
-    if get_origin(kind) is Literal or get_origin(inner) is Literal:
-        value: object = get_args(kind if get_origin(kind) is Literal else inner)[-1]
+    if get_origin(kind) is Literal:
+        value: object = get_args(kind)[-1]
     else:
-        value = path if flag in names else {int: 3, float: 0.75, str: "abc", Path: path}[inner]
+        value = path if flag in names else {int: 3, float: 0.75, str: "abc", Path: path}[kind]
     return [flag, SAMPLES.get((name, flag), SAMPLES.get(flag, value))]
 
 
@@ -271,13 +277,17 @@ def test_a_flag_that_is_repeated(
     if not kind.is_list:
         answer = command(*name.split(), *words, *own, *own)
         assert (answer.code, answer.out) == (2, "")
-        assert answer.shown == [f"spherelm: {flag} is given twice, with {own[1]} and with {own[1]}: give it once"]
+        value = flags_of(cli.COMMANDS[name])[flag].value(str(own[1]))
+        line = f"spherelm: {flag} is given twice, with {value} and with {value}: give it once"
+        assert answer.shown == [" ".join(line.split())]
         return
     if flag == "--reference":
         words += ["--translate", data]
+    if flag == "--lengths":
+        words += ["--perplexity", data]
     second = {
         "--arms": "gpt", "--recipe": "nugpt", "--sizes": "4m", "--contexts": "256", "--contenders": "nugpt",
-        "--set": "n_layers=1", "--vary": "n_layers=1", "--lr": "0.5", "--budgets": "2",
+        "--set": "n_layers=1", "--vary": "n_layers=1", "--lr": "0.5", "--budgets": "2", "--lengths": "32",
     }.get(flag, data)  # fmt: skip
     assert seen(name, *words, *own, flag, second) == seen(name, *words, *own, second)
     assert seen(name, *words, *own, second) != seen(name, *words, flag, second)
@@ -288,14 +298,23 @@ def test_values_that_look_like_flags_add_up_too(seen: Callable[..., str], tmp_pa
     assert "'stop': ('--end', '--fin', '-1')" in seen("generate", *words)
 
 
-def test_flags_are_read_as_the_parser_reads_them() -> None:
-    """Underscores for hyphens, a value behind =, and nothing behind --."""
-    flags = {"--batch-size": Kind(False, False, None), "--set": Kind(True, False, None)}
-    with pytest.raises(ValueError, match="--batch-size is given twice, with 3 and with 4"):
-        check(["--batch_size=3", "--batch-size", "4"], flags)
-    with pytest.raises(ValueError, match="--set has no value"):
-        check(["--set", "--batch-size", "4"], flags)
-    check(["--batch-size", "4", "--", "--batch-size", "5"], flags)
+def test_words_are_read_in_every_way_to_write_them(tmp_path: Path) -> None:
+    """Underscores for hyphens, a value behind =, lists by commas and spaces, nothing behind --."""
+    command = cli.COMMANDS["sweep"]
+    (tmp_path / "a,b.txt").touch()
+    words = "--out o --arms ngpt,gpt --lr 1,2 3 --vary a=1,2,b=[3,4] c=5 --recipe x"
+    again = "--lr=1 --lr 2,3 --arms ngpt --arms gpt --out=o --vary a=1,2 --vary b=[3,4],c=5 --recipe=x,"
+    first = parse(command, "sweep", words.split(" "))
+    assert first == parse(command, "sweep", again.split(" "))
+    assert first["lr"] == (1, 2, 3)
+    assert first["vary"] == ("a=1,2", "b=[3,4]", "c=5")
+    files = parse(
+        cli.COMMANDS["data prepare"], "data prepare", ["--out", "o", "--input", str(tmp_path / "a,b.txt"), "c,d"]
+    )
+    assert files["input"] == (tmp_path / "a,b.txt", Path("c"), Path("d"))
+    assert parse(cli.COMMANDS["bench"], "bench", ["--no_compile"])["no_compile"] is True
+    with pytest.raises(UserError, match="--batch-size is given twice, with 3 and with 4"):
+        parse(cli.COMMANDS["train"], "train", ["--batch_size=3", "--batch-size", "4"])
 
 
 @pytest.mark.parametrize(
@@ -304,6 +323,9 @@ def test_flags_are_read_as_the_parser_reads_them() -> None:
         (["train", "--bach-size", 4], "train has no flag --bach-size: did you mean --batch-size?"),
         (["data", "prepare", "--inputs=a"], "data prepare has no flag --inputs: did you mean --input?"),
         (["bench", "--quickly"], "bench has no flag --quickly: see spherelm bench --help"),
+        (["train", "--rho", 1], "train has no flag --rho: did you mean --set rho=VALUE?"),
+        (["compare", "--alpha.init", 1], "compare has no flag --alpha.init: did you mean --set alpha.init=VALUE?"),
+        (["sweep", "--d-model", 64], "sweep has no flag --d-model: did you mean --set d_model=VALUE?"),
     ],
 )
 def test_an_unknown_flag(words: list[object], line: str, command: commands.Command) -> None:

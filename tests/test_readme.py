@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -115,13 +116,15 @@ def test_every_command_is_understood(
     if page.name == "README.md":  # other pages speak of variants and recipes that are yet to be added, or gone
         monkeypatch.setattr("spherelm.experiments.sweep.sweep", understood_sweep)
     monkeypatch.chdir(tmp_path)
+    named = {"--config": "", "--resume": "config.json"}
     for words in commands_of(page):
         if "--json" in words[2:]:
             Path(words[words.index("--json") + 1 :][0]).parent.mkdir(parents=True, exist_ok=True)
-        if "--config" in words:
-            file = Path(words[words.index("--config") + 1])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(to_dict(make_run("ngpt", vocab_size=4096))), encoding="utf-8")
+        for flag, behind in itertools.pairwise(words):
+            if flag in named and not behind.startswith("-"):
+                file = Path(behind) / named[flag]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(to_dict(make_run("ngpt", vocab_size=4096))), encoding="utf-8")
         answer = command(*words[1:])
         assert answer.code == 0, (words, answer.out, answer.err)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """Something asked for cannot be. The message is one line that names the value and what to do."""
@@ -17,3 +20,15 @@ class OutputExistsError(UserError, FileExistsError):
 
 class StorageError(UserError, OSError):
     """The system did not let us read, write or go on."""
+
+
+def nearest(name: str, among: Iterable[str], said: str = " (did you mean {!r}?)") -> str:
+    """What is said behind a name that there is not: the one `among` those there are that it may stand for, if any."""
+    lowered = {one.lower(): one for one in among}
+    near = get_close_matches(name.lower(), lowered, 1, 0.7)
+    return said.format(lowered[near[0]]) if near else ""
+
+
+def unknown(kind: str, name: object, among: Iterable[str]) -> UserError:
+    """The error of a `name` that is none of those `among` which to choose; kind: of what it should be the name."""
+    return UserError(f"unknown {kind} {name!r}{nearest(str(name), among)}: choose one of {', '.join(among)}")

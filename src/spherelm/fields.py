@@ -7,6 +7,7 @@ it decodes, pydantic also where somebody builds a dataclass in Python, which is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, nearest
 
 T = TypeVar("T")
 
@@ -112,7 +113,8 @@ def mistake(error: ValidationError, place: str = "") -> UserError:
         return FieldError(f"{name}.kind", f"must be one of {context['expected_tags']}, got {context['tag']!r}")
     bounds = [f"must be {words} {context[bound]:.4g}" for bound, words in BOUNDS.items() if bound in context]
     said = bounds[0] if bounds else first["msg"].replace("Input should", "must")
-    return FieldError(name, f"{said}, got {first['input']!r}")
+    known = re.findall("'(.+?)'", context.get("expected", "")) if first["type"] == "literal_error" else []
+    return FieldError(name, f"{said}, got {first['input']!r}{nearest(str(first['input']), known)}")
 
 
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}

@@ -238,12 +238,34 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert len(logs) >= 3, "both arms, and the better one for shorter runs"
     with pytest.raises(FileExistsError, match="--resume to go on"):
         compare(wanted, out)
-    with pytest.raises(ValueError, match="seeds is 1 there and 2 now"):
-        compare(config(data, seeds=2), out, resume=True)
+    with pytest.raises(ValueError, match="fields is None there"):
+        compare(config(data, seeds=1, fields=("d_model=16",)), out, resume=True)
     summary = compare(wanted, out, resume=True)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == logs, "no run was done again"
     assert summary["arms"]["gpt"]["final_loss"] == final(out / "gpt-0")
     assert compare(wanted, out, resume=True)["speedup"]["by_seed"] == summary["speedup"]["by_seed"]
+    more = compare(config(data, seeds=2), out, resume=True)
+    assert all(path.stat().st_mtime_ns == time for path, time in logs.items()), (
+        "seeds are added to those that are there"
+    )
+    assert more["arms"]["gpt"]["final_loss_by_seed"] == [final(out / "gpt-0"), final(out / "gpt-1")]
+    with pytest.raises(ValueError, match="seeds is 2 there and 1 now"):
+        compare(wanted, out, resume=True)
+
+
+def test_fields_are_for_the_arms_that_have_them(data: Path) -> None:
+    runs = [
+        config(data, preset="demo", fields=("d_ff=24", "alpha.init=0.3")).run(arm, 300, seed=1) for arm in tiny.ARMS
+    ]
+    assert [run.model.d_ff for run in runs] == [24, 24]
+    assert runs[1].model.alpha.init == 0.3  # type: ignore[union-attr]
+    for wrong, said in (
+        ("no_field=1", "no field is called no_field"),
+        ("lr=1", "lr is chosen by --lr-gpt"),
+        ("seed=1", "--seeds"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            config(data, preset="demo", fields=(wrong,)).run("gpt", 300, seed=0)
 
 
 def interrupted(*_: Any) -> None:

@@ -18,7 +18,8 @@ from commands import make_command
 from spherelm.experiments import sweep as module
 from spherelm.experiments.jobs import Job
 from spherelm.experiments.record import Run
-from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, parse_axis, parse_fields, sweep, table
+from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, sweep, table
+from spherelm.recipes.written import parse_axis, parse_fields
 from spherelm.report.sweep_page import Row, label, limits, varying, write_page
 from spherelm.runs.metrics import read_metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -208,7 +209,7 @@ def test_spreading_divides_what_it_says() -> None:
     assert micro_batches(run.train, 64) == (8, 1)
     assert micro_batches(run.train, 8) == (8, 8)
     assert micro_batches(run.train, 512) == (1, 1)
-    assert micro_batches(dataclasses.replace(run.train, batch_size=24, micro_batch_size=8), 2) == (6, 2)
+    assert micro_batches(replace(run.train, batch_size=24, micro_batch_size=8), 2) == (6, 2)
 
 
 @pytest.mark.parametrize(

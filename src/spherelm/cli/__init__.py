@@ -6,23 +6,23 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 from __future__ import annotations
 
 import os
+import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, NoReturn
-
-import tyro
+from textwrap import fill
+from typing import NoReturn
 
 from spherelm import __version__
 from spherelm.cli import evaluation, inspection, listing, text, timing, trained, training
-from spherelm.cli.given import checked, flags_of, refuse_unknown
-from spherelm.errors import UserError
+from spherelm.cli.parser import Command, parse, parser_of
+from spherelm.errors import UserError, nearest
 from spherelm.third_parties import silenced
 
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Command] = {
     "compare": training.compare,
     "train": training.train,
     "sweep": training.sweep,
@@ -33,8 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": trained.generate,
     "export": trained.export,
     "bench": timing.bench,
-    "presets": listing.presets,
-    "recipes": listing.recipes,
+    "list": listing.list_,
     "data prepare": text.prepare,
     "data pairs": text.pairs,
     "data verify": text.verify,
@@ -42,44 +41,45 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Every command by its whole name, in the order in which `--help` lists them."""
 
-GROUPS = {
-    "data": "Turn text into token shards, and verify them.",
-    "import": "Turn a checkpoint of another program into a run directory.",
-}
-"""What the commands that have commands are for."""
+ALSO = {"presets": ["list", "presets"], "recipes": ["list", "recipes"]}
+"""Commands that are another with a word behind it."""
 
 
-data_app, import_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
-data_app.command(checked(text.prepare))
-data_app.command(checked(text.pairs))
-data_app.command(checked(text.verify))
-import_app.command(name="nvidia")(checked(trained.import_nvidia))
+def run(words: Sequence[str]) -> None:
+    """Do what a shell's `spherelm WORD ...` asks for."""
+    words = [*ALSO.get(words[0], words[:1]), *words[1:]] if words else ["--help"]
+    name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    wants_help = bool({"-h", "--help"} & set(words))
+    if name is not None and wants_help:
+        print(parser_of(COMMANDS[name], name).format_help(), end="")
+    elif name is not None:
+        COMMANDS[name](**parse(COMMANDS[name], name, words[len(name.split()) :]))
+    elif words == ["--version"]:
+        print(f"spherelm {__version__}")
+    elif wants_help and (group or len(words) == 1):
+        print(overview(group or list(COMMANDS)))
+    else:
+        asked = " ".join(words[:2] if group else words[:1])
+        raise UserError(f"no command {asked!r}{nearest(asked, COMMANDS)}: spherelm --help lists them")
 
 
-def program(asked: str | None = None) -> tyro.extras.SubcommandApp:
-    """The command line; of every command but `asked`, if that is given, name and description only.
-
-    A parser is built for every flag of every command, which takes longer than all else that `--help` does.
-    """
-    app = tyro.extras.SubcommandApp()
-    groups = {"data": data_app, "import": import_app}
-    for name in dict.fromkeys(name.partition(" ")[0] for name in COMMANDS):
-        command: Any = groups.get(name) or COMMANDS[name]
-        if asked not in (None, name):
-            command = outline(command)
-        elif name not in groups:
-            command = checked(command)
-        app.command(command, name=name, help=GROUPS.get(name))
-    return app
-
-
-def outline(command: Any) -> Callable[[], None]:
-    """A command without flags that is described as `command` is."""
-
-    def nothing() -> None: ...
-
-    nothing.__doc__ = command.__doc__
-    return nothing
+def overview(names: Sequence[str]) -> str:
+    """The commands of these names, and what each is for."""
+    width = max(map(len, names)) + 4
+    about = [(COMMANDS[name].__doc__ or "").splitlines()[0] for name in names]
+    return "\n".join(
+        [
+            "usage: spherelm COMMAND [words and flags]\n",
+            "Train language models on the hypersphere: nGPT and its GPT baseline.\n",
+            *(
+                fill(f"  {name:{width - 2}}{text}", 110, subsequent_indent=" " * width)
+                for name, text in zip(names, about, strict=True)
+            ),
+            "\nspherelm COMMAND --help says what a command takes, spherelm --version which version this is.",
+            "Lists are written with commas or spaces, and add up where their flag is repeated.",
+        ]
+    )
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -101,7 +101,7 @@ def say(message: str) -> None:
     """Write one line to stderr."""
     try:
         print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
-    except OSError:  # the terminal is gone, which may be why a run stops
+    except OSError:  # the terminal is gone, which may be why a run stops: the exit code says the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -122,26 +122,15 @@ def main() -> None:
     3 processes of the run no longer answer, 128 + n stopped by signal n.
     """
     try:
-        asked = sys.argv[1] if len(sys.argv) > 1 else ""
         with one_speaks(), silenced():
-            for name in (asked, " ".join(sys.argv[1:3])):
-                if name in COMMANDS:
-                    refuse_unknown(sys.argv[1:], flags_of(COMMANDS[name]), name)
-            program(asked).cli(
-                prog="spherelm", description="Train language models on the hypersphere: nGPT and its GPT baseline."
-            )
-    except SystemExit as end:  # the parser has said what it could not read
-        if end.code == 2 and rank_and_size()[1] > 1:
-            from spherelm.train.parallel import leave
-
-            leave(lambda: None, 2)
-        raise
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None
+            run(sys.argv[1:])
+            sys.stdout.flush()  # here, where a reader that is gone is noticed
     except UserError as error:
         stop(str(error), 2)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(128 + 13) from None
         if error.errno is None:  # not of the system
             report_mistake()
             raise
@@ -160,6 +149,14 @@ def main() -> None:
     except Exception:
         report_mistake()
         raise
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of the output has seen enough, as `head` does; other pipes may break too, and that is an error."""
+    ends = select.poll()
+    for output in (1, 2):
+        ends.register(output, 0)
+    return any(event & select.POLLERR for _, event in ends.poll(0))
 
 
 def report_mistake() -> None:

@@ -5,48 +5,57 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional
-
-from spherelm.cli.flags import Translation, TranslationFlags
-from spherelm.cli.given import Needs, Sets
+from spherelm.cli.flags import Given, OnMachine, Run, computing
+from spherelm.cli.parser import Fields, Needs
 from spherelm.counting import counted
-from spherelm.errors import UserError
 
-OfTasks = Needs("--tasks", without=["--perplexity", "--translate"])
-OfPerplexity = Needs("--perplexity")
-TASKS, PLAN = "spherelm.evaluate.harness.TaskSettings", "spherelm.evaluate.lengths.Plan"
-POSITIONS = "spherelm.evaluate.positions.Positions"
+OF_TASKS = dict.fromkeys(
+    ("data", "limit", "few_shot", "batch_size"), Needs("--tasks", without=["--perplexity", "--translate"])
+)
+WITH_PERPLEXITY, WITH_TRANSLATE = Needs("--perplexity"), Needs("--translate")
+OF_PLAN = dict.fromkeys(("stride", "document_tokens", "bins"), WITH_PERPLEXITY)
+TaskFlags = Annotated[Given, Fields("spherelm.evaluate.harness.TaskSettings", *OF_TASKS, title="tasks", needs=OF_TASKS,
+                                    called={"data": "task_data"})]  # fmt: skip
+PlanFlags = Annotated[Given, Fields("spherelm.evaluate.lengths.Plan", *OF_PLAN, title="perplexity", needs=OF_PLAN)]
+BEAMS = ("beams", "length_penalty")
+BeamFlags = Annotated[Given, Fields("spherelm.generation.beam.BeamSettings", *BEAMS, title="translation",
+                                    needs=dict.fromkeys(BEAMS, WITH_TRANSLATE))]  # fmt: skip
 
 
 def eval_(
-    run: Positional[Path],
-    tasks: str | None = None,
-    task_data: Annotated[Path | None, OfTasks, Sets(TASKS, "data")] = None,
-    limit: Annotated[int | None, OfTasks, Sets(TASKS)] = None,
-    few_shot: Annotated[int, OfTasks, Sets(TASKS)] = 0,
-    batch_size: Annotated[int, OfTasks, Sets(TASKS)] = 16,
+    *,
+    run: Run,
+    tasks: tuple[str, ...] = (),
+    settings: TaskFlags,
     perplexity: tuple[Path, ...] = (),
-    field: Annotated[str | None, OfPerplexity] = None,
-    lengths: Annotated[str | None, OfPerplexity] = None,
-    stride: Annotated[int | None, OfPerplexity, Sets(PLAN)] = None,
-    document_tokens: Annotated[int | None, OfPerplexity, Sets(PLAN)] = None,
-    bins: Annotated[int, OfPerplexity, Sets(PLAN)] = 16,
-    rope_base: Annotated[float | None, OfPerplexity, Sets(POSITIONS)] = None,
-    rope_scaling: Annotated[str | None, OfPerplexity] = None,
-    texts: TranslationFlags = Translation(),
-    reference: Annotated[tuple[Path, ...], Needs("--translate")] = (),
+    field: Annotated[str, WITH_PERPLEXITY] = "text",
+    lengths: Annotated[tuple[int, ...], WITH_PERPLEXITY] = (),
+    plan: PlanFlags,
+    rope_base: Annotated[float | None, WITH_PERPLEXITY] = None,
+    rope_scaling: Annotated[str | None, WITH_PERPLEXITY] = None,
+    translate: Annotated[Path | None, Needs("--reference")] = None,
+    reference: Annotated[tuple[Path, ...], WITH_TRANSLATE] = (),
+    write: Annotated[Path | None, WITH_TRANSLATE] = None,
+    beams: BeamFlags,
     json: Path | None = None,
+    machine: OnMachine,
 ) -> None:
     """Score a run on tasks of the evaluation harness, its perplexity on texts at several lengths, or what it translates.
 
+    Example: spherelm eval runs/mine --perplexity book.txt --lengths 256,512
+
     Args:
         run: A run directory, or one of its checkpoints.
-        tasks: Tasks of the harness by commas; the paper's five if left out, or none beside --perplexity and --translate.
-        perplexity: Text files, of the kinds that `data prepare` reads, to measure perplexity on instead.
-        field: Where the text of a row is in those files; "text" if left out, body.text for "text" within "body".
-        lengths: Tokens of a window, by commas, also beyond the length trained on; that length if left out.
+        tasks: Tasks of the harness (spherelm list tasks); the paper's five if left out, or none beside --perplexity and
+            --translate.
+        perplexity: Text files, of the kinds that data prepare reads, to measure perplexity on instead.
+        field: Where the text of a row is in those files; body.text for "text" within "body".
+        lengths: Tokens of a window, also beyond the length trained on; that length if left out.
+        rope_base: Another base for the rotary embedding than the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
+        translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
         reference: Files of what should be written, a line for each line of --translate.
+        write: A file to be made of what was written.
         json: File to write everything to, as JSON.
     """
     from spherelm.data.output import check_new_file
@@ -55,37 +64,35 @@ def eval_(
 
     if json is not None:
         check_new_file(json, "--json")
-    results = translated(run, texts, reference)
-    if perplexity:
-        results["perplexity"] = measured(
-            run, perplexity, field, lengths, stride, document_tokens, bins, rope_base, rope_scaling
-        )
-    if tasks is not None or not (perplexity or results):
-        results |= scored(run, tasks, task_data, limit, few_shot, batch_size)
+    results: dict[str, Any] = {}
+    with computing(machine):
+        if translate is not None:
+            results["translation"] = translated(run, translate, reference, beams, write)
+        if perplexity:
+            results["perplexity"] = measured(run, perplexity, field, lengths, plan, rope_base, rope_scaling)
+        if tasks or not results:
+            results |= scored(run, tasks, settings)
     if json is not None:
         write_json(json, about(run) | results)
     print("\n\n".join(tables(results)))
 
 
-def translated(run: Path, texts: Translation, reference: tuple[Path, ...]) -> dict[str, Any]:
-    """The scores of translations, under that name; nothing where none are asked for."""
-    if texts.translate is None:
-        return {}
+def translated(
+    run: Path, source: Path, reference: tuple[Path, ...], beams: Given, written: Path | None
+) -> dict[str, Any]:
+    """The scores of translations."""
     from spherelm.generation.beam import BeamSettings
     from spherelm.train.evaluation import translation_of_run
 
-    settings = BeamSettings(texts.beams, texts.length_penalty)
-    return {"translation": translation_of_run(run, texts.translate, reference, settings, texts.write)}
+    return translation_of_run(run, source, reference, BeamSettings(**beams), written)
 
 
 def measured(
     run: Path,
     files: tuple[Path, ...],
-    field: str | None,
-    lengths: str | None,
-    stride: int | None,
-    document_tokens: int | None,
-    bins: int,
+    field: str,
+    lengths: tuple[int, ...],
+    plan: Given,
     rope_base: float | None,
     rope_scaling: str | None,
 ) -> dict[str, Any]:
@@ -95,28 +102,16 @@ def measured(
     from spherelm.train.evaluation import perplexity_of_run, trained_length
 
     positions = parse_positions(rope_base, rope_scaling)
-    chosen = numbers(lengths) if lengths else (trained_length(run),)
-    plan = Plan(chosen, stride, document_tokens, bins)
-    return perplexity_of_run(run, files, plan, positions, field or "text")
+    chosen = tuple(sorted(set(lengths))) or (trained_length(run),)
+    return perplexity_of_run(run, files, Plan(chosen, **plan), positions, field)
 
 
-def scored(
-    run: Path, tasks: str | None, data: Path | None, limit: int | None, few_shot: int, batch_size: int
-) -> dict[str, Any]:
+def scored(run: Path, tasks: tuple[str, ...], settings: Given) -> dict[str, Any]:
     """The scores on tasks."""
     from spherelm.evaluate.harness import PAPER_TASKS, TaskSettings
-    from spherelm.train.evaluation import split_names, tasks_of_run
+    from spherelm.train.evaluation import tasks_of_run
 
-    names = split_names(tasks) if tasks is not None else list(PAPER_TASKS)
-    return tasks_of_run(run, names, TaskSettings(data, limit, few_shot, batch_size))
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers by commas, ascending, as `--lengths` has them."""
-    try:
-        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
-    except ValueError:
-        raise UserError(f"--lengths {text} must be whole numbers by commas, such as 256,512,1024") from None
+    return tasks_of_run(run, tasks or PAPER_TASKS, TaskSettings(**settings))
 
 
 def tables(results: dict[str, Any]) -> list[str]:

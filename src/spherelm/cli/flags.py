@@ -1,25 +1,23 @@
-"""Types of flags that several commands share."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from spherelm.cli.parser import ASSIGNMENT, POSITIONAL, Fields, Needs
 
-from spherelm.cli.given import Needs, Sets
-
-Flag = Annotated[bool, FlagCreatePairsOff]
-"""A switch: absent or `--name`, without a `--no-name` beside it."""
-
-Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
+Run = Annotated[Path, POSITIONAL]
+Runs = Annotated[tuple[Path, ...], POSITIONAL]
 """One directory or more."""
 
-DataDirectories = Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]", help_behavior_hint="(required)")]
-"""One data directory or more."""
-
-Dtype = Literal["auto", "float32", "bfloat16"]
+Arm = Literal["gpt", "ngpt"]
+Settings = Annotated[tuple[str, ...], ASSIGNMENT]
+Given = dict[str, Any]
+"""The flags of some fields that were given, by field."""
 
 
 @dataclass(frozen=True)
@@ -35,115 +33,72 @@ class DryRun:
         device_memory: Memory of a device in the dry run, in GiB; if left out, that of the accelerator here, else 80.
     """
 
-    dry_run: Flag = False
-    json: Annotated[Flag, Needs("--dry-run")] = False
-    world_size: Annotated[int, Needs("--dry-run")] = 1
-    mfu: Annotated[float, Needs("--dry-run")] = 0.4
-    peak_tflops: Annotated[float, Needs("--dry-run")] = 989.0
-    device_memory: Annotated[float | None, Needs("--dry-run")] = None
-
-
-BEAMS = "spherelm.generation.beam.BeamSettings"
-OfBeams = Sets(BEAMS)
-TRAIN = "spherelm.runs.config.TrainConfig"
-OfTrain = Sets(TRAIN)
-OfPreset = Sets(TRAIN, left_out="(default: the preset's)")
-OfModel = Sets("spherelm.models.config.ModelConfig", left_out="(default: the preset's)")
+    dry_run: bool = False
+    json: bool = False
+    world_size: int = 1
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+    device_memory: float | None = None
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The shape of a model and the length of its run."""
-
-    steps: Annotated[int | None, OfPreset] = None
-    seq_len: Annotated[int | None, OfPreset] = None
-    batch_size: Annotated[int | None, OfPreset] = None
-    micro_batch_size: Annotated[int | None, OfPreset] = None
-    d_model: Annotated[int | None, OfModel] = None
-    n_layers: Annotated[int | None, OfModel] = None
-    n_heads: Annotated[int | None, OfModel] = None
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """How often a run validates and saves."""
-
-    eval_every: Annotated[int | None, OfPreset] = None
-    save_every: Annotated[int | None, OfTrain] = None
-    save_minutes: Annotated[float | None, OfTrain] = None
-    keep: Annotated[int | None, OfTrain] = None
-    keep_every: Annotated[int | None, OfTrain, Needs("--save-every")] = None
-
-
-@dataclass(frozen=True)
-class Spreading:
-    """How several processes, started by torchrun, share a run; with one process too, so that the command stays the same."""
-
-    strategy: Annotated[Literal["replicate", "shard", "hybrid"] | None, OfTrain] = None
-    shard_size: Annotated[int | None, OfTrain, Needs("--strategy hybrid")] = None
-    recompute: Annotated[Flag, OfTrain] = False
-    timeout: Annotated[float | None, OfTrain] = None
-
-
-@dataclass(frozen=True)
-class BadSteps:
-    """What becomes of an update that went wrong."""
-
-    on_bad_step: Annotated[Literal["stop", "skip"] | None, OfTrain] = None
-    skip_budget: Annotated[int | None, OfTrain, Needs("--on-bad-step skip")] = None
-    spike_factor: Annotated[float | None, OfTrain] = None
-
-
-@dataclass(frozen=True)
-class Logs:
-    """What is logged, and where besides metrics.jsonl."""
-
-    log_to: Annotated[str | None, OfTrain] = None
-    diagnose_every: Annotated[int | None, OfTrain] = None
-
-
-@dataclass(frozen=True)
-class TrainingTasks:
-    """Tasks that are scored in training."""
-
-    eval_tasks: Annotated[str | None, OfTrain] = None
-    eval_tasks_every: Annotated[int | None, OfTrain, Needs("--eval-tasks")] = None
-    task_data: Annotated[str | None, OfTrain, Needs("--eval-tasks")] = None
-    eval_limit: Annotated[int | None, OfTrain, Needs("--eval-tasks")] = None
-
-
-@dataclass(frozen=True)
-class BeamSearch:
-    """A search instead of a draw; then --samples are the best texts found."""
-
-    beams: Annotated[
-        int | None, Sets(BEAMS, left_out="(default: none, texts are drawn)"), Needs(without=["--interactive"])
-    ] = None
-    length_penalty: Annotated[float, OfBeams, Needs("--beams")] = 1.0
-
-
-@dataclass(frozen=True)
-class Translation:
-    """Texts that a run shall write.
+class Machine:
+    """Where a command computes.
 
     Attributes:
-        translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
-        write: A file to be made of what was written.
+        threads: Threads of the processor; as many as torch takes if left out.
+        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the processor, if left out.
     """
 
-    translate: Annotated[Path | None, Needs("--reference")] = None
-    write: Annotated[Path | None, Needs("--translate")] = None
-    beams: Annotated[int, OfBeams, Needs("--translate")] = 5
-    length_penalty: Annotated[float, OfBeams, Needs("--translate")] = 1.0
+    threads: int | None = None
+    device: str | None = None
 
 
-SizeFlags = Annotated[Sizes, OmitArgPrefixes]
-DryRunFlags = Annotated[DryRun, OmitArgPrefixes]
-LogFlags = Annotated[Logs, OmitArgPrefixes]
-TaskFlags = Annotated[TrainingTasks, OmitArgPrefixes]
-SpreadFlags = Annotated[Spreading, OmitArgPrefixes]
-RhythmFlags = Annotated[Rhythm, OmitArgPrefixes]
-BadStepFlags = Annotated[BadSteps, OmitArgPrefixes]
-TranslationFlags = Annotated[Translation, OmitArgPrefixes]
-BeamFlags = Annotated[BeamSearch, OmitArgPrefixes]
-"""Flags that stand among a command's own."""
+OnMachine = Annotated[Given, Fields("spherelm.cli.flags.Machine", "threads", "device", title="machine")]
+
+
+@contextmanager
+def computing(machine: Given) -> Iterator[None]:
+    """Compute as the flags of `Machine` say, for as long as the context lasts."""
+    with ExitStack() as stack:
+        if machine:
+            from spherelm.train.precision import on_device
+            from spherelm.train.threads import threads
+
+            stack.enter_context(on_device(machine.get("device")))
+            if "threads" in machine:
+                stack.enter_context(threads(machine["threads"]))
+        yield
+
+
+TRAIN, OPTIM = "spherelm.runs.config.TrainConfig", "spherelm.optim.groups.OptimConfig"
+MODEL = "spherelm.models.config.ModelConfig"
+OF_TASKS = dict.fromkeys(("eval_tasks_every", "task_data", "eval_limit"), Needs("--eval-tasks"))
+OF_DRY_RUN = ("json", "world_size", "mfu", "peak_tflops", "device_memory")
+
+TrainFlags = Annotated[
+    Given,
+    Fields(MODEL, "d_model", "n_layers", "n_heads", title="shape", left_out="the preset's"),
+    Fields(MODEL, "d_ff", title="shape"),
+    Fields(TRAIN, "steps", "seq_len", "batch_size", "micro_batch_size", title="length", left_out="the preset's"),
+    Fields(OPTIM, "lr", title="training", left_out="the recipe's"),
+    Fields(TRAIN, "seed", "mask_documents", title="training"),
+    Fields(TRAIN, "dtype", "device", "threads", "recompute", title="machine"),
+    Fields(TRAIN, "eval_every", title="validation and checkpoints", left_out="the preset's"),
+    Fields(TRAIN, "save_every", "save_minutes", "keep", "keep_every", title="validation and checkpoints",
+           needs={"keep_every": Needs("--save-every"),
+                  "save_minutes": Needs("--save-every 0", without=["--save-every"])}),
+    Fields(TRAIN, "quiet", "log_every", "diagnose_every", title="logs", needs={"log_every": Needs(without=["--quiet"])}),
+    Fields(TRAIN, "log_to", title="logs", lists=True),
+    Fields(TRAIN, "eval_tasks", title="tasks scored in training", lists=True),
+    Fields(TRAIN, *OF_TASKS, title="tasks scored in training", needs=OF_TASKS),
+    Fields(TRAIN, "on_bad_step", "skip_budget", "spike_factor", title="updates that went wrong",
+           needs={"skip_budget": Needs("--on-bad-step skip")}),
+    Fields(TRAIN, "strategy", "shard_size", "timeout", title="several processes, started by torchrun",
+           needs={"shard_size": Needs("--strategy hybrid")}),
+]  # fmt: skip
+DryRunFlags = Annotated[
+    Given,
+    Fields("spherelm.cli.flags.DryRun", "dry_run", *OF_DRY_RUN, title="dry run",
+           needs=dict.fromkeys(OF_DRY_RUN, Needs("--dry-run"))),
+]  # fmt: skip

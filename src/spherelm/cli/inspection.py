@@ -5,23 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from spherelm.cli.flags import Flag, Runs
-from spherelm.cli.given import Sets
+from spherelm.cli.flags import Given, Runs
+from spherelm.cli.parser import POSITIONAL, Fields
 
-Looks = Sets("spherelm.report.inspection.Request")
+Looks = Annotated[Given, Fields("spherelm.report.inspection.Request", "text", "sentence", "tokens", "layer")]
 
 
-def inspect(
-    runs: Runs,
-    out: Path,
-    text: Annotated[Path | None, Looks] = None,
-    sentence: Annotated[str | None, Looks] = None,
-    tokens: Annotated[int, Looks] = 2048,
-    layer: Annotated[int | None, Looks] = None,
-    no_images: Flag = False,
-    overwrite: Flag = False,
-) -> None:
+def inspect(*, runs: Runs, out: Path, request: Looks, no_images: bool = False, overwrite: bool = False) -> None:
     """Look inside trained models, one or several side by side: figures, tables, and the walk on the sphere.
+
+    Example: spherelm inspect runs/first --out inside
 
     Args:
         runs: Run directories, checkpoints, or directories of compare; runs of one arm count as seeds of one model.
@@ -32,13 +25,14 @@ def inspect(
     from spherelm.report.inspection import Request
     from spherelm.report.inspection import inspect as run_inspection
 
-    request = Request(text, sentence, tokens, layer, not no_images)
-    figures = run_inspection(runs, out, request, overwrite)
+    figures = run_inspection(runs, out, Request(**request, images=not no_images), overwrite)
     print(f"{len(figures)} figures, their numbers and the walk on the sphere: {(out / 'index.html').resolve()}")
 
 
-def report(directories: Runs, out: Path, overwrite: Flag = False) -> None:
-    """Draw where many runs ended: loss over token budget and peak learning rate, tasks over budget, perplexity over length.
+def report(*, directories: Annotated[tuple[Path, ...], POSITIONAL], out: Path, overwrite: bool = False) -> None:
+    """Draw where many runs ended: loss over budget and learning rate, tasks over budget, perplexity over length.
+
+    Example: spherelm report runs/ladder --out ends
 
     Args:
         directories: Directories of compare and sweep, or runs; results of eval --json in a run directory are read too.

@@ -1,12 +1,27 @@
-"""Commands that say what there is to choose from: `presets`, `recipes`."""
+"""What there is to choose from: `list`."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from spherelm.cli.parser import POSITIONAL, documented
 
 
-def presets() -> None:
-    """List the presets: the size and the length of each."""
+def list_(*, what: Annotated[Literal["presets", "recipes", "fields", "tasks"], POSITIONAL]) -> None:
+    """List what there is to choose from, with a line each.
+
+    Example: spherelm list presets
+
+    Args:
+        what: presets: sizes and lengths of runs. recipes: ways to train. fields: all that --set takes. tasks: of spherelm eval.
+    """
+    print(columns({"presets": presets, "recipes": recipes, "fields": fields, "tasks": tasks}[what]()))
+
+
+def presets() -> list[Sequence[str]]:
+    """The presets: the size and the length of each."""
     from spherelm.recipes import PRESETS
 
     header = ("preset", "layers", "d_model", "heads", "context", "batch", "updates", "")
@@ -18,14 +33,58 @@ def presets() -> None:
         )
         for name, size in PRESETS.items()
     ]
-    print(columns([header, *rows]))
+    return [header, *rows]
 
 
-def recipes() -> None:
-    """List the recipes, and what each is."""
+def recipes() -> list[Sequence[str]]:
+    """The recipes, and what each is."""
     from spherelm.recipes import RECIPES
 
-    print(columns([(name, (make.__doc__ or "").splitlines()[0]) for name, make in RECIPES.items()]))
+    return [(name, (make.__doc__ or "").splitlines()[0]) for name, make in RECIPES.items()]
+
+
+def fields() -> list[Sequence[str]]:
+    """The fields of a run, the arms that have each, and what it is."""
+    from spherelm.models import ARMS
+    from spherelm.recipes.overrides import fields_of
+
+    owners = {arm: fields_of(arm) for arm in ARMS}
+    return [
+        (name, ",".join(arm for arm in ARMS if name in owners[arm]), about_field(name))
+        for name in sorted(set().union(*owners.values()))
+    ]
+
+
+def about_field(name: str) -> str:
+    """What a field of a run is, from the docstrings of the dataclasses that have it."""
+    from spherelm.models import CONFIGS
+    from spherelm.optim.transfer import BaseShape
+    from spherelm.recipes.overrides import nested, owners_of
+
+    if name.endswith("_rate") and name != "balance_rate":
+        return f"what lr is multiplied by for parameters of the role {name.removesuffix('_rate')}"
+    own = {"d_k": "channels of a head, in place of n_heads", "schedule": "constant, cosine, linear, wsd or log"}
+    if name in own:
+        return own[name]
+    group, _, field = name.rpartition(".")
+    owners = {arm: [*owners_of(arm), BaseShape] for arm in CONFIGS}
+    if group:
+        owners = {arm: [type(nested(config)[group])] for arm, config in CONFIGS.items() if group in nested(config)}
+    field = field.removeprefix("base_") if name in ("base_d_model", "base_n_layers", "base_steps") else field
+    every = [kind for found in owners.values() for owner in reversed(found) for kind in reversed(owner.__mro__)]
+    found: dict[str, str] = {}
+    for kind in every:
+        found |= documented(inspect.cleandoc(kind.__doc__ or ""), getattr(kind, "__dataclass_fields__", {}))
+    return found.get(field, "")
+
+
+def tasks() -> list[Sequence[str]]:
+    """The tasks that are read from local copies too, and which the paper shows; the harness has many more."""
+    from spherelm.evaluate.harness import PAPER_TASKS
+    from spherelm.evaluate.local_tasks import LOCAL_TASKS
+
+    own = [(name, "one of the paper's five" if name in PAPER_TASKS else "") for name in LOCAL_TASKS]
+    return [*own, ("any other of lm-eval", "downloaded: lm-eval ls tasks lists them")]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

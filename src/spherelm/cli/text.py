@@ -6,44 +6,48 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from spherelm.cli.flags import DataDirectories, Flag
-from spherelm.cli.given import Needs
+from spherelm.cli.parser import POSITIONAL, Needs
 from spherelm.counting import counted
 from spherelm.errors import UserError
 
 
 def prepare(
+    *,
     out: Path,
     input: tuple[Path, ...] = (),
     hf: str | None = None,
     hf_config: Annotated[str | None, Needs("--hf")] = None,
     hf_split: Annotated[str, Needs("--hf")] = "train",
     field: str = "text",
-    skip_bad_rows: Flag = False,
+    skip_bad_rows: bool = False,
     limit: Annotated[int | None, Needs("--hf")] = None,
     tokenizer: str = "default",
     val: tuple[Path, ...] = (),
     val_fraction: Annotated[float, Needs(without=["--val"])] = 0.0,
-    deduplicate: Flag = False,
+    deduplicate: bool = False,
     workers: int | None = None,
+    quiet: bool = False,
 ) -> None:
     """Turn text files (.txt, .md, .jsonl, .json, .csv, .parquet) or a dataset into a data directory of token shards.
+
+    Example: spherelm data prepare --input books/*.txt --val-fraction 0.05 --out data/books
 
     Args:
         out: The data directory to make.
         input: Text files, directories of such, or patterns: a .txt or .md is one document, a row of the others has one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
         hf_config: The configuration of that dataset, where it has several.
-        hf_split: Its split.
+        hf_split: The split of it that is read.
         field: Where the text of a row is, in every input; body.text for "text" within "body".
         skip_bad_rows: Leave out rows that hold no text that can be read, and count them; without it they are errors.
         limit: Rows of it that are read, for a sample; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
-        val_fraction: Instead of `val`: the part of the documents, 0 to 1, that is held out; a document's hash decides. Of a
+        val_fraction: Instead of --val: the part of the documents, 0 to 1, that is held out; a document's hash decides. Of a
             single .txt it is the end.
         deduplicate: Keep only the first of all documents with the same text.
         workers: Processes; one a core if left out.
+        quiet: Show no progress.
     """
     from spherelm.data.hub import HubRequest
     from spherelm.data.prepare import prepare as run_preparation
@@ -58,7 +62,7 @@ def prepare(
         val,
         val_fraction,
         processes,
-        progress=True,
+        progress=not quiet,
         hub=hub,
         deduplicate=deduplicate,
         rows=Rows(field, skip_bad_rows),
@@ -87,6 +91,7 @@ def _say_what_was_made(manifest: dict[str, Any], deduplicate: bool) -> None:
 
 
 def pairs(
+    *,
     source: Path,
     target: Path,
     val_source: Path,
@@ -97,6 +102,8 @@ def pairs(
     max_tokens: int = 256,
 ) -> None:
     """Turn parallel text, a line a text and line i belonging to line i, into a data directory for encoder-decoders.
+
+    Example: spherelm data pairs --source en.txt --target de.txt --val-source dev.en --val-target dev.de --out data/en-de
 
     Args:
         source: What is read; a text file of any name, also .gz, .xz, .bz2, .zst.
@@ -121,16 +128,16 @@ def pairs(
         )
 
 
-def verify(directories: DataDirectories) -> None:
+def verify(*, directories: Annotated[tuple[Path, ...], POSITIONAL]) -> None:
     """Read data directories whole and compare every file with the sha256 that was stored when it was written.
+
+    Example: spherelm data verify data/books
 
     Args:
         directories: Data directories made by `spherelm data prepare` or `spherelm data pairs`.
     """
     from spherelm.data.verification import verify as run_verification
 
-    if not directories:
-        raise UserError("no data directory is named: give at least one")
     damaged = []
     for directory in directories:
         try:

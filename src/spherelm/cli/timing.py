@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from spherelm.cli.flags import Dtype, Flag
+from spherelm.cli.flags import OnMachine, computing
 from spherelm.errors import UserError
 
 
 def bench(
+    *,
     shape: str = "6,384,6,512,8,8192",
     steps: int = 15,
-    dtype: Dtype = "auto",
-    no_compile: Flag = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    no_compile: bool = False,
     json: Path | None = None,
-    profile: Flag = False,
+    profile: bool = False,
     pattern: str | None = None,
+    machine: OnMachine,
 ) -> None:
     """Time training steps of nGPT and GPT in turn on this machine, with their memory and their part of its peak.
+
+    Example: spherelm bench --shape 6,384,6,512,8,8192 --json step.json
 
     Args:
         shape: Layers, d_model, heads, tokens a sequence, sequences, vocabulary.
@@ -36,10 +41,11 @@ def bench(
         raise UserError(f"steps must be at least 1, got {steps}")
     if json is not None:
         check_new_file(json, "--json")
-    result = module.bench(what, dtype, not no_compile, steps, pattern)
-    print(module.table(result))
-    if json is not None:
-        module.write_result(result, json)
-    if profile:
-        for arm, config in module.configs(what, dtype, not no_compile, pattern).items():
-            print(f"\nWhere three steps of {arm} spend their time:\n{module.profile(config)}")
+    with computing(machine):
+        result = module.bench(what, dtype, not no_compile, steps, pattern)
+        print(module.table(result))
+        if json is not None:
+            module.write_result(result, json)
+        if profile:
+            for arm, config in module.configs(what, dtype, not no_compile, pattern).items():
+                print(f"\nWhere three steps of {arm} spend their time:\n{module.profile(config)}")

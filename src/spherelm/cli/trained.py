@@ -7,33 +7,47 @@ from json import dumps as encode_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
-
-from spherelm.cli.flags import BeamFlags, BeamSearch, Flag
-from spherelm.cli.given import Needs, Sets
+from spherelm.cli.flags import Given, OnMachine, Run, computing
+from spherelm.cli.parser import NOWHERE, POSITIONAL, Fields, Needs
 from spherelm.counting import counted
 from spherelm.errors import UserError
 
 if TYPE_CHECKING:
     from spherelm.generation.samples import Conversation
 
-
-OfDraw = Sets("spherelm.generation.sampling.Sampling")
-Drawn = Needs(without=["--beams", "--temperature 0"])
+DRAWN = Needs(without=["--beams", "--temperature 0"])
 """For flags of a draw: neither a search nor the most probable token draws."""
+NO_SEARCH, NO_TALK = Needs(without=["--beams"]), Needs(without=["--interactive"])
+
+SAMPLING, BEAMS = "spherelm.generation.sampling.Sampling", "spherelm.generation.beam.BeamSettings"
+Drawing = Annotated[
+    Given,
+    Fields(SAMPLING, "temperature", needs={"temperature": NO_SEARCH}, left_out="0.8", title="draw"),
+    Fields(SAMPLING, "top_k", needs={"top_k": DRAWN}, left_out="50", title="draw"),
+    Fields(SAMPLING, "top_p", "min_p", needs={"top_p": DRAWN, "min_p": DRAWN}, title="draw"),
+    Fields(SAMPLING, "repetition_penalty", needs={"repetition_penalty": NO_SEARCH}, title="draw"),
+]
+Searching = Annotated[
+    Given,
+    Fields(BEAMS, "beams", needs={"beams": NO_TALK}, left_out="none, texts are drawn", title="search"),
+    Fields(BEAMS, "length_penalty", needs={"length_penalty": Needs("--beams")}, title="search"),
+]
 
 
 def import_nvidia(
-    ckpt: Positional[Path],
-    out: Positional[Path],
+    *,
+    ckpt: Annotated[Path, POSITIONAL],
+    out: Annotated[Path, POSITIONAL],
     rope: Literal["nvidia", "standard"] = "nvidia",
     tokenizer: str | None = None,
-    moments: Flag = False,
+    moments: bool = False,
 ) -> None:
     """Turn a ckpt.pt that NVIDIA/ngpt's train.py wrote into a run directory; nothing in the file is run.
 
+    Example: spherelm import nvidia ckpt.pt runs/theirs --tokenizer gpt2
+
     Args:
-        ckpt: The file.
+        ckpt: The file that train.py wrote.
         out: The run directory to make.
         rope: nvidia: what their code computes, whose rotary embedding is not a rotation; standard: the paper's model.
         tokenizer: What it was trained with (a tokenizer.json, a SentencePiece .model, a Hugging Face name); not in the file.
@@ -50,27 +64,27 @@ def import_nvidia(
 
 
 def generate(
-    run: Positional[Path],
+    *,
+    run: Run,
     prompt: str | None = None,
     prompts: Path | None = None,
-    interactive: Flag = False,
+    interactive: bool = False,
     max_new_tokens: int = 100,
-    temperature: Annotated[float, Needs(without=["--beams"]), OfDraw] = 0.8,
-    top_k: Annotated[int | None, Drawn, OfDraw] = 50,
-    top_p: Annotated[float | None, Drawn, OfDraw] = None,
-    min_p: Annotated[float | None, Drawn, OfDraw] = None,
-    repetition_penalty: Annotated[float, Needs(without=["--beams"]), OfDraw] = 1.0,
-    stop: tuple[str, ...] = (),
-    samples: Annotated[int, Needs(without=["--interactive"])] = 1,
-    seed: Annotated[int, Drawn] = 0,
-    window: Annotated[Flag, Needs(without=["--beams"])] = False,
-    search: BeamFlags = BeamSearch(),
+    stop: Annotated[tuple[str, ...], NOWHERE] = (),
+    samples: Annotated[int, NO_TALK] = 1,
+    seed: Annotated[int, DRAWN] = 0,
+    window: Annotated[bool, NO_SEARCH] = False,
+    drawing: Drawing,
+    search: Searching,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
-    json: Annotated[Flag, Needs(without=["--interactive"])] = False,
+    json: Annotated[bool, NO_TALK] = False,
+    machine: OnMachine,
 ) -> None:
     """Continue a text, many texts, or one in turn with you; an encoder-decoder reads a text and writes another.
 
     Give one of --prompt, --prompts, --interactive.
+
+    Example: spherelm generate runs/mine --prompt "The old man" --samples 3
 
     Args:
         run: A run directory, or one of its checkpoints.
@@ -78,7 +92,7 @@ def generate(
         prompts: A file with a prompt a line, or a .jsonl of objects with a "prompt".
         interactive: Write a line, read how it goes on, write the next. Ctrl-C stops the text, Ctrl-D ends.
         max_new_tokens: Tokens to add.
-        stop: The text ends before the first of these strings.
+        stop: The text ends before the first of these strings; separated by spaces, as a comma may be part of one.
         samples: Continuations to draw of each prompt.
         seed: Of the draw; text i draws with seed + i.
         window: At the model's max_seq_len go on from the last half of the text, instead of refusing.
@@ -92,15 +106,16 @@ def generate(
     from spherelm.generation import samples as texts
     from spherelm.generation.beam import BeamSettings
 
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    settings |= {"repetition_penalty": repetition_penalty, "stop": stop, "seed": seed, "window": window}
-    if interactive:
-        converse(texts.Conversation(run, precision=dtype, **settings), max_new_tokens)
-        return
-    if search.beams is not None:
-        settings["beams"] = BeamSettings(search.beams, search.length_penalty)
-    given = texts.read_prompts(prompts) if prompts is not None else [prompt or ""]
-    write_texts(run, given, samples, max_new_tokens, json, precision=dtype, **settings)
+    settings: dict[str, Any] = {"temperature": 0.8, "top_k": 50, **drawing, "precision": dtype}
+    settings |= {"stop": stop, "seed": seed, "window": window, "device": machine.get("device") or "cpu"}
+    with computing(machine):
+        if interactive:
+            converse(texts.Conversation(run, **settings), max_new_tokens)
+            return
+        if search:
+            settings["beams"] = BeamSettings(**search)
+        given = texts.read_prompts(prompts) if prompts is not None else [prompt or ""]
+        write_texts(run, given, samples, max_new_tokens, json, **settings)
 
 
 def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, as_json: bool, **settings: Any) -> None:
@@ -156,13 +171,16 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
 
 
 def export(
-    run: Positional[Path],
-    out: Positional[Path],
-    standalone: Flag = False,
+    *,
+    run: Run,
+    out: Annotated[Path, POSITIONAL],
+    standalone: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    no_tokenizer: Flag = False,
+    no_tokenizer: bool = False,
 ) -> None:
     """Write a run's model as a folder that Hugging Face transformers loads, with tokenizer and model card.
+
+    Example: spherelm export runs/mine models/mine
 
     Args:
         run: A run directory, or one of its checkpoints.

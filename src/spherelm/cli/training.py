@@ -1,208 +1,205 @@
-"""Commands that train: `compare`, `train`, `sweep`."""
+"""Commands that train: `compare`, `train`, `sweep`, `evidence`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
-from spherelm.cli.flags import (
-    BadStepFlags,
-    BadSteps,
-    DryRun,
-    DryRunFlags,
-    Dtype,
-    Flag,
-    LogFlags,
-    Logs,
-    OfTrain,
-    Rhythm,
-    RhythmFlags,
-    SizeFlags,
-    Sizes,
-    SpreadFlags,
-    Spreading,
-    TaskFlags,
-    TrainingTasks,
-)
-from spherelm.cli.given import Sets
-from spherelm.errors import UserError
+from spherelm.cli.flags import Arm, DryRun, DryRunFlags, Given, OnMachine, Settings, TrainFlags
+from spherelm.cli.parser import BARE, Fields
+from spherelm.errors import NotFoundError, UserError
 
 if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
 
-OfOptim = Sets("spherelm.optim.groups.OptimConfig", left_out="(default: what the recipe says)")
-OfGrid = Sets("spherelm.experiments.evidence_plan.Grid")
-Compared = Sets("spherelm.experiments.comparison.CompareConfig")
+COMPARE = "spherelm.experiments.comparison.CompareConfig"
+Compared = Annotated[
+    Given,
+    Fields(COMPARE, "data", "preset", "recipe", "steps", "seq_len", "batch_size", "lr_gpt", "lr_ngpt", "seeds", "quick",
+           "dtype"),
+    Fields(COMPARE, "threads", "device", "quiet", title="machine"),
+]  # fmt: skip
+Gridded = Annotated[Given, Fields("spherelm.experiments.evidence_plan.Grid", "sizes", "contexts", "budgets",
+                                  "contenders", "seeds")]  # fmt: skip
 
 
 def compare(
+    *,
     out: Path,
-    data: Annotated[str | None, Compared] = None,
-    preset: Annotated[str, Compared] = "demo",
-    recipe: Annotated[str, Compared] = "law",
-    steps: Annotated[int | None, Compared] = None,
-    seq_len: Annotated[int | None, Compared] = None,
-    batch_size: Annotated[int | None, Compared] = None,
-    lr_gpt: Annotated[float | None, Compared] = None,
-    lr_ngpt: Annotated[float | None, Compared] = None,
-    seeds: Annotated[int, Compared] = 1,
-    quick: Annotated[Flag, Compared] = False,
-    dtype: Annotated[Dtype, Compared] = "auto",
-    no_compile: Flag = False,
+    config: Compared,
+    set_: Settings = (),
+    no_compile: bool = False,
     workers: int | None = None,
-    resume: Flag = False,
+    resume: bool = False,
 ) -> None:
-    """Train a baseline and its normalized twin, and write a page that says how many fewer tokens the better one needs.
+    """Train a baseline and its normalized twin, and say how many fewer tokens the better one needs.
+
+    Example: spherelm compare --out runs/first --data book.txt --seeds 3
 
     Args:
         out: Directory for both arms' runs, summary.json and report.html.
+        set_: Fields of the runs that shall differ from the recipe; one that only one arm has is for that arm
+            (spherelm list fields).
         no_compile: Do not use torch.compile (the demo preset does not anyway).
         workers: Runs at once; one a core if left out, one in all on an accelerator.
-        resume: Go on with the comparison in `out`.
+        resume: Go on with the comparison in --out; with more --seeds, add them.
     """
+    from spherelm.data.text_files import prepared
     from spherelm.experiments.comparison import CompareConfig
     from spherelm.experiments.comparison import compare as run_comparison
     from spherelm.report.comparison_page import write_report
     from spherelm.report.drawing import require_matplotlib
 
-    config = CompareConfig(
-        preset=preset,
-        recipe=recipe,
-        data=data,
-        seeds=seeds,
-        quick=quick,
-        steps=steps,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        lr_gpt=lr_gpt,
-        lr_ngpt=lr_ngpt,
-        dtype=dtype,
-        compile=False if no_compile else None,
-    )
     require_matplotlib()  # the page comes last: do not train for it in vain
-    summary = run_comparison(config, out, resume, workers)
+    given = {"fields": set_ or None, "compile": False if no_compile else None, **config}
+    asked = CompareConfig(**given | {"data": prepared(config.get("data"), out)})
+    summary = run_comparison(asked, out, resume, workers)
     write_report(out)
     print(json.dumps({"speedup": summary["speedup"], "step_time_ratio": summary["step_time_ratio"]}, indent=2))
     print(f"The page: {(out / 'report.html').resolve()}")
 
 
 def train(
-    out: Path,
-    arm: Literal["gpt", "ngpt"] | None = None,
+    *,
+    out: Path | None = None,
+    arm: Arm | None = None,
     data: str | None = None,
     preset: str | None = None,
     recipe: str | None = None,
     config: Path | None = None,
-    sizes: SizeFlags = Sizes(),
-    lr: Annotated[float | None, OfOptim] = None,
-    seed: Annotated[int | None, OfTrain] = None,
-    dtype: Annotated[Dtype | None, OfTrain] = None,
-    threads: Annotated[int | None, OfTrain] = None,
-    no_compile: Flag = False,
-    mask_documents: Annotated[Flag, OfTrain] = False,
-    fields: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
-    resume: Flag = False,
-    rhythm: RhythmFlags = Rhythm(),
-    spreading: SpreadFlags = Spreading(),
-    bad_steps: BadStepFlags = BadSteps(),
-    logs: LogFlags = Logs(),
-    scores: TaskFlags = TrainingTasks(),
-    dry_run: DryRunFlags = DryRun(),
+    set_: Settings = (),
+    resume: Annotated[str | None, BARE] = None,
+    init_from: Path | None = None,
+    no_compile: bool = False,
+    given: TrainFlags,
+    dry_run: DryRunFlags,
 ) -> None:
     """Train one model.
+
+    Example: spherelm train --arm ngpt --out runs/mine --data book.txt --steps 500
 
     Args:
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
-        data: Directory made by `spherelm data prepare`, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME; the shipped text if left out.
-        preset: Size and length of the run; demo if left out.
-        recipe: How the arm is trained: law (if left out), paper, hyperball, nugpt, training-ngpt, or an ablation
-            (docs/recipes.md).
+        data: Directory of spherelm data prepare, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME. Or text, which is prepared in OUT-data:
+            files, patterns and directories that data prepare takes. The shipped text if left out.
+        preset: Size and length of the run (spherelm list presets); demo if left out.
+        recipe: How the arm is trained (spherelm list recipes); law if left out.
         config: A run's config.json: the run is that one, but for the flags that are given. Or a file, JSON or YAML, of some of
             its fields, as --set names them or nested as there: preset, recipe and flags say the rest.
+        set_: Fields that shall differ from the recipe (spherelm list fields): schedule=log rho=0.05 optimizer=muon.
+        resume: Go on with this run, or the one in --out, from its last checkpoint. Its config.json says the rest; flags that
+            change nothing of what is learned may differ, and --steps where the schedule allows it.
+        init_from: Begin with the weights of this run, checkpoint or exported folder, whose shape the model then has.
         no_compile: Do not use torch.compile.
-        fields: What shall differ from the recipe, field by field: schedule=log rho=0.05 optimizer=muon matrix_rate=3.
-        resume: Go on with the run in `out` from its last checkpoint.
     """
-    from spherelm.experiments.sweep import parse_fields
     from spherelm.recipes.overrides import WHOLE
+    from spherelm.recipes.written import parse_fields
     from spherelm.runs.config import read_record
+    from spherelm.train.trainer import train as run_training
 
-    own = {"lr": lr, "seed": seed, "dtype": dtype, "threads": threads, "compile": False if no_compile else None}
-    own |= {"mask_documents": mask_documents or None, **vars(sizes), **vars(rhythm), **vars(spreading)}
-    own |= {"recompute": spreading.recompute or None, **vars(bad_steps), **vars(logs), **vars(scores)}
-    chosen = {"arm": arm, "data": data, "preset": preset, "recipe": recipe}
-    asked = {name: value for name, value in own.items() if value is not None}
+    chosen = {"arm": arm, "preset": preset, "recipe": recipe, "config": config, "init_from": init_from}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    out, config = resumed(resume, out, chosen)
+    own = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    own |= {"compile": False} if no_compile else {}
+    asked = own | parse_fields(set_, own)
     record = {} if config is None else read_record(config)
-    is_whole = record.keys() >= WHOLE
-    if is_whole:
-        refuse_choices(config, chosen, fields)
-    asked |= parse_fields(fields, {"lr": lr, **vars(sizes)})
-    if config is not None and is_whole:
-        run = run_of_whole(config, chosen, asked)
+    if config is not None and record.keys() >= WHOLE:
+        run = run_of_whole(config, record, out, data, chosen, asked)
     else:
-        run = run_of_parts(config, record, chosen, asked, dry_run.dry_run)
-    carry_out(run, out, resume, dry_run)
+        run = run_of_parts(config, record, out, data, chosen, asked, "dry_run" in dry_run)
+    if "dry_run" in dry_run:
+        describe(run, DryRun(**dry_run))
+        return
+    loss = run_training(run, out, resume is not None)
+    print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
 
 
-def refuse_choices(config: Path | None, chosen: Mapping[str, str | None], fields: Iterable[str]) -> None:
-    """Raise `UserError` where a flag or `--set` chooses what the whole run of the file `config` has chosen already."""
-    names = ("arm", "preset", "recipe")
-    given = [f"--{name}" for name in names if chosen[name] is not None]
-    given += [f"--set {word}" for word in fields if word.partition("=")[0] in names]
-    if given:
-        raise UserError(f"{given[0]} does nothing beside --config {config}, which is of a whole run: leave it out")
+def resumed(resume: str | None, out: Path | None, chosen: Mapping[str, Any]) -> tuple[Path, Path | None]:
+    """The run directory, and the file that its configuration is read from: with --resume its own, unless --arm or --config
+    say how the run was begun.
+    """
+    if resume and out not in (None, Path(resume)):
+        raise UserError(
+            f"--resume {resume} goes on in {resume}: leave out --out {out}, or begin a new run by --init-from {resume}"
+        )
+    directory = Path(resume) if resume else out
+    if directory is None:
+        raise UserError("no directory is given: --out DIR for a new run, --resume RUN to go on with one")
+    if resume is None or (not resume and chosen.keys() & {"arm", "config"}):
+        return directory, chosen.get("config")
+    if chosen:
+        name = next(iter(chosen))
+        raise UserError(
+            f"--{name.replace('_', '-')} does nothing beside --resume: {directory}/config.json says it, leave it out"
+        )
+    if not (directory / "config.json").is_file():
+        raise NotFoundError(
+            f"{directory} holds no run to resume (no config.json): name a run directory of spherelm train"
+        )
+    return directory, directory / "config.json"
 
 
-def run_of_whole(config: Path, chosen: Mapping[str, str | None], asked: Mapping[str, Any]) -> RunConfig:
-    """The run of the config.json `config`, but for the data that is chosen and the fields that are asked for."""
+def run_of_whole(
+    config: Path,
+    record: Mapping[str, Any],
+    out: Path,
+    data: str | None,
+    chosen: Mapping[str, Any],
+    asked: Mapping[str, Any],
+) -> RunConfig:
+    """The run in the file `config`, whose content is `record`, but for what is given by flags."""
     from spherelm.data.sources import parse_data
+    from spherelm.data.text_files import prepared
     from spherelm.recipes import changed
     from spherelm.runs.config import read_config
+    from spherelm.runs.record import refuse_strangers
 
-    run, data = changed(read_config(config), asked), chosen["data"]
+    refused = [name for name in ("arm", "preset", "recipe") if name in chosen]
+    if refused:
+        raise UserError(f"--{refused[0]} does nothing beside --config {config}, which is of a whole run: leave it out")
+    refuse_strangers(config, record)
+    run = changed(read_config(config), asked)
+    if "init_from" in chosen:
+        run = replace(run, init_from=str(chosen["init_from"]))
     if data is None:
         return run
-    return replace(run, data=data, model=replace(run.model, vocab_size=parse_data(data).vocab_size))
+    path = prepared(data, out)
+    return replace(run, data=path, model=replace(run.model, vocab_size=parse_data(path).vocab_size))
 
 
 def run_of_parts(
     config: Path | None,
     record: Mapping[str, Any],
-    chosen: Mapping[str, str | None],
+    out: Path,
+    data: str | None,
+    chosen: Mapping[str, Any],
     asked: Mapping[str, Any],
     dry: bool,
 ) -> RunConfig:
     """The run of the fields in `record`, of the file `config`, and over them what is chosen and asked for by flags."""
-    from spherelm.recipes import make_run
+    from spherelm.data.text_files import prepared
+    from spherelm.recipes import make_run, run_from
     from spherelm.recipes.overrides import fields_in
 
-    given = fields_in(record) | {name: value for name, value in chosen.items() if value is not None} | dict(asked)
-    arm, preset, data = given.pop("arm", None), given.pop("preset", "demo"), given.pop("data", None)
-    if arm is None:
+    given = fields_in(record) | {name: value for name, value in chosen.items() if name != "config"} | dict(asked)
+    names = {"arm": None, "preset": "demo", "recipe": "law", "data": None, "init_from": None}
+    arm, preset, recipe, source, init = (given.pop(name, default) for name, default in names.items())
+    if arm is None and init is None:
         lacking = "no arm is given" if config is None else f"{config} names no arm"
-        raise UserError(f"{lacking}: give --arm gpt or --arm ngpt, or the --config of a run")
-    for name, value in (("arm", arm), ("preset", preset), ("data", data)):
+        raise UserError(f"{lacking}: give --arm gpt or --arm ngpt, the --config of a run, or --resume RUN")
+    for name, value in (("arm", arm), ("preset", preset), ("data", source)):
         if not isinstance(value, str | None):
             raise UserError(f"{name} must be text, got {value!r}")
-    size = vocabulary(data, preset, dry)
-    return make_run(arm, preset, given.pop("recipe", "law"), **{"vocab_size": size, "data": data, **given})
-
-
-def carry_out(config: RunConfig, out: Path, resume: bool, dry_run: DryRun) -> None:
-    """Train by `config` in `out`, or say what that would take."""
-    from spherelm.train.trainer import train as run_training
-
-    if dry_run.dry_run:
-        describe(config, dry_run)
-        return
-    loss = run_training(config, out, resume)
-    print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
+    if init is not None:
+        text = prepared(data or source, out, tokenizer=Path(init))
+        return run_from(Path(init), arm, preset, recipe, data=text, **given)
+    text = prepared(data or source, out)
+    return make_run(arm, preset, recipe, **{"vocab_size": vocabulary(text, preset, dry), "data": text, **given})
 
 
 def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
@@ -231,67 +228,84 @@ def describe(config: RunConfig, asked: DryRun) -> None:
 
 
 def sweep(
+    *,
     out: Path,
-    arms: tuple[Literal["gpt", "ngpt"], ...] = ("gpt", "ngpt"),
+    arms: tuple[Arm, ...] = ("gpt", "ngpt"),
     lr: tuple[float, ...] = (),
-    vary: tuple[str, ...] = (),
+    vary: Settings = (),
+    set_: Settings = (),
     preset: str = "demo",
     recipe: tuple[str, ...] = ("law",),
     steps: int | None = None,
-    data: Path | None = None,
+    data: str | None = None,
     seeds: int = 1,
     workers: int | None = None,
+    quiet: bool = False,
+    machine: OnMachine,
 ) -> None:
-    """Train every combination of arms, recipes, learning rates and varied fields; resumable by giving the command again.
+    """Train every combination of arms, recipes, learning rates and fields; the same command again goes on.
+
+    Example: spherelm sweep --out runs/alpha --arms ngpt --vary alpha.init=0.05,0.25 --seeds 3
 
     Args:
         out: Directory for the runs, sweep.json and the page index.html.
-        arms: Which arms.
-        lr: Peak learning rates; the tuned one if left out.
-        vary: Fields and their values, such as alpha.init=0.05,0.25 or batch_size=4,8.
-        preset: Size and length of the runs.
-        recipe: How the arms are trained, one or several; ablations stands for the paper's recipe and all of its ablations.
+        arms: Arms that are trained.
+        lr: Peak learning rates; the recipe's if left out.
+        vary: Fields with several values each, all of which are tried (spherelm list fields).
+        set_: Fields that are the same in all runs.
+        preset: Size and length of the runs (spherelm list presets).
+        recipe: How the arms are trained (spherelm list recipes); ablations stands for the paper's and all of
+            its ablations.
         steps: Updates; the preset's if left out.
-        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        data: As for spherelm train. The shipped text if left out.
         seeds: Runs a combination.
         workers: Runs at once; one a core if left out.
+        quiet: Show no progress.
     """
     from spherelm.data.sources import parse_data
-    from spherelm.experiments.sweep import grid, parse_axes, table
+    from spherelm.data.text_files import prepared
+    from spherelm.experiments.sweep import grid, table
     from spherelm.experiments.sweep import sweep as run_sweep
     from spherelm.recipes import distinct, recipe_names
+    from spherelm.recipes.written import parse_axes, parse_fields
     from spherelm.report.drawing import require_matplotlib
     from spherelm.report.sweep_page import write_page
 
     require_matplotlib()  # the page comes last: do not train for it in vain
-    path = None if data is None else str(data)
-    varied = parse_axes(vary, {"lr": lr or None, "steps": steps}, ("seed", "data", "vocab_size"))
+    flags = {"lr": lr or None, "steps": steps}
+    varied = parse_axes(vary, flags, ("seed", "data", "vocab_size"))
+    same = parse_fields(set_, flags)
+    for name in varied.keys() & same.keys():
+        raise UserError(f"{name} is given by --vary and by --set: give it once")
     axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
-    rows = run_sweep(
-        distinct(grid(axes)), seeds, out, vocab_size=parse_data(path).vocab_size, data=path, workers=workers
-    )
+    axes |= {name: (value,) for name, value in same.items()}
+    text = prepared(data, out)
+    size = parse_data(text).vocab_size
+    choices = distinct(grid(axes))
+    rows = run_sweep(choices, seeds, out, vocab_size=size, data=text, workers=workers, machine=machine, quiet=quiet)
     write_page(rows, out)
     print(table(rows))
 
 
 def evidence(
+    *,
     out: Path,
-    data: Annotated[Path, OfGrid],
-    test: Annotated[Path, OfGrid],
-    sizes: Annotated[tuple[str, ...], OfGrid] = ("0.3m",),
-    contexts: Annotated[tuple[int, ...], OfGrid] = (256,),
-    budgets: Annotated[tuple[float, ...], OfGrid] = (5.0, 10.0),
-    contenders: Annotated[tuple[str, ...], OfGrid] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper"),
-    seeds: Annotated[int, OfGrid] = 3,
+    data: Path,
+    test: Path,
+    grid: Gridded,
     workers: int | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Measure the tokens and seconds nGPT saves over sizes, contexts and budgets, every contender tuned at each; resumable.
+    """Measure the tokens and seconds nGPT saves over sizes, contexts and budgets, every contender tuned at each.
+
+    Example: spherelm evidence --out runs/ladder --data data/books --test data/test --sizes 0.3m,1m --minutes 60
 
     Args:
         out: Directory for the runs and evidence.json; the same command again goes on with it.
+        data: Data directory of spherelm data prepare; its validation text chooses learning rates.
+        test: Data directory with the same tokenizer, whose validation text is used at the end only.
         workers: Runs at once; one a core if left out.
         minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.
     """
@@ -299,5 +313,4 @@ def evidence(
     from spherelm.experiments.evidence_plan import Grid
     from spherelm.experiments.evidence_record import table
 
-    grid = Grid(str(data), str(test), sizes, contexts, budgets, contenders, seeds)
-    print(table(climb(grid, out, workers, minutes)))
+    print(table(climb(Grid(str(data), str(test), **grid), out, workers, minutes)))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, nearest
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
 from spherelm.fields import check
 from spherelm.third_parties import silenced
@@ -134,7 +134,11 @@ def load_tasks(names: Sequence[str], settings: TaskSettings, place: Path) -> dic
         manager, wanted = TaskManager(), list(names)
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
-            raise UserError(f"the evaluation harness knows no task {unknown[0]!r}: lm-eval ls tasks lists them")
+            near = nearest(unknown[0], manager.all_tasks)
+            raise UserError(
+                f"the evaluation harness knows no task {unknown[0]!r}{near}: spherelm list tasks names those that are read "
+                "from local copies too, lm-eval ls tasks all"
+            )
     try:
         loaded = manager.load(wanted)
     except Exception as error:  # of the hub, of requests, of datasets: any library's own

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import NotFoundError, UserError, nearest
 
 Record = dict[str, Any]
 
@@ -169,7 +169,9 @@ def local_records(name: str, directory: Path) -> dict[str, list[Record]]:
     """
     if name not in LOCAL_TASKS:
         known = ", ".join(LOCAL_TASKS)
-        raise UserError(f"no local copy of {name} can be read: choose among {known}, or leave --task-data out")
+        raise UserError(
+            f"no local copy of {name}{nearest(name, LOCAL_TASKS)} can be read: choose among {known}, or leave --task-data out"
+        )
     task, found = LOCAL_TASKS[name], {}
     scored = directory / list(task.files.values())[-1]
     if not scored.is_file():

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import PositiveInt
@@ -22,12 +22,15 @@ from spherelm.fields import check
 from spherelm.generation.samples import continuations
 from spherelm.models import ARMS, DecoderArch, parameter_count
 from spherelm.recipes import make_run
+from spherelm.recipes.overrides import fields_of
+from spherelm.recipes.written import FIXED, parse_fields
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claimed, command_line, git_commit, versions, write_json
 from spherelm.train.batches import open_data
 from spherelm.train.guard import Diverged
+from spherelm.train.precision import on_device
 from spherelm.train.threads import threads
 from spherelm.train.trainer import check_runs
 
@@ -43,9 +46,9 @@ class CompareConfig:
     """A comparison: preset, recipe and seeds, and the fields that differ from the preset (`None`: as there).
 
     Attributes:
-        preset: Size and length of the models' runs.
-        recipe: How each arm is trained: law, paper, nugpt, training-ngpt, or an ablation (docs/recipes.md).
-        data: Data directory made by `spherelm data prepare`; the text that ships with spherelm if left out.
+        preset: Size and length of the models' runs (spherelm list presets).
+        recipe: How each arm is trained (spherelm list recipes).
+        data: As for spherelm train; the text that ships with spherelm if left out.
         seeds: Runs an arm; with 2 or more the speedup gets an interval.
         quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
         steps: Updates of a full run; the preset's if left out.
@@ -55,6 +58,10 @@ class CompareConfig:
         lr_ngpt: The normalized arm's peak learning rate; the recipe's if left out.
         dtype: Format of the computation (weights are float32); auto: the faster one on this machine.
         compile: Whether to use torch.compile; the preset says if left out.
+        fields: More fields, such as "d_model=64", for each arm that has them.
+        threads: Threads of the processor in each run; the cores are shared if left out.
+        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the processor, if left out.
+        quiet: Show no progress.
     """
 
     preset: str = "demo"
@@ -67,17 +74,29 @@ class CompareConfig:
     batch_size: int | None = None
     lr_gpt: float | None = None
     lr_ngpt: float | None = None
-    dtype: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None
+    fields: tuple[str, ...] | None = None
+    threads: PositiveInt | None = None
+    device: str | None = None
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {name: value for name, value in vars(self).items() if name not in ("threads", "device", "quiet")}
+
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
         """The run of `arm` with `seed`, over `steps` updates or the whole budget."""
         asked: dict[str, Any] = {"steps": steps or self.steps, "seq_len": self.seq_len, "batch_size": self.batch_size}
-        asked |= {"dtype": self.dtype, "compile": self.compile, "seed": seed}
+        asked |= {"dtype": self.dtype, "compile": self.compile, "threads": self.threads, "device": self.device}
         given = {name: value for name, value in asked.items() if value is not None}
+        fields = parse_fields(self.fields or (), given, FIXED)
+        others = set().union(*(fields_of(other) for other in ARMS if other != arm)) - fields_of(arm)
+        given |= {"seed": seed, **{name: value for name, value in fields.items() if name not in others}}
         lr = self.lr_gpt if arm == "gpt" else self.lr_ngpt
         return make_run(arm, self.preset, self.recipe, vocab_size=vocab_size, data=self.data, lr=lr, **given)
 
@@ -106,11 +125,17 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
             for steps in shorter_budgets(runs[0].train.steps)
         ]
     )
-    with claimed(out, {**vars(config), "data_identity": data.identity}, resume):
+    with claimed(out, {**config.record, "data_identity": data.identity}, resume, "seeds"), on_device(config.device):
         jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
         # Seed by seed, so that both arms of a pair run side by side.
         in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
-        losses = dict(zip((job.out for job in in_order), run_jobs(in_order, workers, "full runs"), strict=True))
+        losses = dict(
+            zip(
+                (job.out for job in in_order),
+                run_jobs(in_order, workers, "" if config.quiet else "full runs"),
+                strict=True,
+            )
+        )
         if all(math.isnan(loss) for loss in losses.values()):
             raise Diverged(
                 f"{out}: every run of both arms diverged, there is nothing to compare: lower --lr-gpt and --lr-ngpt"
@@ -145,7 +170,7 @@ def shorter_runs(
     for count in shorter_budgets(full.train.steps):
         runs = [config.run(arm, full.model.vocab_size, seed, steps=count) for seed in range(config.seeds)]
         jobs = [Job(run, out / f"{arm}-{run.train.seed}-steps{count}") for run in runs]
-        losses = run_jobs(jobs, workers, f"{count} steps")
+        losses = run_jobs(jobs, workers, "" if config.quiet else f"{count} steps")
         done += zip(jobs, losses, strict=True)
         if not any(loss <= target for loss, target in zip(losses, targets, strict=True)):
             break
@@ -211,7 +236,7 @@ def summarize(
         ],
         "speedup": speedup(final, tokens_of(first), curves, cost.ratio, method),
         "step_time_ratio": cost.ratio,
-        "config": {**vars(config), "steps": first.train.steps, "seq_len": first.train.seq_len,
+        "config": {**config.record, "steps": first.train.steps, "seq_len": first.train.seq_len,
                    "batch_size": first.train.batch_size, "tokens": tokens_of(first)},
         "command": command_line(),
         "versions": versions(),

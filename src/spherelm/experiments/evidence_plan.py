@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from pydantic import PositiveFloat, PositiveInt
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, unknown
 from spherelm.experiments.cost import COMPILE_FROM
 from spherelm.fields import check
 from spherelm.models import DecoderArch
-from spherelm.recipes.overrides import nearest
 from spherelm.recipes.presets import PRESETS, Preset
 
 CONTENDERS = {
@@ -56,11 +55,9 @@ class Grid:
     def __post_init__(self) -> None:
         check(self)
         for name, known in (("sizes", PRESETS), ("contenders", CONTENDERS)):
-            unknown = [value for value in getattr(self, name) if value not in known]
-            if unknown:
-                raise UserError(
-                    f"unknown {name[:-1]} {unknown[0]!r}{nearest(unknown[0], known)}: choose among {', '.join(known)}"
-                )
+            strange = [value for value in getattr(self, name) if value not in known]
+            if strange:
+                raise unknown(name[:-1], strange[0], known)
         for size in self.sizes:
             if PRESETS[size].architecture != DecoderArch():
                 raise UserError(

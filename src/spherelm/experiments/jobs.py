@@ -138,9 +138,9 @@ def steps_done(run: Path) -> int:
 def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "training") -> list[float]:
     """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
 
-    workers: processes at once, by default `default_workers`. Finished runs are taken as they are, begun ones go on. Raises
-    what a run raises, before any begins if that is how it is made; `ValueError` for two jobs in one directory; Ctrl-C and
-    SIGTERM let every run save itself and raise `Interrupted`.
+    workers: processes at once, by default `default_workers`. description: of what is shown; nothing is shown if it is empty.
+    Finished runs are taken as they are, begun ones go on. Raises what a run raises, before any begins if that is how it is
+    made; `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and raise `Interrupted`.
     """
     if not jobs:
         return []
@@ -223,7 +223,7 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 def _watch(jobs: list[Job], futures: list[Future[float]], description: str) -> None:
     """Show how many updates of all are done until every future is; raises what the first that fails raises."""
     total = sum(job.config.train.steps for job in jobs)
-    with tqdm(total=total, desc=description, unit="step", smoothing=0.05) as bar:
+    with tqdm(total=total, desc=description, unit="step", smoothing=0.05, disable=not description) as bar:
         while True:
             finished = sum(future.done() for future in futures)
             for future in futures:

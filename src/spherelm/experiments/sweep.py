@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,78 +92,6 @@ def _canonical(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`"alpha.init=0.05,0.25"` as ("alpha.init", [0.05, 0.25]); raises `ValueError` if it does not read so.
-
-    A value that is a list itself stands in brackets: `"betas=[0.9,0.95],[0.9,0.99]"`.
-    """
-    field, _, values = text.partition("=")
-    if not field or not values:
-        raise UserError(f"cannot read {text!r}: write a field and its values, such as alpha.init=0.05,0.25")
-    together = _value(f"[{values}]")
-    if isinstance(together, list):
-        return field, together
-    if "[" in values:
-        raise UserError(f"cannot read {text!r}: what stands in brackets is a list, such as betas=[0.9,0.95]")
-    return field, [_value(value) for value in values.split(",")]
-
-
-FIXED = {
-    "arm": "--arm",
-    "preset": "--preset",
-    "recipe": "--recipe",
-    "data": "--data",
-    "vocab_size": "the tokenizer of --data",
-    "seed": "--seeds",
-}
-"""Fields that a flag of their own chooses, so that they cannot be varied or set, and the flag."""
-
-
-def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection[str]) -> dict[str, list[Any]]:
-    """`["alpha.init=0.05,0.25", "batch_size=4,8"]` as a mapping; raises `ValueError` for a field that is chosen twice.
-
-    flags: what the command's own flags say, `None` where they were left out; fixed: which of `FIXED` cannot stand here.
-    """
-    axes: dict[str, list[Any]] = {}
-    for text in words:
-        field, values = parse_axis(text)
-        if field in fixed:
-            raise UserError(f"{text!r}: {field} is chosen by {FIXED[field]}")
-        if field in axes:
-            raise UserError(f"{text!r}: {field} was given before, give it once")
-        if flags.get(field) is not None:
-            raise UserError(f"{text!r}: {field} is given by --{field.replace('_', '-')} too, give it once")
-        axes[field] = values
-    return axes
-
-
-def parse_fields(
-    words: Sequence[str], flags: Mapping[str, Any] = {}, fixed: Collection[str] = FIXED.keys() - {"seed"}
-) -> dict[str, Any]:
-    """`["schedule=log", "rho=0.05"]` as a mapping; raises `ValueError` for what is no field with one value.
-
-    flags, fixed: as for `parse_axes`.
-    """
-    fields = {}
-    for field, values in parse_axes(words, flags, fixed).items():
-        if len(values) > 1:
-            raise UserError(f"{field} has {len(values)} values, {values}: a run has one")
-        fields[field] = values[0]
-    return fields
-
-
-def _value(text: str) -> Any:
-    """A JSON value where it is one, also as Python writes it (True, None), else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text == "None":
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def sweep(
     choices: Sequence[Mapping[str, Any]],
     seeds: int,
@@ -172,19 +100,21 @@ def sweep(
     vocab_size: int,
     data: str | None = None,
     workers: int | None = None,
+    machine: Mapping[str, Any] = {},
+    quiet: bool = False,
 ) -> list[Row]:
     """Train every choice (keywords of `recipes.make_run`, "arm" among them) with every seed; resumable by calling again.
 
     Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `runs`, `mean`, `standard_error`, `difference` from the
     first choice of the arm; and the commands, commit and versions) and returns its rows, best mean first, diverged ones last.
     What earlier sweeps left in `out` stays there, but for choices whose runs are gone. A run whose validation loss rises far
-    above an untrained model's counts as diverged.
+    above an untrained model's counts as diverged. machine: `threads` and `device` of the runs, which are no part of a choice.
 
     Raises `FileExistsError` where `out` holds what no sweep wrote, and `ValueError` where that sweep was on other text.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
-    limit = {"stop_above": math.log(vocab_size) + UNTRAINED}
+    limit = {"stop_above": math.log(vocab_size) + UNTRAINED, **machine}
     jobs = [
         Job(make_run(**{**limit, **choice}, vocab_size=vocab_size, data=data, seed=seed), out / name_of(choice, seed))
         for choice in choices
@@ -196,7 +126,7 @@ def sweep(
             f"a run's directory would be called {long[0][:60]}... , which is too long: vary fewer fields at once"
         )
     on_record(out, jobs[0].config)  # what is refused is refused before anything is trained
-    losses = iter(run_jobs(jobs, workers, "sweep"))
+    losses = iter(run_jobs(jobs, workers, "" if quiet else "sweep"))
     rows = [
         Row(choice, [next(losses) for _ in range(seeds)], [name_of(choice, seed) for seed in range(seeds)])
         for choice in choices

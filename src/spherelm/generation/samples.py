@@ -13,7 +13,7 @@ import torch
 from spherelm.counting import counted
 from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import NotFoundError, UserError, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import check, for_inference, row_seeds, stream
@@ -42,6 +42,7 @@ def continuations(
     window: bool = False,
     write: Callable[[str], None] | None = None,
     precision: str = "float32",
+    device: str = "cpu",
     beams: BeamSettings | None = None,
     **settings: Any,
 ) -> list[str]:
@@ -51,15 +52,15 @@ def continuations(
     search finds, instead of drawn ones; neither seed nor settings count then, and write is given whole texts.
     settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be alone.
     A text ends where the model ends the document, and before the first `stop` string. window: as for `Continuation`. write: is
-    given every piece of text that is certain, as soon as it is, of one text after the other. precision: as for
-    `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt or one that leaves no room for
-    `max_new_tokens`.
+    given every piece of text that is certain, as soon as it is, of one text after the other. precision, device: as
+    for `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt or one that leaves no room
+    for `max_new_tokens`.
     """
     if count < 1:
         raise UserError(f"samples must be at least 1, got {count}")
     sampling = Sampling(**settings)
     TextStream(lambda tokens: "", stops=stop)  # refuses what is no stop string before the model is read
-    model, tokenizer = load_for_inference(run, precision)
+    model, tokenizer = load_for_inference(run, precision, device)
     given = [prompts] if isinstance(prompts, str) else prompts
     encoded = [
         encode_prompt(tokenizer, prompt, f"prompt {i}" if len(given) > 1 else "prompt")
@@ -112,14 +113,14 @@ def continues(run: Path) -> bool:
     return model_class(read_config(run_directory(run) / "config.json").model).continues
 
 
-def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, Tokenizer]:
+def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """The model of a run directory or a checkpoint, folded where it can be, and its tokenizer.
 
-    precision: one of `PRECISIONS`; "int8" is of the weights, with which float32 is computed. Says on stderr how far rounding
-    has taken the weights off the sphere. Raises `ValueError` if torchao is missing.
+    precision: one of `PRECISIONS`; "int8" is of the weights, with which float32 is computed. device: where it
+    computes. Says on stderr how far rounding has taken the weights off the sphere. Raises `ValueError` if torchao is missing.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise unknown("precision", precision, PRECISIONS)
     if precision == "int8":
         from spherelm.generation.quantization import quantized
 
@@ -128,7 +129,7 @@ def load_for_inference(run: Path, precision: str = "float32") -> tuple[Decoder, 
         model = load_model(run, getattr(torch, precision))
     if precision != "float32":
         print(f"spherelm: weights in {precision}, departure from the sphere {departure(model):.1e}", file=sys.stderr)
-    return for_inference(model), load_tokenizer(run_directory(run))
+    return for_inference(model.to(device)), load_tokenizer(run_directory(run))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> list[int]:
@@ -193,7 +194,7 @@ def _from_json(path: Path, number: int, line: str) -> str:
 class Conversation:
     """A text that a model and a reader write in turn; what was read stays in the cache.
 
-    run, settings, stop, window, precision: as for `continuations`.
+    run, settings, stop, window, precision, device: as for `continuations`.
     """
 
     def __init__(
@@ -203,11 +204,12 @@ class Conversation:
         stop: Sequence[str] = (),
         window: bool = False,
         precision: str = "float32",
+        device: str = "cpu",
         **settings: Any,
     ) -> None:
         self._sampling, self._stop, self._seed, self._window = Sampling(**settings), tuple(stop), seed, window
         TextStream(lambda tokens: "", stops=stop)
-        self._model, self._tokenizer = load_for_inference(run, precision)
+        self._model, self._tokenizer = load_for_inference(run, precision, device)
         if not self._model.continues:
             raise UserError(
                 f"{run} holds an encoder-decoder, which writes one text for one: give --prompt or --prompts"

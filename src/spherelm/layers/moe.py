@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, unknown
 from spherelm.layers.linear import ExpertLinear, Linear, Scale, UnitExpertLinear
 from spherelm.sphere import transformed
 
@@ -94,7 +94,7 @@ class Router(Linear):
             raise UserError(f"top_k={top_k} of n_experts={n_experts} cannot be picked: choose 1 to {n_experts}")
         for name, value, known in (("router score", score, SCORES), ("balance", balance, BALANCINGS)):
             if value not in known:
-                raise UserError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+                raise unknown(name, value, known)
         super().__init__(d_model, n_experts, role="router")
         self.top_k, self.balance, self.coefficient = top_k, balance, coefficient
         self.score, self.weigh = SCORES[score], normalized if normalize else torch.positive

@@ -24,9 +24,9 @@ LETTERS = "MA-O"
 class MixerSizes:
     """Sizes of Mamba-2 mixers.
 
-    mamba_expand: channels inside of a mixer over d_model, in heads of mamba_d_head with states of mamba_d_state. mamba_groups:
-    heads in one group share B and C. mamba_conv: positions that the convolution sees. mamba_chunk: positions computed as one
-    product.
+    mamba_expand: channels inside of a mixer over d_model. mamba_d_head: channels of a head. mamba_d_state: numbers of
+    a head's state for each channel. mamba_groups: heads in one group share B and C. mamba_conv: positions that the
+    convolution sees. mamba_chunk: positions computed as one product.
     """
 
     mamba_expand: PositiveInt = 2
@@ -44,7 +44,8 @@ class MixerSizes:
 class ExpertSizes:
     """Sizes of mixtures of experts.
 
-    n_experts: of which a token meets experts_per_token, and beside them n_shared_experts. d_expert: the width of each; by
+    n_experts: experts of a layer. experts_per_token: how many of them a token meets. n_shared_experts: met by every token,
+    beside those. d_expert: the width of each; by
     default those that a token meets are as wide as an MLP together. router_score, balance: as for `Router`.
     """
 
@@ -126,8 +127,8 @@ class ModelConfig:
         n_layers: Layers.
         d_model: Channels of the hidden state.
         n_heads: Heads of attention, each of d_model / n_heads channels.
-        n_kv_heads: Heads of keys and values; null: n_heads.
-        d_ff: Channels inside of an MLP; null: 4 d_model.
+        n_kv_heads: Heads of keys and values; n_heads if left out.
+        d_ff: Channels inside of an MLP; 4 d_model if left out.
         max_seq_len: The longest sequence.
         rope_base: Of the rotary embedding's frequencies.
         rope: standard; nvidia: the formula that NVIDIA/ngpt's checkpoints were trained with; none: no positions.
@@ -221,10 +222,10 @@ class GPTConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """A learned scale (nGPT, section 2.5): its effective start `init`, and the value `scale` that is stored for it.
+    """A learned scale (nGPT, section 2.5).
 
-    scale: `None` for 1/sqrt(d_model). form: one of `FORMS` (Table 5): a value for each entry, one learned for all, or one
-    fixed.
+    init: what it is at the start. scale: the value that is stored for it; 1/sqrt(d_model) if left out. form: one of
+    `FORMS` (Table 5): a value for each entry, one learned for all, or one fixed.
     """
 
     init: PositiveFloat = 1.0

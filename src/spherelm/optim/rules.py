@@ -27,7 +27,7 @@ Eps = Annotated[float, Field(ge=2.0**-126)]
 class AdamW:
     """Adam with decoupled weight decay, torch's own; with weight decay 0, as on the sphere, it is Adam.
 
-    betas, eps: the paper's (Tables 2 and 3).
+    betas, eps: of Adam; the defaults are the paper's (Tables 2 and 3).
     """
 
     kind: Literal["adamw"] = "adamw"

@@ -9,6 +9,7 @@ from spherelm.recipes.named import (
     make_run,
     recipe,
     recipe_names,
+    run_from,
 )
 from spherelm.recipes.overrides import changed
 from spherelm.recipes.presets import PRESETS, Preset
@@ -25,4 +26,5 @@ __all__ = [
     "make_run",
     "recipe",
     "recipe_names",
+    "run_from",
 ]

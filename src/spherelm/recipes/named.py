@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, unknown
+from spherelm.interop.initial import read_model_config
 from spherelm.models import CONFIGS
 from spherelm.optim import RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -25,7 +27,7 @@ from spherelm.recipes.overrides import (
     heads_of,
     layers_of,
     model_config,
-    nearest,
+    model_fields,
     optim_config,
     refuse_unknown,
     schedule_of,
@@ -162,7 +164,7 @@ def distinct(choices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
     if name not in among:
-        raise UserError(f"unknown {kind} {name!r}{nearest(name, among)}: choose one of {', '.join(among)}")
+        raise unknown(kind, name, among)
     return among[name]
 
 
@@ -191,15 +193,27 @@ def make_run(
     `base_n_layers` and `base_steps` are the preset's base. `None` is a value, of fields that may have none. Raises
     `ValueError` naming an unknown arm, preset, recipe or field, or a field that would change nothing.
     """
-    config_class = _look_up("arm", arm, CONFIGS)
     size: Preset = _look_up("preset", preset, PRESETS)
+    size = dataclasses.replace(size, vocab_size=vocab_size or size.vocab_size)
+    return _run(arm, size, preset, recipe, data, lr, overrides)
+
+
+def _run(
+    arm: str, size: Preset, preset: str, recipe: str, data: str | None, lr: float | None, overrides: Mapping[str, Any]
+) -> RunConfig:
+    """The run of `arm` at this size, which the preset called `preset` began as."""
+    config_class = _look_up("arm", arm, CONFIGS)
     make: Recipe = _look_up("recipe", recipe, RECIPES)
     given = dict(overrides)
     given |= heads_of(given, size.d_model)
     size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
     given |= layers_of(given, size.architecture)
     size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "base", "about")))
-    size = dataclasses.replace(size, vocab_size=vocab_size or size.vocab_size)
+    if size.vocab_size is None:
+        raise UserError(
+            f"the vocabulary's size is not known, and the preset {preset!r} has none: give vocab_size=, that of your tokenizer "
+            "(4096 for the one that ships with spherelm)"
+        )
     base = base_of(given.pop("base", BASE), given)
     size = dataclasses.replace(size, base=base if recipe == "nugpt" and arm == "ngpt" else None)
     if "micro_batch_size" not in overrides:
@@ -223,6 +237,37 @@ def make_run(
     refuse_unknown(given, config)
     check_effects(overrides, config, arm == "ngpt")
     return config
+
+
+def run_from(
+    source: Path,
+    arm: str | None = None,
+    preset: str = "demo",
+    recipe: str = "law",
+    *,
+    data: str | None = None,
+    lr: float | None = None,
+    **overrides: Any,
+) -> RunConfig:
+    """A new run that begins with the model in `source`: a run directory, a checkpoint, or a folder of `spherelm export`.
+
+    The model is that one, whatever preset and recipe say; they choose optimizer, schedule and length for its shape. Arguments
+    as for `make_run`. Raises `UserError`, naming it, for a field of the model that differs from the source's.
+    """
+    model = read_model_config(source)
+    if arm not in (None, model.arm):
+        raise UserError(f"--arm {arm} is not the arm in {source}, {model.arm}: leave it out")
+    for name, value in model_fields(overrides, model).items():
+        if overrides[name] != value:
+            raise UserError(
+                f"{name}={overrides[name]!r} is not what the model in {source} has, {value!r}: leave it out"
+            )
+        del overrides[name]
+    shape = {name: getattr(model, name) for name in ("n_layers", "d_model", "n_heads", "vocab_size", "architecture")}
+    size = dataclasses.replace(_look_up("preset", preset, PRESETS), **shape)
+    run = _run(model.arm, size, preset, recipe, data, lr, overrides)
+    longer = dataclasses.replace(model, max_seq_len=max(model.max_seq_len, run.train.seq_len))
+    return dataclasses.replace(run, model=longer, init_from=str(source))
 
 
 def recipe(

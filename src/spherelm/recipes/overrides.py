@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, nearest, unknown
 from spherelm.fields import called
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, ScaleSpec
 from spherelm.models.config import ExpertSizes, MixerSizes
@@ -25,23 +24,31 @@ def take(given: dict[str, Any], owner: Any, but: Collection[str] = ()) -> dict[s
     return {name: given.pop(name) for name in names}
 
 
-def nearest(name: str, among: Iterable[str]) -> str:
-    """What is said behind a name that there is not: the one `among` those there are that it may stand for, if any."""
-    lowered = {one.lower(): one for one in among}
-    near = get_close_matches(name.lower(), lowered, 1, 0.7)
-    return f" (did you mean {lowered[near[0]]!r}?)" if near else ""
+def owners_of(arm: str) -> list[Any]:
+    """The dataclasses whose fields make up a run of `arm`."""
+    owners: list[Any] = [CONFIGS[arm], *ARCHITECTURES.values(), MixerSizes, ExpertSizes]
+    return [*owners, OptimConfig, *RULES.values(), ScheduleConfig, TrainConfig]
 
 
 def fields_of(arm: str) -> set[str]:
     """Every field of a run of `arm` that can be given one by one, by name or by path."""
-    owners: list[Any] = [CONFIGS[arm], *ARCHITECTURES.values(), MixerSizes, ExpertSizes]
-    owners += [OptimConfig, *RULES.values(), ScheduleConfig, TrainConfig]
     hidden = {"kind", "multipliers", "vocab_size", "mixer", "experts", *GROUPS}
-    found = {f.name for owner in owners for f in dataclasses.fields(owner)} - hidden
+    found = {f.name for owner in owners_of(arm) for f in dataclasses.fields(owner)} - hidden
     groups = nested(CONFIGS[arm])
     found |= {f"{name}.{f.name}" for name, group in groups.items() for f in dataclasses.fields(group)}
     own = {f"base_{f.name}" for f in dataclasses.fields(BaseShape)} | {f"{role}_rate" for role in ROLES}
     return found | own | {"schedule", "d_k"}
+
+
+def model_fields(given: Iterable[str], model: Config) -> dict[str, Any]:
+    """What the fields of `given` that are the model's, by name or by path, are in `model`."""
+    architecture = model.architecture
+    parts: list[Any] = [model, architecture]
+    parts += [architecture.mixer, architecture.experts] if isinstance(architecture, DecoderArch) else []
+    values = {name: value for part in reversed(parts) for name, value in vars(part).items()}
+    values |= {f"{group}.{name}": value for group in nested(type(model)) for name, value in vars(values[group]).items()}
+    values |= {"architecture": architecture.kind, "d_k": model.d_k}
+    return {name: values[name] for name in given if name in values}
 
 
 def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
@@ -80,7 +87,7 @@ def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture
     """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
     kind = given.pop("architecture", preset.kind)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {kind!r}: choose one of {', '.join(ARCHITECTURES)}")
+        raise unknown("architecture", kind, ARCHITECTURES)
     start = preset if kind == preset.kind else ARCHITECTURES[kind]()
     changed: dict[str, Any] = {}
     if isinstance(start, DecoderArch):
@@ -137,7 +144,7 @@ def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) ->
     """
     kind = given.pop("optimizer", chosen.get("optimizer", "adamw"))
     if not isinstance(kind, str) or kind not in RULES:
-        raise UserError(f"unknown optimizer {kind!r}: choose one of {', '.join(RULES)}")
+        raise unknown("optimizer", kind, RULES)
     names = {name: {field.name for field in dataclasses.fields(rule)} - {"kind"} for name, rule in RULES.items()}
     own = {name: value for name, value in chosen.items() if name in names[kind]} | take(
         given, RULES[kind], but=("kind",)

@@ -20,9 +20,6 @@ from spherelm.models.config import to_plain
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.optim.transfer import BaseShape
 
-Strategy = Literal["replicate", "shard", "hybrid"]
-"""How several processes share a model."""
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -32,10 +29,11 @@ class TrainConfig:
         steps: Updates.
         seq_len: Tokens a sequence.
         batch_size: Sequences an update, over all processes.
-        micro_batch_size: Sequences at once in one process, gradients accumulating over the batch; null: all.
+        micro_batch_size: Sequences at once in one process, gradients accumulating over the batch; all if left out.
         seed: Of the weights' start and of the order of the text.
         dtype: Format of the computation (weights are float32); auto: the faster one on this machine, recorded.
-        threads: Of the processor; null: as many as are fastest, which may change while it runs.
+        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the processor, if left out.
+        threads: Threads of the processor; as many as are fastest, which may change while it runs, if left out.
         compile: Whether to use torch.compile.
         eval_every: Updates between validations, 0: only at the end.
         eval_windows: Sequences of validation text read each time.
@@ -43,9 +41,11 @@ class TrainConfig:
         save_minutes: Minutes between checkpoints where save_every is 0; 0: only one at the end.
         keep: Checkpoints that stay, the newest ones.
         mask_documents: Keep attention within a document where a sequence holds several.
-        log_to: Where records go besides metrics.jsonl: any of tensorboard,wandb,trackio, by commas.
+        quiet: Show nothing on screen while it runs.
+        log_every: Updates between lines on screen; by the clock if left out.
+        log_to: Where records go besides metrics.jsonl: any of tensorboard, wandb, trackio.
         diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
-        eval_tasks: Tasks of the evaluation harness to score in training, by commas, into metrics.jsonl.
+        eval_tasks: Tasks of the evaluation harness to score in training (spherelm list tasks), into metrics.jsonl.
         eval_tasks_every: Updates between these scores, 0 for only at the end.
         task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
         eval_limit: Documents of each task, the first ones; all if left out.
@@ -68,6 +68,7 @@ class TrainConfig:
     micro_batch_size: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
     threads: PositiveInt | None = None
     compile: bool = True
     eval_every: NonNegativeInt = 100
@@ -76,6 +77,8 @@ class TrainConfig:
     save_minutes: NonNegativeFloat = 30.0
     keep: PositiveInt = 2
     mask_documents: bool = False
+    quiet: bool = False
+    log_every: PositiveInt | None = None
     log_to: str = ""
     diagnose_every: NonNegativeInt = 0
     eval_tasks: str = ""
@@ -83,7 +86,7 @@ class TrainConfig:
     task_data: str | None = None
     eval_limit: PositiveInt | None = None
     keep_every: NonNegativeInt = 0
-    strategy: Strategy = "replicate"
+    strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
     shard_size: PositiveInt = 8
     recompute: bool = False
     timeout: PositiveFloat = 600.0
@@ -105,8 +108,9 @@ class TrainConfig:
 class RunConfig:
     """Everything that decides the outcome of a run: model, optimizer, schedule, length, data.
 
-    data: the path of a data directory, or `None` for the text that ships with spherelm. base: where the recipe "nugpt" carried
-    its rates over from, `None` with any other; what it made of them stands in the other fields.
+    data: the path of a data directory, or `None` for the text that ships with spherelm. init_from: the run, checkpoint or
+    folder whose weights it begins with, `None` for weights that are drawn. base: where the recipe "nugpt" carried its
+    rates over from, `None` with any other; what it made of them stands in the other fields.
     """
 
     recipe: str
@@ -117,6 +121,7 @@ class RunConfig:
     train: TrainConfig
     data: str | None = None
     base: BaseShape | None = None
+    init_from: str | None = None
 
     @property
     def arm(self) -> str:
@@ -174,6 +179,7 @@ class Record:
     train: dict[str, Any]
     data: str | None = None
     base: dict[str, Any] | None = None
+    init_from: str | None = None
 
 
 def from_dict(record: dict[str, Any]) -> RunConfig:
@@ -198,6 +204,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
             train=from_plain(TrainConfig, parts.train, "train."),
             data=parts.data,
             base=from_plain(BaseShape, parts.base, "base.") if parts.base else None,
+            init_from=parts.init_from,
         )
     except UserError as error:
         raise UserError(f"not a run configuration of this version of spherelm: {error}") from error

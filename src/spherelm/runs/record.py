@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 
 from spherelm.data.output import locked
 from spherelm.data.sources import parse_data
-from spherelm.errors import OutputExistsError, UserError
+from spherelm.errors import OutputExistsError, UserError, nearest
 from spherelm.runs.checkpoint import latest_checkpoint
-from spherelm.runs.config import RunConfig, record_today, to_dict
+from spherelm.runs.config import Record, RunConfig, record_today, to_dict
 
 FREE_TO_CHANGE = (
     *(
@@ -47,10 +48,10 @@ FREE_TO_CHANGE = (
                 "spike_factor",
                 "stop_above",
             ),
-            *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit"),
+            *("eval_tasks", "eval_tasks_every", "task_data", "eval_limit", "quiet", "log_every", "device"),
         )
     ),
-    *("base", "base.d_model", "base.n_layers", "base.steps", "model.architecture.mixer.mamba_chunk"),
+    *("init_from", "base", "base.d_model", "base.n_layers", "base.steps", "model.architecture.mixer.mamba_chunk"),
 )
 """What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
 
@@ -123,12 +124,12 @@ def alone_in(out: Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def claimed(out: Path, wanted: dict[str, Any], resume: bool) -> Iterator[bool]:
+def claimed(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "") -> Iterator[bool]:
     """`claim_directory`, and be `alone_in` the directory as long as the context lasts. Raises what both raise."""
     if not is_taken(out, resume):
         out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        yield claim_directory(out, wanted, resume)
+        yield claim_directory(out, wanted, resume, may_grow)
 
 
 def is_taken(out: Path, resume: bool) -> bool:
@@ -146,12 +147,13 @@ def is_taken(out: Path, resume: bool) -> bool:
     return True
 
 
-def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
+def claim_directory(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "") -> bool:
     """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
 
     Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for, and
     `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed then.
-    Where "data_identity" says what the text is, the text may lie elsewhere than it did.
+    Where "data_identity" says what the text is, the text may lie elsewhere than it did. may_grow: the path of a number that may
+    be larger now, which is noted in `config.json`.
     """
     path = out / "config.json"
     if not is_taken(out, resume):
@@ -175,6 +177,8 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
         *(["data"] if moved else []),
         *(["train.dtype"] if now.get("train.dtype") == "auto" else []),
     )
+    grows = may_grow in before and now[may_grow] > before[may_grow]
+    free = (*free, *([may_grow] if grows else []))
     differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
@@ -183,7 +187,35 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool) -> bool:
             f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
             "give the same value, or another --out"
         )
+    if grows:
+        grow(path, may_grow, before[may_grow], now[may_grow])
     return True
+
+
+def grow(path: Path, field: str, before: int, now: int) -> None:
+    """Write in the `config.json` at `path` that a number is larger from now on, and what it was."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    *outer, last = field.split(".")
+    place = record
+    for name in outer:
+        place = place[name]
+    place[last] = now
+    note = {"field": field, "before": before, "now": now, "command": command_line()}
+    write_json(path, {**record, "grown": [*record.get("grown", []), note]})
+
+
+ABOUT = frozenset({"versions", "git_commit", "command", "data_identity", "imported", "grown"})
+"""What stands in a run's `config.json` beside its configuration."""
+
+
+def refuse_strangers(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise `UserError` for what stands in the file of a whole run and is neither configuration nor said about the run."""
+    known = {*(field.name for field in dataclasses.fields(Record)), *ABOUT}
+    strange = sorted(record.keys() - known)
+    if strange:
+        raise UserError(
+            f"{path} cannot be used: it has no field {strange[0]!r}{nearest(strange[0], known)}: leave it out"
+        )
 
 
 def recorded_dtype(out: Path) -> str:
@@ -200,5 +232,5 @@ def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -
 
     data: what identifies the text, stored under "data_identity". Raises as `claimed` does.
     """
-    with claimed(out, {**to_dict(config), "data_identity": data}, resume) as resumed:
+    with claimed(out, {**to_dict(config), "data_identity": data}, resume, "train.steps") as resumed:
         yield latest_checkpoint(out) if resumed else None

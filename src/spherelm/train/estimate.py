@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -22,7 +22,7 @@ from spherelm.fields import check
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
-from spherelm.runs.config import RunConfig, Strategy, micro_batches, to_dict
+from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.record import flat
 from spherelm.train.counting import block_costs, readout_cost, training_flops
 from spherelm.train.opening import number, repetition
@@ -49,7 +49,7 @@ class Layout:
     """
 
     world_size: PositiveInt = 1
-    strategy: Strategy = "replicate"
+    strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
     shard_size: PositiveInt = 8
     recompute: bool = False
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
 from torch import nn
 
+from spherelm.errors import unknown
 from spherelm.layers.mamba2 import StateSpace
 from spherelm.models import Decoder
 from spherelm.train.rehearsal import known_dtype, matrices
@@ -33,9 +36,35 @@ def name_of(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
+_CHOSEN: ContextVar[torch.device | None] = ContextVar("device", default=None)
+
+
 def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """The device that was chosen by `on_device`; else the accelerator if there is one, else the CPU."""
+    return _CHOSEN.get() or torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+@contextmanager
+def on_device(name: str | None) -> Iterator[None]:
+    """Have `best_device` be the one of this name, such as "cpu" or "cuda:1", for as long as the context lasts.
+
+    `None` changes nothing. Raises `UserError` where there is no such device.
+    """
+    if name is None:
+        yield
+        return
+    there = torch.accelerator.current_accelerator()
+    known = [
+        "cpu",
+        *([there.type, *(f"{there.type}:{i}" for i in range(torch.accelerator.device_count()))] if there else []),
+    ]
+    if name not in known:
+        raise unknown("device", name, known)
+    before = _CHOSEN.set(torch.device(name))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(before)
 
 
 def leave_state_spaces_uncompiled(model: nn.Module) -> None:

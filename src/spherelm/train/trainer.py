@@ -32,12 +32,13 @@ from spherelm.layers.moe import clear_loads
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import set_rate
-from spherelm.runs.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from spherelm.runs.checkpoint import CheckpointWriter, Progress, latest_checkpoint, load_checkpoint
 from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.group import Group
 from spherelm.runs.record import open_run, recorded_dtype
 from spherelm.sharding import gathered
 from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
+from spherelm.train.begun import begin_with, check_length
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
@@ -45,7 +46,7 @@ from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import say_first
 from spherelm.train.parallel import RankLost, Spread, joined, spread
-from spherelm.train.precision import best_device, compile_blocks, name_of, resolve_dtype
+from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 from spherelm.train.threads import threads, threads_for
@@ -72,7 +73,10 @@ class Trainer:
         group.together(self._prepare)
         keep_freed_memory()
         torch.manual_seed(train.seed)
-        model = build(config.model).to(self.device)
+        model = build(config.model)
+        if config.init_from and not (resume and latest_checkpoint(out)):
+            group.together(lambda: begin_with(model, Path(str(config.init_from)), self.data.tokenizer))
+        model.to(self.device)
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
         model.runtime.label_smoothing = train.label_smoothing
@@ -113,7 +117,9 @@ class Trainer:
 
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to go on from."""
-        group, opened = self.group, open_run(self.out, self.config, self.data.identity, resume)
+        group = self.group
+        group.first(lambda: check_length(self.out, self.config, resume))
+        opened = open_run(self.out, self.config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
         if checkpoint is not None:
             begun = (self.out / "config.json").stat().st_mtime
@@ -390,5 +396,5 @@ def train(config: RunConfig, out: Path, resume: bool = False, show_progress: boo
     Under torchrun all its processes do it together, and a restart by torchrun goes on from the last checkpoint.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    with joined(config.train, best_device()) as group, ExitStack() as held:
-        return Trainer(config, out, resume or restarted, group, held).run(show_progress)
+    with on_device(config.train.device), joined(config.train, best_device()) as group, ExitStack() as held:
+        return Trainer(config, out, resume or restarted, group, held).run(show_progress and not config.train.quiet)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, unknown
 from spherelm.fields import from_plain
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, older
 from spherelm.models.config import to_plain
@@ -78,7 +78,7 @@ class SphereLMConfig(PreTrainedConfig):
     def arm_config(self) -> Config:
         """The config of ours that this describes."""
         if self.arm not in ARMS:
-            raise UserError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
+            raise unknown("arm", self.arm, ARMS)
         assert self.architecture is not None
         assert self.start is not None
         if self.architecture.get("kind") not in self.kinds:
