@@ -36,6 +36,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "presets": listing.presets,
     "recipes": listing.recipes,
     "data prepare": text.prepare,
+    "data tokenizer": text.tokenizer,
+    "data convert": text.convert,
     "data pairs": text.pairs,
     "data verify": text.verify,
     "import nvidia": trained.import_nvidia,
@@ -51,6 +53,8 @@ GROUPS = {
 
 data_app, import_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
 data_app.command(checked(text.prepare))
+data_app.command(checked(text.tokenizer))
+data_app.command(checked(text.convert))
 data_app.command(checked(text.pairs))
 data_app.command(checked(text.verify))
 import_app.command(name="nvidia")(checked(trained.import_nvidia))

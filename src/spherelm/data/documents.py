@@ -1,7 +1,7 @@
 """Reading documents from files, in blocks of bounded size that workers can share.
 
 A .txt or .md file is one document. A line of a .jsonl file, an entry of the list in a .json file (which may hold lines
-instead), a row of a .csv or .parquet file has one in a field. All but .parquet may be compressed (.gz, .xz, .bz2, .zst).
+instead), a row of a .csv, .tsv or .parquet file has one in a field. All may be compressed (.gz, .xz, .bz2, .zst).
 Blocks depend on the file alone, never on who reads them, so that whatever is made of them in order is the same for any
 number of workers.
 """
@@ -20,10 +20,10 @@ from typing import Any, Literal
 from spherelm.data.compression import COMPRESSIONS, read_bytes
 from spherelm.data.compression import DocumentError as DocumentError
 from spherelm.data.cutting import Cutter
-from spherelm.data.rows import Rows, csv_rows, list_rows, parquet_rows
+from spherelm.data.rows import Bad, Rows, csv_rows, list_rows, parquet_rows
 from spherelm.errors import NotFoundError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".md")
 BLOCK_SIZE = 1 << 22  # characters of text, or bytes of JSON lines, a block at least (but the last)
 
@@ -42,7 +42,7 @@ class Block:
     kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last, `context`
     and `safe` how it was cut from the one before (`data.cutting`).
     kind "lines": `data` is bytes, whole lines of JSON. kind "rows": `data` is a list of whole
-    documents, None for each bad row. `rows`: how lines are read.
+    documents, Bad for each bad row. `rows`: how lines are read.
     `first` is the number (from 1) of its first line or row, `offset` where its first byte is in the (decompressed)
     file. `digest` is the document's sha256 (hex) for kind "text" when asked for. `after` is the position behind it of a
     stream that can go on from there (JSON).
@@ -50,7 +50,7 @@ class Block:
 
     path: Path
     kind: Literal["text", "lines", "rows"]
-    data: str | bytes | list[str | None]
+    data: str | bytes | list[str]
     read_bytes: int
     first: int = 1
     offset: int = 0
@@ -68,10 +68,10 @@ def format_of(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     kind = suffixes[-2:-1] if compressed else suffixes[-1:]
-    if not kind or kind[0] not in SUFFIXES or (compressed and kind[0] == ".parquet"):
+    if not kind or kind[0] not in SUFFIXES:
         raise DocumentError(
-            f"{path}: cannot tell what this file holds; rename it to end in .txt, .md, .jsonl, .json, .csv (these also with "
-            f"{', '.join(COMPRESSIONS)}) or .parquet"
+            f"{path}: cannot tell what this file holds; rename it to end in {', '.join(SUFFIXES)}, and behind it "
+            f"{', '.join(COMPRESSIONS)} if it is compressed"
         )
     return kind[0]
 
@@ -133,8 +133,8 @@ def read_blocks(
         yield from _text_blocks(path, block_size, cutter, span, _text_digest(path, span) if with_digest else None)
     elif kind == ".parquet":
         yield from _row_blocks(path, block_size, parquet_rows(path, rows))
-    elif kind == ".csv":
-        found = csv_rows(path, _decoded(path), rows)
+    elif kind in (".csv", ".tsv"):
+        found = csv_rows(path, _decoded(path), rows, "," if kind == ".csv" else "\t")
         yield from _row_blocks(path, block_size, (([text], position) for text, position in found))
     elif kind == ".json" and _is_list(path):
         found = list_rows(path, _decoded(path), rows)
@@ -143,8 +143,8 @@ def read_blocks(
         yield from _line_blocks(path, block_size, rows)
 
 
-def documents_in(block: Block) -> Iterator[str | None]:
-    """The texts in a block, in order, None for each bad row. Raises DocumentError for a bad line, unless they are skipped."""
+def documents_in(block: Block) -> Iterator[str]:
+    """The texts in a block, in order, Bad for each bad row. Raises DocumentError for a bad line, unless they are skipped."""
     if isinstance(block.data, str):
         yield block.data
     elif isinstance(block.data, bytes):
@@ -195,11 +195,11 @@ def _line_blocks(path: Path, size: int, rows: Rows) -> Iterator[Block]:
         yield Block(path, "lines", b"".join(parts), position, first=first, offset=offset, rows=rows)
 
 
-def _row_blocks(path: Path, size: int, found: Iterator[tuple[list[str | None], int]]) -> Iterator[Block]:
-    first, held, position, texts = 1, 0, 0, list[str | None]()
+def _row_blocks(path: Path, size: int, found: Iterator[tuple[list[str], int]]) -> Iterator[Block]:
+    first, held, position, texts = 1, 0, 0, list[str]()
     for more, position in found:
         texts += more
-        held += sum(map(len, filter(None, more)))
+        held += sum(map(len, more))
         if held >= size:
             yield Block(path, "rows", texts, position, first=first)
             first, held, texts = first + len(texts), 0, []
@@ -213,7 +213,7 @@ def _is_list(path: Path) -> bool:
     return start.startswith("[")
 
 
-def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows) -> str | None:
+def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows) -> str:
     where = f"{path}, line {number}"
     try:
         if number == 1:
@@ -221,11 +221,10 @@ def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows)
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         if rows.skip_bad:
-            return None
+            return Bad("not UTF-8")
         raise _not_utf8(path, offset + error.start) from error
     except (ValueError, RecursionError) as error:
-        rows.refuse(where, f"not JSON ({error}); make each line one JSON object")
-        return None
+        return rows.refuse(where, "not JSON", f" ({error}); make each line one JSON object")
     return rows.text(where, record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import sys
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.compression import DocumentError
+from spherelm.data.compression import COMPRESSIONS, DocumentError, read_bytes
 
 _BATCH = 256
+NAME_ANOTHER = "name another with --field (column= of a stream)"
 _MISSING = object()
 _NAMES = 12
 _KINDS = {
@@ -26,41 +28,41 @@ _KINDS = {
 }
 
 
+class Bad(str):
+    """In place of the text of a row that is left out: why it cannot be read."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
 
-    `skip_bad`: leave out rows that hold no text that can be read; without it they are errors. `named_by`, `skipped_by`: what
-    names another field, and what leaves bad rows out, for whoever reads of an error; `None` where nothing does.
+    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too, where no flag skips them.
     """
 
     field: str = "text"
-    skip_bad: bool = False
-    named_by: str = "--field"
-    skipped_by: str | None = "--skip-bad-rows"
+    skip_bad: bool | None = False
 
-    def text(self, where: str, record: Any) -> str | None:
-        """The text of one row, None for a bad one that is skipped. Raises DocumentError naming `where` it is."""
+    def text(self, where: str, record: Any) -> str:
+        """The text of one row, Bad for one that is skipped. Raises DocumentError naming `where` it is."""
         found = record if isinstance(record, str) else value_in(record, self.field)
         if not isinstance(found, str):
             names = ", ".join(_names_in(record)[:_NAMES])
             missing = f"it has {names}" if names else "it is no object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = f"name another field with {self.named_by}" if found is _MISSING and names else "mend that row"
-            self.refuse(where, f'no string under "{self.field}" ({reason}); {fix}')
-            return None
+            fix = NAME_ANOTHER if found is _MISSING and names else "mend that row"
+            return self.refuse(where, f'no string under "{self.field}"', f" ({reason}); {fix}")
         try:
             found.encode("utf-8")
         except UnicodeEncodeError as error:
-            self.refuse(where, f"half of a surrogate pair at character {error.start}; mend it")
-            return None
+            return self.refuse(where, "half of a surrogate pair", f" at character {error.start}; mend it")
         return found
 
-    def refuse(self, where: str, problem: str) -> None:
+    def refuse(self, where: str, reason: str, more: str) -> Bad:
         """Raise DocumentError, unless bad rows are skipped."""
-        if not self.skip_bad:
-            way_out = f", or leave such rows out with {self.skipped_by}" if self.skipped_by else ""
-            raise DocumentError(f"{where}: {problem}{way_out}")
+        if self.skip_bad:
+            return Bad(reason)
+        way_out = "" if self.skip_bad is None else ", or leave such rows out with --skip-bad"
+        raise DocumentError(f"{where}: {reason}{more}{way_out}")
 
 
 def value_in(record: Any, field: str) -> Any:
@@ -88,13 +90,11 @@ def _names_in(record: Any, before: str = "") -> list[str]:
 
 def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
     """What to say of a table that lacks the column with the text."""
-    return DocumentError(
-        f'{path} has no column "{rows.field}" (it has {", ".join(names)}): name another with {rows.named_by}'
-    )
+    return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {NAME_ANOTHER}')
 
 
-def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str | None, int]]:
-    """(text, bytes read) of every row of a .csv whose first line names the columns."""
+def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows, delimiter: str) -> Iterator[tuple[str, int]]:
+    """(text, bytes read) of every row of a .csv or .tsv whose first line names the columns."""
     csv.field_size_limit(sys.maxsize)
     position = 0
 
@@ -106,7 +106,7 @@ def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Itera
             yield from (f"{line}\n" for line in whole)
         yield from [rest] if rest else []
 
-    reader = csv.reader(lines(), strict=True)
+    reader = csv.reader(lines(), strict=True, delimiter=delimiter)
     try:
         names = next(reader, [])
         if rows.field not in names:
@@ -119,7 +119,7 @@ def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Itera
         raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); mend that line") from error
 
 
-def list_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str | None, int]]:
+def list_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str, int]]:
     """(text, bytes read) of every entry of a .json file that is one list."""
     decode, held, number, needed = json.JSONDecoder().raw_decode, "", 0, 0
     for text, position in itertools.chain(pieces, [("", path.stat().st_size)]):
@@ -157,7 +157,7 @@ def _behind_space(text: str, at: int) -> int:
     return at
 
 
-def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str | None], int]]:
+def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str], int]]:
     """(texts, bytes read) of a Parquet file, some rows at a time."""
     try:
         import pyarrow
@@ -165,7 +165,9 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str | None], int
     except ImportError as error:
         raise DocumentError(f"{path} needs pyarrow: pip install '.[data]' in a clone of spherelm") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        compressed = path.suffix.lower() in COMPRESSIONS  # a Parquet file is read from its end: such a one in memory
+        whole = io.BytesIO(b"".join(data for data, _ in read_bytes(path))) if compressed else path
+        with pyarrow.parquet.ParquetFile(whole) as file:
             names = file.schema_arrow.names
             if top_field(rows.field, names) is None:
                 raise no_column(path, rows, names)

@@ -282,6 +282,11 @@ def _from_file(path: Path, eos_token: str | None, name: str | None = None) -> To
     raise UserError(f"tokenizer {path}: must end in .json (tokenizers) or .model (SentencePiece)")
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer lies in `directory`, as `load_tokenizer` reads it."""
+    return any((directory / name).is_file() for name in (META_FILE, _JSON_FILE, _MODEL_FILE))
+
+
 def _from_directory(directory: Path) -> Tokenizer:
     """The tokenizer saved in `directory`; the meta file, where there is one, must agree with it."""
     meta = _read_json(directory / META_FILE) or {}

@@ -142,10 +142,9 @@ def read_documents(
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
-        for block in read_blocks(path, rows=Rows(field, skipped_by=None)):
+        for block in read_blocks(path, rows=Rows(field, skip_bad=None)):
             for text in documents_in(block):
-                if text is not None:
-                    yield encode_document(text, cutter, needed)
+                yield encode_document(text, cutter, needed)
 
 
 def encode_document(text: str, cutter: Cutter, needed: int | None) -> Document:
