@@ -73,7 +73,7 @@ def _say_what_was_made(manifest: dict[str, Any]) -> None:
             print(f"{source['name']} is one document: from character {begin:,} on it is the validation text")
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
-    if left_out := {reason: count for reason, count in manifest.get("left_out", {}).items() if count}:
+    if left_out := manifest.get("left_out"):
         print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
     if count := manifest.get("unsafe_cuts"):
         print(
@@ -101,8 +101,8 @@ def tokenizer(
     from spherelm.data.bpe import train_on_files
     from spherelm.data.rows import Rows
 
-    made = train_on_files(input, out, vocab_size, Rows(field, skip_bad))
-    print(f"a tokenizer of {counted(made.vocab_size, 'entry', 'entries')} is in {out}: prepare with --tokenizer {out}")
+    train_on_files(input, out, vocab_size, Rows(field, skip_bad))
+    print(f"a tokenizer of {vocab_size:,} entries is in {out}: prepare with --tokenizer {out}")
 
 
 def convert(data: str, out: Path, format: Literal["nanogpt", "llmc", "megatron"]) -> None:

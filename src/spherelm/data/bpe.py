@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spherelm.data.cutting import Cutter
-from spherelm.data.documents import documents_in, input_files, read_blocks
+from spherelm.data.documents import input_files, read_blocks
 from spherelm.data.output import whole_directory
 from spherelm.data.rows import Bad, Rows
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer
@@ -59,4 +59,4 @@ def _texts(files: Sequence[Path], rows: Rows) -> Iterator[str]:
     cutter = Cutter(ByteTokenizer())
     for path in files:
         for block in read_blocks(path, cutter=cutter, rows=rows, block_size=1 << 20):
-            yield from (text for text in documents_in(block) if not isinstance(text, Bad))
+            yield from (text for text in block.texts if not isinstance(text, Bad))

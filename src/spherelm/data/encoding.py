@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from spherelm.data.cutting import Cutter, Piece
-from spherelm.data.documents import Block, documents_in
+from spherelm.data.documents import Block
 from spherelm.data.rows import Bad
 from spherelm.data.shards import Ids, Split, token_dtype
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -80,7 +80,7 @@ class Encoder:
         texts: dict[Split, list[str]] = {}
         digests: dict[Split, list[bytes]] = {}
         left_out = Counter[str]()
-        for text in documents_in(job.block):
+        for text in job.block.texts:
             if isinstance(text, Bad) or (not text.strip() and job.block.starts and job.block.ends):
                 left_out[str(text) if isinstance(text, Bad) else "empty"] += 1
                 continue

@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.compression import open_compressed
+from spherelm.data.compression import open_compressed, sha256_of
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
 from spherelm.data.rows import Rows, no_column, top_field
 from spherelm.errors import UserError
@@ -108,7 +108,7 @@ class HubText:
 
     def _block(self, texts: list[str], characters: int) -> Block:
         after = {**self.position(), "characters": characters}
-        return Block(Path(self.request.name), "rows", texts, characters, self._rows - len(texts) + 1, after=after)
+        return Block(Path(self.request.name), texts, characters, after=after)
 
 
 def _open_builder(request: HubRequest) -> Any:
@@ -175,15 +175,6 @@ def _identity(request: HubRequest, builder: Any, files: list[tuple[str, list[str
 def _version_of(file: str, version: tuple[str, ...]) -> list[str]:
     path = Path(file)
     return [sha256_of(path)] if path.is_file() else [file, *map(str, version)]
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while data := content.read(1 << 22):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 @contextmanager

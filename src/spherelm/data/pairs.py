@@ -23,7 +23,7 @@ from spherelm.counting import counted
 from spherelm.data.bpe import train_tokenizer
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.output import whole_directory, write_json
-from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.data.tokenizer import Tokenizer, described, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
 
 MANIFEST = "pairs.json"
@@ -116,10 +116,9 @@ def prepare_pairs(
         shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
-        described = ("name", "vocab_size", "eos_id", "fingerprint")
         manifest = {
             "spherelm": metadata.version("spherelm"),
-            "tokenizer": {name: getattr(shared, name) for name in described},
+            "tokenizer": described(shared),
             "inputs": {name: [path.name for path in files] for name, files in (("train", train), ("val", val))},
             "max_tokens": max_tokens,
             "splits": splits,

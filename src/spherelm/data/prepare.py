@@ -29,6 +29,7 @@ from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
 from spherelm.data.rows import Rows
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_manifest
 from spherelm.data.split_writer import SplitWriter
+from spherelm.data.tokenizer import described
 from spherelm.errors import OutputExistsError, UserError
 
 CHECKPOINT_SECONDS = 5.0
@@ -217,16 +218,15 @@ class _Work:
         return state
 
     def _manifest(self) -> dict[str, Any]:
-        plan, tokenizer = self._plan, self._plan.tokenizer
+        plan = self._plan
         splits = {split: writer.shards for split, writer in self._writers.items() if writer.shards}
         self._check_splits(splits)
         duplicates = {"duplicate": sum(self._position.duplicates)} if plan.deduplicate else {}
         totals = ("tokens", "documents", "bytes")
-        described = ("name", "vocab_size", "eos_id", "fingerprint")
         return {
-            "spherelm": _version(),
+            "spherelm": importlib.metadata.version("spherelm"),
             "parameters": plan.parameters(),
-            "tokenizer": {name: getattr(tokenizer, name) for name in described},
+            "tokenizer": described(plan.tokenizer),
             "inputs": [self._described(number, source) for number, source in enumerate(plan.sources)],
             "left_out": {**self._position.left_out, **duplicates},
             "unsafe_cuts": self._position.unsafe_cuts,
@@ -259,10 +259,3 @@ class _Work:
                     f"val fraction {self._plan.val_fraction} of {counted(sum(self._position.documents), 'document')} "
                     f"leaves none for {split}: choose another --val-fraction, give more documents, or name --val files"
                 )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("spherelm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -204,23 +204,6 @@ class ShardWriter:
         self._file.close()
 
 
-def write_shard(
-    path: Path, documents: Iterable[Sequence[int] | Ids], tokenizer: Tokenizer, text_bytes: int
-) -> ShardHeader:
-    """Write `documents` (ids without end tokens) as one shard, the end token after each.
-
-    `text_bytes`: UTF-8 bytes of the text of all documents. Raises ShardError for an id outside the vocabulary.
-    """
-    writer = ShardWriter(path, tokenizer)
-    try:
-        for ids in documents:
-            writer.append(np.append(np.asarray(ids, dtype=np.int64), tokenizer.eos_id), 0)
-        writer.text_bytes = text_bytes
-        return writer.finish()
-    finally:
-        writer.close()
-
-
 class Shard:
     """One shard, open for reading. Raises ShardError for a file that is not a whole, undamaged shard.
 

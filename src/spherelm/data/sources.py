@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from spherelm.data.compression import sha256_of
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import check_input, read_blocks
-from spherelm.data.hub import HubRequest, HubText, sha256_of
+from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs

@@ -340,10 +340,14 @@ def _fingerprint(kind: str, eos_id: int, definition: bytes) -> str:
     return hashlib.sha256(f"{kind} eos={eos_id}\n".encode() + definition).hexdigest()
 
 
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What files say of a tokenizer."""
+    return {name: getattr(tokenizer, name) for name in ("name", "vocab_size", "eos_id", "fingerprint")}
+
+
 def _write_meta(tokenizer: Tokenizer, kind: str, directory: Path, eos_token: str | None = None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    fields = ("name", "vocab_size", "eos_id", "fingerprint")
-    meta = {"kind": kind, "eos_token": eos_token, **{field: getattr(tokenizer, field) for field in fields}}
+    meta = {"kind": kind, "eos_token": eos_token, **described(tokenizer)}
     (directory / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
