@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -62,7 +63,8 @@ TINY = {
     "compare": ["--data", "data/mine", *SHORT, "--no-compile", "--seeds", "1", "--quick", "--workers", "1"],
     "sweep": ["--data", "data/mine", "--steps", "2", "--seeds", "1", "--workers", "1"],
     "train": ["--data", "data/mine", "--preset", "demo", *SHORT, "--no-compile"],
-    "data": ["--workers", "1"],
+    "data prepare": ["--workers", "1"],
+    "data tokenizer": ["--vocab-size", "300"],
     "generate": ["--max-new-tokens", "5"],
     "inspect": ["--tokens", "256", "--no-images"],
 }
@@ -133,6 +135,8 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.data.sources.parse_data", lambda said: SimpleNamespace(vocab_size=4096))
     monkeypatch.setattr("spherelm.train.batches.epochs", lambda *rest: {})
     monkeypatch.setattr("spherelm.data.prepare.prepare", lambda *rest, **more: {"splits": {}})
+    monkeypatch.setattr("spherelm.data.bpe.train_on_files", lambda *rest: None)
+    monkeypatch.setattr("spherelm.data.convert.convert", lambda *rest: {})
     monkeypatch.setattr("spherelm.data.pairs.prepare_pairs", lambda *rest, **more: {"splits": {}})
     monkeypatch.setattr("spherelm.data.verification.verify", lambda directory: {})
     monkeypatch.setattr("spherelm.generation.samples.continues", lambda run: True)
@@ -158,7 +162,7 @@ def test_every_command_is_understood(
 
 def test_the_readme_has_commands_for_everybody() -> None:
     assert len(BLOCKS) == 6
-    assert [len(commands_in(text)) for kind, text in BLOCKS if kind == "sh"] == [2, 3, 3, 3]
+    assert [len(commands_in(text)) for kind, text in BLOCKS if kind == "sh"] == [2, 3, 3, 4]
     assert len(README.splitlines()) <= 150
 
 
@@ -193,7 +197,7 @@ def test_every_block_runs(
             run_make(words)
         else:
             assert words[0] == "spherelm"
-            run_command([str(word) for word in replaced(words, TINY[words[1]])])
+            run_command([str(word) for word in replaced(words, TINY.get(" ".join(words[1:3])) or TINY[words[1]])])
     for kind, text in BLOCKS:
         if kind == "python":
             check_python_block(text)
@@ -322,6 +326,11 @@ TESTED_ELSEWHERE = {
     "Logs": (
         "train/test_sinks.py:test_a_resumed_run_is_told_whole_and_once",
         "train/test_sinks.py:test_a_process_with_sinks_ends_well_and_calls_nobody",
+    ),
+    "Token files": (
+        "data/test_token_files.py:test_read_as_they_are",
+        "data/test_token_files.py:test_a_run_is_that_of_the_prepared_text",
+        "data/test_token_files.py:test_written_byte_for_byte",
     ),
     "Data at scale": (
         "data/test_hub.py:test_workers_do_not_change_a_byte",
@@ -510,21 +519,24 @@ def input_files(row: Row) -> None:
     assert set(row.names) == {*SUFFIXES, *COMPRESSIONS, "--field"}
     compress = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
     compress[".zst"] = zstandard.ZstdCompressor().compress
-    content = {".jsonl": '{"body": "%s"}', ".json": '[{"body": "%s"}]', ".csv": "body\n%s"}
+    content = {".jsonl": '{"body": "%s"}', ".json": '[{"body": "%s"}]', ".csv": "body\n%s", ".tsv": "id\tbody\n1\t%s"}
     (row.tmp_path / "in").mkdir()
     for kind in set(SUFFIXES) - {".parquet"}:
         for ending, squeeze in compress.items():
             text = content.get(kind, "%s") % (f"{kind} {ending} " * 20)
             (row.tmp_path / "in" / f"input{kind}{ending}").write_bytes(squeeze(text.encode()))
-    parquet.write_table(pyarrow.table({"body": ["rows and columns"]}), row.tmp_path / "in" / "input.parquet")
+    for ending, squeeze in compress.items():
+        file = io.BytesIO()
+        parquet.write_table(pyarrow.table({"body": [f"rows and columns {ending}"]}), file)
+        (row.tmp_path / "in" / f"input.parquet{ending}").write_bytes(squeeze(file.getvalue()))
     pattern = row.tmp_path / "in" / "*.parquet"
     manifest = prepare([row.tmp_path / "in", pattern], row.tmp_path / "out", "bytes", rows=Rows("body"))
-    assert manifest["splits"]["train"]["documents"] == 5 * 5 + 2
+    assert manifest["splits"]["train"]["documents"] == 7 * 5 + 1
 
 
 @check("Tokenizers")
 def tokenizers(row: Row) -> None:
-    assert row.names == ["default", "bytes", "tokenizer.json", ".model"]
+    assert row.names == ["default", "bytes", "tokenizer.json", ".model", "spherelm data tokenizer"]
     default = load_tokenizer("default")
     assert (default.vocab_size, load_tokenizer("bytes").vocab_size) == (4096, 257)
     default.save(row.tmp_path)
