@@ -119,8 +119,8 @@ def train(
     Args:
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
-        data: A directory made by `spherelm data prepare`; DIR=WEIGHT,DIR=WEIGHT; stream:NAME; or token files of nanoGPT, llm.c or
-            Megatron, PATH,tokenizer=NAME. The shipped text if left out.
+        data: Directory of `spherelm data prepare`; DIR=WEIGHT,DIR=WEIGHT; stream:NAME; PATH,tokenizer=NAME for token files of
+            nanoGPT, llm.c or Megatron. The shipped text if left out.
         preset: Size and length of the run; demo if left out.
         recipe: How the arm is trained: law (if left out), paper, nugpt, training-ngpt, or an ablation
             (docs/recipes.md).
