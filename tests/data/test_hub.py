@@ -175,7 +175,7 @@ def test_limit_config_column_and_single_files(parquet: Path, jsonl: Path) -> Non
     pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS[:3]}), renamed)
     assert list(HubText(HubRequest(str(renamed), column="content")).documents()) == TEXTS[:3]
     with pytest.raises(ValueError, match=r'has no column "text" \(it has content\): name another with --field'):
-        HubText(HubRequest(str(renamed)))
+        HubText(HubRequest(str(renamed)), skip_bad=False)
 
 
 def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _open_builder(request: HubRequest) -> Any:
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
             raise DocumentError(
-                f"{path}: only .parquet, .jsonl and .json files are streamed; prepare others with --input"
+                f"{path}: only .parquet, .jsonl and .json files are streamed; prepare others with spherelm data prepare"
             )
         if request.config is not None:
             raise DocumentError(f"{path} is one file, which has no configurations: leave its name out")

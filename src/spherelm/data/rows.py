@@ -18,7 +18,6 @@ _BATCH = 256
 Read = tuple[list[str], int, int]
 """The texts of some rows, Bad for those that are left out; their size, by which blocks are made; the bytes read of the file."""
 
-NAME_ANOTHER = "name another with --field (column= of a stream)"
 _MISSING = object()
 _NAMES = 12
 _MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -41,11 +40,16 @@ class Bad(str):
 class Rows:
     """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
 
-    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too, where no flag skips them.
+    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too, where no flags choose.
     """
 
     field: str = "text"
     skip_bad: bool | None = False
+
+    @property
+    def other_field(self) -> str:
+        """How to mend a wrong field."""
+        return "name another field" if self.skip_bad is None else "name another with --field"
 
     def text(self, where: str, record: Any) -> str:
         """The text of one row, Bad for one that is skipped. Raises DocumentError naming `where` it is."""
@@ -54,7 +58,7 @@ class Rows:
             names = ", ".join(_names_in(record)[:_NAMES])
             missing = f"it has {names}" if names else "it is no object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = NAME_ANOTHER if found is _MISSING and names else "mend that row"
+            fix = self.other_field if found is _MISSING and names else "mend that row"
             return self.refuse(where, f'no string under "{self.field}"', f" ({reason}); {fix}")
         try:
             found.encode("utf-8")
@@ -95,7 +99,7 @@ def _names_in(record: Any, before: str = "") -> list[str]:
 
 def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
     """What to say of a table that lacks the column with the text."""
-    return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {NAME_ANOTHER}')
+    return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {rows.other_field}')
 
 
 def line_rows(path: Path, rows: Rows) -> Iterator[Read]:
