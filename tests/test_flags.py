@@ -53,6 +53,8 @@ FLOORS = {
     "export": ["interop.export.export"],
     "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
     "data prepare": ["data.prepare.prepare"],
+    "data tokenizer": ["data.bpe.train_on_files"],
+    "data convert": ["data.convert.convert"],
     "data pairs": ["data.pairs.prepare_pairs"],
     "import nvidia": ["interop.imported.import_nvidia"],
 }
@@ -183,6 +185,8 @@ def least(name: str, data: Path, tmp_path: Path) -> list[object]:
         "export": [tmp_path, tmp_path / "out"],
         "bench": [],
         "data prepare": ["--input", text, *out],
+        "data tokenizer": ["--input", text, *out],
+        "data convert": ["--data", data, "--format", "nanogpt", *out],
         "data pairs": [*(w for side in ("", "val-") for end in ("source", "target") for w in (f"--{side}{end}", text)), *out],
         "import nvidia": [text, tmp_path / "out"],
     }[name]  # fmt: skip

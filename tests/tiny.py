@@ -7,7 +7,7 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spherelm.data.prepare import prepare
+from spherelm.data.shards import Ids, ShardHeader, ShardWriter
+from spherelm.data.tokenizer import Tokenizer
 from spherelm.recipes import Preset, make_run
 from spherelm.runs.checkpoint import MOMENTS, WEIGHTS, checkpoint_of
 from spherelm.runs.config import RunConfig
@@ -136,3 +138,17 @@ def assert_resumes(config: RunConfig, directory: Path) -> tuple[Path, Path]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_shard(
+    path: Path, documents: Iterable[Sequence[int] | Ids], tokenizer: Tokenizer, text_bytes: int
+) -> ShardHeader:
+    """Write `documents` (ids without end tokens) as one shard, the end token after each."""
+    writer = ShardWriter(path, tokenizer)
+    try:
+        for ids in documents:
+            writer.append([*ids, tokenizer.eos_id], 0)
+        writer.text_bytes = text_bytes
+        return writer.finish()
+    finally:
+        writer.close()

@@ -84,7 +84,7 @@ def test_only_the_first_of_equal_documents_stays(inputs: list[Path], tmp_path: P
     assert [entry["duplicates_left_out"] for entry in manifest["inputs"]] == [0, 81 - left, 1, 0]
     assert manifest["splits"]["train"]["documents"] == left + 2
     assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in texts_of(tmp_path / "out"))
-    assert manifest["empty_documents_left_out"] == 1
+    assert manifest["left_out"] == {"empty": 1, "duplicate": 82 - left}
 
 
 def test_neither_workers_nor_interruptions_change_a_byte(

@@ -36,8 +36,8 @@ def check_pieces(tokenizer: Tokenizer, text: str, at_least: int) -> None:
     assert len(list(cutter.pieces(text))) > at_least
     cut = cutter.place(text, len(text) // 3)
     assert cut is not None
-    first = Block(Path("a.txt"), "text", text[: cut.place], 0, ends=False)
-    second = Block(Path("a.txt"), "text", text[cut.place :], 0, starts=False, context=cut.context, safe=cut.safe)
+    first = Block(Path("a.txt"), [text[: cut.place]], 0, ends=False)
+    second = Block(Path("a.txt"), [text[cut.place :]], 0, starts=False, context=cut.context, safe=cut.safe)
     results = [encoder(Job(0, block, "train")) for block in (first, second)]
     ids = [i for result in results for i in result.ids["train"].tolist()]
     assert ids == [*tokenizer.encode(text), tokenizer.eos_id]
@@ -115,7 +115,7 @@ class Forgetful(ByteTokenizer):
 
 def encoded(tokenizer: Tokenizer, texts: list[str], **settings: float) -> dict[str, list[int]]:
     result = Encoder(tokenizer, settings.get("val_fraction", 0.0))(
-        Job(0, Block(Path("a"), "rows", texts, 0), None if settings else "train")
+        Job(0, Block(Path("a"), texts, 0), None if settings else "train")
     )
     return {split: ids.tolist() for split, ids in result.ids.items()}
 
@@ -123,7 +123,7 @@ def encoded(tokenizer: Tokenizer, texts: list[str], **settings: float) -> dict[s
 def test_a_long_stretch_without_a_safe_place_is_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch, longest=500)
     for tokenizer, text in ((Reversing(), "one two three " * 200), (ByteTokenizer(), "x" * 2800)):
-        result = Encoder(tokenizer, 0.0)(Job(0, Block(Path("a"), "rows", [text], 0), "train"))
+        result = Encoder(tokenizer, 0.0)(Job(0, Block(Path("a"), [text], 0), "train"))
         pieces = [piece.text for piece in Cutter(tokenizer).pieces(text)]
         assert "".join(pieces) == text
         assert max(map(len, pieces)) < 60 + 500 + 64 + 60
@@ -143,9 +143,9 @@ def test_texts_that_encode_to_the_end_token_are_refused() -> None:
 
 
 def test_empty_documents_are_left_out_and_counted() -> None:
-    result = Encoder(ByteTokenizer(), 0.0)(Job(0, Block(Path("a"), "rows", ["", "a", "", "é"], 0), "val"))
+    result = Encoder(ByteTokenizer(), 0.0)(Job(0, Block(Path("a"), ["", "a", "", "é"], 0), "val"))
     assert result.ids["val"].tolist() == [97, 256, 0xC3, 0xA9, 256]
-    assert (result.documents, result.empty, result.text_bytes) == (2, 2, {"val": 3})
+    assert (result.documents, result.left_out, result.text_bytes) == (2, {"empty": 2}, {"val": 3})
 
 
 def test_documents_are_split_by_their_hash() -> None:

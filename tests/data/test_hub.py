@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import commands
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -103,12 +102,11 @@ def test_taken_up_again_and_again(kind: str, request: pytest.FixtureRequest) -> 
 def test_blocks_go_on_behind_any_of_them(parquet: Path) -> None:
     text = HubText(HubRequest(str(parquet)))
     blocks = list(text.blocks(None, 300))
-    assert [text for block in blocks for text in block.data] == TEXTS
-    assert [block.first for block in blocks] == np.cumsum([1, *(len(block.data) for block in blocks[:-1])]).tolist()
+    assert [text for block in blocks for text in block.texts] == TEXTS
     assert blocks[-1].read_bytes == sum(map(len, TEXTS))
     for i, block in enumerate(blocks):
-        again = [(b.data, b.first, b.read_bytes) for b in text.blocks(block.after, 300)]
-        assert again == [(b.data, b.first, b.read_bytes) for b in blocks[i + 1 :]]
+        again = [(b.texts, b.read_bytes) for b in text.blocks(block.after, 300)]
+        assert again == [(b.texts, b.read_bytes) for b in blocks[i + 1 :]]
 
 
 def test_the_same_shards_as_from_the_files_themselves(parquet: Path, tmp_path: Path) -> None:
@@ -178,7 +176,7 @@ def test_limit_config_column_and_single_files(parquet: Path, jsonl: Path) -> Non
     pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS[:3]}), renamed)
     assert list(HubText(HubRequest(str(renamed), column="content")).documents()) == TEXTS[:3]
     with pytest.raises(ValueError, match=r'has no column "text" \(it has content\): name another with --field'):
-        HubText(HubRequest(str(renamed)))
+        HubText(HubRequest(str(renamed)), skip_bad=False)
 
 
 def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
@@ -187,15 +185,16 @@ def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("a.parquet", "a.jsonl"):
         request = HubRequest(str(tmp_path / name), column="body.text")
-        assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], None]
-        refused(request, r'row 10: no string under "body.text" \(it is null\); mend that row, or .*--skip-bad-rows')
+        assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], 'no string under "body.text"']
+        refused(request, r'row 10: no string under "body.text" \(it is null\); mend that row, or .*--skip-bad')
     manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=Rows("body.text", skip_bad=True))
-    assert (manifest["bad_rows_left_out"], manifest["splits"]["train"]["documents"]) == (1, 9)
+    assert manifest["left_out"] == {'no string under "body.text"': 1}
+    assert manifest["splits"]["train"]["documents"] == 9
 
 
 def refused(request: HubRequest, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        list(HubText(request).documents())
+        list(HubText(request, skip_bad=False).documents())
     assert "\n" not in str(caught.value)
 
 
@@ -215,7 +214,7 @@ def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.
     refused(HubRequest(str(parquet), split="test"), "cannot read dataset .*test.*Available splits")
     refused(HubRequest(str(parquet), column="n"), r'row 1: no string under "n" \(it is a number\)')
     refused(HubRequest(str(parquet), limit=0), "limit of 0 rows")
-    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave out --hf-config")
+    refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave its name out")
     refused(HubRequest("./no/such"), "no dataset './no/such'")
     (tmp_path / "a.txt").write_text("text")
     refused(HubRequest(str(tmp_path / "a.txt")), r"a\.txt: only \.parquet, \.jsonl and \.json files are streamed")
@@ -247,7 +246,7 @@ def test_the_command(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     answer = command(*words, "--out", tmp_path / "out", "--deduplicate")
     assert answer.code == 0
     assert answer.out.splitlines()[0].startswith("train: 20 documents")
-    assert answer.out.splitlines()[1] == "0 duplicates left out"
+    assert answer.out.splitlines()[1] == "left out: 0 duplicate"
     expected = "".join(TEXTS[:20]).encode()
     tokens = open_tokens(tmp_path / "out", "train")
     assert [i for i in tokens.read(0, len(tokens)).tolist() if i != EOS] == list(expected)

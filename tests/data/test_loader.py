@@ -6,13 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spherelm.data.loader import Loader, validation_windows
 from spherelm.data.permutation import Permutation
-from spherelm.data.shards import Shard, Tokens, write_shard
+from spherelm.data.shards import Shard, Tokens
 from spherelm.data.tokenizer import ByteTokenizer
 
 
@@ -29,7 +30,7 @@ def positions(directory: Path, length: int) -> Tokens:
     bounds = [0, length // 3, length // 2, length]
     for i in range(3):
         ids = list(range(bounds[i], bounds[i + 1]))
-        write_shard(directory / f"{i}.bin", [ids], Positions(), len(ids))
+        tiny.write_shard(directory / f"{i}.bin", [ids], Positions(), len(ids))
     shards = [Shard(directory / f"{i}.bin") for i in range(3)]
     tokens = Tokens(shards, directory, "train")
     assert len(tokens) == length + 3

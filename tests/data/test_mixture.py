@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spherelm.data.loader import Loader
 from spherelm.data.mixture import LONGEST_CYCLE, MixtureLoader, cycle, shares
-from spherelm.data.shards import Shard, Tokens, write_shard
+from spherelm.data.shards import Shard, Tokens
 from spherelm.data.tokenizer import ByteTokenizer
 
 
@@ -22,7 +23,7 @@ def text(directory: Path, letter: str, length: int, tokenizer: ByteTokenizer | N
     """One document of counted letters, so that each token says which text it is from."""
     tokenizer = tokenizer or ByteTokenizer()
     ids = [ord(letter) + i % 8 for i in range(length)]
-    write_shard(directory / f"{letter}.bin", [ids], tokenizer, length)
+    tiny.write_shard(directory / f"{letter}.bin", [ids], tokenizer, length)
     return Tokens([Shard(directory / f"{letter}.bin")], directory / letter, "train")
 
 

@@ -376,11 +376,11 @@ def test_the_command_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.M
     refused = command(*words)
     assert (refused.code, "line 1: no string" in refused.err, "it has body.text" in refused.err) == (2, True, True)
     refused = command(*words, "--field", "body.text")
-    assert (refused.code, "line 3: no string" in refused.err, "--skip-bad-rows" in refused.err) == (2, True, True)
+    assert (refused.code, "line 3: no string" in refused.err, "--skip-bad" in refused.err) == (2, True, True)
     assert not (tmp_path / "o").exists()
-    answer = command(*words, "--field", "body.text", "--skip-bad-rows")
+    answer = command(*words, "--field", "body.text", "--skip-bad")
     assert answer.code == 0
-    assert answer.out.splitlines()[1:] == ["2 empty documents left out", "2 bad rows left out"]
+    assert answer.out.splitlines()[1:] == ['left out: 2 empty, 1 no string under "body.text", 1 not JSON']
     assert texts_of(tmp_path / "o") == ["good", "better"]
     other = command(*words, "--field", "body.text")
     assert (other.code, "another skip_bad_rows" in other.err) == (2, True)
@@ -475,6 +475,4 @@ def test_a_worker_that_dies_is_an_error_of_one_line(inputs: list[Path], tmp_path
     prepare(inputs, tmp_path / "out", "bytes")
     (tmp_path / "out" / "tokenizer.meta.json").unlink()  # so that the workers cannot start
     with pytest.raises(OSError, match="a worker process died"):
-        list(
-            encoding.encode_all([encoding.Job(0, Block(inputs[0], "text", "x", 1), "train")], tmp_path / "out", 0.0, 2)
-        )
+        list(encoding.encode_all([encoding.Job(0, Block(inputs[0], ["x"], 1), "train")], tmp_path / "out", 0.0, 2))

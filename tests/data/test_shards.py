@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spherelm.data.prepare import prepare
-from spherelm.data.shards import Shard, ShardError, ShardWriter, Tokens, open_tokens, token_dtype, write_shard
+from spherelm.data.shards import Shard, ShardError, ShardWriter, Tokens, open_tokens, token_dtype
 from spherelm.data.tokenizer import ByteTokenizer
 
 EOS = 256
@@ -31,7 +32,7 @@ class WideTokenizer(ByteTokenizer):
 
 def shard_of(path: Path, *texts: str) -> Shard:
     tokenizer = ByteTokenizer()
-    write_shard(path, map(tokenizer.encode, texts), tokenizer, sum(len(text.encode()) for text in texts))
+    tiny.write_shard(path, map(tokenizer.encode, texts), tokenizer, sum(len(text.encode()) for text in texts))
     return Shard(path)
 
 
@@ -60,7 +61,7 @@ def test_layout_is_as_documented(tmp_path: Path) -> None:
 
 def test_width_follows_the_vocabulary(tmp_path: Path) -> None:
     assert [token_dtype(n).name for n in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
-    write_shard(tmp_path / "a.bin", [[99_999]], WideTokenizer(), 1)
+    tiny.write_shard(tmp_path / "a.bin", [[99_999]], WideTokenizer(), 1)
     assert Shard(tmp_path / "a.bin").tokens.tolist() == [99_999, EOS]
 
 
@@ -71,7 +72,7 @@ def test_pieces_and_resumption_do_not_matter(
     """Appended in any pieces, with a new writer from the saved state and rubbish behind it each time: the same file."""
     directory = tmp_path_factory.mktemp("shards")
     tokenizer = ByteTokenizer()
-    write_shard(directory / "whole.bin", [list(text) for text in texts], tokenizer, 0)
+    tiny.write_shard(directory / "whole.bin", [list(text) for text in texts], tokenizer, 0)
     ids = [i for text in texts for i in [*text, EOS]]
     writer = ShardWriter(directory / "pieces.bin", tokenizer)
     for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(ids)], strict=True):
@@ -102,14 +103,14 @@ def test_resuming_on_changed_tokens_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [257, 70_000, -1])
 def test_ids_outside_the_vocabulary_are_not_written(tmp_path: Path, bad: int) -> None:
     with pytest.raises(ShardError, match=f"token id {bad} outside the vocabulary of 257"):
-        write_shard(tmp_path / "a.bin", [[1, bad]], ByteTokenizer(), 2)
+        tiny.write_shard(tmp_path / "a.bin", [[1, bad]], ByteTokenizer(), 2)
     with pytest.raises(ShardError, match="damaged"):
         Shard(tmp_path / "a.bin")
 
 
 def test_a_shard_without_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="no tokens"):
-        write_shard(tmp_path / "a.bin", [], ByteTokenizer(), 0)
+        tiny.write_shard(tmp_path / "a.bin", [], ByteTokenizer(), 0)
 
 
 def damage(path: Path, position: int, value: bytes | None = None) -> None:
@@ -204,7 +205,7 @@ def test_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
 
 
 def test_shards_of_two_tokenizers_do_not_mix(tmp_path: Path) -> None:
-    write_shard(tmp_path / "b.bin", [[1]], WideTokenizer(), 1)
+    tiny.write_shard(tmp_path / "b.bin", [[1]], WideTokenizer(), 1)
     other = Shard(tmp_path / "b.bin")
     resealed(tmp_path / "b.bin", tokenizer_fingerprint="other")
     with pytest.raises(ShardError, match="another tokenizer"):

@@ -35,6 +35,8 @@ COMMANDS: dict[str, Command] = {
     "bench": timing.bench,
     "list": listing.list_,
     "data prepare": text.prepare,
+    "data tokenizer": text.tokenizer,
+    "data convert": text.convert,
     "data pairs": text.pairs,
     "data verify": text.verify,
     "import nvidia": trained.import_nvidia,

@@ -1,10 +1,10 @@
-"""Commands that turn text into training data: `data prepare`, `data pairs`, `data verify`."""
+"""Commands that turn text into training data: `data prepare`, `tokenizer`, `convert`, `pairs`, `verify`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from spherelm.cli.parser import POSITIONAL, Needs
 from spherelm.counting import counted
@@ -19,7 +19,7 @@ def prepare(
     hf_config: Annotated[str | None, Needs("--hf")] = None,
     hf_split: Annotated[str, Needs("--hf")] = "train",
     field: str = "text",
-    skip_bad_rows: bool = False,
+    skip_bad: bool = False,
     limit: Annotated[int | None, Needs("--hf")] = None,
     tokenizer: str = "default",
     val: tuple[Path, ...] = (),
@@ -28,7 +28,7 @@ def prepare(
     workers: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Turn text files (.txt, .md, .jsonl, .json, .csv, .parquet) or a dataset into a data directory of token shards.
+    """Turn text files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet) or a dataset into a data directory of token shards.
 
     Example: spherelm data prepare --input books/*.txt --val-fraction 0.05 --out data/books
 
@@ -39,7 +39,7 @@ def prepare(
         hf_config: The configuration of that dataset, where it has several.
         hf_split: The split of it that is read.
         field: Where the text of a row is, in every input; body.text for "text" within "body".
-        skip_bad_rows: Leave out rows that hold no text that can be read, and count them; without it they are errors.
+        skip_bad: Leave out rows that hold no text that can be read, and count them; without it they are errors.
         limit: Rows of it that are read, for a sample; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
@@ -65,29 +65,67 @@ def prepare(
         progress=not quiet,
         hub=hub,
         deduplicate=deduplicate,
-        rows=Rows(field, skip_bad_rows),
+        rows=Rows(field, skip_bad),
     )
-    _say_what_was_made(manifest, deduplicate)
+    _say_what_was_made(manifest)
 
 
-def _say_what_was_made(manifest: dict[str, Any], deduplicate: bool) -> None:
+def _say_what_was_made(manifest: dict[str, Any]) -> None:
     for source in manifest.get("inputs", []):
         begin, end = source.get("characters", (0, 0))
         if end is None:
             print(f"{source['name']} is one document: from character {begin:,} on it is the validation text")
     for split, counts in manifest["splits"].items():
         print(f"{split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
-    for key, what in (("empty_documents_left_out", "empty document"), ("bad_rows_left_out", "bad row")):
-        if count := manifest.get(key):
-            print(f"{counted(count, what)} left out")
+    if left_out := manifest.get("left_out"):
+        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
     if count := manifest.get("unsafe_cuts"):
         print(
             f"{counted(count, 'cut')} within long stretches of text that have no safe place: the tokens there may differ "
             "from those of the whole text"
         )
-    left_out = sum(source.get("duplicates_left_out", 0) for source in manifest.get("inputs", []))
-    if deduplicate:
-        print(f"{counted(left_out, 'duplicate')} left out")
+
+
+def tokenizer(
+    *,
+    out: Path,
+    input: tuple[Path, ...] = (),
+    vocab_size: int = 32768,
+    field: str = "text",
+    skip_bad: bool = False,
+) -> None:
+    """Train a byte-level BPE on text files, as a directory that --tokenizer takes.
+
+    Example: spherelm data tokenizer --input books/*.txt --vocab-size 32768 --out data/bpe
+
+    Args:
+        out: The directory to make.
+        input: Text files, directories of such, or patterns, as for data prepare. Some hundred megabytes are enough.
+        vocab_size: Entries, the end of a text among them.
+        field: Where the text of a row is; body.text for "text" within "body".
+        skip_bad: Leave out rows that hold no text that can be read; without it they are errors.
+    """
+    from spherelm.data.bpe import train_on_files
+    from spherelm.data.rows import Rows
+
+    train_on_files(input, out, vocab_size, Rows(field, skip_bad))
+    print(f"a tokenizer of {vocab_size:,} entries is in {out}: prepare with --tokenizer {out}")
+
+
+def convert(*, data: str, out: Path, format: Literal["nanogpt", "llmc", "megatron"]) -> None:
+    """Write prepared tokens as files that another program reads.
+
+    Example: spherelm data convert --data data/books --format nanogpt --out data/nanogpt
+
+    Args:
+        data: A data directory, or token files of another program with their tokenizer, as for train --data.
+        out: The directory to make.
+        format: Whose files: nanoGPT's, llm.c's (modded-nanogpt reads them too) or Megatron's.
+    """
+    from spherelm.data.convert import convert as run_conversion
+
+    counts = ", ".join(f"{split} {count:,} tokens" for split, count in run_conversion(data, out, format).items())
+    print(f"{out}: {counts}")
 
 
 def pairs(

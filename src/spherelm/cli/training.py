@@ -84,8 +84,9 @@ def train(
     Args:
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         arm: The baseline, or the normalized Transformer; the preset says in which architecture.
-        data: Directory of spherelm data prepare, DIR=WEIGHT,DIR=WEIGHT, or stream:NAME. Or text, which is prepared in OUT-data:
-            files, patterns and directories that data prepare takes. The shipped text if left out.
+        data: Directory of spherelm data prepare; DIR=WEIGHT,DIR=WEIGHT; stream:NAME; PATH,tokenizer=NAME for token files of
+            nanoGPT, llm.c or Megatron. Or text, which is prepared in OUT-data: files, patterns and directories that data
+            prepare takes. The shipped text if left out.
         preset: Size and length of the run (spherelm list presets); demo if left out.
         recipe: How the arm is trained (spherelm list recipes); law if left out.
         config: A run's config.json: the run is that one, but for the flags that are given. Or a file, JSON or YAML, of some of

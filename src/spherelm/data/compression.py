@@ -7,10 +7,12 @@ zstandard's stream reader anywhere in a frame. So every format goes stream by st
 from __future__ import annotations
 
 import bz2
+import hashlib
 import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,18 +27,33 @@ class DocumentError(UserError):
     """An input that cannot be read as documents; the message names the file, the place and the fix."""
 
 
-def read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(decompressed bytes, position in the file) piece by piece; the suffix says how the file is compressed, if it is.
+def sha256_of(path: Path, said: Callable[[int], object] = lambda size: None) -> str:
+    """The sha256 of a file, in hexadecimal; `said` is told how many bytes more have been read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while data := content.read(_READ_BYTES):
+            digest.update(data)
+            said(len(data))
+    return digest.hexdigest()
 
-    Raises DocumentError for a file that is not whole or not what its suffix says, or where the library for .zst is missing.
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
+    """The bytes of a file, and what says how far it is read; the suffix says how it is compressed, if it is.
+
+    Reading raises DocumentError for a file that is not whole or not what its suffix says, or where the library for .zst is
+    missing.
     """
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
-        if suffix in COMPRESSIONS:
-            yield from ((data, file.tell()) for data in _decompressed(file, suffix, str(path)))
-        else:
-            while data := file.read(_READ_BYTES):
-                yield data, file.tell()
+        yield (open_compressed(file, suffix, str(path)) if suffix in COMPRESSIONS else file), file.tell
+
+
+def read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(bytes, how far the file is read) piece by piece, of what `opened` gives."""
+    with opened(path) as (content, position):
+        while data := content.read1(_READ_BYTES):
+            yield data, position()
 
 
 def open_compressed(file: IO[bytes], suffix: str, name: str) -> io.BufferedReader:

@@ -1,7 +1,7 @@
 """Reading documents from files, in blocks of bounded size that workers can share.
 
 A .txt or .md file is one document. A line of a .jsonl file, an entry of the list in a .json file (which may hold lines
-instead), a row of a .csv or .parquet file has one in a field. All but .parquet may be compressed (.gz, .xz, .bz2, .zst).
+instead), a row of a .csv, .tsv or .parquet file has one in a field. All may be compressed (.gz, .xz, .bz2, .zst).
 Blocks depend on the file alone, never on who reads them, so that whatever is made of them in order is the same for any
 number of workers.
 """
@@ -11,25 +11,22 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
-import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spherelm.data.compression import COMPRESSIONS, read_bytes
 from spherelm.data.compression import DocumentError as DocumentError
 from spherelm.data.cutting import Cutter
-from spherelm.data.rows import Rows, csv_rows, list_rows, parquet_rows
+from spherelm.data.rows import Rows, csv_rows, is_list, line_rows, list_rows, not_utf8, parquet_rows
 from spherelm.errors import NotFoundError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".md")
 BLOCK_SIZE = 1 << 22  # characters of text, or bytes of JSON lines, a block at least (but the last)
 
 _NEAR = 1 << 14  # characters around a place in which the end of a line is looked for
-_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
-          (codecs.BOM_UTF16_BE, "UTF-16"))  # fmt: skip
 
 Span = tuple[int, int | None]
 WHOLE: Span = (0, None)
@@ -39,28 +36,20 @@ WHOLE: Span = (0, None)
 class Block:
     """A piece of an input file. `read_bytes`: how much of the (compressed) file was read for it and those before.
 
-    kind "text": `data` is str, a piece of one document; `starts` and `ends` say whether it is its first or last, `context`
-    and `safe` how it was cut from the one before (`data.cutting`).
-    kind "lines": `data` is bytes, whole lines of JSON. kind "rows": `data` is a list of whole
-    documents, None for each bad row. `rows`: how lines are read.
-    `first` is the number (from 1) of its first line or row, `offset` where its first byte is in the (decompressed)
-    file. `digest` is the document's sha256 (hex) for kind "text" when asked for. `after` is the position behind it of a
-    stream that can go on from there (JSON).
+    `texts`: whole documents, Bad for each bad row; or a piece of one, of which `starts` and `ends` say whether it is its
+    first or last, `context` and `safe` how it was cut from the one before (`data.cutting`), and `digest`, when asked for,
+    the sha256 (hex) of the whole. `after` is the position behind it of a stream that can go on from there (JSON).
     """
 
     path: Path
-    kind: Literal["text", "lines", "rows"]
-    data: str | bytes | list[str | None]
+    texts: list[str]
     read_bytes: int
-    first: int = 1
-    offset: int = 0
     starts: bool = True
     ends: bool = True
     context: str = ""
     safe: bool = True
     digest: str | None = None
     after: dict[str, Any] | None = None
-    rows: Rows = Rows()
 
 
 def format_of(path: Path) -> str:
@@ -68,10 +57,10 @@ def format_of(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     kind = suffixes[-2:-1] if compressed else suffixes[-1:]
-    if not kind or kind[0] not in SUFFIXES or (compressed and kind[0] == ".parquet"):
+    if not kind or kind[0] not in SUFFIXES:
         raise DocumentError(
-            f"{path}: cannot tell what this file holds; rename it to end in .txt, .md, .jsonl, .json, .csv (these also with "
-            f"{', '.join(COMPRESSIONS)}) or .parquet"
+            f"{path}: cannot tell what this file holds; rename it to end in {', '.join(SUFFIXES)}, and behind it "
+            f"{', '.join(COMPRESSIONS)} if it is compressed"
         )
     return kind[0]
 
@@ -131,30 +120,22 @@ def read_blocks(
     kind = format_of(path)
     if kind in TEXTS:
         yield from _text_blocks(path, block_size, cutter, span, _text_digest(path, span) if with_digest else None)
-    elif kind == ".parquet":
-        yield from _row_blocks(path, block_size, parquet_rows(path, rows))
-    elif kind == ".csv":
-        found = csv_rows(path, _decoded(path), rows)
-        yield from _row_blocks(path, block_size, (([text], position) for text, position in found))
-    elif kind == ".json" and _is_list(path):
-        found = list_rows(path, _decoded(path), rows)
-        yield from _row_blocks(path, block_size, (([text], position) for text, position in found))
+        return
+    if kind == ".parquet":
+        found = parquet_rows(path, rows)
+    elif kind in (".csv", ".tsv"):
+        found = csv_rows(path, rows, "," if kind == ".csv" else "\t")
     else:
-        yield from _line_blocks(path, block_size, rows)
-
-
-def documents_in(block: Block) -> Iterator[str | None]:
-    """The texts in a block, in order, None for each bad row. Raises DocumentError for a bad line, unless they are skipped."""
-    if isinstance(block.data, str):
-        yield block.data
-    elif isinstance(block.data, bytes):
-        offset = block.offset
-        for number, line in enumerate(block.data.split(b"\n"), start=block.first):
-            if line.strip():
-                yield _text_of_line(block.path, number, offset, line, block.rows)
-            offset += len(line) + 1
-    else:
-        yield from block.data
+        found = list_rows(path, rows) if kind == ".json" and is_list(path) else line_rows(path, rows)
+    held, position, texts = 0, 0, list[str]()
+    for more, size, position in found:
+        texts += more
+        held += size
+        if held >= block_size:
+            yield Block(path, texts, position)
+            held, texts = 0, []
+    if texts:
+        yield Block(path, texts, path.stat().st_size)
 
 
 def _text_blocks(path: Path, size: int, cutter: Cutter | None, span: Span, digest: str | None) -> Iterator[Block]:
@@ -168,65 +149,13 @@ def _text_blocks(path: Path, size: int, cutter: Cutter | None, span: Span, diges
             continue
         whole, parts = "".join(parts), []
         while len(whole) >= 2 * size and (cut := cutter.place(whole, size)) is not None:
-            yield Block(path, "text", whole[: cut.place], position, ends=False, **begun)
+            yield Block(path, [whole[: cut.place]], position, ends=False, **begun)
             whole = whole[cut.place :]
             begun |= {"starts": False, "context": cut.context, "safe": cut.safe}
         parts, held = [whole], 0 if len(whole) >= 2 * size else len(whole)
     if not total:
         raise DocumentError(f"{path} holds no text: remove it from the inputs")
-    yield Block(path, "text", "".join(parts), position, **begun)
-
-
-def _line_blocks(path: Path, size: int, rows: Rows) -> Iterator[Block]:
-    first, offset, held, parts = 1, 0, 0, list[bytes]()
-    position = 0
-    for data, position in read_bytes(path):
-        parts.append(data)
-        held += len(data)
-        if held < size or b"\n" not in data:
-            continue
-        whole = b"".join(parts)
-        while end := whole.find(b"\n", size - 1) + 1:
-            yield Block(path, "lines", whole[:end], position, first=first, offset=offset, rows=rows)
-            first, offset = first + whole.count(b"\n", 0, end), offset + end
-            whole = whole[end:]
-        parts, held = [whole], len(whole)
-    if held:
-        yield Block(path, "lines", b"".join(parts), position, first=first, offset=offset, rows=rows)
-
-
-def _row_blocks(path: Path, size: int, found: Iterator[tuple[list[str | None], int]]) -> Iterator[Block]:
-    first, held, position, texts = 1, 0, 0, list[str | None]()
-    for more, position in found:
-        texts += more
-        held += sum(map(len, filter(None, more)))
-        if held >= size:
-            yield Block(path, "rows", texts, position, first=first)
-            first, held, texts = first + len(texts), 0, []
-    if texts:
-        yield Block(path, "rows", texts, path.stat().st_size, first=first)
-
-
-def _is_list(path: Path) -> bool:
-    """Whether JSON is one list; else it has a row a line."""
-    start = next((text.lstrip() for text, _ in _decoded(path) if text.strip()), "")
-    return start.startswith("[")
-
-
-def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows) -> str | None:
-    where = f"{path}, line {number}"
-    try:
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        if rows.skip_bad:
-            return None
-        raise _not_utf8(path, offset + error.start) from error
-    except (ValueError, RecursionError) as error:
-        rows.refuse(where, f"not JSON ({error}); make each line one JSON object")
-        return None
-    return rows.text(where, record)
+    yield Block(path, ["".join(parts)], position, **begun)
 
 
 def _within(path: Path, span: Span) -> Iterator[tuple[str, int]]:
@@ -273,7 +202,7 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
         waiting = len(decoder.getstate()[0])
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, fed - waiting + error.start) from error
+        raise not_utf8(path, f"byte {fed - waiting + error.start}") from error
 
 
 def read_lines(path: Path) -> list[str]:
@@ -287,14 +216,6 @@ def read_lines(path: Path) -> list[str]:
         raise NotFoundError(f"no input file {path}: check the path")
     lines = "".join(text for text, _ in _decoded(path)).split("\n")
     return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
-
-
-def _not_utf8(path: Path, offset: int) -> DocumentError:
-    start = next((data for data, _ in read_bytes(path)), b"")
-    found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
-    is_not = f"is {found}, not UTF-8" if found else f"is not UTF-8 (byte {offset})"
-    example = "" if found else "for example "
-    return DocumentError(f"{path} {is_not}: convert it, {example}iconv -f {found or 'LATIN1'} -t UTF-8 {path.name}")
 
 
 def _text_digest(path: Path, span: Span) -> str:

@@ -7,7 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from spherelm.data.cutting import Cutter, Piece
-from spherelm.data.documents import Block, documents_in
+from spherelm.data.documents import Block
+from spherelm.data.rows import Bad
 from spherelm.data.shards import Ids, Split, token_dtype
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import StorageError, UserError
@@ -38,8 +39,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; counts of documents, of those
-    without text, and of bad rows.
+    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; the number of documents, and of what was
+    left out by reason.
 
     `unsafe_cuts`: how many places were cut that are not safe. `starts`, `ends`, `after`: as in its block. When asked for, by
     split and document: `digests`, the first 16 bytes of the text's sha256, and `sizes`, its UTF-8 bytes.
@@ -50,8 +51,7 @@ class Encoded:
     ids: dict[Split, Ids]
     text_bytes: dict[Split, int]
     documents: int
-    empty: int
-    bad: int = 0
+    left_out: dict[str, int]
     unsafe_cuts: int = 0
     starts: bool = True
     ends: bool = True
@@ -79,10 +79,10 @@ class Encoder:
         """Raises DocumentError for a block that cannot be read, ValueError where text encodes to the end token."""
         texts: dict[Split, list[str]] = {}
         digests: dict[Split, list[bytes]] = {}
-        empty = bad = 0
-        for text in documents_in(job.block):
-            if text is None or (not text.strip() and job.block.starts and job.block.ends):
-                bad, empty = bad + (text is None), empty + (text is not None)
+        left_out = Counter[str]()
+        for text in job.block.texts:
+            if isinstance(text, Bad) or (not text.strip() and job.block.starts and job.block.ends):
+                left_out[str(text) if isinstance(text, Bad) else "empty"] += 1
                 continue
             digest = self._digest(job, text)
             split = job.split or split_of(digest.hex(), self._val_fraction)
@@ -101,8 +101,7 @@ class Encoder:
             ids={split: self._encode(group, block) for split, group in pieces.items()},
             text_bytes={split: sum(group) for split, group in sizes.items()},
             documents=documents,
-            empty=empty,
-            bad=bad,
+            left_out=dict(left_out),
             unsafe_cuts=sum(not piece.safe for group in pieces.values() for text in group for piece in text),
             starts=job.block.starts,
             ends=job.block.ends,

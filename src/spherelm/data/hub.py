@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.compression import open_compressed
+from spherelm.data.compression import open_compressed, sha256_of
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
 from spherelm.data.rows import Rows, no_column, top_field
 from spherelm.errors import UserError
@@ -39,32 +39,23 @@ class HubRequest:
     limit: int | None = None
 
 
-FLAGS = {
-    "column": "--field",
-    "skipping": "--skip-bad-rows",
-    "config": "--hf-config",
-    "other files": "give others with --input",
-}
-"""How `spherelm data prepare` is asked for another column or configuration, to skip bad rows, and for other files."""
-
-
 class HubText:
     """The documents of one dataset in their order, from any position.
 
     `identity` (JSON) names what is read: two streams with the same one give the same documents. `local_files` are those
     of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened, with one line that
-    says why. `words`: how whoever made the request is told to mend it.
+    says why. `skip_bad`: as in `Rows`.
     """
 
-    def __init__(self, request: HubRequest, skip_bad: bool = False, words: Mapping[str, str] = FLAGS) -> None:
+    def __init__(self, request: HubRequest, skip_bad: bool | None = None) -> None:
         if request.limit is not None and request.limit < 1:
             raise UserError(f"a limit of {request.limit} rows: give at least 1")
         self.request = request
         with _said_in_one_line(request.name):
-            builder = _open_builder(request, words)
+            builder = _open_builder(request)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
-        self._rows_read = Rows(request.column, skip_bad, words["column"], words.get("skipping"))
+        self._rows_read = Rows(request.column, skip_bad)
         column = None if columns is None else top_field(request.column, columns)
         if columns is not None and column is None:
             raise no_column(Path(request.name), self._rows_read, columns)
@@ -79,8 +70,8 @@ class HubText:
         """sha256 (hex) of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def documents(self, position: dict[str, Any] | None = None) -> Generator[str | None, None, None]:
-        """The texts from `position` on (the start where None), None for a bad row that is skipped.
+    def documents(self, position: dict[str, Any] | None = None) -> Generator[str, None, None]:
+        """The texts from `position` on (the start where None), Bad for a row that is skipped.
 
         One such iterator at a time: `position` follows the last.
         """
@@ -103,11 +94,11 @@ class HubText:
     def blocks(self, after: dict[str, Any] | None, block_size: int = BLOCK_SIZE) -> Generator[Block, None, None]:
         """The documents in blocks of `block_size` characters, from behind the block whose `after` is given."""
         read = int(after["characters"]) if after else 0
-        held, texts = 0, list[str | None]()
+        held, texts = 0, list[str]()
         with closing(self.documents(after)) as documents:
             for text in documents:
                 texts.append(text)
-                held += len(text or "")
+                held += len(text)
                 if held >= block_size:
                     read += held
                     yield self._block(texts, read)
@@ -115,12 +106,12 @@ class HubText:
             if texts:
                 yield self._block(texts, read + held)
 
-    def _block(self, texts: list[str | None], characters: int) -> Block:
+    def _block(self, texts: list[str], characters: int) -> Block:
         after = {**self.position(), "characters": characters}
-        return Block(Path(self.request.name), "rows", texts, characters, self._rows - len(texts) + 1, after=after)
+        return Block(Path(self.request.name), texts, characters, after=after)
 
 
-def _open_builder(request: HubRequest, words: Mapping[str, str]) -> Any:
+def _open_builder(request: HubRequest) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -132,9 +123,11 @@ def _open_builder(request: HubRequest, words: Mapping[str, str]) -> Any:
     if path.is_file():
         loader = _LOADERS.get(Path(_COMPRESSED.sub("", path.name)).suffix)
         if loader is None:
-            raise DocumentError(f"{path}: only .parquet, .jsonl and .json files are streamed; {words['other files']}")
+            raise DocumentError(
+                f"{path}: only .parquet, .jsonl and .json files are streamed; prepare others with spherelm data prepare"
+            )
         if request.config is not None:
-            raise DocumentError(f"{path} is one file, which has no configurations: leave out {words['config']}")
+            raise DocumentError(f"{path} is one file, which has no configurations: leave its name out")
         files = [str(path.resolve())]
         return datasets.load_dataset_builder(loader, data_files={request.split: files})
     if path.is_dir():
@@ -182,15 +175,6 @@ def _identity(request: HubRequest, builder: Any, files: list[tuple[str, list[str
 def _version_of(file: str, version: tuple[str, ...]) -> list[str]:
     path = Path(file)
     return [sha256_of(path)] if path.is_file() else [file, *map(str, version)]
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while data := content.read(1 << 22):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 @contextmanager

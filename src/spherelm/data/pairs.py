@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,18 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import safetensors
-import tokenizers
 from safetensors.numpy import load_file, save_file
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spherelm.counting import counted
+from spherelm.data.bpe import train_tokenizer
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.output import whole_directory, write_json
-from spherelm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from spherelm.data.tokenizer import Tokenizer, described, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
 
 MANIFEST = "pairs.json"
-END = "<|endoftext|>"
 SPLITS = ("train", "val")
 
 
@@ -89,28 +86,6 @@ def read_texts(files: PairFiles) -> Texts:
     return Texts([s for s, _ in kept], [t for _, t in kept], {"blank": len(source) - len(kept)})
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> JsonTokenizer:
-    """A byte-level BPE of `vocab_size` entries learned from `texts`: lossless on any text, the end of a text is id 0.
-
-    Raises ValueError for fewer entries than bytes, or more than the texts have pairs to merge.
-    """
-    if vocab_size < 257:
-        raise UserError(f"vocab_size must be at least 257 (the bytes and the end token), got {vocab_size}")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError(
-            f"the text gives only {tokenizer.get_vocab_size()} tokens, not {vocab_size}: lower --vocab-size or give more text"
-        )
-    return JsonTokenizer(tokenizer.to_str().encode("utf-8"), f"bpe{vocab_size}", END)
-
-
 def prepare_pairs(
     train: PairFiles,
     out: Path,
@@ -141,10 +116,9 @@ def prepare_pairs(
         shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
-        described = ("name", "vocab_size", "eos_id", "fingerprint")
         manifest = {
             "spherelm": metadata.version("spherelm"),
-            "tokenizer": {name: getattr(shared, name) for name in described},
+            "tokenizer": described(shared),
             "inputs": {name: [path.name for path in files] for name, files in (("train", train), ("val", val))},
             "max_tokens": max_tokens,
             "splits": splits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from spherelm.counting import counted
+from spherelm.data.compression import sha256_of
 from spherelm.data.documents import TEXTS, WHOLE, Span, format_of, input_files, split_place
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.rows import Rows
@@ -126,10 +126,4 @@ def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> N
 
 
 def _source(path: Path, split: Split | None, bar: Any) -> Source:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while data := file.read(1 << 22):
-            digest.update(data)
-            size += len(data)
-            bar.update(len(data))
-    return Source(path, split, size, digest.hexdigest())
+    return Source(path, split, path.stat().st_size, sha256_of(path, bar.update))

@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
 from spherelm.data.rows import Rows
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_manifest
 from spherelm.data.split_writer import SplitWriter
+from spherelm.data.tokenizer import described
 from spherelm.errors import OutputExistsError, UserError
 
 CHECKPOINT_SECONDS = 5.0
@@ -39,15 +41,15 @@ _SPLITS: tuple[Split, Split] = ("train", "val")
 class Position:
     """How far the inputs are read: `blocks` of input `source`, and how many documents each input gave so far.
 
-    `after`: where a stream goes on. `duplicates`: how many of the documents were left out as seen before.
+    `after`: where a stream goes on. `left_out`: how many documents and rows, by reason. `duplicates`: how many of the
+    documents were left out as seen before.
     """
 
     source: int = 0
     blocks: int = 0
     after: dict[str, Any] | None = None
     read_bytes: int = 0
-    empty: int = 0
-    bad: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     unsafe_cuts: int = 0
     documents: list[int] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
@@ -172,8 +174,7 @@ class _Work:
             position.source, position.blocks = encoded.source, 0
         position.blocks += 1
         position.after = encoded.after
-        position.empty += encoded.empty
-        position.bad += encoded.bad
+        position.left_out = dict(Counter(position.left_out) + Counter(encoded.left_out))
         position.unsafe_cuts += encoded.unsafe_cuts
         position.documents[encoded.source] += encoded.documents
         position.duplicates[encoded.source] += duplicates
@@ -205,7 +206,7 @@ class _Work:
         # Inputs not begun yet may have changed: a user mends the one that stopped the first attempt.
         begun = position["source"] + (1 if position["blocks"] else 0)
         old, new = state["parameters"], self._plan.parameters()
-        same_inputs = old["inputs"][:begun] == new["inputs"][:begun]
+        same_inputs = old["inputs"][:begun] == new["inputs"][:begun] and position.keys() == vars(Position()).keys()
         if not same_inputs or {**old, "inputs": None} != {**new, "inputs": None}:
             raise OutputExistsError(
                 f"{self._partial} holds unfinished work with other inputs or options: "
@@ -217,18 +218,17 @@ class _Work:
         return state
 
     def _manifest(self) -> dict[str, Any]:
-        plan, tokenizer = self._plan, self._plan.tokenizer
+        plan = self._plan
         splits = {split: writer.shards for split, writer in self._writers.items() if writer.shards}
         self._check_splits(splits)
+        duplicates = {"duplicate": sum(self._position.duplicates)} if plan.deduplicate else {}
         totals = ("tokens", "documents", "bytes")
-        described = ("name", "vocab_size", "eos_id", "fingerprint")
         return {
-            "spherelm": _version(),
+            "spherelm": importlib.metadata.version("spherelm"),
             "parameters": plan.parameters(),
-            "tokenizer": {name: getattr(tokenizer, name) for name in described},
+            "tokenizer": described(plan.tokenizer),
             "inputs": [self._described(number, source) for number, source in enumerate(plan.sources)],
-            "empty_documents_left_out": self._position.empty,
-            "bad_rows_left_out": self._position.bad,
+            "left_out": {**self._position.left_out, **duplicates},
             "unsafe_cuts": self._position.unsafe_cuts,
             "splits": {
                 split: {**{key: sum(shard[key] for shard in shards) for key in totals}, "shards": shards}
@@ -259,10 +259,3 @@ class _Work:
                     f"val fraction {self._plan.val_fraction} of {counted(sum(self._position.documents), 'document')} "
                     f"leaves none for {split}: choose another --val-fraction, give more documents, or name --val files"
                 )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("spherelm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.compression import DocumentError
+from spherelm.data.compression import COMPRESSIONS, DocumentError, opened, read_bytes
 
 _BATCH = 256
+Read = tuple[list[str], int, int]
+"""The texts of some rows, Bad for those that are left out; their size, by which blocks are made; the bytes read of the file."""
+
 _MISSING = object()
 _NAMES = 12
+_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+          (codecs.BOM_UTF16_BE, "UTF-16"))  # fmt: skip
 _KINDS = {
     type(None): "null",
     bool: "true or false",
@@ -26,41 +32,46 @@ _KINDS = {
 }
 
 
+class Bad(str):
+    """In place of the text of a row that is left out: why it cannot be read."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
 
-    `skip_bad`: leave out rows that hold no text that can be read; without it they are errors. `named_by`, `skipped_by`: what
-    names another field, and what leaves bad rows out, for whoever reads of an error; `None` where nothing does.
+    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too, where no flags choose.
     """
 
     field: str = "text"
-    skip_bad: bool = False
-    named_by: str = "--field"
-    skipped_by: str | None = "--skip-bad-rows"
+    skip_bad: bool | None = False
 
-    def text(self, where: str, record: Any) -> str | None:
-        """The text of one row, None for a bad one that is skipped. Raises DocumentError naming `where` it is."""
+    @property
+    def other_field(self) -> str:
+        """How to mend a wrong field."""
+        return "name another field" if self.skip_bad is None else "name another with --field"
+
+    def text(self, where: str, record: Any) -> str:
+        """The text of one row, Bad for one that is skipped. Raises DocumentError naming `where` it is."""
         found = record if isinstance(record, str) else value_in(record, self.field)
         if not isinstance(found, str):
             names = ", ".join(_names_in(record)[:_NAMES])
             missing = f"it has {names}" if names else "it is no object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = f"name another field with {self.named_by}" if found is _MISSING and names else "mend that row"
-            self.refuse(where, f'no string under "{self.field}" ({reason}); {fix}')
-            return None
+            fix = self.other_field if found is _MISSING and names else "mend that row"
+            return self.refuse(where, f'no string under "{self.field}"', f" ({reason}); {fix}")
         try:
             found.encode("utf-8")
         except UnicodeEncodeError as error:
-            self.refuse(where, f"half of a surrogate pair at character {error.start}; mend it")
-            return None
+            return self.refuse(where, "half of a surrogate pair", f" at character {error.start}; mend it")
         return found
 
-    def refuse(self, where: str, problem: str) -> None:
+    def refuse(self, where: str, reason: str, more: str) -> Bad:
         """Raise DocumentError, unless bad rows are skipped."""
-        if not self.skip_bad:
-            way_out = f", or leave such rows out with {self.skipped_by}" if self.skipped_by else ""
-            raise DocumentError(f"{where}: {problem}{way_out}")
+        if self.skip_bad:
+            return Bad(reason)
+        way_out = "" if self.skip_bad is None else ", or leave such rows out with --skip-bad"
+        raise DocumentError(f"{where}: {reason}{more}{way_out}")
 
 
 def value_in(record: Any, field: str) -> Any:
@@ -88,104 +99,104 @@ def _names_in(record: Any, before: str = "") -> list[str]:
 
 def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
     """What to say of a table that lacks the column with the text."""
-    return DocumentError(
-        f'{path} has no column "{rows.field}" (it has {", ".join(names)}): name another with {rows.named_by}'
-    )
+    return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {rows.other_field}')
 
 
-def csv_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str | None, int]]:
-    """(text, bytes read) of every row of a .csv whose first line names the columns."""
-    csv.field_size_limit(sys.maxsize)
-    position = 0
+def line_rows(path: Path, rows: Rows) -> Iterator[Read]:
+    """The lines of a .jsonl file."""
+    offset = 0
+    with opened(path) as (content, position):
+        for number, line in enumerate(content, start=1):
+            text = [_text_of_line(path, number, offset, line, rows)] if line.strip() else []
+            offset += len(line)
+            yield text, len(line), position()
 
-    def lines() -> Iterator[str]:
-        nonlocal position
-        rest = ""
-        for text, position in pieces:  # noqa: B007
-            *whole, rest = (rest + text).split("\n")
-            yield from (f"{line}\n" for line in whole)
-        yield from [rest] if rest else []
 
-    reader = csv.reader(lines(), strict=True)
+def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows) -> str:
+    where = f"{path}, line {number}"
+    if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
     try:
-        names = next(reader, [])
-        if rows.field not in names:
-            raise no_column(path, rows, names)
-        for values in reader:
-            if values:
-                record = dict(zip(names, values, strict=False))
-                yield rows.text(f"{path}, line {reader.line_num}", record), position
-    except csv.Error as error:
-        raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); mend that line") from error
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if rows.skip_bad:
+            return Bad("not UTF-8")
+        raise not_utf8(path, f"byte {offset + error.start}") from error
+    except (ValueError, RecursionError) as error:
+        return rows.refuse(where, "not JSON", f" ({error}); make each line one JSON object")
+    return rows.text(where, record)
 
 
-def list_rows(path: Path, pieces: Iterator[tuple[str, int]], rows: Rows) -> Iterator[tuple[str | None, int]]:
-    """(text, bytes read) of every entry of a .json file that is one list."""
-    decode, held, number, needed = json.JSONDecoder().raw_decode, "", 0, 0
-    for text, position in itertools.chain(pieces, [("", path.stat().st_size)]):
-        held += text
-        if text and len(held) < needed:  # tried again only with much more, else long entries would take long
-            continue
-        at = 0
-        while True:
-            begin = _behind_space(held, at)
-            if not number and held[begin : begin + 1] == "[":
-                begin = _behind_space(held, begin + 1)
-            if held[begin : begin + 1] == "]":
-                if held[begin + 1 :].strip() or any(more.strip() for more, _ in pieces):
-                    raise DocumentError(
-                        f"{path}: there is more behind the end of the list; keep one list, or a row a line"
-                    )
-                return
-            try:
-                record, end = decode(held, begin)
-            except (ValueError, RecursionError):
-                break
-            end = _behind_space(held, end)
-            if held[end : end + 1] not in (",", "]"):
-                break
-            number += 1
-            yield rows.text(f"{path}, entry {number}", record), position
-            at = end + (held[end] == ",")
-        held, needed = held[at:], 2 * len(held[at:])
-    raise DocumentError(f"{path}, entry {number + 1}: not JSON, or the list has no end; mend it")
+def csv_rows(path: Path, rows: Rows, delimiter: str) -> Iterator[Read]:
+    """The rows of a .csv or .tsv file whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    with opened(path) as (content, position):
+        reader = csv.reader(TextIOWrapper(content, "utf-8-sig", newline=""), strict=True, delimiter=delimiter)
+        try:
+            names = next(reader, [])
+            if rows.field not in names:
+                raise no_column(path, rows, names)
+            for values in filter(None, reader):
+                text = rows.text(f"{path}, line {reader.line_num}", dict(zip(names, values, strict=False)))
+                yield [text], len(text), position()
+        except csv.Error as error:
+            raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); mend that line") from error
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, f"behind line {reader.line_num}") from error
 
 
-def _behind_space(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+def is_list(path: Path) -> bool:
+    """Whether JSON is one list; else it has a row a line."""
+    with opened(path) as (content, _):
+        line = next((line for line in content if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+    return line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def parquet_rows(path: Path, rows: Rows) -> Iterator[tuple[list[str | None], int]]:
-    """(texts, bytes read) of a Parquet file, some rows at a time."""
+def list_rows(path: Path, rows: Rows) -> Iterator[Read]:
+    """The entries of a .json file that is one list, which is read into memory whole."""
+    with opened(path) as (content, position):
+        data = content.read()
+        try:
+            records = json.loads(data.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, f"byte {error.start}") from error
+        except (ValueError, RecursionError) as error:
+            raise DocumentError(f"{path}: not JSON ({error}); mend it, or write a row a line") from error
+        for number, record in enumerate(records, start=1):
+            text = rows.text(f"{path}, entry {number}", record)
+            yield [text], len(text), position()
+
+
+def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
+    """The rows of a Parquet file, some at a time; a compressed one is read into memory, since its end says what it holds."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise DocumentError(f"{path} needs pyarrow: pip install '.[data]' in a clone of spherelm") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        with opened(path) as (content, _):
+            whole = BytesIO(content.read()) if path.suffix.lower() in COMPRESSIONS else path
+            file = pyarrow.parquet.ParquetFile(whole)
+            names, size, row = file.schema_arrow.names, path.stat().st_size, 0
             if top_field(rows.field, names) is None:
                 raise no_column(path, rows, names)
-            total, row = file.metadata.num_rows or 1, 0
             for batch in file.iter_batches(batch_size=_BATCH, columns=[rows.field]):
-                first, row = row + 1, row + len(batch)
-                yield (
-                    [
-                        rows.text(f"{path}, row {first + i}", record)
-                        for i, record in enumerate(_records(path, batch, first))
-                    ],
-                    (path.stat().st_size * row // total),
-                )
+                texts = [
+                    rows.text(f"{path}, row {row + i}", record) for i, record in enumerate(batch.to_pylist(), start=1)
+                ]
+                row += len(batch)
+                yield texts, sum(map(len, texts)), size * row // file.metadata.num_rows
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{path}: text between rows {row + 1} and {row + len(batch)} is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DocumentError(f"{path}: damaged or no Parquet file; get it again") from error
 
 
-def _records(path: Path, batch: Any, first: int) -> list[Any]:
-    try:
-        records: list[Any] = batch.to_pylist()
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: text between rows {first} and {first + len(batch) - 1} is not UTF-8") from error
-    return records
+def not_utf8(path: Path, place: str) -> DocumentError:
+    """What to say of a file that is in another encoding."""
+    start = next((data for data, _ in read_bytes(path)), b"")
+    found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+    is_not = f"is {found}, not UTF-8" if found else f"is not UTF-8 ({place})"
+    example = "" if found else "for example "
+    return DocumentError(f"{path} {is_not}: convert it, {example}iconv -f {found or 'LATIN1'} -t UTF-8 {path.name}")

@@ -204,28 +204,13 @@ class ShardWriter:
         self._file.close()
 
 
-def write_shard(
-    path: Path, documents: Iterable[Sequence[int] | Ids], tokenizer: Tokenizer, text_bytes: int
-) -> ShardHeader:
-    """Write `documents` (ids without end tokens) as one shard, the end token after each.
-
-    `text_bytes`: UTF-8 bytes of the text of all documents. Raises ShardError for an id outside the vocabulary.
-    """
-    writer = ShardWriter(path, tokenizer)
-    try:
-        for ids in documents:
-            writer.append(np.append(np.asarray(ids, dtype=np.int64), tokenizer.eos_id), 0)
-        writer.text_bytes = text_bytes
-        return writer.finish()
-    finally:
-        writer.close()
-
-
 class Shard:
     """One shard, open for reading. Raises ShardError for a file that is not a whole, undamaged shard.
 
-    `tokens`: the ids as a read-only memory map. `document_starts`: int64, in tokens from the shard's start.
+    `tokens`: the ids as a read-only memory map.
     """
+
+    tokens: Ids
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -237,14 +222,18 @@ class Shard:
         if size != expected:
             problem = "truncated" if size < expected else "longer than its header says"
             raise ShardError.about(path, f"{problem} ({counted(size, 'byte')} instead of {expected:,})")
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(
-            mmap, "MADV_RANDOM"
-        ):  # else a system may read megabytes around each window (8 of them where measured)
-            mapped.madvise(mmap.MADV_RANDOM)
-        self.tokens: Ids = np.frombuffer(mapped, np.dtype(header.dtype).newbyteorder("<"), header.tokens, BODY_START)
-        self.document_starts = _read_table(path, header)
+        self.tokens = mapped(path, np.dtype(header.dtype).newbyteorder("<"), header.tokens, BODY_START)
+        self._table = _read_table(path, header)
+
+    @property
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """Where documents start, int64, in tokens from the shard's start."""
+        return self._table
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the encoded text."""
+        return self.header.text_bytes
 
     def verify(self) -> None:
         """Read the whole body and compare its sha256 and ids with the header. Raises ShardError if they differ."""
@@ -259,6 +248,15 @@ class Shard:
             raise ShardError.about(self.path, "damaged: the tokens do not match the sha256 in the header")
         if largest >= self.header.vocab_size:
             raise ShardError.about(self.path, f"token id {largest} >= vocab_size {self.header.vocab_size}")
+
+
+def mapped(path: Path, dtype: np.dtype[Any], count: int, start: int) -> Ids:
+    """`count` numbers of a file from its byte `start` on, as a read-only memory map."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # else a system may read megabytes around each window (8 of them where measured)
+        content.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(content, dtype, count, start)
 
 
 def _read_header(path: Path) -> ShardHeader:
@@ -304,7 +302,6 @@ class Tokens:
         for shard in shards:
             if shard.header.tokenizer_fingerprint != first.tokenizer_fingerprint:
                 raise ShardError.about(shard.path, f"made with another tokenizer than {shards[0].path.name}")
-        self.bytes_total = sum(shard.header.text_bytes for shard in shards)
         self.fingerprint = fingerprint_of(shard.header for shard in shards)
         self.shards = list(shards)
         self._ends = np.cumsum([shard.header.tokens for shard in shards], dtype=np.int64)
@@ -314,6 +311,11 @@ class Tokens:
 
     def __repr__(self) -> str:
         return f"Tokens({str(self.directory)!r}, {self.split!r}, {len(self)} tokens, vocab_size={self.vocab_size})"
+
+    @cached_property
+    def bytes_total(self) -> int:
+        """UTF-8 bytes of the encoded text."""
+        return sum(shard.text_bytes for shard in self.shards)
 
     @cached_property
     def document_offsets(self) -> npt.NDArray[np.int64]:
@@ -336,7 +338,7 @@ class Tokens:
             part = shard.tokens[begin : begin + length - done]
             out[done : done + part.size] = part
             done, index = done + part.size, index + 1
-        if length and int(out.max()) >= self.vocab_size:
+        if length and int(out.view(np.uint64).max()) >= self.vocab_size:  # so a negative one is too large as well
             raise ShardError.about(
                 self.shards[index - 1].path, f"holds token id {out.max()} >= vocab_size {self.vocab_size}"
             )

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from spherelm.data.compression import sha256_of
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import check_input, read_blocks
-from spherelm.data.hub import HubRequest, HubText, sha256_of
+from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.loader import Batches, Loader, validation_windows
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.plan import check_held_out
 from spherelm.data.rows import Rows
-from spherelm.data.shards import Split, Tokens, open_tokens
+from spherelm.data.shards import Split, Tokens, open_tokens, read_manifest
 from spherelm.data.stream import StreamLoader, held_out_windows
-from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.data.token_files import find_files, open_files, part_of
+from spherelm.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from spherelm.errors import UserError
 
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -77,88 +79,142 @@ class RunData:
         return 1 / sum(part.weight / part.tokens_per_byte for part in self.held_out)
 
 
-@dataclass(frozen=True)
-class Shipped:
-    """The text that ships with spherelm, prepared on first use."""
-
-    kind: Literal["shipped"] = "shipped"
+class Data(ABC):
+    """What a run learns from."""
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """The number of token ids."""
-        return Shards(shipped_directory()).vocab_size
 
     @property
     def proportions(self) -> tuple[object, ...]:
         """What is not in the identity of the texts: data of equal identity and proportions is the same, wherever it lies."""
         return (Fraction(1),)
 
+    @abstractmethod
     def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
         """How often a run of so many sequences reads each of its training texts, by name; empty where no end is known."""
-        return {"the text that ships with spherelm": _epochs(shipped_directory(), sequences * seq_len)}
 
+    @abstractmethod
     def open(self, how: Reading) -> RunData:
         """The batches and validation windows. Raises `UserError` if it cannot be read or does not fit the lengths."""
-        return Shards(shipped_directory()).open(how)
 
 
-@dataclass(frozen=True)
-class Shards:
-    """A directory of `spherelm data prepare`. Its properties and methods are described in `Shipped`, as those of all data."""
+class Prepared(Data):
+    """Tokens in files, of one or several paths."""
 
-    path: Path
-    kind: Literal["shards"] = "shards"
+    tokenizer: str | None = None
+    val: str | None = None
+
+    @abstractmethod
+    def weights(self) -> Mapping[Path, Fraction]:
+        """The texts and their weights, which sum to 1."""
+
+    def has_val(self, path: Path) -> bool:
+        """Whether one part has validation text."""
+        files = find_files(path)
+        return bool(self.val or files["val"]) if files else "val" in read_manifest(path)["splits"]
+
+    def text(self, path: Path, split: Split) -> Tokens:
+        """The tokens of one split of one part."""
+        if find_files(path):
+            return open_files(path, split, self.tokenizer_of(path), self.val)
+        if self.tokenizer or self.val:
+            raise UserError(f"tokenizer= and val= in --data are for token files of other programs, {path} is none")
+        return open_tokens(path, split)
+
+    def tokenizer_of(self, path: Path) -> Tokenizer:
+        """That of the text `path`."""
+        if self.tokenizer is None and find_files(path) and not holds_tokenizer(path):
+            raise UserError(
+                f"{path} does not say which tokenizer its ids are of: add one, such as --data {path},tokenizer=gpt2"
+            )
+        return load_tokenizer(self.tokenizer or path)
 
     @property
     def vocab_size(self) -> int:
-        return open_tokens(self.path, "train").vocab_size
+        return self.text(next(iter(self.weights())), "train").vocab_size
+
+    @property
+    def proportions(self) -> tuple[object, ...]:
+        return tuple(self.weights().values())
+
+    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
+        tokens = sequences * seq_len
+        return {str(path): float(w) * tokens / len(self.text(path, "train")) for path, w in self.weights().items()}
+
+    def open(self, how: Reading) -> RunData:
+        parts, given = self.weights(), (how.seq_len, how.batch_size, how.seed, how.rank, how.world_size)
+        texts, held_out = ([self.text(path, split) for path in parts] for split in SPLITS)
+        loader = Loader(texts[0], *given) if len(texts) == 1 else MixtureLoader(texts, [*parts.values()], *given)
+        windows = [validation_windows(text, how.seq_len, how.eval_windows) for text in held_out]
+        return RunData(
+            loader=loader,
+            held_out=tuple(
+                HeldOut(str(path), float(weight), *batch, tokens_per_byte(text))
+                for (path, weight), batch, text in zip(parts.items(), windows, held_out, strict=True)
+            ),
+            tokenizer=self.tokenizer_of(next(iter(parts))),
+            identity={
+                "train": ",".join(text.fingerprint for text in texts),
+                "val": ",".join(text.fingerprint for text in held_out),
+                "tokenizer": texts[0].tokenizer_fingerprint,
+            },
+            end_token=texts[0].eos_id if how.mask_documents else None,
+            shards=(*texts, *held_out),
+        )
+
+
+@dataclass(frozen=True)
+class Shipped(Prepared):
+    """The text that ships with spherelm, prepared on first use."""
+
+    def weights(self) -> Mapping[Path, Fraction]:
+        return {shipped_directory(): Fraction(1)}
 
     @property
     def proportions(self) -> tuple[object, ...]:
         return (Fraction(1),)
 
     def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
-        return {str(self.path): _epochs(self.path, sequences * seq_len)}
-
-    def open(self, how: Reading) -> RunData:
-        text = open_tokens(self.path, "train")
-        loader = Loader(text, how.seq_len, how.batch_size, how.seed, how.rank, how.world_size)
-        return _of_shards(loader, {self.path: Fraction(1)}, [text], how)
+        return {"the text that ships with spherelm": sum(super().epochs(sequences, seq_len).values())}
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Several directories of shards, with weights that sum to 1."""
+class Shards(Prepared):
+    """A directory of `spherelm data prepare`, or files of other programs.
+
+    tokenizer, val: of those files, as for `load_tokenizer` and `open_files`; None takes what lies beside them.
+    """
+
+    path: Path
+    tokenizer: str | None = None
+    val: str | None = None
+
+    def weights(self) -> Mapping[Path, Fraction]:
+        return {self.path: Fraction(1)}
+
+
+@dataclass(frozen=True)
+class Mixture(Prepared):
+    """Several such, with weights that sum to 1; all files of other programs have the same `tokenizer` and `val`."""
 
     parts: Mapping[Path, Fraction]
-    kind: Literal["mixture"] = "mixture"
+    tokenizer: str | None = None
+    val: str | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return Shards(next(iter(self.parts))).vocab_size
-
-    @property
-    def proportions(self) -> tuple[object, ...]:
-        return tuple(self.parts.values())
-
-    def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
-        tokens = sequences * seq_len
-        return {str(path): _epochs(path, float(weight) * tokens) for path, weight in self.parts.items()}
-
-    def open(self, how: Reading) -> RunData:
-        texts, weights = [open_tokens(path, "train") for path in self.parts], list(self.parts.values())
-        loader = MixtureLoader(texts, weights, how.seq_len, how.batch_size, how.seed, how.rank, how.world_size)
-        return _of_shards(loader, self.parts, texts, how)
+    def weights(self) -> Mapping[Path, Fraction]:
+        return self.parts
 
 
 @dataclass(frozen=True)
-class Hub:
+class Hub(Data):
     """Text that is read as it is needed. val: the part of the documents that is held out, or a file of validation text."""
 
     request: HubRequest
     tokenizer: str = "default"
     val: str = "0.01"
-    kind: Literal["hub"] = "hub"
 
     @property
     def vocab_size(self) -> int:
@@ -175,16 +231,15 @@ class Hub:
         return {}
 
     def open(self, how: Reading) -> RunData:
-        text, tokenizer = HubText(self.request, words=OF_STREAMS), load_tokenizer(self.tokenizer)
+        text, tokenizer = HubText(self.request), load_tokenizer(self.tokenizer)
         file = Path(self.val)
-        part = 0.0 if file.is_file() else _part(self.val)
+        part = 0.0 if file.is_file() else part_of(self.val)
         if part:
             blocks = text.blocks(None)
         else:
             check_input(file)
             check_held_out(file, sha256_of(file), text.local_files)
-            rows = Rows(self.request.column, named_by=OF_STREAMS["column"], skipped_by=None)
-            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=rows)
+            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(self.request.column, skip_bad=None))
         with closing(blocks):
             windows, per_byte, fingerprint = held_out_windows(
                 blocks, tokenizer, part or 1.0, how.seq_len, how.eval_windows
@@ -200,20 +255,15 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Data):
     """A directory of `spherelm data pairs`."""
 
     path: Path
-    kind: Literal["pairs"] = "pairs"
 
     @property
     def vocab_size(self) -> int:
         size: int = read_pairs_manifest(self.path)["tokenizer"]["vocab_size"]
         return size
-
-    @property
-    def proportions(self) -> tuple[object, ...]:
-        return (Fraction(1),)
 
     def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
         return {str(self.path): sequences / read_pairs_manifest(self.path)["splits"]["train"]["pairs"]}
@@ -239,44 +289,43 @@ class Pairs:
         )
 
 
-Data = Shipped | Shards | Mixture | Hub | Pairs
-
-
 def parse_data(said: str | None) -> Data:
     """What `--data`, or the `data` of a run's config.json, names.
 
     `None` is the text that ships with spherelm; `stream:NAME,KEY=VALUE,...` a stream; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture,
-    unless a directory is called so; all else is one directory, of shards or of pairs. Raises `UserError` for what is none.
+    unless a directory is called so; all else is one directory, of shards or of pairs, or files of other programs. Behind the
+    paths, `tokenizer=NAME` and `val=FILE-OR-PART` say what such files do not. Raises `UserError` for what is none.
     """
     if said is None:
         return Shipped()
     if said.startswith("stream:"):
         return _hub(said)
-    path, parts = Path(said), said.split(",")
+    if Path(said).is_dir():
+        return Pairs(Path(said)) if holds_pairs(Path(said)) else Shards(Path(said))
+    parts, options = said.split(","), dict[str, str]()
+    while len(parts) > 1 and (match := _OPTION.fullmatch(parts[-1])) and not Path(match[1]).is_dir():
+        options[match[1]] = match[2]
+        parts.pop()
     found = [_WEIGHTED.fullmatch(part) for part in parts]
-    if path.is_dir() or not all(found):
+    if not all(found):
         named = [match[1] if match else part for match, part in zip(found, parts, strict=True)]
-        if len(named) > 1 and not path.is_dir() and all(Path(part).is_dir() for part in named):
+        if len(named) > 1 and all(Path(part).is_dir() for part in named):
             weighted = ",".join(f"{part}=1" for part in named)
             raise UserError(f"{said!r} names several directories: give each its weight, such as --data {weighted}")
-        return Pairs(path) if holds_pairs(path) else Shards(path)
+        return Shards(Path(",".join(parts)), **options)
     weights = [(Path(match[1]), Fraction(match[2])) for match in found if match]
     if len(dict(weights)) < len(weights):
         raise UserError(f"{said!r} names a directory twice: add its weights up")
     whole = shares([weight for _, weight in weights])
     if len(weights) == 1:
-        return Shards(weights[0][0])
-    return Mixture({path: Fraction(part, sum(whole)) for (path, _), part in zip(weights, whole, strict=True)})
+        return Shards(weights[0][0], **options)
+    return Mixture(
+        {path: Fraction(part, sum(whole)) for (path, _), part in zip(weights, whole, strict=True)}, **options
+    )
 
 
 _WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")
-
-OF_STREAMS = {
-    "column": "column= in --data",
-    "config": "config= in --data",
-    "other files": "make a data directory of others with spherelm data prepare",
-}
-"""How a stream is asked for what `data.hub.FLAGS` ask for."""
+_OPTION = re.compile(r"(tokenizer|val)=(.+)")
 
 
 def _hub(said: str) -> Hub:
@@ -290,40 +339,6 @@ def _hub(said: str) -> Hub:
         raise UserError(f"{said!r}: limit={limit} is no number of rows")
     own: Any = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
     return Hub(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
-
-
-def _part(value: str) -> float:
-    try:
-        part = float(value)
-    except ValueError:
-        part = math.nan
-    if not 0 < part < 1:
-        raise UserError(f"val={value} is neither a file nor a part between 0 and 1 of the documents")
-    return part
-
-
-def _epochs(path: Path, tokens: float) -> float:
-    return tokens / len(open_tokens(path, "train"))
-
-
-def _of_shards(loader: Batches, parts: Mapping[Path, Fraction], texts: list[Tokens], how: Reading) -> RunData:
-    held_out = [open_tokens(path, "val") for path in parts]
-    windows = [validation_windows(text, how.seq_len, how.eval_windows) for text in held_out]
-    return RunData(
-        loader=loader,
-        held_out=tuple(
-            HeldOut(str(path), float(weight), *batch, tokens_per_byte(text))
-            for (path, weight), batch, text in zip(parts.items(), windows, held_out, strict=True)
-        ),
-        tokenizer=load_tokenizer(texts[0].directory),
-        identity={
-            "train": ",".join(text.fingerprint for text in texts),
-            "val": ",".join(text.fingerprint for text in held_out),
-            "tokenizer": texts[0].tokenizer_fingerprint,
-        },
-        end_token=texts[0].eos_id if how.mask_documents else None,
-        shards=(*texts, *held_out),
-    )
 
 
 def tokens_per_byte(tokens: Tokens) -> float:

@@ -282,6 +282,11 @@ def _from_file(path: Path, eos_token: str | None, name: str | None = None) -> To
     raise UserError(f"tokenizer {path}: must end in .json (tokenizers) or .model (SentencePiece)")
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer lies in `directory`, as `load_tokenizer` reads it."""
+    return any((directory / name).is_file() for name in (META_FILE, _JSON_FILE, _MODEL_FILE))
+
+
 def _from_directory(directory: Path) -> Tokenizer:
     """The tokenizer saved in `directory`; the meta file, where there is one, must agree with it."""
     meta = _read_json(directory / META_FILE) or {}
@@ -335,10 +340,14 @@ def _fingerprint(kind: str, eos_id: int, definition: bytes) -> str:
     return hashlib.sha256(f"{kind} eos={eos_id}\n".encode() + definition).hexdigest()
 
 
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What files say of a tokenizer."""
+    return {name: getattr(tokenizer, name) for name in ("name", "vocab_size", "eos_id", "fingerprint")}
+
+
 def _write_meta(tokenizer: Tokenizer, kind: str, directory: Path, eos_token: str | None = None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    fields = ("name", "vocab_size", "eos_id", "fingerprint")
-    meta = {"kind": kind, "eos_token": eos_token, **{field: getattr(tokenizer, field) for field in fields}}
+    meta = {"kind": kind, "eos_token": eos_token, **described(tokenizer)}
     (directory / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spherelm.counting import counted
 from spherelm.data.cutting import Cutter
-from spherelm.data.documents import documents_in, input_files, read_blocks
+from spherelm.data.documents import input_files, read_blocks
 from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
@@ -142,10 +142,8 @@ def read_documents(
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
-        for block in read_blocks(path, rows=Rows(field, skipped_by=None)):
-            for text in documents_in(block):
-                if text is not None:
-                    yield encode_document(text, cutter, needed)
+        for block in read_blocks(path, rows=Rows(field, skip_bad=None)):
+            yield from (encode_document(text, cutter, needed) for text in block.texts)
 
 
 def encode_document(text: str, cutter: Cutter, needed: int | None) -> Document:

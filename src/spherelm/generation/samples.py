@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from spherelm.counting import counted
-from spherelm.data.text_stream import TextStream
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import NotFoundError, UserError, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import check, for_inference, row_seeds, stream
 from spherelm.generation.sampling import Sampling
+from spherelm.generation.text_stream import TextStream
 from spherelm.layers.linear import departure
 from spherelm.models import model_class
 from spherelm.models.decoder import Decoder, Rows

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spherelm.data.corpus import shipped_directory
-from spherelm.data.text_stream import TextStream, overlap, settled
 from spherelm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from spherelm.generation.text_stream import TextStream, overlap, settled
 
 BYTES: Tokenizer = ByteTokenizer()
 SHIPPED: Tokenizer = load_tokenizer(shipped_directory())
