@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": inspection.report,
     "generate": trained.generate,
     "export": trained.export,
+    "push": trained.push,
     "bench": timing.bench,
     "presets": listing.presets,
     "recipes": listing.recipes,
@@ -39,12 +40,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data pairs": text.pairs,
     "data verify": text.verify,
     "import nvidia": trained.import_nvidia,
+    "import hub": trained.import_hub,
 }
 """Every command by its whole name, in the order in which `--help` lists them."""
 
 GROUPS = {
     "data": "Turn text into token shards, and verify them.",
-    "import": "Turn a checkpoint of another program into a run directory.",
+    "import": "Turn a model from elsewhere into a run directory.",
 }
 """What the commands that have commands are for."""
 
@@ -54,6 +56,7 @@ data_app.command(checked(text.prepare))
 data_app.command(checked(text.pairs))
 data_app.command(checked(text.verify))
 import_app.command(name="nvidia")(checked(trained.import_nvidia))
+import_app.command(name="hub")(checked(trained.import_hub))
 
 
 def program(asked: str | None = None) -> tyro.extras.SubcommandApp:
