@@ -50,8 +50,6 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
         """The config of ours that this describes."""
         if self.arm not in ARMS:
             raise UserError(f"unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}")
-        assert self.architecture is not None
-        assert self.start is not None
         if self.architecture.get("kind") not in self.kinds:
             raise UserError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
         shape = {name: getattr(self, name) for name in SHAPE}
@@ -85,7 +83,6 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
             described.pop("auto_map", None)
         described |= {name: getattr(self, name) for name in ("arm", *SHAPE)}
         described["tie_word_embeddings"] = described.pop("tie_embeddings")
-        assert self.architecture is not None
         architecture = {name: value for name, value in self.architecture.items() if value is not None}
         return described | {"architecture": architecture, "start": self.start}
 
@@ -111,7 +108,7 @@ SHAPE = (
 """The fields that both arms share."""
 
 
-class SphereSeq2SeqConfig(SphereLMConfig, configuration_spherelm.SphereSeq2SeqConfig):
+class SphereSeq2SeqConfig(configuration_spherelm.SphereSeq2SeqConfig, SphereLMConfig):
     """As `SphereLMConfig`; architecture: the fields of an `EncDecArch`."""
 
     model_type = "spherelm-seq2seq"

@@ -46,7 +46,8 @@ def save_folder(
 
     folded: in the form for servers, with the code beside it that runs it. Raises `UserError` for a model that has none.
     """
-    wrapped = to_folded_hf(model).to(dtype) if folded else to_hf(model.to(dtype))
+    wrapped: Any = to_folded_hf(model) if folded else to_hf(model.to(dtype))
+    wrapped.to(dtype)
     config = wrapped.config
     config.dtype = dtype
     if tokenizer is not None:

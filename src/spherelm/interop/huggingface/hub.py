@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from spherelm.errors import UserError
 
-Result = tuple[dict[str, str], str, float]
+Result = tuple[dict[str, Any], str, float]
 """Where a score comes from (`dataset_type`, `dataset_name`, `dataset_split` of an `EvalResult`), the metric, the score."""
 
 

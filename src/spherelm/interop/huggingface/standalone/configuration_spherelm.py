@@ -20,8 +20,8 @@ class SphereLMConfig(PreTrainedConfig):
 
     model_type = "spherelm"
     folded = False
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
-    attribute_map = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
         "num_attention_heads": "n_heads",
@@ -35,14 +35,14 @@ class SphereLMConfig(PreTrainedConfig):
     n_layers: int = 4
     d_model: int = 128
     n_heads: int = 2
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
+    n_kv_heads: Any = None  # n_heads
+    d_ff: Any = None  # 4 d_model
     max_seq_len: int = 1024
     rope_base: float = 10000.0
     rope: str = "standard"
     tie_word_embeddings: bool = False
-    architecture: dict[str, Any] | None = None
-    start: dict[str, Any] | None = None
+    architecture: Any = None
+    start: Any = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -52,8 +52,6 @@ class Mixture(nn.Module):
 
     def __init__(self, config: SphereLMConfig, bank: Any, shared: Any) -> None:
         super().__init__()
-        assert config.architecture is not None
-        assert config.d_ff is not None
         sizes = config.architecture["experts"]
         count, n_shared = sizes["n_experts"], sizes["n_shared_experts"]
         self.width = sizes["d_expert"] or config.d_ff // (sizes["experts_per_token"] + n_shared)

@@ -103,7 +103,6 @@ class StateSpace(nn.Module):
 
     def __init__(self, config: SphereLMConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.architecture is not None
         sizes = config.architecture["mixer"]
         self.layer_idx, self.chunk = layer_idx, sizes["mamba_chunk"]
         self.n_groups, self.d_state, self.d_head = sizes["mamba_groups"], sizes["mamba_d_state"], sizes["mamba_d_head"]
@@ -165,7 +164,7 @@ class Hybrid:
     def run(self, h: Tensor, cache: Cache | None, **around: Any) -> Tensor:
         """As that of `SphereLMModel`."""
         model: Any = self
-        h = super().run(h, cache, **around)  # type: ignore[misc]
+        h = super().run(h, cache, **around)
         for layer, word in enumerate(model.words(model.config)) if cache is not None else ():
             if word in "-O":
                 nothing = h.new_empty(h.shape[0], 0)

@@ -44,7 +44,6 @@ class Attention(AttentionPart):
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, is_causal: bool = True) -> None:
         super().__init__(config, layer_idx, config.head_dim**-0.5, is_causal)
-        assert config.start is not None
         kv_width, normed = self.n_kv_heads * self.d_k, config.start["qk_norm"]
         self.rotate = ROTATIONS[config.rope]
         self.q, self.k = linear(config.d_model, config.d_model), linear(config.d_model, kv_width)
@@ -74,7 +73,6 @@ class FeedForward(nn.Module):
     def __init__(self, config: SphereLMConfig, layer_idx: int | None = None, width: int | None = None) -> None:
         super().__init__()
         d_ff = width or config.d_ff
-        assert d_ff is not None
         self.u, self.v, self.o = (
             linear(config.d_model, d_ff),
             linear(config.d_model, d_ff),
@@ -111,7 +109,7 @@ TENSOR_PARALLEL = {
 class GPTModel(SphereLMModel):
     """GPT without its logits."""
 
-    parts = {"A": Attention, "-": FeedForward}  # noqa: RUF012
+    parts = {"A": Attention, "-": FeedForward}
     sublayer, embedding, head_class = Residual, nn.Embedding, Head
 
     def __init__(self, config: SphereLMConfig) -> None:

@@ -14,7 +14,6 @@ class CrossAttention(CrossAttentionPart):
 
     def __init__(self, config: SphereLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, config.head_dim**-0.5, is_causal=False)
-        assert config.start is not None
         kv_width, normed = self.n_kv_heads * self.d_k, config.start["qk_norm"]
         self.q, self.k = linear(config.d_model, config.d_model), linear(config.d_model, kv_width)
         self.v, self.o = linear(config.d_model, kv_width), linear(config.d_model, config.d_model)

@@ -77,7 +77,6 @@ def retract_moved(optimizer: Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(retract_moved)
 
 
-@torch.no_grad()
 def check_unit(model: Any, *_: Any) -> None:
     """Before training passes 1, 2, 4, 8, ...: raise `ValueError` if a trained weight has left the sphere."""
     if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
@@ -87,7 +86,7 @@ def check_unit(model: Any, *_: Any) -> None:
     model.passes += 1
     for name, module in model.named_modules() if model.passes & (model.passes - 1) == 0 else ():
         if module in unit_modules and type(module.weight.data) is Tensor and module.weight.requires_grad:
-            lengths = torch.linalg.vector_norm(module.weight.float(), dim=module.unit_axis)
+            lengths = torch.linalg.vector_norm(module.weight.detach().float(), dim=module.unit_axis)
             if lengths.numel() and (lengths - 1).abs().max() > 0.01:
                 raise ValueError(f"{name} has left the unit sphere: something else than a torch optimizer moved it")
 
@@ -97,7 +96,6 @@ class Scale(nn.Module):
 
     def __init__(self, config: SphereLMConfig, name: str, *shape: int, gain: float = 1.0) -> None:
         super().__init__()
-        assert config.start is not None
         spec = config.start[name]
         self.stored = spec["scale"] or config.d_model**-0.5
         self.shape, self.factor = shape, spec["init"] / self.stored * gain
@@ -148,7 +146,6 @@ class Step(nn.Module):
 
     def __init__(self, config: SphereLMConfig, part: nn.Module) -> None:
         super().__init__()
-        assert config.start is not None
         variant = config.start["variant"]
         self.step, self.sign = STEPS[variant["step"]], SIGNS[variant["alpha_sign"]]
         self.alpha, self.part = Scale(config, "alpha", config.d_model), part
@@ -171,7 +168,6 @@ class UnitAttention(AttentionPart):
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, is_causal: bool = True) -> None:
         super().__init__(config, layer_idx, math.sqrt(config.head_dim), is_causal)
-        assert config.start is not None
         kv_width = self.n_kv_heads * self.d_k
         self.rotate = ROTATIONS[config.rope]
         self.unit = norm if config.start["variant"]["qk_norm"] else torch.positive
@@ -204,7 +200,6 @@ class UnitFeedForward(nn.Module):
     def __init__(self, config: SphereLMConfig, layer_idx: int | None = None, width: int | None = None) -> None:
         super().__init__()
         d_ff = width or config.d_ff
-        assert d_ff is not None
         self.u, self.v = UnitLinear(config.d_model, d_ff), UnitLinear(config.d_model, d_ff)
         self.o = UnitLinear(d_ff, config.d_model, writes=True)
         self.s_u = foldable(config, "s_u", d_ff)
@@ -236,7 +231,7 @@ class Head(nn.Module):
 class NGPTModel(SphereLMModel):
     """nGPT without its logits."""
 
-    parts = {"A": UnitAttention, "-": UnitFeedForward}  # noqa: RUF012
+    parts = {"A": UnitAttention, "-": UnitFeedForward}
     sublayer, embedding, head_class = Step, UnitEmbedding, Head
     passes = 0
 

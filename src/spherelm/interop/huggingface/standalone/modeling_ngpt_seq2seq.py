@@ -17,7 +17,6 @@ class UnitCrossAttention(CrossAttentionPart):
 
     def __init__(self, config: SphereLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, math.sqrt(config.head_dim), is_causal=False)
-        assert config.start is not None
         kv_width = self.n_kv_heads * self.d_k
         self.unit = norm if config.start["variant"]["qk_norm"] else torch.positive
         self.q, self.k = UnitLinear(config.d_model, config.d_model), UnitLinear(config.d_model, kv_width)

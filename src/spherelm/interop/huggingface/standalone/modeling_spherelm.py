@@ -86,7 +86,6 @@ class AttentionPart(nn.Module):
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, scaling: float, is_causal: bool = True) -> None:
         super().__init__()
-        assert config.n_kv_heads is not None
         self.config, self.layer_idx, self.scaling, self.is_causal = config, layer_idx, scaling, is_causal
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         self.d_k, self.n_kv_heads = config.head_dim, config.n_kv_heads
@@ -114,10 +113,10 @@ class SpherePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": AttentionPart}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": Block, "attentions": AttentionPart}
     _input_embed_layer = "embed"
 
     @torch.no_grad()
@@ -148,7 +147,6 @@ class SphereLMModel(SpherePreTrainedModel):
     @staticmethod
     def words(config: SphereLMConfig) -> list[str]:
         """The letters of each block's parts."""
-        assert config.architecture is not None
         return list(config.architecture.get("pattern") or ["A-"] * config.n_layers)
 
     def block(self, word: str, layer: int, **settings: Any) -> Block:
@@ -156,7 +154,7 @@ class SphereLMModel(SpherePreTrainedModel):
         made = {NAMES[x]: self.parts[x](self.config, layer, **(settings if x == "A" else {})) for x in word}
         return Block({name: self.sublayer(self.config, part) for name, part in made.items()})
 
-    @capture_outputs  # type: ignore[untyped-decorator]
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -211,7 +209,7 @@ def positions_of(h: Tensor, given: Tensor | None, attention_mask: Tensor | None,
 class Generating(SpherePreTrainedModel, GenerationMixin):
     """What `generate` and the tools around it need of a `model` whose logits are read by its `head`."""
 
-    _tied_weights_keys = {"model.head.linear.weight": "model.embed.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"model.head.linear.weight": "model.embed.weight"}
 
     def get_output_embeddings(self) -> nn.Module:
         head: nn.Module = self.model.head.linear
@@ -250,7 +248,7 @@ class SphereLMForCausalLM(Generating):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head if self.config.folded else super().get_output_embeddings()
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,

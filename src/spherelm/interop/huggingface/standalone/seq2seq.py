@@ -75,7 +75,7 @@ class Encoder(SphereLMModel):
         self.norm = norm
         self.post_init()
 
-    @capture_outputs  # type: ignore[untyped-decorator]
+    @capture_outputs
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """As transformers' own encoders; positions are counted from the first token that is no padding."""
         h = self.embed(input_ids)
@@ -88,7 +88,7 @@ class Seq2SeqModel(SphereLMModel):
     """An `encoder`, and a decoder whose blocks attend to what it made of the source, `states`."""
 
     config_class = SphereSeq2SeqConfig
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": Block,
         "attentions": OutputRecorder(AttentionPart, index=1, layer_name="attention"),
         "cross_attentions": OutputRecorder(AttentionPart, index=1, layer_name="cross_attention"),
@@ -97,7 +97,6 @@ class Seq2SeqModel(SphereLMModel):
 
     def __init__(self, config: SphereSeq2SeqConfig) -> None:
         super().__init__(config)
-        assert config.architecture is not None
         depth = config.architecture.get("n_encoder_layers") or config.n_layers
         self.encoder = Encoder(config, self, depth, self.source_norm(config.d_model))
         self.post_init()
@@ -119,7 +118,6 @@ class SphereSeq2SeqLM(Generating):
 
     def __init__(self, config: SphereSeq2SeqConfig) -> None:
         super().__init__(config)
-        assert config.architecture is not None
         tied = {"model.head.linear.weight": "model.embed.weight"} if config.tie_word_embeddings else {}
         shared = {"model.encoder.embed.weight": "model.embed.weight"} if config.architecture["share_embeddings"] else {}
         self._tied_weights_keys = {**tied, **shared}
@@ -144,7 +142,7 @@ class SphereSeq2SeqLM(Generating):
         moved[:, 0] = start
         return moved
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -174,7 +172,7 @@ class SphereSeq2SeqLM(Generating):
         source_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=h, attention_mask=attention_mask, encoder_hidden_states=states
         )
-        both = past_key_values if cache is None else cache
+        both: Any = past_key_values if cache is None else cache
         if both is None and (grown := new_cache(self, use_cache)) is not None:
             both = EncoderDecoderCache(grown, DynamicCache(config=self.config))
         found = self.model(
