@@ -11,9 +11,9 @@ from spherelm.models import Decoder
 PACKAGE = "spherelm.interop.huggingface.standalone"
 
 
-def classes_of(model: Decoder) -> dict[str, Any]:
+def classes_of(model: Decoder, model_type: str) -> dict[str, Any]:
     """The classes that the Auto classes would load for `model`, by the names of these."""
-    wanted = standalone.auto_map(model.config, to_hf(model).config.model_type)
+    wanted = standalone.auto_map(model.config, model_type)
     return {auto: getattr(import_module(f"{PACKAGE}.{m}"), c) for auto, (m, c) in split(wanted).items()}
 
 
@@ -24,7 +24,8 @@ def split(auto_map: dict[str, str]) -> dict[str, list[str]]:
 
 def twin(model: Decoder) -> Any:
     """The same model as that code has it, with weights of its own, in eval mode."""
-    classes, wrapped = classes_of(model), to_hf(model)
+    wrapped = to_hf(model)
+    classes = classes_of(model, wrapped.config.model_type)
     described = {name: value for name, value in wrapped.config.to_diff_dict().items() if name != "model_type"}
     made = next(c for auto, c in classes.items() if auto not in ("AutoConfig", "AutoModel"))
     theirs = made(classes["AutoConfig"](**described)).to(model.embed.weight.dtype)

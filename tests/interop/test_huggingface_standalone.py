@@ -28,19 +28,17 @@ SIZES: dict[str, Any] = {"vocab_size": 37, "n_layers": 2, "d_model": 32, "n_head
 OTHERWISE = Variant(step="riemannian", alpha_sign="free", qk_norm=False)
 DENSE = {
     "gpt": GPTConfig(**SIZES),
-    "gpt-grouped": GPTConfig(**SIZES, n_kv_heads=2, qk_norm=True),
-    "gpt-tied": GPTConfig(**SIZES, tie_embeddings=True),
+    "gpt-grouped": GPTConfig(**SIZES, n_kv_heads=2, qk_norm=True, tie_embeddings=True),
     "gpt-nvidia": GPTConfig(**SIZES, rope="nvidia"),
     "ngpt": NGPTConfig(**SIZES),
-    "ngpt-grouped": NGPTConfig(**SIZES, n_kv_heads=1, rope="none"),
-    "ngpt-tied": NGPTConfig(**SIZES, tie_embeddings=True),
+    "ngpt-grouped": NGPTConfig(**SIZES, n_kv_heads=1, rope="none", tie_embeddings=True),
     "ngpt-nvidia": NGPTConfig(**SIZES, rope="nvidia", variant=Variant(step="nvidia")),
     "ngpt-forms": NGPTConfig(**SIZES, variant=OTHERWISE, s_u=ScaleSpec(form="scalar"), s_z=ScaleSpec(form="fixed")),
 }
 HYBRIDS = {
     f"{arm}-{pattern}": hybrid_config(arm, pattern, n_shared_experts=1)
     for arm in ("gpt", "ngpt")
-    for pattern in ("MA-M", "-MAO", "M")
+    for pattern in ("MA-M", "-MAO")
 }
 every_model = pytest.mark.parametrize("name", [*DENSE, *HYBRIDS])
 every_dense = pytest.mark.parametrize("name", DENSE)
@@ -107,10 +105,9 @@ def test_loss_and_gradients_are_ours(name: str) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("beams", [1, 3])
-def test_it_writes_what_ours_writes(name: str, beams: int) -> None:
+def test_it_writes_what_ours_writes(name: str) -> None:
     model = make_model(name)
-    settings = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     ours, theirs = (each.generate(**batch(), **settings) for each in (to_hf(model), twin(model)))
     assert torch.equal(ours, theirs)
 
@@ -173,7 +170,7 @@ def flat_attention(
 def test_a_server_calls_the_base_model_as_vllm_does(name: str) -> None:
     """What vLLM's Transformers backend asks (vllm/model_executor/models/transformers/base.py), with its call and shapes."""
     model = make_model(name)
-    folded, classes = to_folded_hf(model), classes_of(model)
+    folded, classes = to_folded_hf(model), classes_of(model, "spherelm-folded")
     transformers.AttentionInterface.register("flat", flat_attention)
     base = classes["AutoModel"](copy.deepcopy(folded.config)).eval()
     base.load_state_dict(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from spherelm.errors import UserError
 from spherelm.generation.folding import obstacle
 from spherelm.interop.huggingface.configuration import SphereLMConfig
-from spherelm.interop.huggingface.standalone import CLASSES, module_of
+from spherelm.interop.huggingface.standalone import auto_map
 from spherelm.interop.huggingface.standalone.configuration_spherelm import FoldedConfig
 from spherelm.models import Decoder, gpt, ngpt
 
@@ -28,11 +28,12 @@ def to_folded_hf(model: Decoder) -> PreTrainedModel:
     problem = obstacle(model)
     if problem is not None:
         raise UserError(f"this model cannot be folded: {problem}; export it without --folded")
-    code = import_module(f"spherelm.interop.huggingface.standalone.{module_of(model.config)}")
+    module, name = auto_map(model.config, FoldedConfig.model_type)["AutoModelForCausalLM"].split(".")
+    code = import_module(f"spherelm.interop.huggingface.standalone.{module}")
     described = SphereLMConfig.of(model.config).to_diff_dict()
     config = FoldedConfig(**{**described, "model_type": FoldedConfig.model_type, "tie_word_embeddings": False})
     with torch.device("meta"):
-        made = getattr(code, CLASSES["decoder"]["AutoModelForCausalLM"].format(model.config.arm.upper()))(config)
+        made = getattr(code, name)(config)
     made.load_state_dict(folded_state(model), assign=True)
     return made.eval()
 

@@ -12,6 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from spherelm.errors import UserError
 
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]  # type: ignore[assignment]
+"""Of the HTTP library that huggingface_hub uses, which changes: also where the hub is out of reach."""
+
 Result = tuple[dict[str, Any], str, float]
 """Where a score comes from (`dataset_type`, `dataset_name`, `dataset_split` of an `EvalResult`), the metric, the score."""
 
@@ -32,7 +35,7 @@ def in_one_line(asked: str) -> Iterator[None]:
     """What the hub refuses, and a hub out of reach, are the user's to mend. asked: of the hub, such as "push to a/b"."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTP_ERROR, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"cannot {asked}: {said} (to log in: hf auth login)") from error
 

@@ -16,12 +16,18 @@ from spherelm.models.config import Config
 
 CLASSES = {
     "decoder": {"AutoModel": "{}Model", "AutoModelForCausalLM": "{}ForCausalLM"},
+    "folded": {"AutoModel": "Folded{}Model", "AutoModelForCausalLM": "Folded{}ForCausalLM"},
     "hybrid": {"AutoModel": "{}HybridModel", "AutoModelForCausalLM": "{}HybridForCausalLM"},
     "encdec": {"AutoModel": "{}Seq2SeqModel", "AutoModelForSeq2SeqLM": "{}Seq2SeqLM"},
 }
 """By kind of model: what the Auto classes load, with the name of the arm put in."""
 
-MODULES = {"decoder": "modeling_{}", "hybrid": "modeling_{}_hybrid", "encdec": "modeling_{}_seq2seq"}
+MODULES = {
+    "decoder": "modeling_{}",
+    "folded": "modeling_{}_folded",
+    "hybrid": "modeling_{}_hybrid",
+    "encdec": "modeling_{}_seq2seq",
+}
 """By kind of model: the module with these classes."""
 
 CONFIGS = {
@@ -32,20 +38,18 @@ CONFIGS = {
 """By `model_type`."""
 
 
-def kind_of(config: Config) -> str:
+def kind_of(config: Config, model_type: str) -> str:
     """The kind of model that `config` describes, as `MODULES` has them."""
+    if model_type == "spherelm-folded":
+        return "folded"
     return "hybrid" if config.pattern else config.architecture.kind
 
 
-def module_of(config: Config) -> str:
-    """The module with the classes of the model that `config` describes."""
-    return MODULES[kind_of(config)].format(config.arm)
-
-
 def auto_map(config: Config, model_type: str) -> dict[str, str]:
-    """What config.json says so that the Auto classes find the code."""
-    module, arm = module_of(config), config.arm.upper()
-    classes = {auto: f"{module}.{name.format(arm)}" for auto, name in CLASSES[kind_of(config)].items()}
+    """What config.json says so that the Auto classes find the code: "module.Class" of each."""
+    kind = kind_of(config, model_type)
+    module, arm = MODULES[kind].format(config.arm), config.arm.upper()
+    classes = {auto: f"{module}.{name.format(arm)}" for auto, name in CLASSES[kind].items()}
     return {"AutoConfig": f"configuration_spherelm.{CONFIGS[model_type]}", **classes}
 
 
@@ -65,8 +69,9 @@ def ride_along(out: Path, config: Config) -> None:
     """Put the code of the model of `config` into the saved folder `out`, and say in its config.json where it is."""
     path = out / "config.json"
     described = json.loads(path.read_text(encoding="utf-8"))
-    for name, text in files_of(module_of(config)):
-        (out / name).write_text(text, encoding="utf-8")
     described["auto_map"] = auto_map(config, described["model_type"])
-    described["architectures"] = [described["auto_map"][list(CLASSES[kind_of(config)])[1]].partition(".")[2]]
+    module, _, head = list(described["auto_map"].values())[-1].partition(".")
+    for name, text in files_of(module):
+        (out / name).write_text(text, encoding="utf-8")
+    described["architectures"] = [head]
     path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -231,22 +231,19 @@ class Generating(SpherePreTrainedModel, GenerationMixin):
 
 
 class SphereLMForCausalLM(Generating):
-    """A causal language model. `labels` [batch, seq] are the tokens themselves, shifted here; -100 is ignored.
-
-    Folded, it has a `lm_head` whose matrix gives logits alone.
-    """
+    """A causal language model. `labels` [batch, seq] are the tokens themselves, shifted here; -100 is ignored."""
 
     model_class: ClassVar[Any]
 
     def __init__(self, config: SphereLMConfig) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
-        if config.folded:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head if self.config.folded else super().get_output_embeddings()
+    def read(self, h: Tensor) -> Tensor:
+        """Logits of what the model gave."""
+        logits: Tensor = self.model.head(h)
+        return logits
 
     @can_return_tuple
     def forward(
@@ -264,8 +261,7 @@ class SphereLMForCausalLM(Generating):
         """As for the `model`; logits are [batch, seq, vocab], of the last `logits_to_keep` positions if that is given."""
         found = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        read = self.lm_head if self.config.folded else self.model.head
-        logits, loss = read(found.last_hidden_state[:, keep]), None
+        logits, loss = self.read(found.last_hidden_state[:, keep]), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
