@@ -139,6 +139,8 @@ def test_every_command_is_understood(
     monkeypatch.setattr("spherelm.train.evaluation.translation_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.generation.samples.continuations", lambda *rest, **more: [])
     monkeypatch.setattr("spherelm.interop.export.export", lambda *rest, **more: None)
+    monkeypatch.setattr("spherelm.interop.export.push", lambda *rest, **more: "")
+    monkeypatch.setattr("spherelm.interop.imported.import_hub", lambda *rest, **more: torch.nn.Linear(1, 1))
     monkeypatch.setattr("spherelm.train.evaluation.about", lambda *rest: {})
     monkeypatch.setattr("spherelm.train.evaluation.tasks_of_run", lambda *rest: {})
     monkeypatch.setattr("spherelm.train.evaluation.perplexity_of_run", lambda *rest: {})
