@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from spherelm.errors import UserError
 
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]  # type: ignore[assignment]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """Of the HTTP library that huggingface_hub uses, which changes: also where the hub is out of reach."""
 
 Result = tuple[dict[str, Any], str, float]
