@@ -26,6 +26,7 @@ OWNERS = {
     "sentencepiece": {"data/tokenizer"},
     # Tokenizers by their names on the hub on the one hand, models on the other.
     "transformers": {"data/tokenizer", "interop/huggingface"},
+    "huggingface_hub": {"interop/huggingface"},
     "peft": {"interop/huggingface"},
     "lm_eval": {"evaluate/harness"},
     "mamba_ssm": {"layers/mamba_kernel"},
@@ -56,8 +57,10 @@ def imports() -> Iterator[tuple[Path, str]]:
         if isinstance(node, ast.Import):
             yield from ((path, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield path, node.module
-            yield from ((path, f"{node.module}.{alias.name}") for alias in node.names)
+            folder = ("spherelm", *path.parts[: -node.level]) if node.level else ()
+            module = ".".join((*folder, node.module))
+            yield path, module
+            yield from ((path, f"{module}.{alias.name}") for alias in node.names)
 
 
 def dotted(node: ast.AST) -> str:

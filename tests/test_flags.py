@@ -51,12 +51,14 @@ FLOORS = {
     "report": ["report.ladder.write_ladder"],
     "generate": ["generation.samples.continuations", "generation.samples.continues", "generation.samples.Conversation"],
     "export": ["interop.export.export"],
+    "push": ["interop.export.push"],
     "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
     "data prepare": ["data.prepare.prepare"],
     "data tokenizer": ["data.bpe.train_on_files"],
     "data convert": ["data.convert.convert"],
     "data pairs": ["data.pairs.prepare_pairs"],
     "import nvidia": ["interop.imported.import_nvidia"],
+    "import hub": ["interop.imported.import_hub"],
 }
 """What each command calls with all that it was given."""
 
@@ -183,12 +185,14 @@ def least(name: str, data: Path, tmp_path: Path) -> list[object]:
         "report": [tmp_path, *out],
         "generate": [tmp_path, "--prompt", "a"],
         "export": [tmp_path, tmp_path / "out"],
+        "push": [tmp_path, "user/name"],
         "bench": [],
         "data prepare": ["--input", text, *out],
         "data tokenizer": ["--input", text, *out],
         "data convert": ["--data", data, "--format", "nanogpt", *out],
         "data pairs": [*(w for side in ("", "val-") for end in ("source", "target") for w in (f"--{side}{end}", text)), *out],
         "import nvidia": [text, tmp_path / "out"],
+        "import hub": ["user/name", tmp_path / "out"],
     }[name]  # fmt: skip
 
 

@@ -101,6 +101,8 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "generation.samples.continues": nothing(True),
     "generation.samples.continuations": nothing([]),
     "interop.export.export": nothing(None),
+    "interop.export.push": nothing(""),
+    "interop.imported.import_hub": nothing(torch.nn.Linear(1, 1)),
     "interop.imported.import_nvidia": nothing(torch.nn.Linear(1, 1)),
 }
 """What does nothing, so that a command is read and no more."""

@@ -1,10 +1,8 @@
-"""Hybrids as transformers knows models: logits, its caches with our states in them, generation, folders, one file."""
+"""Hybrids as transformers knows models: logits, its caches with our states in them, generation, folders."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,12 +10,10 @@ import torch
 from cases import ARMS, hybrid_config
 
 from spherelm.generation.generate import generate
-from spherelm.layers.grouped import grouped_product
 from spherelm.models import LanguageModel, build
 
 transformers = pytest.importorskip("transformers")
 from spherelm.interop.huggingface import to_hf  # noqa: E402
-from spherelm.interop.huggingface.standalone import standalone_source  # noqa: E402
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
 every_pattern = pytest.mark.parametrize("pattern", ["MA-M", "-MA", "AO", "M"])
@@ -125,27 +121,3 @@ def test_what_is_saved_is_loaded_bitwise(arm: str, tmp_path: Path) -> None:
     assert not any(info.values())
     assert again.config.arm_config().pattern == "MA-"
     assert torch.equal(again(tokens).logits, hf(tokens).logits)
-
-
-@both_arms
-def test_the_standalone_file_holds_all_that_it_needs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run here as modules of their own; `test_huggingface_export.py` loads such a file where spherelm is not.
-
-    Two of them beside the package, each with an operation of torch's that the others leave alone: torch frees one whose name is
-    defined again.
-    """
-    model, tokens = make_model(arm, "MA-O", n_shared_experts=1), some_tokens(1, 11)
-    beside, operations = [], {grouped_product._qualname}
-    for name in ("modeling_spherelm", "modeling_spherelm", "transformers_modules.mine.modeling_spherelm"):
-        module = ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        exec(compile(standalone_source(arm), "modeling_spherelm.py", "exec"), module.__dict__)
-        config = to_hf(model).config
-        theirs = module.SphereLMForCausalLM(module.SphereLMConfig(**config.to_diff_dict())).eval()
-        assert type(theirs.model) is module.LANGUAGE_MODELS[arm]
-        theirs.model.load_state_dict(model.state_dict())
-        beside.append(theirs)
-        operations.add(module.grouped_product._qualname)
-    assert len(operations) == 4
-    for each in beside:
-        close(each(tokens).logits, model(tokens))

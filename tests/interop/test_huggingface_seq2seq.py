@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,11 +13,12 @@ from cases import ARMS, LENGTHS, Case, make_pair_case
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+from ride_along import twin  # noqa: E402
+
 from spherelm import attach_retraction, departure, load_model  # noqa: E402
 from spherelm.generation.beam import BeamSettings, beam_search  # noqa: E402
 from spherelm.interop.export import export  # noqa: E402
 from spherelm.interop.huggingface import SphereSeq2SeqConfig, SphereSeq2SeqLM, to_hf  # noqa: E402
-from spherelm.interop.huggingface.standalone import standalone_source  # noqa: E402
 from spherelm.train.trainer import train  # noqa: E402
 
 both_arms = pytest.mark.parametrize("arm", ARMS)
@@ -221,14 +220,38 @@ def test_what_is_missing_is_named() -> None:
 @pytest.mark.parametrize(
     "fields", [{"n_encoder_layers": 1}, {"share_embeddings": True, "tie_embeddings": True}], ids=str
 )
-def test_the_standalone_file_translates(arm: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    c, module = make_pair_case(arm, **fields), ModuleType("modeling_spherelm")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(standalone_source(arm), "modeling_spherelm.py", "exec"), module.__dict__)
-    config = module.SphereSeq2SeqConfig(**to_hf(c.model).config.to_diff_dict())
-    theirs = module.SphereSeq2SeqLM(config).to(torch.float64)
-    theirs.model.load_state_dict(c.model.state_dict())
+def test_the_code_that_rides_along_translates(arm: str, fields: dict[str, Any]) -> None:
+    c = make_pair_case(arm, **fields)
+    ours, theirs = to_hf(c.model).train(), twin(c.model).train()
     close(theirs(**inputs(c), decoder_input_ids=c.tokens).logits, c.model(c.source, c.tokens))
+    given = {**inputs(c), "decoder_input_ids": c.tokens, "labels": c.targets}
+    losses = [each(**given).loss for each in (ours, theirs)]
+    close(*losses)
+    for loss in losses:
+        loss.backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        close(parameter.grad, gradients[name].grad)
+    settings = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "decoder_start_token_id": 0}
+    padded = {name: value.flip(1) for name, value in inputs(c).items()}  # on the left, where a source may be padded too
+    for source in (inputs(c), {**padded, "input_ids": right_side_first(**padded)}):
+        written = [each.eval().generate(**source, **settings) for each in (ours, theirs)]
+        assert torch.equal(*written)
+    for each in (ours, theirs):
+        each.set_attn_implementation("eager")
+    shown = [each(**given, output_attentions=True, output_hidden_states=True) for each in (ours, theirs)]
+    for name in ("decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_hidden_states"):
+        for wanted, found in zip(shown[0][name], shown[1][name], strict=True):
+            real = c.source.ge(0) if name == "encoder_hidden_states" else slice(None)
+            close(found[real], wanted[real])
+
+
+def right_side_first(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Rows of reversed tokens behind their padding, each turned around."""
+    rows = [
+        torch.cat((row[mask == 0], row[mask == 1].flip(0))) for row, mask in zip(input_ids, attention_mask, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 @pytest.mark.row("Hugging Face transformers")

@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "report": inspection.report,
     "generate": trained.generate,
     "export": trained.export,
+    "push": trained.push,
     "bench": timing.bench,
     "list": listing.list_,
     "data prepare": text.prepare,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "data pairs": text.pairs,
     "data verify": text.verify,
     "import nvidia": trained.import_nvidia,
+    "import hub": trained.import_hub,
 }
 """Every command by its whole name, in the order in which `--help` lists them."""
 

@@ -170,12 +170,17 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
     print("The context is full: begin anew, or give --window.", file=sys.stderr)
 
 
+Weights = Literal["float32", "bfloat16", "float16"]
+
+
 def export(
     *,
     run: Run,
     out: Annotated[Path, POSITIONAL],
     standalone: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    folded: bool = False,
+    dtype: Weights = "float32",
+    license: str | None = None,
     no_tokenizer: bool = False,
 ) -> None:
     """Write a run's model as a folder that Hugging Face transformers loads, with tokenizer and model card.
@@ -186,10 +191,59 @@ def export(
         run: A run directory, or one of its checkpoints.
         out: The directory to make.
         standalone: Put the modeling code beside the weights, for trust_remote_code where spherelm is not installed.
+        folded: The same for servers such as vLLM: learned scales are inside the matrices, and the model is not trained on.
         dtype: Format of the weights.
+        license: Of the weights, as the hub names it: apache-2.0, cc-by-4.0, ...
         no_tokenizer: Leave the tokenizer out.
     """
     from spherelm.interop.export import export as run_export
 
-    run_export(run, out, dtype, standalone, with_tokenizer=not no_tokenizer)
+    run_export(run, out, dtype, standalone, not no_tokenizer, folded, license)
     print(f"The folder: {out.resolve()}")
+
+
+def push(
+    *,
+    run: Run,
+    repo: Annotated[str, POSITIONAL],
+    private: bool = False,
+    standalone: bool = False,
+    folded: bool = False,
+    dtype: Weights = "float32",
+    license: str | None = None,
+    no_tokenizer: bool = False,
+) -> None:
+    """Put a run's model on the Hugging Face hub, as `export` writes it; log in by `hf auth login` before.
+
+    Example: spherelm push runs/mine me/mine --standalone --license apache-2.0
+
+    Args:
+        run: A run directory, or one of its checkpoints.
+        repo: user/name, made if it is not there.
+        private: Make it a private one.
+        standalone: As for export.
+        folded: As for export.
+        dtype: Format of the weights.
+        license: As for export.
+        no_tokenizer: Leave the tokenizer out.
+    """
+    from spherelm.interop.export import push as run_push
+
+    settings: dict[str, Any] = {"dtype": dtype, "standalone": standalone, "folded": folded, "license": license}
+    print(f"The model: {run_push(run, repo, private, with_tokenizer=not no_tokenizer, **settings)}")
+
+
+def import_hub(*, source: Annotated[str, POSITIONAL], out: Annotated[Path, POSITIONAL]) -> None:
+    """Turn a model that `push` put on the Hugging Face hub, or `export` into a folder, into a run directory.
+
+    Example: spherelm import hub me/mine runs/mine
+
+    Args:
+        source: user/name or user/name@revision on the hub, or a folder.
+        out: The run directory to make.
+    """
+    from spherelm.interop.imported import import_hub as run_import
+
+    model = run_import(source, out)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__} of {counted(count, 'parameter')} in {out}")

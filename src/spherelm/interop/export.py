@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +15,28 @@ from spherelm.errors import UserError
 from spherelm.runs.checkpoint import STATE, checkpoint_of, load_model
 from spherelm.runs.config import read_config, read_record, to_dict
 from spherelm.runs.metrics import read_metrics
+from spherelm.runs.record import write_json
 
 if TYPE_CHECKING:
     from spherelm.interop.huggingface.folder import TokenizerDefinition
 
 
-def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = False, with_tokenizer: bool = True) -> None:
+def export(
+    run: Path,
+    out: Path,
+    dtype: str = "float32",
+    standalone: bool = False,
+    with_tokenizer: bool = True,
+    folded: bool = False,
+    license: str | None = None,
+    address: str = "PATH",
+) -> None:
     """Write the model of `run` (a run directory or one of its checkpoints) into the new directory `out`.
 
     dtype: "float32", "bfloat16" or "float16", of the weights. standalone: put the modeling code beside them, for loading
-    with `trust_remote_code=True` where spherelm is not installed. The directory appears whole or not at all.
+    with `trust_remote_code=True` where spherelm is not installed. folded: the same, with learned scales inside the matrices,
+    for servers such as vLLM. license: of the weights, as the hub names it. address: by which the card loads the model. The
+    directory appears whole or not at all.
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
     transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
     """
@@ -31,7 +44,7 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
     try:
         from spherelm.interop.huggingface import classes_of
         from spherelm.interop.huggingface.card import Facts, model_card
-        from spherelm.interop.huggingface.folder import save_folder
+        from spherelm.interop.huggingface.folder import RECORD, save_folder
     except ImportError as error:
         raise UserError(f"cannot export: {error}") from error
     model, checkpoint = load_model(run), checkpoint_of(run)
@@ -39,18 +52,63 @@ def export(run: Path, out: Path, dtype: str = "float32", standalone: bool = Fals
     directory = checkpoint.parent.parent
     tokenizer = tokenizer_definition(directory) if with_tokenizer else None
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
+    config = {**read_record(directory / "config.json"), **to_dict(read_config(directory / "config.json"))}
     facts = Facts(
         name=out.resolve().name,
-        config={**read_record(directory / "config.json"), **to_dict(read_config(directory / "config.json"))},
+        config=config,
         step=step,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         validation=last_validation(directory, step),
+        tasks=task_scores(directory, step),
+        datasets=hub_datasets(config.get("data")),
         dtype=dtype,
-        standalone=standalone,
+        standalone=standalone or folded,
+        folded=folded,
         has_tokenizer=tokenizer is not None,
+        license=license,
+        address=address,
     )
     with whole_directory(out, "directory for the export") as part:
-        save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone)
+        save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone, folded)
+        write_json(part / RECORD, {**config, "step": step})
+
+
+def push(run: Path, repo: str, private: bool = False, **settings: Any) -> str:
+    """Put the model of `run` on the hub as `repo`, "user/name"; its address. settings: of `export`. Raises as it, and
+    `UserError` for what the hub refuses.
+    """
+    try:
+        from spherelm.interop.huggingface.hub import upload
+    except ImportError as error:
+        raise UserError(f"cannot push: {error}") from error
+    with TemporaryDirectory() as directory:
+        folder = Path(directory) / repo.rpartition("/")[2]
+        export(run, folder, address=repo, **settings)
+        return upload(folder, repo, private)
+
+
+def task_scores(run: Path, step: int) -> dict[str, dict[str, float]]:
+    """Scores by task and metric, of the update `step`: from training, and from what `eval --json` wrote into the run."""
+    path = run / "metrics.jsonl"
+    found: dict[str, dict[str, float]] = {}
+    for record in read_metrics(path) if path.exists() else []:
+        if record["kind"] == "eval" and record["step"] == step:
+            found |= record.get("tasks", {})
+    for file in sorted(run.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.get("step") == step and "tasks" in record:
+            tasks = record["tasks"]
+            found |= {name: {m: s["value"] for m, s in task["metrics"].items()} for name, task in tasks.items()}
+    return found
+
+
+def hub_datasets(data: str | None) -> list[str]:
+    """Names on the hub of the datasets that the data directory `data` was made of, as far as its manifest is at hand."""
+    manifest = Path(data or "") / "manifest.json"
+    if data is None or not manifest.is_file():
+        return []
+    inputs = json.loads(manifest.read_text(encoding="utf-8")).get("inputs", [])
+    return sorted({name for entry in inputs if (name := (entry.get("dataset") or {}).get("name"))})
 
 
 def last_validation(run: Path, step: int) -> dict[str, Any] | None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
 from spherelm.models import Decoder
-from spherelm.optim import AdamW, OptimConfig, ScheduleConfig
+from spherelm.optim import AdamW, OptimConfig, ScheduleConfig, build_optimizer
 from spherelm.optim.groups import parameter_groups
 from spherelm.runs.checkpoint import Progress, save_checkpoint
-from spherelm.runs.config import RunConfig, TrainConfig, to_dict
+from spherelm.runs.config import RunConfig, TrainConfig, from_dict, read_record, to_dict
 from spherelm.runs.record import claim_directory
 
 THEIR_RATE = 15e-4
@@ -31,8 +33,7 @@ def import_nvidia(
     file does not hold one. moments: keep Adam's state as well. Raises `FileExistsError` if `out` holds something, and
     `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
     """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already holds something: choose another directory for the imported run")
+    check_free(out)
     read = read_checkpoint(checkpoint)
     model, chosen = to_model(read, rope), None if tokenizer is None else load_tokenizer(tokenizer)
     if chosen is not None and chosen.vocab_size > read.model_args.vocab_size:
@@ -43,13 +44,58 @@ def import_nvidia(
     config = run_config(read, rope)
     source = {"format": "NVIDIA/ngpt", "path": str(checkpoint.resolve()), "iteration": read.iteration}
     source["model_args"] = dataclasses.asdict(read.model_args)
-    claim_directory(out, {**to_dict(config), "imported": source}, resume=False)
+    # Not `build_optimizer`: that would put the weights on the sphere, and they shall be stored as they are.
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.optim), lr=config.optim.lr)
+    if moments:
+        load_optimizer(read, model, optimizer)
+    write_run(out, {**to_dict(config), "imported": source}, model, optimizer, chosen, read.iteration)
+    return model
+
+
+def import_hub(source: str, out: Path) -> Decoder:
+    """Make `out` the run directory of the model that `spherelm export` wrote, and return the model.
+
+    source: the folder, or where `spherelm push` put it on the hub: "user/name" or "user/name@revision". Its run's config comes
+    along; the optimizer begins anew. Raises `OutputExistsError` if `out` holds something, and `UserError` for what is no such
+    folder, cannot be read, or is folded.
+    """
+    check_free(out)
     try:
-        _fill(out, read, model, config.optim, chosen, moments)
+        from spherelm.interop.huggingface.folder import RECORD, read_folder
+        from spherelm.interop.huggingface.hub import downloaded
+    except ImportError as error:
+        raise UserError(f"cannot import: {error}") from error
+    folder = Path(source) if Path(source).is_dir() else downloaded(source)
+    model = read_folder(folder)
+    record = read_record(folder / RECORD)
+    step, config = int(record.pop("step")), from_dict(record)
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = build_optimizer(model, config.optim)
+    model.load_state_dict(weights)  # as they are stored, where `build_optimizer` has put them on the sphere
+    described = {"format": "spherelm", "path": source, "iteration": step}
+    write_run(out, {**to_dict(config), "imported": described}, model, optimizer, tokenizer, step)
+    return model
+
+
+def check_free(out: Path) -> None:
+    """Raise `OutputExistsError` if `out` holds something."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise OutputExistsError(f"{out} already holds something: choose another directory for the imported run")
+
+
+def write_run(
+    out: Path, described: dict[str, Any], model: Decoder, optimizer: Optimizer, tokenizer: Tokenizer | None, step: int
+) -> None:
+    """Make `out` a run directory with one checkpoint, or leave nothing there."""
+    claim_directory(out, described, resume=False)
+    try:
+        if tokenizer is not None:
+            tokenizer.save(out)
+        save_checkpoint(out, model, optimizer, Progress(step, 0.0), keep=1)
     except BaseException:
         shutil.rmtree(out)
         raise
-    return model
 
 
 def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
@@ -66,16 +112,3 @@ def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
         schedule=ScheduleConfig("constant"),
         train=TrainConfig(steps=max(1, read.iteration), seq_len=read.model_args.block_size, batch_size=1),
     )
-
-
-def _fill(
-    out: Path, read: NvidiaCheckpoint, model: Decoder, optim: OptimConfig, tokenizer: Tokenizer | None, moments: bool
-) -> None:
-    """Write the tokenizer and the checkpoint into a run directory."""
-    # Not `build_optimizer`: that would put the weights on the sphere, and they shall be stored as they are.
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim), lr=optim.lr)
-    if moments:
-        load_optimizer(read, model, optimizer)
-    if tokenizer is not None:
-        tokenizer.save(out)
-    save_checkpoint(out, model, optimizer, Progress(read.iteration, 0.0), keep=1)

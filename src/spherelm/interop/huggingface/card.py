@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from spherelm.interop.huggingface.hub import Result, front_matter
 
 ARM_NAMES = {
     "gpt": "GPT (pre-norm, RMSNorm, rotary embedding, SwiGLU), the baseline of the nGPT paper",
@@ -31,8 +33,8 @@ class Purpose:
 WRITES_ON = Purpose(
     "AutoModelForCausalLM",
     "text-generation",
-    "A language model trained by spherelm. It continues text; it was not taught to follow instructions, and what it "
-    "writes need not be true or kind.",
+    "A language model trained by spherelm. It continues text. It is no chat model: it was not taught to follow "
+    "instructions, has no chat template, and what it writes need not be true or kind.",
     "It was",
     "max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50",
 )
@@ -40,17 +42,24 @@ READS_AND_WRITES = Purpose(
     "AutoModelForSeq2SeqLM",
     "text2text-generation",
     "An encoder-decoder trained by spherelm on pairs of texts. It reads a text like those it was trained on and writes "
-    "another, which need not be right.",
+    "another, which need not be right. Chat is out of its scope.",
     "A text to read.",
     "max_new_tokens=40, num_beams=5, do_sample=False",
 )
+TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
+"""What the card's line of the evaluation harness asks for where no scores are known: the nGPT paper's five tasks."""
+
 PURPOSES = {"decoder": WRITES_ON, "encdec": READS_AND_WRITES}
 """By architecture."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says. `config`: the run's config.json. `validation`: the last record of kind "val" up to `step`."""
+    """What a card says.
+
+    config: the run's config.json. validation: the last record of kind "val" up to `step`. tasks: scores by task and metric.
+    datasets: names on the hub of what the text is. license: of the weights, as the hub names it. address: loads the model.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -60,6 +69,11 @@ class Facts:
     dtype: str
     standalone: bool
     has_tokenizer: bool
+    folded: bool = False
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    datasets: Sequence[str] = ()
+    license: str | None = None
+    address: str = "PATH"
 
     @property
     def purpose(self) -> Purpose:
@@ -78,16 +92,32 @@ def from_shipped_text(facts: Facts) -> bool:
     return facts.config.get("data") is None and "imported" not in facts.config
 
 
-def front_matter(facts: Facts) -> str:
-    """What the Hugging Face hub reads. No licence: that is for whoever publishes the weights to say."""
-    lines = [
-        "library_name: transformers",
-        f"pipeline_tag: {facts.purpose.pipeline}",
-        f"tags: [spherelm, {facts.config['arm']}]",
-    ]
-    if from_shipped_text(facts):
-        lines.append("language: [en]")
-    return "\n".join(["---", *lines, "---"])
+def metadata(facts: Facts) -> str:
+    """What the Hugging Face hub reads. No licence, unless one was given: that is for whoever publishes the weights to say."""
+    return front_matter(
+        facts.name,
+        facts.purpose.pipeline,
+        evaluations(facts),
+        tags=["spherelm", facts.config["arm"]],
+        license=facts.license,
+        datasets=list(facts.datasets),
+        language=["en"] if from_shipped_text(facts) else None,
+    )
+
+
+def evaluations(facts: Facts) -> list[Result]:
+    """The validation loss and the scores of tasks, as the hub has evaluation results."""
+    found: list[Result] = []
+    if facts.validation is not None:
+        text = {"dataset_type": "text", "dataset_name": "validation text", "dataset_split": "validation"}
+        if len(facts.datasets) == 1:
+            text |= {"dataset_type": facts.datasets[0], "dataset_name": facts.datasets[0]}
+        measured = {name: facts.validation[name] for name in ("loss", "bits_per_byte")}
+        found += [(text, name, round(value, 6)) for name, value in measured.items() if value is not None]
+    for task, scores in facts.tasks.items():
+        source = {"dataset_type": task, "dataset_name": task}
+        found += [(source, name, round(value, 6)) for name, value in scores.items() if not name.endswith("_stderr")]
+    return found
 
 
 def loading(facts: Facts) -> str:
@@ -101,16 +131,31 @@ def loading(facts: Facts) -> str:
         ),
         f"from transformers import {facts.purpose.auto}, AutoTokenizer",
         "",
-        f'model = {facts.purpose.auto}.from_pretrained("PATH"{trust})',
+        f'model = {facts.purpose.auto}.from_pretrained("{facts.address}"{trust})',
     ]
     if facts.has_tokenizer:
         lines += [
-            f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{facts.address}"{trust})',
             f'inputs = tokenizer("{facts.purpose.prompt}", return_tensors="pt")',
             f"output = model.generate(**inputs, {facts.purpose.settings})",
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
     return "\n".join(lines)
+
+
+def measuring(facts: Facts) -> list[str]:
+    """How to score the model on tasks and to serve it, where these programs can load it."""
+    if not (facts.standalone and facts.has_tokenizer and facts.purpose is WRITES_ON):
+        return []
+    tasks = ",".join(facts.tasks or TASKS)
+    model = f"pretrained={facts.address},trust_remote_code=True"
+    lines = [f"lm_eval --model hf --model_args {model} --tasks {tasks}"]
+    if facts.folded:
+        lines.append(f"vllm serve {facts.address} --trust-remote-code")
+    return [
+        "## Measuring and serving it" if facts.folded else "## Measuring it",
+        "```sh\n" + "\n".join(lines) + "\n```",
+    ]
 
 
 def result_rows(facts: Facts) -> list[tuple[str, object]]:
@@ -168,14 +213,24 @@ def training_rows(config: Mapping[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
+def training_note(facts: Facts) -> list[str]:
+    """How the model is trained further."""
+    if facts.folded:
+        return ["The learned scales are inside the matrices: this folder is for inference."]
+    if facts.config["arm"] == "ngpt":
+        return ["Any torch optimizer, the Trainer's own too, keeps the weights on the sphere."]
+    return []
+
+
 def licence_note(facts: Facts) -> str:
     """What is known about rights, and what is not."""
     if from_shipped_text(facts):
         text = "The training text was in print before 1919 and is in the public domain in the United States."
     else:
         text = "Nothing is recorded here about the rights to the training text: whoever publishes this model must know."
-    code = " `modeling_spherelm.py` is part of spherelm (Apache-2.0)." if facts.standalone else ""
-    return f"{text}{code} No licence is stated for the weights; whoever publishes them chooses one."
+    code = " The Python files are part of spherelm (Apache-2.0)." if facts.standalone else ""
+    weights = "No licence is stated for the weights; whoever publishes them chooses one."
+    return f"{text}{code} {weights if facts.license is None else f'The licence of the weights is {facts.license}.'}"
 
 
 def model_card(facts: Facts) -> str:
@@ -193,18 +248,15 @@ def model_card(facts: Facts) -> str:
     ]
     return "\n\n".join(
         [
-            front_matter(facts),
+            f"---\n{metadata(facts)}\n---",
             f"# {facts.name}",
             facts.purpose.summary,
             "## The model",
             table([*shape, *result_rows(facts)]),
             "## Loading it",
             f"```python\n{loading(facts)}\n```",
-            *(
-                ["On further training, `spherelm.attach_retraction(optimizer, model)` keeps the weights on the sphere."]
-                if arm == "ngpt"
-                else []
-            ),
+            *training_note(facts),
+            *measuring(facts),
             "## How it came about",
             table(origin_rows(facts)),
             "## Rights",

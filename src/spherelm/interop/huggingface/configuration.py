@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
-
 from spherelm.errors import UserError, unknown
 from spherelm.fields import from_plain
+from spherelm.interop.huggingface.standalone import configuration_spherelm
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, older
 from spherelm.models.config import to_plain
 
@@ -16,54 +15,26 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 """What transformers calls `n_heads` and `n_kv_heads`."""
 
 
-class SphereLMConfig(PreTrainedConfig):
-    """`arm` ("gpt" or "ngpt"), the fields of `ModelConfig` by their names, and those of the arm's own config in `start`.
+class SphereLMConfig(configuration_spherelm.SphereLMConfig):
+    """The config that rides along with a model, made of ours and turned into ours: `arm`, the fields of `ModelConfig`.
 
-    architecture: the fields of a `DecoderArch`. What transformers calls otherwise (hidden_size, num_hidden_layers, ...) is
-    understood too, and so is what version 0.1.0 wrote. Raises `ValueError`, as our configs do, for sizes that make no model.
+    architecture: the fields of a `DecoderArch`; start: those of the arm's own config. What transformers calls otherwise
+    (hidden_size, num_hidden_layers, ...) is understood too, and so is what version 0.1.0 wrote. Raises `ValueError`, as our
+    configs do, for sizes that make no model.
     """
 
-    model_type = "spherelm"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own way)
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "intermediate_size": "d_ff",
-        "max_position_embeddings": "max_seq_len",
+    attribute_map: ClassVar[dict[str, str]] = {
+        **configuration_spherelm.SphereLMConfig.attribute_map,
         "tie_embeddings": "tie_word_embeddings",
     }
     kinds: ClassVar[tuple[str, ...]] = ("decoder",)
-
-    arm: str = "ngpt"
-    vocab_size: int = 4096
-    n_layers: int = 4
-    d_model: int = 128
-    n_heads: int = 2
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
-    max_seq_len: int = 1024
-    rope_base: float = 10000.0
-    rope: str = "standard"
-    tie_word_embeddings: bool = False
-    architecture: dict[str, Any] | None = None
-    start: dict[str, Any] | None = None
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         old = {name: kwargs.pop(name) for name in list(kwargs) if older.is_field(name)}
         super().__post_init__(**kwargs)
         if old:
             self._read_older(old)
-        # Caches and other tools of transformers count on these two being numbers.
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.d_ff = self.d_ff or 4 * self.d_model
         self.architecture = self.architecture or {"kind": self.kinds[0]}
-        self.start = self.start or {}
         plain = to_plain(self.arm_config())
         self.architecture = plain.pop("architecture")
         self.start = {name: value for name, value in plain.items() if name not in SHAPE}
@@ -79,8 +50,6 @@ class SphereLMConfig(PreTrainedConfig):
         """The config of ours that this describes."""
         if self.arm not in ARMS:
             raise unknown("arm", self.arm, ARMS)
-        assert self.architecture is not None
-        assert self.start is not None
         if self.architecture.get("kind") not in self.kinds:
             raise UserError(f"a {self.model_type} model has the architecture {' or '.join(self.kinds)}")
         shape = {name: getattr(self, name) for name in SHAPE}
@@ -105,15 +74,17 @@ class SphereLMConfig(PreTrainedConfig):
         return super().from_dict({k: v for k, v in config_dict.items() if k not in said_twice}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: every field of the model, so that no default of a later version can change it.
+        """What `save_pretrained` writes: every field that the saved model needs, so that no later default can change it.
 
         Where this is not code that rode along with a model, the pointer to such code is left out: the code is not saved either.
         """
         described: dict[str, Any] = {k: v for k, v in super().to_diff_dict().items() if k not in HEADS}
         if self._auto_class is None:
             described.pop("auto_map", None)
-        written = ["arm", *SHAPE, "architecture", "start"]
-        return described | {name: getattr(self, name) for name in written}
+        described |= {name: getattr(self, name) for name in ("arm", *SHAPE)}
+        described["tie_word_embeddings"] = described.pop("tie_embeddings")
+        architecture = {name: value for name, value in self.architecture.items() if value is not None}
+        return described | {"architecture": architecture, "start": self.start}
 
 
 def _known(owner: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -137,17 +108,11 @@ SHAPE = (
 """The fields that both arms share."""
 
 
-class SphereSeq2SeqConfig(SphereLMConfig):
-    """As `SphereLMConfig`; architecture: the fields of an `EncDecArch`.
-
-    decoder_start_token_id: begins every target, where trained here the end token.
-    """
+class SphereSeq2SeqConfig(configuration_spherelm.SphereSeq2SeqConfig, SphereLMConfig):
+    """As `SphereLMConfig`; architecture: the fields of an `EncDecArch`."""
 
     model_type = "spherelm-seq2seq"
     kinds: ClassVar[tuple[str, ...]] = ("encdec",)
-
-    is_encoder_decoder: bool = True
-    decoder_start_token_id: int | None = None
 
     @property
     def share_embeddings(self) -> bool:
