@@ -177,12 +177,13 @@ class Flag:
 
 
 METAVARS = {
-    **dict.fromkeys(("runs", "run"), "RUN"), "directories": "DIR", "ckpt": "CKPT", "out": "OUT", "what": "WHAT",
+    **dict.fromkeys(("runs", "run"), "RUN"), "directories": "DIR", "ckpt": "CKPT", "repo": "USER/NAME",
+    "source": "SOURCE", "out": "OUT", "what": "WHAT",
     **dict.fromkeys(("--out", "--task-data"), "DIR"), **dict.fromkeys(("--data", "--test"), "DATA"),
     **dict.fromkeys(("--preset", "--recipe", "--sizes", "--contenders", "--tasks", "--eval-tasks", "--log-to"), "NAME"),
     "--set": "FIELD=VALUE", "--vary": "FIELD=VALUE,VALUE", "--resume": "RUN", "--init-from": "RUN", "--device": "NAME",
     **dict.fromkeys(("--prompt", "--sentence", "--stop"), "TEXT"), "--tokenizer": "NAME", "--field": "PATH.IN.ROW",
-    **dict.fromkeys(("--hf", "--hf-config", "--hf-split"), "NAME"), "--shape": "L,D,H,T,B,V", "--pattern": "LETTERS",
+    **dict.fromkeys(("--hf", "--hf-config", "--hf-split", "--license"), "NAME"), "--shape": "L,D,H,T,B,V", "--pattern": "LETTERS",
     "--rope-scaling": "linear:X|yarn:X",
 }  # fmt: skip
 """What stands for the value of a flag, or for a word by its place, where its type says too little."""
