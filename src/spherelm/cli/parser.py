@@ -183,8 +183,8 @@ METAVARS = {
     **dict.fromkeys(("--preset", "--recipe", "--sizes", "--contenders", "--tasks", "--eval-tasks", "--log-to"), "NAME"),
     "--set": "FIELD=VALUE", "--vary": "FIELD=VALUE,VALUE", "--resume": "RUN", "--init-from": "RUN", "--device": "NAME",
     **dict.fromkeys(("--prompt", "--sentence", "--stop"), "TEXT"), "--tokenizer": "NAME", "--field": "PATH.IN.ROW",
-    **dict.fromkeys(("--hf", "--hf-config", "--hf-split", "--license"), "NAME"), "--shape": "L,D,H,T,B,V", "--pattern": "LETTERS",
-    "--rope-scaling": "linear:X|yarn:X",
+    **dict.fromkeys(("--hf", "--hf-config", "--hf-split", "--license"), "NAME"), "--shape": "L,D,H,T,B,V",
+    "--pattern": "LETTERS", "--rope-scaling": "linear:X|yarn:X",
 }  # fmt: skip
 """What stands for the value of a flag, or for a word by its place, where its type says too little."""
 
