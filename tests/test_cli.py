@@ -28,7 +28,7 @@ from spherelm.experiments import sweep as sweep_module
 from spherelm.experiments.jobs import Job
 from spherelm.models import parameter_count
 from spherelm.recipes import RECIPES, WAYS, make_run
-from spherelm.report import report, sweep_page
+from spherelm.report import comparison_page, sweep_page
 from spherelm.runs.config import from_dict
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import flat
@@ -334,8 +334,8 @@ def test_compare_passes_on_what_was_asked(
         return out / "page.html"
 
     monkeypatch.setattr(comparison, "compare", lambda *arguments: asked.extend(arguments))
-    monkeypatch.setattr(report, "write_report", page_of)
-    monkeypatch.setattr(report, "conclusion", lambda out: f"What {out} says.")
+    monkeypatch.setattr(comparison_page, "write_report", page_of)
+    monkeypatch.setattr(comparison_page, "conclusion", lambda out: f"What {out} says.")
     words = [
         "--seeds",
         3,
