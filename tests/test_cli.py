@@ -28,7 +28,7 @@ from spherelm.experiments import sweep as sweep_module
 from spherelm.experiments.jobs import Job
 from spherelm.models import parameter_count
 from spherelm.recipes import RECIPES, WAYS, make_run
-from spherelm.report import report, sweep_page
+from spherelm.report import comparison_page, sweep_page
 from spherelm.runs.config import from_dict
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import flat
@@ -329,12 +329,13 @@ def test_compare_passes_on_what_was_asked(
 
     pages: list[Path] = []
 
-    def record(*arguments: Any) -> dict[str, Any]:
-        asked.extend(arguments)
-        return {"speedup": {"tokens": 1.5}, "step_time_ratio": 1.25, "arms": "of no concern"}
+    def page_of(out: Path) -> Path:
+        pages.append(out)
+        return out / "page.html"
 
-    monkeypatch.setattr(comparison, "compare", record)
-    monkeypatch.setattr(report, "write_report", pages.append)
+    monkeypatch.setattr(comparison, "compare", lambda *arguments: asked.extend(arguments))
+    monkeypatch.setattr(comparison_page, "write_report", page_of)
+    monkeypatch.setattr(comparison_page, "conclusion", lambda out: f"What {out} says.")
     words = [
         "--seeds",
         3,
@@ -359,9 +360,7 @@ def test_compare_passes_on_what_was_asked(
         preset="p", recipe="r", data="d", seeds=3, quick=True, steps=2, seq_len=16, batch_size=2, lr_gpt=0.1,
         lr_ngpt=0.2, dtype="float32", compile=False,
     )  # fmt: skip
-    shown, _, last = answer.out.rstrip().rpartition("\n")
-    assert json.loads(shown) == {"speedup": {"tokens": 1.5}, "step_time_ratio": 1.25}
-    assert last == f"The page: {tmp_path / 'report.html'}"
+    assert answer.out.splitlines() == [f"What {tmp_path} says.", f"The page: {tmp_path / 'page.html'}"]
 
 
 def test_sweep_passes_on_what_was_asked(

@@ -34,7 +34,11 @@ FLAGS = [
 NEEDY = [(name, flag) for name, flag in FLAGS if flags_of(cli.COMMANDS[name])[flag].needs]
 
 FLOORS = {
-    "compare": ["experiments.comparison.compare", "report.report.write_report"],
+    "compare": [
+        "experiments.comparison.compare",
+        "report.comparison_page.write_report",
+        "report.comparison_page.conclusion",
+    ],
     "train": ["train.trainer.train"],
     "sweep": ["experiments.sweep.sweep", "report.sweep_page.write_page"],
     "evidence": ["experiments.evidence.climb", "experiments.evidence_record.table"],

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
-"""The variable that transformers and the hub's library look at when they are imported."""
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""The variables that transformers, the hub's library and datasets look at when they are imported."""
 
 
 def silence() -> None:
@@ -25,18 +25,19 @@ def silence() -> None:
         return
     logging.disable(max(logging.root.manager.disable, logging.WARNING))
     warnings.filterwarnings("ignore", module=r"(?!spherelm\b)")
-    os.environ.setdefault(BARS, "1")
+    for bars in BARS:
+        os.environ.setdefault(bars, "1")
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
     """As `silence`, until the context ends."""
-    disabled, bars = logging.root.manager.disable, os.environ.get(BARS)
+    disabled, unset = logging.root.manager.disable, [bars for bars in BARS if bars not in os.environ]
     with warnings.catch_warnings():
         try:
             silence()
             yield
         finally:
             logging.disable(disabled)
-            if bars is None:
-                os.environ.pop(BARS, None)
+            for bars in unset:
+                os.environ.pop(bars, None)

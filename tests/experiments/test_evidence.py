@@ -246,8 +246,8 @@ class Watch:
 @pytest.mark.parametrize(
     ("stop", "code", "said"),
     [
-        ("its minutes", 0, "spherelm: time is up (--minutes 7); the same command goes on from here"),
-        ("a scheduler", 143, "spherelm: stopped; the same command goes on"),
+        ("its minutes", 0, "spherelm: time is up (--minutes 7); run the same command again to go on"),
+        ("a scheduler", 143, "spherelm: stopped; run the same command again to go on"),
     ],
 )
 def test_when_its_minutes_are_over_it_prints_what_it_has(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 
 from spherelm.data.prepare import prepare
 from spherelm.experiments import jobs as module
-from spherelm.experiments.jobs import Job, default_workers, do_job, final_loss, run_jobs, steps_done
+from spherelm.experiments.jobs import Followed, Job, default_workers, do_job, final_loss, run_jobs
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.signals import Interrupted
@@ -27,6 +28,12 @@ from spherelm.train.trainer import train
 
 PATIENCE = 300
 """Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
+
+
+def steps_done(run: Path) -> int:
+    """How many updates the log of `run` shows."""
+    log = run / "metrics.jsonl"
+    return max((record["step"] for record in read_metrics(log)), default=0) if log.exists() else 0
 
 
 @pytest.fixture
@@ -126,15 +133,33 @@ def test_the_final_loss_is_the_validation_at_the_last_step(data: Path, tmp_path:
     assert final_loss(run, 5) is None, "there was no validation at step 5"
 
 
-def test_steps_are_counted_from_the_end_of_the_log(tmp_path: Path) -> None:
-    assert steps_done(tmp_path) == 0
-    log = tmp_path / "metrics.jsonl"
-    log.write_text("")
-    assert steps_done(tmp_path) == 0
-    log.write_text('{"step": 1}\n')
-    assert steps_done(tmp_path) == 1
-    log.write_text("".join(f'{{"kind": "train", "step": {step}}}\n' for step in range(5000)))
-    assert steps_done(tmp_path) == 4999
+def test_a_run_is_followed_by_its_log(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every validation is said once: not those of before, nor those made again, and no line that is half written."""
+    done = job(data, tmp_path / "run")
+    train(done.config, done.out, show_progress=False)
+    log = done.out / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    kinds = [(record["kind"], record["step"]) for record in read_metrics(log)]
+    second = kinds.index(("val", 2)) + 1
+    log.write_bytes(b"".join(lines[:second]))
+    followed = Followed(done)
+    followed.look()
+    assert (followed.steps, capsys.readouterr().err) == (2, "")
+    log.write_bytes(b"".join(lines[: second - 1]))  # as a run begins that goes on from step 1
+    followed.look()
+    for more in (lines[second - 1], lines[second], lines[second + 1], lines[second + 2][:-5]):
+        with log.open("ab") as file:
+            file.write(more)
+        followed.look()
+    said = capsys.readouterr().err
+    assert (followed.steps, said.count("validation loss"), "step 4/6" in said) == (4, 0, False), said
+    replacement = log.with_suffix(".new")
+    replacement.write_bytes(b"".join(b" " * 7 + line for line in lines))
+    replacement.replace(log)  # as a resumed run does, and by now it is longer than it was, with lines elsewhere
+    followed.look()
+    assert followed.steps == 6
+    losses = [record["loss"] for record in read_metrics(log) if record["kind"] == "val" and record["step"] > 2]
+    assert re.findall(r"validation loss (\S+)", capsys.readouterr().err) == [f"{loss:.4f}" for loss in losses]
 
 
 def test_a_process_a_core_and_one_in_all_beside_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +281,8 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
         assert saved is not None, run
         assert saved.name == f"step-{steps_done(run):08d}", "saved where it stood"
     if code != -9:
-        line = "spherelm: stopped; every run under way saved itself; the same command goes on, compare with --resume"
-        assert err.splitlines()[-1] == line
+        line = err.splitlines()[-1]
+        assert line.startswith("spherelm: stopped; every run under way was saved; go on with the same command")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -283,7 +308,7 @@ def test_ctrl_c_is_raised_as_interrupted_where_it_was_taken(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "_watch", watch)
-    with pytest.raises(Interrupted, match="every run under way saved itself") as error:
+    with pytest.raises(Interrupted, match="every run under way was saved") as error:
         run_jobs([job(data, run, steps=10**6), job(data, tmp_path / "next", steps=10**6)], workers=1)
     assert error.value.signal_number == signal.SIGINT
     assert latest_checkpoint(run) is not None

@@ -114,11 +114,12 @@ def test_a_resumed_run_keeps_its_format(
     bfloat16_takes(0.5)
     first = trainer("gpt", steps=2, dtype="auto")
     first.run()
-    assert "; bfloat16 on 1 thread" in capsys.readouterr().err
+    assert "bfloat16 (the faster one here) on 1 thread" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["dtype"] == "bfloat16"
     bfloat16_takes(2.0)
     again = trainer("gpt", steps=2, dtype="auto", resume=True)
     assert again.model.runtime.compute_dtype is torch.bfloat16
-    again.run(show_progress=False)
+    again.run()
+    assert "bfloat16 (as before)" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"train\.dtype is 'bfloat16' there and 'float32' now"):
         trainer("gpt", steps=2, dtype="float32", resume=True)

@@ -17,6 +17,7 @@ from spherelm import __version__
 from spherelm.cli import evaluation, inspection, listing, text, timing, trained, training
 from spherelm.cli.parser import Command, parse, parser_of
 from spherelm.errors import UserError, nearest
+from spherelm.progress import say
 from spherelm.third_parties import silenced
 
 RANK_LOST = 3
@@ -99,14 +100,6 @@ def one_speaks() -> Iterator[None]:
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-
-
-def say(message: str) -> None:
-    """Write one line to stderr."""
-    try:
-        print(f"spherelm: {' '.join(message.split())}", file=sys.stderr)
-    except OSError:  # the terminal is gone, which may be why a run stops: the exit code says the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def stop(message: str, code: int) -> NoReturn:

@@ -50,16 +50,16 @@ def compare(
     from spherelm.data.text_files import prepared
     from spherelm.experiments.comparison import CompareConfig
     from spherelm.experiments.comparison import compare as run_comparison
-    from spherelm.report.comparison_page import write_report
+    from spherelm.report.comparison_page import conclusion, write_report
     from spherelm.report.drawing import require_matplotlib
 
     require_matplotlib()  # the page comes last: do not train for it in vain
     given = {"fields": set_ or None, "compile": False if no_compile else None, **config}
     asked = CompareConfig(**given | {"data": prepared(config.get("data"), out)})
-    summary = run_comparison(asked, out, resume, workers)
-    write_report(out)
-    print(json.dumps({"speedup": summary["speedup"], "step_time_ratio": summary["step_time_ratio"]}, indent=2))
-    print(f"The page: {(out / 'report.html').resolve()}")
+    run_comparison(asked, out, resume, workers)
+    page = write_report(out)
+    print(conclusion(out))
+    print(f"The page: {page.resolve()}")
 
 
 def train(

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from spherelm.data.plan import Plan
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, ShardError, open_tokens, read_manifest
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import NotFoundError, OutputExistsError, StorageError
+from spherelm.progress import say
 
 STATE_FILE = "state.json"
 PART = ".part"
@@ -82,7 +82,7 @@ def finished(out: Path, plan: Plan, progress: bool) -> dict[str, Any]:
     manifest = verify_tokens(out)
     shutil.rmtree(out / PARTIAL_DIRECTORY, ignore_errors=True)
     if progress:
-        print(f"{out} is already prepared: nothing to do", file=sys.stderr)
+        say(f"{out} is already prepared: nothing to do")
     return manifest
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from spherelm.counting import counted
 from spherelm.data.compression import sha256_of
 from spherelm.data.documents import TEXTS, WHOLE, Span, format_of, input_files, split_place
@@ -17,6 +15,7 @@ from spherelm.data.rows import Rows
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import UserError
+from spherelm.progress import Bar
 
 FORMAT = 2  # of what prepare writes for given inputs: raise it when the same inputs would give other shards
 SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to this many tokens
@@ -100,9 +99,7 @@ def make_plan(
     loaded = load_tokenizer(tokenizer)
     split: Split | None = None if val_fraction else "train"
     sizes = sum(Path(path).stat().st_size for path in [*inputs, *val])
-    with tqdm(
-        total=sizes, unit="B", unit_scale=True, desc="hashing", disable=not (progress and sizes), leave=False
-    ) as bar:
+    with Bar("hashing", sizes, unit="B", show=bool(progress and sizes), leave=False) as bar:
         train, held_out = (
             [_source(Path(path), to, bar) for path in paths] for paths, to in ((inputs, split), (val, "val"))
         )
@@ -125,5 +122,5 @@ def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> N
         raise UserError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
 
 
-def _source(path: Path, split: Split | None, bar: Any) -> Source:
+def _source(path: Path, split: Split | None, bar: Bar) -> Source:
     return Source(path, split, path.stat().st_size, sha256_of(path, bar.update))

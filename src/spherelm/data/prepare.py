@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from spherelm.counting import counted
 from spherelm.data.cutting import Cutter
 from spherelm.data.deduplication import Deduplicator
@@ -31,6 +29,7 @@ from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_m
 from spherelm.data.split_writer import SplitWriter
 from spherelm.data.tokenizer import described
 from spherelm.errors import OutputExistsError, UserError
+from spherelm.progress import Bar
 
 CHECKPOINT_SECONDS = 5.0
 _DIGESTS_FILE = "digests.bin"
@@ -128,12 +127,12 @@ class _Work:
         """Encode what is left and leave a whole data directory, manifest included, in `partial`."""
         self._plan.tokenizer.save(self._partial)
         sizes = None if any(s.stream for s in self._plan.sources) else sum(s.size for s in self._plan.sources)
-        bar = tqdm(total=sizes, unit="B", unit_scale=True, desc="tokenizing", disable=not self._progress)
+        bar = Bar("tokenizing", sizes, unit="B", show=self._progress)
         results = encode_all(self._jobs(), self._partial, self._plan.val_fraction, workers, self._plan.deduplicate)
         try:
             for encoded in results:
                 self._take(encoded)
-                bar.update(self._position.read_bytes - bar.n)
+                bar.update(self._position.read_bytes - bar.done)
             self._complain_of_empty(len(self._plan.sources))
             for writer in self._writers.values():
                 writer.finish()

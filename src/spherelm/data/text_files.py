@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 from pathlib import Path
 
 from spherelm.counting import counted
@@ -13,6 +12,7 @@ from spherelm.data.pairs import holds_pairs
 from spherelm.data.prepare import prepare
 from spherelm.data.shards import MANIFEST_FILE
 from spherelm.errors import UserError
+from spherelm.progress import say
 
 HELD_OUT = 0.1
 """The part of the text that is validated on."""
@@ -35,10 +35,9 @@ def prepared(said: str | None, out: Path, tokenizer: Path | None = None) -> str 
     except UserError as error:
         raise UserError(f"{error}; spherelm data prepare has more choices") from error
     train, val = (counted(manifest["splits"][split]["tokens"], "token") for split in ("train", "val"))
-    print(
-        f"spherelm: {said} is prepared in {made}: {train} to train on and {val}, a tenth, to validate, by the "
-        f"{'tokenizer of ' + str(tokenizer) if tokenizer else 'default tokenizer'}",
-        file=sys.stderr,
+    say(
+        f"{said} is prepared in {made}: {train} to train on and {val}, a tenth, to validate, by the "
+        f"{'tokenizer of ' + str(tokenizer) if tokenizer else 'default tokenizer'}"
     )
     return str(made)
 

@@ -23,6 +23,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from spherelm.errors import UserError, nearest
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
 from spherelm.fields import check
+from spherelm.progress import has_bars
 from spherelm.third_parties import silenced
 
 PAPER_TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
@@ -59,16 +60,18 @@ class TaskSettings:
 
 @contextlib.contextmanager
 def subdued(progress: bool) -> Iterator[None]:
-    """The harness without worker processes and telemetry, `silenced`; what it prints goes to stderr, or, unless `progress`,
-    nowhere. Import it before: a library's log keeps the stderr that it finds on import.
+    """The harness without worker processes and telemetry, `silenced`; what it prints, its bars, goes to stderr, or, unless
+    `progress` and stderr is a terminal, nowhere. Import it before: a library's log keeps the stderr that it finds on import.
     """
-    wanted = {"DISABLE_MULTIPROC": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    wanted = {"DISABLE_MULTIPROC": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(silenced())
-            shown = sys.stderr if progress else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            shown = (
+                sys.stderr if progress and has_bars() else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            )
             stack.enter_context(contextlib.redirect_stdout(shown))
             stack.enter_context(contextlib.redirect_stderr(shown))
             yield

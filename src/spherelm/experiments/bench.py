@@ -25,7 +25,8 @@ from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
 from spherelm.third_parties import silence
 from spherelm.train.counting import training_flops
-from spherelm.train.precision import best_device, name_of, resolve_dtype
+from spherelm.train.diagnostics import data_sheet_flops
+from spherelm.train.precision import best_device, device_name, name_of, resolve_dtype
 
 MATMUL_SIZE = 4096
 """The peak is that of a product of two square matrices of this size, which is large enough for any hardware here."""
@@ -140,8 +141,8 @@ def bench(
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
     step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model FLOPs per
-    second over the measured rate of a large matrix product in the same number format, or of a step that was faster),
-    peak_memory_mb: by arm.
+    second over the peak), peak_memory_mb: by arm. peak_gflops, peak_source: that of the data sheet where the device is known,
+    else the measured rate of a large matrix product in the same number format, or of a step that was faster.
     retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as for
     `configs`.
     """
@@ -153,7 +154,9 @@ def bench(
     seconds = {baseline: cost.gpt_seconds, normalized: cost.ngpt_seconds}
     rate, tokens = matmul_rate(getattr(torch, dtype)), shape.batch_size * shape.seq_len
     reached = {arm: training_flops(arms[arm].model, shape.batch_size, shape.seq_len) / seconds[arm] for arm in arms}
-    peak = max(rate, *reached.values())
+    known = data_sheet_flops(device_name(device), getattr(torch, dtype))
+    peak = max(known or rate, *reached.values())
+    product = f"a product of two {MATMUL_SIZE} x {MATMUL_SIZE} matrices"
     uncompiled = configs(shape, dtype, compiled=False, pattern=pattern)
     return {
         "shape": {**asdict(shape), "n_layers": arms[baseline].model.n_layers},
@@ -166,6 +169,12 @@ def bench(
         "step_time_ratio": cost.ratio,
         "tokens_per_second": {arm: tokens / seconds[arm] for arm in arms},
         "matmul_gflops": rate / 1e9,
+        "peak_gflops": peak / 1e9,
+        "peak_source": f"the data sheet of {device_name(device)}"
+        if known
+        else product
+        if peak == rate
+        else "the faster step",
         "mfu": {arm: reached[arm] / peak for arm in arms},
         "peak_memory_mb": {arm: peak_memory(uncompiled[arm]) for arm in arms},
         "retraction_share": retraction_seconds(uncompiled[normalized]) / cost.ngpt_seconds,
@@ -209,7 +218,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:24}{first:12,.{digits}f}{second:12,.{digits}f} {unit}".rstrip())
     lines += [
         f"A step of {normalized} takes {result['step_time_ratio']:.3f} times as long as one of {baseline}.",
-        f"Peak: {result['matmul_gflops']:,.0f} GFLOP/s, a product of two {MATMUL_SIZE} x {MATMUL_SIZE} matrices.",
+        f"Peak: {result['peak_gflops']:,.0f} GFLOP/s ({result['peak_source']}).",
         f"Retraction: {100 * result['retraction_share']:.2f} % of a step of {normalized}.",
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
-from spherelm.experiments.jobs import Job, run_jobs, threads_each, workers_for
+from spherelm.experiments.jobs import Job, run_jobs, say_before, threads_each, workers_for
 from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
 from spherelm.fields import check
 from spherelm.generation.samples import continuations
@@ -129,6 +129,8 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
         jobs = {arm: [Job(run, out / f"{arm}-{run.train.seed}") for run in runs] for arm, runs in full.items()}
         # Seed by seed, so that both arms of a pair run side by side.
         in_order = [job for pair in zip(*jobs.values(), strict=True) for job in pair]
+        if not config.quiet:
+            say_before(in_order, workers)
         losses = dict(
             zip(
                 (job.out for job in in_order),
@@ -170,7 +172,7 @@ def shorter_runs(
     for count in shorter_budgets(full.train.steps):
         runs = [config.run(arm, full.model.vocab_size, seed, steps=count) for seed in range(config.seeds)]
         jobs = [Job(run, out / f"{arm}-{run.train.seed}-steps{count}") for run in runs]
-        losses = run_jobs(jobs, workers, "" if config.quiet else f"{count} steps")
+        losses = run_jobs(jobs, workers, "" if config.quiet else "shorter runs")
         done += zip(jobs, losses, strict=True)
         if not any(loss <= target for loss, target in zip(losses, targets, strict=True)):
             break

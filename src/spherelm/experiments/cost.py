@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer
+from spherelm.optim.groups import clip_gradients
+from spherelm.progress import Bar
 from spherelm.runs.config import RunConfig
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
-from spherelm.train.trainer import clip_gradients
 
 COMPILE_FROM = 640
 """Updates from which a run earns back its compilation: 9 seconds from the cache, 1.65 times the steps a second (`0.3m`)."""
@@ -69,9 +69,11 @@ def time_in_turn(configs: Mapping[str, RunConfig], steps: int = 15, warmup: int 
         for one in timed.values():
             one.time_step()
     times: dict[str, list[float]] = {name: [] for name in timed}
-    for i in tqdm(range(steps), desc=f"timing steps of {', '.join(timed)}", unit="round"):
-        for name in timed if i % 2 == 0 else reversed(timed):
-            times[name].append(timed[name].time_step())
+    with Bar(f"timing steps of {', '.join(timed)}", steps, unit="round") as bar:
+        for i in range(steps):
+            for name in timed if i % 2 == 0 else reversed(timed):
+                times[name].append(timed[name].time_step())
+            bar.update()
     return times
 
 

@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import statistics
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,9 +30,10 @@ from spherelm.experiments.cost import median_ratio, time_in_turn
 from spherelm.experiments.evidence_plan import CONTENDERS, TOKENS_AN_UPDATE, Grid, Point
 from spherelm.experiments.evidence_record import on_record, summary, with_row
 from spherelm.experiments.growth import timed_at
-from spherelm.experiments.jobs import Job, handled, run_jobs, threads_each, workers_for
+from spherelm.experiments.jobs import Job, handled, run_jobs, say_before, threads_each, workers_for
 from spherelm.experiments.record import standard_error
 from spherelm.experiments.sweep import UNTRAINED, name_of
+from spherelm.progress import say
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import load_model
 from spherelm.runs.record import alone_in, write_json
@@ -69,7 +69,9 @@ class Ladder:
         self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
         # What cannot be trained is refused before anything is.
         wanted = itertools.product(grid.points(), grid.contenders)
-        check_runs([self.job(name, point, self.first_rate(name, point), 0).config for point, name in wanted])
+        first = [self.job(name, point, self.first_rate(name, point), 0) for point, name in wanted]
+        check_runs([job.config for job in first])
+        say_before(first, workers)
 
     def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""
@@ -203,7 +205,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
                 record = summary(grid, ladder.identity, measured, costs)
                 write_json(out / "evidence.json", record)
     if is_over.is_set():
-        print(f"spherelm: time is up (--minutes {minutes:g}); the same command goes on from here", file=sys.stderr)
+        say(f"time is up (--minutes {minutes:g}); run the same command again to go on")
     return record
 
 
@@ -230,7 +232,7 @@ def time_limit(minutes: float | None) -> Iterator[threading.Event]:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def interrupt(number: int, frame: Any) -> None:
-        raise Interrupted("stopped; the same command goes on", number)
+        raise Interrupted("stopped; run the same command again to go on", number)
 
     timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), end)
     timer.daemon = True

@@ -1,4 +1,4 @@
-"""Many runs at once: a process for each group of cores, resumable, with one progress bar over all of them."""
+"""Many runs at once: a process for each group of cores, resumable, with what each of them says and a bar over all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from spherelm.counting import counted
 from spherelm.errors import StorageError, UserError
+from spherelm.progress import Bar, has_bars, own_screen_lock, say
 from spherelm.runs.config import RunConfig, to_dict
-from spherelm.runs.metrics import read_metrics
+from spherelm.runs.metrics import in_words, read_metrics
 from spherelm.runs.record import claim_directory
 from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
 from spherelm.train.guard import Diverged
+from spherelm.train.opening import warnings
+from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import check_runs, train
 
@@ -75,8 +77,7 @@ def _start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
     silence()
     torch.set_num_threads(threads)
-    # tqdm's own lock is a semaphore between processes, which a worker that is stopped would be reported to leak.
-    tqdm.set_lock(threading.RLock())
+    own_screen_lock()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -124,15 +125,59 @@ def final_loss(run: Path, steps: int) -> float | None:
     return records[-1]["loss"] if records else None
 
 
-def steps_done(run: Path) -> int:
-    """How many updates the log of `run` shows."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        return max((int(json.loads(line)["step"]) for line in lines[1:] or lines), default=0)
-    except (OSError, ValueError):
-        return 0
+class Followed:
+    """A run that another process does, seen by its `metrics.jsonl`. steps: how many updates that showed so far."""
+
+    def __init__(self, job: Job, show: bool = True) -> None:
+        self.job, self._show, self._read, self._file = job, show, 0, 0
+        self._bar: Bar | None = None
+        self.steps, self._kinds = 0, set[str]()
+        for record in self._new_records():
+            self._is_new(record)
+
+    def look(self) -> None:
+        """Say what is new as the run itself would, but for the bar."""
+        for record in self._new_records():
+            train = self.job.config.train
+            if self._bar is None:  # only now, so that its time is that of the run
+                every = train.log_every or (0 if has_bars() else None)
+                self._bar = Bar(self.job.out.name, train.steps, self.steps, show=self._show, every=every)
+            before = self.steps
+            if not self._is_new(record):
+                continue  # a run that goes on from a checkpoint makes updates again
+            if record["kind"] == "train":
+                self._bar.update(self.steps - before, in_words(record))
+            else:
+                self._bar.line(in_words(record))
+
+    def _is_new(self, record: dict[str, Any]) -> bool:
+        """Note a record; whether none of its kind and step, or of a later step, was there before."""
+        if record["step"] > self.steps:
+            self.steps, self._kinds = record["step"], set()
+        new = record["step"] == self.steps and record["kind"] not in self._kinds
+        self._kinds |= {record["kind"]} if new else set()
+        return new
+
+    def _new_records(self) -> list[dict[str, Any]]:
+        """The records whose lines came to the file, whole, since it was last read."""
+        try:
+            with (self.job.out / "metrics.jsonl").open("rb") as file:
+                # A run that goes on begins with a new file, which may be the longer one by now.
+                about = os.fstat(file.fileno())
+                if about.st_ino != self._file or about.st_size < self._read:
+                    self._file, self._read = about.st_ino, 0
+                file.seek(self._read)
+                whole = file.read().rpartition(b"\n")[0]
+        except OSError:
+            return []
+        self._read += len(whole) + bool(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def say_before(jobs: Sequence[Job], workers: int | None) -> None:
+    """Warn of what may be wrong with the runs of `jobs`, so many of them at once."""
+    for line in warnings((job.config for job in jobs), best_device(), workers_for(len(jobs), workers)):
+        say(line)
 
 
 def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "training") -> list[float]:
@@ -150,6 +195,10 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     check_runs([job.config for job in jobs])
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
+    total = counted(sum(job.config.train.steps for job in jobs), "update")
+    way = f"{workers} at once on {counted(*share, 'thread')} each"
+    if description:
+        say(f"{description}: {counted(len(jobs), 'run')} of {total} in all, {way}, in {jobs[0].out.parent}")
     with _interrupts_ignored():  # also by the process that multiprocessing starts to clean up
         pool_of_workers = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share)
     with _noted_interrupts() as asked, pool_of_workers as pool:
@@ -161,13 +210,13 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         except (BrokenProcessPool, KeyboardInterrupt) as error:
             if isinstance(error, BrokenProcessPool) and not asked:
                 raise StorageError(
-                    "a training process was killed (out of memory?): use fewer --workers; the same "
-                    "command goes on, compare with --resume"
+                    "a training process was killed (out of memory?): use fewer --workers and go on with the same "
+                    "command (compare: add --resume)"
                 ) from error
             # A worker that has ended after a signal to the whole group may be noticed here before the signal is.
             _stop(pool)
             raise Interrupted(
-                "stopped; every run under way saved itself; the same command goes on, compare with --resume",
+                "stopped; every run under way was saved; go on with the same command (compare: add --resume)",
                 asked[0] if asked else signal.SIGINT,
             ) from error
         except BaseException:
@@ -221,20 +270,24 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 
 def _watch(jobs: list[Job], futures: list[Future[float]], description: str) -> None:
-    """Show how many updates of all are done until every future is; raises what the first that fails raises."""
-    total = sum(job.config.train.steps for job in jobs)
-    with tqdm(total=total, desc=description, unit="step", smoothing=0.05, disable=not description) as bar:
+    """Show what the runs say, and how many updates of all are done; raises what the first future that fails raises."""
+    total, followed = sum(job.config.train.steps for job in jobs), [Followed(job, bool(description)) for job in jobs]
+
+    def steps_done(ended: Sequence[bool]) -> int:
+        """Of all runs; one is at its end when its process says so, which it does too where it diverged."""
+        last = [job.config.train.steps for job in jobs]
+        return sum(n if end else min(one.steps, n - 1) for n, end, one in zip(last, ended, followed, strict=True))
+
+    with Bar(description, total, steps_done([False] * len(jobs)), show=bool(description)) as bar:
         while True:
-            finished = sum(future.done() for future in futures)
+            ended = [future.done() for future in futures]  # asked once, so that all that is said agrees
+            finished = sum(ended)
             for future in futures:
                 if future.done():
                     future.result()
-            steps = [
-                job.config.train.steps if f.done() else steps_done(job.out)
-                for job, f in zip(jobs, futures, strict=True)
-            ]
-            bar.set_postfix_str(f"{finished} of {counted(len(jobs), 'run')} done", refresh=False)
-            bar.update(sum(steps) - bar.n)
+            for one in followed:
+                one.look()
+            bar.update(steps_done(ended) - bar.done, f"{finished} of {counted(len(jobs), 'run')} done")
             if finished == len(jobs):
                 return
             time.sleep(POLL_SECONDS)

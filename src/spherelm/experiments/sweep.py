@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spherelm.errors import OutputExistsError, UserError
-from spherelm.experiments.jobs import Job, run_jobs
+from spherelm.experiments.jobs import Job, run_jobs, say_before
 from spherelm.experiments.record import standard_error
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
@@ -126,6 +126,8 @@ def sweep(
             f"a run's directory would be called {long[0][:60]}... , which is too long: vary fewer fields at once"
         )
     on_record(out, jobs[0].config)  # what is refused is refused before anything is trained
+    if not quiet:
+        say_before(jobs, workers)
     losses = iter(run_jobs(jobs, workers, "" if quiet else "sweep"))
     rows = [
         Row(choice, [next(losses) for _ in range(seeds)], [name_of(choice, seed) for seed in range(seeds)])

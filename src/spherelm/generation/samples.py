@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from spherelm.generation.text_stream import TextStream
 from spherelm.layers.linear import departure
 from spherelm.models import model_class
 from spherelm.models.decoder import Decoder, Rows
+from spherelm.progress import say
 from spherelm.runs.checkpoint import load_model, run_directory
 from spherelm.runs.config import read_config
 
@@ -128,7 +128,7 @@ def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu
     else:
         model = load_model(run, getattr(torch, precision))
     if precision != "float32":
-        print(f"spherelm: weights in {precision}, departure from the sphere {departure(model):.1e}", file=sys.stderr)
+        say(f"weights in {precision}, departure from the sphere {departure(model):.1e}")
     return for_inference(model.to(device)), load_tokenizer(run_directory(run))
 
 

@@ -19,6 +19,7 @@ from spherelm.layers.moe import routers
 from spherelm.optim.balancing import Summed, attach_balancing
 from spherelm.optim.retraction import AngleCap, attach_retraction
 from spherelm.optim.rules import AdamW, Rule
+from spherelm.sharding import gathered
 
 DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 """Weight decay acts on these; never on gains and learned scales (nGPT paper, A.5)."""
@@ -161,6 +162,15 @@ def angle_limit(optimizer: Optimizer, config: OptimConfig, max_angle: float) -> 
 def _limit(optimizer: Optimizer, moving: int, lr: float, max_angle: float) -> float:
     group = optimizer.param_groups[moving]  # looked up anew: `load_state_dict` puts other groups in their places
     return float(max_angle * group["lr"] / (lr * group["lr_multiplier"]))
+
+
+def clip_gradients(model: nn.Module, limit: float | None) -> float:
+    """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    length: float = gathered(norm).item()
+    if limit is not None and not length + 1e-6 <= limit:  # else torch would multiply all of them by 1
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return length
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:

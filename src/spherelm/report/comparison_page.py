@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from spherelm.analysis.weights import measure
 from spherelm.counting import counted
 from spherelm.experiments.record import Arm, Comparison, read_comparison, read_samples
 from spherelm.models import NAMES
+from spherelm.progress import say
 from spherelm.report.drawing import Figure
 from spherelm.report.loss_figures import loss_figures
 from spherelm.report.pages import render
@@ -60,6 +60,11 @@ def write_report(directory: Path) -> Path:
     return target
 
 
+def conclusion(directory: Path) -> str:
+    """The sentence that the page of the comparison in `directory` begins with."""
+    return verdict(read_comparison(directory))
+
+
 def _weights(comparison: Comparison) -> tuple[list[Figure], str]:
     """The weight figures, or none and the reason."""
     try:
@@ -79,7 +84,7 @@ def _write_walk(comparison: Comparison) -> str:
         walks, sentence = trace_walks(first)
     except (FileNotFoundError, ValueError) as error:
         missing = f"The walk on the sphere cannot be shown: {error}."
-        print(f"spherelm: {missing}", file=sys.stderr)
+        say(missing)
         return missing
     (comparison.directory / "walk.html").write_text(walk_page(walks, sentence, "report.html"), encoding="utf-8")
     return ""

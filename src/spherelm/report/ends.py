@@ -78,7 +78,15 @@ class End:
     def choice(self) -> str:
         """All that was chosen for it but the seed, to tell choices apart."""
         plain = dataclasses.asdict(self.config)
-        plain["train"] |= {"seed": 0, "log_to": "", "save_every": 0, "save_minutes": 0, "keep": 0, "compile": False}
+        plain["train"] |= {
+            "seed": 0,
+            "log_to": "",
+            "log_every": None,
+            "save_every": 0,
+            "save_minutes": 0,
+            "keep": 0,
+            "compile": False,
+        }
         return json.dumps(plain, sort_keys=True, default=str)
 
 

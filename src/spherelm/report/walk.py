@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from spherelm.errors import UserError
 from spherelm.layers.readout import read_logits
 from spherelm.models.config import Config
 from spherelm.models.decoder import Decoder
+from spherelm.progress import say
 from spherelm.report.pages import render
 from spherelm.report.sphere_map import SphereMap, sphere_map
 from spherelm.runs.checkpoint import load_model, named_checkpoint
@@ -103,7 +103,7 @@ def say_if_cut(sentence: str, asked: str | None) -> None:
     """One line on stderr if the sentence is a part of `SENTENCE`, which nobody asked for."""
     if sentence not in (asked, SENTENCE):
         note = f"the walk shows {sentence!r} only: the whole default sentence has too many tokens"
-        print(f"spherelm: {note}; choose another with inspect --sentence", file=sys.stderr)
+        say(f"{note}; choose another with inspect --sentence")
 
 
 @torch.no_grad()

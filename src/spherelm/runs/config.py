@@ -42,7 +42,7 @@ class TrainConfig:
         keep: Checkpoints that stay, the newest ones.
         mask_documents: Keep attention within a document where a sequence holds several.
         quiet: Show nothing on screen while it runs.
-        log_every: Updates between lines on screen; by the clock if left out.
+        log_every: Updates between lines on screen; a bar on a terminal, else a line every ten seconds, if left out.
         log_to: Where records go besides metrics.jsonl: any of tensorboard, wandb, trackio.
         diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
         eval_tasks: Tasks of the evaluation harness to score in training (spherelm list tasks), into metrics.jsonl.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ from spherelm.errors import UserError
 
 MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb", "threads")
 """The fields of a record in which two runs that are otherwise equal differ."""
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """A record of `metrics.jsonl` as a person reads it while the run works; where in the run it was made is left out."""
+    if record["kind"] == "val":
+        bits = f" ({record['bits_per_byte']:.3f} bits per byte)" if record.get("bits_per_byte") else ""
+        return f"validation loss {record['loss']:.4f}{bits}"
+    if record["kind"] == "eval":
+        return ", ".join(f"{task} acc {found['acc']:.3f}" for task, found in record["tasks"].items() if "acc" in found)
+    if record["kind"] in ("skip", "stop"):
+        return f"{'update left out' if record['kind'] == 'skip' else 'stopped'}: {record['reason']}"
+    share = f", MFU {record['mfu']:.2f}" if "mfu" in record else ""
+    return f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{share}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from spherelm.counting import rounded
 from spherelm.data.masking import MaskedBatches, hidden
 from spherelm.data.sources import Pairs, Reading, RunData, parse_data
 from spherelm.errors import UserError
@@ -57,6 +58,23 @@ def epochs(config: RunConfig, steps: int) -> dict[str, float]:
     if isinstance(config.model.architecture, EncDecArch) != isinstance(data, Pairs):
         return {}
     return data.epochs(steps * config.train.batch_size, config.train.seq_len)
+
+
+REPEATS = 4.0
+"""So often the same text can be read at little loss (Muennighoff et al. 2023, arXiv 2305.16264)."""
+
+
+def repetition(epochs: Mapping[str, float]) -> list[str]:
+    """A warning where a text is read more than once, by how often each is read; else nothing."""
+    name = max(epochs, key=epochs.__getitem__, default="")
+    if not epochs or epochs[name] <= 1:
+        return []
+    advice = f"up to {REPEATS:g} times is nearly as good as new text"
+    if epochs[name] > REPEATS:
+        advice = (
+            f"more than {REPEATS:g} teach a model little: prepare more text and name it with --data, or lower --steps"
+        )
+    return [f"warning: {name} is read {rounded(epochs[name])} times; {advice}"]
 
 
 def check_text(config: RunConfig) -> None:

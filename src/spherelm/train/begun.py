@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
@@ -10,6 +9,7 @@ from spherelm.errors import UserError
 from spherelm.interop.initial import read_model
 from spherelm.models import Decoder
 from spherelm.optim import factor
+from spherelm.progress import say
 from spherelm.runs.checkpoint import latest_checkpoint, named_checkpoint, run_directory
 from spherelm.runs.config import RunConfig, read_config
 
@@ -66,8 +66,7 @@ def check_length(out: Path, config: RunConfig, resume: bool) -> None:
             f"updates that are made other rates: begin a new run with its weights by --init-from {out} (schedule=wsd can be "
             "longer before its decay, schedule=constant at any time)"
         )
-    print(
-        f"spherelm: {out} has {after:,} updates now instead of {before:,}: schedule={schedule.kind} ends at update {after:,}, "
-        f"and the {done:,} that are made had the same rates; all else stays what was chosen for {before:,} updates",
-        file=sys.stderr,
+    say(
+        f"{out} has {after:,} updates now instead of {before:,}: schedule={schedule.kind} ends at update {after:,}, "
+        f"and the {done:,} that are made had the same rates; all else stays what was chosen for {before:,} updates"
     )

@@ -21,6 +21,7 @@ from spherelm.models import Decoder
 from spherelm.runs.config import TrainConfig
 from spherelm.sharding import gathered, own_part
 from spherelm.train.counting import flops_per_token
+from spherelm.train.precision import device_name
 
 
 class UpdateAngles:
@@ -171,11 +172,10 @@ class Speed:
 
     def __init__(self, model: Decoder, train: TrainConfig, device: torch.device, devices: int = 1) -> None:
         self._flops_per_token, self._devices = flops_per_token(model, train.seq_len), devices
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         dtype = model.runtime.compute_dtype or torch.float32
-        known = data_sheet_flops(name, dtype)
+        known = data_sheet_flops(device_name(device), dtype)
         self._peak = known or matmul_flops(device, dtype)
-        self._source = f"the peak of {name} by its data sheet" if known else "the fastest measured here so far"
+        self._source = f"the data sheet of {device_name(device)}" if known else "the fastest measured here so far"
 
     def mfu(self, tokens_per_second: float) -> float:
         """Of a run that sees so many tokens a second."""

@@ -7,16 +7,18 @@ gradients and moments, and that sharding splits these evenly and holds two block
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 
-from spherelm.counting import counted
+from spherelm.counting import counted, rounded
 from spherelm.errors import UserError
 from spherelm.fields import check
 from spherelm.layers.moe import idle_weights
@@ -24,8 +26,8 @@ from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
 from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.record import flat
+from spherelm.train.batches import repetition
 from spherelm.train.counting import block_costs, readout_cost, training_flops
-from spherelm.train.opening import number, repetition
 from spherelm.train.precision import best_device
 
 H100_TFLOPS = 989.0
@@ -37,6 +39,9 @@ MFU = 0.4
 
 DEVICE_MEMORY = 80 * 2**30
 """Bytes of memory that a device is assumed to have where none is here and nothing is said: an H100's or an A100's."""
+
+NO_ROOM = "spread it over more devices (--strategy shard), lower --micro-batch-size, or give --recompute"
+"""What to do about a run that needs more memory than there is."""
 
 FLOAT32 = 4
 
@@ -138,7 +143,9 @@ def estimate(
     devices.
     """
     layout = layout or Layout()
-    device_memory = memory_here() if device_memory is None else device_memory
+    if device_memory is None:
+        device = best_device()
+        device_memory = (memory_of(device) if device.type != "cpu" else None) or DEVICE_MEMORY
     if not device_memory > 0:
         raise UserError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
     if not 0 < mfu <= 1 or not peak_tflops > 0:
@@ -180,9 +187,7 @@ def estimate_table(found: dict[str, Any]) -> str:
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [_row("a device has", f"{found['device_memory'] / 2**30:,.2f}")]
     if not found["fits"]:
-        rows += [
-            "  It does not fit: spread it over more devices (--strategy shard), lower --micro-batch-size, or give --recompute.",
-        ]
+        rows += [f"  It does not fit: {NO_ROOM}."]
     rows += [
         "",
         f"one update: {counted(sequences['update'], 'sequence')} of {counted(found['train']['seq_len'], 'token')}, "
@@ -191,7 +196,7 @@ def estimate_table(found: dict[str, Any]) -> str:
         "the run",
         _row("updates", f"{found['train']['steps']:,}"),
         _row("tokens", f"{found['tokens']:,}"),
-        *(_row("epochs", number(count)) + f"  of {name}" for name, count in found["epochs"].items()),
+        *(_row("epochs", rounded(count)) + f"  of {name}" for name, count in found["epochs"].items()),
         *(f"  {line}" for line in repetition(found["epochs"])),
         _row("FLOPs a token", f"{found['flops_per_token']:.4g}"),
         _row("FLOPs", f"{found['flops']:.4g}"),
@@ -209,10 +214,17 @@ def estimate_table(found: dict[str, Any]) -> str:
     return "\n".join([*rows, f"  data: {found['data'] or 'the text that ships with spherelm'}"])
 
 
-def memory_here() -> int:
-    """Bytes of memory of the accelerator of this machine, `DEVICE_MEMORY` without one that says."""
-    device = best_device()
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else DEVICE_MEMORY
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, or of this machine (of this container, if that has less) for its processor, where known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    whole, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    try:
+        return min(whole, int(limit.read_text()))
+    except (OSError, ValueError):  # there is no container, or no limit
+        return whole
 
 
 def _row(name: str, value: str) -> str:

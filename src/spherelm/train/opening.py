@@ -1,45 +1,92 @@
-"""What a run says before its first update: how long it is, how often it reads its text, what its speed is a part of."""
+"""What a run says before its first update: what is trained, on what, for how long, in how much memory, logged where."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from spherelm.runs.config import TrainConfig
+import torch
 
-REPEATS = 4.0
-"""So often the same text can be read at little loss (Muennighoff et al. 2023, arXiv 2305.16264)."""
+from spherelm.counting import counted, rounded
+from spherelm.runs.config import RunConfig, TrainConfig
+from spherelm.runs.group import Group
+from spherelm.train.batches import epochs, repetition
+from spherelm.train.estimate import (
+    NO_ROOM,
+    Layout,
+    active_parameters,
+    memory_of,
+    memory_per_device,
+    parameters_by_role,
+)
+from spherelm.train.precision import device_name
+from spherelm.train.sinks import check_names
+
+FEWER = "use fewer --workers, or smaller models"
+"""What to do where many runs at once need more memory than there is."""
 
 
-def say_first(train: TrainConfig, tokens_per_step: int, epochs: Mapping[str, float], peak: str, way: str = "") -> None:
-    """Say on stderr what the run is about to do, and warn where it repeats its text often. epochs: by the name of the text.
+def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int, step: int, peak: str) -> list[str]:
+    """The lines that tell of the run of `config` in the directory `out`, warnings last.
 
-    way: in which number format it computes, and on how many threads.
+    choice: how the number format was chosen. tokens: an update sees. step: where the run goes on. peak: what MFU is a part of.
     """
-    about = (
-        f"{train.steps:,} updates of {tokens_per_step:,} tokens, {epochs_in_words(epochs)}; MFU is the part of {peak}"
-    )
-    for line in (about + (way and f"; {way}"), *repetition(epochs)):
-        print(f"spherelm: {line}", file=sys.stderr)
-
-
-def epochs_in_words(epochs: Mapping[str, float]) -> str:
-    """ "0.05 epochs of data/mine", of each text."""
-    told = [f"{number(count)} epochs of {name}" for name, count in epochs.items()]
-    return " and ".join(told) or "from a stream"
-
-
-def repetition(epochs: Mapping[str, float]) -> list[str]:
-    """A warning where a text is read more than `REPEATS` times, else nothing."""
-    if not epochs or max(epochs.values()) <= REPEATS:
-        return []
-    name = max(epochs, key=epochs.__getitem__)
+    train, read = config.train, epochs(config, config.train.steps)
+    layout = Layout(group.world_size, train.strategy, train.shard_size, train.recompute)
+    parameters, active = sum(parameters_by_role(config.model).values()), active_parameters(config.model)
+    met = "" if active == parameters else f" ({active:,} of them for a token)"
+    processes = "" if group.is_alone else f"{group.world_size} processes ({train.strategy}) on "
+    weights = f", beginning with the weights of {origin}" if (origin := config.init_from) else ""
+    begun = f", going on from step {step:,}" if step else weights
+    logs = ", ".join([str(out / "metrics.jsonl"), *check_names(train.log_to)])
+    # The processes of torchrun share the memory of a processor, and each has a GPU of its own.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if group.device.type == "cpu" else 1
+    threads = f" on {counted(torch.get_num_threads(), 'thread')}" if group.device.type == "cpu" else ""
+    told, warnings = room(config, layout, group.device, sharing)
     return [
-        f"warning: {name} is read {number(epochs[name])} times, and more than {REPEATS:g} times teach a model little: prepare "
-        "more text and name it with --data, or lower --steps"
+        f"{config.arm} {config.preset}, recipe {config.recipe}: {counted(parameters, 'parameter')}{met}",
+        f"{processes}{device_name(group.device)}, {train.dtype} ({choice}){threads}{', torch.compile' * train.compile}; {told}",
+        f"{counted(train.steps, 'update')} of {counted(tokens, 'token')}, {epochs_in_words(read)}{begun}",
+        f"logged to {logs}; {saving(train)}",
+        f"MFU compares with {peak}",
+        *repetition(read),
+        *warnings,
     ]
 
 
-def number(count: float) -> str:
-    """Three digits, more before the point."""
-    return f"{count:,.0f}" if count >= 1000 else f"{count:.3g}"
+def epochs_in_words(read: Mapping[str, float]) -> str:
+    """ "0.05 epochs of data/mine", of each text by how often it is read."""
+    return " and ".join(f"{rounded(count)} epochs of {name}" for name, count in read.items()) or "from a stream"
+
+
+def saving(train: TrainConfig) -> str:
+    """When a run saves checkpoints, in words."""
+    if train.save_every:
+        return f"saved every {counted(train.save_every, 'update')}"
+    return f"saved every {train.save_minutes:g} minutes and at the end" if train.save_minutes else "saved at the end"
+
+
+def warnings(configs: Iterable[RunConfig], device: torch.device, processes: int) -> list[str]:
+    """What may be wrong with these runs, so many of them at once on one device: each thing once."""
+    found = [
+        [*repetition(epochs(one, one.train.steps)), *room(one, Layout(), device, processes, FEWER)[1]]
+        for one in configs
+    ]
+    return list(dict.fromkeys(line for lines in found for line in lines))
+
+
+def gibibytes(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def room(
+    config: RunConfig, layout: Layout, device: torch.device, sharing: int, advice: str = NO_ROOM
+) -> tuple[str, list[str]]:
+    """How much memory `sharing` processes such as those of a run need of what `device` has, and a warning if that is less."""
+    needed, there = sharing * memory_per_device(config, layout)["total"], memory_of(device)
+    if there is None:
+        return f"memory: about {gibibytes(needed)}", []
+    told = f"about {gibibytes(needed)} of {gibibytes(there)}"
+    return f"memory: {told}", [f"warning: memory does not fit ({told}): {advice}"] * (needed > there)

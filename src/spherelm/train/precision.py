@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ from torch import nn
 from spherelm.errors import unknown
 from spherelm.layers.mamba2 import StateSpace
 from spherelm.models import Decoder
+from spherelm.progress import say
 from spherelm.train.rehearsal import known_dtype, matrices
 
 
@@ -67,6 +67,11 @@ def on_device(name: str | None) -> Iterator[None]:
         _CHOSEN.reset(before)
 
 
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: a GPU's model, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def leave_state_spaces_uncompiled(model: nn.Module) -> None:
     """Keep what a Mamba mixer does between its matrices out of compilation on a processor.
 
@@ -93,5 +98,5 @@ def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
         trial()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"spherelm: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+        say(f"torch.compile does not work here ({reason}); going on without it")
         torch.compiler.set_stance("force_eager")

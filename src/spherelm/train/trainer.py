@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from spherelm.counting import counted
 from spherelm.data.loader import Batches
 from spherelm.data.sources import RunData
 from spherelm.data.verification import verify_where_cheap
@@ -31,20 +29,21 @@ from spherelm.layers.loss import IGNORED
 from spherelm.layers.moe import clear_loads
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer, factor
-from spherelm.optim.groups import set_rate
+from spherelm.optim.groups import clip_gradients, set_rate
+from spherelm.progress import Bar, say
 from spherelm.runs.checkpoint import CheckpointWriter, Progress, latest_checkpoint, load_checkpoint
 from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.group import Group
+from spherelm.runs.metrics import in_words
 from spherelm.runs.record import open_run, recorded_dtype
-from spherelm.sharding import gathered
-from spherelm.train.batches import epochs, open_data, total_loss, validation_losses
+from spherelm.train.batches import open_data, total_loss, validation_losses
 from spherelm.train.begun import begin_with, check_length
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.metrics_log import MetricsLog, NoLog
-from spherelm.train.opening import say_first
+from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, Spread, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
@@ -95,7 +94,7 @@ class Trainer:
         self.speed = Speed(model, train, self.device, group.world_size)
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
         self.metrics = group.together(lambda: self._open_log() if group.is_first else NoLog())
-        self._noted, self._stop = Noted(), 0
+        self._noted, self._stop, self._bar = Noted(), 0, Bar("", None, show=False)
         self._now = self._saved_at = group.gather([time.monotonic()])[0][0]
 
     def _prepare(self) -> None:
@@ -110,8 +109,10 @@ class Trainer:
 
     def _with_dtype(self, model: Decoder, resume: bool) -> RunConfig:
         """The configuration with a format in place of "auto": that of the run which is resumed, or the faster one here."""
-        train = self.config.train
+        train, self._choice = self.config.train, "as asked for"
         dtype = recorded_dtype(self.out) if resume and train.dtype == "auto" else train.dtype
+        if train.dtype == "auto":
+            self._choice = "the faster one here" if dtype == "auto" else "as before"
         found = name_of(resolve_dtype(dtype, model, self.micro_batch_size * train.seq_len))
         return replace(self.config, train=replace(train, dtype=found))
 
@@ -151,32 +152,29 @@ class Trainer:
         is_free = train.threads is None and self.device.type == "cpu" and self.group.is_alone
         self.threads = threads_for(self.model, rows) if is_free else None
         if show:
-            way = (
-                train.dtype
-                if self.device.type != "cpu"
-                else f"{train.dtype} on {counted(torch.get_num_threads(), 'thread')}"
-            )
-            say_first(train, self.tokens_per_step, epochs(self.config, train.steps), self.speed.peak(), way)
+            done, peak = self.progress.step, self.speed.peak()
+            for line in opening(self.config, self.out, self.group, self._choice, self.tokens_per_step, done, peak):
+                say(line)
         if train.compile:
             compile_blocks(self.model, lambda: self._gradients(self.progress.step))
             self.optimizer.zero_grad()
             clear_loads(self.model)
-        bar = tqdm(total=train.steps, initial=self.progress.step, desc=self.out.name, unit="step", disable=not show)
-        with self.held, closing(self.metrics), signals_noted() as self._noted, bar, closing(self.checkpoints):
+        self._bar = Bar(self.out.resolve().name, train.steps, self.progress.step, show=show, every=train.log_every)
+        with self.held, closing(self.metrics), signals_noted() as self._noted, self._bar, closing(self.checkpoints):
             try:
                 with self.group.answering():
-                    return self._run(bar)
+                    return self._run()
             except RankLost:
                 self.checkpoints.abandon()
                 raise
 
-    def _run(self, bar: Any) -> float:
+    def _run(self) -> float:
         """Train to the end, or until a signal asks to stop: then save first, and leave the rest to --resume."""
         try:
             # A run that was stopped at this step may have been saved before it was measured.
             loss = self._measure(self.group.first(lambda: self.metrics.present))
             while self.progress.step < self.config.train.steps:
-                self._step(bar)
+                self._step()
                 loss = self._measure({})
                 if self._is_due(self.config.train.save_every) or self._is_time_to_save():
                     self._save()
@@ -187,7 +185,8 @@ class Trainer:
                 self._save()
             self.checkpoints.wait()
             name = signal.Signals(stop.number).name
-            raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with --resume", stop.number) from None
+            command = f"spherelm train --resume {shlex.quote(str(self.out))}"
+            raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with: {command}", stop.number) from None
 
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many updates, and at the end, is to be done now."""
@@ -217,7 +216,7 @@ class Trainer:
         if number := int(max(first for (first,) in self.group.gather([float(self._noted.first)]))):
             raise Stop(number)
 
-    def _step(self, bar: Any) -> None:
+    def _step(self) -> None:
         diagnosis = Diagnosis(self.model, self.optimizer) if self._is_diagnosed() else None
         config, step, start = self.config, self.progress.step, time.perf_counter()
         lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
@@ -225,16 +224,15 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.progress = replace(self.progress, step=step + 1, seconds=self.progress.seconds + seconds)
         speed = self.tokens_per_step / seconds
+        record: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         if grad_norm is not None:
-            record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
             record |= {"mfu": self.speed.mfu(speed), "memory_mb": peak_memory_mb(self.device)}
             record |= {"threads": torch.get_num_threads(), **load_of_experts(self.model)}
             self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
         # Compiled code is made for a number of threads.
         if self.threads and not config.train.compile and (changed := self.threads.after(seconds)):
-            bar.write(f"spherelm: {changed}", file=sys.stderr)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
+            self._bar.line(changed)
+        self._bar.update(1, in_words({"kind": "train", **record}))
         if self._stop:
             raise Stop(self._stop)
 
@@ -268,7 +266,12 @@ class Trainer:
             self.guard.skip(fault)
         except Diverged as error:
             raise self._diverged(str(error), step=step + 1) from None
-        self.metrics.write("skip", **{**self._position(), "step": step + 1, "reason": fault})
+        self._tell("skip", **{**self._position(), "step": step + 1, "reason": fault})
+
+    def _tell(self, kind: str, **values: Any) -> None:
+        """Note a record that a person sees at once."""
+        self.metrics.write(kind, **values)
+        self._bar.line(in_words({"kind": kind, **values}))
 
     def _diverged(self, what: str, **position: int) -> Diverged:
         """The error with which the run ends, noted in the log."""
@@ -313,7 +316,7 @@ class Trainer:
             )
         by_source = {"loss_by_source": losses} if len(losses) > 1 else {}
         in_bits = bits_per_byte(loss, self.data.tokens_per_byte)
-        self.metrics.write("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)
+        self._tell("val", **self._position(), loss=loss, bits_per_byte=in_bits, **by_source)
         return loss
 
     def _score_tasks(self) -> None:
@@ -321,7 +324,7 @@ class Trainer:
         if self.score_tasks is not None:
             with self._noted.at_once():
                 scores = self.score_tasks(self.model)
-            self.metrics.write("eval", **self._position(), **scores)
+            self._tell("eval", **self._position(), **scores)
 
     def _save(self) -> None:
         data = self.data.loader.state(self.progress.step)
@@ -379,15 +382,6 @@ def gradients_of_batch(
                 loss.backward()
             total += loss.item()
     return total
-
-
-def clip_gradients(model: torch.nn.Module, limit: float | None) -> float:
-    """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    length: float = gathered(norm).item()
-    if limit is not None and not length + 1e-6 <= limit:  # else torch would multiply all of them by 1
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return length
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
