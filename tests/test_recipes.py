@@ -64,10 +64,11 @@ def test_the_papers_recipe_is_tables_2_and_3(arm: str) -> None:
         assert [getattr(run.model, name).scale for name in names] == [None, None, 1, 1, None]
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(100_000, 2000), (20_000, 2000), (300, 30), (9, 0)])
+@pytest.mark.parametrize(("steps", "warmup"), [(100_000, 2000), (20_000, 2000), (19_990, 1999), (300, 30), (9, 0)])
 def test_a_short_run_warms_up_over_a_tenth(steps: int, warmup: int) -> None:
-    assert make_run("gpt", vocab_size=9, steps=steps).schedule.warmup_steps == warmup
-    assert make_run("ngpt", vocab_size=9, steps=steps).schedule.warmup_steps == 0
+    for recipe in ("paper", "law"):
+        assert make_run("gpt", "demo", recipe, vocab_size=9, steps=steps).schedule.warmup_steps == warmup
+        assert make_run("ngpt", "demo", recipe, vocab_size=9, steps=steps).schedule.warmup_steps == 0
 
 
 def differences(one: Any, other: Any) -> set[str]:
