@@ -109,10 +109,9 @@ class Trainer:
 
     def _with_dtype(self, model: Decoder, resume: bool) -> RunConfig:
         """The configuration with a format in place of "auto": that of the run which is resumed, or the faster one here."""
-        train, self._choice = self.config.train, "as asked for"
-        dtype = recorded_dtype(self.out) if resume and train.dtype == "auto" else train.dtype
-        if train.dtype == "auto":
-            self._choice = "the faster one here" if dtype == "auto" else "as before"
+        train, before = self.config.train, recorded_dtype(self.out) if resume else "auto"
+        dtype = before if train.dtype == "auto" else train.dtype
+        self._choice = "the faster one here" if dtype == "auto" else "as before" if dtype == before else "as asked for"
         found = name_of(resolve_dtype(dtype, model, self.micro_batch_size * train.seq_len))
         return replace(self.config, train=replace(train, dtype=found))
 
