@@ -52,7 +52,7 @@ FLOORS = {
         ),
     ],
     "inspect": ["report.inspection.inspect"],
-    "report": ["report.ladder.write_ladder"],
+    "report": ["report.ends_page.write_ends"],
     "generate": ["generation.samples.continuations", "generation.samples.continues", "generation.samples.Conversation"],
     "export": ["interop.export.export"],
     "push": ["interop.export.push"],
