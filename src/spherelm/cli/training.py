@@ -57,9 +57,9 @@ def compare(
     given = {"fields": set_ or None, "compile": False if no_compile else None, **config}
     asked = CompareConfig(**given | {"data": prepared(config.get("data"), out)})
     run_comparison(asked, out, resume, workers)
-    page = write_report(out)
+    write_report(out)
     print(conclusion(out))
-    print(f"The page: {page.resolve()}")
+    print(f"The page: {(out / 'report.html').resolve()}")
 
 
 def train(
