@@ -206,8 +206,11 @@ class Added(argparse.Action):
     """Of a list: the values behind every time that the flag is given."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Keep the values beside those that there are."""
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *itertools.chain(*values)))
+        """Keep the values beside those that there are. Raises `UserError` where nothing is listed."""
+        listed = tuple(itertools.chain(*values))
+        if not listed:
+            raise UserError(f"{option} lists nothing: name one at least, or leave it out")
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *listed))
 
 
 class Layout(argparse.RawDescriptionHelpFormatter):
