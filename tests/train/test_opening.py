@@ -40,6 +40,7 @@ def shown_validations(lines: list[str]) -> list[tuple[int, str]]:
     return [(int(match[1]), match[2]) for match in found if match]
 
 
+@pytest.mark.row("Screen")
 def test_a_log_file_gets_plain_lines(
     trainer: MakeTrainer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_log_file_gets_plain_lines(
     assert "warning" not in told
 
 
+@pytest.mark.row("Screen")
 @pytest.mark.parametrize("bars", [True, False])
 def test_a_terminal_gets_a_bar_and_the_same_validations(
     bars: bool, trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +121,7 @@ def test_text_that_repeats_is_warned_of(times: float, said: str) -> None:
     assert all(line.startswith("warning: most is read") for line in found)
 
 
+@pytest.mark.row("Screen")
 def test_a_run_warns_of_text_that_repeats_and_of_memory_that_does_not_fit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
