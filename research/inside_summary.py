@@ -143,7 +143,7 @@ def text(found: dict[str, Any]) -> str:
     """The table and the findings, as Markdown."""
     means = " and ".join(f"{NAMES[arm]} {measured['lens_loss'][-1]:.2f}" for arm, measured in found["arms"].items())
     about = (
-        f"Means over {len(found['runs']) // 2} seeds an arm, on {found['tokens']:,} tokens of the {found['text']}, where "
+        f"Means over {len(found['runs']) // 2} seeds per arm, on {found['tokens']:,} tokens of the {found['text']}, where "
         f"the loss is {means} nats per token."
     )
     rows = [f"| {' | '.join(row)} |" for row in table(found)]

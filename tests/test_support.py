@@ -190,9 +190,9 @@ ROWS: dict[str, Callable[[Case], Iterator[commands.Answer]]] = {
 }
 """What each row means: the commands that work, or are all refused."""
 REFUSED = {
-    (MASK, "encoder-decoders"): "--mask-documents is for running text: pairs are apart anyway",
-    (EVAL, "encoder-decoders"): "is an encoder-decoder, which is measured by --translate",
-    (MASK, "encoders"): "--mask-documents is for models that write",
+    (MASK, "encoder-decoders"): "--mask-documents is for running text: pairs are always separate",
+    (EVAL, "encoder-decoders"): "is an encoder-decoder: use --translate",
+    (MASK, "encoders"): "--mask-documents is for models that predict the next token",
     (GENERATE, "encoders"): "writes no text",
     (EVAL, "encoders"): "predicts no next token",
     (INSPECT, "encoders"): "is an encoder",

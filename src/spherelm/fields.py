@@ -108,7 +108,7 @@ def mistake(error: ValidationError, place: str = "") -> UserError:
     if first["type"] == "missing":
         return FieldError(name, "is missing")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return FieldError(name, "is no field: leave it out")
+        return FieldError(name, "is not a field: leave it out")
     if first["type"] == "union_tag_invalid":
         return FieldError(f"{name}.kind", f"must be one of {context['expected_tags']}, got {context['tag']!r}")
     bounds = [f"must be {words} {context[bound]:.4g}" for bound, words in BOUNDS.items() if bound in context]

@@ -282,7 +282,7 @@ def test_one_flipped_bit_is_refused(name: str, tmp_path: Path) -> None:
     (path / name).write_bytes(damaged)
     before = state_of(model, optimizer)
     with pytest.raises(
-        ValueError, match=rf"{name} is damaged .*sha256.*delete this checkpoint to go on from the one before"
+        ValueError, match=rf"{name} is damaged .*sha256.*delete this checkpoint to resume from the one before"
     ):
         load_checkpoint(path, model, optimizer)
     assert_equal(state_of(model, optimizer), before)

@@ -125,7 +125,7 @@ def test_a_signal_saves_before_anything_else_is_measured(
         patch.setattr(first, "_update", noted_update)
         patch.setattr(first.model, "loss", noted_loss)
         with pytest.raises(
-            Interrupted, match=f"SIGHUP: saved .*run at step {step}; go on with: spherelm train --resume .*run$"
+            Interrupted, match=f"SIGHUP: saved .*run at step {step}; resume with: spherelm train --resume .*run$"
         ):
             first.run(show_progress=False)
     assert [call for call in calls if call != "training"][-1] == kind

@@ -25,7 +25,7 @@ class DryRun:
     """What a dry run takes for granted.
 
     Attributes:
-        dry_run: Print parameters, memory a device, operations, time and the resolved configuration, and stop.
+        dry_run: Print parameters, memory per device, operations, time and the resolved configuration, and stop.
         json: Print what a dry run says as JSON.
         world_size: Devices that the dry run spreads the run over.
         mfu: Part of the peak that the dry run assumes to be reached.

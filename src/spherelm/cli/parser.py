@@ -49,7 +49,7 @@ class Needs:
         blocking = [other for other in self.without if holds(other, given)]
         if blocking:
             more = f", or give {' or '.join(self.beside)} too" if self.beside else ""
-            return f"{flag} does nothing beside {blocking[0]}: leave one of them out{more}"
+            return f"{flag} has no effect with {blocking[0]}: leave one of them out{more}"
         if self.without:
             return None
         return f"{flag} acts only with {' or '.join(self.beside)}: give both, or leave {flag} out"
@@ -149,12 +149,12 @@ class Flag:
         """A word as a value. Raises `ArgumentTypeError` for one that cannot be."""
         known = get_args(self.kind)
         if known and word not in known:
-            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}{nearest(word, known)}")
+            raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}{nearest(word, known)}")
         try:
             return word if known else self.kind(word)
         except ValueError:
             kind = "whole number" if self.kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{word!r} is no {kind}") from None
+            raise argparse.ArgumentTypeError(f"{word!r} is not a valid {kind}") from None
 
     def add_to(self, parser: Any) -> None:
         """Have `parser`, or a group of its flags, read this one. What is not given is not in the namespace."""

@@ -167,7 +167,7 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
         except ValueError as error:
             print(f"spherelm: {error}", file=sys.stderr, end="", flush=True)
         print(flush=True)
-    print("The context is full: begin anew, or give --window.", file=sys.stderr)
+    print("The context is full: start again, or use --window.", file=sys.stderr)
 
 
 Weights = Literal["float32", "bfloat16", "float16"]

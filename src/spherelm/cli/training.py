@@ -126,17 +126,17 @@ def resumed(resume: str | None, out: Path | None, chosen: Mapping[str, Any]) -> 
     """
     if resume and out not in (None, Path(resume)):
         raise UserError(
-            f"--resume {resume} goes on in {resume}: leave out --out {out}, or begin a new run by --init-from {resume}"
+            f"--resume {resume} continues {resume}: leave out --out {out}, or start a new run with --init-from {resume}"
         )
     directory = Path(resume) if resume else out
     if directory is None:
-        raise UserError("no directory is given: --out DIR for a new run, --resume RUN to go on with one")
+        raise UserError("no directory is given: --out DIR for a new run, --resume RUN to continue one")
     if resume is None or (not resume and chosen.keys() & {"arm", "config"}):
         return directory, chosen.get("config")
     if chosen:
         name = next(iter(chosen))
         raise UserError(
-            f"--{name.replace('_', '-')} does nothing beside --resume: {directory}/config.json says it, leave it out"
+            f"--{name.replace('_', '-')} has no effect with --resume: {directory}/config.json sets it; leave it out"
         )
     if not (directory / "config.json").is_file():
         raise NotFoundError(
@@ -162,7 +162,7 @@ def run_of_whole(
 
     refused = [name for name in ("arm", "preset", "recipe") if name in chosen]
     if refused:
-        raise UserError(f"--{refused[0]} does nothing beside --config {config}, which is of a whole run: leave it out")
+        raise UserError(f"--{refused[0]} has no effect with --config {config}, which is of a whole run: leave it out")
     refuse_strangers(config, record)
     run = changed(read_config(config), asked)
     if "init_from" in chosen:

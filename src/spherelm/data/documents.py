@@ -59,8 +59,8 @@ def format_of(path: Path) -> str:
     kind = suffixes[-2:-1] if compressed else suffixes[-1:]
     if not kind or kind[0] not in SUFFIXES:
         raise DocumentError(
-            f"{path}: cannot tell what this file holds; rename it to end in {', '.join(SUFFIXES)}, and behind it "
-            f"{', '.join(COMPRESSIONS)} if it is compressed"
+            f"{path}: cannot tell what this file holds; rename it to end in {', '.join(SUFFIXES)}, "
+            f"followed by {', '.join(COMPRESSIONS)} if it is compressed"
         )
     return kind[0]
 

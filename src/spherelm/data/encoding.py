@@ -133,7 +133,7 @@ class Encoder:
         if any((ids == self._tokenizer.eos_id).any() for ids in out):
             raise UserError(
                 f"tokenizer {self._tokenizer.name} encodes plain text to its end token, so documents could not be "
-                "told apart: choose another tokenizer"
+                "separated: choose another tokenizer"
             )
         return out
 

@@ -209,7 +209,7 @@ class _Work:
         if not same_inputs or {**old, "inputs": None} != {**new, "inputs": None}:
             raise OutputExistsError(
                 f"{self._partial} holds unfinished work with other inputs or options: "
-                "give the first command again, or delete that directory to start over"
+                "run the first command again, or delete that directory to start over"
             )
         for name in ("documents", "duplicates"):
             counts = position.get(name, [])[:begun]

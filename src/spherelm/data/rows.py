@@ -56,14 +56,14 @@ class Rows:
         found = record if isinstance(record, str) else value_in(record, self.field)
         if not isinstance(found, str):
             names = ", ".join(_names_in(record)[:_NAMES])
-            missing = f"it has {names}" if names else "it is no object"
+            missing = f"it has {names}" if names else "it is not an object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = self.other_field if found is _MISSING and names else "mend that row"
+            fix = self.other_field if found is _MISSING and names else "fix that row"
             return self.refuse(where, f'no string under "{self.field}"', f" ({reason}); {fix}")
         try:
             found.encode("utf-8")
         except UnicodeEncodeError as error:
-            return self.refuse(where, "half of a surrogate pair", f" at character {error.start}; mend it")
+            return self.refuse(where, "half of a surrogate pair", f" at character {error.start}; fix it")
         return found
 
     def refuse(self, where: str, reason: str, more: str) -> Bad:
@@ -140,9 +140,9 @@ def csv_rows(path: Path, rows: Rows, delimiter: str) -> Iterator[Read]:
                 text = rows.text(f"{path}, line {reader.line_num}", dict(zip(names, values, strict=False)))
                 yield [text], len(text), position()
         except csv.Error as error:
-            raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); mend that line") from error
+            raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); fix that line") from error
         except UnicodeDecodeError as error:
-            raise not_utf8(path, f"behind line {reader.line_num}") from error
+            raise not_utf8(path, f"after line {reader.line_num}") from error
 
 
 def is_list(path: Path) -> bool:
@@ -161,7 +161,7 @@ def list_rows(path: Path, rows: Rows) -> Iterator[Read]:
         except UnicodeDecodeError as error:
             raise not_utf8(path, f"byte {error.start}") from error
         except (ValueError, RecursionError) as error:
-            raise DocumentError(f"{path}: not JSON ({error}); mend it, or write a row a line") from error
+            raise DocumentError(f"{path}: not JSON ({error}); fix it, or write a row a line") from error
         for number, record in enumerate(records, start=1):
             text = rows.text(f"{path}, entry {number}", record)
             yield [text], len(text), position()
@@ -190,7 +190,7 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
     except UnicodeDecodeError as error:
         raise DocumentError(f"{path}: text between rows {row + 1} and {row + len(batch)} is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise DocumentError(f"{path}: damaged or no Parquet file; get it again") from error
+        raise DocumentError(f"{path}: damaged, or not a Parquet file; get it again") from error
 
 
 def not_utf8(path: Path, place: str) -> DocumentError:

@@ -380,11 +380,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise NotFoundError(f"no data directory {directory}: make it with spherelm data prepare --out {directory}")
     if not path.is_file() and (directory / PARTIAL_DIRECTORY).is_dir():
-        raise ShardError.about(
-            directory, "unfinished", "give the same spherelm data prepare command again to finish it"
-        )
+        raise ShardError.about(directory, "unfinished", "run the same spherelm data prepare command again to finish it")
     if not path.is_file():
-        raise NotFoundError(f"{directory} is no data directory (no {MANIFEST_FILE}): use spherelm data prepare")
+        raise NotFoundError(f"{directory} is not a data directory (no {MANIFEST_FILE}): use spherelm data prepare")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = [entry for split in manifest["splits"].values() for entry in split["shards"] or [{}]]

@@ -333,10 +333,12 @@ def _hub(said: str) -> Hub:
     given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     known = {"config", "split", "column", "limit", "tokenizer", "val"}
     if not name or len(given) < len(pairs) or given.keys() - known:
-        raise UserError(f"{said!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
+        raise UserError(
+            f"{said!r} is not a stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}"
+        )
     limit = given.pop("limit", None)
     if limit is not None and not limit.isdecimal():
-        raise UserError(f"{said!r}: limit={limit} is no number of rows")
+        raise UserError(f"{said!r}: limit={limit} is not a number of rows")
     own: Any = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
     return Hub(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
 

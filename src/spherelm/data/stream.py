@@ -100,7 +100,7 @@ class StreamLoader:
             self._held.pop(self._next - 2, None)
             self._next += 1
         if block not in self._held:
-            raise UserError(f"window {number} of the stream lies behind: a stream only goes forward")
+            raise UserError(f"window {number} of the stream is already past: a stream only moves forward")
         window: npt.NDArray[np.int64] = self._held[block][1][place].astype(np.int64)
         return window
 

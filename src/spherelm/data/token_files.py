@@ -65,7 +65,9 @@ class TokenFile(Shard):
         dtype, start, self._borders = _layout(path, tokenizer.vocab_size)
         size = path.stat().st_size - start
         if size <= 0 or size % dtype.itemsize:
-            raise ShardError.about(path, f"{counted(size, 'byte')} are no row of {dtype.name}", "copy the file again")
+            raise ShardError.about(
+                path, f"{counted(size, 'byte')} do not fill rows of {dtype.name}", "copy the file again"
+            )
         self.tokens = mapped(path, dtype, size // dtype.itemsize, start)
         sample = np.concatenate(list(_samples(self.tokens, _SAMPLE)))
         self.header = ShardHeader(
@@ -171,9 +173,9 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int64], int]:
     data = path.read_bytes()
     magic, version, kind, sequences, borders = _MEGATRON.unpack_from(data.ljust(_MEGATRON.size, b"\0"))
     if (magic, version) != (_MEGATRON_MAGIC, 1) or len(data) != _MEGATRON.size + 12 * sequences + 8 * borders:
-        raise ShardError.about(path, "is no index of Megatron's, is cut off, or has modes", "make the files again")
+        raise ShardError.about(path, "is not a Megatron index, is cut off, or has modes", "make the files again")
     if kind not in _MEGATRON_KINDS:
-        raise ShardError.about(path, f"numbers of kind {kind} are no token ids", "make the files again")
+        raise ShardError.about(path, f"numbers of kind {kind} are not token ids", "make the files again")
     at = _MEGATRON.size
     lengths = np.frombuffer(data, "<i4", sequences, at).astype(np.int64)
     offsets = np.frombuffer(data, "<i8", sequences, at + 4 * sequences)
@@ -181,7 +183,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int64], int]:
     dtype, ends = np.dtype(_MEGATRON_KINDS[kind]), np.cumsum(lengths)
     starts = ends - lengths
     if (offsets != starts * dtype.itemsize).any() or (documents[1:] < documents[:-1]).any():
-        raise ShardError.about(path, "sequences that do not stand one behind the other", "make the files again")
+        raise ShardError.about(path, "sequences that are not stored one after another", "make the files again")
     return dtype, np.unique(starts[documents[documents < sequences]]), int(lengths.sum())
 
 

@@ -52,7 +52,7 @@ def parse_positions(base: float | None, scaling: str | None) -> Positions:
         factor = 0.0
     if name not in SCALINGS or not 1 <= factor < float("inf"):
         raise UserError(
-            f"{scaling!r} is no way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
+            f"{scaling!r} is not a way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
         )
     return Positions(base, name, factor)
 

@@ -113,8 +113,8 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
     if not isinstance(architecture := full["gpt"][0].model.architecture, DecoderArch):
         raise UserError(
-            f"compare is of models that go on with a text, and preset {config.preset!r} is of the architecture "
-            f"{architecture.kind}: spherelm sweep trains both arms of it"
+            f"compare is for language models, and preset {config.preset!r} has the architecture "
+            f"{architecture.kind}: use spherelm sweep to train both arms"
         )
     data = open_data(full["gpt"][0])
     check_runs(

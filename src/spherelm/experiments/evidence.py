@@ -63,7 +63,8 @@ class Ladder:
             )
         if self.test.fingerprint == val.fingerprint:
             raise UserError(
-                f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
+                f"{grid.test} has the validation text of {grid.data}, which chooses the learning rates: give --test "
+                "held-out text"
             )
         self.vocab_size = train.vocab_size
         self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
@@ -205,7 +206,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
                 record = summary(grid, ladder.identity, measured, costs)
                 write_json(out / "evidence.json", record)
     if is_over.is_set():
-        say(f"time is up (--minutes {minutes:g}); run the same command again to go on")
+        say(f"time is up (--minutes {minutes:g}); run the same command again to continue")
     return record
 
 
@@ -232,7 +233,7 @@ def time_limit(minutes: float | None) -> Iterator[threading.Event]:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def interrupt(number: int, frame: Any) -> None:
-        raise Interrupted("stopped; run the same command again to go on", number)
+        raise Interrupted("stopped; run the same command again to continue", number)
 
     timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), end)
     timer.daemon = True

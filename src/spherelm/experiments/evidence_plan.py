@@ -70,7 +70,7 @@ class Grid:
         for name in ("sizes", "contexts", "budgets", "contenders"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise UserError(f"{name} has a value twice, {values}: let each occur once")
+                raise UserError(f"{name} has a value twice, {values}: give each once")
         steps: dict[tuple[str, int, int], float] = {}
         for point in self.points():
             other = steps.setdefault((point.size, point.context, point.steps), point.budget)

@@ -191,7 +191,7 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         return []
     twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
     if twice:
-        raise UserError(f"two runs would share the directory {twice[0]}: let each value occur once")
+        raise UserError(f"two runs would share the directory {twice[0]}: give each value once")
     check_runs([job.config for job in jobs])
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
@@ -210,13 +210,13 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         except (BrokenProcessPool, KeyboardInterrupt) as error:
             if isinstance(error, BrokenProcessPool) and not asked:
                 raise StorageError(
-                    "a training process was killed (out of memory?): use fewer --workers and go on with the same "
-                    "command (compare: add --resume)"
+                    "a training process was killed (out of memory?): use fewer --workers and run the same "
+                    "command again (compare: add --resume)"
                 ) from error
             # A worker that has ended after a signal to the whole group may be noticed here before the signal is.
             _stop(pool)
             raise Interrupted(
-                "stopped; every run under way was saved; go on with the same command (compare: add --resume)",
+                "stopped; every run under way was saved; run the same command again to continue (compare: add --resume)",
                 asked[0] if asked else signal.SIGINT,
             ) from error
         except BaseException:

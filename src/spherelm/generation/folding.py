@@ -284,17 +284,17 @@ KNOWN: tuple[type[nn.Module], ...] = (
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
     if type(model) not in (GPT, NGPT) or any(block.letters != "A-" for block in model.blocks):  # type: ignore[union-attr]
-        return f"{type(model).__name__} is no language model of attention and MLP alone"
+        return f"{type(model).__name__} is not a language model of attention and MLP alone"
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:
-            return f"{name} is a {type(module).__name__} of another make"
+            return f"{name} is a {type(module).__name__}, not spherelm's"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which would not be called"
         if getattr(module, "step", sphere.step) not in STEPS:
             return f"{name} takes a step on the sphere that is not known here"
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not Tensor:
-            return f"{name} is no plain tensor but a {type(parameter.data).__name__}"
+            return f"{name} is not a plain tensor but a {type(parameter.data).__name__}"
     return None
 
 

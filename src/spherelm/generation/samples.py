@@ -170,7 +170,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from error
     except FileNotFoundError:
         raise NotFoundError(f"no file {path}: give one with a prompt a line") from None
     read = _from_json if path.suffix == ".jsonl" else lambda path, number, line: line.rstrip("\r")
@@ -233,7 +233,7 @@ class Conversation:
         if room is not None and len(ids) >= room:
             raise UserError(
                 f"the context of {self._model.config.max_seq_len} tokens has room for {room} more and your text has "
-                f"{len(ids)}: say less, begin anew, or let the window slide (--window)"
+                f"{len(ids)}: type less, start again, or let the window slide (--window)"
             )
         if self._text is None:
             self._text = Continuation(self._model, [ids], self._sampling, [self._seed], self._window)

@@ -280,7 +280,7 @@ def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
     note("", record)
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]} stands there twice, in two places: leave one of them out")
+        raise UserError(f"{twice[0]} is set twice: leave one of them out")
     return dict(found)
 
 

@@ -21,7 +21,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     if isinstance(together, list):
         return field, together
     if "[" in values:
-        raise UserError(f"cannot read {text!r}: what stands in brackets is a list, such as betas=[0.9,0.95]")
+        raise UserError(f"cannot read {text!r}: a value in brackets is a list, such as betas=[0.9,0.95]")
     return field, [_value(value) for value in values.split(",")]
 
 

@@ -267,7 +267,7 @@ def _page(
         kicker="spherelm inspect",
         title="Inside the models",
         subtitle=f"{counted(len(inspected), 'run')} · {si(count)} tokens of text",
-        caption=f"Inspected runs. The loss is that on the {count:,} tokens looked at, of {source}.",
+        caption=f"Inspected runs. The loss is that on the {count:,} tokens read, of {source}.",
         rows=rows,
         sentence=sentence,
         sections=sections,

@@ -134,7 +134,7 @@ def _caption(comparison: Comparison, unit: str, crossed: bool) -> str:
             f"The same over training time as the runs recorded it, validation not counted: {listed(full)}. {diamond}"
             "Runs may have shared the machine; the factor in seconds above uses step times measured apart."
         )
-    several = "Thin lines are single seeds, thick lines their mean. " if comparison.seeds > 1 else "One seed an arm. "
+    several = "Thin lines are single seeds, thick lines their mean. " if comparison.seeds > 1 else "One seed per arm. "
     gone = "".join(f"{escape(run.name)} diverged. " for arm in arms for run in arm.runs if run.diverged)
     ends = (
         f"Circles are the ends of {winner}’s whole schedules of several lengths; compare these with the dashed line, and not "

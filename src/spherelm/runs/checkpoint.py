@@ -38,7 +38,7 @@ from spherelm.runs.group import Group
 from spherelm.sharding import from_own_part, is_sharded, own_part
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-REMEDY = "delete this checkpoint to go on from the one before"
+REMEDY = "delete this checkpoint to resume from the one before"
 NAME = re.compile(r"step-(\d{8})")
 RANDOM_STATE = "random_state"
 _WRITTEN = re.compile(r"shard-(\d+)-model-0000([12])-of-\d+\.safetensors")
@@ -263,7 +263,7 @@ def no_checkpoint(path: Path) -> NotFoundError:
     if not runs:
         return NotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
     more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
-    return NotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
+    return NotFoundError(f"{path} is not a run but contains runs: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:
@@ -359,7 +359,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     """
     if not any(checkpoint.glob(f"{Path(MOMENTS).stem}*.safetensors")):
         raise UserError(
-            f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot go on from it; "
+            f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot resume from it; "
             f"{REMEDY}"
         )
     state = _read_state(checkpoint, group)

@@ -188,7 +188,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
     Raises `UserError` naming what is missing, unknown or wrong.
     """
     if not isinstance(record, dict):
-        raise UserError("not a run configuration: it is no object with fields")
+        raise UserError("not a run configuration: it is not an object with fields")
     try:
         own = {field.name for field in dataclasses.fields(Record)}
         parts = from_plain(Record, {name: value for name, value in record.items() if name in own})
@@ -251,7 +251,7 @@ def _read_json(text: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         if twice:
-            raise UserError(f"{twice[0]!r} stands twice in one object")
+            raise UserError(f"{twice[0]!r} occurs twice in one object")
         return dict(pairs)
 
     return json.loads(text, object_pairs_hook=once)

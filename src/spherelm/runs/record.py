@@ -140,7 +140,7 @@ def is_taken(out: Path, resume: bool) -> bool:
         return False
     if not resume:
         raise OutputExistsError(
-            f"{out} already holds something: choose another --out, or --resume to go on with what is there"
+            f"{out} already holds something: choose another --out, or --resume to continue the run there"
         )
     if not (out / "config.json").exists():
         raise OutputExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")

@@ -1,4 +1,4 @@
-"""What a run would take, told before it starts: parameters, memory a device, operations, time. `spherelm train --dry-run`.
+"""What a run would take, told before it starts: parameters, memory per device, operations, time. `spherelm train --dry-run`.
 
 Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs without
 torch.compile, which holds less). Assumed, and said so: the device's peak, the part of it that is reached, float32 weights,
@@ -182,8 +182,8 @@ def estimate_table(found: dict[str, Any]) -> str:
     rows += [_row(role, f"{count:,}") for role, count in found["parameters_by_role"].items()]
     rows += [_row("total", f"{found['parameters']:,}")]
     if found["parameters_active"] != found["parameters"]:
-        rows += [_row("met by a token", f"{found['parameters_active']:,}")]
-    rows += ["", f"memory a device, GiB ({_spread(layout)})"]
+        rows += [_row("active per token", f"{found['parameters_active']:,}")]
+    rows += ["", f"memory per device, GiB ({_spread(layout)})"]
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [_row("a device has", f"{found['device_memory'] / 2**30:,.2f}")]
     if not found["fits"]:
@@ -198,9 +198,9 @@ def estimate_table(found: dict[str, Any]) -> str:
         _row("tokens", f"{found['tokens']:,}"),
         *(_row("epochs", rounded(count)) + f"  of {name}" for name, count in found["epochs"].items()),
         *(f"  {line}" for line in repetition(found["epochs"])),
-        _row("FLOPs a token", f"{found['flops_per_token']:.4g}"),
+        _row("FLOPs per token", f"{found['flops_per_token']:.4g}"),
         _row("FLOPs", f"{found['flops']:.4g}"),
-        _row("seconds an update", f"{found['step_seconds']:,.4g}"),
+        _row("seconds per update", f"{found['step_seconds']:,.4g}"),
         _row("hours", f"{found['hours']:,.4g}"),
         f"  assumed: {assumed['peak_tflops']:g} TFLOP/s a device, {100 * assumed['mfu']:g} % of it reached, "
         f"{assumed['dtype']}, not compiled",

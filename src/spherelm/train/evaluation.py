@@ -38,7 +38,7 @@ def transformers_tokenizer(directory: Path) -> Any:
     if isinstance(tokenizer, SentencePieceTokenizer):
         raise UserError(
             f"tasks need a tokenizer.json, and the run's tokenizer {tokenizer.name} is a SentencePiece model: for this run "
-            "only --perplexity can be had"
+            "only --perplexity works"
         )
     try:
         from spherelm.interop.huggingface.tokenization import fast_tokenizer
@@ -67,7 +67,7 @@ def load_decoder(run: Path) -> Decoder:
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
         raise UserError(
-            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of a language model"
+            f"{run} is an encoder-decoder: use --translate and --reference, or pass a run of a language model"
         )
     if isinstance(model, MaskedModel):
         raise UserError(f"{run} is an encoder, which predicts no next token: pass a run of a language model")

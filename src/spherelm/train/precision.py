@@ -98,5 +98,5 @@ def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
         trial()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        say(f"torch.compile does not work here ({reason}); going on without it")
+        say(f"torch.compile does not work here ({reason}); continuing without it")
         torch.compiler.set_stance("force_eager")

@@ -124,11 +124,11 @@ class Threads:
         if seconds > SLOW * median:
             reason = f"a step took {seconds / median:.1f} times as long as those before it"
         elif before < self.limit and self._free_cores() > 0.7:
-            reason = "a core has nothing to do"
+            reason = "a core is idle"
         else:
             return None
         self._choose()
-        return None if self.count == before else f"{self.count} of {self.limit} threads from here on: {reason}"
+        return None if self.count == before else f"{self.count} of {self.limit} threads from now on: {reason}"
 
     def _free_cores(self) -> float:
         """How many cores had nothing to do, in the mean since this was last asked."""

@@ -37,11 +37,11 @@ from spherelm.runs.group import Group
 from spherelm.runs.metrics import in_words
 from spherelm.runs.record import open_run, recorded_dtype
 from spherelm.train.batches import open_data, total_loss, validation_losses
-from spherelm.train.begun import begin_with, check_length
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
+from spherelm.train.init_from import check_length, load_initial_weights
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, Spread, joined, spread
@@ -74,7 +74,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         model = build(config.model)
         if config.init_from and not (resume and latest_checkpoint(out)):
-            group.together(lambda: begin_with(model, Path(str(config.init_from)), self.data.tokenizer))
+            group.together(lambda: load_initial_weights(model, Path(str(config.init_from)), self.data.tokenizer))
         model.to(self.device)
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
@@ -186,7 +186,7 @@ class Trainer:
             self.checkpoints.wait()
             name = signal.Signals(stop.number).name
             command = f"spherelm train --resume {shlex.quote(str(self.out))}"
-            raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with: {command}", stop.number) from None
+            raise Interrupted(f"{name}: saved {self.out} at step {step}; resume with: {command}", stop.number) from None
 
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many updates, and at the end, is to be done now."""
@@ -299,7 +299,7 @@ class Trainer:
         loss, strangers = total_loss(self.data, losses), self.group.strangers(self.model)
         if strangers:
             raise self._diverged(
-                f"rank {', '.join(map(str, strangers))} holds other weights than its fellows at step {step}"
+                f"rank {', '.join(map(str, strangers))} holds different weights from the other ranks at step {step}"
             )
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss} at step {step}")

@@ -153,7 +153,7 @@ def measuring(facts: Facts) -> list[str]:
     if facts.folded:
         lines.append(f"vllm serve {facts.address} --trust-remote-code")
     return [
-        "## Measuring and serving it" if facts.folded else "## Measuring it",
+        "## Evaluating and serving it" if facts.folded else "## Evaluating it",
         "```sh\n" + "\n".join(lines) + "\n```",
     ]
 
@@ -257,7 +257,7 @@ def model_card(facts: Facts) -> str:
             f"```python\n{loading(facts)}\n```",
             *training_note(facts),
             *measuring(facts),
-            "## How it came about",
+            "## How it was trained",
             table(origin_rows(facts)),
             "## Rights",
             licence_note(facts) + "\n",
