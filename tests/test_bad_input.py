@@ -1,4 +1,4 @@
-"""What users get wrong is answered with code 2 and one line that names it and what to do, and harms nothing."""
+"""Users' mistakes end with exit code 2 and one line with the value and the fix, and change nothing on disk."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_a_rate_that_float32_does_not_hold_diverges(
 
 
 class Refusal(UserError):
-    """What one of the floors below does not take."""
+    """An error of a lower floor."""
 
 
 REFUSING = {
@@ -318,7 +318,7 @@ REFUSING = {
     "the tasks": "spherelm.train.trainer.task_scorer",
     "the sinks": "spherelm.train.trainer.check_names",
 }
-"""What may refuse a run that its configuration allows, by what does."""
+"""Functions that may refuse a run that its configuration allows."""
 
 
 @pytest.mark.parametrize("what", REFUSING)
@@ -365,7 +365,7 @@ LATE = {
     "data pairs": "spherelm.data.pairs.write_json",
     "data prepare": "spherelm.data.prepare._Work.run",
 }
-"""What each of the commands that make a directory does near its end."""
+"""A function that each command with an output directory calls near its end."""
 
 
 @pytest.mark.parametrize("name", LATE)

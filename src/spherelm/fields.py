@@ -55,7 +55,7 @@ def called(name: Callable[[str], str]) -> Iterator[None]:
 
 @cache
 def checker(kind: Any) -> TypeAdapter[Any]:
-    """What checks the values of all fields of the dataclass `kind`."""
+    """The validator of all fields of the dataclass `kind`."""
     hints = get_type_hints(kind, include_extras=True)
     # Nothing in a TypedDict is built or replaced but the values themselves.
     values = TypedDict(kind.__name__, {field.name: hints[field.name] for field in fields(kind)})  # type: ignore[misc]
@@ -93,7 +93,7 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
 
 @cache
 def reader(kind: Any) -> TypeAdapter[Any]:
-    """What builds the dataclass `kind` and those in it."""
+    """The builder of the dataclass `kind` and those nested in it."""
     return TypeAdapter(kind)
 
 

@@ -77,7 +77,7 @@ def test_what_cannot_be_is_named(fields: dict[str, Any], message: str) -> None:
 
 
 def search(loss: Any, start: float = 1.0) -> dict[float, float]:
-    """What `Ladder.tune` does, on a known curve."""
+    """`Ladder.tune` on a known curve."""
     found: dict[float, float] = {}
     pending = [start, start / 2, start * 2]
     while pending:

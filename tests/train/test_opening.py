@@ -1,4 +1,4 @@
-"""What a person sees of a run: how it begins, then its losses as they come, on a terminal and in a log file."""
+"""Output of a run on screen: how it begins, then its losses as they come, on a terminal and in a log file."""
 
 from __future__ import annotations
 

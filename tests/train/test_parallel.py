@@ -166,7 +166,7 @@ AllEnded = dict[str, list[ranks.Ended]]
 
 @pytest.fixture(scope="module")
 def ended(data: Path, root: Path) -> AllEnded:
-    """What became of every run of this file, by name."""
+    """The result of every run of this file, by name."""
     jobs = disturbed_jobs(root, data) | spread_jobs(root, data) | moved_jobs(root, data)
     return dict(zip(jobs, ranks.run_ranks(list(jobs.values()), root / "err"), strict=True))
 

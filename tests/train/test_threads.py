@@ -24,7 +24,7 @@ def same_threads_afterwards() -> Iterator[None]:
 
 
 def machine(times: dict[int, float]) -> Callable[[], float]:
-    """What takes so long on so many threads."""
+    """A step that takes so long on so many threads."""
     return lambda: times[torch.get_num_threads()]
 
 

@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
 """Every command by its whole name, in the order in which `--help` lists them."""
 
 ALSO = {"presets": ["list", "presets"], "recipes": ["list", "recipes"]}
-"""Commands that are another with a word behind it."""
+"""Groups of commands whose names have two words."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def stop(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command line. Other libraries are `silenced`; their errors are not.
 
-    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 something asked for cannot be,
+    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 a request that cannot be met,
     3 processes of the run no longer answer, 128 + n stopped by signal n.
     """
     try:

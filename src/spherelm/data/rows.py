@@ -48,7 +48,7 @@ class Rows:
 
     @property
     def other_field(self) -> str:
-        """How to mend a wrong field."""
+        """How to fix a wrong field."""
         return "name another field" if self.skip_bad is None else "name another with --field"
 
     def text(self, where: str, record: Any) -> str:
@@ -75,7 +75,7 @@ class Rows:
 
 
 def value_in(record: Any, field: str) -> Any:
-    """What stands in `record` under `field`, which may go through several objects by points."""
+    """The value in `record` of `field`, which may be a path of names joined by points."""
     if not isinstance(record, dict):
         return _MISSING
     if field in record:
@@ -98,7 +98,7 @@ def _names_in(record: Any, before: str = "") -> list[str]:
 
 
 def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
-    """What to say of a table that lacks the column with the text."""
+    """The error of a table without the column of the text."""
     return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {rows.other_field}')
 
 
@@ -194,7 +194,7 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
 
 
 def not_utf8(path: Path, place: str) -> DocumentError:
-    """What to say of a file that is in another encoding."""
+    """The error of a file in another encoding."""
     start = next((data for data, _ in read_bytes(path)), b"")
     found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
     is_not = f"is {found}, not UTF-8" if found else f"is not UTF-8 ({place})"

@@ -54,7 +54,7 @@ _AT_ONCE = 1 << 22  # tokens
 
 
 class TokenFile(Shard):
-    """One file of ids and of the tokenizer that they are said to be of.
+    """One file of ids, with the tokenizer given for them.
 
     Its sha256 is of its length and of samples: all of a file up to half a million tokens. Raises ShardError for a file
     that is cut off, or whose samples hold ids that the tokenizer does not have.
@@ -85,7 +85,7 @@ class TokenFile(Shard):
 
     @cached_property
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """Where documents start: as the index says, else behind end tokens, for which the file is read whole."""
+        """Where documents start: as the index says, else after end tokens, for which the file is read whole."""
         if self._borders is not None:
             return self._borders
         ends = [
@@ -236,7 +236,7 @@ def part_of(value: str) -> float:
 
 
 def _cut(files: Sequence[TokenFile], part: float) -> dict[Split, list[TokenFile]]:
-    """The files before and behind the place from which on `part` of their tokens lies."""
+    """The parts of the files before and after the point that leaves `part` of their tokens after it."""
     before = round((1 - part) * sum(file.tokens.size for file in files))
     cut: dict[Split, list[TokenFile]] = {"train": [], "val": []}
     for file in files:

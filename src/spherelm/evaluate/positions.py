@@ -23,7 +23,7 @@ class Positions:
     """Differences from training: the frequencies of the rotation, and positions stretched by `factor`.
 
     Attributes:
-        rope_base: Another base for the rotary embedding than the one trained with.
+        rope_base: Base of the rotary embedding, if not the one trained with.
         scaling: linear (position interpolation, arXiv 2306.15595), yarn (arXiv 2309.00071) or none.
         factor: By which positions are stretched.
     """

@@ -184,7 +184,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
 
     What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which runs
-    under way save themselves and what was measured so far is returned, to go on by calling again. A signal to stop raises
+    under way save themselves and the measurements so far are returned; call again to continue. A signal to stop raises
     `Interrupted`.
     """
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):

@@ -9,7 +9,7 @@
 | GPT's RMSNorm gains | the columns of the matrices that read the normalized state |
 
 `s_qk` cannot go into `W_q`: the query is normalized after the product, which would take a common factor out again and
-let the others change its length; and it acts channel by channel behind the rotation, which mixes channels i and i + d_k/2
+let the others change its length; and it acts channel by channel after the rotation, which mixes channels i and i + d_k/2
 by angles that depend on the position. It costs (n_heads + n_kv_heads) d_k multiplications a layer and token, one pass over
 queries and keys.
 """
@@ -62,7 +62,7 @@ STEPS: dict[Step, Step] = {
     nvidia_step: _nvidia_step,
     sphere.riemannian_step: sphere.riemannian_step,
 }
-"""What each step on the sphere is in a folded model."""
+"""The folded form of each step on the sphere."""
 
 
 class FoldedFeedForward(nn.Module):
@@ -232,7 +232,7 @@ def folded_block(block: Block, dtype: torch.dtype) -> Block:
 
 
 class Folded(LanguageModel):
-    """What `folded` makes: a decoder whose weights are fixed."""
+    """The result of `folded`: a decoder whose weights are fixed."""
 
     def __init__(self, source: LanguageModel) -> None:
         nn.Module.__init__(self)
@@ -278,7 +278,7 @@ KNOWN: tuple[type[nn.Module], ...] = (
     *(gpt.Residual, Attention, FeedForward, Embedding, Linear, gpt.Head),
     *(ngpt.Step, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear, ngpt.Head),
 )
-"""What a foldable model consists of, besides itself."""
+"""The modules that a foldable model may consist of, besides itself."""
 
 
 def obstacle(model: nn.Module) -> str | None:

@@ -104,7 +104,7 @@ class UnitEmbedding(Embedding):
 
 
 FORMS = ("vector", "scalar", "fixed")
-"""What a learned scale may be."""
+"""The forms of a learned scale."""
 
 
 class Scale(nn.Module):

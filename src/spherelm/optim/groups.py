@@ -27,7 +27,7 @@ DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 
 @dataclass(frozen=True)
 class RateMultipliers:
-    """What the peak learning rate is multiplied by, role by role."""
+    """Factors of the peak learning rate, by role."""
 
     input_embedding: NonNegativeFloat = 1.0
     output_embedding: NonNegativeFloat = 1.0
@@ -104,7 +104,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 
 def rate_multiplier(config: OptimConfig, role: str) -> float:
-    """What the peak learning rate is multiplied by for the parameters of `role`."""
+    """The factor of the peak learning rate for the parameters of `role`."""
     if role == "matrix" and config.matrix_lr is not None:
         return config.matrix_lr / config.lr
     multiplier: float = getattr(config.multipliers, role)

@@ -36,7 +36,7 @@ def attach_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool 
 
 @dataclass(frozen=True)
 class Retraction:
-    """What happens after a step: the weights of `model` go back on the sphere."""
+    """The hook that puts the weights of `model` back on the sphere after a step."""
 
     model: nn.Module
 

@@ -171,7 +171,7 @@ def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
 OF_TRAINING = (
     "steps", "seq_len", "batch_size", "micro_batch_size", "eval_every", "eval_windows", "compile", "label_smoothing"
 )  # fmt: skip
-"""What a `TrainConfig` has from its preset."""
+"""The fields of a `TrainConfig` that its preset sets."""
 
 
 def make_run(

@@ -29,9 +29,9 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def write_report(directory: Path) -> Path:
-    """Write `directory/report.html` anew from the runs, `summary.json` and `samples.json` in it; returns its path.
+    """Write `directory/report.html` from the runs, `summary.json` and `samples.json` in it; returns its path.
 
-    The same bytes for the same runs. Beside it walk.html, linked from it. Missing checkpoints, samples or seeds are said in
+    The same bytes for the same runs. Beside it walk.html, linked from it. Missing checkpoints, samples or seeds are stated in
     words, as is why there is no walk, on stderr too. Raises `NotFoundError` for a missing summary or run, `UserError` for a
     damaged one or a missing matplotlib.
     """

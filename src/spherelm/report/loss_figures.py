@@ -91,7 +91,7 @@ def _end_lines(comparison: Comparison, ends: Sequence[tuple[float, float]]) -> l
 def _limits(
     comparison: Comparison, means: Sequence[Line], marked: Sequence[float]
 ) -> tuple[float | None, float | None]:
-    """Of the loss, without the first sixth of the run, where both arms fall steeply and nothing can be told apart."""
+    """Of the loss, without the first sixth of the run, where both arms fall steeply and cannot be distinguished."""
     if not means:
         return None, None
     end = max(float(np.max(line.x)) for line in means)

@@ -37,7 +37,7 @@ class OverDepth:
     low: float | None = 0
 
     def figure(self, found: Found, at: Callable[[Motion], int] = lambda _: -1) -> Figure:
-        """Whole numbers are behind a layer, fractions between its parts; at: the stop that the caption speaks of."""
+        """Whole numbers are after a layer, fractions between its parts; at: the stop that the caption speaks of."""
         lines = [line_of(arm, ms[0].motion.depths, [self.read(i.motion) for i in ms]) for arm, ms in found.items()]
         ends = _mean(found, lambda motion: float(self.read(motion)[at(motion)]))
         panel = Panel(lines, "layers passed", self.y, scale="layers", log=self.log, low=None if self.log else self.low)

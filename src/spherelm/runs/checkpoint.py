@@ -47,7 +47,7 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: updates made, seconds spent training, and where a stream of text goes on (`Batches.state`).
+    """How far a run has come: updates made, seconds spent training, and where a stream of text continues (`Batches.state`).
 
     skipped: updates that were left out. norm: what `Guard` remembers of gradient norms. start: the validation loss before
     training, `None` where it is not known.
@@ -62,7 +62,7 @@ class Progress:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a model is: its parameters, each once, and what else its state dict holds, such as the biases of routers."""
+    """A model's tensors: its parameters, each once, and the rest of its state dict, such as the biases of routers."""
     state = model.state_dict(keep_vars=True)
     buffers = {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
     return {**dict(model.named_parameters()), **buffers}
@@ -88,7 +88,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the file or directory on the disk before going on."""
+    """Have the file or directory on the disk before continuing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,7 +208,7 @@ class CheckpointWriter:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line: of a `CheckpointException`, on the first rank that failed."""
+    """The cause of an error, in one line; of a `CheckpointException`, that of the first rank that failed."""
     if isinstance(error, CheckpointException):
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {reason(cause)}" if len(error.failures) > 1 or rank else reason(cause)
@@ -258,7 +258,7 @@ def checkpoint_of(run: str | Path) -> Path:
 
 
 def no_checkpoint(path: Path) -> NotFoundError:
-    """What is said of a directory without a checkpoint: which runs are in it, if any."""
+    """The error of a directory without a checkpoint; it names the runs in it, if any."""
     runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
     if not runs:
         return NotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
@@ -292,7 +292,7 @@ def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[st
 
 
 class _Entry(NamedTuple):
-    """What a checkpoint calls something, which may be an older name, and its shape."""
+    """The name of a tensor in a checkpoint, which may be an older one, and its shape."""
 
     name: str
     shape: torch.Size

@@ -1,7 +1,7 @@
-"""What a run would take, told before it starts: parameters, memory per device, operations, time. `spherelm train --dry-run`.
+"""Estimate of a run's parameters, memory per device, operations and time, for `spherelm train --dry-run`.
 
 Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs without
-torch.compile, which holds less). Assumed, and said so: the device's peak, the part of it that is reached, float32 weights,
+torch.compile, which holds less). Assumed, and stated in the output: the device's peak, the part of it that is reached, float32 weights,
 gradients and moments, and that sharding splits these evenly and holds two blocks whole at a time.
 """
 
@@ -41,7 +41,7 @@ DEVICE_MEMORY = 80 * 2**30
 """Bytes of memory that a device is assumed to have where none is here and nothing is said: an H100's or an A100's."""
 
 NO_ROOM = "spread it over more devices (--strategy shard), lower --micro-batch-size, or give --recompute"
-"""What to do about a run that needs more memory than there is."""
+"""Advice for a run that needs more memory than there is."""
 
 FLOAT32 = 4
 
@@ -70,7 +70,7 @@ class Layout:
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """What a run on an accelerator computes in: "auto" is bfloat16 there."""
+    """The number format of a run on an accelerator: "auto" is bfloat16 there."""
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
@@ -176,7 +176,7 @@ def estimate(
 
 
 def estimate_table(found: dict[str, Any]) -> str:
-    """What `estimate` found, for people."""
+    """The result of `estimate` as a table."""
     layout, assumed, sequences = found["layout"], found["assumed"], found["sequences"]
     rows = [f"{found['arm']} {found['preset']}, recipe {found['recipe']}", "", "parameters"]
     rows += [_row(role, f"{count:,}") for role, count in found["parameters_by_role"].items()]

@@ -1,4 +1,4 @@
-"""What a run says before its first update: what is trained, on what, for how long, in how much memory, logged where."""
+"""The lines printed before the first update: model, device, data, length, memory, log files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from spherelm.train.precision import device_name
 from spherelm.train.sinks import check_names
 
 FEWER = "use fewer --workers, or smaller models"
-"""What to do where many runs at once need more memory than there is."""
+"""Advice where several runs at once need more memory than there is."""
 
 
 def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int, step: int, peak: str) -> list[str]:
     """The lines that tell of the run of `config` in the directory `out`, warnings last.
 
-    choice: how the number format was chosen. tokens: an update sees. step: where the run goes on. peak: what MFU is a part of.
+    choice: how the number format was chosen. tokens: an update sees. step: where the run resumes. peak: what MFU is a part of.
     """
     train, read = config.train, epochs(config, config.train.steps)
     layout = Layout(group.world_size, train.strategy, train.shard_size, train.recompute)
@@ -68,7 +68,7 @@ def saving(train: TrainConfig) -> str:
 
 
 def warnings(configs: Iterable[RunConfig], device: torch.device, processes: int) -> list[str]:
-    """What may be wrong with these runs, so many of them at once on one device: each thing once."""
+    """Warnings about these runs, so many of them at once on one device; each warning once."""
     found = [
         [*repetition(epochs(one, one.train.steps)), *room(one, Layout(), device, processes, FEWER)[1]]
         for one in configs

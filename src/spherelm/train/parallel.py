@@ -50,7 +50,7 @@ class RankLost(RuntimeError):
 
 
 class ElsewhereFailed(RuntimeError):
-    """What all ranks were to do failed on another rank, for the reason given."""
+    """A joint operation failed on another rank, for the reason given."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Trainer:
         return replace(self.config, train=replace(train, dtype=found))
 
     def _claim(self, resume: bool) -> Path | None:
-        """Take the directory for this run, and return the checkpoint to go on from."""
+        """Take the directory for this run, and return the checkpoint to resume from."""
         group = self.group
         group.first(lambda: check_length(self.out, self.config, resume))
         opened = open_run(self.out, self.config, self.data.identity, resume)
@@ -278,7 +278,7 @@ class Trainer:
         self.metrics.write("stop", **{**self._position(), **position, "reason": what})
         rate = self.config.optim.lr
         return Diverged(
-            f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or look at the text around this batch"
+            f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or check the data around this batch"
         )
 
     def _gradients(self, step: int) -> float:
@@ -387,7 +387,7 @@ def gradients_of_batch(
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
     """Do the run that `config` describes in the directory `out`; returns the final validation loss in nats per token.
 
-    Under torchrun all its processes do it together, and a restart by torchrun goes on from the last checkpoint.
+    Under torchrun all its processes do it together, and a restart by torchrun resumes from the last checkpoint.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with on_device(config.train.device), joined(config.train, best_device()) as group, ExitStack() as held:
