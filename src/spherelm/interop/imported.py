@@ -56,7 +56,7 @@ def import_hub(source: str, out: Path) -> Decoder:
     """Make `out` the run directory of the model that `spherelm export` wrote, and return the model.
 
     source: the folder, or where `spherelm push` put it on the hub: "user/name" or "user/name@revision". Its run's config comes
-    along; the optimizer starts from zero. Raises `OutputExistsError` if `out` holds something, and `UserError` for what is no such
+    along; the optimizer starts fresh. Raises `OutputExistsError` if `out` holds something, and `UserError` for what is no such
     folder, cannot be read, or is folded.
     """
     check_free(out)

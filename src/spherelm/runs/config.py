@@ -42,7 +42,7 @@ class TrainConfig:
         keep: Number of newest checkpoints to keep.
         mask_documents: Keep attention within a document where a sequence holds several.
         quiet: Show no progress.
-        log_every: Updates between lines on screen; if left out, a progress bar on a terminal, else a line every ten seconds.
+        log_every: Updates between lines on screen; if left out, a bar on a terminal, else a line every ten seconds.
         log_to: Where records go besides metrics.jsonl: any of tensorboard, wandb, trackio.
         diagnose_every: Updates between measurements of update angles and learned scales; 0: never.
         eval_tasks: Tasks of the evaluation harness to score in training (spherelm list tasks), into metrics.jsonl.
@@ -50,8 +50,8 @@ class TrainConfig:
         task_data: Directory with local copies of the tasks' data; downloaded if left out.
         eval_limit: Score only this many documents of each task; all if left out.
         keep_every: Also keep the checkpoints at multiples of this many updates; 0: none.
-        strategy: How processes share a model. replicate: each holds all of it; shard: each holds a part; hybrid: groups shard it,
-            with one replica per group.
+        strategy: How processes share a model. replicate: each holds all of it; shard: each holds a part; hybrid: each group
+            of processes shards one replica.
         shard_size: Processes per group, for the strategy hybrid.
         recompute: Activation checkpointing: recompute blocks in the backward pass. Less memory, more time.
         timeout: Seconds that processes wait for each other before the run ends.

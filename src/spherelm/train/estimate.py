@@ -1,7 +1,7 @@
 """Estimate of a run's parameters, memory per device, operations and time, for `spherelm train --dry-run`.
 
 Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs without
-torch.compile, which holds less). Assumed, and stated in the output: the device's peak, the part of it that is reached, float32 weights,
+torch.compile, which holds less). Assumed, and printed: the device's peak, the part of it that is reached, float32 weights,
 gradients and moments, and that sharding splits these evenly and holds two blocks whole at a time.
 """
 
