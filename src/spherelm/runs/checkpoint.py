@@ -352,7 +352,7 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
 
 @torch.no_grad()
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, group: Group = ALONE) -> Progress:
-    """Put `model`, `optimizer` and torch's random state back to where they were saved; returns how far the run had come.
+    """Restore `model`, `optimizer` and torch's random state from a checkpoint; returns how far the run had come.
 
     The checkpoint may come from any number of processes. Raises `ValueError` for one that is incomplete, damaged or of
     another config.
@@ -382,8 +382,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
 def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
 
-    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in float32 all the same. A
-    rounded unit vector stays as it is: a correction of its length would be rounded again (`departure` says how far it is off).
+    dtype: of the weights and the computation; lengths and rotary angles are computed in float32 in any case. Rounded unit
+    vectors are not corrected, as a correction would be rounded again; `departure` measures how far they are off.
     Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
     """
     checkpoint = checkpoint_of(run)

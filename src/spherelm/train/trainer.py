@@ -385,7 +385,7 @@ def gradients_of_batch(
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
-    """Do the run that `config` describes in the directory `out`; returns the final validation loss in nats per token.
+    """Train the run that `config` describes, in the directory `out`; returns the final validation loss in nats per token.
 
     Under torchrun all its processes do it together, and a restart by torchrun resumes from the last checkpoint.
     """
