@@ -39,7 +39,7 @@ BUSY = "while True: pass"
 
 
 class Child:
-    """A process with the code in `src` and one model, which does as it is told."""
+    """A process with the code in `src` and one model, which follows commands."""
 
     def __init__(self, src: Path, arm: str, dtype: str = "float32", threads: int | None = 1, **more: Any) -> None:
         asked = {"arm": arm, "dtype": dtype, "threads": threads, "compiled": False, "shape": DEMO, **more}

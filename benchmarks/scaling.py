@@ -66,7 +66,7 @@ def scaling(directory: Path, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def saving(directory: Path, rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds that `steps` updates take with and without one checkpoint begun in their middle, and what it holds."""
+    """Seconds that `steps` updates take with and without one checkpoint started in their middle, and what it holds."""
     from spherelm.data.sources import vocabulary_size
     from spherelm.recipes import make_run
     from spherelm.train.trainer import Trainer

@@ -22,7 +22,7 @@ if [ -e "$OUT/config.json" ]; then
     RESUME=(--resume)
 fi
 
-# Slurm sends USR1 120 seconds before the time is up, to torchrun, which passes on to its processes what it is told to.
+# Slurm sends USR1 120 seconds before the time is up, to torchrun, which passes it on to its processes.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" \
     --nproc-per-node=8 \

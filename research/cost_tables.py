@@ -39,7 +39,7 @@ def generation_times() -> str:
 
 
 def memory() -> str:
-    """What the tensors of a step hold at its peak, in MiB."""
+    """Memory of a step's tensors at its peak, in MiB."""
     found = read("memory")
     rows = []
     for way in ("compiled", "uncompiled"):
@@ -99,7 +99,7 @@ def scaling() -> str:
 
 
 def saving() -> str:
-    """What a checkpoint costs."""
+    """The cost of a checkpoint."""
     found = read("scaling")["saving"]
     return (
         f"**Checkpoints.** {found['parameters'] / 1e6:.1f} million parameters, {found['checkpoint_mb']:.0f} MB of weights and "
@@ -143,7 +143,7 @@ def peer_times() -> str:
 
 
 def profile() -> str:
-    """What a step consists of."""
+    """The parts of a step."""
     found = read("step_profile")
     parts = [name for name in found["gpt"] if not name.startswith("step_ms")]
     rows = [[name, *(f"{found[arm][name]:.0f}" for arm in NAMES)] for name in parts]

@@ -3,7 +3,7 @@
     python research/evaluate_demo.py lengths runs/demo ../shared/data/books/test-000.jsonl.xz docs/results/length.json
     python research/evaluate_demo.py tasks runs/demo ../shared/data/evals docs/results/eval-demo.json
 
-The file is written anew after each run, and what it holds already is not measured again. A number behind the words ends it
+The file is rewritten after each run, and runs already in it are not measured again. A number behind the words ends it
 after so many runs.
 """
 

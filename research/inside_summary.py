@@ -20,7 +20,7 @@ ATTENTION, MLP = ("Q", "K", "V", "W_o"), ("W_u", "W_v", "W_oMLP")
 
 
 def summary(inspected: Path) -> dict[str, Any]:
-    """What the tables say, means over the seeds of each arm unless the name says otherwise."""
+    """The numbers of the tables, means over the seeds of each arm unless the name says otherwise."""
 
     def rows(table: str, arm: str, **wanted: Any) -> list[dict[str, str]]:
         with (inspected / "tables" / f"{table}.csv").open(encoding="utf-8", newline="") as file:
@@ -108,7 +108,7 @@ def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def findings(found: dict[str, Any]) -> list[str]:
-    """What the paper does not show, a paragraph each."""
+    """Results that the paper does not show, one paragraph each."""
 
     def of_each(say: Callable[[dict[str, Any]], str]) -> str:
         return "; ".join(f"{NAMES[arm]} {say(measured)}" for arm, measured in found["arms"].items())
@@ -143,7 +143,7 @@ def text(found: dict[str, Any]) -> str:
     """The table and the findings, as Markdown."""
     means = " and ".join(f"{NAMES[arm]} {measured['lens_loss'][-1]:.2f}" for arm, measured in found["arms"].items())
     about = (
-        f"Means over {len(found['runs']) // 2} seeds an arm, on {found['tokens']:,} tokens of the {found['text']}, where "
+        f"Means over {len(found['runs']) // 2} seeds per arm, on {found['tokens']:,} tokens of the {found['text']}, where "
         f"the loss is {means} nats per token."
     )
     rows = [f"| {' | '.join(row)} |" for row in table(found)]

@@ -24,7 +24,7 @@ Text = tuple[str, str]
 
 
 def records_of(found: dict[str, Any]) -> Iterator[tuple[Text, dict[str, Any]]]:
-    """What one file holds, by text: the record of a command, or a summary of several."""
+    """The content of one file, by text: the record of a command, or a summary of several."""
     if "texts" in found:
         for text in found["texts"]:
             yield (text["text"]["train"], text["text"]["test"]), text
@@ -35,7 +35,7 @@ def records_of(found: dict[str, Any]) -> Iterator[tuple[Text, dict[str, Any]]]:
 
 
 def cost_place(cost: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells two timings apart; of one place and the same contenders the last counts."""
+    """The key of a timing; of several with the same key the last counts."""
     return cost["size"], cost["context"], cost["compiled"], tuple(cost["seconds"])
 
 

@@ -77,7 +77,7 @@ def pages() -> list[Path]:
 
 
 def renewed(text: str) -> str:
-    """A page's text with every part made anew."""
+    """A page's text with every generated part made again."""
     return PART.sub(lambda found: f"{found[1]}\n{wrapped(PARTS[found[2]]())}\n\n{found[3]}", text)
 
 

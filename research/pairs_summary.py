@@ -16,7 +16,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; ends the script with one line where it cannot be read."""
+    """The content of the file; ends the script with one line where it cannot be read."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -30,7 +30,7 @@ def shortened(command: str) -> str:
 
 
 def sweep(directory: Path) -> dict[str, Any]:
-    """What was varied, where it ended by seed, and the commands."""
+    """The varied fields, the final losses by seed, and the commands."""
     found = read_json(directory / "sweep.json")
     names = ("choice", "losses", "mean", "standard_error")
     rows = [{name: row[name] for name in names} for row in found["rows"]]

@@ -46,7 +46,7 @@ def ring(size: float, members: int) -> float:
 
 
 def traffic(strategy: str, gpus: int, weights: float, micro_batches: int) -> Traffic:
-    """What an update sends: gradients are summed once; a model in parts is gathered forward and backward each micro-batch."""
+    """Traffic of an update: gradients are summed once; a model in parts is gathered forward and backward each micro-batch."""
     gathers = 2 * micro_batches
     if strategy == "hybrid":
         within = (gathers + 1) * ring(weights, NODE)
@@ -78,7 +78,7 @@ def row(config: RunConfig, gpus: int, strategy: str) -> str:
 
 
 def retraction_bytes(config: RunConfig) -> int:
-    """What all ranks would have to sum after each update if matrices with unit columns were cut across these."""
+    """Numbers that all ranks would have to sum after each update if matrices with unit columns were cut across these."""
     with torch.device("meta"):
         model = build(config.model)
     return sum(FLOAT32 * module.weight.shape[1] for _, module, axis in unit_modules(model) if axis == 0)

@@ -163,7 +163,7 @@ def lead_grows() -> bool:
 
 
 def ladder_findings() -> str:
-    """What the tables of the ladder say."""
+    """The tables of the ladder."""
     found = points("gpt-muon")
     ahead = sum(row["speedup"] > 1 for _, row, _ in found)
     unsure = ", ".join(f"`{row['size']}`" for _, row, _ in found if row["interval"][0] <= 1)
@@ -232,7 +232,7 @@ def score(found: dict[str, float]) -> str:
 
 
 def lengths_findings() -> str:
-    """What the table of losses over length says of the models as they were trained."""
+    """The table of losses over length, of the models as they were trained."""
     found = read("length")["results"]
     arms = {arm: rises(found, arm) for arm in NAMES}
     lengths = [row["length"] for row in next(iter(found.values()))["lengths"]]

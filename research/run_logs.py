@@ -20,7 +20,7 @@ from spherelm.runs.metrics import read_metrics
 
 
 def log_of(run: Path) -> dict[str, Any]:
-    """What is kept of one run directory."""
+    """The files kept of one run directory."""
     config = read_json(run / "config.json")
     found = {"directory": run.parent.name, "run": run.name, "command": shortened(config["command"])}
     found |= {

@@ -104,7 +104,7 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class Start:
-    """What stands in for `build`: it notes the initial weights, or starts from those noted."""
+    """A replacement of `build` that notes the initial weights, or starts from those noted."""
 
     def __init__(self, path: Path, recording: bool) -> None:
         self.path, self.recording, self.build, self.same = path, recording, trainer.build, True

@@ -27,7 +27,7 @@ from spherelm.runs.record import command_line, git_commit, versions, write_json
 
 
 def fixed_fields(words: Sequence[str]) -> dict[str, Any]:
-    """What `--fixed` holds, a recipe among it; `ValueError` for what another flag chooses and for several values."""
+    """The fields of `--fixed`, including a recipe; `ValueError` for a field that another flag sets and for several values."""
     return parse_fields(words, fixed=FIXED.keys() - {"recipe", "lr"})
 
 
@@ -84,7 +84,7 @@ def fields_of(words: list[str]) -> Iterator[tuple[str, float, float]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line takes."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", required=True)
     parser.add_argument("--name", default="adamw", help="what this search is called")

@@ -1,4 +1,4 @@
-"""What `search_rates.py` found in several searches, as one JSON: the runs of each, best first, and its command.
+"""The results of several `search_rates.py` searches as one JSON: the runs of each, best first, and its command.
 
 python research/search_summary.py runs/search/*.json --about "preset demo, one seed" --out docs/results/tuning.json
 """

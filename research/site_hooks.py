@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages of docs/: the reference of commands and of Python, and source files that pages link to.
+"""Additions of `make docs` to the pages of docs/: the reference of commands and of Python, and source files that pages link to.
 
 mkdocs calls the functions whose names begin with `on_` (mkdocs.yml).
 """
@@ -90,7 +90,7 @@ def commands() -> str:
 
 
 def help_of(name: str) -> str:
-    """What `spherelm NAME --help` prints."""
+    """The output of `spherelm NAME --help`."""
     environment = {**os.environ, "COLUMNS": str(HELP_COLUMNS), "NO_COLOR": "1", "TERM": "dumb"}
     words = [sys.executable, "-m", "spherelm", *name.split(), "--help"]
     return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout.strip()

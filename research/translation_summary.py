@@ -1,4 +1,4 @@
-"""What runs of encoder-decoders came to, as one JSON: losses, BLEU and chrF by seed, mean and standard error over seeds.
+"""Results of encoder-decoder runs as one JSON: losses, BLEU and chrF by seed, mean and standard error over seeds.
 
     python research/translation_summary.py --runs final/* --scores scores/*.json --tuning tune/* --out translation.json
 
@@ -26,7 +26,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def row(runs: list[Path], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What runs that differ in their seed only came to."""
+    """The results of runs that differ only in their seed."""
     configs = [read_json(run / "config.json") for run in runs]
     curves = [[r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "val"] for run in runs]
     first = configs[0]

@@ -131,7 +131,7 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> Case:
 
 
 def oracle_shape(config: Config) -> paper.Shape:
-    """What the oracle needs to know of a config."""
+    """The constants that the oracle needs of a config."""
     sizes = config.n_layers, config.d_model, config.n_heads, config.kv_heads, config.rope_base
     scales = scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z")
     if config.pattern is None:

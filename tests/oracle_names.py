@@ -38,7 +38,7 @@ def _oracle_name(name: str, parts: dict[str, set[str]]) -> str:
 
 
 def by_oracle_names(values: Mapping[str, T]) -> dict[str, T]:
-    """What `values` holds by our names, by the oracle's."""
+    """`values`, keyed by our names, keyed by the oracle's."""
     names = oracle_names(values)
     return {names[name]: value for name, value in values.items()}
 

@@ -33,7 +33,7 @@ Forward = Callable[[Params, "Shape", Any], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What the equations need to know beside the parameters; ``init`` and ``scale`` are section 2.5's, by scale."""
+    """Constants of the equations beside the parameters; ``init`` and ``scale`` are section 2.5's, by scale."""
 
     n_layers: int
     d_model: int

@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a rank: its exit code, negative for the signal that killed it, and what it wrote to stderr."""
+    """The result of a rank: its exit code, negative for the signal that killed it, and what it wrote to stderr."""
 
     code: int
     err: str
@@ -104,7 +104,7 @@ USED = (
     "torch._dynamo",
     "torch.distributed._composable",
 )
-"""What is imported before forking, so that ranks find it imported."""
+"""Modules imported before forking, so that ranks need not import them."""
 
 
 def _fork_all(directory: Path) -> bool:

@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"commitUrl": f"{self.hub.address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def do_GET(self) -> None:
-        """What a repository holds, and its files."""
+        """The files of a repository."""
         parts = self.path.partition("?")[0].strip("/").split("/")
         repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         files = self.hub.files.get(repo)

@@ -1,4 +1,4 @@
-"""What users get wrong is answered with code 2 and one line that names it and what to do, and harms nothing."""
+"""Users' mistakes end with exit code 2 and one line with the value and the fix, and change nothing on disk."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "schedule=log", "rho=1e-320"], "rho must be at least 2.225e-308, got 1e-320"),
         (["--set", "momentum=null"], "momentum must be a valid number, got None"),
         (["--set", "base_steps=0"], "base_steps must be more than 0, got 0"),
-        (["--set", "betas=[0.9,x"], "cannot read 'betas=[0.9,x': what stands in brackets is a list"),
+        (["--set", "betas=[0.9,x"], "cannot read 'betas=[0.9,x': a value in brackets is a list"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
 )
@@ -236,7 +236,7 @@ def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_p
         ["inspect", runs, "--out", tmp_path / "out"],
     ):
         line = refused(*words)
-        assert line == f"{runs} is no run but holds some: name one of them, {runs / 'one'}, {runs / 'two'}"
+        assert line == f"{runs} is not a run but contains runs: name one of them, {runs / 'one'}, {runs / 'two'}"
     assert not (tmp_path / "out").exists()
 
 
@@ -308,7 +308,7 @@ def test_a_rate_that_float32_does_not_hold_diverges(
 
 
 class Refusal(UserError):
-    """What one of the floors below does not take."""
+    """An error of a lower floor."""
 
 
 REFUSING = {
@@ -318,7 +318,7 @@ REFUSING = {
     "the tasks": "spherelm.train.trainer.task_scorer",
     "the sinks": "spherelm.train.trainer.check_names",
 }
-"""What may refuse a run that its configuration allows, by what does."""
+"""Functions that may refuse a run that its configuration allows."""
 
 
 @pytest.mark.parametrize("what", REFUSING)
@@ -365,7 +365,7 @@ LATE = {
     "data pairs": "spherelm.data.pairs.write_json",
     "data prepare": "spherelm.data.prepare._Work.run",
 }
-"""What each of the commands that make a directory does near its end."""
+"""A function that each command with an output directory calls near its end."""
 
 
 @pytest.mark.parametrize("name", LATE)
@@ -459,7 +459,7 @@ def test_missing_data(refused: Refused, tmp_path: Path) -> None:
     )
     (tmp_path / "empty").mkdir()
     line = refused(*training(tmp_path / "run", tmp_path / "empty"))
-    assert line == f"{tmp_path / 'empty'} is no data directory (no manifest.json): use spherelm data prepare"
+    assert line == f"{tmp_path / 'empty'} is not a data directory (no manifest.json): use spherelm data prepare"
     assert not (tmp_path / "run").exists()
 
 
@@ -561,7 +561,7 @@ def test_an_output_directory_that_is_taken(refused: Refused, good_data: Path, tm
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for words in (training(out, good_data), ["compare", "--out", out, "--data", good_data, *SMALL[:4], "--seeds", 1]):
         line = refused(*words)
-        assert line == f"{out} already holds something: choose another --out, or --resume to go on with what is there"
+        assert line == f"{out} already holds something: choose another --out, or --resume to continue the run there"
     line = refused(*training(out, good_data, "--resume"))
     assert line.startswith(f"{out} was made with another config: ")
     line = refused("data", "prepare", "--input", good_data.parent / "train.txt", "--out", out, "--tokenizer", "bytes")

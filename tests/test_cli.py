@@ -96,9 +96,9 @@ def test_the_program_lists_its_commands(command: commands.Command) -> None:
         (["trian"], "no command 'trian' (did you mean 'train'?): spherelm --help lists them"),
         (["data", "prepar"], "no command 'data prepar' (did you mean 'data prepare'?): spherelm --help lists them"),
         (["xyz", "--help"], "no command 'xyz': spherelm --help lists them"),
-        (["train", "--arm", "ngtp"], "--arm: 'ngtp' is none of gpt, ngpt (did you mean 'ngpt'?); see spherelm train --help"),
+        (["train", "--arm", "ngtp"], "--arm: 'ngtp' is not one of gpt, ngpt (did you mean 'ngpt'?); see spherelm train --help"),
         (["train", "--steps", "many"], "--steps: 'many' is no whole number; see spherelm train --help"),
-        (["list", "preset"], "WHAT: 'preset' is none of presets, recipes, fields, tasks (did you mean 'presets'?); see "
+        (["list", "preset"], "WHAT: 'preset' is not one of presets, recipes, fields, tasks (did you mean 'presets'?); see "
          "spherelm list --help"),
         (["compare"], "the following arguments are required: --out; see spherelm compare --help"),
         (["export", "a", "b", "c"], "unrecognized arguments: c; see spherelm export --help"),
@@ -217,7 +217,7 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--preset", "encoder", "--mask-documents"], "--mask-documents is for models that write: "),
+        (["--preset", "encoder", "--mask-documents"], "--mask-documents is for models that predict the next token: "),
         (["--preset", "pairs"], "an encoder-decoder learns from pairs and the shipped text holds none: "),
         (["--log-to", "diary"], "--log-to diary is unknown: choose among "),
     ],
@@ -446,7 +446,7 @@ def test_our_own_mistakes_keep_their_traceback(
     monkeypatch.setattr(trainer, "train", fail)
     with pytest.raises(type(error), match=str(error)):
         command("train", "--arm", "gpt", "--out", "x", "--data", data, *SMALL)
-    assert re.fullmatch(r"spherelm: this is a mistake in spherelm .*: please report it .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"spherelm: this is a bug in spherelm .*: please report it .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("error", [UserError("too many"), NotFoundError("no file"), StorageError("full")])

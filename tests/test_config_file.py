@@ -90,9 +90,9 @@ def test_another_optimizer_or_scale_by_name(asked: list[RunConfig]) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--arm", "gpt"], "--arm does nothing beside --config"),
-        (["--preset", "1m"], "--preset does nothing beside --config"),
-        (["--recipe", "nugpt"], "--recipe does nothing beside --config"),
+        (["--arm", "gpt"], "--arm has no effect with --config"),
+        (["--preset", "1m"], "--preset has no effect with --config"),
+        (["--recipe", "nugpt"], "--recipe has no effect with --config"),
         (["--set", "recipe=paper"], "recipe is chosen by --recipe"),
         (["--set", "alpha.init=0.1"], "alpha.init is no field of gpt, only of ngpt"),
         (["--set", "momentum=0.5"], "momentum is a field of the optimizer muon"),

@@ -21,7 +21,7 @@ def test_one_thing_is_singular() -> None:
 
 
 def test_nothing_is_counted_as_1_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """What `data prepare` says of one of each kind."""
+    """The output of `data prepare` for one of each kind."""
     (tmp_path / "a.jsonl").write_text('{"text": "b"}\n{"text": "b"}\n{"text": ""}\nnull\n')
     words = ("--tokenizer", "bytes", "--workers", 1, "--deduplicate", "--skip-bad", "--out", tmp_path / "out")
     answer = commands.make_command(monkeypatch, capsys)("data", "prepare", "--input", tmp_path / "a.jsonl", *words)

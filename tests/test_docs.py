@@ -61,7 +61,7 @@ def exists(reference: str) -> bool:
 
 
 def slugs(page: Path) -> set[str]:
-    """What a link to a heading of the page may say behind its #."""
+    """The anchors of the page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -64,7 +64,7 @@ FLOORS = {
     "import nvidia": ["interop.imported.import_nvidia"],
     "import hub": ["interop.imported.import_hub"],
 }
-"""What each command calls with all that it was given."""
+"""The function that each command calls with its arguments."""
 
 SAMPLES = {
     "--device": "cpu",
@@ -102,7 +102,7 @@ SAMPLES = {
 
 
 class Answer(dict[str, Any]):
-    """What a floor below may answer to anything: it has every key and attribute, and nothing in it."""
+    """A result for any call to a lower floor: it has every key and attribute, and is empty."""
 
     def __missing__(self, key: str) -> Any:
         return {}

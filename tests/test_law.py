@@ -82,7 +82,7 @@ def test_on_the_sphere_a_rate_is_an_angle_at_every_width() -> None:
 
 @pytest.mark.parametrize("steps", [100, 1000, 10_000])
 def test_a_baselines_weights_decay_by_the_same_part_in_every_run(steps: int) -> None:
-    """What a role's rate is does not matter: rate times decay, summed over a run at the peak, is the law's constant."""
+    """The rate of a role does not matter: rate times decay, summed over a run at the peak, is the law's constant."""
     run = make_run("gpt", "0.3m", vocab_size=64, steps=steps)
     optimizer = build_optimizer(build(run.model), run.optim)
     decays = {group["role"]: steps * group["lr"] * group["weight_decay"] for group in optimizer.param_groups}

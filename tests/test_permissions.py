@@ -1,4 +1,4 @@
-"""What is written can be read by whom the user's umask lets read."""
+"""Permissions of written files follow the user's umask."""
 
 from __future__ import annotations
 

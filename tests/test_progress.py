@@ -1,4 +1,4 @@
-"""What a person sees of work that takes long: a bar on a terminal, plain lines now and then anywhere else."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ TINY = {
     "generate": ["--max-new-tokens", "5"],
     "inspect": ["--tokens", "256", "--no-images"],
 }
-"""What is added to a command, in place of the flags that it has, so that it takes no time."""
+"""Flags that replace a command's own, so that it takes no time."""
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -105,7 +105,7 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "interop.imported.import_hub": nothing(torch.nn.Linear(1, 1)),
     "interop.imported.import_nvidia": nothing(torch.nn.Linear(1, 1)),
 }
-"""What does nothing, so that a command is read and no more."""
+"""A function that does nothing, so that a command is parsed and not run."""
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=name_of)

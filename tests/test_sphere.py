@@ -208,7 +208,7 @@ def test_lengths_that_half_precision_cannot_add_up() -> None:
 
 
 def kept(out: Tensor) -> list[Tensor]:
-    """What the backward pass of `out` keeps of its last operation."""
+    """The tensors that the last operation of `out` saves for the backward pass."""
     assert out.grad_fn is not None
     return list(out.grad_fn.saved_tensors)  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""What is supported (docs/reference/support.md).
+"""The table of supported combinations (docs/reference/support.md).
 
 Of the table of features, each row is held by the tests that are marked with its title, and what it names is what there is.
 The table by kind of model is run cell by cell: "yes" works, "no" is refused in one line.
@@ -54,7 +54,7 @@ NAMED: dict[str, Iterable[str]] = {
     "Input files": [*SUFFIXES, *COMPRESSIONS, "--field"],
     "Logs": [*SINKS, "metrics.jsonl", "--log-to"],
 }
-"""What stands in backticks in rows that list all there is."""
+"""The names in backticks in rows that list all of a kind."""
 
 
 @pytest.mark.parametrize("title", NAMED)
@@ -182,17 +182,17 @@ ROWS: dict[str, Callable[[Case], Iterator[commands.Answer]]] = {
     INSPECT: is_looked_into,
     EXPORT: is_exported,
 }
-"""What each row means: the commands that work, or are all refused."""
+"""The meaning of each row: commands that all work, or are all refused."""
 REFUSED = {
-    (MASK, "encoder-decoders"): "--mask-documents is for running text: pairs are apart anyway",
-    (EVAL, "encoder-decoders"): "is an encoder-decoder, which is measured by --translate",
-    (MASK, "encoders"): "--mask-documents is for models that write",
+    (MASK, "encoder-decoders"): "--mask-documents is for running text: pairs are always separate",
+    (EVAL, "encoder-decoders"): "is an encoder-decoder: use --translate",
+    (MASK, "encoders"): "--mask-documents is for models that predict the next token",
     (GENERATE, "encoders"): "writes no text",
     (EVAL, "encoders"): "predicts no next token",
     (INSPECT, "encoders"): "is an encoder",
     (EXPORT, "encoders"): "no Hugging Face class for MaskedModel",
 }
-"""What is said of the cells that are "no"."""
+"""The messages for the cells that are "no"."""
 
 
 @pytest.fixture(scope="module")

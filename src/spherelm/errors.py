@@ -1,4 +1,4 @@
-"""What the user can mend. The command line says these errors in one line, with exit code 2; all others keep their traceback."""
+"""Errors that the user can fix. The command line prints them in one line, with exit code 2; others keep their traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Something asked for cannot be. The message is one line that names the value and what to do."""
+    """A request that cannot be met. The message is one line that names the value and what to do."""
 
 
 class NotFoundError(UserError, FileNotFoundError):
@@ -19,11 +19,11 @@ class OutputExistsError(UserError, FileExistsError):
 
 
 class StorageError(UserError, OSError):
-    """The system did not let us read, write or go on."""
+    """The system did not let us read, write or continue."""
 
 
 def nearest(name: str, among: Iterable[str], said: str = " (did you mean {!r}?)") -> str:
-    """What is said behind a name that there is not: the one `among` those there are that it may stand for, if any."""
+    """A suggestion for an unknown name: the closest `among` the known names, formatted by `said`; "" if none is close."""
     lowered = {one.lower(): one for one in among}
     near = get_close_matches(name.lower(), lowered, 1, 0.7)
     return said.format(lowered[near[0]]) if near else ""

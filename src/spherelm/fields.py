@@ -55,7 +55,7 @@ def called(name: Callable[[str], str]) -> Iterator[None]:
 
 @cache
 def checker(kind: Any) -> TypeAdapter[Any]:
-    """What checks the values of all fields of the dataclass `kind`."""
+    """The validator of all fields of the dataclass `kind`."""
     hints = get_type_hints(kind, include_extras=True)
     # Nothing in a TypedDict is built or replaced but the values themselves.
     values = TypedDict(kind.__name__, {field.name: hints[field.name] for field in fields(kind)})  # type: ignore[misc]
@@ -93,7 +93,7 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
 
 @cache
 def reader(kind: Any) -> TypeAdapter[Any]:
-    """What builds the dataclass `kind` and those in it."""
+    """The builder of the dataclass `kind` and those nested in it."""
     return TypeAdapter(kind)
 
 
@@ -108,7 +108,7 @@ def mistake(error: ValidationError, place: str = "") -> UserError:
     if first["type"] == "missing":
         return FieldError(name, "is missing")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return FieldError(name, "is no field: leave it out")
+        return FieldError(name, "is not a field: leave it out")
     if first["type"] == "union_tag_invalid":
         return FieldError(f"{name}.kind", f"must be one of {context['expected_tags']}, got {context['tag']!r}")
     bounds = [f"must be {words} {context[bound]:.4g}" for bound, words in BOUNDS.items() if bound in context]

@@ -1,4 +1,4 @@
-"""What a person sees of work that takes long, on stderr: a bar on a terminal, plain lines anywhere else."""
+"""Progress of long work on stderr: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

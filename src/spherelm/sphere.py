@@ -131,7 +131,7 @@ def norm(x: Tensor, dim: int = -1, least: float | None = None) -> Tensor:
 
 
 def retraction_factor(w: Tensor, dim: int) -> Tensor:
-    """What each vector along `dim` is multiplied by to be unit, 1 where it is that up to rounding: so twice is once.
+    """The factor that makes each vector along `dim` unit; 1 where it already is, up to rounding, so the result is idempotent.
 
     "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves. Result: float32
     (float64 for that), the size of `dim` is 1.

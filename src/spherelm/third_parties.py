@@ -1,4 +1,4 @@
-"""What other libraries print while a command of ours runs: nothing, since what goes wrong in them is raised.
+"""Silence the output of other libraries during a command; their errors are raised all the same.
 
 `python -W default -m spherelm ...` shows all of it, as does the variable TORCH_LOGS.
 """

@@ -1,4 +1,4 @@
-"""What is measured of mixtures of experts, and how layers of other kinds are found among those of a model."""
+"""Measurements of mixtures of experts, and how layers of other kinds are found among those of a model."""
 
 from __future__ import annotations
 

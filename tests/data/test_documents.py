@@ -276,7 +276,7 @@ def test_parquet_faults(tmp_path: Path) -> None:
         documents(parquet(tmp_path / "a.parquet", text=invalid))
     data = parquet(tmp_path / "a.parquet", text=["x"] * 100).read_bytes()
     (tmp_path / "a.parquet").write_bytes(data[:-10])
-    with pytest.raises(DocumentError, match="damaged or no Parquet file"):
+    with pytest.raises(DocumentError, match="damaged, or not a Parquet file"):
         documents(tmp_path / "a.parquet")
 
 

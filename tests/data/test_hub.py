@@ -186,7 +186,7 @@ def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
     for name in ("a.parquet", "a.jsonl"):
         request = HubRequest(str(tmp_path / name), column="body.text")
         assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], 'no string under "body.text"']
-        refused(request, r'row 10: no string under "body.text" \(it is null\); mend that row, or .*--skip-bad')
+        refused(request, r'row 10: no string under "body.text" \(it is null\); fix that row, or .*--skip-bad')
     manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=Rows("body.text", skip_bad=True))
     assert manifest["left_out"] == {'no string under "body.text"': 1}
     assert manifest["splits"]["train"]["documents"] == 9

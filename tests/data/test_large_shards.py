@@ -80,7 +80,7 @@ def test_windows_reach_to_the_end(text: Tokens) -> None:
 
 
 def anonymous() -> int:
-    """What this process holds for itself, in bytes."""
+    """Private memory of this process, in bytes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
 

@@ -235,7 +235,7 @@ def test_what_is_no_data_directory(tmp_path: Path, prepared: Path) -> None:
     with pytest.raises(ValueError, match=r"no 'val' split; .*--val-fraction"):
         open_tokens(prepared, "val")
     (tmp_path / "half" / ".partial").mkdir(parents=True)
-    with pytest.raises(ShardError, match="unfinished; give the same spherelm data prepare command again"):
+    with pytest.raises(ShardError, match="unfinished; run the same spherelm data prepare command again"):
         open_tokens(tmp_path / "half", "train")
 
 

@@ -263,16 +263,16 @@ def damaged(directory: Path, name: str, change: Callable[[bytes], bytes]) -> Pat
 @pytest.mark.parametrize(
     ("kind", "name", "change", "message"),
     [
-        ("nanogpt", "train.bin", lambda data: data[:-1], "are no row of uint16"),
-        ("nanogpt", "train.bin", lambda data: b"", "0 bytes are no row of"),
+        ("nanogpt", "train.bin", lambda data: data[:-1], "do not fill rows of uint16"),
+        ("nanogpt", "train.bin", lambda data: b"", "0 bytes do not fill rows of"),
         ("nanogpt", "train.bin", lambda data: data + b"\xff\xff", "token id 65535 is not among the 257 of tokenizer bytes"),
         ("nanogpt", "train.bin", lambda data: b"\x93SPHERE\n" + data, "is a shard of a data directory; name the directory"),
         ("llmc", "fineweb_train_000000.bin", lambda data: data[:-2], "does not hold the .* tokens of its header"),
         ("megatron", "train.bin", lambda data: data[:-2], r"not as long as train\.idx says"),
-        ("megatron", "train.idx", lambda data: data[:-1], "is no index of Megatron's, is cut off"),
-        ("megatron", "train.idx", lambda data: data[:20], "is no index of Megatron's, is cut off"),
+        ("megatron", "train.idx", lambda data: data[:-1], "is not a Megatron index, is cut off"),
+        ("megatron", "train.idx", lambda data: data[:20], "is not a Megatron index, is cut off"),
         ("megatron", "train.idx", lambda data: data[:17] + b"\6" + data[18:], "numbers of kind 6 are no token ids"),
-        ("megatron", "train.idx", lambda data: data[:282] + b"\7" + data[283:], "do not stand one behind the other"),
+        ("megatron", "train.idx", lambda data: data[:282] + b"\7" + data[283:], "are not stored one after another"),
     ],
 )  # fmt: skip
 def test_damage_is_named(kind: str, name: str, change: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:

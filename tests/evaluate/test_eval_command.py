@@ -121,7 +121,7 @@ def test_what_cannot_be_is_one_line(
         ([run, "--perplexity", text, "--lengths", "a,b"], "--lengths: 'a' is no whole number"),
         ([run, "--perplexity", text, "--lengths", "24,64"], "lengths 24 does not divide 64"),
         ([run, "--perplexity", text, "--lengths", "4096"], "no document has the 4097 tokens"),
-        ([run, "--perplexity", text, "--rope-scaling", "yarn"], "'yarn' is no way to scale positions"),
+        ([run, "--perplexity", text, "--rope-scaling", "yarn"], "'yarn' is not a way to scale positions"),
         ([run, "--perplexity", tmp_path / "none.txt"], "no input file"),
         ([tmp_path, "--perplexity", text], "holds no checkpoint"),
         ([tmp_path, "--task-data", tmp_path], "holds no checkpoint"),
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_one_line(
 
 def test_a_sentencepiece_run_has_perplexity_only(tmp_path: Path, shared: Path) -> None:
     load_tokenizer(shared / "data/tokenizers/llama2/tokenizer.model").save(tmp_path)
-    with pytest.raises(ValueError, match="is a SentencePiece model: for this run only --perplexity can be had"):
+    with pytest.raises(ValueError, match="is a SentencePiece model: for this run only --perplexity works"):
         evaluation.transformers_tokenizer(tmp_path)
 
 

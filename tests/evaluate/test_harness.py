@@ -61,7 +61,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def hub_records(name: str, evals: Path, ours: Any) -> list[dict[str, Any]]:
-    """What is scored, as records of the hub's data set, put together here in another way."""
+    """The scored records of the hub's data set, built here in another way."""
     if name == "arc_easy":
         rows = lines(evals / "arc_easy/ARC-Easy.test.jsonl")
         key = "12345"
@@ -231,7 +231,7 @@ def test_an_untrained_model_guesses(arm: str, names: tuple[str, ...], tokenizer:
 
 
 def test_likelihoods_are_our_models(tokenizer: Any, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the harness adds up for a request is the sum of our model's log-probabilities of the continuation's bytes."""
+    """The harness's score of a request is the sum of our model's log-probabilities of the continuation's bytes."""
     kept: dict[str, Any] = {}
     monkeypatch.setattr(harness, "task_record", lambda name, found: kept.update(found) or {})
     model = untrained("ngpt")

@@ -56,9 +56,9 @@ def with_choices(texts: list[str], key: str) -> dict[str, Any]:
     ("record", "reason"),
     [
         (with_choices(["fire", "fire", "rain"], "B"), "question 2 has a choice twice"),
-        (with_choices(["fire", "rain", "sand"], "D"), "question 2: its answer D is no choice"),
-        ({**PROMPT, "gold": 3}, "question 2: its answer choice 3 is no choice"),
-        ({**PROMPT, "gold": -1}, "question 2: its answer choice -1 is no choice"),
+        (with_choices(["fire", "rain", "sand"], "D"), "question 2: its answer D is not a choice"),
+        ({**PROMPT, "gold": 3}, "question 2: its answer choice 3 is not a choice"),
+        ({**PROMPT, "gold": -1}, "question 2: its answer choice -1 is not a choice"),
     ],
 )
 def test_a_corrupt_question_is_found(record: dict[str, Any], reason: str, tmp_path: Path) -> None:

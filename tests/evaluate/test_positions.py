@@ -102,7 +102,7 @@ def test_nvidias_embedding_has_no_yarn() -> None:
 
 @pytest.mark.parametrize("text", ["yarn", "linear:", "linear:0.5", "linear:inf", "yarn:nan", "ntk:4", "linear:x"])
 def test_what_is_no_scaling_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no way to scale positions"):
+    with pytest.raises(ValueError, match="is not a way to scale positions"):
         parse_positions(None, text)
 
 

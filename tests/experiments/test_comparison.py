@@ -236,7 +236,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert not (out / "summary.json").exists()
     logs = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
     assert len(logs) >= 3, "both arms, and the better one for shorter runs"
-    with pytest.raises(FileExistsError, match="--resume to go on"):
+    with pytest.raises(FileExistsError, match="--resume to continue"):
         compare(wanted, out)
     with pytest.raises(ValueError, match="fields is None there"):
         compare(config(data, seeds=1, fields=("d_model=16",)), out, resume=True)
@@ -306,8 +306,8 @@ def test_samples_fit_the_models(limit: int, prompt: int, length: int, data: Path
     [
         ({"seeds": 0}, "seeds must be more than 0, got 0"),
         ({"preset": "huge"}, "unknown preset 'huge': choose one of demo"),
-        ({"preset": "pairs"}, "preset 'pairs' is of the architecture encdec: spherelm sweep trains both arms of it"),
-        ({"preset": "encoder"}, "preset 'encoder' is of the architecture encoder: spherelm sweep"),
+        ({"preset": "pairs"}, "preset 'pairs' has the architecture encdec: use spherelm sweep to train both arms"),
+        ({"preset": "encoder"}, "preset 'encoder' has the architecture encoder: use spherelm sweep"),
         ({"recipe": "secret"}, "unknown recipe 'secret': choose one of law, paper"),
         ({"steps": 0}, "steps must be more than 0, got 0"),
         ({"seq_len": 10**6}, "sequence length 1000000 needs 1000001 tokens"),

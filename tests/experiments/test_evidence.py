@@ -77,7 +77,7 @@ def test_what_cannot_be_is_named(fields: dict[str, Any], message: str) -> None:
 
 
 def search(loss: Any, start: float = 1.0) -> dict[float, float]:
-    """What `Ladder.tune` does, on a known curve."""
+    """`Ladder.tune` on a known curve."""
     found: dict[float, float] = {}
     pending = [start, start / 2, start * 2]
     while pending:
@@ -196,7 +196,7 @@ def test_text_of_another_tokenizer_cannot_judge(data: Path, tmp_path: Path) -> N
 
 
 def test_what_chose_the_rates_cannot_judge(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="which chooses the rates: --test needs other text"):
+    with pytest.raises(ValueError, match="which chooses the learning rates: give --test held-out text"):
         climb(Grid(str(data), str(data)), tmp_path / "out")
 
 
@@ -246,8 +246,8 @@ class Watch:
 @pytest.mark.parametrize(
     ("stop", "code", "said"),
     [
-        ("its minutes", 0, "spherelm: time is up (--minutes 7); run the same command again to go on"),
-        ("a scheduler", 143, "spherelm: stopped; run the same command again to go on"),
+        ("its minutes", 0, "spherelm: time is up (--minutes 7); run the same command again to continue"),
+        ("a scheduler", 143, "spherelm: stopped; run the same command again to continue"),
     ],
 )
 def test_when_its_minutes_are_over_it_prints_what_it_has(

@@ -119,7 +119,7 @@ def test_a_finished_run_is_taken_where_its_text_was_moved_and_not_where_it_was_e
 
 
 def test_two_runs_never_share_a_directory(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"two runs would share the directory .*run: let each value occur once"):
+    with pytest.raises(ValueError, match=r"two runs would share the directory .*run: give each value once"):
         run_jobs([job(data, tmp_path / "run"), job(data, tmp_path / "other"), job(data, tmp_path / "run", seed=1)])
     assert not list(tmp_path.iterdir())
 
@@ -282,7 +282,9 @@ def test_a_stopped_sweep_saves_its_runs_and_starts_no_others(
         assert saved.name == f"step-{steps_done(run):08d}", "saved where it stood"
     if code != -9:
         line = err.splitlines()[-1]
-        assert line.startswith("spherelm: stopped; every run under way was saved; go on with the same command")
+        assert line.startswith(
+            "spherelm: stopped; every run under way was saved; run the same command again to continue"
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

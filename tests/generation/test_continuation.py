@@ -92,7 +92,7 @@ def test_the_penalty_is_on_every_token_that_the_row_holds(penalty: float, case: 
 
 
 def slid(row: list[int], read: int, limit: int) -> tuple[list[int], int]:
-    """What the model sees of `row`, of which it began to read at `read`, and where it begins now."""
+    """The part of `row` that the model sees after it began to read at `read`, and where it begins now."""
     if len(row) - read > limit:
         read = len(row) - limit // 2
     return row[read:], read

@@ -140,10 +140,10 @@ def compile_block(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (change_mlp, "blocks.1.mlp.part is a OtherMLP of another make"),
+        (change_mlp, "blocks.1.mlp.part is a OtherMLP, not spherelm's"),
         (add_hook, "blocks.0 has hooks, which would not be called"),
         (change_step, "blocks.0.mlp takes a step on the sphere that is not known here"),
-        (compile_block, "blocks.0 is a Block of another make"),
+        (compile_block, "blocks.0 is a Block, not spherelm's"),
     ],
 )
 def test_what_is_not_known_is_not_folded(change: Callable[[Any], None], reason: str, case: Any) -> None:
@@ -161,7 +161,7 @@ def test_another_decoder_is_not_folded(case: Any) -> None:
 
     c = case("gpt")
     c.model.__class__ = Mine
-    with pytest.raises(ValueError, match="Mine is no language model of attention and MLP alone"):
+    with pytest.raises(ValueError, match="Mine is not a language model of attention and MLP alone"):
         folded(c.model)
 
 

@@ -165,7 +165,7 @@ def test_the_card_says_what_the_run_says(runs: dict[str, Path], tmp_path: Path) 
 
 
 def described(card: str) -> dict[str, Any]:
-    """What the hub reads of a card, by its own reader."""
+    """The card's metadata, by the hub's own reader."""
     found: dict[str, Any] = huggingface_hub.ModelCard(card).data.to_dict()
     return found
 

@@ -326,7 +326,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def two_processes(windows: list[dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes make of the model: sharded by FSDP 2, flattened by FSDP 1, and in copies by accelerate."""
+    """The model over two processes: sharded by FSDP 2, flattened by FSDP 1, and in copies by accelerate."""
     folder = tmp_path_factory.mktemp("two")
     ids = torch.stack([window["input_ids"] for window in windows[:128]])
     torch.save(

@@ -51,7 +51,7 @@ class Swallow:
 
 
 def raw(path: Path) -> dict[str, Any]:
-    """What a file holds, read without `spherelm`."""
+    """The content of a file, read without `spherelm`."""
     names = ("model.GPTConfig", "numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct")
     with torch.serialization.safe_globals([(Swallow, name) for name in names]):
         return dict(torch.load(path, weights_only=True))
@@ -280,7 +280,7 @@ class TheirModel(nn.Module):
 
 
 def their_content(**changed: Any) -> dict[str, Any]:
-    """What their train.py saves after an update of a model of `ARGS`, some of them changed."""
+    """The checkpoint that their train.py saves after an update of a model of `ARGS`, some of them changed."""
     args = {**ARGS, **changed}
     model = TheirModel(args)
     parameters = list(model.parameters())

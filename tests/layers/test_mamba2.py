@@ -146,7 +146,7 @@ def definition(
     x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, *, chunk_size: int, initial_states: Tensor,
     seq_idx: Tensor | None, return_final_states: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What mamba_ssm documents of its kernel: a state belongs to one seq_idx, that from before to 0."""
+    """The documented behaviour of mamba_ssm's kernel: a state belongs to one seq_idx, that from before to 0."""
     assert chunk_size > 0
     assert return_final_states
     state, before, rows = initial_states, torch.zeros(len(x), dtype=torch.int32), []
@@ -188,7 +188,7 @@ def test_the_kernel_is_called_for_what_it_computes(kernel: Callable[..., Any], p
 @pytest.mark.row("Derivatives")
 @pytest.mark.usefixtures("kernel")
 def test_the_kernel_refuses_second_derivatives() -> None:
-    """What it computes backward is constant to autograd. The plain scan in its place has them."""
+    """Its backward pass is constant to autograd. The plain scan in its place has them."""
     mamba, h = mixer("unit").float(), torch.randn(2, 9, 12)
     mamba.ssm.scan = mamba_kernel.fused
     mamba(h).sum().backward()

@@ -1,4 +1,4 @@
-"""What both models do beyond the paper's equations: causality, cached decoding, compute dtype, names."""
+"""Both models beyond the paper's equations: causality, cached decoding, compute dtype, names."""
 
 from __future__ import annotations
 

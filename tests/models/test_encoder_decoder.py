@@ -1,4 +1,4 @@
-"""What encoder-decoders do beyond the equations: padding, causality, cached decoding, compute dtype, names, bad sizes."""
+"""Encoder-decoders beyond the equations: padding, causality, cached decoding, compute dtype, names, bad sizes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_prompts_are_sources(arm: str) -> None:
 
 @both_arms
 def test_hypotheses_change_places_in_the_cache(arm: str) -> None:
-    """What a beam search does: rows of one source continue another row's text."""
+    """Reordering as in a beam search: rows of one source continue another row's text."""
     c = make_pair_case(arm)
     given = c.model.given(c.source).repeated(2)
     cache, texts = given.new_cache(), torch.arange(24).reshape(6, 4)

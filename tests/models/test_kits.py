@@ -14,7 +14,7 @@ LONGEST = 115
 
 
 def defined(module: ModuleType) -> list[ast.stmt]:
-    """What a module defines, in its order."""
+    """The names that a module defines, in order."""
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     return [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, kinds)]
 

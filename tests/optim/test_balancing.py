@@ -1,4 +1,4 @@
-"""What keeps the load of experts even: the bias on their scores, moved after each update, and the auxiliary loss."""
+"""Balancing the load of experts: the bias on their scores, moved after each update, and the auxiliary loss."""
 
 from __future__ import annotations
 

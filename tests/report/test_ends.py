@@ -143,7 +143,7 @@ def test_the_same_run_twice_is_no_second_seed_and_an_unfinished_one_is_none(writ
     _, record, page = report(tmp_path)
     assert [end["loss"] for end in record["ends"]] == [4.0, 3.5, 4.2]
     assert "Left out: 1 that did not come to their end" in page
-    assert "1 that repeat another, seed and all, count once" in page
+    assert "1 that repeat another run, seed included, count once" in page
     assert "4.100\u00a0±\u00a00.100" in page
 
 

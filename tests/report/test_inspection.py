@@ -83,7 +83,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 @dataclass(frozen=True)
 class Inspected:
-    """What inspecting both arms gave: the directory, its figures, and which of them were asked for as images."""
+    """The result of inspecting both arms: the directory, its figures, and which of them were asked for as images."""
 
     out: Path
     figures: list[Figure]
@@ -391,7 +391,7 @@ def test_what_failed_while_writing_leaves_nothing(
 def test_a_model_without_a_next_token_is_refused(runs: dict[str, Path]) -> None:
     model = load_model(runs["ngpt-0"])
     object.__setattr__(model.config, "max_seq_len", 1)
-    with pytest.raises(ValueError, match="reads one token at a time: there is no next token to look at"):
+    with pytest.raises(ValueError, match="reads one token at a time: there is no next token to show"):
         inspection.windows(load_tokenizer("bytes"), "abc", model, 2048)
 
 

@@ -146,7 +146,7 @@ def test_a_run_of_version_0_1_0_goes_on(arm: str, shape: dict[str, Any], data: P
 
 @both_arms
 def test_the_biases_of_routers_are_saved_and_training_goes_on_bitwise(arm: str, tmp_path: Path) -> None:
-    """What was counted since the last update is not saved: there is an update before every checkpoint."""
+    """Counts since the last update are not saved: there is an update before every checkpoint."""
     tokens = torch.randint(11, (2, 8))
 
     def updated(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -282,7 +282,7 @@ def test_one_flipped_bit_is_refused(name: str, tmp_path: Path) -> None:
     (path / name).write_bytes(damaged)
     before = state_of(model, optimizer)
     with pytest.raises(
-        ValueError, match=rf"{name} is damaged .*sha256.*delete this checkpoint to go on from the one before"
+        ValueError, match=rf"{name} is damaged .*sha256.*delete this checkpoint to resume from the one before"
     ):
         load_checkpoint(path, model, optimizer)
     assert_equal(state_of(model, optimizer), before)

@@ -1,4 +1,4 @@
-"""What a dry run says against what a real step does: operations by rule, bytes by the allocator's own account."""
+"""A dry run's estimate against a real step: operations by rule, bytes by the allocator's own account."""
 
 from __future__ import annotations
 

@@ -129,4 +129,4 @@ def test_a_dry_run_tells_what_a_token_meets(data: Path) -> None:
     assert f"{found['parameters_active']:,}" in estimate_table(found)
     plain = estimate(tiny.run_config("ngpt", data))
     assert plain["parameters"] == plain["parameters_active"]
-    assert "met by a token" not in estimate_table(plain)
+    assert "active per token" not in estimate_table(plain)

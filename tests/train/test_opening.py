@@ -1,4 +1,4 @@
-"""What a person sees of a run: how it begins, then its losses as they come, on a terminal and in a log file."""
+"""Output of a run on screen: how it begins, then its losses as they come, on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_quiet_run_is_the_same_run(data: Path, tmp_path: Path, capsys: pytest.
 def test_a_run_that_goes_on_says_from_where(trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
     trainer("gpt").run(show_progress=False)
     trainer("gpt", resume=True).run()
-    assert ", going on from step 6" in capsys.readouterr().err
+    assert ", resuming from step 6" in capsys.readouterr().err
 
 
 def test_an_update_that_is_left_out_is_said(

@@ -87,6 +87,6 @@ def test_arms_and_data_must_belong_together(data: Path, tmp_path: Path) -> None:
         Trainer(tiny.run_config("gpt", data), tmp_path / "b")
     with pytest.raises(ValueError, match="has texts of up to 15 tokens, the run is for seq_len=12: give --seq-len 15"):
         Trainer(tiny_pairs.run_config("gpt", data, seq_len=12), tmp_path / "c")
-    with pytest.raises(ValueError, match="pairs are apart anyway"):
+    with pytest.raises(ValueError, match="pairs are always separate"):
         Trainer(tiny_pairs.run_config("gpt", data, mask_documents=True), tmp_path / "d")
     assert not any((tmp_path / name).exists() for name in "abcd")

@@ -166,7 +166,7 @@ AllEnded = dict[str, list[ranks.Ended]]
 
 @pytest.fixture(scope="module")
 def ended(data: Path, root: Path) -> AllEnded:
-    """What became of every run of this file, by name."""
+    """The result of every run of this file, by name."""
     jobs = disturbed_jobs(root, data) | spread_jobs(root, data) | moved_jobs(root, data)
     return dict(zip(jobs, ranks.run_ranks(list(jobs.values()), root / "err"), strict=True))
 
@@ -289,7 +289,7 @@ def test_a_signal_to_one_saves_and_ends_all(name: str, code: int, ended: AllEnde
     assert saved is not None
     assert saved.name == "step-00000003"
     assert (
-        f"spherelm: {name}: saved {root / name} at step 3; go on with: spherelm train --resume {root / name}"
+        f"spherelm: {name}: saved {root / name} at step 3; resume with: spherelm train --resume {root / name}"
         in first.err
     )
     assert "spherelm:" not in second.err
@@ -301,7 +301,8 @@ def test_a_signal_in_the_validation_of_one_saves_and_ends_all(strategy: str, run
     first, second = ended[f"{strategy}-measuring"]
     assert [first.code, second.code] == [143, 143], first.err
     assert (
-        f"SIGTERM: saved {runs / f'{strategy}-measuring'} at step 10; go on with: spherelm train --resume " in first.err
+        f"SIGTERM: saved {runs / f'{strategy}-measuring'} at step 10; resume with: spherelm train --resume "
+        in first.err
     )
     assert_close(runs / f"{strategy}-measuring", runs / "ngpt-alone", 1e-5)
 

@@ -82,7 +82,7 @@ MEASURING = {
     "an update after which a validation is due": ("update", 4, 4),
     "the last update": ("update", 6, 6),
 }
-"""What is under way when the signal comes, its number among all of its kind, and the update that the run has come to."""
+"""The activity during which the signal comes, its number among all of its kind, and the update that the run has come to."""
 
 
 @pytest.mark.row("Interruption")
@@ -125,7 +125,7 @@ def test_a_signal_saves_before_anything_else_is_measured(
         patch.setattr(first, "_update", noted_update)
         patch.setattr(first.model, "loss", noted_loss)
         with pytest.raises(
-            Interrupted, match=f"SIGHUP: saved .*run at step {step}; go on with: spherelm train --resume .*run$"
+            Interrupted, match=f"SIGHUP: saved .*run at step {step}; resume with: spherelm train --resume .*run$"
         ):
             first.run(show_progress=False)
     assert [call for call in calls if call != "training"][-1] == kind

@@ -153,7 +153,7 @@ def test_prompts_are_lines_or_objects(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("p.txt", b"\n \n", "holds no prompt: write one a line"),
-        ("p.txt", b"ba\n\xff", r"is no UTF-8 text \(byte 3\): convert it"),
+        ("p.txt", b"ba\n\xff", r"is not UTF-8 text \(byte 3\): convert it"),
         (
             "p.jsonl",
             b'{"prompt": "ba"}\n{"text": "ba"}\n',
@@ -195,7 +195,7 @@ def test_a_conversation_says_how_much_room_is_left_and_stays_as_it_was(run: Path
     room = talk.room
     assert room == 32 - 16 - 4
     with pytest.raises(
-        ValueError, match=f"has room for {room} more and your text has 12: say less, begin anew, or let"
+        ValueError, match=f"has room for {room} more and your text has 12: type less, start again, or let"
     ):
         talk.answer("ba" * 6, 4)
     with pytest.raises(ValueError, match="the text is empty"):
@@ -253,7 +253,7 @@ def test_a_conversation_ends_when_the_context_is_full(
     answer = command("generate", run, "--interactive", "--max-new-tokens", 100, "--temperature", 0)
     assert answer.code == 0
     assert len(answer.out.encode()) == 30 + 1
-    assert answer.err == "The context is full: begin anew, or give --window.\n"
+    assert answer.err == "The context is full: start again, or use --window.\n"
 
 
 def test_stopping_a_text_goes_on_with_the_next(
@@ -286,8 +286,8 @@ def test_stopping_a_text_goes_on_with_the_next(
     [
         ([], "give exactly one of --prompt, --prompts and --interactive"),
         (["--prompt", "a", "--interactive"], "give exactly one of --prompt, --prompts and --interactive"),
-        (["--interactive", "--json"], "--json does nothing beside --interactive: leave one of them out"),
-        (["--interactive", "--samples", 2], "--samples does nothing beside --interactive: leave one of them out"),
+        (["--interactive", "--json"], "--json has no effect with --interactive: leave one of them out"),
+        (["--interactive", "--samples", 2], "--samples has no effect with --interactive: leave one of them out"),
         (["--prompt", "a", "--max-new-tokens", -1], "max_new_tokens must not be negative, got -1"),
         (["--prompt", "a", "--samples", 0], "samples must be at least 1, got 0"),
         (["--prompt", "a", "--stop", ""], "a stop string is empty: give at least one character"),

@@ -75,10 +75,8 @@ def test_a_stopped_command_saves_and_goes_on_bitwise(data: Path, tmp_path: Path)
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     step = int(checkpoint.name.removeprefix("step-"))
-    command_to_go_on = f"spherelm train --resume {run}"
-    assert (
-        err.splitlines()[-1] == f"spherelm: {number.name}: saved {run} at step {step}; go on with: {command_to_go_on}"
-    )
+    resume_command = f"spherelm train --resume {run}"
+    assert err.splitlines()[-1] == f"spherelm: {number.name}: saved {run} at step {step}; resume with: {resume_command}"
 
     config = make_run("ngpt", data=str(data), vocab_size=257, dtype="float32", eval_every=0, lr=0.01, **SIZES)
     stop_after(Trainer(config, run, resume=True), step + 2)

@@ -42,7 +42,7 @@ def train_alone_and_spread(
 
 
 def assert_same(runs: Mapping[str, Path]) -> None:
-    """What was trained over two processes is what one process trained."""
+    """Training over two processes gives the model that one process gives."""
     for way in set(SPREADS) - {"alone"}:
         found, wanted = ([r["loss"] for r in read_metrics(runs[w] / "metrics.jsonl")] for w in (way, "alone"))
         assert found == pytest.approx(wanted, rel=1e-5), way

@@ -24,7 +24,7 @@ def same_threads_afterwards() -> Iterator[None]:
 
 
 def machine(times: dict[int, float]) -> Callable[[], float]:
-    """What takes so long on so many threads."""
+    """A step that takes so long on so many threads."""
     return lambda: times[torch.get_num_threads()]
 
 
@@ -79,7 +79,7 @@ def test_a_slow_step_and_an_idle_core_are_reasons_to_look_again(monkeypatch: pyt
         assert step(0.3) is None
         assert not asked
     times[2] = 2.7
-    assert step(0.9) == "1 of 2 threads from here on: a step took 3.0 times as long as those before it"
+    assert step(0.9) == "1 of 2 threads from now on: a step took 3.0 times as long as those before it"
     assert chosen.count == 1
     assert step(9.0, idle=0.0) is None, "as slow as it may be: there are none before it on one thread"
     assert not asked
@@ -91,7 +91,7 @@ def test_a_slow_step_and_an_idle_core_are_reasons_to_look_again(monkeypatch: pyt
     assert step(0.5, idle=0.9) is None
     assert not asked, "it has just been looked at"
     clock.pass_by(5.0, idle=0.9)
-    assert step(0.5, idle=0.9) == "2 of 2 threads from here on: a core has nothing to do"
+    assert step(0.5, idle=0.9) == "2 of 2 threads from now on: a core is idle"
 
 
 def test_looking_again_takes_little_time(monkeypatch: pytest.MonkeyPatch) -> None:

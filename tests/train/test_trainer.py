@@ -338,7 +338,7 @@ def test_compiling_that_fails_is_said_and_changes_nothing(
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
     config = tiny.run_config("ngpt", data, compile=True)
     loss = train(config, tmp_path / "fell back", show_progress=False)
-    expected = "spherelm: torch.compile does not work here (no C++ compiler); going on without it\n"
+    expected = "spherelm: torch.compile does not work here (no C++ compiler); continuing without it\n"
     assert capsys.readouterr().err == expected
     assert stances == ["force_eager"]
     monkeypatch.undo()
@@ -356,7 +356,7 @@ def test_compiling_that_fails_on_use_is_noticed_before_training(
         raise RuntimeError
 
     compile_blocks(run.model, trial)
-    assert "torch.compile does not work here (RuntimeError); going on without it" in capsys.readouterr().err
+    assert "torch.compile does not work here (RuntimeError); continuing without it" in capsys.readouterr().err
 
 
 def test_the_trial_of_compilation_leaves_no_trace(

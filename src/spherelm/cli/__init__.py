@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
 """Every command by its whole name, in the order in which `--help` lists them."""
 
 ALSO = {"presets": ["list", "presets"], "recipes": ["list", "recipes"]}
-"""Commands that are another with a word behind it."""
+"""Groups of commands whose names have two words."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -75,14 +75,14 @@ def overview(names: Sequence[str]) -> str:
     about = [(COMMANDS[name].__doc__ or "").splitlines()[0] for name in names]
     return "\n".join(
         [
-            "usage: spherelm COMMAND [words and flags]\n",
+            "usage: spherelm COMMAND [arguments and flags]\n",
             "Train language models on the hypersphere: nGPT and its GPT baseline.\n",
             *(
                 fill(f"  {name:{width - 2}}{text}", 110, subsequent_indent=" " * width)
                 for name, text in zip(names, about, strict=True)
             ),
-            "\nspherelm COMMAND --help says what a command takes, spherelm --version which version this is.",
-            "Lists are written with commas or spaces, and add up where their flag is repeated.",
+            "\nspherelm COMMAND --help describes a command; spherelm --version prints the version.",
+            "Lists are separated by commas or spaces; a repeated flag adds to its list.",
         ]
     )
 
@@ -115,7 +115,7 @@ def stop(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command line. Other libraries are `silenced`; their errors are not.
 
-    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 something asked for cannot be,
+    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 a request that cannot be met,
     3 processes of the run no longer answer, 128 + n stopped by signal n.
     """
     try:
@@ -158,7 +158,7 @@ def nobody_reads() -> bool:
 
 def report_mistake() -> None:
     """Say, before a traceback, whose mistake it is."""
-    say(f"this is a mistake in spherelm {__version__}, not in what you asked for: please report it with what follows")
+    say(f"this is a bug in spherelm {__version__}: please report it with the traceback below")
 
 
 def exit_code(error: RuntimeError) -> int | None:

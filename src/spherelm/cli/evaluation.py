@@ -40,7 +40,7 @@ def eval_(
     json: Path | None = None,
     machine: OnMachine,
 ) -> None:
-    """Score a run on tasks of the evaluation harness, its perplexity on texts at several lengths, or what it translates.
+    """Score a run on tasks of the evaluation harness, by its perplexity on texts at several lengths, or by its translations.
 
     Example: spherelm eval runs/mine --perplexity book.txt --lengths 256,512
 
@@ -48,15 +48,15 @@ def eval_(
         run: A run directory, or one of its checkpoints.
         tasks: Tasks of the harness (spherelm list tasks); the paper's five if left out, or none beside --perplexity and
             --translate.
-        perplexity: Text files, of the kinds that data prepare reads, to measure perplexity on instead.
-        field: Where the text of a row is in those files; body.text for "text" within "body".
-        lengths: Tokens of a window, also beyond the length trained on; that length if left out.
-        rope_base: Another base for the rotary embedding than the one trained with.
+        perplexity: Text files, of the kinds that data prepare reads, to measure perplexity on.
+        field: Field of a row that holds the text in those files; body.text for "text" within "body".
+        lengths: Window lengths in tokens, also beyond the training length; the training length if left out.
+        rope_base: Base of the rotary embedding, if not the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
-        translate: A file with a text a line; what the run writes for each is scored by BLEU, chrF and error rates.
-        reference: Files of what should be written, a line for each line of --translate.
-        write: A file to be made of what was written.
-        json: File to write everything to, as JSON.
+        translate: A file with one text per line; the run's translations are scored by BLEU, chrF and error rates.
+        reference: Files of reference translations, a line for each line of --translate.
+        write: File to write the translations to.
+        json: File to write all results to, as JSON.
     """
     from spherelm.data.output import check_new_file
     from spherelm.runs.record import write_json
@@ -115,7 +115,7 @@ def scored(run: Path, tasks: tuple[str, ...], settings: Given) -> dict[str, Any]
 
 
 def tables(results: dict[str, Any]) -> list[str]:
-    """What was found, to be read."""
+    """The results as tables of text."""
     found = [length_table(results["perplexity"])] if "perplexity" in results else []
     found += [translation_table(results["translation"])] if "translation" in results else []
     return found + ([task_table(results)] if "tasks" in results else [])
@@ -151,7 +151,7 @@ def pair(score: dict[str, float | None]) -> str:
 
 
 def number(value: float | None, width: int, digits: int) -> str:
-    """A number in a column, a dash for none; without digits behind the point where it is large."""
+    """A number in a column, a dash for none; without decimals where it is large."""
     if value is None:
         return f"{'-':>{width}}"
     return f"{value:>{width},.{digits}f}" if value < 10_000 else f"{value:>{width}.3g}"

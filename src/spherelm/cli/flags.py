@@ -22,15 +22,15 @@ Given = dict[str, Any]
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run takes for granted.
+    """Assumptions of a dry run.
 
     Attributes:
-        dry_run: Print parameters, memory a device, operations, time and the resolved configuration, and stop.
-        json: Print what a dry run says as JSON.
-        world_size: Devices that the dry run spreads the run over.
-        mfu: Part of the peak that the dry run assumes to be reached.
-        peak_tflops: Peak of a device in the dry run, in 10^12 operations a second; an H100's in bfloat16 if left out.
-        device_memory: Memory of a device in the dry run, in GiB; if left out, that of the accelerator here, else 80.
+        dry_run: Print parameters, memory per device, operations, time and the resolved configuration, and stop.
+        json: Print the dry run's results as JSON.
+        world_size: Number of devices to assume.
+        mfu: Model FLOP/s utilization (MFU) to assume.
+        peak_tflops: Peak TFLOP/s of a device to assume; an H100's in bfloat16 if left out.
+        device_memory: Memory of a device to assume, in GiB; if left out, that of this machine's accelerator, else 80.
     """
 
     dry_run: bool = False
@@ -46,8 +46,8 @@ class Machine:
     """Where a command computes.
 
     Attributes:
-        threads: Threads of the processor; as many as torch takes if left out.
-        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the processor, if left out.
+        threads: CPU threads; torch's default if left out.
+        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
     """
 
     threads: int | None = None

@@ -1,4 +1,4 @@
-"""Commands that look at what was trained: `inspect`, `report`."""
+"""Commands that show trained models: `inspect`, `report`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Looks = Annotated[Given, Fields("spherelm.report.inspection.Request", "text", "s
 
 
 def inspect(*, runs: Runs, out: Path, request: Looks, no_images: bool = False, overwrite: bool = False) -> None:
-    """Look inside trained models, one or several side by side: figures, tables, and the walk on the sphere.
+    """Show the inside of trained models, one or several side by side: figures, tables, and the walk on the sphere.
 
     Example: spherelm inspect runs/first --out inside
 
     Args:
         runs: Run directories, checkpoints, or directories of compare; runs of one arm count as seeds of one model.
-        out: Directory to make: index.html, walk.html, figures (SVG, PNG), tables (CSV).
+        out: Directory to create: index.html, walk.html, figures (SVG, PNG), tables (CSV).
         no_images: Write no PNG files.
-        overwrite: Write over what an earlier inspect wrote to `out`.
+        overwrite: Overwrite the files of an earlier inspect in `out`.
     """
     from spherelm.report.inspection import Request
     from spherelm.report.inspection import inspect as run_inspection
@@ -36,8 +36,8 @@ def report(*, directories: Annotated[tuple[Path, ...], POSITIONAL], out: Path, o
 
     Args:
         directories: Directories of compare and sweep, or runs; results of eval --json in a run directory are read too.
-        out: Directory to make: index.html, figures (SVG, PNG), ends.json.
-        overwrite: Write over what an earlier report wrote to `out`.
+        out: Directory to create: index.html, figures (SVG, PNG), ends.json.
+        overwrite: Overwrite the files of an earlier report in `out`.
     """
     from spherelm.counting import counted
     from spherelm.report.ends_page import NOTHING_DRAWN, write_ends

@@ -1,4 +1,4 @@
-"""What there is to choose from: `list`."""
+"""The command that lists names to choose from: `list`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from spherelm.cli.parser import POSITIONAL, documented
 
 
 def list_(*, what: Annotated[Literal["presets", "recipes", "fields", "tasks"], POSITIONAL]) -> None:
-    """List what there is to choose from, with a line each.
+    """List the names to choose from, one per line.
 
     Example: spherelm list presets
 
     Args:
-        what: presets: sizes and lengths of runs. recipes: ways to train. fields: all that --set takes. tasks: of spherelm eval.
+        what: presets: sizes and lengths of runs. recipes: ways to train. fields: everything --set takes. tasks: of eval.
     """
     print(columns({"presets": presets, "recipes": recipes, "fields": fields, "tasks": tasks}[what]()))
 
@@ -56,7 +56,7 @@ def fields() -> list[Sequence[str]]:
 
 
 def about_field(name: str) -> str:
-    """What a field of a run is, from the docstrings of the dataclasses that have it."""
+    """The description of a field of a run, from the docstrings of the dataclasses that have it."""
     from spherelm.models import CONFIGS
     from spherelm.optim.transfer import BaseShape
     from spherelm.recipes.overrides import nested, owners_of

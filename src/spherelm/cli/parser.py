@@ -49,7 +49,7 @@ class Needs:
         blocking = [other for other in self.without if holds(other, given)]
         if blocking:
             more = f", or give {' or '.join(self.beside)} too" if self.beside else ""
-            return f"{flag} does nothing beside {blocking[0]}: leave one of them out{more}"
+            return f"{flag} has no effect with {blocking[0]}: leave one of them out{more}"
         if self.without:
             return None
         return f"{flag} acts only with {' or '.join(self.beside)}: give both, or leave {flag} out"
@@ -127,7 +127,7 @@ class Flag:
 
     @property
     def metavar(self) -> str:
-        """What --help shows in the place of a value."""
+        """The placeholder of a value in --help."""
         if get_origin(self.kind) is Literal:
             value = "{" + ",".join(map(str, get_args(self.kind))) + "}"
         else:
@@ -151,12 +151,12 @@ class Flag:
         """A word as a value. Raises `ArgumentTypeError` for one that cannot be."""
         known = get_args(self.kind)
         if known and word not in known:
-            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}{nearest(word, known)}")
+            raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}{nearest(word, known)}")
         try:
             return word if known else self.kind(word)
         except ValueError:
             kind = "whole number" if self.kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{word!r} is no {kind}") from None
+            raise argparse.ArgumentTypeError(f"{word!r} is not a valid {kind}") from None
 
     def add_to(self, parser: Any) -> None:
         """Have `parser`, or a group of its flags, read this one. What is not given is not in the namespace."""
@@ -188,7 +188,7 @@ METAVARS = {
     **dict.fromkeys(("--hf", "--hf-config", "--hf-split", "--license"), "NAME"), "--shape": "L,D,H,T,B,V",
     "--pattern": "LETTERS", "--rope-scaling": "linear:X|yarn:X",
 }  # fmt: skip
-"""What stands for the value of a flag, or for a word by its place, where its type says too little."""
+"""Placeholders in --help for values of flags and positional arguments, where the type is not enough."""
 
 
 class Once(argparse.Action):
@@ -203,7 +203,7 @@ class Once(argparse.Action):
 
 
 class Added(argparse.Action):
-    """Of a list: the values behind every time that the flag is given."""
+    """Of a list: the values of all occurrences of the flag."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Keep the values beside those that there are. Raises `UserError` where nothing is listed."""
@@ -232,7 +232,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(command: Command, name: str) -> Parser:
-    """What reads the words behind the command's name."""
+    """The parser of the words after the command's name."""
     prog, flags = f"spherelm {name}", flags_of(command).values()
     wanted = [METAVARS[flag.parameter] if POSITIONAL in flag.notes else f"{flag.name} {flag.metavar}"
               for flag in flags if flag.required]  # fmt: skip
@@ -248,7 +248,7 @@ def parser_of(command: Command, name: str) -> Parser:
 
 
 def parse(command: Command, name: str, words: Sequence[str]) -> dict[str, Any]:
-    """The command's arguments, from the words behind its name. Raises `UserError` for what cannot be read or cannot act."""
+    """The command's arguments, from the words after its name. Raises `UserError` for what cannot be read or cannot act."""
     flags = flags_of(command)
     words = [key_of(word) + word[len(key_of(word)) :] if word.startswith("--") else word for word in words]
     refuse_unknown(words, flags, name)
@@ -333,7 +333,7 @@ def unfold(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def plain_kind(hint: Any) -> tuple[Any, bool]:
-    """What a value of this type is, or each in a list of this type, and whether it is a list; without `None`."""
+    """The type of a value, or of each value of a list, and whether it is a list; without `None`."""
     kind = unfold(hint)[0]
     if type(None) in get_args(kind):
         return plain_kind(next(one for one in get_args(kind) if one is not type(None)))
@@ -343,14 +343,14 @@ def plain_kind(hint: Any) -> tuple[Any, bool]:
 
 
 def shown_default(default: Any) -> str:
-    """What `--help` says of a default; nothing of one that says nothing."""
+    """The default as `--help` shows it; "" for one that needs no mention."""
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
     return "" if default in (None, "", inspect.Parameter.empty) or isinstance(default, bool) else str(default)
 
 
 def documented(text: str, names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """What a docstring says of each of the fields or parameters `names`: what stands behind "name:", to the next of them."""
+    """The description in a docstring of each of `names`, fields or parameters: the text after "name:", up to the next name."""
     one = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     parts = re.split(rf"(?:^|(?<=\s))((?:{one})(?:, (?:{one}))*):\s", text)
     return {
@@ -362,7 +362,7 @@ def documented(text: str, names: Sequence[str] | Mapping[str, Any]) -> dict[str,
 
 @functools.cache
 def read_fields(owner: str) -> dict[str, tuple[str, Any, Any]]:
-    """What the dataclass `owner` says of each field, the field's default (`None` for what is no plain value), and its type.
+    """For each field of the dataclass `owner`: its description, its default (`None` if not a plain value) and its type.
 
     They are read off the source: to import it would import torch, and help should be there at once.
     """

@@ -33,20 +33,20 @@ def prepare(
     Example: spherelm data prepare --input books/*.txt --val-fraction 0.05 --out data/books
 
     Args:
-        out: The data directory to make.
-        input: Text files, directories of such, or patterns: a .txt or .md is one document, a row of the others has one.
+        out: The data directory to create.
+        input: Text files, directories of them, or patterns. A .txt or .md file is one document; in other files each row is one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
         hf_config: The configuration of that dataset, where it has several.
-        hf_split: The split of it that is read.
-        field: Where the text of a row is, in every input; body.text for "text" within "body".
-        skip_bad: Leave out rows that hold no text that can be read, and count them; without it they are errors.
-        limit: Rows of it that are read, for a sample; all if left out.
+        hf_split: The split of that dataset to read.
+        field: Field of a row that holds the text, in every input; body.text for "text" within "body".
+        skip_bad: Leave out rows without readable text, and count them; without this flag they are errors.
+        limit: Number of rows of that dataset to read; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
-        val_fraction: Instead of --val: the part of the documents, 0 to 1, that is held out; a document's hash decides. Of a
-            single .txt it is the end.
+        val_fraction: Instead of --val: the fraction of the documents, 0 to 1, that is held out, chosen by hash. Of a
+            single .txt file it is the end.
         deduplicate: Keep only the first of all documents with the same text.
-        workers: Processes; one a core if left out.
+        workers: Processes; one per core if left out.
         quiet: Show no progress.
     """
     from spherelm.data.hub import HubRequest
@@ -99,11 +99,11 @@ def tokenizer(
     Example: spherelm data tokenizer --input books/*.txt --vocab-size 32768 --out data/bpe
 
     Args:
-        out: The directory to make.
-        input: Text files, directories of such, or patterns, as for data prepare. Some hundred megabytes are enough.
-        vocab_size: Entries, the end of a text among them.
-        field: Where the text of a row is; body.text for "text" within "body".
-        skip_bad: Leave out rows that hold no text that can be read; without it they are errors.
+        out: The directory to create.
+        input: Text files, directories of them, or patterns, as for data prepare. A few hundred megabytes are enough.
+        vocab_size: Entries, including the end token.
+        field: Field of a row that holds the text; body.text for "text" within "body".
+        skip_bad: Leave out rows without readable text; without this flag they are errors.
     """
     from spherelm.data.bpe import train_on_files
     from spherelm.data.rows import Rows
@@ -118,9 +118,9 @@ def convert(*, data: str, out: Path, format: Literal["nanogpt", "llmc", "megatro
     Example: spherelm data convert --data data/books --format nanogpt --out data/nanogpt
 
     Args:
-        data: A data directory, or token files of another program with their tokenizer, as for train --data.
-        out: The directory to make.
-        format: Whose files: nanoGPT's, llm.c's (modded-nanogpt reads them too) or Megatron's.
+        data: A data directory, or another program's token files with their tokenizer, as for train --data.
+        out: The directory to create.
+        format: Which program's format: nanoGPT's, llm.c's (modded-nanogpt reads it too) or Megatron's.
     """
     from spherelm.data.convert import convert as run_conversion
 
@@ -139,19 +139,19 @@ def pairs(
     tokenizer: str | None = None,
     max_tokens: int = 256,
 ) -> None:
-    """Turn parallel text, a line a text and line i belonging to line i, into a data directory for encoder-decoders.
+    """Turn parallel text files, whose lines belong together one by one, into a data directory for encoder-decoders.
 
     Example: spherelm data pairs --source en.txt --target de.txt --val-source dev.en --val-target dev.de --out data/en-de
 
     Args:
-        source: What is read; a text file of any name, also .gz, .xz, .bz2, .zst.
-        target: What is to be written.
-        val_source: Validation texts to read.
-        val_target: Validation texts to write.
-        out: The data directory to make.
-        vocab_size: Entries of the BPE that is learned from both sides of the training pairs.
-        tokenizer: Instead of learning one: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
-        max_tokens: Training pairs with a longer side, its end token included, are left out.
+        source: File of source texts, one per line; any name, also .gz, .xz, .bz2, .zst.
+        target: File of target texts, one per line.
+        val_source: File of source texts for validation.
+        val_target: File of target texts for validation.
+        out: The data directory to create.
+        vocab_size: Entries of the BPE tokenizer that is trained on both sides of the training pairs.
+        tokenizer: Instead of training one: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
+        max_tokens: Training pairs with a side longer than this, end token included, are left out.
     """
     from spherelm.data.pairs import PairFiles, prepare_pairs
 
@@ -167,7 +167,7 @@ def pairs(
 
 
 def verify(*, directories: Annotated[tuple[Path, ...], POSITIONAL]) -> None:
-    """Read data directories whole and compare every file with the sha256 that was stored when it was written.
+    """Read data directories completely and compare every file with its stored sha256.
 
     Example: spherelm data verify data/books
 

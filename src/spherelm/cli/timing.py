@@ -20,18 +20,18 @@ def bench(
     pattern: str | None = None,
     machine: OnMachine,
 ) -> None:
-    """Time training steps of nGPT and GPT in turn on this machine, with their memory and their part of its peak.
+    """Time training steps of nGPT and GPT in turn on this machine, with their memory and MFU.
 
     Example: spherelm bench --shape 6,384,6,512,8,8192 --json step.json
 
     Args:
-        shape: Layers, d_model, heads, tokens a sequence, sequences, vocabulary.
-        steps: Steps of each arm that count, after 3 that do not.
-        dtype: Format of the computation (weights are float32); auto: the faster one on this machine.
+        shape: Layers, d_model, heads, tokens per sequence, sequences, vocabulary.
+        steps: Steps of each arm to time, after 3 warm-up steps.
+        dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine.
         no_compile: Do not use torch.compile.
         json: File to write the result to, as JSON.
-        profile: Show the operations that take the time, of each arm, by torch's profiler.
-        pattern: Time both hybrids of these layers, such as MAM-MAM-, in place of both transformers; it says how many there are.
+        profile: Also show where each arm's steps spend their time, by torch's profiler.
+        pattern: Time hybrids with this pattern of layers, such as MAM-MAM-, instead of transformers; one letter per layer.
     """
     from spherelm.data.output import check_new_file
     from spherelm.experiments import bench as module

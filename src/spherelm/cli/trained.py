@@ -1,4 +1,4 @@
-"""Commands on models that are trained already: `generate`, `export`, `import`."""
+"""Commands for trained models: `generate`, `export`, `push`, `import`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def import_nvidia(
 
     Args:
         ckpt: The file that train.py wrote.
-        out: The run directory to make.
-        rope: nvidia: what their code computes, whose rotary embedding is not a rotation; standard: the paper's model.
-        tokenizer: What it was trained with (a tokenizer.json, a SentencePiece .model, a Hugging Face name); not in the file.
-        moments: Keep the optimizer's moments as well, for training on.
+        out: The run directory to create.
+        rope: nvidia: as their code computes it, where the rotary embedding is not a rotation; standard: the paper's model.
+        tokenizer: Its tokenizer, which the file does not hold: a tokenizer.json, a SentencePiece .model, a Hugging Face name.
+        moments: Keep the optimizer's moments as well, to continue training.
     """
     from spherelm.interop.imported import import_nvidia as run_import
     from spherelm.layers.linear import departure
@@ -80,7 +80,7 @@ def generate(
     json: Annotated[bool, NO_TALK] = False,
     machine: OnMachine,
 ) -> None:
-    """Continue a text, many texts, or one in turn with you; an encoder-decoder reads a text and writes another.
+    """Continue one text, many texts, or a text you type line by line; an encoder-decoder reads a text and writes another.
 
     Give one of --prompt, --prompts, --interactive.
 
@@ -89,15 +89,15 @@ def generate(
     Args:
         run: A run directory, or one of its checkpoints.
         prompt: How the text begins.
-        prompts: A file with a prompt a line, or a .jsonl of objects with a "prompt".
-        interactive: Write a line, read how it goes on, write the next. Ctrl-C stops the text, Ctrl-D ends.
+        prompts: A file with one prompt per line, or a .jsonl of objects with a "prompt".
+        interactive: Type a line, read the continuation, type the next line. Ctrl-C stops the text, Ctrl-D ends.
         max_new_tokens: Tokens to add.
         stop: The text ends before the first of these strings; separated by spaces, as a comma may be part of one.
         samples: Continuations to draw of each prompt.
-        seed: Of the draw; text i draws with seed + i.
-        window: At the model's max_seq_len go on from the last half of the text, instead of refusing.
-        dtype: Format of the weights and of what is computed; int8 is of the weights alone.
-        json: One JSON object a line instead of plain text, for each text its prompt, sample, seed and text.
+        seed: Seed of the sampling; text i uses seed + i.
+        window: At the model's max_seq_len continue from the last half of the text, instead of stopping with an error.
+        dtype: Number format of weights and computation; int8 applies to the weights only.
+        json: One JSON object per line instead of plain text: prompt, sample, seed and text.
     """
     if sum((prompt is not None, prompts is not None, interactive)) != 1:
         raise UserError("give exactly one of --prompt, --prompts and --interactive")
@@ -119,7 +119,7 @@ def generate(
 
 
 def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, as_json: bool, **settings: Any) -> None:
-    """Print the texts that `continuations` gives: one as it comes, several in full, with --- between those that go on."""
+    """Print the texts of `continuations`: one as it is generated, several when all are done, with --- between continuations."""
     from spherelm.generation.samples import continuations, continues
 
     goes_on = continues(run)
@@ -127,7 +127,7 @@ def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, 
     if len(asked) == 1 and not as_json:
         writer = Writer(given[0] if goes_on else "")
         continuations(run, given, 1, max_new_tokens, write=writer.write, **settings)
-        writer.write("\n")  # behind the prompt, where nothing came
+        writer.write("\n")  # after the prompt, where nothing was generated
         return
     written = continuations(run, given, samples, max_new_tokens, **settings)
     if not as_json:
@@ -152,7 +152,7 @@ class Writer:
 
 
 def converse(text: Conversation, max_new_tokens: int) -> None:
-    """Read lines from standard input and write how the text goes on, until the input ends or the context is full."""
+    """Read lines from standard input and continue each, until the input ends or the context is full."""
     while text.room != 0:
         try:
             said = input("> " if sys.stdin.isatty() else "")
@@ -167,7 +167,7 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
         except ValueError as error:
             print(f"spherelm: {error}", file=sys.stderr, end="", flush=True)
         print(flush=True)
-    print("The context is full: begin anew, or give --window.", file=sys.stderr)
+    print("The context is full: start again, or use --window.", file=sys.stderr)
 
 
 Weights = Literal["float32", "bfloat16", "float16"]
@@ -189,11 +189,11 @@ def export(
 
     Args:
         run: A run directory, or one of its checkpoints.
-        out: The directory to make.
-        standalone: Put the modeling code beside the weights, for trust_remote_code where spherelm is not installed.
-        folded: The same for servers such as vLLM: learned scales are inside the matrices, and the model is not trained on.
+        out: The directory to create.
+        standalone: Put the modeling code beside the weights, so that trust_remote_code loads them without spherelm.
+        folded: Like --standalone, for servers such as vLLM: learned scales are folded into the matrices; for inference only.
         dtype: Format of the weights.
-        license: Of the weights, as the hub names it: apache-2.0, cc-by-4.0, ...
+        license: License of the weights, as the hub names it: apache-2.0, cc-by-4.0, ...
         no_tokenizer: Leave the tokenizer out.
     """
     from spherelm.interop.export import export as run_export
@@ -213,14 +213,14 @@ def push(
     license: str | None = None,
     no_tokenizer: bool = False,
 ) -> None:
-    """Put a run's model on the Hugging Face hub, as `export` writes it; log in by `hf auth login` before.
+    """Upload a run's model to the Hugging Face hub, as `export` writes it; log in with `hf auth login` first.
 
     Example: spherelm push runs/mine me/mine --standalone --license apache-2.0
 
     Args:
         run: A run directory, or one of its checkpoints.
-        repo: user/name, made if it is not there.
-        private: Make it a private one.
+        repo: user/name; created if it does not exist.
+        private: Create it as a private one.
         standalone: As for export.
         folded: As for export.
         dtype: Format of the weights.
@@ -234,13 +234,13 @@ def push(
 
 
 def import_hub(*, source: Annotated[str, POSITIONAL], out: Annotated[Path, POSITIONAL]) -> None:
-    """Turn a model that `push` put on the Hugging Face hub, or `export` into a folder, into a run directory.
+    """Turn a model that `push` uploaded, or a folder that `export` wrote, into a run directory.
 
     Example: spherelm import hub me/mine runs/mine
 
     Args:
         source: user/name or user/name@revision on the hub, or a folder.
-        out: The run directory to make.
+        out: The run directory to create.
     """
     from spherelm.interop.imported import import_hub as run_import
 

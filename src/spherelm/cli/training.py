@@ -35,17 +35,17 @@ def compare(
     workers: int | None = None,
     resume: bool = False,
 ) -> None:
-    """Train a baseline and its normalized twin, and say how many fewer tokens the better one needs.
+    """Train GPT and nGPT on the same data, and report how many fewer tokens the better one needs.
 
     Example: spherelm compare --out runs/first --data book.txt --seeds 3
 
     Args:
         out: Directory for both arms' runs, summary.json and report.html.
-        set_: Fields of the runs that shall differ from the recipe; one that only one arm has is for that arm
+        set_: Fields of the runs that differ from the recipe; a field that only one arm has is set for that arm
             (spherelm list fields).
         no_compile: Do not use torch.compile (the demo preset does not anyway).
-        workers: Runs at once; one a core if left out, one in all on an accelerator.
-        resume: Go on with the comparison in --out; with more --seeds, add them.
+        workers: Runs at once; one per core if left out, a single one on an accelerator.
+        resume: Continue the comparison in --out; a larger --seeds adds runs.
     """
     from spherelm.data.text_files import prepared
     from spherelm.experiments.comparison import CompareConfig
@@ -83,18 +83,18 @@ def train(
 
     Args:
         out: Run directory: config.json, metrics.jsonl, checkpoints.
-        arm: The baseline, or the normalized Transformer; the preset says in which architecture.
+        arm: gpt, the baseline, or ngpt, the normalized Transformer; the preset sets the architecture.
         data: Directory of spherelm data prepare; DIR=WEIGHT,DIR=WEIGHT; stream:NAME; PATH,tokenizer=NAME for token files of
-            nanoGPT, llm.c or Megatron. Or text, which is prepared in OUT-data: files, patterns and directories that data
-            prepare takes. The shipped text if left out.
+            nanoGPT, llm.c or Megatron. Or text, which is prepared into OUT-data: the files, patterns and directories that data
+            prepare reads. The shipped text if left out.
         preset: Size and length of the run (spherelm list presets); demo if left out.
         recipe: How the arm is trained (spherelm list recipes); law if left out.
-        config: A run's config.json: the run is that one, but for the flags that are given. Or a file, JSON or YAML, of some of
-            its fields, as --set names them or nested as there: preset, recipe and flags say the rest.
-        set_: Fields that shall differ from the recipe (spherelm list fields): schedule=log rho=0.05 optimizer=muon.
-        resume: Go on with this run, or the one in --out, from its last checkpoint. Its config.json says the rest; flags that
-            change nothing of what is learned may differ, and --steps where the schedule allows it.
-        init_from: Begin with the weights of this run, checkpoint or exported folder, whose shape the model then has.
+        config: A run's config.json, to repeat that run with the given flags changed. Or a JSON or YAML file with some of
+            its fields, named as for --set or nested as in config.json; preset, recipe and flags set the rest.
+        set_: Fields that differ from the recipe (spherelm list fields): schedule=log rho=0.05 optimizer=muon.
+        resume: Resume this run, or the one in --out, from its last checkpoint. Its config.json sets everything else; flags that
+            do not change the result may differ, and so may --steps where the schedule allows it.
+        init_from: Start from the weights of this run, checkpoint or exported folder; the model takes its shape.
         no_compile: Do not use torch.compile.
     """
     from spherelm.recipes.overrides import WHOLE
@@ -122,21 +122,21 @@ def train(
 
 def resumed(resume: str | None, out: Path | None, chosen: Mapping[str, Any]) -> tuple[Path, Path | None]:
     """The run directory, and the file that its configuration is read from: with --resume its own, unless --arm or --config
-    say how the run was begun.
+    describe how the run was started.
     """
     if resume and out not in (None, Path(resume)):
         raise UserError(
-            f"--resume {resume} goes on in {resume}: leave out --out {out}, or begin a new run by --init-from {resume}"
+            f"--resume {resume} continues {resume}: leave out --out {out}, or start a new run with --init-from {resume}"
         )
     directory = Path(resume) if resume else out
     if directory is None:
-        raise UserError("no directory is given: --out DIR for a new run, --resume RUN to go on with one")
+        raise UserError("no directory is given: --out DIR for a new run, --resume RUN to continue one")
     if resume is None or (not resume and chosen.keys() & {"arm", "config"}):
         return directory, chosen.get("config")
     if chosen:
         name = next(iter(chosen))
         raise UserError(
-            f"--{name.replace('_', '-')} does nothing beside --resume: {directory}/config.json says it, leave it out"
+            f"--{name.replace('_', '-')} has no effect with --resume: {directory}/config.json sets it; leave it out"
         )
     if not (directory / "config.json").is_file():
         raise NotFoundError(
@@ -162,7 +162,7 @@ def run_of_whole(
 
     refused = [name for name in ("arm", "preset", "recipe") if name in chosen]
     if refused:
-        raise UserError(f"--{refused[0]} does nothing beside --config {config}, which is of a whole run: leave it out")
+        raise UserError(f"--{refused[0]} has no effect with --config {config}, which is of a whole run: leave it out")
     refuse_strangers(config, record)
     run = changed(read_config(config), asked)
     if "init_from" in chosen:
@@ -182,7 +182,7 @@ def run_of_parts(
     asked: Mapping[str, Any],
     dry: bool,
 ) -> RunConfig:
-    """The run of the fields in `record`, of the file `config`, and over them what is chosen and asked for by flags."""
+    """The run of the fields in `record`, of the file `config`, overridden by the flags."""
     from spherelm.data.text_files import prepared
     from spherelm.recipes import make_run, run_from
     from spherelm.recipes.overrides import fields_in
@@ -213,7 +213,7 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
 
 
 def describe(config: RunConfig, asked: DryRun) -> None:
-    """Print what the run of `config` would take, spread as asked."""
+    """Print the estimate of the run of `config`, for the layout in `asked`."""
     from spherelm.recipes.explained import explained
     from spherelm.train.batches import check_text, epochs
     from spherelm.train.estimate import Layout, estimate, estimate_table
@@ -244,23 +244,23 @@ def sweep(
     quiet: bool = False,
     machine: OnMachine,
 ) -> None:
-    """Train every combination of arms, recipes, learning rates and fields; the same command again goes on.
+    """Train every combination of arms, recipes, learning rates and fields; the same command again continues.
 
     Example: spherelm sweep --out runs/alpha --arms ngpt --vary alpha.init=0.05,0.25 --seeds 3
 
     Args:
         out: Directory for the runs, sweep.json and the page index.html.
-        arms: Arms that are trained.
+        arms: Arms to train.
         lr: Peak learning rates; the recipe's if left out.
-        vary: Fields with several values each, all of which are tried (spherelm list fields).
+        vary: Fields with several values each; all combinations are tried (spherelm list fields).
         set_: Fields that are the same in all runs.
         preset: Size and length of the runs (spherelm list presets).
-        recipe: How the arms are trained (spherelm list recipes); ablations stands for the paper's and all of
+        recipe: How the arms are trained (spherelm list recipes); ablations means the paper's recipe and all of
             its ablations.
         steps: Updates; the preset's if left out.
         data: As for spherelm train. The shipped text if left out.
-        seeds: Runs a combination.
-        workers: Runs at once; one a core if left out.
+        seeds: Runs per combination.
+        workers: Runs at once; one per core if left out.
         quiet: Show no progress.
     """
     from spherelm.data.sources import parse_data
@@ -304,11 +304,11 @@ def evidence(
     Example: spherelm evidence --out runs/ladder --data data/books --test data/test --sizes 0.3m,1m --minutes 60
 
     Args:
-        out: Directory for the runs and evidence.json; the same command again goes on with it.
-        data: Data directory of spherelm data prepare; its validation text chooses learning rates.
-        test: Data directory with the same tokenizer, whose validation text is used at the end only.
-        workers: Runs at once; one a core if left out.
-        minutes: After so long, save what is under way, print the tables so far and end with exit code 0; no limit if left out.
+        out: Directory for the runs and evidence.json; the same command again continues it.
+        data: Data directory of spherelm data prepare; its validation text is used to choose learning rates.
+        test: Data directory with the same tokenizer, whose validation text is used only at the end, as held-out text.
+        workers: Runs at once; one per core if left out.
+        minutes: After so many minutes, save unfinished runs, print the tables so far and exit with 0; no limit if left out.
     """
     from spherelm.experiments.evidence import climb
     from spherelm.experiments.evidence_plan import Grid

@@ -28,7 +28,7 @@ class DocumentError(UserError):
 
 
 def sha256_of(path: Path, said: Callable[[int], object] = lambda size: None) -> str:
-    """The sha256 of a file, in hexadecimal; `said` is told how many bytes more have been read."""
+    """The sha256 of a file, in hexadecimal; `said` is called with the number of bytes read since its last call."""
     digest = hashlib.sha256()
     with path.open("rb") as content:
         while data := content.read(_READ_BYTES):
@@ -57,7 +57,7 @@ def read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def open_compressed(file: IO[bytes], suffix: str, name: str) -> io.BufferedReader:
-    """What is compressed in `file` as a file, which is read once from its start; `name` is said where it is damaged."""
+    """The decompressed content of `file` as a file that is read once; `name` is for the message if it is damaged."""
     return io.BufferedReader(_Decompressed(_decompressed(file, suffix, name)), _READ_BYTES)
 
 
@@ -78,7 +78,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _decompressed(file: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
-    """The content of the streams that stand one behind the other in `file`; zeros may fill up what is behind a stream."""
+    """The content of the streams stored one after another in `file`; zeros may follow a stream."""
     start, fault = _decompressor(suffix)
     damaged = DocumentError(f"{name}: damaged or cut off, or not a {suffix} file; get it again")
     stream, streams = None, 0
@@ -101,7 +101,7 @@ def _decompressed(file: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
 
 
 def _decompressor(suffix: str) -> tuple[Callable[[], Any], type[Exception]]:
-    """What reads one stream of this format, and what it raises for one that is damaged."""
+    """The decompressor of one stream of this format, and the exceptions it raises for damaged data."""
     if suffix == ".zst":
         try:
             import zstandard

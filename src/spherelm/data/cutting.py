@@ -1,7 +1,7 @@
 """Cutting a text into pieces whose ids, put together, are those that the tokenizer gives the whole.
 
 A place is safe where no entry of the vocabulary reaches over it, and where the text around it, encoded in two parts, gives
-the ids of both together. Such places are looked for between words, behind the end of a line and, for texts without
+the ids of both together. Such places are looked for between words, after the end of a line and, for texts without
 spaces, between Chinese characters and kana. Where a long stretch has none it is cut anyway, so that memory stays bounded.
 """
 
@@ -57,7 +57,7 @@ class Cutter:
     def place(self, text: str, at_least: int) -> Cut | None:
         """The first safe place at or after `at_least` characters; one that is not safe where there is none for long.
 
-        None where `text` ends too soon to say. More text behind does not change the answer.
+        None where `text` ends too soon to say. More text after it does not change the answer.
         """
         end = min(at_least + LONGEST, len(text) - _AROUND)
         for found in self._places.finditer(text, max(1, at_least), max(0, end + 1)) if self._places else ():
@@ -114,7 +114,7 @@ _BORDERS = re.compile(rb"(?s)\n(?=[^\x80-\xbf])|.(?= )|[\x80-\xff](?=[\xe3-\xe9]
 
 
 def _pairs(entry: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The last character before and the first behind every place in an entry where a text may be cut; parts of them too."""
+    """The last character before and the first after every place in an entry where a text may be cut; parts of them too."""
     for border in _BORDERS.finditer(entry):
         place = begin = border.end()
         begin -= 1

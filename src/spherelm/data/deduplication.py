@@ -51,7 +51,7 @@ class Deduplicator:
     """Drops documents seen before from encoded blocks, in order.
 
     A `flush` appends the digests of the documents kept since the last one to the file `path`. `state`: what `state()`
-    gave after a `flush`, to go on from there. Raises ShardError where the file is not what it was.
+    gave after a `flush`, to continue from there. Raises ShardError where the file is not what it was.
     """
 
     def __init__(self, path: Path, end_token: int, state: dict[str, Any] | None = None) -> None:
@@ -105,7 +105,7 @@ class Deduplicator:
         self._pending.clear()
 
     def state(self) -> dict[str, Any]:
-        """What another deduplicator needs to go on from here (JSON)."""
+        """The state (JSON) that another deduplicator needs to continue from here."""
         return {"kept": self._kept, "dropping": self._dropping}
 
 

@@ -38,7 +38,7 @@ class Block:
 
     `texts`: whole documents, Bad for each bad row; or a piece of one, of which `starts` and `ends` say whether it is its
     first or last, `context` and `safe` how it was cut from the one before (`data.cutting`), and `digest`, when asked for,
-    the sha256 (hex) of the whole. `after` is the position behind it of a stream that can go on from there (JSON).
+    the sha256 (hex) of the whole. `after` is the position after it of a stream that can continue from there (JSON).
     """
 
     path: Path
@@ -59,8 +59,8 @@ def format_of(path: Path) -> str:
     kind = suffixes[-2:-1] if compressed else suffixes[-1:]
     if not kind or kind[0] not in SUFFIXES:
         raise DocumentError(
-            f"{path}: cannot tell what this file holds; rename it to end in {', '.join(SUFFIXES)}, and behind it "
-            f"{', '.join(COMPRESSIONS)} if it is compressed"
+            f"{path}: cannot tell what this file holds; rename it to end in {', '.join(SUFFIXES)}, "
+            f"followed by {', '.join(COMPRESSIONS)} if it is compressed"
         )
     return kind[0]
 
@@ -171,7 +171,7 @@ def _within(path: Path, span: Span) -> Iterator[tuple[str, int]]:
 def split_place(path: Path, fraction: float) -> int:
     """The character of a .txt document with which its last part of about `fraction` begins.
 
-    That is behind the end of the line nearest to the exact place, or the nearest space, or it is the exact place.
+    That is after the end of the line nearest to the exact place, or the nearest space, or it is the exact place.
     Raises DocumentError for a text that is too short to be split.
     """
     length = sum(len(text) for text, _ in _decoded(path))

@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a job: ids with end tokens and UTF-8 bytes of text by split; the number of documents, and of what was
+    """The result of a job: ids with end tokens and UTF-8 bytes of text by split; the number of documents, and of what was
     left out by reason.
 
     `unsafe_cuts`: how many places were cut that are not safe. `starts`, `ends`, `after`: as in its block. When asked for, by
@@ -133,7 +133,7 @@ class Encoder:
         if any((ids == self._tokenizer.eos_id).any() for ids in out):
             raise UserError(
                 f"tokenizer {self._tokenizer.name} encodes plain text to its end token, so documents could not be "
-                "told apart: choose another tokenizer"
+                "separated: choose another tokenizer"
             )
         return out
 

@@ -28,7 +28,7 @@ _COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 
 @dataclass(frozen=True)
 class HubRequest:
-    """What to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision), a .parquet or .jsonl file,
+    """A dataset to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision), a .parquet or .jsonl file,
     or a folder of such. `config`, `split`: of the dataset. `column`: the field with the text. `limit`: rows at most.
     """
 
@@ -92,7 +92,7 @@ class HubText:
         return {"rows": self._rows, "stream": json.loads(json.dumps(self._stream.state_dict()))}
 
     def blocks(self, after: dict[str, Any] | None, block_size: int = BLOCK_SIZE) -> Generator[Block, None, None]:
-        """The documents in blocks of `block_size` characters, from behind the block whose `after` is given."""
+        """The documents in blocks of `block_size` characters, starting after the block whose `after` is given."""
         read = int(after["characters"]) if after else 0
         held, texts = 0, list[str]()
         with closing(self.documents(after)) as documents:
@@ -158,7 +158,7 @@ def _files(request: HubRequest, builder: Any) -> list[tuple[str, list[str]]]:
 
 
 def _identity(request: HubRequest, builder: Any, files: list[tuple[str, list[str]]]) -> dict[str, Any]:
-    """What is read: the request, and its files."""
+    """The source: the request, and its files."""
     described = [version for _, version in files]
     local = Path(request.name).expanduser().exists()
     revisions = {found[1] for file, _ in files if (found := _REVISION.match(file))}
@@ -179,7 +179,7 @@ def _version_of(file: str, version: tuple[str, ...]) -> list[str]:
 
 @contextmanager
 def _said_in_one_line(name: str) -> Iterator[None]:
-    """What `datasets` raises, as one line of ours."""
+    """Errors of `datasets` as one-line errors."""
     try:
         yield
     except DocumentError:

@@ -20,18 +20,18 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Batches(Protocol):
-    """What training reads: one batch an update."""
+    """Training data: one batch per update."""
 
     def batch(self, step: int) -> Batch:
         """(tokens, targets) of `step` (from 0) for this rank: int64 `[batch_size / world_size, seq_len]` each."""
         ...
 
     def weight(self, step: int) -> float:
-        """What the mean over this rank's targets of `step` counts beside those of the others; 1 where all have equally many."""
+        """The weight of this rank's mean over its targets of `step` among all ranks; 1 where all have equally many."""
         ...
 
     def state(self, step: int) -> dict[str, Any]:
-        """What another process needs besides the number `step` to go on with it (JSON), the same for every rank."""
+        """The state (JSON) that another process needs besides the number `step` to continue, the same for every rank."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:

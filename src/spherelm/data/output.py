@@ -20,7 +20,7 @@ from spherelm.progress import say
 
 STATE_FILE = "state.json"
 PART = ".part"
-"""What a directory is called, or its name ends in, that is not whole yet."""
+"""The name, or its ending, of a directory that is not complete yet."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Pairs as batches of similar length, a pure function of (seed, step, rank, world size) as all batches here.
 
 A batch is two tensors, as a language model's is: tokens int64 [pairs, source + target], the sources (padded on the right with
-`PADDING`) and behind them the targets' tokens, which begin with the end token; targets int64 [pairs, target], the same moved by
+`PADDING`) followed by the targets' tokens, which begin with the end token; targets int64 [pairs, target], the same moved by
 one, which end with it, and -100 at padding. So `targets` says how wide the second part of `tokens` is.
 """
 
@@ -19,7 +19,7 @@ from spherelm.data.pairs import PairTokens
 from spherelm.errors import UserError
 
 PADDING = -100
-"""Behind the end of a source, and of what is to be predicted."""
+"""Padding after the end of a source, and of the tokens to predict."""
 
 
 class PairLoader(StatelessBatches):

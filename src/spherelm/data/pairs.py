@@ -1,7 +1,7 @@
 """Parallel text: pairs of a source and a target, a line each in two files, as one directory of token ids.
 
 A directory holds `pairs.json` (what it was made of, counts, hashes), the tokenizer that both sides share, and for each split a
-safetensors file: the ids of all sources one behind the other, where each ends, and the same of the targets. It is read into
+safetensors file: the ids of all sources, concatenated, where each ends, and the same of the targets. It is read into
 memory whole: 8 bytes a pair of tokens.
 """
 
@@ -164,7 +164,7 @@ def holds_pairs(directory: Path) -> bool:
 
 
 def read_pairs_manifest(directory: Path) -> dict[str, Any]:
-    """What `pairs.json` in `directory` says. Raises FileNotFoundError or ValueError."""
+    """The content of `pairs.json` in `directory`. Raises FileNotFoundError or ValueError."""
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return manifest

@@ -1,4 +1,4 @@
-"""What one `prepare` is to write: its inputs by content, its tokenizer, its options, all checked."""
+"""The plan of one `prepare`: its inputs by content, its tokenizer and its options, all checked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Source:
     span: Span = WHOLE
 
     def parameters(self) -> dict[str, Any]:
-        """What this input is, wherever it lies (JSON)."""
+        """The identity of this input, wherever it is stored (JSON)."""
         if self.stream is not None:
             return {"format": "stream", "dataset": self.stream.identity, "split": self.split}
         span = {} if self.span == WHOLE else {"characters": list(self.span)}
@@ -59,7 +59,7 @@ class Plan:
         return source.split is None or self.deduplicate
 
     def parameters(self) -> dict[str, Any]:
-        """What two runs must share to write the same shards (JSON)."""
+        """The settings that two runs must share to write the same shards (JSON)."""
         return {
             "format": FORMAT,
             "inputs": [source.parameters() for source in self.sources],

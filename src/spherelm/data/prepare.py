@@ -40,7 +40,7 @@ _SPLITS: tuple[Split, Split] = ("train", "val")
 class Position:
     """How far the inputs are read: `blocks` of input `source`, and how many documents each input gave so far.
 
-    `after`: where a stream goes on. `left_out`: how many documents and rows, by reason. `duplicates`: how many of the
+    `after`: where a stream continues. `left_out`: how many documents and rows, by reason. `duplicates`: how many of the
     documents were left out as seen before.
     """
 
@@ -73,11 +73,11 @@ def prepare(
     `tokenizer`: as for `load_tokenizer`. Validation text: the files `val`, or the part `val_fraction` (0 to 1) of the
     documents, chosen by their hashes, or none. `workers`: processes; the result does not depend on it (with more than
     one, a script that calls this needs an `if __name__ == "__main__"` guard). Called again after an interruption with
-    the same arguments it goes on; where all is done already it verifies the shards and changes nothing.
+    the same arguments it continues; where all is done already it verifies the shards and changes nothing.
     `rows`: which field of a row holds its text, and whether bad rows are left out. Of a single .txt document, `val_fraction`
     is its end. `deduplicate`: of documents with the same text only the first is kept; the validation files are read last, so
     one that is in the training text too is dropped from the validation text.
-    Raises ValueError (DocumentError, ShardError, OutputExistsError) or FileNotFoundError for what the user can mend.
+    Raises ValueError (DocumentError, ShardError, OutputExistsError) or FileNotFoundError for what the user can fix.
     """
     plan = make_plan(
         list(inputs), list(val or []), hub, tokenizer, val_fraction, workers, shard_tokens, deduplicate, rows, progress
@@ -124,7 +124,7 @@ class _Work:
         self._saved_at = time.monotonic()
 
     def run(self, workers: int) -> None:
-        """Encode what is left and leave a whole data directory, manifest included, in `partial`."""
+        """Encode the rest and leave a whole data directory, manifest included, in `partial`."""
         self._plan.tokenizer.save(self._partial)
         sizes = None if any(s.stream for s in self._plan.sources) else sum(s.size for s in self._plan.sources)
         bar = Bar("tokenizing", sizes, unit="B", show=self._progress)
@@ -153,7 +153,7 @@ class _Work:
                 yield Job(number, block, source.split)
 
     def _blocks(self, source: Source, skip: int, after: dict[str, Any] | None) -> Iterator[Block]:
-        """The blocks of one input behind the first `skip`, or behind the position `after` of a stream."""
+        """The blocks of one input after the first `skip`, or after the position `after` of a stream."""
         if source.stream is not None:
             return source.stream.blocks(after)
         with_digest, rows = self._plan.needs_digest(source), self._plan.rows
@@ -161,7 +161,7 @@ class _Work:
         return itertools.islice(blocks, skip, None)
 
     def _take(self, encoded: Encoded) -> None:
-        """Write one result and move the position behind it."""
+        """Write one result and move the position past it."""
         duplicates = 0
         if self._deduplicator is not None:
             encoded, duplicates = self._deduplicator.filter(encoded)
@@ -202,14 +202,14 @@ class _Work:
             return None
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         position = state["position"]
-        # Inputs not begun yet may have changed: a user mends the one that stopped the first attempt.
+        # Inputs not started yet may have changed: a user fixes the one that stopped the first attempt.
         begun = position["source"] + (1 if position["blocks"] else 0)
         old, new = state["parameters"], self._plan.parameters()
         same_inputs = old["inputs"][:begun] == new["inputs"][:begun] and position.keys() == vars(Position()).keys()
         if not same_inputs or {**old, "inputs": None} != {**new, "inputs": None}:
             raise OutputExistsError(
                 f"{self._partial} holds unfinished work with other inputs or options: "
-                "give the first command again, or delete that directory to start over"
+                "run the first command again, or delete that directory to start over"
             )
         for name in ("documents", "duplicates"):
             counts = position.get(name, [])[:begun]

@@ -48,7 +48,7 @@ class Rows:
 
     @property
     def other_field(self) -> str:
-        """How to mend a wrong field."""
+        """How to fix a wrong field."""
         return "name another field" if self.skip_bad is None else "name another with --field"
 
     def text(self, where: str, record: Any) -> str:
@@ -56,14 +56,14 @@ class Rows:
         found = record if isinstance(record, str) else value_in(record, self.field)
         if not isinstance(found, str):
             names = ", ".join(_names_in(record)[:_NAMES])
-            missing = f"it has {names}" if names else "it is no object"
+            missing = f"it has {names}" if names else "it is not an object"
             reason = missing if found is _MISSING else f"it is {_KINDS.get(type(found), type(found).__name__)}"
-            fix = self.other_field if found is _MISSING and names else "mend that row"
+            fix = self.other_field if found is _MISSING and names else "fix that row"
             return self.refuse(where, f'no string under "{self.field}"', f" ({reason}); {fix}")
         try:
             found.encode("utf-8")
         except UnicodeEncodeError as error:
-            return self.refuse(where, "half of a surrogate pair", f" at character {error.start}; mend it")
+            return self.refuse(where, "half of a surrogate pair", f" at character {error.start}; fix it")
         return found
 
     def refuse(self, where: str, reason: str, more: str) -> Bad:
@@ -75,7 +75,7 @@ class Rows:
 
 
 def value_in(record: Any, field: str) -> Any:
-    """What stands in `record` under `field`, which may go through several objects by points."""
+    """The value in `record` of `field`, which may be a path of names joined by points."""
     if not isinstance(record, dict):
         return _MISSING
     if field in record:
@@ -98,7 +98,7 @@ def _names_in(record: Any, before: str = "") -> list[str]:
 
 
 def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
-    """What to say of a table that lacks the column with the text."""
+    """The error of a table without the column of the text."""
     return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {rows.other_field}')
 
 
@@ -140,9 +140,9 @@ def csv_rows(path: Path, rows: Rows, delimiter: str) -> Iterator[Read]:
                 text = rows.text(f"{path}, line {reader.line_num}", dict(zip(names, values, strict=False)))
                 yield [text], len(text), position()
         except csv.Error as error:
-            raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); mend that line") from error
+            raise DocumentError(f"{path}, line {reader.line_num}: not CSV ({error}); fix that line") from error
         except UnicodeDecodeError as error:
-            raise not_utf8(path, f"behind line {reader.line_num}") from error
+            raise not_utf8(path, f"after line {reader.line_num}") from error
 
 
 def is_list(path: Path) -> bool:
@@ -161,7 +161,7 @@ def list_rows(path: Path, rows: Rows) -> Iterator[Read]:
         except UnicodeDecodeError as error:
             raise not_utf8(path, f"byte {error.start}") from error
         except (ValueError, RecursionError) as error:
-            raise DocumentError(f"{path}: not JSON ({error}); mend it, or write a row a line") from error
+            raise DocumentError(f"{path}: not JSON ({error}); fix it, or write a row a line") from error
         for number, record in enumerate(records, start=1):
             text = rows.text(f"{path}, entry {number}", record)
             yield [text], len(text), position()
@@ -190,11 +190,11 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
     except UnicodeDecodeError as error:
         raise DocumentError(f"{path}: text between rows {row + 1} and {row + len(batch)} is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise DocumentError(f"{path}: damaged or no Parquet file; get it again") from error
+        raise DocumentError(f"{path}: damaged, or not a Parquet file; get it again") from error
 
 
 def not_utf8(path: Path, place: str) -> DocumentError:
-    """What to say of a file that is in another encoding."""
+    """The error of a file in another encoding."""
     start = next((data for data, _ in read_bytes(path)), b"")
     found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
     is_not = f"is {found}, not UTF-8" if found else f"is not UTF-8 ({place})"

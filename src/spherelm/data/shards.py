@@ -61,7 +61,7 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says of itself. `text_bytes`: UTF-8 bytes of the encoded text, end tokens not counted."""
+    """The header of a shard. `text_bytes`: UTF-8 bytes of the encoded text, end tokens not counted."""
 
     dtype: str
     vocab_size: int
@@ -92,7 +92,7 @@ class ShardWriter:
 
     The body is written in place and the header last, so an unfinished shard is never taken for a good one.
     `in_document`: whether the shard starts inside a document that began in the one before. `state`: what `state()`
-    gave after a `flush`, to go on from there after a kill: what was written later is cut off, and ShardError is raised
+    gave after a `flush`, to continue from there after a kill: what was written later is cut off, and ShardError is raised
     when the rest is not what it was.
     """
 
@@ -152,7 +152,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
 
     def state(self) -> dict[str, Any]:
-        """What another writer needs to go on from here (JSON)."""
+        """The state (JSON) that another writer needs to continue from here."""
         return {
             "file": self.path.name,
             "tokens": self.tokens,
@@ -162,7 +162,7 @@ class ShardWriter:
         }
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        """Count what an earlier writer left in the file and go on behind it."""
+        """Count what an earlier writer left in the file and continue after it."""
         self._file.truncate(BODY_START + int(state["tokens"]) * self._dtype.itemsize)
         self._file.seek(BODY_START)
         while block := self._file.read(_READ_BYTES):
@@ -380,11 +380,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise NotFoundError(f"no data directory {directory}: make it with spherelm data prepare --out {directory}")
     if not path.is_file() and (directory / PARTIAL_DIRECTORY).is_dir():
-        raise ShardError.about(
-            directory, "unfinished", "give the same spherelm data prepare command again to finish it"
-        )
+        raise ShardError.about(directory, "unfinished", "run the same spherelm data prepare command again to finish it")
     if not path.is_file():
-        raise NotFoundError(f"{directory} is no data directory (no {MANIFEST_FILE}): use spherelm data prepare")
+        raise NotFoundError(f"{directory} is not a data directory (no {MANIFEST_FILE}): use spherelm data prepare")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = [entry for split in manifest["splits"].values() for entry in split["shards"] or [{}]]

@@ -80,7 +80,7 @@ class RunData:
 
 
 class Data(ABC):
-    """What a run learns from."""
+    """The training and validation data of a run."""
 
     @property
     @abstractmethod
@@ -89,7 +89,7 @@ class Data(ABC):
 
     @property
     def proportions(self) -> tuple[object, ...]:
-        """What is not in the identity of the texts: data of equal identity and proportions is the same, wherever it lies."""
+        """Facts beyond the texts' identity: data of equal identity and proportions is the same, wherever it is stored."""
         return (Fraction(1),)
 
     @abstractmethod
@@ -290,7 +290,7 @@ class Pairs(Data):
 
 
 def parse_data(said: str | None) -> Data:
-    """What `--data`, or the `data` of a run's config.json, names.
+    """The data that `--data`, or the `data` of a run's config.json, names.
 
     `None` is the text that ships with spherelm; `stream:NAME,KEY=VALUE,...` a stream; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture,
     unless a directory is called so; all else is one directory, of shards or of pairs, or files of other programs. Behind the
@@ -333,10 +333,12 @@ def _hub(said: str) -> Hub:
     given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     known = {"config", "split", "column", "limit", "tokenizer", "val"}
     if not name or len(given) < len(pairs) or given.keys() - known:
-        raise UserError(f"{said!r} is no stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}")
+        raise UserError(
+            f"{said!r} is not a stream: write stream:NAME,KEY=VALUE,... with keys {', '.join(sorted(known))}"
+        )
     limit = given.pop("limit", None)
     if limit is not None and not limit.isdecimal():
-        raise UserError(f"{said!r}: limit={limit} is no number of rows")
+        raise UserError(f"{said!r}: limit={limit} is not a number of rows")
     own: Any = {key: given.pop(key) for key in ("tokenizer", "val") if key in given}
     return Hub(HubRequest(name, **given, limit=None if limit is None else int(limit)), **own)
 

@@ -12,7 +12,7 @@ from spherelm.data.tokenizer import Tokenizer
 class SplitWriter:
     """The shards of one split, one open at a time; a shard is closed at the first piece that brings it to `shard_tokens`.
 
-    `state`: what `state()` gave, to go on from there. Raises ShardError where the files are not what they were.
+    `state`: what `state()` gave, to continue from there. Raises ShardError where the files are not what they were.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SplitWriter:
         self._open = None
 
     def state(self) -> dict[str, Any]:
-        """What another writer needs to go on from here, everything before it being on disk."""
+        """The state that another writer needs to continue from here; everything before it is on disk."""
         if self._open is not None:
             self._open.flush()
         open_state = self._open.state() if self._open else None

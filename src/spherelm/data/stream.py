@@ -36,7 +36,7 @@ class StreamLoader:
 
     Documents that the hash puts among `val_fraction` are left out. Batches must be asked for in order, each as often as one
     likes until the next. `state` and `restore` carry the position from one process to another: JSON of a few hundred
-    bytes; going on reads and tokenizes up to one shuffle block again.
+    bytes; resuming reads and tokenizes up to one shuffle block again.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StreamLoader:
         return 1.0
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a loader needs to go on with `step`, the next one to be asked for or the last one (JSON)."""
+        """The state (JSON) that a loader needs to continue with `step`, the next one or the last one."""
         number = step * self.batch_size // self.windows
         position = self._tokens.position() if number == self._next else self._held[number][0]
         return {"block": number, "windows": self.windows, "position": position}
@@ -100,7 +100,7 @@ class StreamLoader:
             self._held.pop(self._next - 2, None)
             self._next += 1
         if block not in self._held:
-            raise UserError(f"window {number} of the stream lies behind: a stream only goes forward")
+            raise UserError(f"window {number} of the stream is already past: a stream only moves forward")
         window: npt.NDArray[np.int64] = self._held[block][1][place].astype(np.int64)
         return window
 
@@ -120,11 +120,11 @@ class _TokenStream:
         self._pieces: deque[tuple[dict[str, Any] | None, Ids]] = deque()
 
     def position(self) -> dict[str, Any]:
-        """Where the next window begins: so many tokens behind a place of the text (JSON)."""
+        """Where the next window begins: so many tokens after a place of the text (JSON)."""
         return {"after": self._pieces[0][0] if self._pieces else self._after, "used": self._used}
 
     def window(self, seq_len: int) -> Ids:
-        """The next seq_len tokens and the one behind them, with which the next window begins."""
+        """The next seq_len tokens and the one after them, with which the next window begins."""
         while sum(ids.size for _, ids in self._pieces) <= self._used + seq_len:
             self._pieces.append(self._piece())
         first = self._pieces[0][1]

@@ -54,7 +54,7 @@ _AT_ONCE = 1 << 22  # tokens
 
 
 class TokenFile(Shard):
-    """One file of ids and of the tokenizer that they are said to be of.
+    """One file of ids, with the tokenizer given for them.
 
     Its sha256 is of its length and of samples: all of a file up to half a million tokens. Raises ShardError for a file
     that is cut off, or whose samples hold ids that the tokenizer does not have.
@@ -65,7 +65,9 @@ class TokenFile(Shard):
         dtype, start, self._borders = _layout(path, tokenizer.vocab_size)
         size = path.stat().st_size - start
         if size <= 0 or size % dtype.itemsize:
-            raise ShardError.about(path, f"{counted(size, 'byte')} are no row of {dtype.name}", "copy the file again")
+            raise ShardError.about(
+                path, f"{counted(size, 'byte')} do not fill rows of {dtype.name}", "copy the file again"
+            )
         self.tokens = mapped(path, dtype, size // dtype.itemsize, start)
         sample = np.concatenate(list(_samples(self.tokens, _SAMPLE)))
         self.header = ShardHeader(
@@ -83,7 +85,7 @@ class TokenFile(Shard):
 
     @cached_property
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """Where documents start: as the index says, else behind end tokens, for which the file is read whole."""
+        """Where documents start: as the index says, else after end tokens, for which the file is read whole."""
         if self._borders is not None:
             return self._borders
         ends = [
@@ -171,9 +173,9 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int64], int]:
     data = path.read_bytes()
     magic, version, kind, sequences, borders = _MEGATRON.unpack_from(data.ljust(_MEGATRON.size, b"\0"))
     if (magic, version) != (_MEGATRON_MAGIC, 1) or len(data) != _MEGATRON.size + 12 * sequences + 8 * borders:
-        raise ShardError.about(path, "is no index of Megatron's, is cut off, or has modes", "make the files again")
+        raise ShardError.about(path, "is not a Megatron index, is cut off, or has modes", "make the files again")
     if kind not in _MEGATRON_KINDS:
-        raise ShardError.about(path, f"numbers of kind {kind} are no token ids", "make the files again")
+        raise ShardError.about(path, f"numbers of kind {kind} are not token ids", "make the files again")
     at = _MEGATRON.size
     lengths = np.frombuffer(data, "<i4", sequences, at).astype(np.int64)
     offsets = np.frombuffer(data, "<i8", sequences, at + 4 * sequences)
@@ -181,7 +183,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int64], int]:
     dtype, ends = np.dtype(_MEGATRON_KINDS[kind]), np.cumsum(lengths)
     starts = ends - lengths
     if (offsets != starts * dtype.itemsize).any() or (documents[1:] < documents[:-1]).any():
-        raise ShardError.about(path, "sequences that do not stand one behind the other", "make the files again")
+        raise ShardError.about(path, "sequences that are not stored one after another", "make the files again")
     return dtype, np.unique(starts[documents[documents < sequences]]), int(lengths.sum())
 
 
@@ -234,7 +236,7 @@ def part_of(value: str) -> float:
 
 
 def _cut(files: Sequence[TokenFile], part: float) -> dict[Split, list[TokenFile]]:
-    """The files before and behind the place from which on `part` of their tokens lies."""
+    """The parts of the files before and after the point that leaves `part` of their tokens after it."""
     before = round((1 - part) * sum(file.tokens.size for file in files))
     cut: dict[Split, list[TokenFile]] = {"train": [], "val": []}
     for file in files:

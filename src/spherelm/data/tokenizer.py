@@ -36,7 +36,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project needs from a tokenizer.
+    """The interface of a tokenizer.
 
     `fingerprint` is a sha256 (hex) over the definition and the end token: two tokenizers with the same fingerprint
     give the same ids. `eos_id` ends every document. `vocab_size` is the largest id + 1.
@@ -247,7 +247,7 @@ _BYTES = _byte_alphabet()
 
 
 def _readings(spellings: Iterable[str]) -> Iterator[bytes]:
-    """What entries of a vocabulary may stand for, whichever way they are written: with ▁ for a space, or in bytes."""
+    """The texts that entries of a vocabulary may mean, written with ▁ for a space or in bytes."""
     for spelling in spellings:
         yield spelling.replace("▁", " ").encode("utf-8")
         if _BYTES.keys() >= set(spelling):
@@ -341,7 +341,7 @@ def _fingerprint(kind: str, eos_id: int, definition: bytes) -> str:
 
 
 def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What files say of a tokenizer."""
+    """The tokenizer described by files."""
     return {name: getattr(tokenizer, name) for name in ("name", "vocab_size", "eos_id", "fingerprint")}
 
 

@@ -30,7 +30,7 @@ PAPER_TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai"
 """The five tasks whose average the nGPT paper shows."""
 
 BOOTSTRAP = 1000
-"""Resamples behind the standard error of what has none in closed form (LAMBADA's perplexity)."""
+"""Bootstrap resamples for the standard error of a metric that has none in closed form (LAMBADA's perplexity)."""
 
 FEW_SHOT_SEED = 1234
 """Of the choice of few-shot examples, as the harness has it."""
@@ -43,8 +43,8 @@ class TaskSettings:
     """How tasks are run.
 
     Attributes:
-        data: Directory with local copies of the tasks' data; the harness downloads them if left out.
-        limit: Documents of each task, the first ones; all if left out.
+        data: Directory with local copies of the tasks' data; downloaded if left out.
+        limit: Score only this many documents of each task; all if left out.
         few_shot: Examples before each document.
         batch_size: Sequences of a task at once.
     """

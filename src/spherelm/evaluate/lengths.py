@@ -7,7 +7,7 @@ A window lies within one document. Every length is scored on exactly the same to
 - sliding windows: a target counts when it is among the last `stride` of its window, and windows advance by `stride`. The
   first windows of all lengths end at the same place, where the longest fits in.
 
-What is left at a document's end (less than a span, or than a stride), and documents shorter than one longest window, are
+The rest of a document's end (less than a span, or than a stride), and documents shorter than one longest window, are
 left out at every length.
 """
 

@@ -45,7 +45,7 @@ def json_lines(path: Path) -> Iterator[Record]:
             except ValueError as error:
                 raise UserError(f"{path}, line {number} is not JSON: get the file again") from error
             if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number} is no JSON object: get the file again")
+                raise UserError(f"{path}, line {number} is not a JSON object: get the file again")
             yield record
 
 
@@ -155,7 +155,7 @@ def check_answers(records: list[Record], task: LocalTask, path: Path) -> None:
         if len(set(texts)) < len(texts):
             raise UserError(f"{path}, question {number} has a choice twice: {advice}")
         if record["answerKey"] not in labels or len(labels) != len(texts):
-            raise UserError(f"{path}, question {number}: its answer {record['answerKey']} is no choice: {advice}")
+            raise UserError(f"{path}, question {number}: its answer {record['answerKey']} is not a choice: {advice}")
     known = dict(task.answers).get(len(records))
     if known is not None and answers_digest(records) != known:
         raise UserError(f"{path}: not all of its {len(records)} answers are AI2's: {advice}")

@@ -23,7 +23,7 @@ class Positions:
     """Differences from training: the frequencies of the rotation, and positions stretched by `factor`.
 
     Attributes:
-        rope_base: Another base for the rotary embedding than the one trained with.
+        rope_base: Base of the rotary embedding, if not the one trained with.
         scaling: linear (position interpolation, arXiv 2306.15595), yarn (arXiv 2309.00071) or none.
         factor: By which positions are stretched.
     """
@@ -52,7 +52,7 @@ def parse_positions(base: float | None, scaling: str | None) -> Positions:
         factor = 0.0
     if name not in SCALINGS or not 1 <= factor < float("inf"):
         raise UserError(
-            f"{scaling!r} is no way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
+            f"{scaling!r} is not a way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
         )
     return Positions(base, name, factor)
 

@@ -56,11 +56,11 @@ class CompareConfig:
         batch_size: Sequences an update; the preset's if left out.
         lr_gpt: The baseline's peak learning rate; the recipe's if left out.
         lr_ngpt: The normalized arm's peak learning rate; the recipe's if left out.
-        dtype: Format of the computation (weights are float32); auto: the faster one on this machine.
+        dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine.
         compile: Whether to use torch.compile; the preset says if left out.
         fields: More fields, such as "d_model=64", for each arm that has them.
         threads: Threads of the processor in each run; the cores are shared if left out.
-        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the processor, if left out.
+        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
         quiet: Show no progress.
     """
 
@@ -86,7 +86,7 @@ class CompareConfig:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the results depend on."""
+        """The settings that the results depend on."""
         return {name: value for name, value in vars(self).items() if name not in ("threads", "device", "quiet")}
 
     def run(self, arm: str, vocab_size: int, seed: int, steps: int | None = None) -> RunConfig:
@@ -113,8 +113,8 @@ def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int
     full = {arm: [config.run(arm, vocab_size, seed) for seed in range(config.seeds)] for arm in ARMS}
     if not isinstance(architecture := full["gpt"][0].model.architecture, DecoderArch):
         raise UserError(
-            f"compare is of models that go on with a text, and preset {config.preset!r} is of the architecture "
-            f"{architecture.kind}: spherelm sweep trains both arms of it"
+            f"compare is for language models, and preset {config.preset!r} has the architecture "
+            f"{architecture.kind}: use spherelm sweep to train both arms"
         )
     data = open_data(full["gpt"][0])
     check_runs(

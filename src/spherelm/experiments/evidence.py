@@ -63,7 +63,8 @@ class Ladder:
             )
         if self.test.fingerprint == val.fingerprint:
             raise UserError(
-                f"the validation text of {grid.test} is that of {grid.data}, which chooses the rates: --test needs other text"
+                f"{grid.test} has the validation text of {grid.data}, which chooses the learning rates: give --test "
+                "held-out text"
             )
         self.vocab_size = train.vocab_size
         self.identity = {"data": f"{train.fingerprint},{val.fingerprint}", "test": self.test.fingerprint}
@@ -183,7 +184,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
 
     What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which runs
-    under way save themselves and what was measured so far is returned, to go on by calling again. A signal to stop raises
+    under way save themselves and the measurements so far are returned; call again to continue. A signal to stop raises
     `Interrupted`.
     """
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
@@ -205,7 +206,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
                 record = summary(grid, ladder.identity, measured, costs)
                 write_json(out / "evidence.json", record)
     if is_over.is_set():
-        say(f"time is up (--minutes {minutes:g}); run the same command again to go on")
+        say(f"time is up (--minutes {minutes:g}); run the same command again to continue")
     return record
 
 
@@ -232,7 +233,7 @@ def time_limit(minutes: float | None) -> Iterator[threading.Event]:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def interrupt(number: int, frame: Any) -> None:
-        raise Interrupted("stopped; run the same command again to go on", number)
+        raise Interrupted("stopped; run the same command again to continue", number)
 
     timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), end)
     timer.daemon = True

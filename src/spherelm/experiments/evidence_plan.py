@@ -33,8 +33,8 @@ class Grid:
     """The points, contenders and texts of a measurement.
 
     Attributes:
-        data: Data directory made by `spherelm data prepare`; its validation text chooses learning rates.
-        test: Data directory made with the same tokenizer, whose validation text is used at the end only.
+        data: Data directory made by `spherelm data prepare`; its validation text is used to choose learning rates.
+        test: Data directory made with the same tokenizer, whose validation text is used only at the end, as held-out text.
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
         contexts: Tokens a sequence; an update has 1024 tokens at each.
         budgets: Tokens for each block parameter.
@@ -70,7 +70,7 @@ class Grid:
         for name in ("sizes", "contexts", "budgets", "contenders"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise UserError(f"{name} has a value twice, {values}: let each occur once")
+                raise UserError(f"{name} has a value twice, {values}: give each once")
         steps: dict[tuple[str, int, int], float] = {}
         for point in self.points():
             other = steps.setdefault((point.size, point.context, point.steps), point.budget)

@@ -106,7 +106,7 @@ def do_job(job: Job) -> float:
 
 
 def _work(job: Job) -> float:
-    """Do a job in a worker. A worker that is told to stop ends with it: it must neither begin nor wait for another."""
+    """Do a job in a worker. A worker that gets a signal to stop ends with it: it must neither begin nor wait for another."""
     try:
         return do_job(job)
     except Interrupted as error:
@@ -144,7 +144,7 @@ class Followed:
                 self._bar = Bar(self.job.out.name, train.steps, self.steps, show=self._show, every=every)
             before = self.steps
             if not self._is_new(record):
-                continue  # a run that goes on from a checkpoint makes updates again
+                continue  # a resumed run repeats the updates after its checkpoint
             if record["kind"] == "train":
                 self._bar.update(self.steps - before, in_words(record))
             else:
@@ -162,7 +162,7 @@ class Followed:
         """The records whose lines came to the file, whole, since it was last read."""
         try:
             with (self.job.out / "metrics.jsonl").open("rb") as file:
-                # A run that goes on begins with a new file, which may be the longer one by now.
+                # A resumed run begins with a new file, which may be the longer one by now.
                 about = os.fstat(file.fileno())
                 if about.st_ino != self._file or about.st_size < self._read:
                     self._file, self._read = about.st_ino, 0
@@ -184,14 +184,14 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
 
     workers: processes at once, by default `default_workers`. description: of what is shown; nothing is shown if it is empty.
-    Finished runs are taken as they are, begun ones go on. Raises what a run raises, before any begins if that is how it is
+    Finished runs are taken as they are, unfinished ones resume. Raises a run's error, before any starts if that is how it is
     made; `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and raise `Interrupted`.
     """
     if not jobs:
         return []
     twice = [out for out, count in Counter(job.out for job in jobs).items() if count > 1]
     if twice:
-        raise UserError(f"two runs would share the directory {twice[0]}: let each value occur once")
+        raise UserError(f"two runs would share the directory {twice[0]}: give each value once")
     check_runs([job.config for job in jobs])
     workers = workers_for(len(jobs), workers)
     context, share = multiprocessing.get_context("spawn"), (threads_each(workers),)
@@ -210,13 +210,13 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
         except (BrokenProcessPool, KeyboardInterrupt) as error:
             if isinstance(error, BrokenProcessPool) and not asked:
                 raise StorageError(
-                    "a training process was killed (out of memory?): use fewer --workers and go on with the same "
-                    "command (compare: add --resume)"
+                    "a training process was killed (out of memory?): use fewer --workers and run the same "
+                    "command again (compare: add --resume)"
                 ) from error
             # A worker that has ended after a signal to the whole group may be noticed here before the signal is.
             _stop(pool)
             raise Interrupted(
-                "stopped; every run under way was saved; go on with the same command (compare: add --resume)",
+                "stopped; every run under way was saved; run the same command again to continue (compare: add --resume)",
                 asked[0] if asked else signal.SIGINT,
             ) from error
         except BaseException:

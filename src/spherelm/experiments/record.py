@@ -1,4 +1,4 @@
-"""A comparison read back from its directory: the report's numbers, computed anew from the runs.
+"""A comparison read back from its directory: the report's numbers, recomputed from the runs.
 
 `summary.json` says which runs belong to which arm, what the speedup is, and how long a step took where that was measured
 alone; losses, bits per byte and the time of whole runs are taken from each run's `metrics.jsonl`. Where the two disagree, the

@@ -16,7 +16,7 @@ TOLERANCE = 0.02
 class Tolerated:
     """The peak learning rates from `low` to `high`, over which the final loss is within a tolerance of the best.
 
-    open_low, open_high: the loss was still within it at the lowest or highest rate that was tried: the range goes on there.
+    open_low, open_high: the loss was still within it at the lowest or highest rate that was tried: the range continues there.
     diverged: the range ends at a rate because the next one that was tried diverged.
     """
 

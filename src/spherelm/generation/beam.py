@@ -36,7 +36,7 @@ class BeamSettings:
         check(self)
 
     def worth(self, log_probability: float, length: int) -> float:
-        """What a text of `length` tokens is worth."""
+        """The score of a text of `length` tokens."""
         return log_probability / float(length) ** self.length_penalty
 
 
@@ -54,9 +54,9 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """For each prompt up to `beams` texts that end within `max_new_tokens`, the best first; some that do not, if too few do.
 
-    prompts: token ids, what a language model goes on from or an encoder-decoder's sources. Of the 2 * beams best continuations
-    of a step, ends count among the first `beams`, and the first `beams` that are no ends go on. A prompt is done when it has
-    `beams` finished texts and no running one is worth more than the worst of them now. Keys and values are cached.
+    prompts: token ids, prompts of a language model, or an encoder-decoder's sources. Of the 2 * beams best continuations
+    of a step, ends count among the first `beams`, and the first `beams` that are not ends continue. A prompt is done when
+    it has `beams` finished texts and no running one scores more than the worst of them. Keys and values are cached.
     """
     settings = settings or BeamSettings()
     was_training = model.training

@@ -1,4 +1,4 @@
-"""Rows of tokens that a model goes on with, one token a step, with cached keys and values."""
+"""Rows of tokens that a model continues, one token per step, with cached keys and values."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@
 | GPT's RMSNorm gains | the columns of the matrices that read the normalized state |
 
 `s_qk` cannot go into `W_q`: the query is normalized after the product, which would take a common factor out again and
-let the others change its length; and it acts channel by channel behind the rotation, which mixes channels i and i + d_k/2
+let the others change its length; and it acts channel by channel after the rotation, which mixes channels i and i + d_k/2
 by angles that depend on the position. It costs (n_heads + n_kv_heads) d_k multiplications a layer and token, one pass over
 queries and keys.
 """
@@ -62,7 +62,7 @@ STEPS: dict[Step, Step] = {
     nvidia_step: _nvidia_step,
     sphere.riemannian_step: sphere.riemannian_step,
 }
-"""What each step on the sphere is in a folded model."""
+"""The folded form of each step on the sphere."""
 
 
 class FoldedFeedForward(nn.Module):
@@ -232,7 +232,7 @@ def folded_block(block: Block, dtype: torch.dtype) -> Block:
 
 
 class Folded(LanguageModel):
-    """What `folded` makes: a decoder whose weights are fixed."""
+    """The result of `folded`: a decoder whose weights are fixed."""
 
     def __init__(self, source: LanguageModel) -> None:
         nn.Module.__init__(self)
@@ -278,23 +278,23 @@ KNOWN: tuple[type[nn.Module], ...] = (
     *(gpt.Residual, Attention, FeedForward, Embedding, Linear, gpt.Head),
     *(ngpt.Step, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear, ngpt.Head),
 )
-"""What a foldable model consists of, besides itself."""
+"""The modules that a foldable model may consist of, besides itself."""
 
 
 def obstacle(model: nn.Module) -> str | None:
     """Why `model` cannot be folded, as the end of a sentence; `None` if it can."""
     if type(model) not in (GPT, NGPT) or any(block.letters != "A-" for block in model.blocks):  # type: ignore[union-attr]
-        return f"{type(model).__name__} is no language model of attention and MLP alone"
+        return f"{type(model).__name__} is not a language model of attention and MLP alone"
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:
-            return f"{name} is a {type(module).__name__} of another make"
+            return f"{name} is a {type(module).__name__}, not spherelm's"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which would not be called"
         if getattr(module, "step", sphere.step) not in STEPS:
             return f"{name} takes a step on the sphere that is not known here"
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not Tensor:
-            return f"{name} is no plain tensor but a {type(parameter.data).__name__}"
+            return f"{name} is not a plain tensor but a {type(parameter.data).__name__}"
     return None
 
 

@@ -80,7 +80,7 @@ def generate(
     sources, without an end, and what is continued is `eos_id`, which it needs. temperature (0 is greedy), top_k,
     top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or with
     seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id` is filled with it;
-    generation ends when all have. window: go on past the model's max_seq_len as `Continuation` says. fold: compute with
+    generation ends when all have. window: continue past the model's max_seq_len as `Continuation` says. fold: compute with
     `folded(model)`, where it can be folded; False spares the copy, and is right for a few tokens of a large model.
 
     Result: for a tensor int64 [batch, seq + new], for a list each row with its new tokens up to its first `eos_id`. Raises

@@ -50,10 +50,10 @@ def int8_vectors(weight: Tensor, axis: int, unit: bool) -> tuple[Tensor, Tensor]
 
 
 class Int8Matrix(nn.Module):
-    """What stands for a `Linear` or an `Embedding`: int8 `entries` [rows, columns], and step sizes along one axis.
+    """Replacement of a `Linear` or an `Embedding`: int8 `entries` [rows, columns], and step sizes along one axis.
 
     The axis is the unit axis of what it stands for, 1 (a step size for each row) where that has none. `weight` is the matrix
-    that these numbers mean, made anew at each access.
+    that these numbers mean, computed at each access.
     """
 
     entries: Tensor
@@ -80,7 +80,7 @@ class Int8Linear(Int8Matrix):
     """A `Linear` of int8 entries; the product is computed in the dtype of its input."""
 
     def scaled_weight(self, scale: Tensor | None = None) -> Tensor:
-        """As that of `Linear`: the scale [rows] and the step sizes of rows are one factor, applied behind the product.
+        """As that of `Linear`: the scale [rows] and the step sizes of rows are one factor, applied after the product.
 
         An `Int8Tensor` of torchao; where the step sizes are those of columns, the matrix written out.
         """
@@ -89,7 +89,7 @@ class Int8Linear(Int8Matrix):
         return self._with_row_factors(self.steps if scale is None else self.steps * scale)
 
     def _with_row_factors(self, factors: Tensor) -> Tensor:
-        """What torchao multiplies by: the entries with row i times `factors[i]`."""
+        """The matrix that torchao multiplies by: the entries with row i times `factors[i]`."""
         packed: Tensor = _torchao().Int8Tensor(
             self.entries, factors.unsqueeze(-1), [1, self.entries.shape[1]], factors.dtype
         )

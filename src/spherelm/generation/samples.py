@@ -25,7 +25,7 @@ from spherelm.runs.checkpoint import load_model, run_directory
 from spherelm.runs.config import read_config
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-"""What the weights of a loaded model may be."""
+"""The number formats of the weights of a loaded model."""
 
 BATCH = 16
 """Texts that are written at a time; how many does not change them."""
@@ -170,7 +170,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from error
     except FileNotFoundError:
         raise NotFoundError(f"no file {path}: give one with a prompt a line") from None
     read = _from_json if path.suffix == ".jsonl" else lambda path, number, line: line.rstrip("\r")
@@ -223,17 +223,17 @@ class Conversation:
         return None if self._window else self._model.config.max_seq_len - written
 
     def answer(self, said: str, max_new_tokens: int) -> Iterator[str]:
-        """Append `said` and continue by up to `max_new_tokens` tokens, as far as there is room: pieces of text.
+        """Append the user's text `said` and continue by up to `max_new_tokens` tokens, as far as there is room: pieces of text.
 
         Broken off in between, the text stays as far as it has been written. Where the model ends the document, the end is
-        left out of the text, so that it can go on. Raises `ValueError`, the text unchanged, for nothing said or too much.
+        left out of the text, so that it can continue. Raises `ValueError`, the text unchanged, for no input or too much.
         """
         ids = encode_prompt(self._tokenizer, said, "text")
         room = self.room
         if room is not None and len(ids) >= room:
             raise UserError(
                 f"the context of {self._model.config.max_seq_len} tokens has room for {room} more and your text has "
-                f"{len(ids)}: say less, begin anew, or let the window slide (--window)"
+                f"{len(ids)}: type less, start again, or let the window slide (--window)"
             )
         if self._text is None:
             self._text = Continuation(self._model, [ids], self._sampling, [self._seed], self._window)

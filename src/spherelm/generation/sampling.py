@@ -18,7 +18,7 @@ COLDEST = 1e-20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: in the order penalty, temperature, top_k, top_p, min_p, each on what the one before left.
+    """How the next token is sampled: penalty, temperature, top_k, top_p, min_p, applied in this order.
 
     Attributes:
         temperature: 0 (or less than `COLDEST`) always takes the most probable token; 1 draws as the model predicts.
@@ -67,7 +67,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 
 def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What the next token is drawn from: float32 [batch, vocab], rows sum to 1, for logits [batch, vocab]."""
+    """The distribution to sample the next token from: float32 [batch, vocab], rows sum to 1, for logits [batch, vocab]."""
     probabilities, ids = candidates(logits, sampling)
     if ids is None:
         return probabilities
@@ -86,7 +86,7 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> Tenso
     reached = probabilities.to(wide).cumsum(-1)
     total = reached[:, -1:]
     wanted = torch.tensor(uniforms, dtype=wide, device=logits.device).unsqueeze(-1) * total
-    # Rounded up to the total, it would point behind the last token that has a probability.
+    # Rounded up to the total, it would point past the last token that has a probability.
     wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
     place = torch.searchsorted(reached, wanted, right=True)
     return (place if ids is None else ids.gather(-1, place)).squeeze(-1)

@@ -53,7 +53,7 @@ class TextStream:
         return rest
 
     def _before_stop(self, new: str) -> str:
-        """What of the held text and `new` lies before a stop string and can be the beginning of none."""
+        """The part of the held text and `new` that lies before any stop string and cannot be the start of one."""
         if self.ended:
             return ""
         text = self._held + new

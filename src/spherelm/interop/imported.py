@@ -56,7 +56,7 @@ def import_hub(source: str, out: Path) -> Decoder:
     """Make `out` the run directory of the model that `spherelm export` wrote, and return the model.
 
     source: the folder, or where `spherelm push` put it on the hub: "user/name" or "user/name@revision". Its run's config comes
-    along; the optimizer begins anew. Raises `OutputExistsError` if `out` holds something, and `UserError` for what is no such
+    along; the optimizer starts fresh. Raises `OutputExistsError` if `out` holds something, and `UserError` for what is no such
     folder, cannot be read, or is folded.
     """
     check_free(out)
@@ -99,7 +99,7 @@ def write_run(
 
 
 def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
-    """What the file says of the run that wrote it; what it does not say (batch size, schedule, text) stands at its default."""
+    """The config of the run that wrote the file; settings it does not hold (batch size, schedule, text) have their defaults."""
     model, settings = read.model_args.config(rope), dict(read.optimizer)
     settings["lr"] = settings.get("lr") or THEIR_RATE
     return RunConfig(

@@ -36,7 +36,7 @@ TENSORS = (
     "_codecs.encode",  # makes bytes of text, how protocol 2 of pickle writes them
     *(f"torch.{name}Storage" for name in STORAGES),
 )
-"""What torch's own restricted reader makes of a pickle: tensors, ordered dictionaries, bytes."""
+"""The types that torch's own restricted reader allows in a pickle: tensors, ordered dictionaries, bytes."""
 
 FOREIGN = (
     "model.GPTConfig",
@@ -44,7 +44,7 @@ FOREIGN = (
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("_reconstruct", "scalar")),
 )
-"""What train.py stores besides, its config and numpy's random state: read as `Inert`."""
+"""Other types that train.py stores, in its config and numpy's random state: read as `Inert`."""
 
 TOP = {
     "transformer.wte.weight": "embed.weight",
@@ -123,7 +123,7 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class NvidiaCheckpoint:
-    """What a `ckpt.pt` holds, by our parameter names and in our layouts, every number and dtype as stored.
+    """The content of a `ckpt.pt`, by our parameter names and in our layouts, every number and dtype as stored.
 
     weights: {name: tensor}. moments: {name: {"step", "exp_avg", "exp_avg_sq"}}, Adam's state; empty if the file has none.
     optimizer: their lr (as it stood then), betas, eps and weight_decay (of the matrices); empty without moments.
@@ -238,7 +238,7 @@ def _shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def _content(path: Path) -> Any:
-    """What is pickled in the file: containers, numbers, text, tensors, and `Inert` for what is `FOREIGN`."""
+    """The objects pickled in the file: containers, numbers, text, tensors, and `Inert` for the types in `FOREIGN`."""
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if PurePosixPath(name).name == "data.pkl"]

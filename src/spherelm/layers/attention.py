@@ -44,7 +44,7 @@ def separate_documents(tokens: Tensor, end_token: int | None) -> tuple[Tensor | 
     """Mask and positions that make of each document in int64 tokens [batch, seq] what it is alone; no end token, neither.
 
     mask: bool [batch, 1, seq, seq], True where a query may look, in its own document up to itself. positions: [batch, seq],
-    from 0 in each document: in nGPT `s_qk` acts behind the rotation, channel by channel, so that scores depend on more than
+    from 0 in each document: in nGPT `s_qk` acts after the rotation, channel by channel, so that scores depend on more than
     differences of positions. `end_token` is the last token of the document that it ends.
     """
     if end_token is None:
@@ -58,7 +58,7 @@ def separate_documents(tokens: Tensor, end_token: int | None) -> tuple[Tensor | 
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-"""What computes attention: `attend`, or another implementation with its arguments and result."""
+"""A function that computes attention: `attend`, or another with its arguments and result."""
 
 
 def head_norms(d_k: int, qk_norm: bool) -> tuple[nn.Module, nn.Module]:

@@ -1,4 +1,4 @@
-"""What layers remember of the tokens already read, so that decoding a token costs one token: keys and values, or a state."""
+"""The memory of tokens already read, so that decoding a token costs one token: keys and values, or a recurrent state."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _appended(stored: Tensor | None, new: Tensor, start: int) -> Tensor:
 
 
 class StateCache(LayerCache):
-    """What a recurrent layer remembers, as much after a million tokens as after one.
+    """The state of a recurrent layer, of the same size after a million tokens as after one.
 
     Stored are the last inputs of its convolution [batch, width - 1, channels] and its state [batch, heads, d_head, d_state],
     now and before the last update: `crop` can undo one pass, and no more, for a state does not say what it came from.
@@ -96,7 +96,7 @@ class StateCache(LayerCache):
         return self._now
 
     def write(self, inputs: Tensor, state: Tensor, count: int) -> None:
-        """Remember what is left after `count` more positions."""
+        """Remember the state after `count` more positions."""
         self._earlier = (self._now, self._length)
         self._now, self._length = (inputs, state), self._length + count
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from spherelm.sphere import transformed
 
 SMALLEST_KEY_BLOCK = 128
-"""Of keys; longer sequences are cut into four blocks, of which what lies behind the diagonal is left out."""
+"""Of keys; longer sequences are cut into four blocks, of which the part above the diagonal is left out."""
 
 LONGEST_BY_PRODUCTS = 2048
 """Beyond it the blocks no longer fit the caches and torch's kernel is as fast (docs/performance.md)."""

@@ -19,7 +19,7 @@ from spherelm.layers.linear import Linear, Scale, UnitLinear
 
 
 class Memory(NamedTuple):
-    """What an encoder made of sources: states [batch, source, d_model]; mask bool [batch, 1, 1, source], False at padding."""
+    """The encoder's output for sources: states [batch, source, d_model]; mask bool [batch, 1, 1, source], False at padding."""
 
     states: Tensor
     mask: Tensor

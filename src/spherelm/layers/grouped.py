@@ -1,7 +1,7 @@
 """Products of groups of rows with a matrix for each group, as a mixture of experts needs them.
 
 Torch has a kernel for it, whose input must be of single precision or less and lie in memory as the kernel wants it. For
-everything else there is a loop over the groups. Torch is told of both as one operation, so that it can be compiled, and
+everything else there is a loop over the groups. Torch sees both as one operation, so that it can be compiled, and
 counted without data, whichever it is.
 """
 
@@ -21,7 +21,7 @@ KERNEL_BYTES = 16
 
 
 def free_name(name: str) -> str:
-    """What to call an operation of this module: `name`, with a number if torch has one of that name already.
+    """The name to register an operation of this module under: `name`, with a number if torch has one of that name already.
 
     This text is also part of the file that goes with an exported model, which may be loaded beside this package and more than
     once. Torch frees an operation whose name is given to another, and whoever still calls the first reads freed memory.

@@ -104,7 +104,7 @@ class UnitEmbedding(Embedding):
 
 
 FORMS = ("vector", "scalar", "fixed")
-"""What a learned scale may be."""
+"""The forms of a learned scale."""
 
 
 class Scale(nn.Module):
@@ -164,7 +164,7 @@ def retract_weight(weight: Any, axis: int) -> None:
 
 @torch.no_grad()
 def departure(model: nn.Module) -> float:
-    """How far the worst declared vector is from the sphere: the largest `| ||w|| - 1 |`; 0.0 without unit weights."""
+    """The largest `| ||w|| - 1 |` of any declared vector; 0.0 without unit weights."""
     worst = 0.0
     for _, module, axis in unit_modules(model):
         lengths = torch.linalg.vector_norm(module.weight.cpu().to(torch.float64), dim=axis)

@@ -51,7 +51,7 @@ def score(logits: Tensor, targets: Tensor, count: Tensor, smoothing: float) -> t
     if smoothing:
         spread = smoothing / vocab_size * share
         gradients, at_target = gradients.sub_(spread), at_target - spread
-    # The target's own entry is set behind the rounding, of which a difference near 0 keeps nothing.
+    # The target's own entry is set after the rounding, of which a difference near 0 keeps nothing.
     return total, gradients.to(dtype).scatter_(-1, safe, at_target.to(dtype))
 
 

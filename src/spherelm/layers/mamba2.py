@@ -82,7 +82,7 @@ class StateSpace(nn.Module):
     def forward(self, xbc: Tensor, dt: Tensor, cache: StateCache | None = None, since: Tensor | None = None) -> Tensor:
         """[batch, seq, mixed] and [batch, seq, heads] -> [batch, seq, d_inner]; with a cache, only the new positions.
 
-        since: int64 [batch, seq], how many positions ahead of each belong to its text: at 0 a text begins; None: one goes on.
+        since: int64 [batch, seq], how many positions ahead of each belong to its text: at 0 a text begins; None: one continues.
         """
         shape, wide = self.shape, torch.promote_types(xbc.dtype, torch.float32)
         before, state = self._start(xbc, wide) if cache is None or cache.empty else cache.read()

@@ -37,7 +37,7 @@ def fused(
     chunk_size: int,
     begins: Tensor | None = None,
 ) -> Scanned:
-    """What `chunked` computes, by the kernel; arguments and result are the same."""
+    """`chunked` by the kernel, with the same arguments and result."""
     scan = kernel()
     assert scan is not None
     # The state from before belongs to the text numbered 0: a row that begins with a new one starts at 1.

@@ -27,10 +27,10 @@ def softmax_scores(logits: Tensor) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": softmax_scores}
-"""What turns a router's logits [tokens, n_experts] into scores, by name."""
+"""The functions from a router's logits [tokens, n_experts] to scores, by name."""
 
 BALANCINGS = ("bias", "loss", "none")
-"""What keeps the load of experts even: a bias on the scores, moved after each update; an auxiliary loss; nothing."""
+"""Methods to balance the load of experts: a bias on the scores, moved after each update; an auxiliary loss; none."""
 
 
 def normalized(scores: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = nn.ModuleList(shared)
 
     def experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """What the experts make of their rows: [choices, d_model] -> the same."""
+        """The experts applied to their rows: [choices, d_model] -> the same."""
         return self.o(self.u(rows, ends) * F.silu(self.v(rows, ends)), ends)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class UnitMixtureOfExperts(nn.Module):
         self.shared = nn.ModuleList(shared)
 
     def experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """What the experts make of their rows: [choices, d_model] -> the same."""
+        """The experts applied to their rows: [choices, d_model] -> the same."""
         u, v = self.u(rows, ends, self.s_u()), self.v(rows, ends, self.s_v() * self.gate_gain)
         return self.o(u * F.silu(v), ends)
 

@@ -21,7 +21,7 @@ RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, each [seq, d_k/2] (or [batch, 1, seq, d_k/2] where sequences start at different positions)."""
 
 Rotation = Callable[[Tensor, RotaryTable], Tensor]
-"""What puts positions into queries and keys [batch, heads, seq, d_k]: `rotate`, for instance."""
+"""A function that encodes positions in queries and keys [batch, heads, seq, d_k]: `rotate`, for instance."""
 
 MakeTable = Callable[[Tensor, int, float], RotaryTable]
 """(positions, d_k, base) -> table: what a model calls once a pass."""
@@ -121,7 +121,7 @@ def unit_rotate(x: Tensor, table: RotaryTable) -> Tensor:
 
 
 def nvidia_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
-    """What NVIDIA/ngpt takes for cosines and sines, arguments and shapes as in `rotary_table`.
+    """NVIDIA/ngpt's cosines and sines, arguments and shapes as in `rotary_table`.
 
     Its table holds sines in the even and cosines in the odd columns, and is then cut in the middle as if the sines came
     first: so the "sines" are sines and cosines of the fast half of the angles, the "cosines" those of the slow half.
@@ -132,7 +132,7 @@ def nvidia_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
 
 
 def nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """What NVIDIA/ngpt does to queries and keys: neighbours (x_2i, x_2i+1) become (-x_2i+1 cos_i, x_2i sin_i).
+    """NVIDIA/ngpt's formula for queries and keys: neighbours (x_2i, x_2i+1) become (-x_2i+1 cos_i, x_2i sin_i).
 
     Not a rotation: a rotation would add (x_2i cos_i, x_2i+1 cos_i) to (-x_2i+1 sin_i, x_2i sin_i). Lengths change, and the
     score of a query and a key depends on where they stand and not on their distance alone. Dtypes as in `rotate`.
@@ -216,9 +216,9 @@ def _yarn_table(
 
 
 def yarn_temperature(factor: float) -> float:
-    """What YaRN multiplies every attention score by, `(0.1 ln(factor) + 1)^2`; 1 for factor 1 or less.
+    """YaRN's factor of every attention score, `(0.1 ln(factor) + 1)^2`; 1 for factor 1 or less.
 
-    Other code puts its root on cosines and sines. nGPT normalizes queries and keys behind the rotation, which would take
+    Other code puts its root on cosines and sines. nGPT normalizes queries and keys after the rotation, which would take
     it out again: it belongs on the scores.
     """
     return (0.1 * math.log(max(factor, 1.0)) + 1) ** 2

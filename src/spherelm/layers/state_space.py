@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Scanned = tuple[Tensor, Tensor]
-"""y [batch, seq, heads, d_head] in the dtype of x, and the state [batch, heads, d_head, d_state] behind the last position."""
+"""y [batch, seq, heads, d_head] in the dtype of x, and the state [batch, heads, d_head, d_state] after the last position."""
 
 
 def chunked(
@@ -56,14 +56,14 @@ def chunked(
 
 
 def _in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[batch, seq, ...] -> [batch, chunks, chunk, ...], zeros behind the end, which change no state."""
+    """[batch, seq, ...] -> [batch, chunks, chunk, ...], zeros after the end, which change no state."""
     missing = -x.shape[1] % chunk
     padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
     return padded.unflatten(1, (-1, chunk))
 
 
 def decays(logs: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is left of a state, or of a position's contribution, elsewhere in or behind its chunk.
+    """The decayed factor of a state, or of a position's contribution, later in its chunk or after it.
 
     logs: [batch, chunks, heads, chunk], of the factor at each position; begins: bool [batch, chunks, chunk]. Result:
     [..., chunk, chunk] of position j at position i, 0 where i < j; [..., chunk] of the state before the chunk at each position;
@@ -83,7 +83,7 @@ def decays(logs: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor, 
 
 
 def _passed_on(added: Tensor, across: Tensor, state: Tensor) -> Scanned:
-    """The states before each chunk [batch, chunks, heads, d_head, d_state], and the one behind the last."""
+    """The states before each chunk [batch, chunks, heads, d_head, d_state], and the one after the last."""
     before = []
     for more, left in zip(added.unbind(1), across.unbind(1), strict=True):
         before.append(state)

@@ -92,7 +92,7 @@ def _step_backward(
 
 
 def _rows(x: Tensor | None) -> tuple[Tensor, int, int, int]:
-    """`x` with its rows one behind the other, how many there are, how wide, and the power of two that holds one."""
+    """`x` with its rows concatenated, how many there are, how wide, and the power of two that holds one."""
     assert x is not None
     width = x.shape[-1]
     return x.contiguous(), x.numel() // width, width, triton.next_power_of_2(width)

@@ -51,7 +51,7 @@ ARMS = tuple(CONFIGS)
 """The baseline, then the normalized arm."""
 
 NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
-"""What people call the arms."""
+"""The arms' names in text."""
 
 
 class GPT(LanguageModel):

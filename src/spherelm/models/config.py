@@ -238,7 +238,7 @@ class ScaleSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """What of nGPT is done otherwise, for ablations (Tables 5, 6) and for checkpoints of NVIDIA's code.
+    """Deviations from nGPT, for ablations (Tables 5, 6) and for checkpoints of NVIDIA's code.
 
     step: "lerp", the paper's step on the sphere; "riemannian" (eqs. 24-26); "nvidia", which normalizes the point that it starts
     from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether queries and keys are normalized.

@@ -40,7 +40,7 @@ KITS: dict[str, Kit] = {"gpt": gpt.KIT, "ngpt": ngpt.KIT}
 """By the name of the arm."""
 
 SUBLAYER_NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
-"""What a block calls the sublayer of a letter, and a kit what makes its part."""
+"""For each letter, the block's attribute with its sublayer, and the kit's constructor of its part."""
 
 Rows = Sequence[Sequence[int]]
 """Token ids, a row a text."""
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What is trained and written with: `embed`, `blocks` and a `head`.
+    """A model that is trained and generates: `embed`, `blocks` and a `head`.
 
     Its parts are those of the config's arm. words: the letters of each block. rows: of the input embedding, the vocabulary by
     default. What a model reads besides the tokens before is its own business: `loss` takes a batch of the data that it is for,
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         return [self.blocks]
 
     def init_weights(self) -> None:
-        """Draw every weight anew, from the distributions that the kit's module states."""
+        """Initialize every weight again, from the distributions that the kit's module states."""
         KITS[self.config.arm].draw(self)
         for module in self.modules():
             if isinstance(module, StateSpace):
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         return embedded(self.embed, tokens, self.runtime)
 
     def readout(self, h: Tensor) -> Readout:
-        """What turns the last hidden state [..., d_model] into logits."""
+        """The module that turns the last hidden state [..., d_model] into logits."""
         read: Readout = self.head(h)
         return read
 
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds.
 
         mask: bool [batch, 1, seq, past + seq], True where a query may look; by default everything up to itself.
-        positions: [seq], or [batch, seq] where sequences start at different ones; by default they go on from the cache.
+        positions: [seq], or [batch, seq] where sequences start at different ones; by default they continue from the cache.
         run: calls a block, `runtime.run` by default; whoever must record what blocks do passes another.
         memory: what an encoder made of the source.
         """
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
-        """What writes the texts that `prompts` (token ids, one row a text) ask for, and the rows that it goes on from.
+        """The generator of the texts for `prompts` (token ids, one row per text), and the rows that it continues.
 
         end_token: ends every text, `None` where the model needs to know of none.
         """
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def reader(self, tokens: Tensor) -> Decoder:
-        """What reads int64 `tokens` [batch, seq] for someone to look on: a model of one sequence with this model's blocks."""
+        """A model of one sequence with this model's blocks, which reads int64 `tokens` [batch, seq] for inspection."""
 
     @abstractmethod
     def places(self, prompt: Sequence[int]) -> int:
@@ -276,7 +276,7 @@ class LanguageModel(Decoder):
         return self.read_loss(self.trunk(self.embedded(tokens), mask=mask, positions=positions), targets)
 
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
-        """This model: it goes on from the prompts themselves."""
+        """This model: it continues the prompts themselves."""
         return self, prompts
 
     def reader(self, tokens: Tensor) -> LanguageModel:

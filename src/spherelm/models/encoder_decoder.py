@@ -36,7 +36,7 @@ from spherelm.models.decoder import (
 from spherelm.models.kit import Surroundings
 
 PADDING = -100
-"""What fills the rows of a source behind its end; any negative number does."""
+"""The padding id after the end of a source; any negative number would do."""
 
 
 class SourceEncoder(nn.Module):
@@ -79,7 +79,7 @@ class EncoderDecoder(Decoder):
         return [self.encoder.blocks, self.blocks]
 
     def encoded(self, source: Tensor) -> Memory:
-        """What the encoder makes of int64 `source` [batch, source], negative where padded."""
+        """The encoder's output for int64 `source` [batch, source], negative where padded."""
         memory: Memory = self.encoder(source, self.runtime)
         return memory
 
@@ -97,7 +97,7 @@ class EncoderDecoder(Decoder):
     ) -> Tensor:
         """Mean cross-entropy in nats of `targets` int64 [batch, target], where -100 is ignored; logits are never held whole.
 
-        tokens: int64 [batch, source + target], the source as for `forward` and behind it the tokens of the target, so that a
+        tokens: int64 [batch, source + target], the source as for `forward` followed by the tokens of the target, so that a
         batch is two tensors as it is for a language model. mask, positions: of the target, as for `trunk`.
         """
         source, written = tokens.split((tokens.shape[1] - targets.shape[1], targets.shape[1]), dim=1)

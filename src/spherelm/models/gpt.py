@@ -88,7 +88,7 @@ class Head(nn.Module):
 
 
 def draw(model: Any) -> None:
-    """Draw every weight of `model` anew from the distributions in this module's docstring."""
+    """Initialize every weight of `model` again from the distributions in this module's docstring."""
     depths, drawn = depths_of(model), set()
     for module in model.modules():
         if isinstance(module, RMSNorm):

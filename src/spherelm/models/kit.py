@@ -1,4 +1,4 @@
-"""What a kit of parts is: `gpt.py` and `ngpt.py` each make one, and every architecture is written once, over a kit."""
+"""The kit of parts: `gpt.py` and `ngpt.py` each make one, and every architecture is written once, over a kit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spherelm.models.config import ModelConfig
 
 
 class Surroundings(NamedTuple):
-    """What a part may read besides the hidden state.
+    """The inputs that a part may read besides the hidden state.
 
     table: of the rotary embedding. mask: as for `attend`. cache: the layer's own. since: int64 [batch, seq], see `StateSpace`.
     memory: what an encoder made of the source. attend: what computes attention.
@@ -31,7 +31,7 @@ class Surroundings(NamedTuple):
     attend: Attend = attend
 
     def for_part(self, part: nn.Module) -> tuple[object, ...]:
-        """The arguments of `part` behind the hidden state: what it says that it `reads`."""
+        """The arguments of `part` after the hidden state: what it says that it `reads`."""
         return tuple(getattr(self, name) for name in part.reads)  # type: ignore[union-attr]
 
 
@@ -46,7 +46,7 @@ class Kit:
     embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which adds what
     the part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts. source_norm: makes
     what the last state of an encoder goes through. head: makes what turns the last hidden state into a `Readout`. draw:
-    (model) draws every matrix and learned scale anew.
+    (model) initializes every matrix and learned scale again.
     """
 
     embedding: Callable[[int, int], Any]

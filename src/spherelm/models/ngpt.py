@@ -98,7 +98,7 @@ class Head(nn.Module):
 
 
 def draw(model: Any) -> None:
-    """Draw every weight of `model` anew from the distributions in this module's docstring."""
+    """Initialize every weight of `model` again from the distributions in this module's docstring."""
     for module in model.modules():
         if isinstance(module, Scale):
             module.reset_parameters()

@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote, and what it is called today: names of parameters, arms and fields. The one place that reads it."""
+"""Names of parameters, arms and fields in files of version 0.1.0, and their names today. Only this module reads them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FORMER_ARMS = {
     "hybrid": ("gpt", "decoder"),
     "nhybrid": ("ngpt", "decoder"),
 }
-"""The arm and the architecture of each arm that there is no more."""
+"""The arm and the architecture of each arm of 0.1.0 that no longer exists."""
 
 MIXER = ("mamba_expand", "mamba_d_head", "mamba_d_state", "mamba_groups", "mamba_conv", "mamba_chunk")
 EXPERTS = ("n_experts", "experts_per_token", "n_shared_experts", "d_expert", "router_score", "balance")
@@ -79,7 +79,7 @@ def is_field(name: str) -> bool:
 
 
 def arm_today(arm: str) -> str:
-    """What an arm of any version is called today."""
+    """The present name of an arm of any version."""
     return FORMER_ARMS.get(arm, (arm, ""))[0]
 
 

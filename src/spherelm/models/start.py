@@ -1,4 +1,4 @@
-"""What both arms need to know to draw their weights."""
+"""The initial distributions that both arms share."""
 
 from __future__ import annotations
 

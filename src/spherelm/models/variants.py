@@ -22,4 +22,4 @@ STEPS = {"lerp": step, "nvidia": nvidia_step, "riemannian": riemannian_step}
 """By the name that `Variant.step` has."""
 
 SIGNS: dict[str, Callable[[Tensor], Tensor]] = {"positive": torch.abs, "free": torch.positive}
-"""What becomes of a learned alpha, by the name that `Variant.alpha_sign` has; `torch.positive` leaves it."""
+"""The function applied to a learned alpha, by `Variant.alpha_sign`; `torch.positive` is the identity."""

@@ -47,7 +47,7 @@ def attach_balancing(
 
 @dataclass(frozen=True)
 class Balancing:
-    """What happens after a step to each of `found`, the routers; fields as for `attach_balancing`."""
+    """The hook that balances `found`, the routers, after a step; fields as for `attach_balancing`."""
 
     found: list[Router]
     rate: float

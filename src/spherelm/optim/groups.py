@@ -27,7 +27,7 @@ DECAYED_ROLES = ("input_embedding", "output_embedding", "matrix", "router")
 
 @dataclass(frozen=True)
 class RateMultipliers:
-    """What the peak learning rate is multiplied by, role by role."""
+    """Factors of the peak learning rate, by role."""
 
     input_embedding: NonNegativeFloat = 1.0
     output_embedding: NonNegativeFloat = 1.0
@@ -104,7 +104,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 
 def rate_multiplier(config: OptimConfig, role: str) -> float:
-    """What the peak learning rate is multiplied by for the parameters of `role`."""
+    """The factor of the peak learning rate for the parameters of `role`."""
     if role == "matrix" and config.matrix_lr is not None:
         return config.matrix_lr / config.lr
     multiplier: float = getattr(config.multipliers, role)
@@ -134,11 +134,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torch.positive) -> Optimizer:
-    """The optimizer that `config` names over the groups of `model`, retraction attached if any weight lives on the sphere.
+    """The optimizer of `config` for the parameters of `model`.
 
-    So is the balancing of experts where there are any; summed: as for `attach_balancing`.
-    The learning rate of a group is `lr * lr_multiplier`; a schedule
-    sets it to `factor * lr * lr_multiplier` before each step.
+    Retraction is attached if any weight is unit, and the balancing of experts if there are any. The learning rate of a group
+    is `lr * lr_multiplier`; a schedule sets it to `factor * lr * lr_multiplier` before each step. summed: as for
+    `attach_balancing`.
     """
     optimizer = config.optimizer.build(model, parameter_groups(model, config), config.lr)
     if next(unit_modules(model), None) is not None:

@@ -17,7 +17,7 @@ HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 def keep_hooks(optimizer: Optimizer, *handles: RemovableHandle) -> None:
     """Let copies and pickles of `optimizer` keep the hooks behind `handles`, until they are removed.
 
-    A hook is copied with what it holds on to: that of a model goes on with the copy of the model, which is the one that is
+    A hook is copied with what it holds on to: that of a model continues with the copy of the model, which is the one that is
     copied in the same call. So hooks must be picklable: no functions inside of functions.
     """
     kept = vars(optimizer).setdefault("_kept_hooks", set())

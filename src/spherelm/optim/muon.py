@@ -33,7 +33,7 @@ SMALL = 2**17
 
 
 def product_dtype(model: nn.Module) -> torch.dtype:
-    """In what the iteration is computed: in what the model computes, where that is said.
+    """The number format of the iteration: the model's compute format, where it is given.
 
     Else bfloat16, which is enough, on an accelerator, and float32 on a processor, since most emulate bfloat16 at a hundredth
     of their speed.
@@ -63,9 +63,9 @@ def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
 
 
 def _turning(x: Tensor, steps: int) -> Tensor:
-    """What all steps together multiply x by, and its norm: from `x x^T` alone, so with few products of x where that is wide.
+    """The matrix that all steps together multiply x by, and its norm; computed from `x x^T`, so with few products of a wide x.
 
-    Not in 16 bits, where the small eigenvalues of `x x^T` are rounding and each step has to look at x itself.
+    Not in 16 bits, where the small eigenvalues of `x x^T` are rounding and each step needs x itself.
     """
     a, b, c = COEFFICIENTS
     gram = x @ x.mT
@@ -83,7 +83,7 @@ def _turning(x: Tensor, steps: int) -> Tensor:
 
 
 def step_size(shape: torch.Size, unit_axis: int | None) -> float:
-    """What the rate is multiplied by for an orthogonalized update of this shape, [rows, columns] or a bank of such.
+    """The factor of the rate for an orthogonalized update of this shape, [rows, columns] or a bank of such.
 
     Unit rows or columns: so that the rate is the root mean square angle, in radians, by which a vector turns (an orthogonal
     matrix has unit vectors along its shorter side only; with `STEPS` steps it is 0.86 to 0.91 of it, for random gradients).
@@ -137,7 +137,7 @@ class MuonAdamW(Optimizer):
             self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What torch keeps of an optimizer for copies and pickles, and what there is more here; Adam is made anew."""
+        """The state for copies and pickles: torch's, and the fields of this class; Adam is created again."""
         return {**super().__getstate__(), "_adam": None, "_fused": self._fused, "_is_built": True, "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

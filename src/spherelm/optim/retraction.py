@@ -20,12 +20,12 @@ from spherelm.optim.kept_hooks import keep_hooks
 def attach_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool = False) -> RemovableHandle:
     """Put the declared weights of `model` on the sphere now and after every step of `optimizer` (nGPT, section 2.6).
 
-    Works under any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's
-    moments are left alone. Returns the hook's handle; `handle.remove()` undoes it. A copy or pickle of `optimizer` has the hook
-    too, for the copy of `model`.
+    Works in any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's moments
+    are not changed. A copy or pickle of `optimizer` has the hook too, for the copy of `model`. allow_decay: accept weight
+    decay on unit weights. Returns the hook's handle; `handle.remove()` undoes it.
 
-    Raises `ValueError` for a model without unit weights, an optimizer that has none of the model's parameters, and weight decay
-    on unit weights, which nGPT does without (section 2.6) and which torch's AdamW has by default; allow_decay: it is meant.
+    Raises `ValueError` for a model without unit weights, for an optimizer that has none of the model's parameters, and for
+    weight decay on unit weights: nGPT has none (section 2.6), but torch's AdamW has it by default.
     """
     check_retraction(optimizer, model, allow_decay)
     retract(model)
@@ -36,7 +36,7 @@ def attach_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool 
 
 @dataclass(frozen=True)
 class Retraction:
-    """What happens after a step: the weights of `model` go back on the sphere."""
+    """The hook that puts the weights of `model` back on the sphere after a step."""
 
     model: nn.Module
 

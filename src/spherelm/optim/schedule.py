@@ -56,7 +56,7 @@ def float32_rate(rate: float) -> float:
 
 
 def factor(config: ScheduleConfig, step: int, total: int) -> float:
-    """What the peak learning rate is multiplied by for the update number `step`, counted from 0, of `total`.
+    """The factor of the peak learning rate for the update number `step`, counted from 0, of `total`.
 
     Warm-up reaches the peak at step `warmup_steps - 1`; from there the decay runs over the remaining steps and would reach
     `final` at step `total`, the first that is not taken.

@@ -14,7 +14,7 @@ from spherelm.fields import check
 from spherelm.optim.groups import RateMultipliers
 
 SCALE = 0.03
-"""What alpha, s_qk and s_z are stored at, whatever the width (instead of 1/sqrt(d_model))."""
+"""The stored value of alpha, s_qk and s_z at every width (instead of 1/sqrt(d_model))."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class BaseShape:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a shape takes from its base: `rate` times the peak learning rate, then by role; `alpha`, `s_z` times their start."""
+    """The factors between a shape and its base: `rate` for the peak learning rate, `multipliers` for it by role, and
+    `alpha_init`, `s_z_init` for the initial values.
+    """
 
     rate: float
     multipliers: RateMultipliers

@@ -27,7 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 """Tables 5 and 6: what differs from the base."""
 
 BASES = ("s_qk-from-1-at-rsqrt", "s_uv-from-1-at-1", "s_z-from-1-at-rsqrt")
-"""What Table 4 repeats: the paper's own starts."""
+"""The rows of Table 4 that repeat the paper's own initial values."""
 
 NAMES = tuple(name for name in (*STARTS, *FIELDS) if name not in BASES)
 """All but those, in the paper's order."""
@@ -42,12 +42,12 @@ def start_fields(name: str, init: str, scale: str, d_model: int) -> dict[str, fl
 
 
 def fields_of(name: str, d_model: int) -> dict[str, Any]:
-    """What differs from the base in the ablation `name` of a model with `d_model` channels."""
+    """The fields that the ablation `name` changes in a model with `d_model` channels."""
     return start_fields(*STARTS[name], d_model) if name in STARTS else FIELDS[name]
 
 
 def in_words(name: str) -> str:
-    """What differs from the base in the ablation `name`."""
+    """The change that the ablation `name` makes, as text."""
     if name in STARTS:
         scale, init, stored = STARTS[name]
         return f"{scale} from {init}, stored at {stored}"

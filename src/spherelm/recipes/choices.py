@@ -1,4 +1,4 @@
-"""What a recipe decides."""
+"""The choices that a recipe makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spherelm.recipes.presets import Preset
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe decides for one arm at one size and length.
+    """The choices of a recipe for one arm at one size and length.
 
     lr: the peak learning rate. model: fields of the model's config, by name or by path such as "alpha.init". optim: fields of
     the optimizer's config. schedule: the shape of the rate.

@@ -27,4 +27,4 @@ def explained(run: RunConfig) -> list[str]:
     constants = [
         f"  {name:12} {CONSTANTS[name].value:<8.4g} {CONSTANTS[name].means} ({CONSTANTS[name].source})" for name in used
     ]
-    return ["the law's choices (docs/recipes.md)", *choices, "the constants that they come from", *constants]
+    return ["the law's choices (docs/recipes.md)", *choices, "the constants behind them", *constants]

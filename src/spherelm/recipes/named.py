@@ -171,7 +171,7 @@ def _look_up(kind: str, name: str, among: Mapping[str, Any]) -> Any:
 OF_TRAINING = (
     "steps", "seq_len", "batch_size", "micro_batch_size", "eval_every", "eval_windows", "compile", "label_smoothing"
 )  # fmt: skip
-"""What a `TrainConfig` has from its preset."""
+"""The fields of a `TrainConfig` that its preset sets."""
 
 
 def make_run(
@@ -190,7 +190,7 @@ def make_run(
     overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha.init`, ...), of
     the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
     like; `d_k`, the width of a head, makes n_heads follow d_model, a `pattern` its n_layers; `base_d_model`,
-    `base_n_layers` and `base_steps` are the preset's base. `None` is a value, of fields that may have none. Raises
+    `base_n_layers` and `base_steps` are the preset's base. `None` is a valid value of fields that may have none. Raises
     `ValueError` naming an unknown arm, preset, recipe or field, or a field that would change nothing.
     """
     size: Preset = _look_up("preset", preset, PRESETS)
@@ -249,9 +249,9 @@ def run_from(
     lr: float | None = None,
     **overrides: Any,
 ) -> RunConfig:
-    """A new run that begins with the model in `source`: a run directory, a checkpoint, or a folder of `spherelm export`.
+    """A new run that starts from the model in `source`: a run directory, a checkpoint, or a folder of `spherelm export`.
 
-    The model is that one, whatever preset and recipe say; they choose optimizer, schedule and length for its shape. Arguments
+    The model keeps its shape; preset and recipe choose optimizer, schedule and length for its shape. Arguments
     as for `make_run`. Raises `UserError`, naming it, for a field of the model that differs from the source's.
     """
     model = read_model_config(source)
@@ -293,7 +293,7 @@ def recipe(
         name: Which recipe; see `RECIPES`.
         fields: More fields, as for `make_run`.
 
-    Raises `UserError` naming a field that cannot be so.
+    Raises `UserError` naming a field with an impossible value.
     """
     shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     return make_run(arm, "demo", name, **shape, seq_len=seq_len, batch_size=batch_size, steps=steps, **fields)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def fields_of(arm: str) -> set[str]:
 
 
 def model_fields(given: Iterable[str], model: Config) -> dict[str, Any]:
-    """What the fields of `given` that are the model's, by name or by path, are in `model`."""
+    """The values in `model` of those fields of `given` that are the model's, by name or by path."""
     architecture = model.architecture
     parts: list[Any] = [model, architecture]
     parts += [architecture.mixer, architecture.experts] if isinstance(architecture, DecoderArch) else []
@@ -258,7 +258,7 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
 
 
 WHOLE = frozenset({"arm", "recipe", "preset", "model", "optim", "schedule", "train"})
-"""What a run's config.json has; a file of settings with fewer of them says what shall differ from a preset and a recipe."""
+"""The keys of a run's config.json; a settings file with fewer of them changes a preset and a recipe."""
 
 
 def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
     note("", record)
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]} stands there twice, in two places: leave one of them out")
+        raise UserError(f"{twice[0]} is set twice: leave one of them out")
     return dict(found)
 
 

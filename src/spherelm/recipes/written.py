@@ -21,7 +21,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     if isinstance(together, list):
         return field, together
     if "[" in values:
-        raise UserError(f"cannot read {text!r}: what stands in brackets is a list, such as betas=[0.9,0.95]")
+        raise UserError(f"cannot read {text!r}: a value in brackets is a list, such as betas=[0.9,0.95]")
     return field, [_value(value) for value in values.split(",")]
 
 
@@ -34,11 +34,11 @@ FIXED = {
     "seed": "--seeds",
     "lr": "--lr-gpt and --lr-ngpt",
 }
-"""What is chosen by a flag and is no field that can be varied or set, and the flag."""
+"""Fields that a flag sets and that cannot be varied or set otherwise, with their flags."""
 
 
 OF_A_RUN = ("arm", "preset", "recipe", "data", "vocab_size")
-"""What is fixed where a single run is described."""
+"""Fields that have flags of their own where a single run is described."""
 
 
 def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection[str]) -> dict[str, list[Any]]:

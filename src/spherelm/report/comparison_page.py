@@ -29,9 +29,9 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def write_report(directory: Path) -> Path:
-    """Write `directory/report.html` anew from the runs, `summary.json` and `samples.json` in it; returns its path.
+    """Write `directory/report.html` from the runs, `summary.json` and `samples.json` in it; returns its path.
 
-    The same bytes for the same runs. Beside it walk.html, linked from it. Missing checkpoints, samples or seeds are said in
+    The same bytes for the same runs. Beside it walk.html, linked from it. Missing checkpoints, samples or seeds are stated in
     words, as is why there is no walk, on stderr too. Raises `NotFoundError` for a missing summary or run, `UserError` for a
     damaged one or a missing matplotlib.
     """
@@ -95,8 +95,8 @@ def _subtitle(comparison: Comparison) -> str:
     parts = [f"preset {config['preset']}"] if config.get("preset") else []
     if config.get("steps") and config.get("batch_size") and config.get("seq_len"):
         parts.append(f"{counted(config['steps'], 'step')} of {config['batch_size']} × {config['seq_len']} tokens")
-    parts.append(f"{si(comparison.arms[comparison.winner].tokens)} tokens a run")
-    parts.append("one seed an arm" if comparison.seeds == 1 else f"{comparison.seeds} seeds an arm")
+    parts.append(f"{si(comparison.arms[comparison.winner].tokens)} tokens per run")
+    parts.append("one seed per arm" if comparison.seeds == 1 else f"{comparison.seeds} seeds per arm")
     return " · ".join([*parts, *(["quick mode"] if comparison.quick else [])])
 
 
@@ -181,7 +181,7 @@ def _reproduce(comparison: Comparison) -> dict[str, Any]:
         f"Versions: {versions}." if versions else "Versions were not recorded.",
         f"Git commit {commit[:12]}." if commit else "Not run from a git checkout.",
         "" if seconds is None else f"All runs took {timedelta(seconds=round(float(seconds)))} (h:mm:ss).",
-        "Losses and times of runs are computed anew from the run directories beside this page; step times and tokens per "
+        "Losses and times of runs are recomputed from the run directories beside this page; step times and tokens per "
         "second were measured apart from the runs, one arm after the other.",
     ]
     configs = {"Configuration of the comparison": summary.get("config", {})}

@@ -63,7 +63,7 @@ def write_ends(directories: Sequence[Path], out: Path, overwrite: bool = False) 
             ("Loss over token budget", _budget_figures(ends)),
             ("Loss over peak learning rate", _rate_figures(ends)),
             ("Tasks over token budget", _task_figures(ends)),
-            ("Beyond the length trained on", _length_figures(ends)),
+            ("Beyond the training length", _length_figures(ends)),
         ]
         figures = write_figures(sections, part)
         write_json(part / RECORD, _record(ends))
@@ -211,7 +211,7 @@ def _page(ends: Sequence[End], sections: Sections, unfinished: int, repeated: in
         for p in points
     ]  # fmt: skip
     left = f" Left out: {unfinished} that did not come to their end." if unfinished else ""
-    left += f" {repeated} that repeat another, seed and all, count once." if repeated else ""
+    left += f" {repeated} that repeat another run, seed included, count once." if repeated else ""
     caption = f"All choices, each at the end of its own schedule: mean over seeds ± standard error.{left}"
     return render(
         "runs.html",

@@ -68,7 +68,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Request:
-    """The text, sentence and layer to look at.
+    """The text, sentence and layer to inspect.
 
     Attributes:
         text: Text file that the models read; the shipped validation text if left out.
@@ -175,7 +175,7 @@ def windows(tokenizer: Tokenizer, text: str, model: Decoder, positions: int) -> 
     check_ids(ids, model)
     seq = min(model.config.max_seq_len, len(ids))
     if seq < 2:
-        raise UserError("the model reads one token at a time: there is no next token to look at")
+        raise UserError("the model reads one token at a time: there is no next token to show")
     return torch.tensor(ids[: len(ids) // seq * seq]).reshape(-1, seq)
 
 
@@ -267,7 +267,7 @@ def _page(
         kicker="spherelm inspect",
         title="Inside the models",
         subtitle=f"{counted(len(inspected), 'run')} · {si(count)} tokens of text",
-        caption=f"Inspected runs. The loss is that on the {count:,} tokens looked at, of {source}.",
+        caption=f"Inspected runs. The loss is that on the {count:,} tokens read, of {source}.",
         rows=rows,
         sentence=sentence,
         sections=sections,

@@ -91,7 +91,7 @@ def _end_lines(comparison: Comparison, ends: Sequence[tuple[float, float]]) -> l
 def _limits(
     comparison: Comparison, means: Sequence[Line], marked: Sequence[float]
 ) -> tuple[float | None, float | None]:
-    """Of the loss, without the first sixth of the run, where both arms fall steeply and nothing can be told apart."""
+    """Of the loss, without the first sixth of the run, where both arms fall steeply and cannot be distinguished."""
     if not means:
         return None, None
     end = max(float(np.max(line.x)) for line in means)
@@ -134,7 +134,7 @@ def _caption(comparison: Comparison, unit: str, crossed: bool) -> str:
             f"The same over training time as the runs recorded it, validation not counted: {listed(full)}. {diamond}"
             "Runs may have shared the machine; the factor in seconds above uses step times measured apart."
         )
-    several = "Thin lines are single seeds, thick lines their mean. " if comparison.seeds > 1 else "One seed an arm. "
+    several = "Thin lines are single seeds, thick lines their mean. " if comparison.seeds > 1 else "One seed per arm. "
     gone = "".join(f"{escape(run.name)} diverged. " for arm in arms for run in arm.runs if run.diverged)
     ends = (
         f"Circles are the ends of {winner}’s whole schedules of several lengths; compare these with the dashed line, and not "

@@ -38,7 +38,7 @@ def sphere_map(vectors: Array, steps: NDArray[np.int64], weight: float = 1.0) ->
     """Places on S^2 for unit vectors [n, d], n at least 2.
 
     steps: pairs of indices [m, 2] whose angles count, all together, `weight` times as much as all pairs together: the moves
-    that a path is made of are what one looks at. The same vectors give the same map.
+    that a path is made of are what a reader compares. The same vectors give the same map.
     """
     points, ends = torch.from_numpy(vectors), torch.from_numpy(steps)
     others = ~torch.eye(len(points), dtype=torch.bool)

@@ -37,7 +37,7 @@ class OverDepth:
     low: float | None = 0
 
     def figure(self, found: Found, at: Callable[[Motion], int] = lambda _: -1) -> Figure:
-        """Whole numbers are behind a layer, fractions between its parts; at: the stop that the caption speaks of."""
+        """Whole numbers are after a layer, fractions between its parts; at: the stop that the caption speaks of."""
         lines = [line_of(arm, ms[0].motion.depths, [self.read(i.motion) for i in ms]) for arm, ms in found.items()]
         ends = _mean(found, lambda motion: float(self.read(motion)[at(motion)]))
         panel = Panel(lines, "layers passed", self.y, scale="layers", log=self.log, low=None if self.log else self.low)
@@ -56,7 +56,7 @@ STATES = (
 )  # fmt: skip
 LENS_LOSS = OverDepth(
     "lens-loss", "Loss if the model stopped here", "loss (nats per token)",
-    "Cross-entropy of the next token if the output matrix, behind the last norm where there is one, read the state at this "
+    "Cross-entropy of the next token if the output matrix (after the last norm, where there is one) read the state at this "
     "depth. On this text the models end, in nats per token, at {}.", lambda m: m.lens.loss, ".2f", low=None,
 )  # fmt: skip
 LENS_AGREEMENT = OverDepth(
@@ -193,7 +193,7 @@ def _entropies(found: Found) -> list[Figure]:
     }
     medians = {arm: float(np.median(np.concatenate(seeds))) for arm, (_, seeds) in spread.items()}
     caption = (
-        "Entropy of each head’s attention as a part of the largest that its query could have (1: it looks at all tokens alike; "
+        "Entropy of each head’s attention as a fraction of its query's maximum (1: equal weight on all tokens;  "
         f"0: at one), mean over positions; one dot a head. The median is {each(medians, '.2f')}. Not in the paper."
     )
     panel = Panel(_dots(spread), "layer", "attention entropy over its largest", scale="layers", low=0, high=1.02)

@@ -32,10 +32,10 @@ from spherelm.runs.config import read_config
 Array = NDArray[np.float64]
 
 SENTENCE = "The old man looked out over the sea and thought of home."
-"""Whose walk is shown where no other is asked for."""
+"""The default sentence of the walk."""
 
 MAX_TOKENS = 40
-"""Paths of more tokens than this can be told apart by nobody."""
+"""More paths than this cannot be distinguished in one picture."""
 
 NEAREST = 5
 """Vocabulary entries that are named at each stop."""

@@ -102,7 +102,7 @@ def _reach(comparison: Comparison) -> str:
         "this context length" if context is None else f"a context of {context:,} tokens",
         "this budget" if math.isnan(tokens) else f"a budget of {si(tokens)} tokens",
     ]
-    return f"This factor belongs to {listed(known)}. {REACH}"
+    return f"This factor was measured at {listed(known)}. {REACH}"
 
 
 def _time(comparison: Comparison) -> str:

@@ -1,1 +1,1 @@
-"""What a run is and leaves behind: its config, its directory, checkpoints and metrics."""
+"""Runs: config, directory, checkpoints and metrics."""

@@ -38,7 +38,7 @@ from spherelm.runs.group import Group
 from spherelm.sharding import from_own_part, is_sharded, own_part
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-REMEDY = "delete this checkpoint to go on from the one before"
+REMEDY = "delete this checkpoint to resume from the one before"
 NAME = re.compile(r"step-(\d{8})")
 RANDOM_STATE = "random_state"
 _WRITTEN = re.compile(r"shard-(\d+)-model-0000([12])-of-\d+\.safetensors")
@@ -47,7 +47,7 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: updates made, seconds spent training, and where a stream of text goes on (`Batches.state`).
+    """How far a run has come: updates made, seconds spent training, and where a stream of text continues (`Batches.state`).
 
     skipped: updates that were left out. norm: what `Guard` remembers of gradient norms. start: the validation loss before
     training, `None` where it is not known.
@@ -62,7 +62,7 @@ class Progress:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a model is: its parameters, each once, and what else its state dict holds, such as the biases of routers."""
+    """A model's tensors: its parameters, each once, and the rest of its state dict, such as the biases of routers."""
     state = model.state_dict(keep_vars=True)
     buffers = {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
     return {**dict(model.named_parameters()), **buffers}
@@ -88,7 +88,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the file or directory on the disk before going on."""
+    """Have the file or directory on the disk before continuing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,7 +208,7 @@ class CheckpointWriter:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line: of a `CheckpointException`, on the first rank that failed."""
+    """The cause of an error, in one line; of a `CheckpointException`, that of the first rank that failed."""
     if isinstance(error, CheckpointException):
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {reason(cause)}" if len(error.failures) > 1 or rank else reason(cause)
@@ -258,12 +258,12 @@ def checkpoint_of(run: str | Path) -> Path:
 
 
 def no_checkpoint(path: Path) -> NotFoundError:
-    """What is said of a directory without a checkpoint: which runs are in it, if any."""
+    """The error of a directory without a checkpoint; it names the runs in it, if any."""
     runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
     if not runs:
         return NotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
     more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
-    return NotFoundError(f"{path} is no run but holds some: name one of them, {', '.join(runs[:8])}{more}")
+    return NotFoundError(f"{path} is not a run but contains runs: name one of them, {', '.join(runs[:8])}{more}")
 
 
 def run_directory(run: str | Path) -> Path:
@@ -292,7 +292,7 @@ def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[st
 
 
 class _Entry(NamedTuple):
-    """What a checkpoint calls something, which may be an older name, and its shape."""
+    """The name of a tensor in a checkpoint, which may be an older one, and its shape."""
 
     name: str
     shape: torch.Size
@@ -352,14 +352,14 @@ def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> No
 
 @torch.no_grad()
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, group: Group = ALONE) -> Progress:
-    """Put `model`, `optimizer` and torch's random state back to where they were saved; returns how far the run had come.
+    """Restore `model`, `optimizer` and torch's random state from a checkpoint; returns how far the run had come.
 
     The checkpoint may come from any number of processes. Raises `ValueError` for one that is incomplete, damaged or of
     another config.
     """
     if not any(checkpoint.glob(f"{Path(MOMENTS).stem}*.safetensors")):
         raise UserError(
-            f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot go on from it; "
+            f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot resume from it; "
             f"{REMEDY}"
         )
     state = _read_state(checkpoint, group)
@@ -382,8 +382,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
 def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
 
-    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in float32 all the same. A
-    rounded unit vector stays as it is: a correction of its length would be rounded again (`departure` says how far it is off).
+    dtype: of the weights and the computation; lengths and rotary angles are computed in float32 in any case. Rounded unit
+    vectors are not corrected, as a correction would be rounded again; `departure` measures how far they are off.
     Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
     """
     checkpoint = checkpoint_of(run)

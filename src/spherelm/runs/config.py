@@ -1,4 +1,4 @@
-"""What a run is: its resolved configuration, as it stands in the run directory's `config.json`."""
+"""A run's resolved configuration, as stored in the run directory's `config.json`."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ class TrainConfig:
         steps: Updates.
         seq_len: Tokens a sequence.
         batch_size: Sequences an update, over all processes.
-        micro_batch_size: Sequences at once in one process, gradients accumulating over the batch; all if left out.
-        seed: Of the weights' start and of the order of the text.
-        dtype: Format of the computation (weights are float32); auto: the faster one on this machine, recorded.
-        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the processor, if left out.
-        threads: Threads of the processor; as many as are fastest, which may change while it runs, if left out.
+        micro_batch_size: Sequences computed at once in a process; gradients accumulate over the batch. All if left out.
+        seed: Seed of the initial weights and of the order of the data.
+        dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine, recorded.
+        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
+        threads: CPU threads; if left out, the fastest number, which may change during the run.
         compile: Whether to use torch.compile.
-        eval_every: Updates between validations, 0: only at the end.
-        eval_windows: Sequences of validation text read each time.
-        save_every: Updates between checkpoints; 0: by the clock, every save_minutes, and at the end.
-        save_minutes: Minutes between checkpoints where save_every is 0; 0: only one at the end.
-        keep: Checkpoints that stay, the newest ones.
+        eval_every: Updates between validations; 0: only at the end.
+        eval_windows: Sequences read per validation.
+        save_every: Updates between checkpoints; 0: every save_minutes, and at the end.
+        save_minutes: Minutes between checkpoints where save_every is 0; 0: only at the end.
+        keep: Number of newest checkpoints to keep.
         mask_documents: Keep attention within a document where a sequence holds several.
-        quiet: Show nothing on screen while it runs.
-        log_every: Updates between lines on screen; a bar on a terminal, else a line every ten seconds, if left out.
+        quiet: Show no progress.
+        log_every: Updates between lines on screen; if left out, a bar on a terminal, else a line every ten seconds.
         log_to: Where records go besides metrics.jsonl: any of tensorboard, wandb, trackio.
-        diagnose_every: Updates between measurements of update angles and learned scales, 0 for none.
+        diagnose_every: Updates between measurements of update angles and learned scales; 0: never.
         eval_tasks: Tasks of the evaluation harness to score in training (spherelm list tasks), into metrics.jsonl.
-        eval_tasks_every: Updates between these scores, 0 for only at the end.
-        task_data: Directory with local copies of the tasks' data; the harness downloads them if left out.
-        eval_limit: Documents of each task, the first ones; all if left out.
-        keep_every: Checkpoints of every so many updates stay as well, 0 for none.
-        strategy: How processes share a model: replicate: each has all of it; shard: a part; hybrid: groups share one,
-            as replicas.
-        shard_size: Processes of a group, for the strategy hybrid.
-        recompute: Blocks keep only their input, and are computed again for the backward pass: less memory, more time.
-        timeout: Seconds that processes wait for one another before the run ends.
-        on_bad_step: stop or skip: where the loss or gradient is no number, or the gradient norm leaps.
+        eval_tasks_every: Updates between these scores; 0: only at the end.
+        task_data: Directory with local copies of the tasks' data; downloaded if left out.
+        eval_limit: Score only this many documents of each task; all if left out.
+        keep_every: Also keep the checkpoints at multiples of this many updates; 0: none.
+        strategy: How processes share a model. replicate: each holds all of it; shard: each holds a part; hybrid: each group
+            of processes shards one replica.
+        shard_size: Processes per group, for the strategy hybrid.
+        recompute: Activation checkpointing: recompute blocks in the backward pass. Less memory, more time.
+        timeout: Seconds that processes wait for each other before the run ends.
+        on_bad_step: stop or skip: what to do where the loss or gradient is not finite, or the gradient norm jumps.
         skip_budget: Updates that may be skipped in a run.
-        spike_factor: The norm leaps if it is so many times its running average; 0: it may.
-        stop_above: A validation loss after the start that is higher ends the run as diverged; null: none does.
-        label_smoothing: The part of a target's probability that the training loss spreads over the vocabulary.
+        spike_factor: The gradient norm jumps if it is this many times its running average; 0: never.
+        stop_above: A validation loss above this after the start ends the run as diverged; null: no limit.
+        label_smoothing: The fraction of a target's probability that the training loss spreads over the vocabulary.
     """
 
     steps: PositiveInt
@@ -168,7 +168,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Record:
-    """What `to_dict` writes, of this version or of 0.1.0, before its parts are read."""
+    """The output of `to_dict`, of this version or of 0.1.0, before its parts are read."""
 
     arm: str
     recipe: str
@@ -188,7 +188,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
     Raises `UserError` naming what is missing, unknown or wrong.
     """
     if not isinstance(record, dict):
-        raise UserError("not a run configuration: it is no object with fields")
+        raise UserError("not a run configuration: it is not an object with fields")
     try:
         own = {field.name for field in dataclasses.fields(Record)}
         parts = from_plain(Record, {name: value for name, value in record.items() if name in own})
@@ -211,7 +211,7 @@ def from_dict(record: dict[str, Any]) -> RunConfig:
 
 
 def record_today(record: dict[str, Any]) -> dict[str, Any]:
-    """What stands in a `config.json`, its configuration as this version writes it; a record of anything else as it is."""
+    """The content of a `config.json`, its configuration as this version writes it; any other record unchanged."""
     try:
         return {**record, **to_dict(from_dict(record))}
     except UserError:
@@ -251,7 +251,7 @@ def _read_json(text: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         if twice:
-            raise UserError(f"{twice[0]!r} stands twice in one object")
+            raise UserError(f"{twice[0]!r} occurs twice in one object")
         return dict(pairs)
 
     return json.loads(text, object_pairs_hook=once)

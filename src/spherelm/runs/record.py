@@ -53,7 +53,7 @@ FREE_TO_CHANGE = (
     ),
     *("init_from", "base", "base.d_model", "base.n_layers", "base.steps", "model.architecture.mixer.mamba_chunk"),
 )
-"""What may differ when a run is resumed, since it does not change what is learned, but for the rounding of sums."""
+"""Fields that may differ when a run is resumed: they do not change the result, except for the rounding of sums."""
 
 
 def versions() -> dict[str, str]:
@@ -140,7 +140,7 @@ def is_taken(out: Path, resume: bool) -> bool:
         return False
     if not resume:
         raise OutputExistsError(
-            f"{out} already holds something: choose another --out, or --resume to go on with what is there"
+            f"{out} already holds something: choose another --out, or --resume to continue the run there"
         )
     if not (out / "config.json").exists():
         raise OutputExistsError(f"{out} holds nothing to resume (no config.json): choose another --out")
@@ -205,7 +205,7 @@ def grow(path: Path, field: str, before: int, now: int) -> None:
 
 
 ABOUT = frozenset({"versions", "git_commit", "command", "data_identity", "imported", "grown"})
-"""What stands in a run's `config.json` beside its configuration."""
+"""The entries of a run's `config.json` beside its configuration."""
 
 
 def refuse_strangers(path: Path, record: Mapping[str, Any]) -> None:
@@ -228,7 +228,7 @@ def recorded_dtype(out: Path) -> str:
 
 @contextmanager
 def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -> Iterator[Path | None]:
-    """Have `out` as the directory of this run as long as the context lasts, and give the checkpoint to go on from, if any.
+    """Have `out` as the directory of this run as long as the context lasts, and give the checkpoint to resume from, if any.
 
     data: what identifies the text, stored under "data_identity". Raises as `claimed` does.
     """

@@ -84,16 +84,18 @@ def check_text(config: RunConfig) -> None:
     if isinstance(architecture, EncDecArch) and not has_pairs:
         raise UserError(
             f"an encoder-decoder learns from pairs and {config.data or 'the shipped text'} holds none: make them with "
-            "spherelm data pairs and name them with --data"
+            "spherelm data pairs and pass them as --data"
         )
     if has_pairs and not isinstance(architecture, EncDecArch):
         raise UserError(
             f"{config.data} holds pairs of texts, which are for encoder-decoders: train with --preset pairs"
         )
     if masked and isinstance(architecture, EncDecArch):
-        raise UserError("--mask-documents is for running text: pairs are apart anyway")
+        raise UserError("--mask-documents is for running text: pairs are always separate")
     if masked and isinstance(architecture, EncoderArch):
-        raise UserError("--mask-documents is for models that write: an encoder reads a window as one text")
+        raise UserError(
+            "--mask-documents is for models that predict the next token: an encoder reads a window as one text"
+        )
 
 
 def open_data(config: RunConfig, rank: int = 0, world_size: int = 1) -> RunData:

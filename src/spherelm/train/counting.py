@@ -1,4 +1,4 @@
-"""What a training step computes and holds, counted op by op on tensors that have shapes and no data.
+"""Operations and memory of a training step, counted op by op on tensors that have shapes and no data.
 
 Torch runs the model's own code, forward and backward, on fake tensors: what comes out is counted and not a rule of thumb.
 Of blocks that are alike, one is counted; the read-out works in chunks that are alike, so a few are counted. That takes a
@@ -32,7 +32,7 @@ aten: Any = torch.ops.aten
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part of the model costs a micro-batch.
+    """The cost of a part of the model per micro-batch.
 
     flops: forward and backward, a multiplication and an addition each counted, of matrix products and attention; attention
     is counted over all pairs of positions, and its scores once forward and not again backward, as in "6N + 12 L d T".
@@ -105,7 +105,7 @@ UNCOUNTED = {
     torch.ops.spherelm.grouped_product: _grouped_forward,
     torch.ops.spherelm.grouped_product_backward: _grouped_backward,
 }
-"""What torch does not count: attention but on CUDA (on the CPU it is the same algorithm, with the same tensors), and ours."""
+"""Operations that torch does not count: attention except on CUDA (the CPU has the same algorithm and tensors), and ours."""
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def block_costs(config: Config, batch_size: int, seq_len: int, dtype: torch.dtyp
 
 @lru_cache
 def _block_cost(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype) -> Cost:
-    """What the block of a config of one layer costs."""
+    """The cost of the block of a config of one layer."""
     with FakeTensorMode():
         model = _fake_model(config, dtype)
         h = torch.empty(batch_size, seq_len, config.d_model, dtype=dtype, requires_grad=True)
@@ -159,7 +159,7 @@ def _block_cost(config: Config, batch_size: int, seq_len: int, dtype: torch.dtyp
 
 @lru_cache
 def readout_cost(config: Config, tokens: int, dtype: torch.dtype) -> Cost:
-    """What the read-out and the loss cost a micro-batch of `tokens` tokens.
+    """The cost of the read-out and the loss for a micro-batch of `tokens` tokens.
 
     Beyond four chunks everything grows in a straight line with the number of tokens, of which two points are counted.
     """

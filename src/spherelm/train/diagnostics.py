@@ -1,4 +1,4 @@
-"""What a run tells about itself besides its loss: how far updates turn weights, learned scales, memory, use of the machine."""
+"""Measurements of a run besides its loss: update angles, learned scales, memory, MFU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ALPHAS = {
     "mixer": "alpha_mixer",
     "experts": "alpha_experts",
 }
-"""What a run's log calls the eigen learning rates of each part."""
+"""The names of each part's eigen learning rates in the log."""
 
 
 @torch.no_grad()
@@ -184,12 +184,12 @@ class Speed:
         return rate / self._peak
 
     def peak(self) -> str:
-        """What `mfu` is a part of, in words."""
+        """The peak that `mfu` is relative to, in words."""
         return f"{self._peak / 1e12:,.3g} TFLOP/s a device, {self._source}"
 
 
 class Diagnosis:
-    """What an update did to a model, with its learned scales and rates; made before the update, asked after it."""
+    """The effect of an update on a model, with its learned scales and rates; created before the update, read after it."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer, self._angles = model, optimizer, UpdateAngles(model)

@@ -1,7 +1,7 @@
-"""What a run would take, told before it starts: parameters, memory a device, operations, time. `spherelm train --dry-run`.
+"""Estimate of a run's parameters, memory per device, operations and time, for `spherelm train --dry-run`.
 
 Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs without
-torch.compile, which holds less). Assumed, and said so: the device's peak, the part of it that is reached, float32 weights,
+torch.compile, which holds less). Assumed, and printed: the device's peak, the part of it that is reached, float32 weights,
 gradients and moments, and that sharding splits these evenly and holds two blocks whole at a time.
 """
 
@@ -41,7 +41,7 @@ DEVICE_MEMORY = 80 * 2**30
 """Bytes of memory that a device is assumed to have where none is here and nothing is said: an H100's or an A100's."""
 
 NO_ROOM = "spread it over more devices (--strategy shard), lower --micro-batch-size, or give --recompute"
-"""What to do about a run that needs more memory than there is."""
+"""Advice for a run that needs more memory than there is."""
 
 FLOAT32 = 4
 
@@ -70,7 +70,7 @@ class Layout:
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """What a run on an accelerator computes in: "auto" is bfloat16 there."""
+    """The number format of a run on an accelerator: "auto" is bfloat16 there."""
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
@@ -176,14 +176,14 @@ def estimate(
 
 
 def estimate_table(found: dict[str, Any]) -> str:
-    """What `estimate` found, for people."""
+    """The result of `estimate` as a table."""
     layout, assumed, sequences = found["layout"], found["assumed"], found["sequences"]
     rows = [f"{found['arm']} {found['preset']}, recipe {found['recipe']}", "", "parameters"]
     rows += [_row(role, f"{count:,}") for role, count in found["parameters_by_role"].items()]
     rows += [_row("total", f"{found['parameters']:,}")]
     if found["parameters_active"] != found["parameters"]:
-        rows += [_row("met by a token", f"{found['parameters_active']:,}")]
-    rows += ["", f"memory a device, GiB ({_spread(layout)})"]
+        rows += [_row("active per token", f"{found['parameters_active']:,}")]
+    rows += ["", f"memory per device, GiB ({_spread(layout)})"]
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [_row("a device has", f"{found['device_memory'] / 2**30:,.2f}")]
     if not found["fits"]:
@@ -198,9 +198,9 @@ def estimate_table(found: dict[str, Any]) -> str:
         _row("tokens", f"{found['tokens']:,}"),
         *(_row("epochs", rounded(count)) + f"  of {name}" for name, count in found["epochs"].items()),
         *(f"  {line}" for line in repetition(found["epochs"])),
-        _row("FLOPs a token", f"{found['flops_per_token']:.4g}"),
+        _row("FLOPs per token", f"{found['flops_per_token']:.4g}"),
         _row("FLOPs", f"{found['flops']:.4g}"),
-        _row("seconds an update", f"{found['step_seconds']:,.4g}"),
+        _row("seconds per update", f"{found['step_seconds']:,.4g}"),
         _row("hours", f"{found['hours']:,.4g}"),
         f"  assumed: {assumed['peak_tflops']:g} TFLOP/s a device, {100 * assumed['mfu']:g} % of it reached, "
         f"{assumed['dtype']}, not compiled",

@@ -31,14 +31,14 @@ AS_TRAINED, NO_LIMIT = Positions(), 10**9
 def transformers_tokenizer(directory: Path) -> Any:
     """The tokenizer saved in a run directory as transformers knows it, which the evaluation harness needs.
 
-    It knows no longest text: the harness cuts what does not fit the model, and is told the length. Raises `ValueError` for
+    It knows no longest text: the harness cuts what does not fit the model, and gets the length. Raises `ValueError` for
     SentencePiece, which has no tokenizer.json that is sure to give the same ids, and where transformers is missing.
     """
     tokenizer = load_tokenizer(directory)
     if isinstance(tokenizer, SentencePieceTokenizer):
         raise UserError(
             f"tasks need a tokenizer.json, and the run's tokenizer {tokenizer.name} is a SentencePiece model: for this run "
-            "only --perplexity can be had"
+            "only --perplexity works"
         )
     try:
         from spherelm.interop.huggingface.tokenization import fast_tokenizer
@@ -55,7 +55,7 @@ def trained_length(run: Path) -> int:
 
 
 def about(run: Path) -> dict[str, Any]:
-    """What an evaluation was made of: the run, its arm, the update of its checkpoint, versions and the command."""
+    """The origin of an evaluation: the run, its arm, the update of its checkpoint, versions and the command."""
     checkpoint = checkpoint_of(run)
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
     arm = read_config(run_directory(run) / "config.json").arm
@@ -67,7 +67,7 @@ def load_decoder(run: Path) -> Decoder:
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
         raise UserError(
-            f"{run} is an encoder-decoder, which is measured by --translate and --reference: pass a run of a language model"
+            f"{run} is an encoder-decoder: use --translate and --reference, or pass a run of a language model"
         )
     if isinstance(model, MaskedModel):
         raise UserError(f"{run} is an encoder, which predicts no next token: pass a run of a language model")
@@ -127,7 +127,7 @@ def clean(text: str) -> str:
 
 
 def task_scorer(train: TrainConfig, tokenizer: Tokenizer) -> Callable[[Decoder], dict[str, Any]] | None:
-    """What scores a model in training on the tasks that `train` names, as one record's values; `None` where it names none.
+    """A function that scores a model in training on the tasks of `train`, as one record's values; `None` without tasks.
 
     Whatever would fail later fails now: the harness, the tokenizer and the tasks' data are tried. A record has `tasks` with
     each task's metrics and their errors (`acc`, `acc_stderr`, ...), and `average` where the paper's five are among them.

@@ -1,4 +1,4 @@
-"""What becomes of an update that went wrong: the run stops, or leaves it out and goes on, a bounded number of times."""
+"""Handling of bad updates: stop the run, or skip the update, at most a given number of times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from spherelm.runs.config import TrainConfig
 
 MEMORY = 0.98
-"""What stays of the running average of gradient norms with each update: it looks back about 50."""
+"""Decay of the running average of gradient norms per update: it covers about 50 updates."""
 
 TRUSTED = 20
 """Updates before that average is trusted."""
@@ -37,7 +37,7 @@ class Guard:
     norm: float = 0.0
 
     def fault(self, losses: Sequence[float], grad_norm: float, step: int) -> str | None:
-        """What is wrong with the update after `step` others, `None` if nothing is; losses: of the batch, by rank."""
+        """The fault of the update after `step` others, `None` if it has none; losses: of the batch, by rank."""
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             where = f" on rank {', '.join(map(str, bad))}" if len(losses) > 1 else ""

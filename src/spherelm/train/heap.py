@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step frees: by default it goes back, and comes again page by page.
+"""Keep the memory that a training step frees: by default the C library returns it to the system, page by page.
 
 A step makes and drops hundreds of tensors of megabytes. glibc takes each of them from the kernel and gives it back, and
 the next step pays for every page again: up to a fifth of a step on a virtual machine (docs/performance.md).

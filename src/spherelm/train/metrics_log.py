@@ -18,7 +18,7 @@ class MetricsLog:
     """Appends to a run's `metrics.jsonl`, each line whole.
 
     Opening it for a run that continues at `step` drops what lies beyond (updates that will be made again) and any torn line.
-    sinks: told every record after it is in the file; what is dropped they have been told, and are not told again.
+    sinks: get every record once, after it is in the file; also those that are dropped from the file on resume.
     present: the records of that step by kind.
     """
 
@@ -67,7 +67,7 @@ class MetricsLog:
 
 
 class NoLog:
-    """What the other processes of a run have in place of the first one's `MetricsLog`."""
+    """The stand-in for `MetricsLog` in all processes but the first."""
 
     def __init__(self) -> None:
         self.present: dict[str, dict[str, Any]] = {}

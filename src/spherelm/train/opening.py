@@ -1,4 +1,4 @@
-"""What a run says before its first update: what is trained, on what, for how long, in how much memory, logged where."""
+"""The lines printed before the first update: model, device, data, length, memory, log files."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from spherelm.train.precision import device_name
 from spherelm.train.sinks import check_names
 
 FEWER = "use fewer --workers, or smaller models"
-"""What to do where many runs at once need more memory than there is."""
+"""Advice where several runs at once need more memory than there is."""
 
 
 def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int, step: int, peak: str) -> list[str]:
     """The lines that tell of the run of `config` in the directory `out`, warnings last.
 
-    choice: how the number format was chosen. tokens: an update sees. step: where the run goes on. peak: what MFU is a part of.
+    choice: how the number format was chosen. tokens: an update sees. step: where the run resumes. peak: what MFU is a part of.
     """
     train, read = config.train, epochs(config, config.train.steps)
     layout = Layout(group.world_size, train.strategy, train.shard_size, train.recompute)
     parameters, active = sum(parameters_by_role(config.model).values()), active_parameters(config.model)
-    met = "" if active == parameters else f" ({active:,} of them for a token)"
+    met = "" if active == parameters else f" ({active:,} active per token)"
     processes = "" if group.is_alone else f"{group.world_size} processes ({train.strategy}) on "
-    weights = f", beginning with the weights of {origin}" if (origin := config.init_from) else ""
-    begun = f", going on from step {step:,}" if step else weights
+    weights = f", starting from the weights of {origin}" if (origin := config.init_from) else ""
+    start = f", resuming from step {step:,}" if step else weights
     logs = ", ".join([str(out / "metrics.jsonl"), *check_names(train.log_to)])
     # The processes of torchrun share the memory of a processor, and each has a GPU of its own.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if group.device.type == "cpu" else 1
@@ -47,7 +47,7 @@ def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int
     return [
         f"{config.arm} {config.preset}, recipe {config.recipe}: {counted(parameters, 'parameter')}{met}",
         f"{processes}{device_name(group.device)}, {train.dtype} ({choice}){threads}{', torch.compile' * train.compile}; {told}",
-        f"{counted(train.steps, 'update')} of {counted(tokens, 'token')}, {epochs_in_words(read)}{begun}",
+        f"{counted(train.steps, 'update')} of {counted(tokens, 'token')}, {epochs_in_words(read)}{start}",
         f"logged to {logs}; {saving(train)}",
         f"MFU compares with {peak}",
         *repetition(read),
@@ -68,7 +68,7 @@ def saving(train: TrainConfig) -> str:
 
 
 def warnings(configs: Iterable[RunConfig], device: torch.device, processes: int) -> list[str]:
-    """What may be wrong with these runs, so many of them at once on one device: each thing once."""
+    """Warnings about these runs, so many of them at once on one device; each warning once."""
     found = [
         [*repetition(epochs(one, one.train.steps)), *room(one, Layout(), device, processes, FEWER)[1]]
         for one in configs

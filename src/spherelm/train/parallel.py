@@ -50,7 +50,7 @@ class RankLost(RuntimeError):
 
 
 class ElsewhereFailed(RuntimeError):
-    """What all ranks were to do failed on another rank, for the reason given."""
+    """A joint operation failed on another rank, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Ranks(Group):
             if not is_communication(error):
                 raise
             silent = self.silent_ranks()
-            names = ", ".join(map(str, silent)) or "none, so that it is the network"
+            names = ", ".join(map(str, silent)) or "none, so the network failed"
             raise RankLost(
                 f"rank {self.rank} could not reach the others ({str(error).splitlines()[0][:200]}); ranks that no longer "
-                f"answer (killed, hung, or their machine lost): {names}; the run goes on from its last checkpoint with --resume"
+                f"answer (killed, hung, or their machine lost): {names}; --resume continues the run from its last checkpoint"
             ) from error
 
 

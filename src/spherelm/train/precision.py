@@ -68,7 +68,7 @@ def on_device(name: str | None) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: a GPU's model, else its type."""
+    """The device's name: a GPU's model, else its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -87,7 +87,7 @@ def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
     """Compile each block of `model` in place, and its read-out: blocks share one compilation, a fraction of the whole's time.
 
     trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the process
-    goes on without compilation.
+    continues without compilation.
     """
     try:
         leave_state_spaces_uncompiled(model)
@@ -98,5 +98,5 @@ def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
         trial()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        say(f"torch.compile does not work here ({reason}); going on without it")
+        say(f"torch.compile does not work here ({reason}); continuing without it")
         torch.compiler.set_stance("force_eager")

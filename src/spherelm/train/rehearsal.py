@@ -1,4 +1,4 @@
-"""What a step would cost, found by doing the products of a run for a moment: which number format is the faster one here.
+"""A short trial of a run's matrix products, to find which number format is faster on this machine.
 
 A processor's flags say what it can do and nothing about how fast: with AVX512-BF16 and without AMX float32 is twice as fast.
 """

@@ -1,4 +1,4 @@
-"""What schedulers and users ask of a run while it trains: to save and leave."""
+"""Signals from schedulers and users during a run: save and exit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How many processor threads a run computes with: as many as are fastest beside whatever else the machine does.
 
-The threads of OpenMP wait for one another behind every operation, spinning. Where another program takes a core, the one that
+The threads of OpenMP wait for one another after every operation, spinning. Where another program takes a core, the one that
 waits for that core holds up all others, and a step on two threads takes several times as long as on one (docs/performance.md).
 """
 
@@ -124,11 +124,11 @@ class Threads:
         if seconds > SLOW * median:
             reason = f"a step took {seconds / median:.1f} times as long as those before it"
         elif before < self.limit and self._free_cores() > 0.7:
-            reason = "a core has nothing to do"
+            reason = "a core is idle"
         else:
             return None
         self._choose()
-        return None if self.count == before else f"{self.count} of {self.limit} threads from here on: {reason}"
+        return None if self.count == before else f"{self.count} of {self.limit} threads from now on: {reason}"
 
     def _free_cores(self) -> float:
         """How many cores had nothing to do, in the mean since this was last asked."""
@@ -141,6 +141,6 @@ class Threads:
 
 
 def threads_for(model: Decoder, rows: int) -> Threads | None:
-    """What sets the number of threads of a run of `model` on `rows` tokens at once, to at most the present; `None` for 1."""
+    """The tuner of the number of threads for `model` on `rows` tokens at once, at most the present number; `None` for 1."""
     limit, dtype = torch.get_num_threads(), model.runtime.compute_dtype or torch.float32
     return None if limit == 1 else Threads(limit, Rehearsal(matrices(model), rows, dtype))

@@ -37,11 +37,11 @@ from spherelm.runs.group import Group
 from spherelm.runs.metrics import in_words
 from spherelm.runs.record import open_run, recorded_dtype
 from spherelm.train.batches import open_data, total_loss, validation_losses
-from spherelm.train.begun import begin_with, check_length
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
 from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
+from spherelm.train.init_from import check_length, load_initial_weights
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, Spread, joined, spread
@@ -74,7 +74,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         model = build(config.model)
         if config.init_from and not (resume and latest_checkpoint(out)):
-            group.together(lambda: begin_with(model, Path(str(config.init_from)), self.data.tokenizer))
+            group.together(lambda: load_initial_weights(model, Path(str(config.init_from)), self.data.tokenizer))
         model.to(self.device)
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
@@ -116,7 +116,7 @@ class Trainer:
         return replace(self.config, train=replace(train, dtype=found))
 
     def _claim(self, resume: bool) -> Path | None:
-        """Take the directory for this run, and return the checkpoint to go on from."""
+        """Take the directory for this run, and return the checkpoint to resume from."""
         group = self.group
         group.first(lambda: check_length(self.out, self.config, resume))
         opened = open_run(self.out, self.config, self.data.identity, resume)
@@ -185,7 +185,7 @@ class Trainer:
             self.checkpoints.wait()
             name = signal.Signals(stop.number).name
             command = f"spherelm train --resume {shlex.quote(str(self.out))}"
-            raise Interrupted(f"{name}: saved {self.out} at step {step}; go on with: {command}", stop.number) from None
+            raise Interrupted(f"{name}: saved {self.out} at step {step}; resume with: {command}", stop.number) from None
 
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many updates, and at the end, is to be done now."""
@@ -277,7 +277,7 @@ class Trainer:
         self.metrics.write("stop", **{**self._position(), **position, "reason": what})
         rate = self.config.optim.lr
         return Diverged(
-            f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or look at the text around this batch"
+            f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or check the data around this batch"
         )
 
     def _gradients(self, step: int) -> float:
@@ -298,7 +298,7 @@ class Trainer:
         loss, strangers = total_loss(self.data, losses), self.group.strangers(self.model)
         if strangers:
             raise self._diverged(
-                f"rank {', '.join(map(str, strangers))} holds other weights than its fellows at step {step}"
+                f"rank {', '.join(map(str, strangers))} holds different weights from the other ranks at step {step}"
             )
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss} at step {step}")
@@ -384,9 +384,9 @@ def gradients_of_batch(
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
-    """Do the run that `config` describes in the directory `out`; returns the final validation loss in nats per token.
+    """Train the run that `config` describes, in the directory `out`; returns the final validation loss in nats per token.
 
-    Under torchrun all its processes do it together, and a restart by torchrun goes on from the last checkpoint.
+    Under torchrun all its processes do it together, and a restart by torchrun resumes from the last checkpoint.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with on_device(config.train.device), joined(config.train, best_device()) as group, ExitStack() as held:

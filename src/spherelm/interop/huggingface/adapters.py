@@ -89,7 +89,7 @@ class UnitLora(LoraLinear):
 
 
 def on_sphere(config: LoraConfig) -> LoraConfig:
-    """`config`, told to keep adapted weights on the sphere: `get_peft_model(model, on_sphere(LoraConfig(...)))`.
+    """`config`, changed to keep adapted weights on the sphere: `get_peft_model(model, on_sphere(LoraConfig(...)))`.
 
     Needed for loading too: `PeftModel.from_pretrained(model, folder, config=on_sphere(LoraConfig.from_pretrained(folder)))`.
     Weights without a unit axis (those of GPT) are adapted as always. What version 0.1.0 saved is read too. Raises `ValueError`

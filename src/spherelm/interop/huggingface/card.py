@@ -21,7 +21,7 @@ KIND_NAMES = {
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a kind of model is for. auto: the class that loads it. prompt, settings: of the example in its card."""
+    """The purpose of a kind of model. auto: the class that loads it. prompt, settings: of the example in its card."""
 
     auto: str
     pipeline: str
@@ -47,7 +47,7 @@ READS_AND_WRITES = Purpose(
     "max_new_tokens=40, num_beams=5, do_sample=False",
 )
 TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
-"""What the card's line of the evaluation harness asks for where no scores are known: the nGPT paper's five tasks."""
+"""The tasks in the card's lm_eval command if no scores are known: the nGPT paper's five."""
 
 PURPOSES = {"decoder": WRITES_ON, "encdec": READS_AND_WRITES}
 """By architecture."""
@@ -55,7 +55,7 @@ PURPOSES = {"decoder": WRITES_ON, "encdec": READS_AND_WRITES}
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says.
+    """The facts that a card states.
 
     config: the run's config.json. validation: the last record of kind "val" up to `step`. tasks: scores by task and metric.
     datasets: names on the hub of what the text is. license: of the weights, as the hub names it. address: loads the model.
@@ -77,7 +77,7 @@ class Facts:
 
     @property
     def purpose(self) -> Purpose:
-        """What the model is for."""
+        """The purpose of the model."""
         return PURPOSES[self.config["model"]["architecture"]["kind"]]
 
 
@@ -93,7 +93,7 @@ def from_shipped_text(facts: Facts) -> bool:
 
 
 def metadata(facts: Facts) -> str:
-    """What the Hugging Face hub reads. No licence, unless one was given: that is for whoever publishes the weights to say."""
+    """The metadata that the Hugging Face hub reads. A licence only if one was given: the publisher decides."""
     return front_matter(
         facts.name,
         facts.purpose.pipeline,
@@ -153,7 +153,7 @@ def measuring(facts: Facts) -> list[str]:
     if facts.folded:
         lines.append(f"vllm serve {facts.address} --trust-remote-code")
     return [
-        "## Measuring and serving it" if facts.folded else "## Measuring it",
+        "## Evaluating and serving it" if facts.folded else "## Evaluating it",
         "```sh\n" + "\n".join(lines) + "\n```",
     ]
 
@@ -196,7 +196,7 @@ def origin_rows(facts: Facts) -> list[tuple[str, object]]:
 
 
 def training_rows(config: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """What was decided before the run, and the text's identity."""
+    """The settings of the run, and the text's identity."""
     data, identity = config.get("data"), config.get("data_identity") or {}
     return [
         ("recipe", f"`{config['recipe']}` at the size `{config['preset']}`"),
@@ -223,7 +223,7 @@ def training_note(facts: Facts) -> list[str]:
 
 
 def licence_note(facts: Facts) -> str:
-    """What is known about rights, and what is not."""
+    """The rights to text, code and weights, as far as they are known."""
     if from_shipped_text(facts):
         text = "The training text was in print before 1919 and is in the public domain in the United States."
     else:
@@ -257,7 +257,7 @@ def model_card(facts: Facts) -> str:
             f"```python\n{loading(facts)}\n```",
             *training_note(facts),
             *measuring(facts),
-            "## How it came about",
+            "## How it was trained",
             table(origin_rows(facts)),
             "## Rights",
             licence_note(facts) + "\n",

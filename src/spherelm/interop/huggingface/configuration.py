@@ -12,7 +12,7 @@ from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, ol
 from spherelm.models.config import to_plain
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
-"""What transformers calls `n_heads` and `n_kv_heads`."""
+"""The names of `n_heads` and `n_kv_heads` in transformers."""
 
 
 class SphereLMConfig(configuration_spherelm.SphereLMConfig):
@@ -74,7 +74,7 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
         return super().from_dict({k: v for k, v in config_dict.items() if k not in said_twice}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: every field that the saved model needs, so that no later default can change it.
+        """The fields that `save_pretrained` writes: all that the saved model needs, so that no later default changes it.
 
         Where this is not code that rode along with a model, the pointer to such code is left out: the code is not saved either.
         """

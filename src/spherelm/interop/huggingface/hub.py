@@ -20,7 +20,7 @@ Result = tuple[dict[str, Any], str, float]
 
 
 def front_matter(name: str, task: str, results: list[Result], **fields: Any) -> str:
-    """What stands between the lines `---` of a card. results: go into its model index; fields: as `ModelCardData` has them."""
+    """The metadata between the lines `---` of a card. results: go into its model index; fields: as `ModelCardData` has them."""
     scores = [
         EvalResult(task_type=task, metric_type=metric, metric_value=value, **source)
         for source, metric, value in results
@@ -32,7 +32,7 @@ def front_matter(name: str, task: str, results: list[Result], **fields: Any) -> 
 
 @contextmanager
 def in_one_line(asked: str) -> Iterator[None]:
-    """What the hub refuses, and a hub out of reach, are the user's to mend. asked: of the hub, such as "push to a/b"."""
+    """Turn the hub's refusals and network errors into `UserError`. asked: the request, such as "push to a/b"."""
     try:
         yield
     except (HTTP_ERROR, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:

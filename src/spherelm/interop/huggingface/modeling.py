@@ -30,7 +30,7 @@ from spherelm.models.kit import Surroundings
 from spherelm.models.older import adapter_today, is_old, today
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What the installed transformers calls the cache of keys and values, in arguments and results."""
+"""The name of the key-value cache in the installed transformers, in arguments and results."""
 
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("_recorded", default=None)
 
@@ -46,7 +46,7 @@ def recorded_attention(wanted: bool) -> Iterator[list[Tensor] | None]:
 
 
 def eager_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """What `attend` computes, written out: every score exists, masked and turned into weights in float32.
+    """The computation of `attend`, written out: every score exists, masked and turned into weights in float32.
 
     A mask may also be added to the scores, as transformers has it: 0 where a query may look, else the lowest number.
     """
@@ -129,7 +129,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def adapter_fix(module: nn.Module, base: nn.Module) -> str:
-    """What to do where `module` adapts `base`, whose vectors must be unit."""
+    """The fix to suggest where `module` adapts `base`, whose vectors must be unit."""
     if isinstance(base, UnitEmbedding):
         return "an embedding takes no adapter: leave it out, or train it whole by modules_to_save"
     if isinstance(base, UnitLinear) and hasattr(module, "lora_A"):
@@ -270,7 +270,7 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         return wanted
 
     def _run_recording(self, states: list[Tensor]) -> Callable[..., Tensor]:
-        """What calls a block: notes its input in `states`, and recomputes it in the backward pass if that was enabled."""
+        """The function that calls a block: notes its input in `states`; recomputes it in the backward pass if enabled."""
 
         def run(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
             states.append(h)
@@ -317,7 +317,7 @@ class SphereLMForCausalLM(SphereModel):
         given = past_key_values if cache is None else cache
         cache = self._cache_to_use(given, use_cache)
         positions = self._positions(h, position_ids, attention_mask, cache)
-        # A cache begun here is empty: without it, positions that start anew separate packed sequences.
+        # A cache begun here is empty: without it, positions that restart separate packed sequences.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=h,

@@ -45,7 +45,7 @@ class CrossCacheView(KVCache):
 
 
 def moved_left(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`input_ids` [batch, source] with its padding, on whichever side, made negative and moved behind the tokens."""
+    """`input_ids` [batch, source] with its padding, on whichever side, made negative and moved after the tokens."""
     if attention_mask is None:
         return input_ids
     keep = attention_mask.bool()
@@ -76,7 +76,7 @@ class SphereSeq2SeqLM(SphereModel):
     """An `EncoderDecoder` of either arm, as transformers has sequence-to-sequence models.
 
     `labels` [batch, target] are the target's tokens with their end, -100 ignored; without `decoder_input_ids` they are moved
-    right by one behind `decoder_start_token_id`, as `DataCollatorForSeq2Seq` does it too.
+    right by one after `decoder_start_token_id`, as `DataCollatorForSeq2Seq` does it too.
     """
 
     config_class = SphereSeq2SeqConfig
@@ -100,7 +100,7 @@ class SphereSeq2SeqLM(SphereModel):
         return SourceReader(self)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """`labels` [batch, target] moved right by one behind the start token; ignored places become that token."""
+        """`labels` [batch, target] shifted right by one after the start token; ignored places become that token."""
         start = self.config.decoder_start_token_id
         if start is None:
             raise UserError("decoder_start_token_id is not set: set it in the config, or give decoder_input_ids")

@@ -1,7 +1,7 @@
 """Where the records of a run go besides `metrics.jsonl`: TensorBoard, Weights & Biases, trackio. All optional, all local.
 
-One module to a library. A sink is told every record once: what it had been told before a run was cut off and resumed is
-not told again, and a sink that joins a run later is told what `metrics.jsonl` holds first.
+One module per library. A sink gets every record once: records from before an interruption are not
+sent again, and a sink that joins a run later first gets all that `metrics.jsonl` holds.
 """
 
 from __future__ import annotations

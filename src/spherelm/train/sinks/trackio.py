@@ -11,7 +11,7 @@ from typing import Any
 class TrackioSink:
     """Writes to the project "spherelm" in trackio's own directory (TRACKIO_DIR); raises `ImportError` without trackio.
 
-    A run is known by its whole path, so that resuming goes on with it. Nothing leaves the machine unless trackio's own
+    A run is known by its whole path, so that resuming continues it. Nothing leaves the machine unless trackio's own
     variables (TRACKIO_SPACE_ID, TRACKIO_SERVER_URL) say so.
     """
 

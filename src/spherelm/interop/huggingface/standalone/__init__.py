@@ -46,7 +46,7 @@ def kind_of(config: Config, model_type: str) -> str:
 
 
 def auto_map(config: Config, model_type: str) -> dict[str, str]:
-    """What config.json says so that the Auto classes find the code: "module.Class" of each."""
+    """The entries of config.json by which the Auto classes find the code: "module.Class" of each."""
     kind = kind_of(config, model_type)
     module, arm = MODULES[kind].format(config.arm), config.arm.upper()
     classes = {auto: f"{module}.{name.format(arm)}" for auto, name in CLASSES[kind].items()}

@@ -66,7 +66,7 @@ class Mixture(nn.Module):
         return F.linear(F.linear(h, u) * F.silu(F.linear(h, v)), o)
 
     def routed(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """What the router says of tokens [tokens, d_model]."""
+        """The router's choice for tokens [tokens, d_model]."""
         return self.router(flat.to(torch.promote_types(flat.dtype, torch.float32)))
 
     def forward(self, h: Tensor, **around: Any) -> tuple[Tensor, None]:

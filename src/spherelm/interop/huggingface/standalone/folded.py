@@ -1,6 +1,6 @@
 """A language model for servers, such as vLLM: learned scales and gains are inside its matrices, as far as they can be.
 
-What is left is plain products, norms and attention, and a head that is one matrix, `lm_head`. It is not trained.
+The rest is plain products, norms and attention, and a head that is one matrix, `lm_head`. It is not trained.
 """
 
 from __future__ import annotations

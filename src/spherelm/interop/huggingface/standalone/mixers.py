@@ -65,7 +65,7 @@ def state_layer(cache: Cache, layer: int) -> StateLayer:
 
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[batch, seq, ...] -> [batch, chunks, chunk, ...], zeros behind the end, which change no state."""
+    """[batch, seq, ...] -> [batch, chunks, chunk, ...], zeros after the end, which change no state."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk))
 
 
@@ -76,7 +76,7 @@ def scan(
 
     x: [batch, seq, heads, d_head]; dt: [batch, seq, heads]; rate: A, [heads]; b, c: [batch, seq, groups, d_state]; state:
     [batch, heads, d_head, d_state], before the first position; begins: bool [batch, seq], where a text begins. Result: y like
-    x, and the state behind the last position.
+    x, and the state after the last position.
     """
     heads, chunk = x.shape[2], min(chunk, x.shape[1])
     b, c = (part.to(dt.dtype).repeat_interleave(heads // b.shape[2], dim=2) for part in (b, c))

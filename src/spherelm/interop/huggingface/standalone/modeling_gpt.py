@@ -94,7 +94,7 @@ class Head(nn.Module):
             self.linear = linear(config.d_model, config.vocab_size)
 
     def forward(self, h: Tensor) -> Tensor:
-        """What the norm gave [..., d_model] -> [..., vocab]."""
+        """Normalized states [..., d_model] -> logits [..., vocab]."""
         return self.linear(h)
 
 

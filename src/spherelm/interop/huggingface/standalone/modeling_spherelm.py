@@ -1,4 +1,4 @@
-"""What GPT and nGPT have in common when transformers runs them: positions, masks, caches, blocks, logits, generation.
+"""The code that GPT and nGPT share when transformers runs them: positions, masks, caches, blocks, logits, generation.
 
 The mathematics of a model is in the file that imports this one, `modeling_ngpt.py` or `modeling_gpt.py`.
 """
@@ -21,10 +21,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_spherelm import SphereLMConfig
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What the installed transformers calls the cache of keys and values."""
+"""The name of the key-value cache in the installed transformers."""
 
 NAMES = {"A": "attention", "C": "cross_attention", "-": "mlp", "M": "mixer", "O": "experts"}
-"""What a block calls the part of a letter."""
+"""The attribute of a block that holds the part of a letter."""
 
 
 def rotary_table(config: SphereLMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def nvidia_rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """What NVIDIA/ngpt does instead: neighbours (x_2i, x_2i+1) become (-x_2i+1 cos_i, x_2i sin_i)."""
+    """NVIDIA/ngpt's formula: neighbours (x_2i, x_2i+1) become (-x_2i+1 cos_i, x_2i sin_i)."""
     cos, sin = table
     wide = x.to(cos.dtype)
     return torch.stack((-wide[..., 1::2] * cos, wide[..., ::2] * sin), dim=-1).flatten(-2).to(x.dtype)
@@ -82,7 +82,7 @@ def eager_attention(
 
 
 class AttentionPart(nn.Module):
-    """What every kind of attention says of itself to transformers' attention functions."""
+    """The attributes of an attention module that transformers' attention functions read."""
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, scaling: float, is_causal: bool = True) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class SpherePreTrainedModel(PreTrainedModel):
-    """What transformers must know of every model here."""
+    """The class attributes that transformers reads from every model here."""
 
     config_class = SphereLMConfig
     base_model_prefix = "model"
@@ -173,7 +173,7 @@ class SphereLMModel(SpherePreTrainedModel):
         given = past_key_values if cache is None else cache
         cache = new_cache(self, use_cache) if given is None else given
         positions = positions_of(h, position_ids, attention_mask, cache)
-        # Without a cache that was given, positions that start anew separate packed texts.
+        # Without a cache that was given, positions that restart separate packed texts.
         mask = create_causal_mask(
             config=self.config, inputs_embeds=h, attention_mask=attention_mask, position_ids=position_ids,
             **{CACHE: given},
@@ -207,7 +207,7 @@ def positions_of(h: Tensor, given: Tensor | None, attention_mask: Tensor | None,
 
 
 class Generating(SpherePreTrainedModel, GenerationMixin):
-    """What `generate` and the tools around it need of a `model` whose logits are read by its `head`."""
+    """The methods that `generate` and the tools around it need of a `model` with a `head`."""
 
     _tied_weights_keys = {"model.head.linear.weight": "model.embed.weight"}
 

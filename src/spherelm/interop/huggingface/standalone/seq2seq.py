@@ -109,7 +109,7 @@ class Seq2SeqModel(SphereLMModel):
 class SphereSeq2SeqLM(Generating):
     """An encoder-decoder. `labels` [batch, target] are the target's tokens with their end, -100 ignored.
 
-    Without `decoder_input_ids` they are moved right by one behind `decoder_start_token_id`.
+    Without `decoder_input_ids` they are moved right by one after `decoder_start_token_id`.
     """
 
     config_class = SphereSeq2SeqConfig
@@ -133,7 +133,7 @@ class SphereSeq2SeqLM(Generating):
         return encoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """`labels` [batch, target] moved right by one behind the start token; ignored places become that token."""
+        """`labels` [batch, target] shifted right by one after the start token; ignored places become that token."""
         start = self.config.decoder_start_token_id
         if start is None:
             raise ValueError("decoder_start_token_id is not set: set it in the config, or give decoder_input_ids")

@@ -1,4 +1,4 @@
-"""Runs that begin with what is there: the weights of another run, or a run of their own that shall be longer."""
+"""Runs that start from earlier work: `--init-from` another run's weights, or `--resume` with more `--steps`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from spherelm.runs.checkpoint import latest_checkpoint, named_checkpoint, run_di
 from spherelm.runs.config import RunConfig, read_config
 
 
-def begin_with(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
+def load_initial_weights(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
     """Copy the weights of `source`, a run, a checkpoint or an exported folder, into `model`.
 
-    tokenizer: that of the text. Raises `UserError` where the source has another, and for weights of another shape.
+    tokenizer: the text's. Raises `UserError` if the source has another tokenizer or weights of another shape.
     """
     there = read_model(source)
     try:
@@ -26,8 +26,8 @@ def begin_with(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
         own = tokenizer
     if own.fingerprint != tokenizer.fingerprint and meanings(own) != meanings(tokenizer):
         raise UserError(
-            f"{source} was trained with the tokenizer {own.name}, and the ids of the text's, {tokenizer.name}, mean something "
-            f"else: prepare the text by spherelm data prepare --tokenizer {tokenizer_directory(source)}"
+            f"{source} was trained with the tokenizer {own.name}, but the text was prepared with {tokenizer.name}: prepare it "
+            f"again with spherelm data prepare --tokenizer {tokenizer_directory(source)}"
         )
     shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (model, there)]
     differing = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
@@ -40,19 +40,19 @@ def begin_with(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
 
 
 def meanings(tokenizer: Tokenizer) -> list[str]:
-    """The text of every id, by which one tokenizer in two files is known."""
+    """The text of every id, to tell whether two tokenizer files are the same tokenizer."""
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
 
 
 def tokenizer_directory(source: Path) -> Path:
-    """Where the tokenizer of a run, a checkpoint or an exported folder lies."""
+    """The directory with the tokenizer of a run, a checkpoint or an exported folder."""
     return run_directory(source) if named_checkpoint(source) else source
 
 
 def check_length(out: Path, config: RunConfig, resume: bool) -> None:
-    """Say on stderr what more updates than the run in `out` was begun with do to its schedule, where it is resumed.
+    """On resume with more updates than the run in `out` was started with, print what that does to its schedule.
 
-    Raises `UserError` where updates that are made would have had other rates in the longer run.
+    Raises `UserError` if the updates already made would have had other learning rates in the longer run.
     """
     if not resume or not (out / "config.json").is_file():
         return
@@ -62,11 +62,11 @@ def check_length(out: Path, config: RunConfig, resume: bool) -> None:
     done, schedule = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0, config.schedule
     if any(factor(schedule, step, before) != factor(schedule, step, after) for step in range(done)):
         raise UserError(
-            f"--steps {after} is more than the {before} of {out}, whose schedule={schedule.kind} would have given the {done} "
-            f"updates that are made other rates: begin a new run with its weights by --init-from {out} (schedule=wsd can be "
-            "longer before its decay, schedule=constant at any time)"
+            f"--steps {after} is more than the {before} of {out}, and with schedule={schedule.kind} the {done} updates already "
+            f"made would have had other learning rates: start a new run from its weights with --init-from {out} "
+            "(schedule=wsd can be extended before its decay, schedule=constant at any time)"
         )
     say(
-        f"{out} has {after:,} updates now instead of {before:,}: schedule={schedule.kind} ends at update {after:,}, "
-        f"and the {done:,} that are made had the same rates; all else stays what was chosen for {before:,} updates"
+        f"{out} now has {after:,} updates instead of {before:,}: schedule={schedule.kind} ends at update {after:,}; "
+        f"the {done:,} updates already made had the same learning rates; all other settings stay those of {before:,} updates"
     )

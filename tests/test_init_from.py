@@ -1,4 +1,4 @@
-"""Runs that go on, that begin with the weights of another, and that are given text instead of a data directory."""
+"""Runs that are resumed, that start from the weights of another, and that read a text file as their data."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def losses(run: Path) -> list[float]:
 def test_a_run_that_is_made_longer_is_the_longer_run(
     fields: list[str], command: commands.Command, data: Path, tmp_path: Path
 ) -> None:
-    """Where the schedule allows it. Its rates were chosen for the shorter run, so the longer one is told them."""
+    """Where the schedule allows it. Its rates were chosen for the shorter run, so the longer one is given the same."""
     made, whole = tmp_path / "made", tmp_path / "whole"
     assert command(*words(made, data, "--steps", 4, "--save-every", 2, "--set", *fields)).code in (0, 1)
     if fields[0] == "schedule=wsd":
         refused = command("train", "--resume", made, "--steps", 8)
-        assert (refused.code, "longer before its decay" in refused.err) == (2, True)
+        assert (refused.code, "extended before its decay" in refused.err) == (2, True)
         shutil.rmtree(made / "checkpoints" / "step-00000004")  # as if it had been stopped before its decay
     answer = command("train", "--resume", made, "--steps", 8)
     assert answer.code in (0, 1)
-    assert "has 8 updates now instead of 4" in answer.err
+    assert "now has 8 updates instead of 4" in answer.err
     assert read_config(made / "config.json").train.steps == 8
     assert command("train", "--config", made / "config.json", "--out", whole).code in (0, 1)
     assert losses(made) == losses(whole)
@@ -55,9 +55,9 @@ def test_a_resumed_run_needs_its_directory_alone(command: commands.Command, data
         again = command("train", *asked)
         assert (again.code, again.out) == (first.code, first.out)
     for asked, said in (
-        (["--resume", run, "--preset", "1m"], "--preset does nothing beside --resume"),
+        (["--resume", run, "--preset", "1m"], "--preset has no effect with --resume"),
         (["--resume", run, "--seed", 1], "train.seed is 0 there and 1 now"),
-        (["--resume", run, "--steps", 3], "schedule=linear would have given"),
+        (["--resume", run, "--steps", 3], "with schedule=linear"),
         (["--resume", tmp_path], "holds no run to resume"),
         (["--resume", run, "--out", tmp_path], "leave out --out"),
         (["--resume"], "no directory is given"),
