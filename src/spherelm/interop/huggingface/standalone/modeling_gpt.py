@@ -84,6 +84,22 @@ class FeedForward(nn.Module):
         return self.o(self.u(h) * F.silu(self.v(h))), None
 
 
+class SquaredReLU(nn.Module):
+    """An MLP without a gate: `W_o relu(W_u h)^2`."""
+
+    def __init__(self, config: SphereLMConfig, layer_idx: int | None = None, width: int | None = None) -> None:
+        super().__init__()
+        d_ff = width or config.d_ff
+        self.u, self.o = linear(config.d_model, d_ff), linear(d_ff, config.d_model)
+
+    def forward(self, h: Tensor, **around: Any) -> tuple[Tensor, None]:
+        """[batch, seq, d_model] -> the same."""
+        return self.o(self.u(h).relu().square()), None
+
+
+MLPS: dict[str, Any] = {"swiglu": FeedForward, "relu2": SquaredReLU}
+
+
 class Head(nn.Module):
     """Logits `RMSNorm(h) E_out^T` (eq. 3); the model itself ends with the norm."""
 
@@ -109,7 +125,7 @@ TENSOR_PARALLEL = {
 class GPTModel(SphereLMModel):
     """GPT without its logits."""
 
-    parts = {"A": Attention, "-": FeedForward}
+    parts = {"A": Attention, "-": lambda config, *rest: MLPS[config.activation](config, *rest)}
     sublayer, embedding, head_class = Residual, nn.Embedding, Head
 
     def __init__(self, config: SphereLMConfig) -> None:
