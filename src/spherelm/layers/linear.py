@@ -84,7 +84,7 @@ class ExpertLinear(nn.Module):
 
 
 INNER_NORMS: Mapping[bool, Callable[[Tensor], Tensor]] = {True: sphere.norm, False: torch.positive}
-"""What the input of a matrix that writes goes through, by `Variant.inner_norm`: `Norm` in FNGPT (arXiv 2605.06067), or nothing."""
+"""What goes into a matrix that writes passes `Norm`, as FNGPT has it (arXiv 2605.06067), or nothing (`Variant.inner_norm`)."""
 
 
 class UnitExpertLinear(ExpertLinear):

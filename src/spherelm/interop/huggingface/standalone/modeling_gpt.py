@@ -114,12 +114,12 @@ class Head(nn.Module):
         return self.linear(h)
 
 
-TENSOR_PARALLEL = {
-    **{f"blocks.*.attention.part.{name}": "colwise" for name in "qkv"},
-    **{f"blocks.*.mlp.part.{name}": "colwise" for name in "uv"},
-    **{f"blocks.*.{part}.part.o": "rowwise" for part in ("attention", "mlp")},
-}
-"""How matrices are cut among processes, for transformers and vLLM."""
+def tensor_parallel(config: SphereLMConfig) -> dict[str, str]:
+    """How matrices are cut among processes, for transformers and vLLM."""
+    inner = "uv" if config.activation == "swiglu" else "u"
+    columns = [*(f"attention.part.{name}" for name in "qkv"), *(f"mlp.part.{name}" for name in inner)]
+    rows = ("attention.part.o", "mlp.part.o")
+    return {f"blocks.*.{name}": "rowwise" if name in rows else "colwise" for name in (*columns, *rows)}
 
 
 class GPTModel(SphereLMModel):
@@ -129,7 +129,7 @@ class GPTModel(SphereLMModel):
     sublayer, embedding, head_class = Residual, nn.Embedding, Head
 
     def __init__(self, config: SphereLMConfig) -> None:
-        config.base_model_tp_plan = TENSOR_PARALLEL
+        config.base_model_tp_plan = tensor_parallel(config)
         super().__init__(config)
 
 
