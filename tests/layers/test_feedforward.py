@@ -22,6 +22,7 @@ def test_feed_forward_and_its_gradients_are_the_papers(activation: str, agree: A
     agree(module(h), paper.gpt_mlp(p, "", SHAPE, h), [h, *p.values()])
 
 
+@pytest.mark.row("MLPs and experts")
 @pytest.mark.parametrize("inner_norm", [False, True])
 @every_activation
 def test_unit_feed_forward_and_its_gradients_are_the_papers(activation: str, inner_norm: bool, agree: Any) -> None:
