@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spherelm.layers.linear import Scale, departure, retract, unit_modules
 from spherelm.layers.moe import MixtureOfExperts, Router, UnitMixtureOfExperts
-from spherelm.models import Config, Decoder, EncDecArch, build
+from spherelm.models import Config, Decoder, EncDecArch, NGPTConfig, build
 from spherelm.models.decoder import KITS, Block
 from spherelm.optim.groups import OptimConfig, build_optimizer, set_rate
 
@@ -133,7 +133,8 @@ def make_hybrid_case(arm: str, pattern: str = "MAM-", **fields: Any) -> Case:
 def oracle_shape(config: Config) -> paper.Shape:
     """The constants that the oracle needs of a config."""
     sizes = config.n_layers, config.d_model, config.n_heads, config.kv_heads, config.rope_base
-    scales = scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z")
+    scales: dict[str, Any] = scales_of(config, "alpha", "s_qk", "s_u", "s_v", "s_z")
+    scales |= {"inner_norm": config.variant.inner_norm} if isinstance(config, NGPTConfig) else {}
     if config.pattern is None:
         encoder = config.architecture.n_encoder_layers if isinstance(config.architecture, EncDecArch) else None
         return paper.Shape(*sizes, **scales, n_encoder_layers=encoder or config.n_layers)

@@ -47,6 +47,7 @@ class Shape:
     s_v: tuple[float, float] = (1.0, 1.0)
     s_z: tuple[float, float] = (1.0, 0.0)
     n_encoder_layers: int = 0
+    inner_norm: bool = False
 
     @property
     def d_k(self) -> int:
@@ -144,7 +145,14 @@ def gpt_attention(p: Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
     return torch.cat(heads, -1) @ p[prefix + "o.weight"].T
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x * x, torch.zeros_like(x))
+
+
 def gpt_mlp(p: Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
+    """Eqs. 17 to 19; without a matrix ``v``, that of "Natively 4-Bit" (arXiv 2605.06067): squared ReLU, no gate."""
+    if prefix + "v.weight" not in p:
+        return squared_relu(h @ p[prefix + "u.weight"].T) @ p[prefix + "o.weight"].T
     u, v = h @ p[prefix + "u.weight"].T, h @ p[prefix + "v.weight"].T
     return (u * silu(v)) @ p[prefix + "o.weight"].T
 
@@ -177,6 +185,11 @@ def scale_q_k(q: Tensor, k: Tensor, s_qk: Tensor) -> tuple[Tensor, Tensor]:
     return norm(q) * s_qk, norm(k) * s_qk
 
 
+def written(shape: Shape, x: Tensor) -> Tensor:
+    """What the matrix that writes to the hidden state reads: FNGPT (arXiv 2605.06067) normalizes it."""
+    return norm(x) if shape.inner_norm else x
+
+
 def attention(p: Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
     group, d_k = shape.n_heads // shape.n_kv_heads, shape.d_k
     s_qk = effective(p[prefix + "s_qk.value"], shape.s_qk, shape.d_model)
@@ -187,7 +200,7 @@ def attention(p: Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
         v = h @ head(p[prefix + "v.weight"], i // group, d_k).T
         q, k = scale_q_k(q, k, s_qk[i])
         heads.append(causal_softmax(q @ k.transpose(-1, -2) * softmax_scale(d_k)) @ v)
-    return torch.cat(heads, -1) @ p[prefix + "o.weight"].T
+    return written(shape, torch.cat(heads, -1)) @ p[prefix + "o.weight"].T
 
 
 def v_scale(d_model: int) -> float:
@@ -196,10 +209,12 @@ def v_scale(d_model: int) -> float:
 
 
 def mlp(p: Params, prefix: str, shape: Shape, h: Tensor) -> Tensor:
-    """Eqs. 17 to 21."""
+    """Eqs. 17 to 21; without a matrix ``v``, ``W_o relu(s_u sqrt(d_model) W_u h)^2`` (arXiv 2605.06067)."""
     u = h @ p[prefix + "u.weight"].T * effective(p[prefix + "s_u.value"], shape.s_u, shape.d_model)
+    if prefix + "v.weight" not in p:
+        return written(shape, squared_relu(u * math.sqrt(shape.d_model))) @ p[prefix + "o.weight"].T
     v = h @ p[prefix + "v.weight"].T * effective(p[prefix + "s_v.value"], shape.s_v, shape.d_model)
-    return (u * silu(v * v_scale(shape.d_model))) @ p[prefix + "o.weight"].T
+    return written(shape, u * silu(v * v_scale(shape.d_model))) @ p[prefix + "o.weight"].T
 
 
 def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
@@ -291,7 +306,7 @@ def encoder(p: Params, shape: Shape, source: Tensor) -> Tensor:
             v = h @ head(p[b + "attention.v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
             q, k = scale_q_k(q, k, s_qk[j])
             heads.append(softmax(q @ k.T * softmax_scale(d_k)) @ v)
-        h_a = norm(torch.cat(heads, -1) @ p[b + "attention.o.weight"].T)
+        h_a = norm(written(shape, torch.cat(heads, -1)) @ p[b + "attention.o.weight"].T)
         h = step(h, h_a, eigen_rate(p, b + "alpha_a.value", shape))
         h = step(h, norm(mlp(p, b + "mlp.", shape, h)), eigen_rate(p, b + "alpha_m.value", shape))
     return h
@@ -306,7 +321,7 @@ def cross(p: Params, prefix: str, shape: Shape, h: Tensor, memory: Tensor) -> Te
         v = memory @ head(p[prefix + "v.weight"], j * shape.n_kv_heads // shape.n_heads, d_k).T
         q, k = scale_q_k(q, k, s_qk[j])
         heads.append(softmax(q @ k.T * softmax_scale(d_k)) @ v)
-    return torch.cat(heads, -1) @ p[prefix + "o.weight"].T
+    return written(shape, torch.cat(heads, -1)) @ p[prefix + "o.weight"].T
 
 
 def nencdec(p: Params, shape: Shape, pairs: Pairs) -> Tensor:
@@ -491,6 +506,11 @@ def cosine_decay(r: float, end: float = 0.0) -> float:
 
 def linear_decay(r: float, end: float = 0.0) -> float:
     return end + (1 - end) * (1 - r)
+
+
+def minus_sqrt_decay(r: float, end: float = 0.0) -> float:
+    """Of WSD's last part: ``1 - sqrt(r)``."""
+    return end + (1 - end) * (1 - math.sqrt(r))
 
 
 def log_decay(r: float, rho: float, end: float = 0.0) -> float:

@@ -96,7 +96,7 @@ def unit_mamba2(p: paper.Params, prefix: str, shape: Shape, h: Tensor) -> Tensor
     rows = []
     for row in h:
         y, z = state_space(p, prefix, shape, input_scale(p, prefix, shape) * row @ p[prefix + "in_proj.weight"].T)
-        rows.append((y * paper.silu(z)) @ p[prefix + "out_proj.weight"].T)
+        rows.append(paper.written(shape, y * paper.silu(z)) @ p[prefix + "out_proj.weight"].T)
     return torch.stack(rows)
 
 

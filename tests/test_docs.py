@@ -172,7 +172,7 @@ for fields in ({}, {"variant.part_norm": False}, {"nope_every": 2}, {"optimizer"
     run = make_run("ngpt", "demo", "paper", vocab_size=50, lr=1e-2, **fields, **sizes)
     assert from_dict(to_dict(run)) == run
     model = build(run.model)
-    assert type(model.blocks[0].mlp.part).__name__ == "UnitSquaredReLU"
+    assert type(model.blocks[0].mlp.part).__name__ == "UnitGLU"
     turned = [block.attention.part.rotation is ROPES["standard"].unit_rotation for block in model.blocks]
     assert turned == ([True, False] * 2 if "nope_every" in fields else [True] * 4)
     optimizer = build_optimizer(model, run.optim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from itertools import product
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from configs import fields_by_path
 
 from spherelm import recipes
-from spherelm.models import NGPTConfig, build, parameter_count
+from spherelm.layers.moe import idle_weights
+from spherelm.models import NGPTConfig, Variant, build, parameter_count
 from spherelm.optim import OptimConfig, RateMultipliers, ScheduleConfig, build_optimizer
 from spherelm.optim.rules import AdamW, GatedAdamW
+from spherelm.optim.schedule import factor
 from spherelm.optim.transfer import BaseShape
 from spherelm.recipes import (
     ABLATIONS,
@@ -28,6 +32,7 @@ from spherelm.recipes import (
     distinct,
     make_run,
     recipe_names,
+    run_from,
 )
 from spherelm.runs.config import from_dict, to_dict
 
@@ -62,6 +67,49 @@ def test_the_papers_recipe_is_tables_2_and_3(arm: str) -> None:
         names = ("alpha", "s_qk", "s_u", "s_v", "s_z")
         assert [getattr(run.model, name).init for name in names] == [0.05, 1, 1, 1, 1]
         assert [getattr(run.model, name).scale for name in names] == [None, None, 1, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"), [("1.2b-8k", (1.2e9, 1.3e9), 0), ("30b-8k", (30e9, 33e9), (3e9, 4.1e9))]
+)
+def test_the_four_bit_papers_shapes_are_as_large_as_they_are_called(preset: str, total: Any, active: Any) -> None:
+    """And the run as long: a trillion tokens of 122 million sequences."""
+    run = make_run("ngpt", preset, "nvfp4-paper")
+    count = parameter_count(run.model)
+    assert total[0] < count < total[1]
+    assert run.train.steps * run.train.batch_size == pytest.approx(122e6, rel=1e-5)
+    assert run.train.steps * run.train.batch_size * run.train.seq_len == pytest.approx(1e12, rel=1e-3)
+    if active:
+        with torch.device("meta"):
+            assert active[0] < count - idle_weights(build(run.model)) < active[1]
+    else:
+        assert (run.model.d_k, run.model.kv_heads, run.model.ff_width) == (128, 4, 6144)
+
+
+@pytest.mark.parametrize(("preset", "peak"), [("1.2b-8k", 3e-4), ("30b-8k", 5e-4)])
+def test_the_four_bit_papers_recipe(preset: str, peak: float) -> None:
+    """Constant to 85 % of the run, then 1 - sqrt down to 1.2e-5 from 3e-4; Adam without decay, clipped at 1."""
+    run = make_run("ngpt", preset, "nvfp4-paper")
+    model: Any = run.model
+    assert run.optim == OptimConfig(peak, AdamW(betas=(0.9, 0.95)), weight_decay=None, grad_clip=1.0)
+    assert model.variant == Variant(inner_norm=True)
+    assert (model.alpha.init, model.s_u.scale) == (0.05, 1)
+    stored = [model.learned(spec, 1).scale for spec in (model.alpha, model.s_qk, model.s_z)]
+    assert stored == pytest.approx([model.d_model**-0.5] * 3)
+    rates = [peak * factor(run.schedule, step, 1000) for step in (0, 849, 850, 1000)]
+    assert rates == pytest.approx([peak, peak, peak, peak * 1.2e-5 / 3e-4])
+    halfway = run.schedule.final + (1 - run.schedule.final) * (1 - 0.5**0.5)
+    assert factor(run.schedule, 925, 1000) == pytest.approx(halfway)
+    gpt = make_run("gpt", preset, "nvfp4-paper")
+    assert (gpt.model.activation, gpt.model.ff_width) == (model.activation, model.ff_width), "the same shape"
+
+
+def test_a_run_that_begins_with_weights_keeps_their_shape_under_any_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset that says more of a shape than its sizes does not reach into the model that is there."""
+    model = make_run("ngpt", "demo", vocab_size=9).model
+    monkeypatch.setattr("spherelm.recipes.named.read_model_config", lambda source: model)
+    run = run_from(Path("there"), None, "1.2b-8k")
+    assert run.model == dataclasses.replace(model, max_seq_len=run.train.seq_len)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(100_000, 2000), (20_000, 2000), (19_990, 1999), (300, 30), (9, 0)])

@@ -8,6 +8,7 @@ import torch
 from configs import make_config
 
 from spherelm.analysis import weights
+from spherelm.analysis.geometry import off_sphere
 from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.models.decoder import Decoder
 
@@ -42,6 +43,15 @@ def test_condition_numbers_are_numpys_median_over_heads(arm: str) -> None:
         for name, path in (("W_u", "u"), ("W_v", "v"), ("W_oMLP", "o")):
             weight = array(model, f"blocks.{layer}.mlp.part.{path}.weight")
             assert measured[name][layer] == pytest.approx(np.linalg.cond(weight), rel=1e-9)
+
+
+def test_an_mlp_without_a_gate_has_two_matrices() -> None:
+    model = build(make_config("ngpt", vocab_size=37, n_layers=2, d_model=24, n_heads=3, activation="relu2"))
+    names = {"Q", "K", "V", "W_o", "W_u", "W_oMLP"}
+    report = weights.measure(model)
+    assert report.condition_numbers.keys() == names
+    assert "s_v" not in report.scales
+    assert off_sphere(model).keys() == names | {"input", "output"}
 
 
 def test_a_matrix_without_full_rank_has_an_infinite_condition_number() -> None:

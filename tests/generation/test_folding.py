@@ -28,6 +28,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "riemannian": ("ngpt", {"variant.step": "riemannian", "variant.alpha_sign": "free"}),
     "no norm of q and k": ("ngpt", {"variant.qk_norm": False}),
     "scalars": ("ngpt", {f"{name}.form": "scalar" for name in ("alpha", "s_qk", "s_u", "s_v", "s_z")}),
+    "squared ReLU": ("ngpt", {"activation": "relu2"}),
+    "gpt, squared ReLU": ("gpt", {"activation": "relu2"}),
+    "inner norms": ("ngpt", {"variant.inner_norm": True}),
+    "inner norms, squared ReLU": ("ngpt", {"variant.inner_norm": True, "activation": "relu2", "n_kv_heads": 1}),
     "preconditioned": ("ngpt", {"logit_preconditioning": 1.0}),
 }
 every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
@@ -133,6 +137,10 @@ def change_step(model: Any) -> None:
     model.blocks[0].mlp.step = lambda h, target, alpha: h
 
 
+def change_inner_norm(model: Any) -> None:
+    model.blocks[0].mlp.part.inner = torch.tanh
+
+
 def compile_block(model: Any) -> None:
     model.blocks[0].forward = lambda *inputs: inputs[0]
 
@@ -143,6 +151,7 @@ def compile_block(model: Any) -> None:
         (change_mlp, "blocks.1.mlp.part is a OtherMLP, not spherelm's"),
         (add_hook, "blocks.0 has hooks, which would not be called"),
         (change_step, "blocks.0.mlp takes a step on the sphere that is not known here"),
+        (change_inner_norm, "blocks.0.mlp.part has an inner norm that is not known here"),
         (compile_block, "blocks.0 is a Block, not spherelm's"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hybrid_case import hybrid_config
+from cases import hybrid_config
 from torch import Tensor
 
 from spherelm import departure
@@ -30,7 +30,10 @@ DENSE = {
     "gpt": GPTConfig(**SIZES),
     "gpt-grouped": GPTConfig(**SIZES, n_kv_heads=2, qk_norm=True, tie_embeddings=True),
     "gpt-nvidia": GPTConfig(**SIZES, rope="nvidia"),
+    "gpt-relu2": GPTConfig(**SIZES, activation="relu2"),
     "ngpt": NGPTConfig(**SIZES),
+    "ngpt-inner": NGPTConfig(**SIZES, variant=Variant(inner_norm=True)),
+    "ngpt-inner-relu2": NGPTConfig(**SIZES, activation="relu2", variant=Variant(inner_norm=True)),
     "ngpt-grouped": NGPTConfig(**SIZES, n_kv_heads=1, rope="none", tie_embeddings=True),
     "ngpt-nvidia": NGPTConfig(**SIZES, rope="nvidia", variant=Variant(step="nvidia")),
     "ngpt-forms": NGPTConfig(**SIZES, variant=OTHERWISE, s_u=ScaleSpec(form="scalar"), s_z=ScaleSpec(form="fixed")),
@@ -39,6 +42,13 @@ HYBRIDS = {
     f"{arm}-{pattern}": hybrid_config(arm, pattern, n_shared_experts=1)
     for arm in ("gpt", "ngpt")
     for pattern in ("MA-M", "-MAO")
+}
+HYBRIDS |= {
+    "gpt-relu2-O": hybrid_config("gpt", "AO", n_shared_experts=1, activation="relu2"),
+    "ngpt-inner-O": hybrid_config("ngpt", "MAO", n_shared_experts=1, **{"variant.inner_norm": True}),
+    "ngpt-inner-relu2-O": hybrid_config(
+        "ngpt", "M-O", n_shared_experts=1, activation="relu2", **{"variant.inner_norm": True}
+    ),
 }
 every_model = pytest.mark.parametrize("name", [*DENSE, *HYBRIDS])
 every_dense = pytest.mark.parametrize("name", DENSE)

@@ -21,12 +21,13 @@ def table(start: int, end: int) -> RotaryTable:
 
 def layer(kind: str, n_kv_heads: int) -> tuple[Attention | UnitAttention, Any, paper.Params, paper.Shape]:
     """A layer, the oracle's function for it, its parameters under the oracle's names, and the shape."""
-    shape = paper.Shape(1, D, HEADS, n_kv_heads)
+    shape = paper.Shape(1, D, HEADS, n_kv_heads, inner_norm=kind == "inner norm")
     module: Attention | UnitAttention
     if kind == "plain":
         module = Attention(D, HEADS, n_kv_heads).double()
     else:
-        module = UnitAttention(D, HEADS, n_kv_heads, Scale((HEADS, D // HEADS), 1.0, D**-0.5)).double()
+        s_qk = Scale((HEADS, D // HEADS), 1.0, D**-0.5)
+        module = UnitAttention(D, HEADS, n_kv_heads, s_qk, inner_norm=shape.inner_norm).double()
         retract(module)
         with torch.no_grad():
             module.s_qk.value.mul_(1 + 0.5 * torch.randn_like(module.s_qk.value))
@@ -40,7 +41,7 @@ def hidden(kind: str) -> Tensor:
 
 @pytest.mark.row("Attention")
 @pytest.mark.parametrize("n_kv_heads", [6, 3, 2, 1])
-@pytest.mark.parametrize("kind", ["plain", "unit"])
+@pytest.mark.parametrize("kind", ["plain", "unit", "inner norm"])
 def test_attention_and_its_gradients_are_the_papers(kind: str, n_kv_heads: int, agree: Any) -> None:
     module, oracle, p, shape = layer(kind, n_kv_heads)
     h = hidden(kind)

@@ -20,14 +20,14 @@ from spherelm.layers.mamba2 import Mamba2, MambaShape, UnitMamba2
 from spherelm.layers.state_space import chunked, recurrent
 from spherelm.optim.groups import parameter_roles
 
-KINDS = ("plain", "unit")
+KINDS = ("plain", "unit", "inner norm")
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def mixer(kind: str, chunk_size: int = 4, groups: int = 2) -> Mamba2 | UnitMamba2:
     """A float64 mixer, four heads of 6 channels with states of 5; everything that it learns has values of its own."""
     shape = MambaShape(12, 4, 6, 5, n_groups=groups, conv_width=3, chunk_size=chunk_size)
-    module = Mamba2(shape) if kind == "plain" else UnitMamba2(shape, Scale(1, 1.5, 0.5))
+    module = Mamba2(shape) if kind == "plain" else UnitMamba2(shape, Scale(1, 1.5, 0.5), kind == "inner norm")
     module.ssm.init_weights()
     module.double()
     retract(module)
@@ -48,7 +48,9 @@ def hidden(length: int = 11) -> Tensor:
 def test_a_mixer_and_its_gradients_are_the_definition(kind: str, chunk_size: int, groups: int, agree: Any) -> None:
     module, h = mixer(kind, chunk_size, groups), hidden()
     oracle = paper_hybrid.mamba2 if kind == "plain" else paper_hybrid.unit_mamba2
-    shape = paper_hybrid.Shape(1, 12, 1, 1, heads=4, d_state=5, groups=groups, s_mamba=(1.5, 0.5))
+    shape = paper_hybrid.Shape(
+        1, 12, 1, 1, heads=4, d_state=5, groups=groups, s_mamba=(1.5, 0.5), inner_norm=kind == "inner norm"
+    )
     p = dict(module.named_parameters())
     agree(module(h), oracle(p, "", shape, h), [h, *p.values()])
 
@@ -206,17 +208,21 @@ def test_without_the_package_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch)
     mamba_kernel.kernel.cache_clear()
 
 
-class GateOnly(torch.nn.Module):
-    """In the place of transformers' inner norm."""
+class Gate(torch.nn.Module):
+    """In the place of transformers' inner norm: none, or that of the sphere."""
+
+    def __init__(self, inner_norm: bool) -> None:
+        super().__init__()
+        self.unit = paper.norm if inner_norm else torch.positive
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
-        return y * torch.nn.functional.silu(gate)
+        return self.unit(y * torch.nn.functional.silu(gate))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @both_kinds
 def test_transformers_mixer_computes_the_same(kind: str, groups: int) -> None:
-    """From the same weights, to 1e-4 and better: theirs is another implementation. On the sphere, theirs without its norm."""
+    """From the same weights, to 1e-4 and better: theirs is another implementation; on the sphere, without its norm."""
     transformers = pytest.importorskip("transformers")
     theirs_module = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     ours = mixer(kind, groups=groups).float()
@@ -232,7 +238,7 @@ def test_transformers_mixer_computes_the_same(kind: str, groups: int) -> None:
     if isinstance(ours, Mamba2):
         pairs["norm.weight"] = ours.norm.weight
     else:
-        theirs.norm = GateOnly()
+        theirs.norm = Gate(kind == "inner norm")
     theirs.load_state_dict({name: value.detach() for name, value in pairs.items()})
     h = hidden(21).detach().float()
     wanted = theirs(h)

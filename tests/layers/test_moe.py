@@ -41,7 +41,7 @@ def baseline(top_k: int = 2, n_shared: int = 0, **router: Any) -> MixtureOfExper
 def on_sphere(top_k: int = 2, n_shared: int = 0, **router: Any) -> UnitMixtureOfExperts:
     shared = [UnitFeedForward(D, D_FF, Scale(D_FF, 1.0, 1.0), Scale(D_FF, 1.0, 1.0)) for _ in range(n_shared)]
     scales = Scale(1, 1.0, 1.0), Scale((E, D_FF), 1.0, 1.0), Scale((E, D_FF), 1.0, 1.0)
-    return settled(UnitMixtureOfExperts(D, D_FF, Router(D, E, top_k, **router), *scales, shared))
+    return settled(UnitMixtureOfExperts(D, D_FF, Router(D, E, top_k, **router), *scales, shared=shared))
 
 
 def settled(module: Any) -> Any:

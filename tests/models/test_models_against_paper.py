@@ -22,6 +22,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "tied": {"tie_embeddings": True},
     "default width": {"d_ff": None},
     "rope base": {"rope_base": 100.0},
+    "squared ReLU": {"activation": "relu2", "d_ff": None},
 }
 SCALES: dict[str, dict[str, Any]] = {
     "alpha": {"alpha.init": 0.5, "alpha.scale": 0.3},

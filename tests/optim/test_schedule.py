@@ -18,6 +18,7 @@ configs = st.builds(
     warmup_steps=st.integers(0, 30),
     final=st.floats(0, 1),
     decay_fraction=st.floats(0.01, 1),
+    decay_shape=st.sampled_from(["linear", "minus_sqrt"]),
     rho=st.floats(0.01, 10),
 )
 
@@ -66,11 +67,12 @@ def test_a_constant_rate_is_constant() -> None:
 
 
 @pytest.mark.row("Schedules")
-def test_wsd_is_stable_then_falls_linearly() -> None:
-    config = ScheduleConfig("wsd", warmup_steps=10, decay_fraction=0.2, final=0.1)
+@pytest.mark.parametrize(("shape", "formula"), [("linear", paper.linear_decay), ("minus_sqrt", paper.minus_sqrt_decay)])
+def test_wsd_is_stable_then_falls(shape: Any, formula: Any) -> None:
+    config = ScheduleConfig("wsd", warmup_steps=10, decay_fraction=0.2, final=0.1, decay_shape=shape)
     factors = [factor(config, i, 110) for i in range(111)]
     assert factors[10:91] == pytest.approx([1.0] * 81)
-    assert factors[90:] == pytest.approx([paper.linear_decay(i / 20, 0.1) for i in range(21)])
+    assert factors[90:] == pytest.approx([formula(i / 20, 0.1) for i in range(21)])
 
 
 def test_cosine_is_half_way_in_the_middle() -> None:

@@ -16,6 +16,7 @@ from spherelm.analysis.parts import layers_with
 from spherelm.analysis.weights import (
     EMBEDDINGS,
     MATRICES,
+    has_matrix,
     head_parts,
     weight_of,
 )
@@ -120,7 +121,7 @@ def off_sphere(model: nn.Module) -> dict[str, float]:
     found = {table: _worst(weight_of(model, path), axis=1) for table, path in EMBEDDINGS.items()}
     for part, matrices in MATRICES.items():
         owners = layers_with(model, part).values()
-        for name, path in matrices.items() if owners else ():
+        for name, path in ((name, path) for name, path in matrices.items() if has_matrix(model, part, path)):
             found[name] = max(
                 _worst(weight_of(owner, path), axis=-2 if owner.get_submodule(path).writes else -1) for owner in owners
             )

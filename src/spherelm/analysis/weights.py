@@ -159,8 +159,13 @@ def singular_values(model: nn.Module, unit: bool = False) -> dict[str, Array]:
     Matrices that no layer has are left out. unit: of the matrix whose vectors
     along d_model were first made unit, as the paper's dotted lines have it (fig. 5).
     """
-    names = (name for part, names in MATRICES.items() if layers_with(model, part) for name in names)
+    names = (name for part, paths in MATRICES.items() for name, path in paths.items() if has_matrix(model, part, path))
     return {name: _singular_values_of(model, name, unit) for name in names}
+
+
+def has_matrix(model: nn.Module, part: str, path: str) -> bool:
+    """Whether layers have that part, and in it something at `path`: an MLP without a gate has no W_v."""
+    return any(path in dict(owner.named_modules()) for owner in layers_with(model, part).values())
 
 
 def _singular_values_of(model: nn.Module, name: str, unit: bool) -> Array:

@@ -3,7 +3,7 @@
 | learned | goes into |
 |---|---|
 | nGPT `s_z` | the rows of the output embedding, which then is a matrix of its own where it was tied |
-| nGPT `s_u`, `s_v` sqrt(d_model) | the rows of the MLP's `u` and `v` |
+| nGPT `s_u`, `s_v` sqrt(d_model) | the rows of the MLP's `u` and `v`; without a gate `s_u` sqrt(d_model) those of `u` |
 | nGPT `alpha` | one vector a sub-block: the sign taken, init and scale multiplied in |
 | nGPT `s_qk` | one vector a layer, squared, and a vector of ones for the keys |
 | GPT's RMSNorm gains | the columns of the matrices that read the normalized state |
@@ -12,6 +12,9 @@
 let the others change its length; and it acts channel by channel after the rotation, which mixes channels i and i + d_k/2
 by angles that depend on the position. It costs (n_heads + n_kv_heads) d_k multiplications a layer and token, one pass over
 queries and keys.
+
+FNGPT's inner norms are left out: `Norm(W_o Norm(y)) = Norm(W_o y)`, and the step takes the norm of what a part makes. They
+are for products in formats of few bits, which are not folded.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from spherelm import sphere
 from spherelm.errors import UserError
 from spherelm.layers.attention import Attend, Attention, UnitAttention, attend, join_heads, split_heads
 from spherelm.layers.cache import LayerCache
-from spherelm.layers.feedforward import FeedForward, UnitFeedForward
-from spherelm.layers.linear import Embedding, Linear, Scale, UnitEmbedding, UnitLinear
+from spherelm.layers.feedforward import FeedForward, SquaredReLU, UnitFeedForward, UnitSquaredReLU
+from spherelm.layers.linear import INNER_NORMS, Embedding, Linear, Scale, UnitEmbedding, UnitLinear
 from spherelm.layers.readout import Readout
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import RotaryTable, Rotation
@@ -78,6 +81,20 @@ class FoldedFeedForward(nn.Module):
         """[batch, seq, d_model] -> the same."""
         u, v = self.uv(h).chunk(2, dim=-1)
         return self.o(u * F.silu(v))
+
+
+class FoldedSquaredReLU(nn.Module):
+    """`W_o relu(W_u h)^2`."""
+
+    reads: tuple[str, ...] = ()
+
+    def __init__(self, u: Tensor, o: Tensor) -> None:
+        super().__init__()
+        self.u, self.o = fixed(u), fixed(o)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[batch, seq, d_model] -> the same."""
+        return self.o(F.relu(self.u(h)).square())
 
 
 class UnitScale(nn.Module):
@@ -169,6 +186,8 @@ class FoldedResidual(nn.Module):
             self.part: nn.Module = FoldedAttention(
                 part, qkv.to(dtype), part.o.weight.to(dtype), rotation, nn.Identity()
             )
+        elif isinstance(part, SquaredReLU):
+            self.part = FoldedSquaredReLU((part.u.weight * gain).to(dtype), part.o.weight.to(dtype))
         else:
             assert isinstance(part, FeedForward)
             u, v = (matrix.weight * gain for matrix in (part.u, part.v))
@@ -197,6 +216,9 @@ class FoldedStep(nn.Module):
             self.part: nn.Module = FoldedAttention(
                 part, qkv.to(dtype), part.o.weight.to(dtype), part.rope.rotation, finish
             )
+        elif isinstance(part, UnitSquaredReLU):
+            u = part.u.scaled_weight(part.s_u() * part.input_gain)
+            self.part = FoldedSquaredReLU(u.to(dtype), part.o.weight.to(dtype))
         else:
             assert isinstance(part, UnitFeedForward)
             u, v = part.u.scaled_weight(part.s_u()), part.v.scaled_weight(part.s_v() * part.gate_gain)
@@ -275,8 +297,8 @@ def frozen(weight: Tensor) -> nn.Parameter:
 
 KNOWN: tuple[type[nn.Module], ...] = (
     *(Block, RMSNorm, nn.Identity, nn.ModuleList),
-    *(gpt.Residual, Attention, FeedForward, Embedding, Linear, gpt.Head),
-    *(ngpt.Step, UnitAttention, UnitFeedForward, Scale, UnitEmbedding, UnitLinear, ngpt.Head),
+    *(gpt.Residual, Attention, FeedForward, SquaredReLU, Embedding, Linear, gpt.Head),
+    *(ngpt.Step, UnitAttention, UnitFeedForward, UnitSquaredReLU, Scale, UnitEmbedding, UnitLinear, ngpt.Head),
 )
 """The modules that a foldable model may consist of, besides itself."""
 
@@ -292,6 +314,8 @@ def obstacle(model: nn.Module) -> str | None:
             return f"{name or 'the model'} has hooks, which would not be called"
         if getattr(module, "step", sphere.step) not in STEPS:
             return f"{name} takes a step on the sphere that is not known here"
+        if getattr(module, "inner", torch.positive) not in INNER_NORMS.values():
+            return f"{name} has an inner norm that is not known here"
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not Tensor:
             return f"{name} is not a plain tensor but a {type(parameter.data).__name__}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spherelm.layers.cache import LayerCache
 from spherelm.layers.causal_backward import attend_by_products, products_are_faster
-from spherelm.layers.linear import Linear, Scale, UnitLinear
+from spherelm.layers.linear import INNER_NORMS, Linear, Scale, UnitLinear
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import ROPES, Rope, RotaryTable, Rotation, rotate
 
@@ -111,7 +111,7 @@ class UnitAttention(nn.Module):
     Shapes as in `Attention`. Unit rows of `q`, `k`, `v`; unit columns of `o`. The softmax scale is sqrt(d_k). Both q and k
     carry `s_qk` [n_heads, d_k] in the paper; only the product counts, so it enters here once, squared, on q, which
     spares a pass over k and gives each query head its own scale where heads share keys. Without qk_norm queries and keys
-    are not normalized.
+    are not normalized. inner_norm: whether the joined heads are, before `o` (FNGPT, arXiv 2605.06067).
     """
 
     reads = Attention.reads
@@ -124,11 +124,12 @@ class UnitAttention(nn.Module):
         s_qk: Scale,
         rope: Rope = ROPES["standard"],
         qk_norm: bool = True,
+        inner_norm: bool = False,
     ) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
-        self.rope, self.qk_norm = rope, qk_norm
+        self.rope, self.qk_norm, self.inner = rope, qk_norm, INNER_NORMS[inner_norm]
         self.rotation = rope.unit_rotation if qk_norm else rope.rotation
         self.q = UnitLinear(d_model, n_heads * d_k)
         self.k = UnitLinear(d_model, n_kv_heads * d_k)
@@ -151,4 +152,4 @@ class UnitAttention(nn.Module):
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o(join_heads(attend(q, k, v, self.softmax_scale, mask)))
+        return self.o(self.inner(join_heads(attend(q, k, v, self.softmax_scale, mask))))

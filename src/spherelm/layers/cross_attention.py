@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spherelm import sphere
 from spherelm.layers.attention import Attend, attend, head_norms, join_heads, split_heads
 from spherelm.layers.cache import LayerCache, Pair
-from spherelm.layers.linear import Linear, Scale, UnitLinear
+from spherelm.layers.linear import INNER_NORMS, Linear, Scale, UnitLinear
 
 
 class Memory(NamedTuple):
@@ -60,16 +60,19 @@ class UnitCrossAttention(nn.Module):
 
     As nGPT has it for self-attention (eqs. 13, 15, 16), without the rotation; see `UnitAttention` for why `s_qk` [n_heads, d_k]
     enters once, squared. Unit rows of `q`, `k`, `v`; unit columns of `o`. `h` and the source's states are unit vectors.
-    qk_norm: as there.
+    qk_norm, inner_norm: as there.
     """
 
     reads = CrossAttention.reads
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale, qk_norm: bool = True) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, s_qk: Scale, qk_norm: bool = True, inner_norm: bool = False
+    ) -> None:
         super().__init__()
         d_k = d_model // n_heads
         self.n_heads, self.n_kv_heads, self.softmax_scale = n_heads, n_kv_heads, math.sqrt(d_k)
         self.unit: Callable[[Tensor], Tensor] = sphere.norm if qk_norm else torch.positive
+        self.inner = INNER_NORMS[inner_norm]
         self.q = UnitLinear(d_model, n_heads * d_k)
         self.k = UnitLinear(d_model, n_kv_heads * d_k)
         self.v = UnitLinear(d_model, n_kv_heads * d_k)
@@ -85,7 +88,7 @@ class UnitCrossAttention(nn.Module):
         q = self.unit(split_heads(self.q(h), self.n_heads))
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         k, v = self.read(memory.states) if cache is None else cache.fixed(lambda: self.read(memory.states))
-        return self.o(join_heads(attend(q, k, v, self.softmax_scale, memory.mask)))
+        return self.o(self.inner(join_heads(attend(q, k, v, self.softmax_scale, memory.mask))))
 
 
 def real_tokens(source: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ The module that owns a matrix declares once which side of it faces the hidden st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,6 +81,10 @@ class ExpertLinear(nn.Module):
         """
         weight = self.weight if scale is None else self.weight * scale.unsqueeze(-1)
         return product_by_groups(rows, weight.to(rows.dtype), ends)
+
+
+INNER_NORMS: Mapping[bool, Callable[[Tensor], Tensor]] = {True: sphere.norm, False: torch.positive}
+"""What goes into a matrix that writes passes `Norm`, as FNGPT has it (arXiv 2605.06067), or nothing (`Variant.inner_norm`)."""
 
 
 class UnitExpertLinear(ExpertLinear):

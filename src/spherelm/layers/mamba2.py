@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm.layers.cache import StateCache
-from spherelm.layers.linear import Linear, Scale, UnitLinear
+from spherelm.layers.linear import INNER_NORMS, Linear, Scale, UnitLinear
 from spherelm.layers.mamba_kernel import scan
 from spherelm.layers.state_space import causal_convolution, recurrent
 
@@ -152,20 +152,21 @@ class UnitMamba2(nn.Module):
 
     Unit rows of `in_proj`, unit columns of `out_proj`; no inner norm, for the step on the sphere normalizes what comes out. A
     unit row times a unit h has entries of the order of 1/sqrt(d_model): as in nGPT's MLP (eq. 21) the factor brings them to
-    where SiLU and softplus bend, and `s_mamba`, one learned number, says how far. Both are folded into the weight.
+    where SiLU and softplus bend, and `s_mamba`, one learned number, says how far. Both are folded into the weight. inner_norm:
+    whether what `out_proj` reads is normalized, all heads together (FNGPT, arXiv 2605.06067).
     """
 
     reads = ("cache", "since")
 
-    def __init__(self, shape: MambaShape, s_mamba: Scale) -> None:
+    def __init__(self, shape: MambaShape, s_mamba: Scale, inner_norm: bool = False) -> None:
         super().__init__()
         self.sizes, self.input_gain = (shape.d_inner, shape.mixed, shape.n_heads), math.sqrt(shape.d_model)
         self.in_proj = UnitLinear(shape.d_model, shape.projected)
         self.ssm = StateSpace(shape)
         self.out_proj = UnitLinear(shape.d_inner, shape.d_model, writes=True)
-        self.s_mamba = s_mamba
+        self.s_mamba, self.inner = s_mamba, INNER_NORMS[inner_norm]
 
     def forward(self, h: Tensor, cache: StateCache | None = None, since: Tensor | None = None) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; cache, since: as for `StateSpace`."""
         z, xbc, dt = self.in_proj(h, self.s_mamba() * self.input_gain).split(self.sizes, dim=-1)
-        return self.out_proj(self.ssm(xbc, dt, cache, since) * F.silu(z))
+        return self.out_proj(self.inner(self.ssm(xbc, dt, cache, since) * F.silu(z)))

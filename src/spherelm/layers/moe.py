@@ -1,4 +1,4 @@
-"""Mixtures of experts, plain and on the sphere: many SwiGLU blocks, of which a router picks a few for each token.
+"""Mixtures of experts, plain and on the sphere: many MLPs, of which a router picks a few for each token.
 
 The experts' matrices are banks, one parameter for all experts. Tokens are sorted by expert, so that each product is one over
 contiguous groups of rows. A router keeps count of what it gives to whom: `optim.balancing` reads that, and moves the bias by
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spherelm.errors import UserError, unknown
-from spherelm.layers.linear import ExpertLinear, Linear, Scale, UnitExpertLinear
+from spherelm.layers.linear import INNER_NORMS, ExpertLinear, Linear, Scale, UnitExpertLinear
 from spherelm.sphere import transformed
 
 
@@ -187,13 +187,16 @@ class MixtureOfExperts(nn.Module):
     """
 
     reads: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ("u", "v")
+    u: ExpertLinear
+    v: ExpertLinear
 
     def __init__(self, d_model: int, d_ff: int, router: Router, shared: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         n_experts = router.out_features
         self.router = router
-        self.u = ExpertLinear(n_experts, d_model, d_ff)
-        self.v = ExpertLinear(n_experts, d_model, d_ff)
+        for bank in self.reading:
+            self.add_module(bank, ExpertLinear(n_experts, d_model, d_ff))
         self.o = ExpertLinear(n_experts, d_ff, d_model, writes=True)
         self.shared = nn.ModuleList(shared)
 
@@ -210,15 +213,31 @@ class MixtureOfExperts(nn.Module):
         return out
 
 
+class MixtureOfSquaredReLUs(MixtureOfExperts):
+    """Experts without a gate: `sum_i w_i W_o,i relu(u_i)^2`, as `SquaredReLU`, with no bank `v`."""
+
+    reading = ("u",)
+
+    def experts(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """What the experts make of their rows: [choices, d_model] -> the same."""
+        return self.o(F.relu(self.u(rows, ends)).square(), ends)
+
+
 class UnitMixtureOfExperts(nn.Module):
     """`MixtureOfExperts` on the sphere ("Training nGPT", arXiv 2608.01284): every expert is nGPT's MLP (eqs. 20, 21).
 
     Unit rows of every expert's `u` and `v`, unit columns of its `o`; `s_u`, `s_v` [n_experts, d_ff]. The router's matrix is not
     normalized; its input is `s_moe sqrt(d_model) h` with one learned scalar `s_moe` [1]: the factor, ours as it is eq. 21's,
-    gives the entries of a unit h the size that the baseline's RMSNorm gives them. shared: MLPs on the sphere.
+    gives the entries of a unit h the size that the baseline's RMSNorm gives them. scales: `s_u` and `s_v`. shared: MLPs on the
+    sphere. inner_norm: whether what each expert's `o` reads is normalized (FNGPT, arXiv 2605.06067).
     """
 
     reads: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ("u", "v")
+    u: UnitExpertLinear
+    v: UnitExpertLinear
+    s_u: Scale
+    s_v: Scale
 
     def __init__(
         self,
@@ -226,35 +245,51 @@ class UnitMixtureOfExperts(nn.Module):
         d_ff: int,
         router: Router,
         s_moe: Scale,
-        s_u: Scale,
-        s_v: Scale,
+        *scales: Scale,
         shared: Iterable[nn.Module] = (),
+        inner_norm: bool = False,
     ) -> None:
         super().__init__()
         n_experts = router.out_features
-        self.gate_gain = self.router_gain = math.sqrt(d_model)
-        self.router = router
-        self.u = UnitExpertLinear(n_experts, d_model, d_ff)
-        self.v = UnitExpertLinear(n_experts, d_model, d_ff)
+        self.input_gain = math.sqrt(d_model)
+        self.router, self.inner = router, INNER_NORMS[inner_norm]
+        for bank in self.reading:
+            self.add_module(bank, UnitExpertLinear(n_experts, d_model, d_ff))
         self.o = UnitExpertLinear(n_experts, d_ff, d_model, writes=True)
-        self.s_moe, self.s_u, self.s_v = s_moe, s_u, s_v
+        self.s_moe = s_moe
+        for bank, scale in zip(self.reading, scales, strict=True):
+            self.add_module(f"s_{bank}", scale)
         self.shared = nn.ModuleList(shared)
 
     def experts(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The experts applied to their rows: [choices, d_model] -> the same."""
-        u, v = self.u(rows, ends, self.s_u()), self.v(rows, ends, self.s_v() * self.gate_gain)
-        return self.o(u * F.silu(v), ends)
+        u, v = self.u(rows, ends, self.s_u()), self.v(rows, ends, self.s_v() * self.input_gain)
+        return self.o(self.inner(u * F.silu(v)), ends)
 
     def forward(self, h: Tensor) -> Tensor:
         """[batch, seq, d_model] -> [batch, seq, d_model], not normalized."""
         flat = h.flatten(0, -2)
         out = mixed(
-            flat, self.router(flat, self.s_moe() * self.router_gain), self.router.out_features, self.experts
+            flat, self.router(flat, self.s_moe() * self.input_gain), self.router.out_features, self.experts
         ).view_as(h)
         for expert in self.shared:
             out = out + expert(h)
         return out
 
+
+class UnitMixtureOfSquaredReLUs(UnitMixtureOfExperts):
+    """Experts without a gate: each is `UnitSquaredReLU`, with no bank `v`; scales: `s_u` alone."""
+
+    reading = ("u",)
+
+    def experts(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """What the experts make of their rows: [choices, d_model] -> the same."""
+        return self.o(self.inner(F.relu(self.u(rows, ends, self.s_u() * self.input_gain)).square()), ends)
+
+
+MIXTURES = {"swiglu": MixtureOfExperts, "relu2": MixtureOfSquaredReLUs}
+UNIT_MIXTURES = {"swiglu": UnitMixtureOfExperts, "relu2": UnitMixtureOfSquaredReLUs}
+"""By the name of the activation, what makes a mixture of each arm."""
 
 Mixture = MixtureOfExperts | UnitMixtureOfExperts
 

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, Pos
 
 from spherelm.errors import UserError
 from spherelm.fields import Among, check
+from spherelm.layers.feedforward import WIDTHS
 from spherelm.layers.linear import FORMS, Scale
 from spherelm.layers.mamba2 import MambaShape
 from spherelm.layers.moe import BALANCINGS, SCORES
@@ -128,11 +129,12 @@ class ModelConfig:
         d_model: Channels of the hidden state.
         n_heads: Heads of attention, each of d_model / n_heads channels.
         n_kv_heads: Heads of keys and values; n_heads if left out.
-        d_ff: Channels inside of an MLP; 4 d_model if left out.
+        d_ff: Channels inside of an MLP; if left out, 4 d_model with a gate and 3 d_model without.
         max_seq_len: The longest sequence.
         rope_base: Of the rotary embedding's frequencies.
         rope: standard; nvidia: the formula that NVIDIA/ngpt's checkpoints were trained with; none: no positions.
         tie_embeddings: Whether input and output embedding are one.
+        activation: Of MLPs and experts: swiglu, which has a gate, or relu2, the square of ReLU, which has none.
         architecture: A decoder, an encoder-decoder or an encoder, with fields of its own.
     """
 
@@ -148,6 +150,7 @@ class ModelConfig:
     rope_base: Annotated[float, Field(gt=1)] = 10000.0
     rope: Annotated[str, Among(ROPES)] = "standard"
     tie_embeddings: bool = False
+    activation: Annotated[str, Among(WIDTHS)] = "swiglu"
     architecture: Architecture = DecoderArch()
 
     def __post_init__(self) -> None:
@@ -171,7 +174,7 @@ class ModelConfig:
     @property
     def ff_width(self) -> int:
         """Channels inside of an MLP."""
-        return self.d_ff or 4 * self.d_model
+        return self.d_ff or WIDTHS[self.activation] * self.d_model
 
     @property
     def pattern(self) -> str | None:
@@ -238,18 +241,26 @@ class ScaleSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """Deviations from nGPT, for ablations (Tables 5, 6) and for checkpoints of NVIDIA's code.
+    """Deviations from nGPT: ablations (Tables 5, 6), checkpoints of NVIDIA's code, FNGPT (arXiv 2605.06067).
 
     step: "lerp", the paper's step on the sphere; "riemannian" (eqs. 24-26); "nvidia", which normalizes the point that it starts
     from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether queries and keys are normalized.
+    inner_norm: whether what a matrix that writes to the hidden state reads is normalized, as FNGPT has it: attention's joined
+    heads, the activation of an MLP or an expert, a mixer's y.
     """
 
     step: Annotated[str, Among(STEPS)] = "lerp"
     alpha_sign: Annotated[str, Among(SIGNS)] = "positive"
     qk_norm: bool = True
+    inner_norm: bool = False
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def norms(self) -> tuple[bool, bool]:
+        """Which norms attention has: of queries and keys, and the inner one."""
+        return self.qk_norm, self.inner_norm
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,11 @@ class NGPTConfig(ModelConfig):
     logit_preconditioning: NonNegativeFloat = 0.0
     common_start: NonNegativeFloat = 0.0
     variant: Variant = Variant()
+
+    @property
+    def mlp_scales(self) -> tuple[ScaleSpec, ...]:
+        """Of the products in an MLP that read the hidden state: `s_u`, and `s_v` where there is a gate."""
+        return (self.s_u, self.s_v) if self.activation == "swiglu" else (self.s_u,)
 
     def learned(self, spec: ScaleSpec, *shape: int) -> Scale:
         """The learned scale that `spec` describes."""
@@ -334,4 +350,6 @@ def to_plain(config: Config) -> dict[str, Any]:
         if letter not in pattern:
             plain["architecture"].pop(group, None)
             plain.pop(scale, None)
+    if config.activation != "swiglu":
+        plain.pop("s_v", None)
     return plain

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from spherelm.layers.attention import Attention
 from spherelm.layers.cross_attention import CrossAttention
-from spherelm.layers.feedforward import FeedForward
+from spherelm.layers.feedforward import MLPS, FeedForward, SquaredReLU
 from spherelm.layers.linear import Embedding, ExpertLinear, Linear
 from spherelm.layers.mamba2 import Mamba2
-from spherelm.layers.moe import MixtureOfExperts
+from spherelm.layers.moe import MIXTURES, MixtureOfExperts
 from spherelm.layers.readout import Readout
 from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import ROPES
@@ -52,9 +52,9 @@ def cross_attention(config: GPTConfig) -> CrossAttention:
     return CrossAttention(config.d_model, config.n_heads, config.kv_heads, config.qk_norm)
 
 
-def mlp(config: GPTConfig, width: int | None = None) -> FeedForward:
+def mlp(config: GPTConfig, width: int | None = None) -> FeedForward | SquaredReLU:
     """The part -."""
-    return FeedForward(config.d_model, width or config.ff_width)
+    return MLPS[config.activation](config.d_model, width or config.ff_width)
 
 
 def mixer(config: GPTConfig) -> Mamba2:
@@ -66,7 +66,7 @@ def experts(config: GPTConfig) -> MixtureOfExperts:
     """The part O."""
     width, sizes = config.expert_width, config.experts
     shared = (mlp(config, width) for _ in range(sizes.n_shared_experts))
-    return MixtureOfExperts(config.d_model, width, router_of(config), shared)
+    return MIXTURES[config.activation](config.d_model, width, router_of(config), shared)
 
 
 def source_norm(config: GPTConfig) -> RMSNorm:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from spherelm.layers.attention import UnitAttention
 from spherelm.layers.cross_attention import UnitCrossAttention
-from spherelm.layers.feedforward import UnitFeedForward
+from spherelm.layers.feedforward import UNIT_MLPS, UnitFeedForward, UnitSquaredReLU
 from spherelm.layers.linear import Scale, UnitEmbedding, UnitExpertLinear, UnitLinear, retract
 from spherelm.layers.mamba2 import UnitMamba2
-from spherelm.layers.moe import Router, UnitMixtureOfExperts
+from spherelm.layers.moe import UNIT_MIXTURES, Router, UnitMixtureOfExperts
 from spherelm.layers.readout import Readout, reading
 from spherelm.layers.rope import ROPES
 from spherelm.models.config import NGPTConfig
@@ -47,35 +47,35 @@ class Step(nn.Module):
 
 def attention(config: NGPTConfig) -> UnitAttention:
     """The part A."""
-    s_qk, qk_norm = config.learned(config.s_qk, config.n_heads, config.d_k), config.variant.qk_norm
-    return UnitAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, ROPES[config.rope], qk_norm)
+    s_qk, norms = config.learned(config.s_qk, config.n_heads, config.d_k), config.variant.norms
+    return UnitAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, ROPES[config.rope], *norms)
 
 
 def cross_attention(config: NGPTConfig) -> UnitCrossAttention:
     """The part C."""
     s_qk = config.learned(config.s_qk, config.n_heads, config.d_k)
-    return UnitCrossAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, config.variant.qk_norm)
+    return UnitCrossAttention(config.d_model, config.n_heads, config.kv_heads, s_qk, *config.variant.norms)
 
 
-def mlp(config: NGPTConfig, width: int | None = None) -> UnitFeedForward:
+def mlp(config: NGPTConfig, width: int | None = None) -> UnitFeedForward | UnitSquaredReLU:
     """The part -."""
     d_ff = width or config.ff_width
-    return UnitFeedForward(config.d_model, d_ff, *(config.learned(s, d_ff) for s in (config.s_u, config.s_v)))
+    scales = (config.learned(s, d_ff) for s in config.mlp_scales)
+    return UNIT_MLPS[config.activation](config.d_model, d_ff, *scales, inner_norm=config.variant.inner_norm)
 
 
 def mixer(config: NGPTConfig) -> UnitMamba2:
     """The part M."""
-    return UnitMamba2(config.mamba, config.learned(config.s_mamba, 1))
+    return UnitMamba2(config.mamba, config.learned(config.s_mamba, 1), config.variant.inner_norm)
 
 
 def experts(config: NGPTConfig) -> UnitMixtureOfExperts:
     """The part O."""
     width, sizes = config.expert_width, config.experts
     shared = (mlp(config, width) for _ in range(sizes.n_shared_experts))
-    s_u, s_v = (config.learned(s, sizes.n_experts, width) for s in (config.s_u, config.s_v))
-    return UnitMixtureOfExperts(
-        config.d_model, width, router_of(config), config.learned(config.s_moe, 1), s_u, s_v, shared
-    )
+    scales = (config.learned(config.s_moe, 1), *(config.learned(s, sizes.n_experts, width) for s in config.mlp_scales))
+    make, inner_norm = UNIT_MIXTURES[config.activation], config.variant.inner_norm
+    return make(config.d_model, width, router_of(config), *scales, shared=shared, inner_norm=inner_norm)
 
 
 def source_norm(config: NGPTConfig) -> nn.Identity:

@@ -19,13 +19,15 @@ class ScheduleConfig:
 
     kind: one of "constant", "cosine", "linear", "wsd" (warm-up, stable, decay), "log" (logarithmic decay). warmup_steps:
     steps of linear rise to the peak. final: the factor at the end. decay_fraction: the part of the run, after warm-up, in
-    which "wsd" decays linearly. rho: the bend of "log"; the smaller, the earlier it falls.
+    which "wsd" decays. decay_shape: how it does: "linear", or "minus_sqrt", 1 - sqrt(r), which falls fast at first (Hägele et
+    al., arXiv 2405.18392). rho: the bend of "log"; the smaller, the earlier it falls.
     """
 
     kind: Literal["constant", "cosine", "linear", "wsd", "log"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    decay_shape: Literal["linear", "minus_sqrt"] = "linear"
     rho: Annotated[float, Field(ge=sys.float_info.min)] = 0.1  # below it 1 / rho is infinite
 
     def __post_init__(self) -> None:
@@ -44,7 +46,8 @@ def decay(config: ScheduleConfig, r: float) -> float:
     if config.kind == "linear":
         return 1 - r
     if config.kind == "wsd":
-        return min(1.0, (1 - r) / config.decay_fraction)
+        left = min(1.0, (1 - r) / config.decay_fraction)
+        return left if config.decay_shape == "linear" else 1 - math.sqrt(1 - left)
     if config.kind == "log":
         return logarithmic(r, config.rho)
     return 1.0

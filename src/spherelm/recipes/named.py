@@ -122,6 +122,25 @@ def hyperball(arm: str, preset: Preset) -> Choices:
     return dataclasses.replace(choices, lr=angle, model=model, optim={**choices.optim, **optim})
 
 
+def nvfp4_paper(arm: str, preset: Preset) -> Choices:
+    """The recipe of "Normalized Architectures are Natively 4-Bit" (arXiv 2605.06067): FNGPT under Adam, in whatever format.
+
+    WSD without warm-up from 3e-4, for a pattern of layers 5e-4, to a 25th of it; the last 15 % fall as `minus_sqrt`. The rates
+    are those of its two shapes (presets "1.2b-8k" and "30b-8k"), and are carried to no other. How its GPT was trained is not
+    known here: GPT is that of "paper" with this schedule behind its warm-up.
+    """
+    model, schedule = (
+        shared_embeddings(preset.architecture),
+        ScheduleConfig("wsd", final=0.04, decay_fraction=0.15, decay_shape="minus_sqrt"),
+    )
+    if arm == "gpt":
+        choices = paper(arm, preset)
+        schedule = dataclasses.replace(schedule, warmup_steps=choices.schedule.warmup_steps)
+        return dataclasses.replace(choices, model=model, schedule=schedule)
+    by_pattern = getattr(preset.architecture, "pattern", None) is not None
+    return Choices(5e-4 if by_pattern else 3e-4, {**model, "variant.inner_norm": True}, {}, schedule)
+
+
 def ablation(name: str) -> Recipe:
     """The paper's recipe with one change to nGPT, by its name in Tables 4 to 6; GPT is the paper's."""
 
@@ -139,7 +158,8 @@ ABLATIONS: dict[str, Recipe] = {name: ablation(name) for name in ablations.NAMES
 """Tables 4 to 6 of the nGPT paper, in its order; their base is "paper", whose learning rate they take."""
 
 WAYS: dict[str, Recipe] = {
-    "law": law, "paper": paper, "hyperball": hyperball, "nugpt": nugpt, "training-ngpt": training_ngpt
+    "law": law, "paper": paper, "hyperball": hyperball, "nugpt": nugpt, "training-ngpt": training_ngpt,
+    "nvfp4-paper": nvfp4_paper,
 }  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {**WAYS, **ABLATIONS}
@@ -208,7 +228,7 @@ def _run(
     given |= heads_of(given, size.d_model)
     size = dataclasses.replace(size, architecture=architecture_of(size.architecture, given))
     given |= layers_of(given, size.architecture)
-    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "base", "about")))
+    size = dataclasses.replace(size, **take(given, Preset, but=("architecture", "model", "base", "about")))
     if size.vocab_size is None:
         raise UserError(
             f"the vocabulary's size is not known, and the preset {preset!r} has none: give vocab_size=, that of your tokenizer "
@@ -223,7 +243,7 @@ def _run(
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
-    model = {"vocab_size": size.vocab_size, "max_seq_len": size.seq_len, **shape, **choices.model}
+    model = {"vocab_size": size.vocab_size, "max_seq_len": size.seq_len, **shape, **size.model, **choices.model}
     config = RunConfig(
         recipe=recipe,
         preset=preset,
@@ -264,7 +284,7 @@ def run_from(
             )
         del overrides[name]
     shape = {name: getattr(model, name) for name in ("n_layers", "d_model", "n_heads", "vocab_size", "architecture")}
-    size = dataclasses.replace(_look_up("preset", preset, PRESETS), **shape)
+    size = dataclasses.replace(_look_up("preset", preset, PRESETS), model={}, **shape)
     run = _run(model.arm, size, preset, recipe, data, lr, overrides)
     longer = dataclasses.replace(model, max_seq_len=max(model.max_seq_len, run.train.seq_len))
     return dataclasses.replace(run, model=longer, init_from=str(source))

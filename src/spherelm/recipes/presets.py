@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import PositiveInt
 
 from spherelm.fields import check
 from spherelm.models import Architecture, DecoderArch, EncDecArch, EncoderArch
+from spherelm.models.config import ExpertSizes
 from spherelm.optim.transfer import BaseShape
 
 
@@ -19,8 +21,8 @@ class Preset:
     about: one line for the list of presets. micro_batch_size: at most so many sequences at once, see `TrainConfig`.
     compile: whether the run is long enough to earn back the time that compilation takes. For pairs seq_len is the
     longest text of either side and batch_size the pairs of an update. architecture: of the model; n_layers counts the
-    letters of its pattern. base: the shape that the recipe "nugpt" starts from, where it is asked for another than its
-    own.
+    letters of its pattern. model: what else belongs to the shape, as fields of the model's config. base: the shape that
+    the recipe "nugpt" starts from, where it is asked for another than its own.
     """
 
     n_layers: PositiveInt
@@ -36,6 +38,7 @@ class Preset:
     vocab_size: int | None = None
     label_smoothing: float = 0.0
     architecture: Architecture = field(default_factory=DecoderArch)
+    model: Mapping[str, Any] = field(default_factory=dict)
     base: BaseShape | None = None
     about: str = ""
 
@@ -68,6 +71,25 @@ def demo_hybrid(pattern: str, about: str) -> Preset:
     return demo_size(about, n_layers=len(pattern), architecture=DecoderArch(pattern=pattern))
 
 
+def four_bit_size(n_layers: int, d_model: int, n_heads: int, about: str, **own: Any) -> Preset:
+    """A shape of "Normalized Architectures are Natively 4-Bit" (arXiv 2605.06067), and its run: 122 million sequences of 8192.
+
+    MLPs have squared ReLU and are 3 d_model wide. The paper's digest does not say how many entries the vocabulary has:
+    2^17 make 1.2 billion parameters of the dense shape. Ours as well: the run of the hybrid is as long as the dense one's.
+    """
+    model = {"activation": "relu2", **own.pop("model")}
+    steps = round(122e6 / 768)
+    return Preset(
+        n_layers, d_model, n_heads, 8192, 768, steps, 1, 1000, vocab_size=2**17, model=model, about=about, **own
+    )
+
+
+FOUR_BIT_HYBRID = DecoderArch(
+    pattern="MOMOMAOMOMOMAOMOMOMAOMOMOMAOMOMOMAOMOMOMOMAOMOMOMOMO",
+    experts=ExpertSizes(n_experts=128, experts_per_token=6, n_shared_experts=2, d_expert=1856),
+)
+"""Its 52 layers, of which the paper's digest shows the first: as in NVIDIA's Nemotron 3 Nano, which begins so."""
+
 PRESETS: dict[str, Preset] = {
     "demo": demo_size("minutes on a laptop, on the text that ships with spherelm"),
     "encoder": demo_size("the demo as an encoder that fills in hidden tokens", architecture=EncoderArch()),
@@ -96,4 +118,10 @@ PRESETS: dict[str, Preset] = {
     "1b-1k": paper_size(36, 1280, 20, 1024),
     "1b-4k": paper_size(36, 1280, 20, 4096),
     "1b-8k": paper_size(36, 1280, 20, 8192),
+    "1.2b-8k": four_bit_size(
+        20, 2048, 16, "the dense run of the four-bit nGPT paper", model={"n_kv_heads": 4, "rope_base": 1e6}
+    ),
+    "30b-8k": four_bit_size(
+        52, 2688, 21, "the hybrid of the four-bit nGPT paper", model={"rope": "none"}, architecture=FOUR_BIT_HYBRID
+    ),
 }

@@ -158,12 +158,12 @@ def _embeddings(key: str, title: str, caption: str, tables: ByMatrix, panel: Pan
 
 
 def _conditions(numbers: ByMatrix, part: str, dotted: ByMatrix | None, places: Any) -> Figure | None:
-    names = list(MATRICES[part])
-    having = {arm: matrices for arm, matrices in numbers.items() if names[0] in matrices}
-    if not having:
+    names = [name for name in MATRICES[part] if any(name in matrices for matrices in numbers.values())]
+    if not names:
         return None
+    having = {arm: matrices for arm, matrices in numbers.items() if names[0] in matrices}
     medians = {
-        arm: float(np.median([value for name in names for seed in matrices[name] for value in seed]))
+        arm: float(np.median([value for name in names for seed in matrices.get(name, ()) for value in seed]))
         for arm, matrices in having.items()
     }
     heads = ", median over heads" if part.endswith("attention") else {"experts": ", median over experts"}.get(part, "")

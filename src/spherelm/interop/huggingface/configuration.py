@@ -104,6 +104,7 @@ SHAPE = (
     "rope_base",
     "rope",
     "tie_embeddings",
+    "activation",
 )
 """The fields that both arms share."""
 

@@ -52,10 +52,16 @@ def folded_state(model: Any) -> dict[str, Tensor]:
 
 
 def fold_step(sublayer: Any) -> dict[str, Tensor]:
-    """The weights of an nGPT's sublayer: `s_u` and `s_v` go into rows of the matrices that they scale the products of."""
+    """The weights of an nGPT's sublayer: `s_u` and `s_v` go into rows of the matrices that they scale the products of.
+
+    The inner norms are not there (`generation.folding`).
+    """
     state = {name: tensor.clone() for name, tensor in sublayer.state_dict().items()}
     part = sublayer.part
-    for matrix, scale, gain in (("u", "s_u", 1.0), ("v", "s_v", getattr(part, "gate_gain", 1.0))):
+    for matrix, scale, gain in (
+        ("u", "s_u", getattr(part, "input_gain", 1.0)),
+        ("v", "s_v", getattr(part, "gate_gain", 1.0)),
+    ):
         if hasattr(part, scale):
             state[f"part.{matrix}.weight"] *= getattr(part, scale)().unsqueeze(-1) * gain
             del state[f"part.{scale}.value"]

@@ -14,6 +14,7 @@ class SphereLMConfig(PreTrainedConfig):
         arm: "ngpt" or "gpt".
         vocab_size, n_layers, d_model, n_heads, n_kv_heads, d_ff, max_seq_len: Sizes.
         rope, rope_base: How positions turn queries and keys, and the base of the frequencies.
+        activation: Of MLPs: "swiglu", with a gate, or "relu2", the square of ReLU.
         architecture: `kind`, and where layers follow a `pattern` its letters and the sizes of their parts.
         start: The scales and variants of the arm.
     """
@@ -36,11 +37,12 @@ class SphereLMConfig(PreTrainedConfig):
     d_model: int = 128
     n_heads: int = 2
     n_kv_heads: Any = None  # n_heads
-    d_ff: Any = None  # 4 d_model
+    d_ff: Any = None  # 4 d_model, with relu2 3 d_model
     max_seq_len: int = 1024
     rope_base: float = 10000.0
     rope: str = "standard"
     tie_word_embeddings: bool = False
+    activation: str = "swiglu"
     architecture: Any = None
     start: Any = None
     use_cache: bool = True
@@ -51,7 +53,7 @@ class SphereLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.d_ff = self.d_ff or 4 * self.d_model
+        self.d_ff = self.d_ff or {"swiglu": 4, "relu2": 3}[self.activation] * self.d_model
         self.architecture, self.start = self.architecture or {}, self.start or {}
 
     @property

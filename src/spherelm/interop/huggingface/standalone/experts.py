@@ -1,4 +1,4 @@
-"""Mixtures of experts (DeepSeekMoE, arXiv 2401.06066): a router picks a few of many SwiGLU blocks for each token.
+"""Mixtures of experts (DeepSeekMoE, arXiv 2401.06066): a router picks a few of many MLPs for each token.
 
 A loop over the experts, in torch alone. What balances their load while a model is trained is spherelm's.
 """
@@ -44,26 +44,40 @@ class Bank(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
 
 
-class Mixture(nn.Module):
-    """`sum_i w_i expert_i(h)` over the experts that the router picks, plus those that are `shared` by all tokens.
+ACTIVATIONS: dict[str, tuple[str, Any]] = {
+    "swiglu": ("uv", lambda u, v: u * F.silu(v)),
+    "relu2": ("u", lambda u: u.relu().square()),
+}
+"""The matrices that read the hidden state, and what becomes of their products."""
 
-    An arm says what the banks `u`, `v` and `o` are, and how `expert` computes with the i-th of them.
+
+class Mixture(nn.Module):
+    """`sum_i w_i expert_i(h)` over the experts that the router picks, plus those that are shared by all tokens.
+
+    An arm says what its banks are, its `mlps` by name of the activation, and what `products` and `inner` are.
     """
 
-    def __init__(self, config: SphereLMConfig, bank: Any, shared: Any) -> None:
+    inner: Any = staticmethod(torch.positive)
+
+    def __init__(self, config: SphereLMConfig, bank: Any, mlps: dict[str, Any]) -> None:
         super().__init__()
         sizes = config.architecture["experts"]
         count, n_shared = sizes["n_experts"], sizes["n_shared_experts"]
         self.width = sizes["d_expert"] or config.d_ff // (sizes["experts_per_token"] + n_shared)
         self.router = Router(config, sizes)
-        self.u, self.v = bank(count, config.d_model, self.width), bank(count, config.d_model, self.width)
+        self.reading, self.activate = ACTIVATIONS[config.activation]
+        for name in self.reading:
+            self.add_module(name, bank(count, config.d_model, self.width))
         self.o = bank(count, self.width, config.d_model)
-        self.shared = nn.ModuleList(shared(config, None, self.width) for _ in range(n_shared))
+        self.shared = nn.ModuleList(mlps[config.activation](config, None, self.width) for _ in range(n_shared))
+
+    def products(self, i: int, h: Tensor) -> list[Tensor]:
+        """What expert `i` reads of [rows, d_model]: `u`, and `v` where there is a gate."""
+        return [F.linear(h, self.get_parameter(f"{name}.weight")[i].to(h.dtype)) for name in self.reading]
 
     def expert(self, i: int, h: Tensor) -> Tensor:
         """[rows, d_model] -> the same, by expert `i`."""
-        u, v, o = (bank.weight[i].to(h.dtype) for bank in (self.u, self.v, self.o))
-        return F.linear(F.linear(h, u) * F.silu(F.linear(h, v)), o)
+        return F.linear(self.inner(self.activate(*self.products(i, h))), self.o.weight[i].to(h.dtype))
 
     def routed(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """The router's choice for tokens [tokens, d_model]."""

@@ -84,6 +84,22 @@ class FeedForward(nn.Module):
         return self.o(self.u(h) * F.silu(self.v(h))), None
 
 
+class SquaredReLU(nn.Module):
+    """An MLP without a gate: `W_o relu(W_u h)^2`."""
+
+    def __init__(self, config: SphereLMConfig, layer_idx: int | None = None, width: int | None = None) -> None:
+        super().__init__()
+        d_ff = width or config.d_ff
+        self.u, self.o = linear(config.d_model, d_ff), linear(d_ff, config.d_model)
+
+    def forward(self, h: Tensor, **around: Any) -> tuple[Tensor, None]:
+        """[batch, seq, d_model] -> the same."""
+        return self.o(self.u(h).relu().square()), None
+
+
+MLPS: dict[str, Any] = {"swiglu": FeedForward, "relu2": SquaredReLU}
+
+
 class Head(nn.Module):
     """Logits `RMSNorm(h) E_out^T` (eq. 3); the model itself ends with the norm."""
 
@@ -98,22 +114,22 @@ class Head(nn.Module):
         return self.linear(h)
 
 
-TENSOR_PARALLEL = {
-    **{f"blocks.*.attention.part.{name}": "colwise" for name in "qkv"},
-    **{f"blocks.*.mlp.part.{name}": "colwise" for name in "uv"},
-    **{f"blocks.*.{part}.part.o": "rowwise" for part in ("attention", "mlp")},
-}
-"""How matrices are cut among processes, for transformers and vLLM."""
+def tensor_parallel(config: SphereLMConfig) -> dict[str, str]:
+    """How matrices are cut among processes, for transformers and vLLM."""
+    inner = "uv" if config.activation == "swiglu" else "u"
+    columns = [*(f"attention.part.{name}" for name in "qkv"), *(f"mlp.part.{name}" for name in inner)]
+    rows = ("attention.part.o", "mlp.part.o")
+    return {f"blocks.*.{name}": "rowwise" if name in rows else "colwise" for name in (*columns, *rows)}
 
 
 class GPTModel(SphereLMModel):
     """GPT without its logits."""
 
-    parts = {"A": Attention, "-": FeedForward}
+    parts = {"A": Attention, "-": lambda config, *rest: MLPS[config.activation](config, *rest)}
     sublayer, embedding, head_class = Residual, nn.Embedding, Head
 
     def __init__(self, config: SphereLMConfig) -> None:
-        config.base_model_tp_plan = TENSOR_PARALLEL
+        config.base_model_tp_plan = tensor_parallel(config)
         super().__init__(config)
 
 

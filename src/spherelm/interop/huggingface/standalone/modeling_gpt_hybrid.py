@@ -12,7 +12,7 @@ from transformers import Cache
 from .configuration_spherelm import SphereLMConfig
 from .experts import Bank, Mixture
 from .mixers import Hybrid, StateSpace
-from .modeling_gpt import FeedForward, GPTForCausalLM, GPTModel, linear
+from .modeling_gpt import MLPS, GPTForCausalLM, GPTModel, linear
 
 
 class GatedRMSNorm(nn.Module):
@@ -48,7 +48,7 @@ class MixtureOfExperts(Mixture):
     """Every expert is GPT's MLP."""
 
     def __init__(self, config: SphereLMConfig, layer_idx: int) -> None:
-        super().__init__(config, Bank, FeedForward)
+        super().__init__(config, Bank, MLPS)
 
 
 class GPTHybridModel(Hybrid, GPTModel):

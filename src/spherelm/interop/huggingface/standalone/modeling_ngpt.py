@@ -120,7 +120,7 @@ def foldable(config: SphereLMConfig, name: str, *shape: int, gain: float = 1.0) 
     return nn.Identity() if config.folded else Scale(config, name, *shape, gain=gain)
 
 
-# ---- Steps on the sphere
+# ---- Steps on the sphere, and the parts of a block
 
 
 def lerp_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
@@ -128,17 +128,17 @@ def lerp_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     return norm(h + alpha * (target - h))
 
 
-def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """Along the tangent at `h`: `Norm(h - alpha (h (h . target) - target))` (eqs. 24 to 26)."""
-    return norm(h - alpha * ((h * target).sum(-1, keepdim=True) * h - target))
-
-
 STEPS: dict[str, Any] = {
     "lerp": lerp_step,
     "nvidia": lambda h, target, alpha: lerp_step(norm(h), target, alpha),
-    "riemannian": riemannian_step,
+    "riemannian": lambda h, x, alpha: norm(h - alpha * ((h * x).sum(-1, keepdim=True) * h - x)),  # eqs. 24 to 26
 }
 SIGNS = {"positive": torch.abs, "free": torch.positive}
+
+
+def inner_norm(config: SphereLMConfig) -> Any:
+    """What a matrix that writes reads: unit vectors where the config says so; folded, the norm of the step makes up for it."""
+    return norm if config.start["variant"]["inner_norm"] and not config.folded else torch.positive
 
 
 class Step(nn.Module):
@@ -157,9 +157,6 @@ class Step(nn.Module):
         return self.step(h.to(wide), norm(made).to(wide), self.sign(self.alpha.effective())).to(h.dtype)
 
 
-# ---- The parts of a block
-
-
 class UnitAttention(AttentionPart):
     """Queries and keys are unit vectors per head; the softmax scale is sqrt(d_k) (eqs. 12, 13, 15, 16).
 
@@ -169,11 +166,10 @@ class UnitAttention(AttentionPart):
     def __init__(self, config: SphereLMConfig, layer_idx: int, is_causal: bool = True) -> None:
         super().__init__(config, layer_idx, math.sqrt(config.head_dim), is_causal)
         kv_width = self.n_kv_heads * self.d_k
-        self.rotate = ROTATIONS[config.rope]
-        self.unit = norm if config.start["variant"]["qk_norm"] else torch.positive
+        self.rotate, qk_norm = ROTATIONS[config.rope], config.start["variant"]["qk_norm"]
+        self.unit, self.inner = norm if qk_norm else torch.positive, inner_norm(config)
         self.q, self.k = UnitLinear(config.d_model, config.d_model), UnitLinear(config.d_model, kv_width)
-        self.v = UnitLinear(config.d_model, kv_width)
-        self.o = UnitLinear(config.d_model, config.d_model, writes=True)
+        self.v, self.o = UnitLinear(config.d_model, kv_width), UnitLinear(config.d_model, config.d_model, writes=True)
         self.s_qk = Scale(config, "s_qk", config.n_heads, self.d_k)
 
     def forward(
@@ -191,7 +187,7 @@ class UnitAttention(AttentionPart):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         made, weights = attend(self, q, k, v, attention_mask, **kwargs)
-        return self.o(made), weights
+        return self.o(self.inner(made)), weights
 
 
 class UnitFeedForward(nn.Module):
@@ -201,13 +197,30 @@ class UnitFeedForward(nn.Module):
         super().__init__()
         d_ff = width or config.d_ff
         self.u, self.v = UnitLinear(config.d_model, d_ff), UnitLinear(config.d_model, d_ff)
-        self.o = UnitLinear(d_ff, config.d_model, writes=True)
+        self.o, self.inner = UnitLinear(d_ff, config.d_model, writes=True), inner_norm(config)
         self.s_u = foldable(config, "s_u", d_ff)
         self.s_v = foldable(config, "s_v", d_ff, gain=math.sqrt(config.d_model))
 
     def forward(self, h: Tensor, **around: Any) -> tuple[Tensor, None]:
         """[batch, seq, d_model] -> the same."""
-        return self.o(self.s_u(self.u(h)) * F.silu(self.s_v(self.v(h)))), None
+        return self.o(self.inner(self.s_u(self.u(h)) * F.silu(self.s_v(self.v(h))))), None
+
+
+class UnitSquaredReLU(nn.Module):
+    """An MLP without a gate: `W_o relu(s_u sqrt(d_model) W_u h)^2` (arXiv 2605.06067)."""
+
+    def __init__(self, config: SphereLMConfig, layer_idx: int | None = None, width: int | None = None) -> None:
+        super().__init__()
+        d_ff = width or config.d_ff
+        self.u, self.o = UnitLinear(config.d_model, d_ff), UnitLinear(d_ff, config.d_model, writes=True)
+        self.s_u, self.inner = foldable(config, "s_u", d_ff, gain=math.sqrt(config.d_model)), inner_norm(config)
+
+    def forward(self, h: Tensor, **around: Any) -> tuple[Tensor, None]:
+        """[batch, seq, d_model] -> the same."""
+        return self.o(self.inner(self.s_u(self.u(h)).relu().square())), None
+
+
+MLPS: dict[str, Any] = {"swiglu": UnitFeedForward, "relu2": UnitSquaredReLU}
 
 
 class Head(nn.Module):
@@ -225,13 +238,10 @@ class Head(nn.Module):
         return self.s_z(self.linear(h))
 
 
-# ---- The model
-
-
 class NGPTModel(SphereLMModel):
     """nGPT without its logits."""
 
-    parts = {"A": UnitAttention, "-": UnitFeedForward}
+    parts = {"A": UnitAttention, "-": lambda config, *rest: MLPS[config.activation](config, *rest)}
     sublayer, embedding, head_class = Step, UnitEmbedding, Head
     passes = 0
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_spherelm import SphereLMConfig
-from .modeling_ngpt import NGPTModel, Scale, UnitLinear, norm
+from .modeling_ngpt import NGPTModel, Scale, UnitLinear, inner_norm, norm
 from .seq2seq import CrossAttentionPart, Seq2SeqModel, SphereSeq2SeqLM
 
 
@@ -22,7 +22,7 @@ class UnitCrossAttention(CrossAttentionPart):
         self.q, self.k = UnitLinear(config.d_model, config.d_model), UnitLinear(config.d_model, kv_width)
         self.v = UnitLinear(config.d_model, kv_width)
         self.o = UnitLinear(config.d_model, config.d_model, writes=True)
-        self.s_qk = Scale(config, "s_qk", config.n_heads, self.d_k)
+        self.s_qk, self.inner = Scale(config, "s_qk", config.n_heads, self.d_k), inner_norm(config)
 
     def queries(self, q: Tensor) -> Tensor:
         return self.unit(q) * self.s_qk.effective().square().unsqueeze(1).to(q.dtype)

@@ -139,8 +139,7 @@ class SphereLMModel(SpherePreTrainedModel):
     def __init__(self, config: SphereLMConfig) -> None:
         super().__init__(config)
         self.embed = self.embedding(config.vocab_size, config.d_model)
-        words = self.words(config)
-        self.blocks = nn.ModuleList(self.block(word, layer) for layer, word in enumerate(words))
+        self.blocks = nn.ModuleList(self.block(word, layer) for layer, word in enumerate(self.words(config)))
         self.head = self.head_class(config)
         self.post_init()
 
@@ -264,10 +263,5 @@ class SphereLMForCausalLM(Generating):
         logits, loss = self.read(found.last_hidden_state[:, keep]), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE: found.get(CACHE)},
-            hidden_states=found.hidden_states,
-            attentions=found.attentions,
-        )
+        rest = {CACHE: found.get(CACHE), "hidden_states": found.hidden_states, "attentions": found.attentions}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)

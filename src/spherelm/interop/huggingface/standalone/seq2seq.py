@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
@@ -35,6 +36,7 @@ class CrossAttentionPart(AttentionPart):
     k: nn.Module
     v: nn.Module
     o: nn.Module
+    inner: Any = staticmethod(torch.positive)
 
     def queries(self, q: Tensor) -> Tensor:
         """Of the product."""
@@ -62,7 +64,7 @@ class CrossAttentionPart(AttentionPart):
             k, v = crossed.cross_attention_cache.update(*self.read(states), self.layer_idx)
             crossed.is_updated[self.layer_idx] = True
         made, weights = attend(self, q, k, v, source_mask, is_causal=False)
-        return self.o(made), weights
+        return self.o(self.inner(made)), weights
 
 
 class Encoder(SphereLMModel):
