@@ -26,8 +26,8 @@ from spherelm.models.decoder import Decoder
 from spherelm.progress import say
 from spherelm.report.pages import render
 from spherelm.report.sphere_map import SphereMap, sphere_map
-from spherelm.runs.checkpoint import load_model, named_checkpoint
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model, run_directory
 
 Array = NDArray[np.float64]
 
@@ -66,12 +66,6 @@ class Walk:
     steps: list[tuple[int, str]]
 
 
-def run_directory(path: Path) -> Path:
-    """The run that a run directory or one of its checkpoints belongs to."""
-    checkpoint = named_checkpoint(path)
-    return path if checkpoint is None else checkpoint.parent.parent
-
-
 def name_of(path: Path) -> str:
     """A short name of a run or a checkpoint: its last parts."""
     run = run_directory(path)
@@ -81,7 +75,7 @@ def name_of(path: Path) -> str:
 def trace_walks(runs: Sequence[Path], sentence: str | None = None) -> tuple[list[Walk], str]:
     """The walk of each run, and the sentence that they are of; raises as `trace_walk` does."""
     walked = fitting_sentence(runs) if sentence is None else sentence
-    walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
+    walks = [trace_walk(*load_model(run, with_tokenizer=True), walked, name_of(run)) for run in runs]
     say_if_cut(walked, sentence)
     return walks, walked
 
