@@ -17,7 +17,7 @@ def inspect(*, runs: Runs, out: Path, request: Looks, no_images: bool = False, o
     Example: spherelm inspect runs/first --out inside
 
     Args:
-        runs: Run directories, checkpoints, or directories of compare; runs of one arm count as seeds of one model.
+        runs: Run directories, checkpoints, or directories of compare; several runs of one arm count as seeds of one model.
         out: Directory to make: index.html, walk.html, figures (SVG, PNG), tables (CSV).
         no_images: Write no PNG files.
         overwrite: Write over what an earlier inspect wrote to `out`.

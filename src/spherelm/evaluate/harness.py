@@ -44,9 +44,9 @@ class TaskSettings:
 
     Attributes:
         data: Directory with local copies of the tasks' data; the harness downloads them if left out.
-        limit: Documents of each task, the first ones; all if left out.
-        few_shot: Examples before each document.
-        batch_size: Sequences of a task at once.
+        limit: Score only the first N documents of each task; all if left out.
+        few_shot: Solved examples shown before each question.
+        batch_size: Sequences scored at once.
     """
 
     data: Path | None = None

@@ -72,9 +72,9 @@ class Request:
 
     Attributes:
         text: Text file that the models read; the shipped validation text if left out.
-        sentence: Sentence of the walk, at most 40 tokens; if left out, a default, cut to what the models' context holds.
-        tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
-        layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
+        sentence: Sentence of the walk on the sphere, at most 40 tokens; if left out, a default that fits the model.
+        tokens: Number of tokens to read from the text.
+        layer: Show the queries and keys of this layer, counted from 1; the middle one if left out.
         images: Whether PNG files are written too.
     """
 

@@ -9,7 +9,7 @@ import torch
 
 from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.errors import NotFoundError, nearest
+from spherelm.errors import NotFoundError, beside
 from spherelm.models import Decoder, build
 from spherelm.runs.checkpoint import WEIGHTS, latest_checkpoint, load_weights, named_checkpoint, read_state
 from spherelm.runs.config import read_config, read_record
@@ -37,12 +37,7 @@ def run_directory(run: str | Path) -> Path:
 def no_run(path: Path) -> NotFoundError:
     """The error for a path that is neither a run with a checkpoint nor a checkpoint: says what it is and what to give."""
     if not path.exists():
-        there = [one.name for one in path.parent.glob("*") if one.is_dir()]
-        near = nearest(path.name, there, "{}")
-        return NotFoundError(
-            f"there is no directory {path}: "
-            + (f"did you mean {path.parent / near}?" if near else "give the path of a run")
-        )
+        return NotFoundError(f"there is no directory {path}{beside(path)}: give the path of a run")
     outer = next((parent for parent in path.parents if latest_checkpoint(parent)), None)
     if outer is not None:
         return NotFoundError(f"{path} is a part of the run {outer}: give {outer}")
