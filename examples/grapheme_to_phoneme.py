@@ -23,7 +23,7 @@ from spherelm.data.sources import parse_data
 from spherelm.evaluate.translation import error_rates
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.recipes import make_run
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 from spherelm.train.trainer import train
 
 END = "<|endoftext|>"

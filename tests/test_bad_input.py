@@ -23,7 +23,8 @@ from spherelm.models import ARMS
 from spherelm.recipes import make_run
 from spherelm.recipes.overrides import fields_of
 from spherelm.recipes.written import parse_axes, parse_fields
-from spherelm.runs.checkpoint import latest_checkpoint, load_model
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.loading import load_model
 from spherelm.train.trainer import train
 
 SMALL = ["--steps", 2, "--seq-len", 16, "--batch-size", 2, "--lr", 0.01, "--dtype", "float32", "--no-compile"]
@@ -236,7 +237,7 @@ def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_p
         ["inspect", runs, "--out", tmp_path / "out"],
     ):
         line = refused(*words)
-        assert line == f"{runs} is not a run but contains runs: name one of them, {runs / 'one'}, {runs / 'two'}"
+        assert line == f"{runs} holds 2 runs and is none itself: give one of them, {runs / 'one'}, {runs / 'two'}"
     assert not (tmp_path / "out").exists()
 
 
@@ -589,11 +590,11 @@ def test_a_checkpoint_of_another_config(
 
 def test_generating_from_what_is_no_run(refused: Refused, good_data: Path, tmp_path: Path) -> None:
     line = refused("generate", tmp_path / "none", "--prompt", "ba")
-    assert line == f"{tmp_path / 'none'} holds no checkpoint: pass a run directory that spherelm train wrote"
+    assert line == f"there is no directory {tmp_path / 'none'}: give the path of a run"
     run = tmp_path / "run"
     train(tiny.run_config("ngpt", good_data, steps=1), run, show_progress=False)
     assert refused("generate", run, "--prompt", "") == "the prompt is empty: give at least one character"
-    line = refused("generate", run, "--prompt", "ba")
+    line = refused("generate", run, "--prompt", "ba", "--max-new-tokens", 100)
     assert line.startswith("2 prompt tokens and max_new_tokens=100 do not fit the model's max_seq_len=16")
     small = ["--prompt", "ba", "--max-new-tokens", 3]
     assert "temperature must be at least 0, got -1.0" in refused("generate", run, *small, "--temperature", -1)

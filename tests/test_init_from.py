@@ -13,8 +13,8 @@ import tiny
 
 from spherelm.errors import UserError
 from spherelm.recipes import make_run
-from spherelm.runs.checkpoint import load_model
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model
 
 SMALL = ["--seq-len", 16, "--batch-size", 2, "--dtype", "float32", "--no-compile", "--quiet", "--eval-every", 0]
 SHAPE = ["--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-ff", 24]
@@ -57,8 +57,8 @@ def test_a_resumed_run_needs_its_directory_alone(command: commands.Command, data
     for asked, said in (
         (["--resume", run, "--preset", "1m"], "--preset has no effect with --resume"),
         (["--resume", run, "--seed", 1], "train.seed is 0 there and 1 now"),
-        (["--resume", run, "--steps", 3], "with schedule=linear"),
-        (["--resume", tmp_path], "holds no run to resume"),
+        (["--resume", run, "--steps", 3], "schedule=linear would have given"),
+        (["--resume", tmp_path], f"holds 1 run and is none itself: give {run}"),
         (["--resume", run, "--out", tmp_path], "leave out --out"),
         (["--resume"], "no directory is given"),
     ):

@@ -21,8 +21,9 @@ from spherelm.data.prepare import prepare
 from spherelm.data.shards import Ids, ShardHeader, ShardWriter
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.recipes import Preset, make_run
-from spherelm.runs.checkpoint import MOMENTS, WEIGHTS, checkpoint_of
+from spherelm.runs.checkpoint import MOMENTS, WEIGHTS
 from spherelm.runs.config import RunConfig
+from spherelm.runs.loading import checkpoint_of
 from spherelm.runs.metrics import MEASURED, read_metrics
 from spherelm.train.trainer import train
 

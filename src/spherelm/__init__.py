@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from spherelm.optim import OptimConfig, attach_retraction, build_optimizer
     from spherelm.recipes import recipe
-    from spherelm.runs.checkpoint import load_model
+    from spherelm.runs.loading import load_model
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,7 @@ _HOMES = {
     **dict.fromkeys(("Scale", "UnitEmbedding", "UnitLinear", "departure", "retract"), "spherelm.layers.linear"),
     **dict.fromkeys(("OptimConfig", "attach_retraction", "build_optimizer"), "spherelm.optim"),
     "generate": "spherelm.generation.generate",
-    "load_model": "spherelm.runs.checkpoint",
+    "load_model": "spherelm.runs.loading",
     "recipe": "spherelm.recipes",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -27,6 +28,12 @@ def nearest(name: str, among: Iterable[str], said: str = " (did you mean {!r}?)"
     lowered = {one.lower(): one for one in among}
     near = get_close_matches(name.lower(), lowered, 1, 0.7)
     return said.format(lowered[near[0]]) if near else ""
+
+
+def beside(path: Path) -> str:
+    """What is said behind a path that does not exist: the one in the same directory that it may stand for, if any."""
+    there = (one.name for one in path.parent.glob("*"))
+    return nearest(path.name, there, f" (did you mean {path.parent}/{{}}?)".replace(" ./", " "))
 
 
 def unknown(kind: str, name: object, among: Iterable[str]) -> UserError:

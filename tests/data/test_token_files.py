@@ -27,7 +27,7 @@ from spherelm.data.sources import parse_data
 from spherelm.data.token_files import TokenFile, find_files, open_files
 from spherelm.data.tokenizer import ByteTokenizer
 from spherelm.errors import UserError
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 from spherelm.train.batches import open_data
 from spherelm.train.trainer import train
 

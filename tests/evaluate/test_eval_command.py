@@ -14,7 +14,7 @@ import tiny
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 from spherelm.train import evaluation
 from spherelm.train.trainer import train
 
@@ -123,8 +123,8 @@ def test_what_cannot_be_is_one_line(
         ([run, "--perplexity", text, "--lengths", "4096"], "no document has the 4097 tokens"),
         ([run, "--perplexity", text, "--rope-scaling", "yarn"], "'yarn' is not a way to scale positions"),
         ([run, "--perplexity", tmp_path / "none.txt"], "no input file"),
-        ([tmp_path, "--perplexity", text], "holds no checkpoint"),
-        ([tmp_path, "--task-data", tmp_path], "holds no checkpoint"),
+        ([tmp_path, "--perplexity", text], "holds no run"),
+        ([tmp_path, "--task-data", tmp_path], "holds no run"),
         ([run, "--task-data", tmp_path], "docs/evaluation.md says what --task-data must hold"),
         ([run, "--tasks", "winogrande", "--limit", 0], "limit must be more than 0, got 0"),
         ([run, "--tasks", ","], "--tasks lists nothing"),

@@ -17,7 +17,7 @@ import torch
 from spherelm.evaluate.translation import edit_distance, error_rates, translation_scores
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.generate import generate
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 from spherelm.train.trainer import train
 
 

@@ -29,7 +29,7 @@ from spherelm.experiments.evidence import (
 from spherelm.experiments.evidence_record import on_record, table
 from spherelm.recipes import make_run
 from spherelm.recipes.presets import PRESETS
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 from spherelm.runs.record import alone_in, write_json
 
 

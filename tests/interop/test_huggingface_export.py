@@ -271,7 +271,7 @@ def test_what_cannot_be_exported_is_refused(
     for run, out, message in [
         (runs["gpt"], tmp_path / "full", "already holds something"),
         (runs["gpt"], tmp_path / "full" / "file", "already holds something"),
-        (tmp_path / "empty", tmp_path / "out", "holds no checkpoint"),
+        (tmp_path / "empty", tmp_path / "out", "holds no run"),
     ]:
         assert command("export", run, out) == 2
         assert message in capsys.readouterr().err

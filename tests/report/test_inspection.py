@@ -31,8 +31,9 @@ from spherelm.report.comparison_page import write_report
 from spherelm.report.drawing import Figure
 from spherelm.report.inspection import Request, expand, inspect
 from spherelm.report.walk import MAX_TOKENS, SENTENCE, fitting_sentence, trace_walks
-from spherelm.runs.checkpoint import WEIGHTS, load_model
+from spherelm.runs.checkpoint import WEIGHTS
 from spherelm.runs.config import to_dict
+from spherelm.runs.loading import load_model
 from spherelm.runs.record import write_json
 from spherelm.train.evaluation import load_decoder
 from spherelm.train.trainer import Trainer
@@ -262,8 +263,8 @@ def test_a_comparisons_page_links_the_walk(
     ("words", "said"),
     [
         ([], "no run is named: give directories of spherelm train or compare"),
-        (["nowhere"], "no run at nowhere: pass run directories that spherelm train wrote"),
-        (["."], "holds no checkpoint: pass a run directory that spherelm train wrote"),
+        (["nowhere"], "there is no directory nowhere: give the path of a run"),
+        (["."], "holds no run: give a directory that spherelm train wrote"),
         (["RUN", "--tokens", "1"], "tokens must be at least 2, got 1"),
         (["RUN", "--layer", "3"], "layer must be 1 to 2 for .*, got 3"),
         (["RUN", "--sentence", "x" * 41], "the sentence has 41 tokens: give one of 1 to 16"),

@@ -19,8 +19,8 @@ from spherelm.data.prepare import prepare
 from spherelm.data.shards import open_tokens
 from spherelm.data.sources import Hub, Mixture, Shards, Shipped, parse_data, tokens_per_byte
 from spherelm.layers.attention import separate_documents
-from spherelm.runs.checkpoint import load_model
 from spherelm.runs.config import RunConfig
+from spherelm.runs.loading import load_model
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.batches import open_data
 from spherelm.train.trainer import Trainer, train

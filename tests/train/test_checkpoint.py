@@ -33,10 +33,10 @@ from spherelm.runs.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
-    run_directory,
     save_checkpoint,
 )
 from spherelm.runs.config import read_config, to_dict
+from spherelm.runs.loading import run_directory
 from spherelm.runs.record import write_json
 from spherelm.train.trainer import Trainer, train
 
@@ -377,7 +377,7 @@ def test_weights_alone_can_be_used_and_not_trained_on(
 
 
 def test_load_model_says_what_is_missing(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere holds no checkpoint: pass a run directory"):
+    with pytest.raises(FileNotFoundError, match=r"there is no directory .*nowhere: give the path"):
         load_model(tmp_path / "nowhere")
     model, optimizer = trained("gpt")
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 0.0), keep=1)

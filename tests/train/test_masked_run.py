@@ -11,8 +11,8 @@ import torch
 
 from spherelm.layers.linear import departure
 from spherelm.models import MaskedModel
-from spherelm.runs.checkpoint import load_model
 from spherelm.runs.config import RunConfig
+from spherelm.runs.loading import load_model
 from spherelm.train.batches import open_data
 from spherelm.train.trainer import Trainer, train
 

@@ -14,8 +14,8 @@ from cases import ARMS
 
 from spherelm.layers.linear import departure
 from spherelm.models import EncoderDecoder
-from spherelm.runs.checkpoint import load_model
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model
 from spherelm.train.trainer import Trainer, train
 
 both_arms = pytest.mark.parametrize("arm", ARMS)

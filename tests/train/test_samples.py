@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 
-from spherelm import load_model
+from spherelm import generate, load_model
+from spherelm.cli.trained import NEW, QUIT
 from spherelm.data.tokenizer import ByteTokenizer
 from spherelm.generation.folding import Folded
 from spherelm.generation.samples import BATCH, PRECISIONS, Conversation, continuations, load_for_inference, read_prompts
@@ -137,7 +138,10 @@ def test_a_run_is_folded_for_inference(run: Path) -> None:
     model, tokenizer = load_for_inference(run)
     assert isinstance(model, Folded)
     assert tokenizer.vocab_size == tiny.VOCAB
-    with pytest.raises(ValueError, match="unknown precision 'int4': choose one of float32, bfloat16, float16, int8"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown precision 'int4' \(did you mean 'int8'\?\): choose one of float32, bfloat16, float16, int8",
+    ):
         load_for_inference(run, "int4")
 
 
@@ -186,26 +190,34 @@ def test_a_conversation_is_one_text_that_both_write(run: Path) -> None:
             ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
         text = bytes(ids[0].tolist())
         assert text.endswith(answer.encode())
-    assert talk.room == 32 - len(text)
 
 
-def test_a_conversation_says_how_much_room_is_left_and_stays_as_it_was(run: Path) -> None:
-    talk = Conversation(run, temperature=0)
-    assert "".join(talk.answer("ba" * 8, 4))
-    room = talk.room
-    assert room == 32 - 16 - 4
-    with pytest.raises(
-        ValueError, match=f"has room for {room} more and your text has 12: type less, start again, or let"
-    ):
-        talk.answer("ba" * 6, 4)
+def test_a_conversation_goes_past_the_models_length_and_can_begin_anew(run: Path) -> None:
+    """Like a text that slides its window, whoever wrote which part of it; a new text draws with the next seed."""
+    talk, model = Conversation(run, seed=3), load_model(run)
+    said = "ba" * 20
+    assert len("".join(talk.answer(said, 60)).encode()) > 32
     with pytest.raises(ValueError, match="the text is empty"):
         talk.answer("", 4)
-    assert talk.room == room
-    assert "".join(talk.answer("ba", 100)), "as far as there is room"
-    assert talk.room == 0
-    endless = Conversation(run, temperature=0, window=True)
-    assert endless.room is None
-    assert len("".join(endless.answer("ba", 60)).encode()) > 40
+    talk.restart()
+    talk.restart()  # nothing was written: still the second text
+    wanted = next(iter(continuations(run, "nu", 1, 20, seed=4)))
+    assert "".join(talk.answer("nu", 20)) == wanted
+    assert model.config.max_seq_len == 32, "else the window did not slide"
+
+
+@pytest.mark.row("Generation")
+@pytest.mark.parametrize("prompt", ["ba", "nu la " * 4])
+def test_text_in_and_text_out(prompt: str, run: Path) -> None:
+    model, tokenizer = load_model(run, with_tokenizer=True)
+    drawing: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "seed": 3}
+    text = generate(model, prompt, 8, tokenizer=tokenizer, **drawing)
+    assert text == prompt + continuations(run, prompt, 1, 8, **drawing)[0]
+    tokens = generate(model, [tokenizer.encode(prompt)], 8, tokenizer=tokenizer, **drawing)[0]
+    assert tokenizer.decode([token for token in tokens if token != tokenizer.eos_id]) == text
+    for bad, said in (({}, "is text: give tokenizer=..."), ({"tokenizer": tokenizer}, "the prompt is empty")):
+        with pytest.raises(ValueError, match=said):
+            generate(model, "" if bad else prompt, 8, **bad)
 
 
 @pytest.mark.row("Generation")
@@ -213,6 +225,17 @@ def test_a_prompt_streams_to_the_terminal(run: Path, command: commands.Command) 
     answer = command("generate", run, "--prompt", "ba", "--max-new-tokens", 9, "--seed", 3)
     (text,) = continuations(run, "ba", 1, 9, temperature=0.8, top_k=50, seed=3)
     assert (answer.code, answer.out, answer.err) == (0, f"ba{text}\n", "")
+
+
+def test_without_a_number_a_text_is_as_long_as_the_model_allows(run: Path, command: commands.Command) -> None:
+    """Behind the longest prompt; with a window there is no end of it."""
+    answer = command("generate", run, "--prompt", "ba")
+    assert answer.out == "ba" + continuations(run, "ba", 1, 30, temperature=0.8, top_k=50, seed=0)[0] + "\n"
+    for window, length in ((False, 26), (True, 100)):
+        drawn = [continuations(run, ["ba", "nu kab"], 1, count, seed=3, window=window) for count in (None, length)]
+        assert drawn[0] == drawn[1]
+    with pytest.raises(ValueError, match="32 prompt tokens and max_new_tokens=1 do not fit"):
+        continuations(run, "ba" * 16, 1, None)
 
 
 @pytest.mark.row("Generation")
@@ -236,24 +259,16 @@ def test_a_file_of_prompts_as_json_lines(run: Path, command: commands.Command, t
 
 @pytest.mark.row("Generation")
 def test_a_conversation_on_the_terminal(run: Path, command: commands.Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ba\n\n nu\n" + "ba" * 20 + "\nk\n"))
-    answer = command("generate", run, "--interactive", "--max-new-tokens", 8, "--temperature", 0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ba\n\n nu\n/new\nk\n/quit\nba\n"))
+    answer = command("generate", run, "--interactive", "--max-new-tokens", 40, "--temperature", 0)
     assert answer.code == 0
     talk = Conversation(run, temperature=0)
-    first, second, last = ("".join(talk.answer(said, 8)) for said in ("ba", " nu", "k"))
-    assert answer.out == f"{first}\n\n{second}\n\n{last}\n\n", "a line ends each answer, each refusal and the end"
-    assert "the text is empty: give at least one character" in answer.err
-    assert "has room for 11 more and your text has 40" in answer.err
-
-
-def test_a_conversation_ends_when_the_context_is_full(
-    run: Path, command: commands.Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ba\nnu\nk\n"))
-    answer = command("generate", run, "--interactive", "--max-new-tokens", 100, "--temperature", 0)
-    assert answer.code == 0
-    assert len(answer.out.encode()) == 30 + 1
-    assert answer.err == "The context is full: start again, or use --window.\n"
+    first, second = ("".join(talk.answer(said, 40)) for said in ("ba", " nu"))
+    last = continuations(run, "k", 1, 40, temperature=0, window=True)[0]
+    assert answer.out == f"{first}\n{second}\n{last}\n"
+    welcome, refusal = answer.err.splitlines()
+    assert all(word in welcome for word in (NEW, QUIT, "Ctrl-C", "Ctrl-D"))
+    assert refusal == "spherelm: the text is empty: give at least one character"
 
 
 def test_stopping_a_text_goes_on_with_the_next(
@@ -286,8 +301,9 @@ def test_stopping_a_text_goes_on_with_the_next(
     [
         ([], "give exactly one of --prompt, --prompts and --interactive"),
         (["--prompt", "a", "--interactive"], "give exactly one of --prompt, --prompts and --interactive"),
-        (["--interactive", "--json"], "--json has no effect with --interactive: leave one of them out"),
-        (["--interactive", "--samples", 2], "--samples has no effect with --interactive: leave one of them out"),
+        (["--interactive", "--json"], "--json does nothing beside --interactive: leave one of them out"),
+        (["--interactive", "--samples", 2], "--samples does nothing beside --interactive: leave one of them out"),
+        (["--interactive", "--window"], "--window does nothing beside --interactive: leave one of them out"),
         (["--prompt", "a", "--max-new-tokens", -1], "max_new_tokens must not be negative, got -1"),
         (["--prompt", "a", "--samples", 0], "samples must be at least 1, got 0"),
         (["--prompt", "a", "--stop", ""], "a stop string is empty: give at least one character"),

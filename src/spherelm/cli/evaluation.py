@@ -40,23 +40,23 @@ def eval_(
     json: Path | None = None,
     machine: OnMachine,
 ) -> None:
-    """Score a run on tasks of the evaluation harness, by its perplexity on texts at several lengths, or by its translations.
+    """Score a run: accuracy on downstream tasks, perplexity of your texts, or its translations.
 
     Example: spherelm eval runs/mine --perplexity book.txt --lengths 256,512
 
     Args:
         run: A run directory, or one of its checkpoints.
-        tasks: Tasks of the harness (spherelm list tasks); the paper's five if left out, or none beside --perplexity and
-            --translate.
-        perplexity: Text files, of the kinds that data prepare reads, to measure perplexity on.
-        field: Field of a row that holds the text in those files; body.text for "text" within "body".
-        lengths: Window lengths in tokens, also beyond the training length; the training length if left out.
-        rope_base: Base of the rotary embedding, if not the one trained with.
+        tasks: Tasks of lm-evaluation-harness (spherelm list tasks). If left out, the paper's five, or none where --perplexity
+            or --translate is given.
+        perplexity: Measure perplexity on these text files, of any kind that data prepare reads.
+        field: Name of the text in each row of those files; body.text for "text" within "body".
+        lengths: Context lengths in tokens, which may exceed the length trained on; that length if left out.
+        rope_base: Use this base of the rotary embedding instead of the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
-        translate: A file with one text per line; the run's translations are scored by BLEU, chrF and error rates.
-        reference: Files of reference translations, a line for each line of --translate.
-        write: File to write the translations to.
-        json: File to write all results to, as JSON.
+        translate: Translate each line of this file; scored by BLEU, chrF and error rates.
+        reference: Files with the right translations, one for each line of --translate.
+        write: Write the translations to this new file.
+        json: Write all results to this new file as JSON.
     """
     from spherelm.data.output import check_new_file
     from spherelm.runs.record import write_json

@@ -142,10 +142,11 @@ class Flag:
 
     def words(self, word: str) -> list[Any]:
         """The values in one word of a list."""
-        whole = self.kind is Path and Path(word).exists()
-        parts = [word] if whole else re.split(self.pattern, word)
+        if self.pattern == NOWHERE or (self.kind is Path and Path(word).exists()):
+            return [self.value(word)]
+        parts = re.split(self.pattern, word)
         parts = [part.strip() for part in parts] if self.pattern == COMMA else parts
-        return [self.value(part) for part in parts if part or whole]
+        return [self.value(part) for part in parts if part]
 
     def value(self, word: str) -> Any:
         """A word as a value. Raises `ArgumentTypeError` for one that cannot be."""

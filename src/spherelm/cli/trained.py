@@ -69,18 +69,18 @@ def generate(
     prompt: str | None = None,
     prompts: Path | None = None,
     interactive: bool = False,
-    max_new_tokens: int = 100,
+    max_new_tokens: int | None = None,
     stop: Annotated[tuple[str, ...], NOWHERE] = (),
     samples: Annotated[int, NO_TALK] = 1,
     seed: Annotated[int, DRAWN] = 0,
-    window: Annotated[bool, NO_SEARCH] = False,
+    window: Annotated[bool, Needs(without=["--beams", "--interactive"])] = False,
     drawing: Drawing,
     search: Searching,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     json: Annotated[bool, NO_TALK] = False,
     machine: OnMachine,
 ) -> None:
-    """Continue one text, many texts, or a text you type line by line; an encoder-decoder reads a text and writes another.
+    """Let a model continue a text, each text of a file, or what you type; an encoder-decoder writes a text for it.
 
     Give one of --prompt, --prompts, --interactive.
 
@@ -88,38 +88,42 @@ def generate(
 
     Args:
         run: A run directory, or one of its checkpoints.
-        prompt: How the text begins.
-        prompts: A file with one prompt per line, or a .jsonl of objects with a "prompt".
-        interactive: Type a line, read the continuation, type the next line. Ctrl-C stops the text, Ctrl-D ends.
-        max_new_tokens: Tokens to add.
-        stop: The text ends before the first of these strings; separated by spaces, as a comma may be part of one.
-        samples: Continuations to draw of each prompt.
-        seed: Seed of the sampling; text i uses seed + i.
-        window: At the model's max_seq_len continue from the last half of the text, instead of stopping with an error.
-        dtype: Number format of weights and computation; int8 applies to the weights only.
-        json: One JSON object per line instead of plain text: prompt, sample, seed and text.
+        prompt: The text to continue.
+        prompts: A file with one prompt on each line, or a .jsonl of objects with a "prompt".
+        interactive: Type a line, read how the model continues it, type the next. /new begins a new text, /quit ends. A text of
+            any length: the model sees the end of it.
+        max_new_tokens: The most tokens to add (for --interactive, after each line); if left out, 100, or fewer where the
+            model's max_seq_len leaves no room for them.
+        stop: End the text before any of these strings; separate them by spaces, since a comma may be part of one.
+        samples: Texts to draw for each prompt.
+        seed: Seed of the random draw; text i uses seed + i.
+        window: Allow texts longer than the model's max_seq_len: where it is reached, the model continues from the last half.
+        dtype: Format of the weights and of the computation; with int8 the computation is in float32.
+        json: Print each text as one line of JSON, with its prompt, sample number and seed.
     """
     if sum((prompt is not None, prompts is not None, interactive)) != 1:
         raise UserError("give exactly one of --prompt, --prompts and --interactive")
-    if max_new_tokens < 0:
+    if max_new_tokens is not None and max_new_tokens < 0:
         raise UserError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     from spherelm.generation import samples as texts
     from spherelm.generation.beam import BeamSettings
 
     settings: dict[str, Any] = {"temperature": 0.8, "top_k": 50, **drawing, "precision": dtype}
-    settings |= {"stop": stop, "seed": seed, "window": window, "device": machine.get("device") or "cpu"}
+    settings |= {"stop": stop, "seed": seed, "device": machine.get("device") or "cpu"}
     with computing(machine):
         if interactive:
-            converse(texts.Conversation(run, **settings), max_new_tokens)
+            converse(texts.Conversation(run, **settings), texts.LENGTH if max_new_tokens is None else max_new_tokens)
             return
         if search:
             settings["beams"] = BeamSettings(**search)
         given = texts.read_prompts(prompts) if prompts is not None else [prompt or ""]
-        write_texts(run, given, samples, max_new_tokens, json, **settings)
+        write_texts(run, given, samples, max_new_tokens, json, window=window, **settings)
 
 
-def write_texts(run: Path, given: list[str], samples: int, max_new_tokens: int, as_json: bool, **settings: Any) -> None:
-    """Print the texts of `continuations`: one as it is generated, several when all are done, with --- between continuations."""
+def write_texts(
+    run: Path, given: list[str], samples: int, max_new_tokens: int | None, as_json: bool, **settings: Any
+) -> None:
+    """Print the texts that `continuations` gives: one as it comes, several in full, with --- between those that go on."""
     from spherelm.generation.samples import continuations, continues
 
     goes_on = continues(run)
@@ -151,23 +155,38 @@ class Writer:
         self.before = ""
 
 
+NEW, QUIT = "/new", "/quit"
+"""Lines that are no part of the text."""
+
+
 def converse(text: Conversation, max_new_tokens: int) -> None:
-    """Read lines from standard input and continue each, until the input ends or the context is full."""
-    while text.room != 0:
+    """Read lines from standard input and write how the model continues them, until `QUIT` or the end of the input."""
+    print(
+        f"Type how a text begins; the model continues it. {NEW} begins a new text, {QUIT} or Ctrl-D ends, and Ctrl-C stops "
+        "the model.",
+        file=sys.stderr,
+        flush=True,
+    )
+    while True:
         try:
             said = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             print()
             return
+        if said.strip() == QUIT:
+            return
+        if said.strip() == NEW:
+            text.restart()
+            continue
         try:
             for piece in text.answer(said, max_new_tokens):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        except ValueError as error:
-            print(f"spherelm: {error}", file=sys.stderr, end="", flush=True)
+        except UserError as error:
+            print(f"spherelm: {error}", file=sys.stderr, flush=True)
+            continue
         print(flush=True)
-    print("The context is full: start again, or use --window.", file=sys.stderr)
 
 
 Weights = Literal["float32", "bfloat16", "float16"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from spherelm.cli.flags import Arm, DryRun, DryRunFlags, Given, OnMachine, Settings, TrainFlags
 from spherelm.cli.parser import BARE, Fields
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import UserError
 
 if TYPE_CHECKING:
     from spherelm.runs.config import RunConfig
@@ -128,6 +128,8 @@ def resumed(resume: str | None, out: Path | None, chosen: Mapping[str, Any]) -> 
         raise UserError(
             f"--resume {resume} continues {resume}: leave out --out {out}, or start a new run with --init-from {resume}"
         )
+    from spherelm.runs.loading import no_run
+
     directory = Path(resume) if resume else out
     if directory is None:
         raise UserError("no directory is given: --out DIR for a new run, --resume RUN to continue one")
@@ -139,9 +141,7 @@ def resumed(resume: str | None, out: Path | None, chosen: Mapping[str, Any]) -> 
             f"--{name.replace('_', '-')} has no effect with --resume: {directory}/config.json sets it; leave it out"
         )
     if not (directory / "config.json").is_file():
-        raise NotFoundError(
-            f"{directory} holds no run to resume (no config.json): name a run directory of spherelm train"
-        )
+        raise no_run(directory)
     return directory, directory / "config.json"
 
 

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import NotFoundError, UserError, beside
 
 MAGIC = b"\x93SPHERE\n"
 VERSION = 1
@@ -378,7 +378,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a prepared data directory. Raises ShardError or FileNotFoundError as `open_tokens`."""
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
-        raise NotFoundError(f"no data directory {directory}: make it with spherelm data prepare --out {directory}")
+        raise NotFoundError(
+            f"no data directory {directory}{beside(directory)}: make it with spherelm data prepare --out {directory}"
+        )
     if not path.is_file() and (directory / PARTIAL_DIRECTORY).is_dir():
         raise ShardError.about(directory, "unfinished", "run the same spherelm data prepare command again to finish it")
     if not path.is_file():

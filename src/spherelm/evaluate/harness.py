@@ -43,10 +43,10 @@ class TaskSettings:
     """How tasks are run.
 
     Attributes:
-        data: Directory with local copies of the tasks' data; downloaded if left out.
-        limit: Score only this many documents of each task; all if left out.
-        few_shot: Examples before each document.
-        batch_size: Sequences of a task at once.
+        data: Directory with local copies of the tasks' data; the harness downloads them if left out.
+        limit: Score only the first N documents of each task; all if left out.
+        few_shot: Solved examples shown before each question.
+        batch_size: Sequences scored at once.
     """
 
     data: Path | None = None

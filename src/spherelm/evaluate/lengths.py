@@ -58,11 +58,11 @@ class Plan:
 
     Attributes:
         lengths: Tokens of a window, ascending; each divides the longest.
-        stride: Windows advance by so many tokens, at most the shortest length, and score only these; windows do not overlap
-            if left out.
-        document_tokens: At most so many tokens of each document are scored, rounded down to whole spans or strides; all if
+        stride: Move windows by this many tokens, at most the shortest length, and score only those that are new; windows do
+            not overlap if left out.
+        document_tokens: Score at most this many tokens of each document, rounded down to whole windows or strides; all if
             left out.
-        bins: Pieces of a window in each of which the loss is given.
+        bins: Parts of a window for each of which --json has the loss.
     """
 
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]

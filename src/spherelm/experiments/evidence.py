@@ -35,7 +35,7 @@ from spherelm.experiments.record import standard_error
 from spherelm.experiments.sweep import UNTRAINED, name_of
 from spherelm.progress import say
 from spherelm.recipes import make_run
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 from spherelm.runs.record import alone_in, write_json
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted

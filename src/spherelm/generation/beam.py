@@ -25,8 +25,8 @@ class BeamSettings:
     texts, which are more probable as a whole, 1 takes the mean over tokens, more prefers long ones.
 
     Attributes:
-        beams: Search for the most probable texts with so many at a time.
-        length_penalty: Of that search: a text counts as its log probability over its length to this power.
+        beams: Beam search: keep this many of the most probable texts at each step.
+        length_penalty: Beam search compares log probability / length ** this; larger values prefer longer texts.
     """
 
     beams: PositiveInt = 5

@@ -8,14 +8,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.folding import folded, obstacle
 from spherelm.generation.sampling import Sampling
+from spherelm.generation.text_stream import TextStream, collect, encode_prompt
 from spherelm.models.decoder import Decoder
 
 Rows = Sequence[Sequence[int]]
-Prompt = TypeVar("Prompt", Tensor, Rows)
+Prompt = TypeVar("Prompt", str, Tensor, Rows)
 
 
 def for_inference(model: Decoder) -> Decoder:
@@ -64,6 +66,7 @@ def generate(
     prompt: Prompt,
     max_new_tokens: int,
     *,
+    tokenizer: Tokenizer | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -74,22 +77,29 @@ def generate(
     window: bool = False,
     fold: bool = True,
 ) -> Prompt:
-    """Continue every row of `prompt` by up to `max_new_tokens` tokens, each row as if it were alone.
+    """Continue a text, or every row of tokens as if it were alone, by up to `max_new_tokens` tokens.
 
-    prompt: int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an encoder-decoder the rows are the
-    sources, without an end, and what is continued is `eos_id`, which it needs. temperature (0 is greedy), top_k,
+        model, tokenizer = load_model("runs/demo/ngpt-0", with_tokenizer=True)
+        print(generate(model, "The old man", 60, tokenizer=tokenizer, temperature=0.8, top_k=50))
+
+    prompt: a text; or int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an encoder-decoder they
+    are the sources, without an end, and what is continued is `eos_id`, which it needs. tokenizer: the model's, which a text
+    needs; its end token is `eos_id` where that is left out. temperature (0 is greedy), top_k,
     top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or with
     seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id` is filled with it;
     generation ends when all have. window: continue past the model's max_seq_len as `Continuation` says. fold: compute with
     `folded(model)`, where it can be folded; False spares the copy, and is right for a few tokens of a large model.
 
-    Result: for a tensor int64 [batch, seq + new], for a list each row with its new tokens up to its first `eos_id`. Raises
-    `ValueError` for an empty prompt, settings out of range, or without `window` a length beyond max_seq_len.
+    Result: for a text the text with what follows it (of an encoder-decoder what it writes); for a tensor int64 [batch, seq +
+    new]; for a list each row with its new tokens up to its first `eos_id`. Raises `UserError` for an empty prompt, a text
+    without a tokenizer, settings out of range, or without `window` a length beyond max_seq_len.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if tokenizer is not None and eos_id is None:
+        eos_id = tokenizer.eos_id
     if isinstance(prompt, Tensor) and (prompt.ndim != 2 or prompt.shape[1] < 1):
         raise UserError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
-    given: Rows = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    given = token_rows(prompt, tokenizer)
     check(model, given, max_new_tokens, window)
     ready, rows = model.conditioned(given, eos_id)
     steps = stream(ready, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
@@ -97,8 +107,27 @@ def generate(
     if isinstance(prompt, Tensor):
         begun = torch.tensor(rows, device=prompt.device)
         return torch.cat((begun, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
+    if isinstance(prompt, str):
+        assert tokenizer is not None, "without it there are no tokens"
+        written = TextStream(tokenizer.decode, rows[0])
+        text = collect((step.tolist() for step in new), [written], eos_id)[0]
+        return prompt + text if model.continues else text
     columns = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
     return lengthened(rows, columns, eos_id)
+
+
+def token_rows(prompt: str | Tensor | Rows, tokenizer: Tokenizer | None) -> Rows:
+    """The token ids of each row of a prompt. Raises `UserError` for a text without a tokenizer."""
+    if isinstance(prompt, Tensor):
+        rows: Rows = prompt.tolist()
+        return rows
+    if not isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise UserError(
+            f"the prompt {prompt!r} is text: give tokenizer=..., which load_model(run, with_tokenizer=True) returns too"
+        )
+    return [encode_prompt(tokenizer, prompt)]
 
 
 def lengthened(rows: Rows, added: Rows, eos_id: int | None) -> list[list[int]]:

@@ -10,22 +10,25 @@ from typing import Any
 import torch
 
 from spherelm.counting import counted
-from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import NotFoundError, UserError, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import check, for_inference, row_seeds, stream
 from spherelm.generation.sampling import Sampling
-from spherelm.generation.text_stream import TextStream
+from spherelm.generation.text_stream import TextStream, collect, encode_prompt
 from spherelm.layers.linear import departure
 from spherelm.models import model_class
 from spherelm.models.decoder import Decoder, Rows
 from spherelm.progress import say
-from spherelm.runs.checkpoint import load_model, run_directory
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model, run_directory
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 """The number formats of the weights of a loaded model."""
+
+LENGTH = 100
+"""Tokens that are added to a text where nobody says how many, if there is room."""
 
 BATCH = 16
 """Texts that are written at a time; how many does not change them."""
@@ -35,7 +38,7 @@ def continuations(
     run: Path,
     prompts: str | Sequence[str],
     count: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     *,
     seed: int | None = None,
     stop: Sequence[str] = (),
@@ -48,7 +51,8 @@ def continuations(
 ) -> list[str]:
     """`count` texts by which the model of `run` (a run directory or a checkpoint) continues each prompt, prompt by prompt.
 
-    An encoder-decoder's prompts are what it reads, its texts whole: see `continues`. beams: the best `count` texts that a beam
+    An encoder-decoder's prompts are what it reads, its texts whole: see `continues`. max_new_tokens: `None` for `LENGTH`, or
+    what is left of max_seq_len behind the longest prompt. beams: the best `count` texts that a beam
     search finds, instead of drawn ones; neither seed nor settings count then, and write is given whole texts.
     settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be alone.
     A text ends where the model ends the document, and before the first `stop` string. window: as for `Continuation`. write: is
@@ -67,6 +71,9 @@ def continuations(
         for i, prompt in enumerate(given, 1)
     ]
     rows = [ids for ids in encoded for _ in range(count)]
+    if max_new_tokens is None:
+        room = model.config.max_seq_len - max(model.places(row) for row in rows)
+        max_new_tokens = LENGTH if window else max(1, min(LENGTH, room))
     check(model, rows, max_new_tokens, window)
     if beams is not None:
         return searched(model, tokenizer, encoded, count, max_new_tokens, beams, stop, write)
@@ -121,45 +128,15 @@ def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+    model, tokenizer = load_model(run, dtype, with_tokenizer=True)
     if precision == "int8":
         from spherelm.generation.quantization import quantized
 
-        model = quantized(load_model(run))
-    else:
-        model = load_model(run, getattr(torch, precision))
+        model = quantized(model)
     if precision != "float32":
         say(f"weights in {precision}, departure from the sphere {departure(model):.1e}")
-    return for_inference(model.to(device)), load_tokenizer(run_directory(run))
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> list[int]:
-    """The tokens of a prompt; `ValueError` if there are none."""
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise UserError(f"the {name} is empty: give at least one character")
-    return ids
-
-
-def collect(
-    steps: Iterator[list[int]], streams: list[TextStream], eos_id: int, write: Callable[[str], None] | None = None
-) -> list[str]:
-    """The texts of rows whose tokens come in `steps`, one a row each, until all rows have ended."""
-    texts = [""] * len(streams)
-
-    def add(i: int, piece: str) -> None:
-        texts[i] += piece
-        if write is not None and piece:
-            write(piece)
-
-    for tokens in steps:
-        for i, (token, text) in enumerate(zip(tokens, streams, strict=True)):
-            if not text.ended:
-                add(i, text.close() if token == eos_id else text.push(token))
-        if all(text.ended for text in streams):
-            break
-    for i, text in enumerate(streams):
-        add(i, text.close())
-    return texts
+    return for_inference(model.to(device)), tokenizer
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -194,7 +171,8 @@ def _from_json(path: Path, number: int, line: str) -> str:
 class Conversation:
     """A text that a model and a reader write in turn; what was read stays in the cache.
 
-    run, settings, stop, window, precision, device: as for `continuations`.
+    Where the text is longer than the model's max_seq_len, it goes on from its last half, as `Continuation` says.
+    run, settings, seed, stop, precision, device: as for `continuations`.
     """
 
     def __init__(
@@ -202,12 +180,11 @@ class Conversation:
         run: Path,
         seed: int = 0,
         stop: Sequence[str] = (),
-        window: bool = False,
         precision: str = "float32",
         device: str = "cpu",
         **settings: Any,
     ) -> None:
-        self._sampling, self._stop, self._seed, self._window = Sampling(**settings), tuple(stop), seed, window
+        self._sampling, self._stop, self._seed = Sampling(**settings), tuple(stop), seed
         TextStream(lambda tokens: "", stops=stop)
         self._model, self._tokenizer = load_for_inference(run, precision, device)
         if not self._model.continues:
@@ -216,30 +193,23 @@ class Conversation:
             )
         self._text: Continuation | None = None
 
-    @property
-    def room(self) -> int | None:
-        """How many tokens may still come; `None` for any number."""
-        written = 0 if self._text is None else len(self._text.rows[0])
-        return None if self._window else self._model.config.max_seq_len - written
+    def restart(self) -> None:
+        """Forget the text: the next answer begins a new one, which draws with the next seed."""
+        if self._text is not None:
+            self._text, self._seed = None, self._seed + 1
 
     def answer(self, said: str, max_new_tokens: int) -> Iterator[str]:
-        """Append the user's text `said` and continue by up to `max_new_tokens` tokens, as far as there is room: pieces of text.
+        """Append `said` and continue by up to `max_new_tokens` tokens: pieces of text.
 
         Broken off in between, the text stays as far as it has been written. Where the model ends the document, the end is
-        left out of the text, so that it can continue. Raises `ValueError`, the text unchanged, for no input or too much.
+        left out of the text, so that it can continue. Raises `UserError`, the text unchanged, for no input.
         """
         ids = encode_prompt(self._tokenizer, said, "text")
-        room = self.room
-        if room is not None and len(ids) >= room:
-            raise UserError(
-                f"the context of {self._model.config.max_seq_len} tokens has room for {room} more and your text has "
-                f"{len(ids)}: type less, start again, or let the window slide (--window)"
-            )
         if self._text is None:
-            self._text = Continuation(self._model, [ids], self._sampling, [self._seed], self._window)
+            self._text = Continuation(self._model, [ids], self._sampling, [self._seed], window=True)
         else:
             self._text.extend(ids)
-        return self._written(self._text, max_new_tokens if room is None else min(max_new_tokens, room - len(ids)))
+        return self._written(self._text, max_new_tokens)
 
     def _written(self, text: Continuation, count: int) -> Iterator[str]:
         row = text.rows[0]

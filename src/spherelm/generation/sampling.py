@@ -21,10 +21,10 @@ class Sampling:
     """How the next token is sampled: penalty, temperature, top_k, top_p, min_p, applied in this order.
 
     Attributes:
-        temperature: 0 (or less than `COLDEST`) always takes the most probable token; 1 draws as the model predicts.
+        temperature: How random the draw is. 0 always takes the most probable token; 1 draws as the model predicts.
         top_k: Draw among the k most probable tokens only.
-        top_p: Draw among the fewest tokens that reach this probability, at least one.
-        min_p: Draw among the tokens that have at least this part of the largest probability (arXiv 2407.01082).
+        top_p: Draw among the most probable tokens only, as few as together have this probability.
+        min_p: Draw among the tokens that have at least this fraction of the largest probability (arXiv 2407.01082).
         repetition_penalty: Above 1, tokens that occurred, prompt included, become less probable: a positive logit is divided
             by it, a negative one multiplied (Keskar et al., arXiv 1909.05858).
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
 
 UNFINISHED = 3
@@ -78,3 +79,36 @@ def overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> list[int]:
+    """The tokens of a prompt; `ValueError` if there are none."""
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError(f"the {name} is empty: give at least one character")
+    return ids
+
+
+def collect(
+    steps: Iterator[list[int]],
+    streams: list[TextStream],
+    eos_id: int | None,
+    write: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The texts of rows whose tokens come in `steps`, one a row each, until all rows have ended."""
+    texts = [""] * len(streams)
+
+    def add(i: int, piece: str) -> None:
+        texts[i] += piece
+        if write is not None and piece:
+            write(piece)
+
+    for tokens in steps:
+        for i, (token, text) in enumerate(zip(tokens, streams, strict=True)):
+            if not text.ended:
+                add(i, text.close() if token == eos_id else text.push(token))
+        if all(text.ended for text in streams):
+            break
+    for i, text in enumerate(streams):
+        add(i, text.close())
+    return texts

@@ -12,8 +12,9 @@ import torch
 from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.errors import UserError
-from spherelm.runs.checkpoint import STATE, checkpoint_of, load_model
+from spherelm.runs.checkpoint import STATE
 from spherelm.runs.config import read_config, read_record, to_dict
+from spherelm.runs.loading import checkpoint_of, load_model
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import write_json
 

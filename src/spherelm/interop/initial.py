@@ -7,21 +7,14 @@ from typing import Any
 
 import torch
 
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import UserError
 from spherelm.models import Config, Decoder
-from spherelm.runs.checkpoint import load_model, run_directory
 from spherelm.runs.config import read_config, read_record
-
-
-def is_exported(source: Path) -> bool:
-    """Whether `source` is a folder of Hugging Face transformers."""
-    return (source / "config.json").is_file() and "model_type" in read_record(source / "config.json")
+from spherelm.runs.loading import is_exported, load_model, run_directory
 
 
 def read_model_config(source: Path) -> Config:
     """The config of the model in `source`. Raises `UserError` where there is none."""
-    if not source.exists():
-        raise NotFoundError(f"no directory {source}: name a run, a checkpoint or a folder of spherelm export")
     if is_exported(source):
         return _wrapper(source)[0].from_pretrained(source).arm_config()
     return read_config(run_directory(source) / "config.json").model

@@ -22,7 +22,7 @@ from spherelm.report.pages import render
 from spherelm.report.walk import trace_walks, walk_page
 from spherelm.report.weight_figures import weight_figures
 from spherelm.report.wording import caveats, mean_and_error, number, optimizer_name, si, verdict
-from spherelm.runs.checkpoint import load_model
+from spherelm.runs.loading import load_model
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Caption, header and rows."""

@@ -18,8 +18,8 @@ from spherelm.analysis.inside import Inside, look_inside
 from spherelm.analysis.weights import check_finite
 from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
-from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.errors import NotFoundError, UserError
+from spherelm.data.tokenizer import Tokenizer
+from spherelm.errors import UserError
 from spherelm.fields import check
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
@@ -32,15 +32,15 @@ from spherelm.report.walk import (
     check_sentence,
     fitting_sentence,
     name_of,
-    run_directory,
     say_if_cut,
     trace_walk,
     walk_page,
 )
 from spherelm.report.weight_figures import weight_section
 from spherelm.report.wording import si
-from spherelm.runs.checkpoint import NAME, STATE, latest_checkpoint, load_model, named_checkpoint, no_checkpoint
+from spherelm.runs.checkpoint import NAME, STATE, latest_checkpoint, named_checkpoint
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model, run_directory
 from spherelm.runs.record import command_line, git_commit, versions, write_json
 
 RECORD = "inspect.json"
@@ -72,9 +72,9 @@ class Request:
 
     Attributes:
         text: Text file that the models read; the shipped validation text if left out.
-        sentence: Sentence of the walk, at most 40 tokens; if left out, a default, cut to what the models' context holds.
-        tokens: Tokens of the text that are read, in sequences of the model's max_seq_len.
-        layer: Layer, counted from 1, whose queries and keys are shown; the middle one if left out.
+        sentence: Sentence of the walk on the sphere, at most 40 tokens; if left out, a default that fits the model.
+        tokens: Number of tokens to read from the text.
+        layer: Show the queries and keys of this layer, counted from 1; the middle one if left out.
         images: Whether PNG files are written too.
     """
 
@@ -123,8 +123,6 @@ def expand(path: Path) -> list[Path]:
     """A run or a checkpoint as it is; of a comparison's directory the full runs of both arms."""
     summary = path / "summary.json"
     if not summary.is_file():
-        if not path.is_dir():
-            raise NotFoundError(f"no run at {path}: pass run directories that spherelm train wrote")
         return [named_checkpoint(path) or path]
     try:
         arms = json.loads(summary.read_text("utf-8"))["arms"]
@@ -137,8 +135,6 @@ def check_shapes(paths: Sequence[Path]) -> None:
     """`ValueError` if two runs of one arm have different shapes."""
     shapes: dict[str, tuple[Path, tuple[Any, ...]]] = {}
     for path in paths:
-        if latest_checkpoint(run_directory(path)) is None:
-            raise no_checkpoint(path)
         config = read_config(run_directory(path) / "config.json")
         model = config.model
         if isinstance(model.architecture, EncoderArch):
@@ -189,20 +185,18 @@ def check_ids(ids: Sequence[int], model: Decoder) -> None:
 
 
 def _inspect(path: Path, text: str, sentence: str, request: Request) -> Inspected:
-    run = run_directory(path)
-    model = load_model(path)
+    model, tokenizer = load_model(path, with_tokenizer=True)
     layer = None if request.layer is None else request.layer - 1
     if layer is not None and not 0 <= layer < len(model.blocks):
         raise UserError(f"layer must be 1 to {len(model.blocks)} for {path}, got {request.layer}")
     try:
-        tokenizer = load_tokenizer(run)
         tokens = windows(tokenizer, text, model, request.tokens)
         check_sentence(tokenizer.encode(sentence), model.config)  # ahead of what takes long
         inside = look_inside(model, tokens, layer)
         walk = trace_walk(model, tokenizer, sentence, name_of(path))
     except ValueError as error:
         raise UserError(f"{path} cannot be inspected: {error}") from error
-    config = read_config(run / "config.json")
+    config = read_config(run_directory(path) / "config.json")
     count = sum(parameter.numel() for parameter in model.parameters())
     distances = list(_distances(path, model))
     return Inspected(name_of(path), config.arm, count, distances[-1][0], inside, distances, walk)

@@ -26,8 +26,9 @@ from spherelm.models.decoder import Decoder
 from spherelm.progress import say
 from spherelm.report.pages import render
 from spherelm.report.sphere_map import SphereMap, sphere_map
-from spherelm.runs.checkpoint import load_model, named_checkpoint
+from spherelm.runs.checkpoint import named_checkpoint
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model
 
 Array = NDArray[np.float64]
 
@@ -66,29 +67,29 @@ class Walk:
     steps: list[tuple[int, str]]
 
 
-def run_directory(path: Path) -> Path:
-    """The run that a run directory or one of its checkpoints belongs to."""
+def directory_of(path: Path) -> Path:
+    """The directory of the run that `path` is or of which it is a checkpoint, whether or not the run has checkpoints."""
     checkpoint = named_checkpoint(path)
     return path if checkpoint is None else checkpoint.parent.parent
 
 
 def name_of(path: Path) -> str:
     """A short name of a run or a checkpoint: its last parts."""
-    run = run_directory(path)
+    run = directory_of(path)
     return run.resolve().name if run == path else f"{run.name} {path.resolve().name}"
 
 
 def trace_walks(runs: Sequence[Path], sentence: str | None = None) -> tuple[list[Walk], str]:
     """The walk of each run, and the sentence that they are of; raises as `trace_walk` does."""
     walked = fitting_sentence(runs) if sentence is None else sentence
-    walks = [trace_walk(load_model(run), load_tokenizer(run_directory(run)), walked, name_of(run)) for run in runs]
+    walks = [trace_walk(*load_model(run, with_tokenizer=True), walked, name_of(run)) for run in runs]
     say_if_cut(walked, sentence)
     return walks, walked
 
 
 def fitting_sentence(paths: Sequence[Path]) -> str:
     """`SENTENCE`, or as much of its beginning as every run's tokenizer and context allow."""
-    runs = [run_directory(path) for path in paths]
+    runs = [directory_of(path) for path in paths]
     readers = [(load_tokenizer(run), most_tokens(read_config(run / "config.json").model)) for run in runs]
     words = SENTENCE.split()
     beginnings = [" ".join(words[:count]) for count in range(len(words), 0, -1)]

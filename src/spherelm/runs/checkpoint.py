@@ -29,11 +29,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from spherelm.errors import NotFoundError, StorageError, UserError
-from spherelm.models import Decoder, build
+from spherelm.errors import StorageError, UserError
 from spherelm.models.older import is_old, renames
 from spherelm.optim.groups import count_devices
-from spherelm.runs.config import read_config
 from spherelm.runs.group import Group
 from spherelm.sharding import from_own_part, is_sharded, own_part
 
@@ -246,32 +244,7 @@ def named_checkpoint(run: str | Path) -> Path | None:
     return path if NAME.fullmatch(path.name) and path.parent.name == "checkpoints" else None
 
 
-def checkpoint_of(run: str | Path) -> Path:
-    """The checkpoint that `run` is, or the newest one of the run directory `run`.
-
-    Raises `FileNotFoundError` if there is none.
-    """
-    found = named_checkpoint(run) or latest_checkpoint(Path(run))
-    if found is None:
-        raise no_checkpoint(Path(run))
-    return found
-
-
-def no_checkpoint(path: Path) -> NotFoundError:
-    """The error of a directory without a checkpoint; it names the runs in it, if any."""
-    runs = [str(one) for one in sorted(path.glob("*")) if latest_checkpoint(one) is not None]
-    if not runs:
-        return NotFoundError(f"{path} holds no checkpoint: pass a run directory that spherelm train wrote")
-    more = f" or {len(runs) - 8} more" if len(runs) > 8 else ""
-    return NotFoundError(f"{path} is not a run but contains runs: name one of them, {', '.join(runs[:8])}{more}")
-
-
-def run_directory(run: str | Path) -> Path:
-    """The run directory that `run` is or that holds the checkpoint `run`. Raises as `checkpoint_of` does."""
-    return checkpoint_of(run).parent.parent
-
-
-def _read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[str, Any]:
+def read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[str, Any]:
     """`state.json` of a checkpoint whose files are what they were when written; else a `ValueError` that says what is not.
 
     of: how the names of the files that are looked at begin. The processes of the group share the work, and must all call.
@@ -362,7 +335,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
             f"{checkpoint} holds weights alone, without the optimizer's state ({MOMENTS}): training cannot resume from it; "
             f"{REMEDY}"
         )
-    state = _read_state(checkpoint, group)
+    state = read_state(checkpoint, group)
     load_weights(model, checkpoint, group)
     parameters = dict(model.named_parameters())
     into = {RANDOM_STATE: torch.empty_like(torch.get_rng_state())}
@@ -377,17 +350,3 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, gr
     torch.set_rng_state(into[RANDOM_STATE])
     rest = {name: state[name] for name in ("data", "skipped", "norm", "start") if name in state}
     return Progress(state["step"], state["seconds"], **rest)
-
-
-def load_model(run: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
-
-    dtype: of the weights and the computation; lengths and rotary angles are computed in float32 in any case. Rounded unit
-    vectors are not corrected, as a correction would be rounded again; `departure` measures how far they are off.
-    Raises `FileNotFoundError` if there is none, `ValueError` if it is damaged.
-    """
-    checkpoint = checkpoint_of(run)
-    _read_state(checkpoint, of=Path(WEIGHTS).stem)  # moments may have been deleted, to save space
-    model = build(read_config(checkpoint.parent.parent / "config.json").model)
-    load_weights(model, checkpoint)
-    return model.to(dtype).eval()

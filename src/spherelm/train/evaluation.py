@@ -17,11 +17,13 @@ from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
 from spherelm.generation.beam import BeamSettings
-from spherelm.generation.samples import encode_prompt, load_for_inference, searched
+from spherelm.generation.samples import load_for_inference, searched
+from spherelm.generation.text_stream import encode_prompt
 from spherelm.interop.export import tokenizer_definition
 from spherelm.models import Decoder, EncoderDecoder, MaskedModel
-from spherelm.runs.checkpoint import STATE, checkpoint_of, load_model, run_directory
+from spherelm.runs.checkpoint import STATE
 from spherelm.runs.config import TrainConfig, read_config
+from spherelm.runs.loading import checkpoint_of, load_model, run_directory
 from spherelm.runs.record import command_line, versions
 from spherelm.train.precision import best_device
 

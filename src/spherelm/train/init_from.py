@@ -10,8 +10,9 @@ from spherelm.interop.initial import read_model
 from spherelm.models import Decoder
 from spherelm.optim import factor
 from spherelm.progress import say
-from spherelm.runs.checkpoint import latest_checkpoint, named_checkpoint, run_directory
+from spherelm.runs.checkpoint import latest_checkpoint, named_checkpoint
 from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.loading import run_directory
 
 
 def load_initial_weights(model: Decoder, source: Path, tokenizer: Tokenizer) -> None:
