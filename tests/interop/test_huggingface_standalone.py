@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hybrid_case import hybrid_config
+from cases import hybrid_config
 from torch import Tensor
 
 from spherelm import departure

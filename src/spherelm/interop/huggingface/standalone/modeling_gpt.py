@@ -67,7 +67,8 @@ class Attention(AttentionPart):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, seq, d_model] -> the same, and the attention weights where the attention function has them."""
-        q, k, v = (split_heads(x, self.d_k) for x in (self.q(h), self.k(h), self.v(h)))
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        q, k, v = (split_heads(x, self.d_k) for x in (q, k, v))
         q, k = self.rotate(self.q_norm(q), table), self.rotate(self.k_norm(k), table)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)

@@ -193,7 +193,8 @@ class UnitAttention(AttentionPart):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, seq, d_model] -> the same, and the attention weights where the attention function has them."""
-        q, k, v = (split_heads(x, self.d_k) for x in (self.q(h), self.k(h), self.v(h)))
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        q, k, v = (split_heads(x, self.d_k) for x in (q, k, v))
         q, k = self.unit(self.rotate(q, table)), self.unit(self.rotate(k, table))
         q = q * self.s_qk.effective().square().unsqueeze(1).to(q.dtype)
         if cache is not None:
