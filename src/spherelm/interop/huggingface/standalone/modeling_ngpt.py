@@ -17,9 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Cache
 from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spherelm import SphereLMConfig
-from .modeling_spherelm import ROTATIONS, AttentionPart, SphereLMForCausalLM, SphereLMModel, attend, split_heads
+from .modeling_spherelm import (
+    ROTATIONS,
+    AttentionPart,
+    SphereLMForCausalLM,
+    SphereLMModel,
+    eager_attention,
+    split_heads,
+)
 
 
 def norm(x: Tensor, dim: int = -1) -> Tensor:
@@ -181,13 +189,15 @@ class UnitAttention(AttentionPart):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, seq, d_model] -> the same, and the attention weights where the attention function has them."""
-        q, k, v = (split_heads(product(h), self.d_k) for product in (self.q, self.k, self.v))
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        q, k, v = (split_heads(x, self.d_k) for x in (q, k, v))
         q, k = self.unit(self.rotate(q, table)), self.unit(self.rotate(k, table))
         q = q * self.s_qk.effective().square().unsqueeze(1).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        made, weights = attend(self, q, k, v, attention_mask, **kwargs)
-        return self.o(self.inner(made)), weights
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        made, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.o(self.inner(made.reshape(*h.shape[:-1], -1))), weights
 
 
 class UnitFeedForward(nn.Module):

@@ -14,7 +14,6 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -60,19 +59,10 @@ def split_heads(x: Tensor, d_k: int) -> Tensor:
     return x.unflatten(-1, (-1, d_k)).transpose(1, 2)
 
 
-def attend(
-    part: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Attention by the function that the config names: [batch, heads, seq, d_k] -> [batch, seq, heads * d_k], and weights."""
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(part.config._attn_implementation, eager_attention)
-    out, weights = interface(part, q, k, v, mask, scaling=part.scaling, dropout=0.0, **kwargs)
-    return out.reshape(q.shape[0], q.shape[2], -1), weights
-
-
 def eager_attention(
     part: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, the softmax in float32."""
+    """Attention written out, the softmax in float32: [batch, heads, seq, d_k] -> [batch, seq, heads, d_k], and weights."""
     k, v = (x.repeat_interleave(part.num_key_value_groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2) * scaling).to(torch.promote_types(q.dtype, torch.float32))
     if mask is not None:
@@ -82,7 +72,7 @@ def eager_attention(
 
 
 class AttentionPart(nn.Module):
-    """The attributes of an attention module that transformers' attention functions read."""
+    """What transformers' attention functions read. Each kind calls them in its own `forward`, where vLLM looks for that."""
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, scaling: float, is_causal: bool = True) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -19,7 +20,7 @@ from .modeling_spherelm import (
     Block,
     Generating,
     SphereLMModel,
-    attend,
+    eager_attention,
     new_cache,
     positions_of,
     split_heads,
@@ -63,8 +64,9 @@ class CrossAttentionPart(AttentionPart):
         else:
             k, v = crossed.cross_attention_cache.update(*self.read(states), self.layer_idx)
             crossed.is_updated[self.layer_idx] = True
-        made, weights = attend(self, q, k, v, source_mask, is_causal=False)
-        return self.o(self.inner(made)), weights
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        made, weights = attention(self, q, k, v, source_mask, scaling=self.scaling, dropout=0.0, is_causal=False)
+        return self.o(self.inner(made.reshape(*h.shape[:-1], -1))), weights
 
 
 class Encoder(SphereLMModel):
