@@ -68,6 +68,10 @@ def fold_step(sublayer: Any) -> dict[str, Tensor]:
     return state
 
 
+RENAMED = {f"part.{x}_norm.weight": f"part.norm_{x}.weight" for x in "qk"}
+"""Names of a folded GPT that differ from ours."""
+
+
 def fold_residual(sublayer: Any) -> dict[str, Tensor]:
     """The weights of a GPT's sublayer: the gains of its norm go into columns of the matrices that read the hidden state."""
     state = {name: tensor.clone() for name, tensor in sublayer.state_dict().items()}
@@ -75,4 +79,4 @@ def fold_residual(sublayer: Any) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if tensor.ndim == 2 and name != "part.o.weight":
             tensor *= gain
-    return state
+    return {RENAMED.get(name, name): tensor for name, tensor in state.items()}

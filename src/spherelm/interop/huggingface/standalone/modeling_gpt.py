@@ -58,6 +58,10 @@ class Attention(AttentionPart):
         self.v, self.o = linear(config.d_model, kv_width), linear(config.d_model, config.d_model)
         self.q_norm, self.k_norm = (rms_norm(self.d_k) if normed else nn.Identity() for _ in range(2))
 
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, heads, seq, d_k] of each -> the same."""
+        return self.q_norm(q), self.k_norm(k)
+
     def forward(
         self,
         h: Tensor,
@@ -69,7 +73,7 @@ class Attention(AttentionPart):
         """[batch, seq, d_model] -> the same, and the attention weights where the attention function has them."""
         q, k, v = self.q(h), self.k(h), self.v(h)
         q, k, v = (split_heads(x, self.d_k) for x in (q, k, v))
-        q, k = self.rotate(self.q_norm(q), table), self.rotate(self.k_norm(k), table)
+        q, k = (self.rotate(x, table) for x in self.normed(q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
