@@ -26,6 +26,10 @@ def rename_checkpoint(checkpoint: Path) -> None:
     (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
+NEWER = ("inner_norm", "activation", "decay_shape")
+"""Fields of models and schedules that there were none of."""
+
+
 def flatten_config(run: Path) -> None:
     """Write the config.json of a run anew: an arm for each architecture, and fields that stand beside each other."""
     record = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -40,9 +44,12 @@ def flatten_config(run: Path) -> None:
         group = value if isinstance(value, dict) else {name: value}
         is_scale = isinstance(value, dict) and name not in ("variant", "mixer", "experts")
         model |= {f"{name}_{field}" if is_scale else field: each for field, each in group.items()}
+    for name in NEWER:
+        model.pop(name, None)
+        record["schedule"].pop(name, None)
     others = {name: value for kind in RULES.values() for name, value in asdict(kind()).items()}
     record |= {"model": model, "optim": {**optim, **others, **rule, "optimizer": rule["kind"]}}
-    del record["optim"]["kind"]
+    del record["optim"]["kind"], record["optim"]["hyperball"]
     (run / "config.json").write_text(json.dumps(record), encoding="utf-8")
 
 

@@ -85,6 +85,8 @@ def test_the_program_lists_its_commands(command: commands.Command) -> None:
     assert group.code == 0
     assert {name for name in cli.COMMANDS if f"\n  {name} " in group.out} == {
         "data prepare",
+        "data tokenizer",
+        "data convert",
         "data pairs",
         "data verify",
     }
@@ -97,7 +99,7 @@ def test_the_program_lists_its_commands(command: commands.Command) -> None:
         (["data", "prepar"], "no command 'data prepar' (did you mean 'data prepare'?): spherelm --help lists them"),
         (["xyz", "--help"], "no command 'xyz': spherelm --help lists them"),
         (["train", "--arm", "ngtp"], "--arm: 'ngtp' is not one of gpt, ngpt (did you mean 'ngpt'?); see spherelm train --help"),
-        (["train", "--steps", "many"], "--steps: 'many' is no whole number; see spherelm train --help"),
+        (["train", "--steps", "many"], "--steps: 'many' is not a valid whole number; see spherelm train --help"),
         (["list", "preset"], "WHAT: 'preset' is not one of presets, recipes, fields, tasks (did you mean 'presets'?); see "
          "spherelm list --help"),
         (["compare"], "the following arguments are required: --out; see spherelm compare --help"),
@@ -115,7 +117,7 @@ def test_the_version_is_said(command: commands.Command) -> None:
 
 def test_defaults_are_shown_with_their_values(command: commands.Command) -> None:
     page = plain(command("generate", "--help").out)
-    for text in ("(default: 100)", "(default: 0.8)", "(default: 50)"):
+    for text in ("(default: 1)", "(default: 0.8)", "(default: 50)"):
         assert text in page
 
 
@@ -360,7 +362,7 @@ def test_compare_passes_on_what_was_asked(
         preset="p", recipe="r", data="d", seeds=3, quick=True, steps=2, seq_len=16, batch_size=2, lr_gpt=0.1,
         lr_ngpt=0.2, dtype="float32", compile=False,
     )  # fmt: skip
-    assert answer.out.splitlines() == [f"What {tmp_path} says.", f"The page: {tmp_path / 'page.html'}"]
+    assert answer.out.splitlines() == [f"What {tmp_path} says.", f"The page: {tmp_path / 'report.html'}"]
 
 
 def test_sweep_passes_on_what_was_asked(
@@ -466,7 +468,7 @@ def test_training_that_diverges_is_code_1(command: commands.Command, data: Path,
     assert answer.code == 1
     assert answer.out == ""
     assert re.fullmatch(
-        r"spherelm: .*run: the (loss|gradient norm|validation loss) is nan at step \d \(.*\): lower --lr or look at .*",
+        r"spherelm: .*run: the (loss|gradient norm|validation loss) is nan at step \d \(.*\): lower --lr or check .*",
         answer.err.splitlines()[-1],
     )
 

@@ -149,8 +149,8 @@ def test_a_whole_config_may_be_yaml(tmp_path: Path, command: commands.Command, a
     ("name", "text", "said"),
     [
         ("run.yaml", "arm: gpt\narm: ngpt", "duplicate key"),
-        ("run.json", '{"arm": "gpt", "arm": "ngpt"}', "'arm' stands twice"),
-        ("run.yaml", "arm: gpt\nsteps: 3\ntrain: {steps: 4}", "steps stands there twice"),
+        ("run.json", '{"arm": "gpt", "arm": "ngpt"}', "'arm' occurs twice"),
+        ("run.yaml", "arm: gpt\nsteps: 3\ntrain: {steps: 4}", "steps is set twice"),
         ("run.yaml", "arm: gpt\nstepz: 3", "did you mean 'steps'?"),
         ("run.yaml", "arm: gpt\ntrain: {keep: 0}", "keep must be more than 0, got 0"),
         ("run.yml", "arm: [gpt", "(line 2)"),

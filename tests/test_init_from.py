@@ -57,7 +57,7 @@ def test_a_resumed_run_needs_its_directory_alone(command: commands.Command, data
     for asked, said in (
         (["--resume", run, "--preset", "1m"], "--preset has no effect with --resume"),
         (["--resume", run, "--seed", 1], "train.seed is 0 there and 1 now"),
-        (["--resume", run, "--steps", 3], "schedule=linear would have given"),
+        (["--resume", run, "--steps", 3], "with schedule=linear"),
         (["--resume", tmp_path], f"holds 1 run and is none itself: give {run}"),
         (["--resume", run, "--out", tmp_path], "leave out --out"),
         (["--resume"], "no directory is given"),

@@ -466,7 +466,7 @@ def test_bad_input(tmp_path: Path, settings: dict[str, Any], problem: str) -> No
 def test_progress_is_on_stderr(inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(inputs, tmp_path / "out", "bytes", progress=True)
     out, err = capsys.readouterr()
-    assert (out, "tokenizing: 100%" in err) == ("", True)
+    assert (out, "tokenizing" in err) == ("", True)
     prepare(inputs, tmp_path / "silent", "bytes")
     assert capsys.readouterr() == ("", "")
 

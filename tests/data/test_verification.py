@@ -40,7 +40,7 @@ def test_whole_data_are_said_to_be_so(command: commands.Command, tmp_path: Path)
 def test_without_a_directory_there_is_nothing_to_do(command: commands.Command) -> None:
     answer = command("data", "verify")
     assert answer.code == 2
-    assert answer.err == "spherelm: no data directory is named: give at least one\n"
+    assert answer.err == "spherelm: the following arguments are required: DIR; see spherelm data verify --help\n"
 
 
 @pytest.mark.parametrize("damage", ["train-00000.bin", "val-00000.bin", "pairs", "missing", "tokenizer"])

@@ -118,7 +118,7 @@ def test_what_cannot_be_is_one_line(
         ([run, "--perplexity", text, "--json", taken], "taken.json already exists: choose another --json"),
         ([run, "--json", tmp_path / "no" / "a.json"], "no for --json: make it, or choose another"),
         ([run, "--lengths", "16"], "--lengths acts only with --perplexity: give both"),
-        ([run, "--perplexity", text, "--lengths", "a,b"], "--lengths: 'a' is no whole number"),
+        ([run, "--perplexity", text, "--lengths", "a,b"], "--lengths: 'a' is not a valid whole number"),
         ([run, "--perplexity", text, "--lengths", "24,64"], "lengths 24 does not divide 64"),
         ([run, "--perplexity", text, "--lengths", "4096"], "no document has the 4097 tokens"),
         ([run, "--perplexity", text, "--rope-scaling", "yarn"], "'yarn' is not a way to scale positions"),

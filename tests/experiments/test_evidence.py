@@ -58,10 +58,10 @@ def test_points_come_cheapest_first() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sizes": ("huge",)}, "unknown size 'huge': choose among demo"),
+        ({"sizes": ("huge",)}, "unknown size 'huge': choose one of demo"),
         ({"sizes": ("0.3m", "pairs")}, "'pairs' has another architecture than the contenders, .*: take another"),
         ({"sizes": ("hybrid",)}, "'hybrid' has another architecture than the contenders"),
-        ({"contenders": ("bert",)}, "unknown contender 'bert': choose among gpt-law"),
+        ({"contenders": ("bert",)}, "unknown contender 'bert': choose one of gpt-law"),
         ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
         ({"budgets": (0.0,)}, "budgets.0 must be more than 0"),
         ({"budgets": (math.inf,)}, "budgets.0 must be a finite number"),

@@ -192,6 +192,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             done.append(job.out.name)
         return losses
 
+    monkeypatch.setattr(module, "say_before", lambda *_: None)
     monkeypatch.setattr(module, "run_jobs", run)
     monkeypatch.setattr(module, "open_data", lambda config: SimpleNamespace(identity={"train": config.data}))
     return done
@@ -280,6 +281,7 @@ def test_the_varied_fields_reach_their_configs(tmp_path: Path, monkeypatch: pyte
         seen.extend(jobs)
         return [1.0] * len(jobs)
 
+    monkeypatch.setattr(module, "say_before", lambda *_: None)
     monkeypatch.setattr(module, "run_jobs", record)
     choice = {"arm": "ngpt", "alpha.init": 0.3, "batch_size": 8, "grad_clip": 0.5, "d_model": 64, "lr": 0.02}
     sweep([choice], 2, tmp_path, vocab_size=99, data="d", workers=3)

@@ -262,7 +262,7 @@ def test_a_comparisons_page_links_the_walk(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "no run is named: give directories of spherelm train or compare"),
+        ([], "the following arguments are required: RUN"),
         (["nowhere"], "there is no directory nowhere: give the path of a run"),
         (["."], "holds no run: give a directory that spherelm train wrote"),
         (["RUN", "--tokens", "1"], "tokens must be at least 2, got 1"),

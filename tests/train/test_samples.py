@@ -301,9 +301,9 @@ def test_stopping_a_text_goes_on_with_the_next(
     [
         ([], "give exactly one of --prompt, --prompts and --interactive"),
         (["--prompt", "a", "--interactive"], "give exactly one of --prompt, --prompts and --interactive"),
-        (["--interactive", "--json"], "--json does nothing beside --interactive: leave one of them out"),
-        (["--interactive", "--samples", 2], "--samples does nothing beside --interactive: leave one of them out"),
-        (["--interactive", "--window"], "--window does nothing beside --interactive: leave one of them out"),
+        (["--interactive", "--json"], "--json has no effect with --interactive: leave one of them out"),
+        (["--interactive", "--samples", 2], "--samples has no effect with --interactive: leave one of them out"),
+        (["--interactive", "--window"], "--window has no effect with --interactive: leave one of them out"),
         (["--prompt", "a", "--max-new-tokens", -1], "max_new_tokens must not be negative, got -1"),
         (["--prompt", "a", "--samples", 0], "samples must be at least 1, got 0"),
         (["--prompt", "a", "--stop", ""], "a stop string is empty: give at least one character"),
