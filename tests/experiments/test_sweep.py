@@ -21,6 +21,7 @@ from spherelm.experiments.record import Run
 from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, sweep, table
 from spherelm.recipes.written import parse_axis, parse_fields
 from spherelm.report.sweep_page import Row, label, limits, varying, write_page
+from spherelm.runs.config import to_dict
 from spherelm.runs.metrics import read_metrics
 
 
@@ -186,7 +187,8 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         losses = [job.config.optim.lr + job.config.train.seed / 10 for job in jobs]
         for job, loss in zip(jobs, losses, strict=True):
             job.out.mkdir(exist_ok=True, parents=True)
-            (job.out / "config.json").write_text(json.dumps({"data_identity": {"train": job.config.data}}))
+            record = to_dict(job.config) | {"data_identity": {"train": job.config.data}}
+            (job.out / "config.json").write_text(json.dumps(record))
             position = {"step": 1, "tokens": 10, "seconds": 1.0}
             (job.out / "metrics.jsonl").write_text(json.dumps({"kind": "val", **position, "loss": loss}) + "\n")
             done.append(job.out.name)
