@@ -143,7 +143,7 @@ def wait_for(server: subprocess.Popen[bytes], seconds: float) -> None:
 
 def ask_server(folder: Path, prompt: str) -> dict[str, Any]:
     """One request to `vllm serve`, as the model's card has it; the server is stopped afterwards."""
-    command = [sys.executable, "-c", VLLM, "serve", str(folder), "--trust-remote-code"]
+    command = [sys.executable, "-c", VLLM, "serve", str(folder), "--trust-remote-code", "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(PORT), "--served-model-name", folder.name, "--enforce-eager"]
     surroundings = {name: value for name, value in os.environ.items() if name not in HERE}
     server = subprocess.Popen(command, env=surroundings)
