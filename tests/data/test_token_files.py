@@ -271,7 +271,7 @@ def damaged(directory: Path, name: str, change: Callable[[bytes], bytes]) -> Pat
         ("megatron", "train.bin", lambda data: data[:-2], r"not as long as train\.idx says"),
         ("megatron", "train.idx", lambda data: data[:-1], "is not a Megatron index, is cut off"),
         ("megatron", "train.idx", lambda data: data[:20], "is not a Megatron index, is cut off"),
-        ("megatron", "train.idx", lambda data: data[:17] + b"\6" + data[18:], "numbers of kind 6 are no token ids"),
+        ("megatron", "train.idx", lambda data: data[:17] + b"\6" + data[18:], "numbers of kind 6 are not token ids"),
         ("megatron", "train.idx", lambda data: data[:282] + b"\7" + data[283:], "are not stored one after another"),
     ],
 )  # fmt: skip
