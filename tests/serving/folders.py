@@ -2,7 +2,8 @@
 
 .venv/bin/python tests/serving/folders.py build/serving [--runs runs/demo]
 
-Without `--runs` it trains a GPT and an nGPT at the preset `demo`, a few minutes each.
+Folders are written anew, from the code as it is. Without `--runs` a GPT and an nGPT are trained at the preset `demo`, a few
+minutes each; these runs stay in `build/serving/runs`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import shutil
 import subprocess
 import sys
 from importlib import resources
@@ -69,11 +71,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--runs", type=Path, help="with trained runs gpt-0 and ngpt-0")
     args = parser.parse_args()
+    for old in (*args.out.glob("*-*"), args.out / "prompts.json"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.out / "prompts.json").exists():  # written last
-        make_trained(args.out, args.runs)
-        make_random(args.out)
-        (args.out / "prompts.json").write_text(json.dumps(prompts()), encoding="utf-8")
+    make_trained(args.out, args.runs)
+    make_random(args.out)
+    (args.out / "prompts.json").write_text(json.dumps(prompts()), encoding="utf-8")
 
 
 if __name__ == "__main__":
