@@ -228,6 +228,7 @@ def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_p
     for name in ("one", "two"):
         train(tiny.run_config("ngpt", good_data, steps=1), tmp_path / "runs" / name, show_progress=False)
     runs, text = tmp_path / "runs", good_data.parent / "val.txt"
+    (runs / "config.json").write_text("{}")  # as compare and sweep have one beside their runs
     for words in (
         ["generate", runs, "--prompt", "a"],
         ["generate", runs, "--interactive"],

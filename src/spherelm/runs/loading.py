@@ -45,9 +45,9 @@ def no_run(path: Path) -> NotFoundError:
         return NotFoundError(
             f"{path} is an exported model, not a run: make a run of it by spherelm import hub {path} OUT"
         )
-    if (path / "config.json").is_file():
-        return NotFoundError(f"the run {path} has no checkpoint yet: train on by spherelm train --resume {path}")
     runs = [str(one) for pattern in ("*", "*/*") for one in sorted(path.glob(pattern)) if latest_checkpoint(one)]
+    if not runs and (path / "config.json").is_file():
+        return NotFoundError(f"the run {path} has no checkpoint yet: continue it by spherelm train --resume {path}")
     if not runs:
         return NotFoundError(f"{path} holds no run: give a directory that spherelm train wrote")
     which = "one of them, " if len(runs) > 1 else ""
