@@ -102,7 +102,7 @@ def test_a_stream_only_goes_forward(folder: Path) -> None:
     ours = loader(folder)
     for step in range(9):
         ours.batch(step)
-    with pytest.raises(ValueError, match="a stream only goes forward"):
+    with pytest.raises(ValueError, match="a stream only moves forward"):
         ours.batch(0)
     state = ours.state(9)
     with pytest.raises(ValueError, match=r"shuffled 10 windows at a time, now it is 20"):

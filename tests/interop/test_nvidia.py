@@ -37,6 +37,7 @@ from spherelm.optim import OptimConfig, build_optimizer, rules
 from spherelm.optim.groups import parameter_groups
 from spherelm.runs import checkpoint as saved
 from spherelm.runs.config import read_config
+from spherelm.runs.loading import load_model
 
 both_arms = pytest.mark.parametrize("arm", golden.ARMS)
 EXPECTED = {"nvidia": "expected", "standard": "oracle"}
@@ -679,7 +680,7 @@ def test_import_writes_a_run_directory(use_ngpt: int, rope: str, save: Save, com
     assert f"departure from the sphere {departure(load_checkpoint(path, rope)):.1e}" in answer.out + answer.err
     wanted, tokens = load_checkpoint(path, rope), torch.randint(300, (2, 9))
     for run in (out, out / "checkpoints" / "step-00000001"):
-        model = saved.load_model(run)
+        model = load_model(run)
         assert model.config == wanted.config
         assert torch.equal(model(tokens), wanted(tokens))
     config = read_config(out / "config.json")
@@ -700,7 +701,7 @@ def test_import_keeps_the_moments_where_asked(save: Save, command: Command, tmp_
     path, out = save(their_content()), tmp_path / "run"
     assert command("import", "nvidia", path, out, "--moments").code == 0
     read = read_checkpoint(path)
-    model = saved.load_model(out)
+    model = load_model(out)
     optimizer = build_optimizer(model, read_config(out / "config.json").optim)
     progress = saved.load_checkpoint(out / "checkpoints" / "step-00000001", model, optimizer)
     assert progress.step == 1
