@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from types import SimpleNamespace
 
@@ -112,14 +113,18 @@ def test_bytes_are_counted_in_their_units(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is written there afterwards goes nowhere: its descriptor, a pipe without a reader, is replaced."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(5, "Input/output error")
 
         def fileno(self) -> int:
-            return nowhere
+            return writer
 
-    with open("/dev/null", "w", encoding="utf-8") as file:
-        nowhere = file.fileno()
-        monkeypatch.setattr(sys, "stderr", Gone())
-        say("into the void")
+    monkeypatch.setattr(sys, "stderr", Gone())
+    say("into the void")
+    assert os.write(writer, b"more") == 4
+    os.close(writer)
