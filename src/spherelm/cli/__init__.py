@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
 """Every command by its whole name, in the order in which `--help` lists them."""
 
 ALSO = {"presets": ["list", "presets"], "recipes": ["list", "recipes"]}
-"""Groups of commands whose names have two words."""
+"""Short names of a command with its first argument."""
 
 
 def run(words: Sequence[str]) -> None:

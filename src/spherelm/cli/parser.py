@@ -101,7 +101,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, or, where `place` is set, a word by its place.
+    """A flag, or, where `notes` has `POSITIONAL`, a word by its place.
 
     parameter: of the command, which takes the value; or, under the key `field`, a mapping of values. kind: of a value, or of
     each of a list: int, float, str, bool, Path or a `Literal`. default: as --help shows it. notes: see `POSITIONAL` and
