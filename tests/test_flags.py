@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 
+import spherelm.data.text_files  # noqa: F401, before tests replace the functions that it imports
 from spherelm import cli
 from spherelm.cli.parser import POSITIONAL, flags_of, parse
 from spherelm.data.sources import parse_data

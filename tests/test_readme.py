@@ -24,6 +24,7 @@ import torch
 from commands import Command, replaced
 from test_docs import PAGES, ROOT, name_of
 
+import spherelm.data.text_files  # noqa: F401, before tests replace the functions that it imports
 from spherelm import GPT, NGPT, departure
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.loader import Loader
