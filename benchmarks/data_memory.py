@@ -1,10 +1,11 @@
-"""Memory of `spherelm data prepare`, of the loaders and of direct streaming while they go through more than 1 GB of tokens.
+"""Memory of `spherelm data prepare`, of the loaders and of direct streaming while they go through more
+than 1 GB of tokens.
 
 python benchmarks/data_memory.py --json docs/results/data.json
 
 The shipped text is cut into documents and repeated, each time with a number in front, and one document in ten once more
-without, for --deduplicate to find. Memory is what a process holds for itself (Anonymous in /proc/PID/smaps_rollup); pages
-of files that the system keeps because nobody else needs the room (the shards, read by memory map) are not in it.
+without, for --deduplicate to find. Memory is what a process holds for itself (Anonymous in /proc/PID/smaps_rollup);
+pages of files that the system keeps because nobody else needs the room (the shards, read by memory map) are not in it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Decoding: tokens per second of GPT, of nGPT with its scales folded into the matrices and without, and of a Llama as large.
+"""Decoding: tokens per second of GPT, of nGPT with its scales folded into the matrices and without,
+and of a Llama as large.
 
 python benchmarks/generate.py --json docs/results/generate.json
 
-All models have the same shape and random weights: greedy decoding takes the same time whatever the weights are. The Llama is
-`transformers.LlamaForCausalLM` (separate q, k, v, as published), in the leanest loop that is fair: its own forward pass, a
-cache of its own, `logits_to_keep=1`, argmax; not its `generate`, which does more and takes longer (`llama generate` says how
-much). What is timed: `--new` tokens after a prompt of `--prompt`, whose reading is not. The contestants take turns in one
-process, every one once a round; rates are medians over rounds, ratios medians of the rounds' own ratios. On one thread
-(`--threads 1`, the default) time is the processor time of this process, which other work on the machine hardly touches; on
-more threads it is the clock on the wall.
+All models have the same shape and random weights: greedy decoding takes the same time whatever the weights are. The
+Llama is `transformers.LlamaForCausalLM` (separate q, k, v, as published), in the leanest loop that is fair: its own
+forward pass, a cache of its own, `logits_to_keep=1`, argmax; not its `generate`, which does more and takes longer
+(`llama generate` says how much). What is timed: `--new` tokens after a prompt of `--prompt`, whose reading is not. The
+contestants take turns in one process, every one once a round; rates are medians over rounds, ratios medians of the
+rounds' own ratios. On one thread (`--threads 1`, the default) time is the processor time of this process, which other
+work on the machine hardly touches; on more threads it is the clock on the wall.
 """
 
 from __future__ import annotations

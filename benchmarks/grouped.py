@@ -2,8 +2,8 @@
 
     python benchmarks/grouped.py --json docs/results/grouped.json
 
-Forward and backward of `spherelm.layers.grouped.grouped_product` on one thread; milliseconds, medians of rounds in turn: as it
-is, without the rows of zeros that keep lengths few, and in float32.
+Forward and backward of `spherelm.layers.grouped.grouped_product` on one thread; milliseconds, medians of rounds in
+turn: as it is, without the rows of zeros that keep lengths few, and in float32.
 """
 
 from __future__ import annotations

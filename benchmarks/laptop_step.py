@@ -4,14 +4,15 @@ python benchmarks/laptop_step.py step muon --json docs/results/laptop.json
 python benchmarks/laptop_step.py step muon --other OTHER_CHECKOUT/src
 python benchmarks/laptop_step.py threads dtype dtype-compiled cold ladder
 
-Each of what is compared is a process of its own with a model of the demo's shape (4 layers, 128 wide, 4 sequences of 256,
-vocabulary 4096) or, for `ladder`, of the preset 0.3m; they take turns, a few steps at a time, and ratios are medians over the
-turns. --other: the src of another checkout, whose figures stand beside as "other". On one thread time is the processor's, which
-other work touches little; else the clock's.
+Each of what is compared is a process of its own with a model of the demo's shape (4 layers, 128 wide, 4 sequences of
+256, vocabulary 4096) or, for `ladder`, of the preset 0.3m; they take turns, a few steps at a time, and ratios are
+medians over the turns. --other: the src of another checkout, whose figures stand beside as "other". On one thread time
+is the processor's, which other work touches little; else the clock's.
 
-step: nGPT over GPT, and each over its own products, which are recorded and timed alone, in their shapes (the optimizer's and
-attention's are not among them). muon: its part of a step. threads: the number that a run chooses, with and without another
-program on one core, over one thread alone. dtype: "auto" over the better format. cold: seconds of compiling with empty caches.
+step: nGPT over GPT, and each over its own products, which are recorded and timed alone, in their shapes (the
+optimizer's and attention's are not among them). muon: its part of a step. threads: the number that a run chooses, with
+and without another program on one core, over one thread alone. dtype: "auto" over the better format. cold: seconds of
+compiling with empty caches.
 ladder: tokens a second of a compiled step of 0.3m on two threads.
 """
 
@@ -112,7 +113,9 @@ def child(asked: dict[str, Any]) -> None:
 
 
 def chooser(steps: Any) -> Callable[[], None]:
-    """A callable that sets the number of threads as a run does at its start; it does nothing in code that does not choose."""
+    """A callable that sets the number of threads as a run does at its start;
+    it does nothing in code that does not choose.
+    """
     try:
         from spherelm.train.rehearsal import matrices
         from spherelm.train.threads import Rehearsal, Threads
@@ -210,7 +213,9 @@ def muon(sources: dict[str, Path], turns: int) -> dict[str, Any]:
 
 
 def threads(sources: dict[str, Path], turns: int) -> dict[str, Any]:
-    """Seconds of a step of nGPT over those of one thread alone; the number is chosen when the other program comes or goes."""
+    """Seconds of a step of nGPT over those of one thread alone;
+    the number is chosen when the other program comes or goes.
+    """
     with ExitStack() as stack:
         models = {"one thread": stack.enter_context(Child(OWN, "ngpt", threads=1))}
         models |= {"two threads": stack.enter_context(Child(OWN, "ngpt", threads=2))}

@@ -1,10 +1,12 @@
-"""The most memory that the tensors of a training step hold at once, in both arms, compiled and not: counted, not sampled.
+"""The most memory that the tensors of a training step hold at once, in both arms, compiled and not:
+counted, not sampled.
 
     python benchmarks/memory.py --shape 12,512,8,1024,4,32000 --dtype bfloat16 --json docs/results/memory.json
 
-Torch's profiler notes every allocation and release with the total since it began. "held" is what weights and the optimizer's
-moments hold between steps, "step" what a step needs at its peak beyond that: activations, gradients and buffers. Resident
-memory, which `spherelm bench` reports, holds besides these the interpreter, the libraries and what the allocator keeps.
+Torch's profiler notes every allocation and release with the total since it began. "held" is what weights and the
+optimizer's moments hold between steps, "step" what a step needs at its peak beyond that: activations, gradients and
+buffers. Resident memory, which `spherelm bench` reports, holds besides these the interpreter, the libraries and what
+the allocator keeps.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def peak(step: TimedSteps) -> int:
 
 
 def measure(shape: Shape, dtype: str) -> dict[str, Any]:
-    """MiB by arm, held between steps and needed by a step beyond that, compiled and not; and the arms' sums compared."""
+    """MiB by arm, held between steps and needed by a step beyond that, compiled and not;
+    and the arms' sums compared.
+    """
     result: dict[str, Any] = {"torch": torch.__version__, "shape": asdict(shape), "dtype": dtype}
     for name, compiled in (("uncompiled", False), ("compiled", True)):
         rows = result[name] = {}

@@ -2,8 +2,8 @@
 
 python benchmarks/numerics.py --json docs/results/numerics.json
 
-The relative error of a tensor is ||a - b|| / ||b||, b in float32. Both see the same weights and tokens; the weights are those
-of a fresh model after `--steps` float32 updates. For comparison the same of uncompiled bfloat16.
+The relative error of a tensor is ||a - b|| / ||b||, b in float32. Both see the same weights and tokens; the weights
+are those of a fresh model after `--steps` float32 updates. For comparison the same of uncompiled bfloat16.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Loss, perplexity, error of the logits, departure from the sphere and memory of trained models in smaller number formats.
+"""Loss, perplexity, error of the logits, departure from the sphere
+and memory of trained models in smaller number formats.
 
 python benchmarks/quantization.py runs/demo/gpt-0 runs/demo/ngpt-0 --json docs/results/quantization.json
 
-Held-out text: evenly spaced windows of the shipped validation text. In bfloat16 and float16 weights and computation are in
-that format; int8 weights are computed with in float32. "renormalized" puts the rounded vectors back on the sphere: for int8 in
-the step sizes, for the others by `retract`, whose result is rounded again.
+Held-out text: evenly spaced windows of the shipped validation text. In bfloat16 and float16 weights and computation are
+in that format; int8 weights are computed with in float32. "renormalized" puts the rounded vectors back on the sphere:
+for int8 in the step sizes, for the others by `retract`, whose result is rounded again.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The cost of several processes and of checkpoints on this machine: strong scaling, and seconds of training lost per save.
+"""The cost of several processes and of checkpoints on this machine:
+strong scaling, and seconds of training lost per save.
 
 python benchmarks/scaling.py --json docs/results/scaling.json
 
-Scaling: the same updates by one process on 2 threads, by two processes of one thread each under torchrun (whole copies, and
-parts), in turn for several rounds; the ratio is of a round's median step times. Saving: `Trainer` steps with and without a
-checkpoint now and then, in turn; what a save costs is how much longer the steps took in all, and how long the step that asked
-for it was held up. All on the shipped text.
+Scaling: the same updates by one process on 2 threads, by two processes of one thread each under torchrun (whole copies,
+and parts), in turn for several rounds; the ratio is of a round's median step times. Saving: `Trainer` steps with and
+without a checkpoint now and then, in turn; what a save costs is how much longer the steps took in all, and how long the
+step that asked for it was held up. All on the shipped text.
 """
 
 from __future__ import annotations

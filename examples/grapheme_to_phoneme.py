@@ -2,8 +2,9 @@
 
     python examples/grapheme_to_phoneme.py cmudict.dict.gz runs/g2p --arm ngpt --steps 600
 
-One word in twenty, by a hash of its spelling, is held out, so that no pronunciation of a test word is seen in training; half of
-these are for validation, half for the test. Prints phoneme and word error rate; of several pronunciations the nearest counts.
+One word in twenty, by a hash of its spelling, is held out, so that no pronunciation of a test word is seen in training;
+half of these are for validation, half for the test. Prints phoneme and word error rate; of several pronunciations
+the nearest counts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ Words = dict[str, list[str]]
 
 
 def read_dictionary(path: Path) -> Words:
-    """Pronunciations by word: phonemes without stress marks, by spaces. Words with anything but letters and ' are left out."""
+    """Pronunciations by word: phonemes without stress marks, by spaces.
+    Words with anything but letters and ' are left out.
+    """
     words: Words = {}
     for line in read_lines(path):
         word, _, phonemes = line.partition("#")[0].strip().partition(" ")
@@ -52,7 +55,9 @@ def digest(word: str) -> int:
 
 
 def make_data(words: Words, out: Path) -> Path:
-    """The directory of pairs; one token a letter and a phoneme, every pronunciation of a training word a pair of its own."""
+    """The directory of pairs; one token a letter and a phoneme,
+    every pronunciation of a training word a pair of its own.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         chosen = [(word, spoken) for word in words if split_of(word) == split for spoken in words[word]]

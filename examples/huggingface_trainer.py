@@ -1,7 +1,8 @@
-"""nGPT in transformers' Trainer, on a book that ships with spherelm: `python examples/huggingface_trainer.py --steps 200`.
+"""nGPT in transformers' Trainer, on a book that ships with spherelm:
+`python examples/huggingface_trainer.py --steps 200`.
 
-Needs `pip install '.[hf]'` in a clone of spherelm. The wrapped model keeps its weights on the sphere; everything else is
-transformers' own.
+Needs `pip install '.[hf]'` in a clone of spherelm. The wrapped model keeps its weights on the sphere; everything else
+is transformers' own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Evaluates the runs of a comparison: tasks, and perplexity over length. Made docs/results/eval-demo.json and length.json.
+"""Evaluates the runs of a comparison: tasks, and perplexity over length.
+Made docs/results/eval-demo.json and length.json.
 
     python research/evaluate_demo.py lengths runs/demo ../shared/data/books/test-000.jsonl.xz docs/results/length.json
     python research/evaluate_demo.py tasks runs/demo ../shared/data/evals docs/results/eval-demo.json

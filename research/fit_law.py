@@ -2,9 +2,9 @@
 
     python research/fit_law.py
 
-The loss at a point is a parabola in the logarithm of each role's rate. The best rate of a role is a power of updates, tokens
-of an update, width and, for GPT, vocabulary and depth. Everything of an arm is fitted at once, by least squares. Exponents
-that theory or earlier runs name have a prior, as one more residual.
+The loss at a point is a parabola in the logarithm of each role's rate. The best rate of a role is a power of updates,
+tokens of an update, width and, for GPT, vocabulary and depth. Everything of an arm is fitted at once, by least squares.
+Exponents that theory or earlier runs name have a prior, as one more residual.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python research/ladder_summary.py docs/results/ladder-older.json runs/evidence-*.json --out docs/results/ladder.json
 
-Points on the same text stand together, whatever grid they were part of; speedups are looked for among all of them. A summary
-that was written before is taken too; of what was measured twice the last counts.
+Points on the same text stand together, whatever grid they were part of; speedups are looked for among all of them. A
+summary that was written before is taken too; of what was measured twice the last counts.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
     python research/law.py prepare --shared ../shared/data --out data/law
     python research/law.py run test --data data/law --out runs/law --minutes 110
+    python research/law.py run spot --data data/law --out runs/law --minutes 60
     python research/law.py table
     python research/law.py draw
 
-A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of it, the
-cheapest points first; `run fit` moves the rates of single roles at the points of `FIT`. Runs resume, and every finished one is
-a line of docs/results/law.json. `table` prints how far the law's rate is from the best of the three at each point.
+A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of
+it, the cheapest points first; `run spot` moves the rate of one role at a time at the points of `SPOT`, and `run fit` at
+those of `FIT`. Runs resume, and every finished one is a line of docs/results/law.json. `table` prints how far the law's
+rate is from the best of the three at each point.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "law.json"
 
 @dataclass(frozen=True)
 class Point:
-    """A shape, a text and a length. tokens: of an update. vocabulary: 256, 4k or 32k, of the tokenizers of `prepare`."""
+    """A shape, a text and a length. tokens: of an update. vocabulary: 256, 4k or 32k, of the tokenizers of
+    `prepare`.
+    """
 
     d_model: int
     n_layers: int
@@ -94,13 +98,25 @@ FIT = (
 )
 """Points that the constants were fitted on: a center, and from it one step in each direction."""
 
-ROLES = {"matrix": "matrix_rate", "input": "input_embedding_rate", "output": "output_embedding_rate"}
+SPOT = (TEST[7], TEST[6], TEST[9], TEST[2])
+"""Points of `TEST` where each role's rate is moved alone."""
+
+ROLES = {
+    "matrix": ("matrix",),
+    "input": ("input_embedding",),
+    "output": ("output_embedding",),
+    "vector": ("scale", "gain"),
+}
+"""What the law gives a rate of its own, and the optimizer's names for it. Vectors: learned scales and gains of
+norms.
+"""
 
 
 def wanted(kind: str) -> Iterator[tuple[Point, str, str, float]]:
     """(point, arm, role, factor) of each run, the cheapest points first; the role "all" is the peak rate."""
     roles = ("all",) if kind == "test" else tuple(ROLES)
-    for point in sorted(TEST if kind == "test" else FIT, key=lambda point: point.cost):
+    points = {"test": TEST, "fit": FIT, "spot": SPOT}[kind]
+    for point in sorted(points, key=lambda point: point.cost):
         for arm in ("gpt", "ngpt"):
             yield point, arm, "all", 1.0
             yield from ((point, arm, role, factor) for role in roles for factor in (0.5, 2.0))
@@ -113,14 +129,14 @@ def run_of(point: Point, arm: str, role: str, factor: float, data: Path) -> Any:
     fields: dict[str, Any] = {
         "d_model": point.d_model, "n_heads": max(1, point.d_model // 64), "n_layers": point.n_layers, "steps": point.steps,
         "seq_len": point.context, "batch_size": max(1, point.tokens // point.context), "eval_every": 0,
-        "compile": point.steps > 5000, "threads": 1,
+        "compile": point.steps * point.tokens > 2**21, "threads": 1,
         "eval_windows": 32768 // point.context, "stop_above": math.log(size) + 1, "save_every": 10**9,
     }  # fmt: skip
     lawful = make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields)
     if role == "all":
         return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, lr=lawful.optim.lr * factor)
-    own = getattr(lawful.optim.multipliers, ROLES[role].removesuffix("_rate"))
-    return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, **{ROLES[role]: own * factor})
+    moved = {f"{name}_rate": getattr(lawful.optim.multipliers, name) * factor for name in ROLES[role]}
+    return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, **moved)
 
 
 def work(asked: argparse.Namespace, jobs: Any, lock: Any) -> None:
@@ -258,7 +274,7 @@ def main() -> None:
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(do=prepare)
     one = commands.add_parser("run")
-    one.add_argument("kind", choices=["test", "fit"])
+    one.add_argument("kind", choices=["test", "fit", "spot"])
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--minutes", type=float, default=110.0)

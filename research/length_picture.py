@@ -35,7 +35,9 @@ def losses(found: dict[str, Any], arm: str, seed: int, way: str, windows: str = 
 
 
 def table(found: dict[str, Any], lengths: list[int]) -> str:
-    """A line an arm and way: the mean over seeds at the first length, and by how much it changes from there as trained."""
+    """A line an arm and way: the mean over seeds at the first length,
+    and by how much it changes from there as trained.
+    """
     head = ["arm", "positions", f"loss at {lengths[0]}", *(f"at {length:,}" for length in lengths[1:])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in ARMS:

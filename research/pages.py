@@ -3,8 +3,8 @@
     python research/pages.py            # rewrites what changed and names it
     python research/pages.py --check    # only names it, and ends with code 1
 
-A page holds `<!-- results:NAME -->` and `<!-- end:NAME -->`; what stands between them is `PARTS[NAME]()`. New results come from
-the commands that the pages give; the scripts beside this one draw the pictures.
+A page holds `<!-- results:NAME -->` and `<!-- end:NAME -->`; what stands between them is `PARTS[NAME]()`. New results
+come from the commands that the pages give; the scripts beside this one draw the pictures.
 """
 
 from __future__ import annotations

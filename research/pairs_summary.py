@@ -1,9 +1,10 @@
-"""Where pairs of a normalized model and its baseline ended, as one JSON: what sweeps, benches and perplexities over length say.
+"""Where pairs of a normalized model and its baseline ended, as one JSON:
+what sweeps, benches and perplexities over length say.
 
     python research/pairs_summary.py --sweeps pairs/* --benches bench/*.json --lengths lengths/*.json --out hybrid.json
 
-Sweeps are directories of `spherelm sweep`; benches what `spherelm bench --json` wrote; lengths what `spherelm eval --perplexity
---json` wrote.
+Sweeps are directories of `spherelm sweep`; benches what `spherelm bench --json` wrote; lengths what
+`spherelm eval --perplexity --json` wrote.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Print the table of docs/scale.md: what an update of nGPT 1B at 4k would cost on 8, 64 and 512 GPUs. Nothing is measured.
+"""Print the table of docs/scale.md: what an update of nGPT 1B at 4k would cost on 8, 64 and 512 GPUs.
+Nothing is measured.
 
     python research/predict_scale.py
 
-Operations and memory are counted from the model's code as `spherelm train --dry-run` does; bytes sent follow from the size of
-the weights; rates are those of data sheets.
+Operations and memory are counted from the model's code as `spherelm train --dry-run` does; bytes sent follow from the
+size of the weights; rates are those of data sheets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ NODE = 8
 """GPUs of a node."""
 
 NVLINK, NETWORK = 450e9, 50e9
-"""Bytes a second that one GPU sends within its node (NVLink 4) and out of it (InfiniBand at 400 Gbit/s, one port a GPU)."""
+"""Bytes a second that one GPU sends within its node (NVLink 4) and out of it (InfiniBand at 400
+Gbit/s, one port a GPU).
+"""
 
 FLOAT32 = 4
 
@@ -46,7 +49,9 @@ def ring(size: float, members: int) -> float:
 
 
 def traffic(strategy: str, gpus: int, weights: float, micro_batches: int) -> Traffic:
-    """Traffic of an update: gradients are summed once; a model in parts is gathered forward and backward each micro-batch."""
+    """Traffic of an update: gradients are summed once;
+    a model in parts is gathered forward and backward each micro-batch.
+    """
     gathers = 2 * micro_batches
     if strategy == "hybrid":
         within = (gathers + 1) * ring(weights, NODE)
@@ -78,7 +83,9 @@ def row(config: RunConfig, gpus: int, strategy: str) -> str:
 
 
 def retraction_bytes(config: RunConfig) -> int:
-    """Numbers that all ranks would have to sum after each update if matrices with unit columns were cut across these."""
+    """Numbers that all ranks would have to sum after each update if matrices with unit columns were
+    cut across these.
+    """
     with torch.device("meta"):
         model = build(config.model)
     return sum(FLOAT32 * module.weight.shape[1] for _, module, axis in unit_modules(model) if axis == 0)

@@ -1,9 +1,10 @@
-"""The validations of every run below directories of `spherelm evidence`, `compare` and `sweep`, as one file of JSON lines, xz.
+"""The validations of every run below directories of `spherelm evidence`, `compare` and `sweep`,
+as one file of JSON lines, xz.
 
     python research/run_logs.py runs/* --out docs/results/run-logs.jsonl.xz
 
-A line a run: its name and directory, what it was made with, the text's hashes, and every validation as [step, tokens, seconds,
-nats]. The runs' own logs, which also have every update, are 200 times as large.
+A line a run: its name and directory, what it was made with, the text's hashes, and every validation as [step, tokens,
+seconds, nats]. The runs' own logs, which also have every update, are 200 times as large.
 """
 
 from __future__ import annotations

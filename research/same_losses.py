@@ -1,13 +1,15 @@
-"""Record the losses of short seeded runs of every architecture, optimizer and recipe, and compare them after a refactor.
+"""Record the losses of short seeded runs of every architecture, optimizer and recipe,
+and compare them after a refactor.
 
-    python research/same_losses.py record DIR [WORD ...]     # writes DIR/losses.json and the initial weights of each run
-    python research/same_losses.py compare DIR [WORD ...]    # trains again and asks for the same losses, to the last bit
+    python research/same_losses.py record DIR [WORD ...]     # writes DIR/losses.json and the initial weights of each
+    run python research/same_losses.py compare DIR [WORD ...]    # trains again and asks for the same
+    losses, to the last bit
 
 With words, only the runs whose names hold one of them. The names of arms are those of version 0.1.0.
 
-Both sum the gradient norm in an order that does not depend on the order of parameters, and the second one starts from the
-weights that the first one wrote, so that neither the order of parameters nor that of random draws matters. A run whose own
-draws are unchanged is also counted. Everything runs on one thread.
+Both sum the gradient norm in an order that does not depend on the order of parameters, and the second one starts from
+the weights that the first one wrote, so that neither the order of parameters nor that of random draws matters. A run
+whose own draws are unchanged is also counted. Everything runs on one thread.
 """
 
 from __future__ import annotations

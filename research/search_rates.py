@@ -3,8 +3,8 @@
     python research/search_rates.py --arm gpt --data data/tuning --out runs/search --fixed lr=2e-3 --start gain_rate=8
 
 Each field in turn is multiplied and divided by its factor as long as that is better; `--turns` times around, or until
-`--evaluations` runs are done. What is done already is taken as it is. Writes `OUT/ARM-NAME.json` with every run in the order it
-was tried. The validation text of `--data` chooses, so something else has to decide.
+`--evaluations` runs are done. What is done already is taken as it is. Writes `OUT/ARM-NAME.json` with every run in the
+order it was tried. The validation text of `--data` chooses, so something else has to decide.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from spherelm.runs.record import command_line, git_commit, versions, write_json
 
 
 def fixed_fields(words: Sequence[str]) -> dict[str, Any]:
-    """The fields of `--fixed`, including a recipe; `ValueError` for a field that another flag sets and for several values."""
+    """The fields of `--fixed`, including a recipe; `ValueError` for a field that another flag sets
+    and for several values.
+    """
     return parse_fields(words, fixed=FIXED.keys() - {"recipe", "lr"})
 
 
@@ -40,7 +42,9 @@ class Search:
         self.losses: dict[tuple[float, ...], float] = {}
 
     def loss(self, values: Mapping[str, float]) -> float:
-        """The final loss at `values`, trained if it has not been; infinite where it diverged or the runs are used up."""
+        """The final loss at `values`, trained if it has not been;
+        infinite where it diverged or the runs are used up.
+        """
         key = tuple(values.values())
         if key not in self.losses:
             if len(self.losses) >= self.asked.evaluations:
@@ -57,7 +61,9 @@ class Search:
         return self.losses[key]
 
     def along(self, values: dict[str, float], field: str, factor: float) -> dict[str, float]:
-        """The best of `values` with `field` multiplied by powers of `factor`, as far as each is better than the last."""
+        """The best of `values` with `field` multiplied by powers of `factor`,
+        as far as each is better than the last.
+        """
         best = values
         for step in (factor, 1 / factor):
             while self.loss(moved := {**best, field: float(f"{best[field] * step:.3g}")}) < self.loss(best):

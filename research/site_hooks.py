@@ -1,4 +1,5 @@
-"""Additions of `make docs` to the pages of docs/: the reference of commands and of Python, and source files that pages link to.
+"""Additions of `make docs` to the pages of docs/:
+the reference of commands and of Python, and source files that pages link to.
 
 mkdocs calls the functions whose names begin with `on_` (mkdocs.yml).
 """

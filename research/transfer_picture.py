@@ -1,4 +1,5 @@
-"""Loss over peak learning rate, plain nGPT above nuGPT, a column for each of width, budget and depth; and the table of minima.
+"""Loss over peak learning rate, plain nGPT above nuGPT, a column for each of width, budget and depth;
+and the table of minima.
 
     python research/pairs_summary.py --sweeps runs/{width,budget,depth}-{adam,nugpt} --out docs/results/transfer.json
     python research/transfer_picture.py docs/results/transfer.json docs/images/transfer.svg
@@ -53,7 +54,9 @@ def read(path: Path) -> dict[tuple[str, str], Curves]:
 
 
 def drift(found: Curves) -> float | None:
-    """The power of the varied number with which the best rate goes, by least squares; `None` if a minimum is not enclosed."""
+    """The power of the varied number with which the best rate goes, by least squares;
+    `None` if a minimum is not enclosed.
+    """
     best = {value: best_between(points) for value, points in found.items()}
     if None in best.values():
         return None

@@ -1,4 +1,6 @@
-"""Small float64 models of every architecture, the same weights for the oracle, one batch, and what the oracle holds them to."""
+"""Small float64 models of every architecture, the same weights for the oracle, one batch,
+and what the oracle holds them to.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ ORACLES: dict[str, tuple[paper.Forward, paper.Forward]] = {
 
 @dataclass
 class Case:
-    """A model, its weights for the oracle, and a batch in which some targets, and all padding of sources, are ignored."""
+    """A model, its weights for the oracle, and a batch in which some targets,
+    and all padding of sources, are ignored.
+    """
 
     arm: str
     model: Any
@@ -152,7 +156,9 @@ def oracle_shape(config: Config) -> paper.Shape:
 
 
 def disturb(model: nn.Module, arm: str, noise: torch.Generator) -> paper.Params:
-    """Make all gains and scales differ and some alphas negative, so that nothing cancels; the weights for the oracle."""
+    """Make all gains and scales differ and some alphas negative, so that nothing cancels;
+    the weights for the oracle.
+    """
     with torch.no_grad():
         for name, parameter in oracle_parameters(model):
             axis = paper.unit_axis(name)

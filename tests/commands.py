@@ -21,7 +21,9 @@ class Answer:
 
     @property
     def shown(self) -> list[str]:
-        """The lines that are left on a terminal: a progress bar writes over itself, and is wiped out where it says so."""
+        """The lines that are left on a terminal: a progress bar writes over itself,
+        and is wiped out where it says so.
+        """
         lines = [line.rpartition("\r")[2].rstrip() for line in self.err.split("\n")]
         return [line for line in lines if line]
 

@@ -31,6 +31,8 @@ def fields_by_path(config: Any) -> dict[str, Any]:
 
 
 def scales_of(config: Config, *names: str) -> dict[str, tuple[float, float]]:
-    """(init, scale) of the learned scales as the oracle's shapes have them, 0 for a scale of 1/sqrt(d_model); none of a GPT."""
+    """(init, scale) of the learned scales as the oracle's shapes have them,
+    0 for a scale of 1/sqrt(d_model); none of a GPT.
+    """
     specs = {name: getattr(config, name) for name in names if config.arm == "ngpt"}
     return {name: (spec.init, spec.scale or 0.0) for name, spec in specs.items()}

@@ -20,18 +20,21 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Both health checks depend on how busy the machine is, or on which modules happen to be imported, and say nothing of the code.
+# Both health checks depend on how busy the machine is, or on which modules happen to be imported, and say nothing of
+# the code.
 UNHEEDED = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 settings.register_profile(
     "spherelm", deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=UNHEEDED
 )
 settings.load_profile("spherelm")
 
-# A script that puts the tests into the background has them ignore Ctrl-C, and with them every process that they start and stop.
+# A script that puts the tests into the background has them ignore Ctrl-C, and with them every process that they start
+# and stop.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Processes that tests start fail on warnings as tests do, but for deprecations, of which other libraries have many on import.
+# Processes that tests start fail on warnings as tests do, but for deprecations, of which other libraries have many on
+# import.
 os.environ["PYTHONWARNINGS"] = ",".join(f"error::{kind}" for kind in ("UserWarning", "FutureWarning", "RuntimeWarning"))
 
 # The tensors here are tiny: a second thread costs more than it brings, much more when several tests run at once.
@@ -72,7 +75,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`without(library)`: importing it fails, as where it is not installed, though parts of it may be imported already."""
+    """`without(library)`: importing it fails, as where it is not installed,
+    though parts of it may be imported already.
+    """
 
     def without(library: str) -> None:
         real = builtins.__import__
@@ -154,7 +159,9 @@ def mutated_arm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def assert_agree(ours: Tensor, oracle: Tensor, leaves: list[Tensor]) -> None:
-    """Both results, and their gradients with respect to ``leaves`` along a random direction, to 1e-12 of the largest."""
+    """Both results, and their gradients with respect to ``leaves`` along a random direction,
+    to 1e-12 of the largest.
+    """
     assert ours.shape == oracle.shape
     direction = torch.randn_like(oracle)
     pairs = [(ours, oracle)]

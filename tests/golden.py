@@ -23,7 +23,9 @@ ARMS = ("gpt", "ngpt")
 
 @dataclass(frozen=True)
 class Golden:
-    """One arm's files. ``weights``, ``gradients``: float64, by the oracle's names; ``losses [20]``; ``logits [B, T, V]``."""
+    """One arm's files. ``weights``, ``gradients``: float64, by the oracle's names; ``losses [20]``;
+    ``logits [B, T, V]``.
+    """
 
     arm: str
     shape: paper.Shape

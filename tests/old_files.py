@@ -1,4 +1,6 @@
-"""Files as version 0.1.0 wrote them, made of files of today: its configs were flat, its names of parameters the oracle's."""
+"""Files as version 0.1.0 wrote them, made of files of today:
+its configs were flat, its names of parameters the oracle's.
+"""
 
 from __future__ import annotations
 

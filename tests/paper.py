@@ -14,7 +14,8 @@ A set of parameters is ``dict[str, Tensor]``:
 Encoder-decoders add, to the same names for the decoder:
 
     encoder.embed.weight (absent when shared)  encoder.blocks.{i}.* as above  blocks.{i}.cross.{q,k,v,o}.weight
-    EncDec: blocks.{i}.norm_c.weight  encoder.norm.weight        NEncDec: blocks.{i}.alpha_c.value  blocks.{i}.cross.s_qk.value
+    EncDec: blocks.{i}.norm_c.weight  encoder.norm.weight        NEncDec: blocks.{i}.alpha_c.value
+    blocks.{i}.cross.s_qk.value
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Label smoothing (Szegedy et al., arXiv 1512.00567): a target is ``(1 - e) one-hot + e / V``; ``cross_entropy`` at 0."""
+    """Label smoothing (Szegedy et al., arXiv 1512.00567): a target is ``(1 - e) one-hot + e / V``;
+    ``cross_entropy`` at 0.
+    """
     keep = targets != -100
     z, wanted = logits[keep], targets[keep]
     top = z.detach().amax(-1, keepdim=True)
@@ -234,9 +237,9 @@ def ngpt(p: Params, shape: Shape, tokens: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- encoder-decoders
-# No paper writes these down: the Transformer's encoder and decoder (Vaswani et al., arXiv 1706.03762, section 3) with GPT's
-# and nGPT's blocks as above. A source row is [S] ids, negative where there is nothing. Rows are computed one by one, each cut
-# to its real length, so that there is no padding here that could be treated wrongly.
+# No paper writes these down: the Transformer's encoder and decoder (Vaswani et al., arXiv 1706.03762, section 3) with
+# GPT's and nGPT's blocks as above. A source row is [S] ids, negative where there is nothing. Rows are computed one by
+# one, each cut to its real length, so that there is no padding here that could be treated wrongly.
 
 Pairs = tuple[Tensor, Tensor]
 

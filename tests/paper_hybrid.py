@@ -1,13 +1,14 @@
 """The oracle for Mamba-2 and for hybrids: their equations in float64, position by position, beside ``paper.py``.
 
-The recurrence of a state space is written as it is defined (Mamba-2, arXiv 2405.21060, section 2): no chunks, no dual form, one
-head and one row of the batch at a time. Parameters by name:
+The recurrence of a state space is written as it is defined (Mamba-2, arXiv 2405.21060, section 2): no chunks, no dual
+form, one head and one row of the batch at a time. Parameters by name:
 
-    blocks.{i}.attention.* or blocks.{i}.mlp.* as in ``paper.py``; or blocks.{i}.experts.* as in ``paper_moe.py``, with a score
-    bias of 0; or blocks.{i}.mamba.*:
+    blocks.{i}.attention.* or blocks.{i}.mlp.* as in ``paper.py``; or blocks.{i}.experts.* as in ``paper_moe.py``, with
+    a score bias of 0; or blocks.{i}.mamba.*:
     in_proj.weight [projected, d]  out_proj.weight [d, inner]
     ssm.conv_weight [channels, width]  ssm.conv_bias [channels]  ssm.{A_log,D,dt_bias} [heads]
-    Hybrid: blocks.{i}.norm.weight, mixers' norm.weight [inner]  NHybrid: blocks.{i}.alpha.value, mixers' s_mamba.value [1]
+    Hybrid: blocks.{i}.norm.weight, mixers' norm.weight [inner]  NHybrid: blocks.{i}.alpha.value, mixers'
+    s_mamba.value [1]
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The oracle for mixtures of experts: their equations in float64, token by token and expert by expert, beside ``paper.py``.
+"""The oracle for mixtures of experts: their equations in float64, token by token and expert by expert,
+beside ``paper.py``.
 
 No sorting, no groups, no banks in one product. Parameters by name, below a prefix:
 
     router.weight [E, d]  router.score_bias [E]  u.weight, v.weight [E, d_ff, d]  o.weight [E, d, d_ff]
-    on the sphere: s_moe.value [1]  s_u.value, s_v.value [E, d_ff]
-    shared experts: shared.{i}.{u,v,o}.weight, on the sphere shared.{i}.s_{u,v}.value
+    on the sphere: s_moe.value [1]  s_u.value, s_v.value [E, d_ff] shared experts: shared.{i}.{u,v,o}.weight, on the
+    sphere shared.{i}.s_{u,v}.value
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Experts:
-    """``score`` "sigmoid" or "softmax"; ``normalize``: weights of the picked over their sum; ``s_moe``: init and scale."""
+    """``score`` "sigmoid" or "softmax"; ``normalize``: weights of the picked over their sum;
+    ``s_moe``: init and scale.
+    """
 
     top_k: int
     score: str
@@ -38,7 +41,9 @@ def scores(p: paper.Params, prefix: str, how: Experts, x: Tensor) -> Tensor:
 
 
 def picked(p: paper.Params, prefix: str, how: Experts, s: Tensor) -> list[tuple[int, Tensor]]:
-    """The experts with the largest ``score + bias``, and their weights, of which the bias is no part (DeepSeek-V3, eq. 16)."""
+    """The experts with the largest ``score + bias``, and their weights,
+    of which the bias is no part (DeepSeek-V3, eq. 16).
+    """
     biased = (s.detach() + p[prefix + "router.score_bias"]).tolist()
     best = sorted(range(len(biased)), key=lambda e: -biased[e])[: how.top_k]
     total = torch.stack([s[e] for e in best]).sum() if how.normalize else 1.0
@@ -81,8 +86,8 @@ def moe(p: paper.Params, prefix: str, shape: paper.Shape, how: Experts, h: Tenso
 def balance_loss(p: paper.Params, prefix: str, how: Experts, h: Tensor) -> Tensor:
     """Switch Transformer (arXiv 2101.03961), eqs. 4 to 6, without its coefficient: ``E sum_e f_e P_e`` over all tokens.
 
-    Of ``top_k`` choices a token, ``f_e`` is the part that went to ``e``; of sigmoid scores, ``P_e`` is the mean of each over
-    the sum over experts (DeepSeek-V3, eqs. 17 to 20).
+    Of ``top_k`` choices a token, ``f_e`` is the part that went to ``e``; of sigmoid scores, ``P_e`` is the mean of each
+    over the sum over experts (DeepSeek-V3, eqs. 17 to 20).
     """
     n, tokens = len(p[prefix + "router.weight"]), h.reshape(-1, h.shape[-1])
     f, total = [0.0] * n, [torch.zeros((), dtype=h.dtype) for _ in range(n)]

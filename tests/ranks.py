@@ -1,7 +1,7 @@
 """Commands run as torchrun runs them: N processes, each a rank, that meet and exit on their own. Also a program.
 
-Importing torch takes seconds, so one process imports it and forks the ranks of every job given to it; each of them returns
-from this file's last line and ends as any Python program does, which is what their exit codes are about.
+Importing torch takes seconds, so one process imports it and forks the ranks of every job given to it; each of them
+returns from this file's last line and ends as any Python program does, which is what their exit codes are about.
 """
 
 from __future__ import annotations

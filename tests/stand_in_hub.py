@@ -1,4 +1,6 @@
-"""A stand-in for the Hugging Face hub: as much of its HTTP API as pushing a folder and reading it back take, in memory."""
+"""A stand-in for the Hugging Face hub: as much of its HTTP API as pushing a folder
+and reading it back take, in memory.
+"""
 
 from __future__ import annotations
 

@@ -100,7 +100,9 @@ def test_functions_are_short_on_the_whole() -> None:
 
 
 def test_no_forward_reads_a_config() -> None:
-    """A variant is another composition at construction. (transformers' models must ask their config how they are called.)"""
+    """A variant is another composition at construction.
+    (transformers' models must ask their config how they are called.)
+    """
     found = []
     for path, function in nodes(*Functions):
         if getattr(function, "name", "") == "forward" and path.parts[:2] != ("interop", "huggingface"):
@@ -214,7 +216,9 @@ print(json.dumps(result))
 
 
 def test_every_module_needs_the_core_only() -> None:
-    """But `interop.huggingface`, which is nothing without transformers, and the Triton kernels; both say what to install."""
+    """But `interop.huggingface`, which is nothing without transformers, and the Triton kernels;
+    both say what to install.
+    """
     answer = subprocess.run(
         [sys.executable, "-c", BLOCKED, json.dumps(OPTIONAL)], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,6 @@
-"""The command line: names, flags, help, exit codes, and that each command reaches the floor below with what was asked."""
+"""The command line: names, flags, help, exit codes, and that each command reaches the floor below
+with what was asked.
+"""
 
 from __future__ import annotations
 

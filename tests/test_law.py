@@ -59,7 +59,9 @@ def test_rates_carry_over_by_powers(arm: str) -> None:
 
 
 def test_on_the_sphere_a_rate_is_an_angle_at_every_width() -> None:
-    """The first update turns unit vectors by the same angle at 64 and 256 channels, and output rows by half: logits sum."""
+    """The first update turns unit vectors by the same angle at 64 and 256 channels,
+    and output rows by half: logits sum.
+    """
     turned = {}
     for d_model in (64, 256):
         run = make_run("ngpt", "0.3m", vocab_size=1024, d_model=d_model, d_k=64, n_layers=1, common_start=0.0)

@@ -1,4 +1,6 @@
-"""The installed package is complete: the wheel and the sdist hold every file, and the commands run from a wheel alone."""
+"""The installed package is complete: the wheel and the sdist hold every file,
+and the commands run from a wheel alone.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from spherelm.train.trainer import train
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o027], ids=oct)
 def test_every_file_has_the_permissions_of_a_new_one(umask: int, tmp_path: Path) -> None:
-    """Of data, pairs, runs and exports. Some libraries write under a temporary name first, with permissions for one user."""
+    """Of data, pairs, runs and exports. Some libraries write under a temporary name first,
+    with permissions for one user.
+    """
     before = os.umask(umask)
     try:
         data, pairs = tiny.make_data(tmp_path), tiny_pairs.make_pairs(tmp_path)

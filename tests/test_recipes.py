@@ -333,7 +333,9 @@ def test_a_recipe_is_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nugpt_at_its_base() -> None:
-    """Alpha from 0.05 at ten layers, scales stored at 0.03, cosine to a tenth, eps 1e-16, half a rate for the output."""
+    """Alpha from 0.05 at ten layers, scales stored at 0.03, cosine to a tenth, eps 1e-16,
+    half a rate for the output.
+    """
     run = make_run("ngpt", "0.3m", "nugpt", vocab_size=9, steps=320)
     model: Any = run.model
     assert model.alpha.init == pytest.approx(0.05 * 10 / 4)

@@ -1,4 +1,6 @@
-"""Second derivatives, and the transforms of torch.func, against the oracle: exact for every part and model, or refused."""
+"""Second derivatives, and the transforms of torch.func, against the oracle:
+exact for every part and model, or refused.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def draw(*shape: int) -> Tensor:
 
 
 def product(f: Function, inputs: Parts, directions: Parts) -> Parts:
-    """Gradients of `f`, and those of their product with `directions`: a Hessian-vector product, or what of it is not zero."""
+    """Gradients of `f`, and those of their product with `directions`:
+    a Hessian-vector product, or what of it is not zero.
+    """
     leaves = [x.detach().requires_grad_() for x in inputs]
     first = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
     second = torch.autograd.grad(

@@ -120,7 +120,9 @@ def test_a_layer_between_zero_and_the_sphere(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 def test_a_left_padded_batch_is_learned(arm: str, dtype: torch.dtype) -> None:
-    """Attention's output at a position that sees nothing is exactly zero; its gradient must not stop the gradient scaler."""
+    """Attention's output at a position that sees nothing is exactly zero;
+    its gradient must not stop the gradient scaler.
+    """
     sizes: dict[str, Any] = {"vocab_size": 31, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_seq_len": 16}
     model = build(GPTConfig(**sizes) if arm == "gpt" else NGPTConfig(**sizes, s_z=ScaleSpec(5.0)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

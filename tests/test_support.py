@@ -1,7 +1,7 @@
 """The table of supported combinations (docs/reference/support.md).
 
-Of the table of features, each row is held by the tests that are marked with its title, and what it names is what there is.
-The table by kind of model is run cell by cell: "yes" works, "no" is refused in one line.
+Of the table of features, each row is held by the tests that are marked with its title, and what it names is what there
+is. The table by kind of model is run cell by cell: "yes" works, "no" is refused in one line.
 """
 
 from __future__ import annotations

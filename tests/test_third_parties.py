@@ -1,4 +1,6 @@
-"""Other libraries print nothing while a command runs: stderr holds our own lines. Errors and our own warnings get through."""
+"""Other libraries print nothing while a command runs: stderr holds our own lines.
+Errors and our own warnings get through.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ Ended = dict[str, tuple[int, list[str]]]
 
 @pytest.fixture(scope="module")
 def ended(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """The exit codes and the lines on stderr of processes that run side by side: one of them waits for half a minute."""
+    """The exit codes and the lines on stderr of processes that run side by side:
+    one of them waits for half a minute.
+    """
     place, tasks = tmp_path_factory.mktemp("ended"), ["-m", "spherelm", "eval", run, "--tasks", "arc_easy"]
     asked: dict[str, tuple[list[object], dict[str, str]]] = {
         "export": (["-m", "spherelm", "export", run, place / "out"], {}),

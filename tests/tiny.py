@@ -38,7 +38,9 @@ COMPILES = (
 
 
 def compiles(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that compiles: slow, left out where there is no C++ compiler, the compiler's own warnings let pass."""
+    """Mark a test that compiles: slow, left out where there is no C++ compiler,
+    the compiler's own warnings let pass.
+    """
     for mark in COMPILES:
         test = mark(test)
     return test
@@ -92,7 +94,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def full_disk(after: int) -> Callable[..., AbstractContextManager[Any]]:
-    """In place of `FileSystem.create_stream`: from file number `after` on, half a file is written and the disk is full."""
+    """In place of `FileSystem.create_stream`: from file number `after` on,
+    half a file is written and the disk is full.
+    """
     files = iter(range(1000))
 
     @contextmanager
@@ -113,7 +117,9 @@ def full_disk(after: int) -> Callable[..., AbstractContextManager[Any]]:
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Everything in a checkpoint that one process wrote. (The bytes differ: safetensors orders its metadata at random.)"""
+    """Everything in a checkpoint that one process wrote.
+    (The bytes differ: safetensors orders its metadata at random.)
+    """
     return {**load_file(checkpoint / WEIGHTS), **load_file(checkpoint / MOMENTS)}
 
 
@@ -125,7 +131,9 @@ def assert_bitwise(one: Path, other: Path) -> None:
 
 
 def assert_resumes(config: RunConfig, directory: Path) -> tuple[Path, Path]:
-    """A run that goes on from its first checkpoint ends where one does that was not interrupted; the last checkpoints."""
+    """A run that goes on from its first checkpoint ends where one does that was not interrupted;
+    the last checkpoints.
+    """
     for name in ("whole", "broken"):
         train(config, directory / name, show_progress=False)
     for late in sorted((directory / "broken" / "checkpoints").iterdir())[1:]:

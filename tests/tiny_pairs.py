@@ -1,4 +1,6 @@
-"""Parallel text small enough to train on in a fraction of a second: the target spells the source backwards, word by word."""
+"""Parallel text small enough to train on in a fraction of a second:
+the target spells the source backwards, word by word.
+"""
 
 from __future__ import annotations
 

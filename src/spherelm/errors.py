@@ -1,4 +1,6 @@
-"""Errors that the user can fix. The command line prints them in one line, with exit code 2; others keep their traceback."""
+"""Errors that the user can fix. The command line prints them in one line, with exit code 2;
+others keep their traceback.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class StorageError(UserError, OSError):
 
 
 def nearest(name: str, among: Iterable[str], said: str = " (did you mean {!r}?)") -> str:
-    """A suggestion for an unknown name: the closest `among` the known names, formatted by `said`; "" if none is close."""
+    """A suggestion for an unknown name: the closest `among` the known names, formatted by `said`;
+    "" if none is close.
+    """
     lowered = {one.lower(): one for one in among}
     near = get_close_matches(name.lower(), lowered, 1, 0.7)
     return said.format(lowered[near[0]]) if near else ""

@@ -1,7 +1,8 @@
 """The check that every config makes of its own values, and the conversion of plain values to configs; both by pydantic.
 
-pydantic rather than msgspec, which takes 10 ms to import instead of 100, beside 1500 of torch: msgspec checks ranges only where
-it decodes, pydantic also where somebody builds a dataclass in Python, which is what recipes and users of the library do.
+pydantic rather than msgspec, which takes 10 ms to import instead of 100, beside 1500 of torch: msgspec checks ranges
+only where it decodes, pydantic also where somebody builds a dataclass in Python, which is what recipes and users
+of the library do.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class FieldError(UserError):
 
 @contextmanager
 def called(name: Callable[[str], str]) -> Iterator[None]:
-    """Have a `FieldError` that is raised in the context call its field by the `name` of the field: that it is given by."""
+    """Have a `FieldError` that is raised in the context call its field by the `name` of the field:
+    that it is given by.
+    """
     try:
         yield
     except FieldError as error:
@@ -64,7 +67,8 @@ def checker(kind: Any) -> TypeAdapter[Any]:
 
 
 def check(config: Any) -> None:
-    """Raise `FieldError` for a field of the dataclass `config` whose value is not of the field's type or not in its range.
+    """Raise `FieldError` for a field of the dataclass `config` whose value is not of the field's type or
+    not in its range.
 
     `__post_init__` of every config calls it first; only rules between fields are its own.
     """
@@ -80,8 +84,8 @@ def check(config: Any) -> None:
 def from_plain(kind: type[T], plain: Mapping[str, Any], place: str = "") -> T:
     """The dataclass `kind` of plain values such as JSON has them, unions of dataclasses by their `kind`.
 
-    place: stands before the names of fields in what is said of them. Raises `UserError` for a field that there is not, that is
-    missing, or that has a value it cannot have, and what `kind` itself raises.
+    place: stands before the names of fields in what is said of them. Raises `UserError` for a field that there is not,
+    that is missing, or that has a value it cannot have, and what `kind` itself raises.
     """
     wanted: Any = kind
     try:  # of JSON, where a list may be a tuple and an object a dataclass, but a text is never a number

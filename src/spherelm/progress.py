@@ -34,7 +34,9 @@ def has_bars() -> bool:
 
 
 def own_screen_lock() -> None:
-    """In a worker process: a lock that is no semaphore between processes, which would be reported to leak if it is stopped."""
+    """In a worker process: a lock that is no semaphore between processes,
+    which would be reported to leak if it is stopped.
+    """
     tqdm.set_lock(threading.RLock())
 
 

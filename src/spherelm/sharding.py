@@ -1,7 +1,8 @@
 """Tensors that are cut over processes: all that this package knows of torch's `DTensor`.
 
-Every function takes a plain tensor too, which is its own whole and its own part. `torch.distributed.tensor` takes a second to
-import, and there is no `DTensor` before it is imported; so it is looked up and never imported here, but to cut a model.
+Every function takes a plain tensor too, which is its own whole and its own part. `torch.distributed.tensor` takes a
+second to import, and there is no `DTensor` before it is imported; so it is looked up and never imported here,
+but to cut a model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def own_part(x: Tensor) -> Tensor:
 
 
 def from_own_part(own: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which this process holds `own`, of the shape of `like` and cut as it is; the inverse of `own_part`."""
+    """The tensor of which this process holds `own`, of the shape of `like` and cut as it is;
+    the inverse of `own_part`.
+    """
     if not is_sharded(like):
         return own
     mesh, placements = like.device_mesh, like.placements
@@ -70,8 +73,8 @@ def from_whole_matrices(x: Tensor, like: Tensor) -> Tensor:
 def cut(shape: Size, unit_axis: int | None, parts: int) -> Shard:
     """How a weight is cut into so many parts: between whole unit vectors where that can be.
 
-    Along the first axis that is not the unit one and divides evenly, which is FSDP's condition for all but axis 0: columns
-    between columns, a bank between its experts. Else along axis 0.
+    Along the first axis that is not the unit one and divides evenly, which is FSDP's condition for all but axis 0:
+    columns between columns, a bank between its experts. Else along axis 0.
     """
     from torch.distributed.tensor import Shard
 

@@ -1,7 +1,7 @@
 """The maths of the unit hypersphere: pure functions on tensors, no modules, no parameters.
 
-Every length is reduced in float32, whatever the dtype of the input (float64 stays float64), and the result comes back in
-the dtype of the input: bfloat16 lengths compound over dozens of layers.
+Every length is reduced in float32, whatever the dtype of the input (float64 stays float64), and the
+result comes back in the dtype of the input: bfloat16 lengths compound over dozens of layers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ TINY = 1e-12
 
 
 def shortest(*dtypes: torch.dtype) -> float:
-    """Below which length a vector of these dtypes is taken for zero: `TINY`, in float16 the smallest normal number, 6.1e-5.
+    """Below which length a vector of these dtypes is taken for zero:
+    `TINY`, in float16 the smallest normal number, 6.1e-5.
 
-    What is shorter has lost its digits there, and its gradient, which grows as 1 / length, would not fit into the format.
+    What is shorter has lost its digits there, and its gradient, which grows as 1 / length, would not
+    fit into the format.
     """
     return max(TINY, *(torch.finfo(dtype).tiny for dtype in dtypes))
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks on: then plain operations serve, which have every derivative."""
+    """Whether torch.func or forward-mode differentiation looks on:
+    then plain operations serve, which have every derivative.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -36,7 +40,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def unit_gradient(out: Tensor, inverse: Tensor, grads: tuple[Tensor | None, ...], dim: int) -> Tensor:
-    """The gradient of x from `grads`, those of `out = x / ||x||` along `dim` and of `inverse = 1 / ||x||`, at full precision.
+    """The gradient of x, at full precision, from `grads`: of `out = x / ||x||` along `dim` and `inverse = 1 / ||x||`.
 
     The second is there only where the backward pass is itself differentiated, to which x is known by these two alone.
     """
@@ -48,7 +52,7 @@ def unit_gradient(out: Tensor, inverse: Tensor, grads: tuple[Tensor | None, ...]
 
 
 class _Norm(torch.autograd.Function):
-    """`x / ||x||`, whose backward pass is `(g - o (o . g)) / ||x||` for the result o, which it keeps as it is given back.
+    """`x / ||x||`, whose backward pass is `(g - o (o . g)) / ||x||` for the result o, which it keeps.
 
     `1 / ||x||` is given back too, for nobody but a second derivative, whose way to x leads through both.
     """
@@ -122,8 +126,8 @@ def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
 def norm(x: Tensor, dim: int = -1, least: float | None = None) -> Tensor:
     """Put every vector along `dim` on the unit sphere: `x / ||x||_2` (nGPT, section 2.1).
 
-    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero; so does
-    one shorter than `least`, by default what is `shortest` in the dtype of `x`.
+    x: any shape and floating dtype; the result has the same. A zero vector stays zero, and gets a gradient of zero; so
+    does one shorter than `least`, by default what is `shortest` in the dtype of `x`.
     """
     least = shortest(x.dtype) if least is None else least
     unit: Tensor = (_normalized if transformed() else _Norm.apply)(x, dim, least)[0]
@@ -131,13 +135,15 @@ def norm(x: Tensor, dim: int = -1, least: float | None = None) -> Tensor:
 
 
 def retraction_factor(w: Tensor, dim: int) -> Tensor:
-    """The factor that makes each vector along `dim` unit; 1 where it already is, up to rounding, so the result is idempotent.
+    """The factor that makes each vector along `dim` unit;
+    1 where it already is, up to rounding, so the result is idempotent.
 
-    "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves. Result: float32
-    (float64 for that), the size of `dim` is 1.
+    "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves. Result:
+    float32 (float64 for that), the size of `dim` is 1.
     """
     wide = _wide(w)
-    # Torch's norm is one pass and accurate along rows; along columns it is slow and adds up errors, and a sum is neither.
+    # Torch's norm is one pass and accurate along rows; along columns it is slow and adds up errors, and a sum is
+    # neither.
     if dim % w.ndim == w.ndim - 1:
         square = torch.linalg.vector_norm(wide, dim=dim, keepdim=True).square()
     else:
@@ -149,8 +155,8 @@ def retraction_factor(w: Tensor, dim: int) -> Tensor:
 def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     """Move `h` on the sphere a part `alpha` of the way to `target`: `Norm(h + alpha (target - h))` (nGPT, eqs. 10, 11).
 
-    h, target: [..., d] unit vectors; alpha: broadcastable, [d] in the paper, non-negative. Linear interpolation followed
-    by normalization approximates `slerp` for small angles (nGPT, eqs. 6-9). Result: [..., d], unit.
+    h, target: [..., d] unit vectors; alpha: broadcastable, [d] in the paper, non-negative. Linear interpolation
+    followed by normalization approximates `slerp` for small angles (nGPT, eqs. 6-9). Result: [..., d], unit.
     """
     if transformed():
         moved, inverse = _moved(h, target, alpha)
@@ -170,7 +176,8 @@ def riemannian_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
-    """Spherical linear interpolation: the point a part `t` of the way along the great circle from `a` to `b` (nGPT, eq. 6).
+    """Spherical linear interpolation: the point a part `t` of the way along the great circle from `a` to
+    `b` (nGPT, eq. 6).
 
     a, b: [..., d] unit vectors that are not antipodal. Equal points give that point.
     """
@@ -195,7 +202,7 @@ def tangent(w: Tensor, g: Tensor, dim: int = -1) -> Tensor:
 def angle(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
     """The angle in radians between unit vectors along `dim`, in [0, pi], of zero vectors 0; that dimension is removed.
 
-    `2 atan2(||a - b||, ||a + b||)` (Kahan) is accurate everywhere, where `acos(a . b)` loses half its digits near 0 and pi.
+    `2 atan2(||a - b||, ||a + b||)` (Kahan) is accurate everywhere; `acos(a . b)` loses half its digits near 0 and pi.
     """
     start, end = _wide(a), _wide(b)
     apart = torch.linalg.vector_norm(start - end, dim=dim)
@@ -208,9 +215,9 @@ def capped_move(old: Tensor, new: Tensor, max_angle: float, dim: int = -1) -> Te
     """Where an update from unit vectors `old` to candidates `new` ends if no vector may turn by more than `max_angle`.
 
     The angular step cap of "Training nGPT" (arXiv 2608.01284): with `t` the tangent part of the candidate and
-    `phi = atan2(||t||, old . new)`, a vector with `phi > max_angle` lands at `cos(max_angle) old + sin(max_angle) t/||t||`;
-    any other keeps its candidate, of whatever length, to be renormalized. The opposite point, to rounding, leaves no
-    direction to turn in: such a vector stays where it was.
+    `phi = atan2(||t||, old . new)`, a vector with `phi > max_angle` lands at `cos(max_angle) old + sin(max_angle)
+    t/||t||`; any other keeps its candidate, of whatever length, to be renormalized. The opposite point, to rounding,
+    leaves no direction to turn in: such a vector stays where it was.
 
     old, new: the same shape, vectors along `dim`; max_angle: radians.
     """

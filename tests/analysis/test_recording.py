@@ -1,4 +1,6 @@
-"""A recorded pass is the model's own pass: its equations hold between what was written down, and nothing stays behind."""
+"""A recorded pass is the model's own pass: its equations hold between what was written down,
+and nothing stays behind.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +166,9 @@ def test_angles_lengths_and_directions(recorded: tuple[Decoder, Recording]) -> N
 
 
 def test_output_directions_are_those_in_which_logits_grow(recorded: tuple[Decoder, Recording]) -> None:
-    """The logit of an entry, over a state's length (GPT) or as it is (nGPT), is largest where the state points its way."""
+    """The logit of an entry, over a state's length (GPT) or as it is (nGPT),
+    is largest where the state points its way.
+    """
     model, _ = recorded
     directions = motion.output_directions(model)
     assert directions.norm(dim=-1) == pytest.approx(torch.ones(37).numpy(), abs=1e-5)

@@ -1,4 +1,6 @@
-"""The shipped text: its documents are in its data directory, made once, also when two processes ask at the same time."""
+"""The shipped text: its documents are in its data directory, made once,
+also when two processes ask at the same time.
+"""
 
 from __future__ import annotations
 

@@ -234,7 +234,9 @@ COMPRESSED = {suffix: compress for suffix, compress in COMPRESS.items() if suffi
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("streams", [1, 3])
 def test_damaged_compression(tmp_path: Path, suffix: str, streams: int) -> None:
-    """Refused in whichever stream the damage is, whatever stands behind the last one, and wherever a file is cut off."""
+    """Refused in whichever stream the damage is, whatever stands behind the last one,
+    and wherever a file is cut off.
+    """
     stream = COMPRESSED[suffix](NOISE.encode())
     whole, last = stream * streams, len(stream) * (streams - 1)
     path = tmp_path / f"a.txt{suffix}"

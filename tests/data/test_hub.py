@@ -1,4 +1,6 @@
-"""Streaming by `datasets`: any position can be taken up again, and what `prepare` makes of it does not depend on how."""
+"""Streaming by `datasets`: any position can be taken up again,
+and what `prepare` makes of it does not depend on how.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A shard of more than 2^31 tokens and 4 GB: the arithmetic holds, and reading takes no memory. The file is a sparse one."""
+"""A shard of more than 2^31 tokens and 4 GB: the arithmetic holds, and reading takes no memory.
+The file is a sparse one.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_every_place_is_read(text: Tokens) -> None:
 
 
 def test_windows_reach_to_the_end(text: Tokens) -> None:
-    """Of one window in four thousand, some lie beyond 2^32 tokens, none outside; short ones stand for as many as 4 billion."""
+    """Of one window in four thousand, some lie beyond 2^32 tokens, none outside;
+    short ones stand for as many as 4 billion.
+    """
     loader = Loader(text, 1024, 8, seed=0)
     starts = np.array(loader.window_starts(3 * loader.windows - 500, 1000))
     assert starts.min() >= 0

@@ -98,7 +98,9 @@ def test_ranks_together_are_one_process(text: Tokens, seq_len: int, share: int, 
 
 @pytest.mark.parametrize("seq_len", [16, 200])
 def test_no_window_comes_twice_in_an_epoch_at_any_world_size(text: Tokens, seq_len: int) -> None:
-    """The ranks' windows of a few epochs, borders included: each epoch's once, nothing shared, the same at every size."""
+    """The ranks' windows of a few epochs, borders included:
+    each epoch's once, nothing shared, the same at every size.
+    """
     batch_size = 24
     seen = list[list[tuple[int, ...]]]()
     for world_size in (1, 2, 3, 4, 8):

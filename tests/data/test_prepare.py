@@ -1,4 +1,6 @@
-"""`prepare`: right tokens from every format, the same bytes for any workers and after any interruption, clear refusals."""
+"""`prepare`: right tokens from every format, the same bytes for any workers
+and after any interruption, clear refusals.
+"""
 
 from __future__ import annotations
 

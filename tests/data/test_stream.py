@@ -1,4 +1,6 @@
-"""Direct streaming: the windows of the prepared text, exact from any saved position, the same for any number of ranks."""
+"""Direct streaming: the windows of the prepared text, exact from any saved position,
+the same for any number of ranks.
+"""
 
 from __future__ import annotations
 

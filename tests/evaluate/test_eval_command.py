@@ -146,7 +146,9 @@ def test_a_sentencepiece_run_has_perplexity_only(tmp_path: Path, shared: Path) -
 
 @pytest.mark.row("Downstream tasks")
 def test_tasks_are_scored_in_training(tmp_path: Path, command: commands.Command, shared: Path) -> None:
-    """Into metrics.jsonl, the losses as without; a resumed run may ask for others; a name that is wrong stops it at once."""
+    """Into metrics.jsonl, the losses as without; a resumed run may ask for others;
+    a name that is wrong stops it at once.
+    """
     data, evals = tiny.make_data(tmp_path), shared / "data/evals"
     sizes = ["--steps", 4, "--seq-len", 256, "--batch-size", 1, "--dtype", "float32", "--no-compile", "--eval-every", 2]
     words = ["train", "--arm", "ngpt", "--data", data, *sizes]

@@ -173,7 +173,9 @@ def test_the_first_request_is_as_written_down(name: str, ours: dict[str, Any]) -
     [("winogrande", "winogrande/llm-foundry.winogrande.jsonl"), ("wsc273", "wsc273/llm-foundry.winograd_wsc.jsonl")],
 )
 def test_partial_scoring_is_that_of_another_project(name: str, file: str, ours: dict[str, Any], shared: Path) -> None:
-    """llm-foundry's ready-made contexts and continuations of the same questions: all agree but for spaces and capitals."""
+    """llm-foundry's ready-made contexts and continuations of the same questions:
+    all agree but for spaces and capitals.
+    """
     task, rows = ours[name], lines(shared / "data/evals" / file)
     task.set_config(key="num_fewshot", value=0)
     task.build_all_requests()

@@ -76,7 +76,9 @@ def test_gpt_computes_what_llama_does(base: float | None, scaling: str | None, t
 
 
 def test_the_temperature_reaches_ngpts_scores() -> None:
-    """A factor on cosines and sines would be normalized away: the same as `s_qk`, on q and on k, times 0.1 ln(factor) + 1."""
+    """A factor on cosines and sines would be normalized away:
+    the same as `s_qk`, on q and on k, times 0.1 ln(factor) + 1.
+    """
     model, other = (build_ngpt() for _ in range(2))
     place(model, Positions(scaling="yarn", factor=8), trained_length=64)
     other.runtime.table = yarn(8, 64)

@@ -41,7 +41,9 @@ def test_error_rates_count_against_the_nearest_reference() -> None:
 
 
 def bleu_by_definition(written: list[str], references: list[str]) -> float:
-    """Papineni et al., 2002, for words that every tokenizer takes as they are: corpus counts, clipped, up to four words."""
+    """Papineni et al., 2002, for words that every tokenizer takes as they are:
+    corpus counts, clipped, up to four words.
+    """
     log_precision, own = 0.0, sum(len(text.split()) for text in written)
     for n in range(1, 5):
         hits = total = 0

@@ -95,7 +95,9 @@ def test_the_rate_is_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of multiprocessing, where pytest runs threads
 def test_memory_is_of_a_process_of_its_own() -> None:
-    """At a shape whose tensors are larger than what starting up takes: more than its states, less than twenty times these."""
+    """At a shape whose tensors are larger than what starting up takes:
+    more than its states, less than twenty times these.
+    """
     config = configs(Shape(2, 256, 4, 64, 4, 4096), "float32", compiled=False)["ngpt"]
     states = 4 * 4 * (2 * 16 * 256**2 + 2 * 4096 * 256) / 2**20  # weight, gradient and two moments of each matrix
     assert states < peak_memory(config) < 20 * states

@@ -22,7 +22,9 @@ def test_a_step_of_each_arm_takes_time(data: Path) -> None:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Who took a step, in order; an nGPT step takes 3 s when GPT's takes 2, and a slow machine doubles every other pair."""
+    """Who took a step, in order; an nGPT step takes 3 s when GPT's takes 2,
+    and a slow machine doubles every other pair.
+    """
     taken: list[Any] = []
 
     def time_step(self: Any) -> float:

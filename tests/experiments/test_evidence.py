@@ -1,4 +1,6 @@
-"""The ladder of evidence: what it runs, that it finds a rate, resumes, judges on test text, and how it fits what it found."""
+"""The ladder of evidence: what it runs, that it finds a rate, resumes, judges on test text,
+and how it fits what it found.
+"""
 
 from __future__ import annotations
 

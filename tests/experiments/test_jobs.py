@@ -27,7 +27,9 @@ from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import train
 
 PATIENCE = 300
-"""Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
+"""Seconds until a process that does nothing is given up:
+a busy machine may be a hundred times slower than a free one.
+"""
 
 
 def steps_done(run: Path) -> int:
@@ -298,7 +300,9 @@ def test_each_of_three_signals_stops_all(number: signal.Signals) -> None:
 def test_ctrl_c_is_raised_as_interrupted_where_it_was_taken(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For whoever calls this from Python: when the exception arrives, the runs are saved and the signals are put back."""
+    """For whoever calls this from Python: when the exception arrives,
+    the runs are saved and the signals are put back.
+    """
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 

@@ -180,7 +180,9 @@ def test_the_axes_of_a_sweeps_page_show_every_run_to_its_end() -> None:
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs that end at their learning rate plus a tenth of their seed, on text that its name identifies; which, in order."""
+    """Runs that end at their learning rate plus a tenth of their seed,
+    on text that its name identifies; which, in order.
+    """
     done: list[str] = []
 
     def run(jobs: list[Job], *_: Any) -> list[float]:

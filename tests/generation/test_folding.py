@@ -68,7 +68,9 @@ def test_in_float32_folded_is_unfolded_within_1e_5(variant: str, case: Any) -> N
 @both_arms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_folded_model_has_the_dtype_that_is_computed_in(arm: str, dtype: torch.dtype, case: Any) -> None:
-    """Its scales are multiplied into the matrices before these are rounded, so the error is that of the number format."""
+    """Its scales are multiplied into the matrices before these are rounded,
+    so the error is that of the number format.
+    """
     c = case(arm)
     exact, model = c.model(c.tokens), c.model.float()
     model.runtime.compute_dtype = dtype

@@ -1,4 +1,6 @@
-"""`generate` and `stream`: what they add to a `Continuation` (rows as lists or tensors, ends, seeds, folding, refusals)."""
+"""`generate` and `stream`: what they add to a `Continuation` (rows as lists or tensors, ends, seeds,
+folding, refusals).
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ FILTERS = [Sampling(), Sampling(top_k=4), Sampling(top_p=0.8), Sampling(min_p=0.
 
 @pytest.mark.parametrize("sampling", FILTERS)
 def test_a_token_is_drawn_as_often_as_it_is_probable(sampling: Sampling) -> None:
-    """An even grid of uniform numbers hits every token in proportion to its probability, up to one point of the grid."""
+    """An even grid of uniform numbers hits every token in proportion to its probability,
+    up to one point of the grid.
+    """
     count = 1000
     logits = some_logits(4, rows=1).expand(count, 9)
     tokens = draw(logits, sampling, [(i + 0.5) / count for i in range(count)])

@@ -1,4 +1,6 @@
-"""Text that comes a token at a time: all of it, in order, never a piece that a later token changes or a stop string claims."""
+"""Text that comes a token at a time: all of it, in order, never a piece
+that a later token changes or a stop string claims.
+"""
 
 from __future__ import annotations
 

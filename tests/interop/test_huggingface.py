@@ -465,7 +465,9 @@ def test_embeddings_of_the_same_kind_can_be_put_in() -> None:
 
 
 def test_a_padded_row_is_no_nan_in_float16() -> None:
-    """A score of -64 and the lowest number of float16 have no sum in float16; from a row of NaN it would reach the others."""
+    """A score of -64 and the lowest number of float16 have no sum in float16;
+    from a row of NaN it would reach the others.
+    """
     q = torch.full((1, 1, 3, 16), 4.0, dtype=torch.float16)
     v = torch.arange(48, dtype=torch.float16).view(1, 1, 3, 16)
     mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float16).min, dtype=torch.float16).triu(1)

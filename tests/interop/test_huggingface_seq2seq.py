@@ -86,7 +86,8 @@ def test_cached_decoding_is_the_full_pass(arm: str) -> None:
 def test_its_beams_and_ours_find_the_same(arm: str, length_penalty: float) -> None:
     """Two independent searches; sources of different lengths, so that theirs are padded and ours are not.
 
-    At the last step they differ by intention: there, texts that were cut off compete with finished ones in transformers.
+    At the last step they differ by intention: there, texts that were cut off compete with finished
+    ones in transformers.
     """
     c = make_pair_case(arm, vocab_size=7, max_seq_len=32)
     model = c.model.float().eval()

@@ -179,7 +179,9 @@ def flat_attention(
 
 @every_dense
 def test_a_server_calls_the_base_model_as_vllm_does(name: str) -> None:
-    """Calls of vLLM's Transformers backend (vllm/model_executor/models/transformers/base.py), with its call and shapes."""
+    """Calls of vLLM's Transformers backend (vllm/model_executor/models/transformers/base.py),
+    with its call and shapes.
+    """
     model = make_model(name)
     folded, classes = to_folded_hf(model), classes_of(model, "spherelm-folded")
     transformers.AttentionInterface.register("flat", flat_attention)

@@ -1,4 +1,6 @@
-"""NVIDIA/ngpt checkpoints: two real ones against what their own code computed, made-up ones that are broken or mean harm."""
+"""NVIDIA/ngpt checkpoints: two real ones against what their own code computed,
+made-up ones that are broken or mean harm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The Mamba-2 mixers against the recurrence as it is defined, against transformers, and against themselves in pieces."""
+"""The Mamba-2 mixers against the recurrence as it is defined, against transformers,
+and against themselves in pieces.
+"""
 
 from __future__ import annotations
 

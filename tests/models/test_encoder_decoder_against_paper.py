@@ -1,4 +1,6 @@
-"""Both encoder-decoders against the oracle, which reads every pair alone and unpadded: logits, loss, gradients, training."""
+"""Both encoder-decoders against the oracle, which reads every pair alone and unpadded:
+logits, loss, gradients, training.
+"""
 
 from __future__ import annotations
 

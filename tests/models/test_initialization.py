@@ -99,7 +99,8 @@ def test_rows_of_embeddings_start_towards_one_direction_and_nothing_else_does(ki
     assert {name for name in moved if ".ssm." not in name} == leaning
     directions = []
     for name in sorted(leaning):
-        # Norm(e + 3 c) with unit e and c: stretched so that what is left beside e has length 3, every row leaves the same 3 c.
+        # Norm(e + 3 c) with unit e and c: stretched so that what is left beside e has length 3, every row leaves the
+        # same 3 c.
         e, row = plain[name].double(), together[name].double()
         cosine = (e * row).sum(dim=1, keepdim=True)
         stretch = cosine + (cosine**2 + 8).sqrt()

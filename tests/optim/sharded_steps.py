@@ -1,4 +1,6 @@
-"""Two processes that train a sharded model, and what one process does with the same gradients; run by `test_sharded.py`."""
+"""Two processes that train a sharded model, and what one process does with the same gradients;
+run by `test_sharded.py`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ OPTIMS = {
     "hyperball": OptimConfig(lr=0.01, optimizer=Muon(hyperball=True), matrix_lr=0.05),
 }
 EXPERTS = {f"experts, {name}": OPTIMS[name] for name in ("adamw", "muon, capped")}
-"""With a mixture of experts in place of each MLP: six are cut between experts, of five with d_ff even each expert is."""
+"""With a mixture of experts in place of each MLP:
+six are cut between experts, of five with d_ff even each expert is.
+"""
 SPREADS = ("replicate", "shard", "shard, recompute", "shard, loss")
 """How two processes train a model with experts on a batch that one process sees whole."""
 STEPS = 3

@@ -197,7 +197,9 @@ def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
 
 
 def test_hyperball_turns_plain_matrices_and_keeps_their_norm() -> None:
-    """`W <- R unit(W - eta R unit(u))` (arXiv 2606.16899, as the paper writes it), over a few updates; no weight decay."""
+    """`W <- R unit(W - eta R unit(u))` (arXiv 2606.16899, as the paper writes it),
+    over a few updates; no weight decay.
+    """
     model = build(GPTConfig(**CONFIG))
     config = OptimConfig(lr=1e-2, optimizer=Muon(hyperball=True), matrix_lr=0.05, weight_decay=0.1)
     optimizer = build_optimizer(model, config)

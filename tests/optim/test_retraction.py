@@ -117,7 +117,9 @@ def test_what_would_do_nothing_is_refused() -> None:
 
 
 def test_a_part_of_a_model_is_enough() -> None:
-    """An optimizer of some of the model's weights, and one whose model is only a part; neither is refused, both retract."""
+    """An optimizer of some of the model's weights, and one whose model is only a part;
+    neither is refused, both retract.
+    """
     model = small_model()
     some = torch.optim.SGD(model[2].parameters(), lr=0.5)
     attach_retraction(some, model)

@@ -1,7 +1,7 @@
 """Every optimizer on weights that two processes share (FSDP2) moves them as one process does.
 
-Rows of `q`, `k`, `v`, `u`, `v` and of the embeddings are whole on each process; the columns of both `o` are cut, so that their
-lengths need both.
+Rows of `q`, `k`, `v`, `u`, `v` and of the embeddings are whole on each process; the columns of both `o` are cut, so
+that their lengths need both.
 """
 
 from __future__ import annotations

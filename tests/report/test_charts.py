@@ -1,4 +1,6 @@
-"""Figures: small, deterministic SVG that one page can hold many of, and everything on them can be seen and told apart."""
+"""Figures: small, deterministic SVG that one page can hold many of,
+and everything on them can be seen and told apart.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`spherelm inspect`: a directory of figures, tables and pages from real runs, and one line for what cannot be inspected."""
+"""`spherelm inspect`: a directory of figures, tables and pages from real runs,
+and one line for what cannot be inspected.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ class Inspected:
 
 @pytest.fixture(scope="module")
 def inspected(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Inspected:
-    """Both arms, of nGPT two seeds (two checkpoints of one run): drawn once, for all tests. Of the images the first is real."""
+    """Both arms, of nGPT two seeds (two checkpoints of one run): drawn once, for all tests.
+    Of the images the first is real.
+    """
     out = tmp_path_factory.mktemp("inspected") / "out"
     images: list[str] = []
     real = Figure.png

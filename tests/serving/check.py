@@ -1,13 +1,17 @@
-"""vLLM serves folded models: texts, an OpenAI client, tokens per second. Run by `make serve-test` in vLLM's environment.
+"""vLLM serves folded models: texts, an OpenAI client, tokens per second.
+Run by `make serve-test` in vLLM's environment.
 
 build/serving-env/bin/python tests/serving/check.py build/serving --json docs/results/serving.json
 
 There is no spherelm in that environment: the folders bring their code along. What is checked:
-- Greedy texts over 50 prompts of many lengths, all at once, are those that transformers writes prompt by prompt. In float32
-  all are equal. In bfloat16 a rounding may decide between two tokens: wherever texts part, transformers must hold the two
-  tokens as good as tied, and the same count is taken of transformers against itself with another attention function.
+- Greedy texts over 50 prompts of many lengths, all at once, are those that transformers writes prompt by
+prompt. In float32
+  all are equal. In bfloat16 a rounding may decide between two tokens: wherever texts part, transformers must hold the
+  two tokens as good as tied, and the same count is taken of transformers against itself with another
+  attention function.
 - `vllm serve` answers a request of the OpenAI protocol with the same text.
-- Tokens per second beside a Llama of the same shape with random weights, the engines taking turns, in processor time on one
+- Tokens per second beside a Llama of the same shape with random weights, the engines taking turns, in
+processor time on one
   thread, which other work on the machine hardly touches. Ratios are medians of the rounds' ratios.
 """
 
@@ -44,7 +48,9 @@ NEW = 32
 """Tokens that are written after each prompt."""
 
 TIED = 0.25
-"""Nats: two tokens whose logits are as near as that may change places in bfloat16, whose steps are 1/8 at a logit of 16."""
+"""Nats: two tokens whose logits are as near as that may change places in bfloat16,
+whose steps are 1/8 at a logit of 16.
+"""
 
 PORT = 8731
 

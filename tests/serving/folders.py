@@ -2,8 +2,8 @@
 
 .venv/bin/python tests/serving/folders.py build/serving [--runs runs/demo]
 
-Folders are written anew, from the code as it is. Without `--runs` a GPT and an nGPT are trained at the preset `demo`, a few
-minutes each; these runs stay in `build/serving/runs`.
+Folders are written anew, from the code as it is. Without `--runs` a GPT and an nGPT are trained at the preset `demo`, a
+few minutes each; these runs stay in `build/serving/runs`.
 """
 
 from __future__ import annotations

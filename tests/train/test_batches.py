@@ -1,4 +1,6 @@
-"""The text of a run: mixtures, streams, documents kept apart; each trained on, validated on and resumed through the trainer."""
+"""The text of a run: mixtures, streams, documents kept apart;
+each trained on, validated on and resumed through the trainer.
+"""
 
 from __future__ import annotations
 

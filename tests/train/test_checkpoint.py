@@ -84,7 +84,9 @@ def test_what_was_saved_comes_back_bitwise(arm: str, tied: bool, tmp_path: Path)
 
 @pytest.mark.parametrize(("flag", "place"), [("fused", "meta"), ("capturable", "meta"), ("foreach", "cpu")])
 def test_counts_of_updates_go_where_the_optimizer_looks_for_them(flag: str, place: str) -> None:
-    """Fused on an accelerator, torch's Adam takes them beside the parameter only; meta stands for the accelerator here."""
+    """Fused on an accelerator, torch's Adam takes them beside the parameter only;
+    meta stands for the accelerator here.
+    """
     parameter = nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.SGD([{"params": [parameter], flag: True}], 0.1)
     assert count_devices(optimizer) == {parameter: torch.device(place)}

@@ -43,7 +43,9 @@ def model_config(arm: str, **fields: Any) -> Config:
 
 
 def sums(arm: str, config: Config) -> int:
-    """Operations a token that the rule leaves out: gradients of nGPT's alphas are sums over tokens, done as products with 1."""
+    """Operations a token that the rule leaves out: gradients of nGPT's alphas are sums over tokens,
+    done as products with 1.
+    """
     return 4 * config.n_layers * config.d_model if arm == "ngpt" else 0
 
 

@@ -1,4 +1,6 @@
-"""One process at a time in a run directory: the second is refused in one line, and nothing is held by what has ended."""
+"""One process at a time in a run directory: the second is refused in one line,
+and nothing is held by what has ended.
+"""
 
 from __future__ import annotations
 

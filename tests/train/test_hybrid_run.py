@@ -1,4 +1,6 @@
-"""Hybrids through the trainer that all models go through: learning, resuming, several processes, compilation, counting."""
+"""Hybrids through the trainer that all models go through:
+learning, resuming, several processes, compilation, counting.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_a_dry_run_tells_what_layers_of_several_kinds_take(arm: str) -> None:
 
 @tiny.compiles
 def test_a_mixer_compiled_in_bfloat16_computes_what_an_eager_one_does(capsys: pytest.CaptureFixture[str]) -> None:
-    """At sizes of whole tiles, where a compiler's transposed reads of 16 bits gave garbage; with and without gradients."""
+    """At sizes of whole tiles, where a compiler's transposed reads of 16 bits gave garbage;
+    with and without gradients.
+    """
     from torch._inductor import config as inductor
 
     torch.manual_seed(0)

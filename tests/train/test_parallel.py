@@ -364,5 +364,7 @@ def test_torchrun_shows_one_reason(data: Path, tmp_path: Path) -> None:
 def test_weights_are_cut_between_unit_vectors(
     shape: tuple[int, ...], unit_axis: int | None, parts: int, axis: int
 ) -> None:
-    """Rows, columns, banks of rows and of columns; where nothing divides evenly, along the first axis, as torch wants it."""
+    """Rows, columns, banks of rows and of columns; where nothing divides evenly, along the first axis,
+    as torch wants it.
+    """
     assert cut(torch.Size(shape), unit_axis, parts).dim == axis

@@ -26,8 +26,8 @@ each_half = pytest.mark.parametrize("dtype", HALVES)
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """A run of two updates of each arm and variant.
 
-    nGPT's rows start apart: of rows that start together nearly all is one direction, which moves all logits alike, so that
-    after two updates rounding is large beside what tells the logits from each other. It is not in a trained model.
+    nGPT's rows start apart: of rows that start together nearly all is one direction, which moves all logits alike, so
+    that after two updates rounding is large beside what tells the logits from each other. It is not in a trained model.
     """
     paths = {(arm, variant): tmp_path_factory.mktemp("half") / "run" for arm in tiny.ARMS for variant in VARIANTS}
     for (arm, variant), path in paths.items():
@@ -103,7 +103,9 @@ def test_float16_has_room_for_large_learned_scales(runs: dict[tuple[str, str], P
 
 
 def test_float16_survives_a_large_residual_stream(runs: dict[tuple[str, str], Path]) -> None:
-    """GPT's hidden state has no bound; the square of 300 does not fit float16, so its RMSNorm must reduce in float32."""
+    """GPT's hidden state has no bound; the square of 300 does not fit float16,
+    so its RMSNorm must reduce in float32.
+    """
     run, tokens = runs["gpt", "plain"], make_tokens(2, 16)
     exact, half = load_model(run), load_model(run, torch.float16)
     with torch.no_grad():

@@ -23,7 +23,9 @@ Speeds = Callable[[float], list[torch.dtype]]
 
 @pytest.fixture
 def bfloat16_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Speeds:
-    """`bfloat16_takes(x)`: a machine that takes x times float32's time for it, and no memory of others; gives what is timed."""
+    """`bfloat16_takes(x)`: a machine that takes x times float32's time for it, and no memory of others;
+    gives what is timed.
+    """
 
     def make(times: float) -> list[torch.dtype]:
         asked: list[torch.dtype] = []

@@ -82,7 +82,9 @@ MEASURING = {
     "an update after which a validation is due": ("update", 4, 4),
     "the last update": ("update", 6, 6),
 }
-"""The activity during which the signal comes, its number among all of its kind, and the update that the run has come to."""
+"""The activity during which the signal comes, its number among all of its kind,
+and the update that the run has come to.
+"""
 
 
 @pytest.mark.row("Interruption")

@@ -24,7 +24,9 @@ from spherelm.train.trainer import Trainer
 
 SIZES: dict[str, Any] = {"steps": 10**6, "seq_len": 8, "batch_size": 1}
 PATIENCE = 300
-"""Seconds until a process that does nothing is given up: a busy machine may be a hundred times slower than a free one."""
+"""Seconds until a process that does nothing is given up:
+a busy machine may be a hundred times slower than a free one.
+"""
 
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

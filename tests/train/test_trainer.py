@@ -71,7 +71,9 @@ def test_a_run_with_accumulation_is_the_run_without(arm: str, data: Path, tmp_pa
 
 @both_arms
 def test_the_loop_is_the_plain_one(arm: str, trainer: MakeTrainer, data: Path) -> None:
-    """Against ten lines written anew from the pieces: batches in order, clipping, the schedule's rate, one update each."""
+    """Against ten lines written anew from the pieces:
+    batches in order, clipping, the schedule's rate, one update each.
+    """
     run = trainer(arm, steps=4)
     run.run(show_progress=False)
     config = run.config
@@ -298,7 +300,9 @@ def test_a_run_that_ends_worse_than_an_untrained_model_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its start, or where that is lower an even guess, ln(257) = 5.55 nats, also when resumed; in between it may be worse."""
+    """Its start, or where that is lower an even guess, ln(257) = 5.55 nats, also when resumed;
+    in between it may be worse.
+    """
     validations = {0: start, 2: 9.0, 4: 9.0, 6: end}
     for resume in (False, True):
         run = trainer(save_every=4, resume=resume)

@@ -26,9 +26,9 @@ POSITIONS = 256
 class Experts:
     """The mixtures of one model, M of them with E experts each, in the order of layers.
 
-    `layers`: their layers' numbers, from 1, [M]. `load`: the part of all choices that fell on each expert, [M, E]; its mean is
-    1/E. `biases`: added to its score, [M, E]. `proposals`: mean angle in degrees between what two experts make of one
-    position's state, [M, E, E]. `router`: angle between their rows of the router's matrix, [M, E, E].
+    `layers`: their layers' numbers, from 1, [M]. `load`: the part of all choices that fell on each expert, [M, E]; its
+    mean is 1/E. `biases`: added to its score, [M, E]. `proposals`: mean angle in degrees between what two experts make
+    of one position's state, [M, E, E]. `router`: angle between their rows of the router's matrix, [M, E, E].
     """
 
     layers: NDArray[np.int64]

@@ -1,4 +1,5 @@
-"""How vectors lie in their space: spectrum, pairwise products, effective rank, anisotropy. Arrays in, numbers out, float64.
+"""How vectors lie in their space: spectrum, pairwise products, effective rank, anisotropy.
+Arrays in, numbers out, float64.
 
 Rows are vectors. What is sampled says of how many rows; everything else is exact.
 """
@@ -24,7 +25,9 @@ from spherelm.analysis.weights import (
 Array = NDArray[np.float64]
 
 PAIR_ROWS = 8192
-"""Pairwise products are taken among at most this many rows (33.5 million pairs); of more rows, among a sample of them."""
+"""Pairwise products are taken among at most this many rows (33.5 million pairs);
+of more rows, among a sample of them.
+"""
 
 LEVELS = np.linspace(0.0, 1.0, 401)
 """The quantiles that stand for a distribution of many values."""
@@ -33,8 +36,8 @@ LEVELS = np.linspace(0.0, 1.0, 401)
 def eigenvalues_over_median(rows: Array) -> Array:
     """Eigenvalues of the rows' covariance, over their median, ascending: [rows, d] -> [d] (nGPT, fig. 4).
 
-    All rows are used, the eigenvalue problem is d x d. A median of zero, where there are fewer rows than half of d, leaves
-    the eigenvalues as they are.
+    All rows are used, the eigenvalue problem is d x d. A median of zero, where there are fewer rows than half of d,
+    leaves the eigenvalues as they are.
     """
     centred = torch.from_numpy(rows - rows.mean(axis=0))
     values = torch.linalg.eigvalsh(centred.T @ centred / len(rows)).clamp_min(0).numpy()
@@ -115,8 +118,8 @@ def vector_lengths(model: nn.Module, name: str, layer: int) -> Array:
 def off_sphere(model: nn.Module) -> dict[str, float]:
     """The largest `| ||w|| - 1 |` over the vectors along d_model of each kind of matrix.
 
-    `{"input": ..., "output": ..., "Q": ..., ...}`. For nGPT it is what `spherelm.departure` says, matrix by matrix; for GPT, of
-    which no vector need be unit, it is how far its vectors are from the sphere that nGPT's live on.
+    `{"input": ..., "output": ..., "Q": ..., ...}`. For nGPT it is what `spherelm.departure` says, matrix by matrix; for
+    GPT, of which no vector need be unit, it is how far its vectors are from the sphere that nGPT's live on.
     """
     found = {table: _worst(weight_of(model, path), axis=1) for table, path in EMBEDDINGS.items()}
     for part, matrices in MATRICES.items():

@@ -27,16 +27,18 @@ UNIT = 1e-5
 
 @dataclass(frozen=True)
 class Inside:
-    """One model in numbers; dictionaries are by "input" and "output" for embeddings, by matrix (Q, ..., W_oMLP) for blocks.
+    """One model in numbers; dictionaries are by "input" and "output" for embeddings,
+    by matrix (Q, ..., W_oMLP) for blocks.
 
     Of a matrix that only some layers have, n_layers is the number of these; `weights.places` are theirs.
-    `weights`: what `spherelm compare` shows. `unit_conditions`: condition numbers of the matrices with their vectors made
-    unit, [n_layers]. `singular`: [n_layers, heads, values], descending. `ranks`: effective rank over the largest possible,
-    median over heads, [n_layers]. `eigenvalues`: of the embedding's covariance over their median, [d_model], ascending.
+    `weights`: what `spherelm compare` shows. `unit_conditions`: condition numbers of the matrices with their vectors
+    made unit, [n_layers]. `singular`: [n_layers, heads, values], descending. `ranks`: effective rank over the largest
+    possible, median over heads, [n_layers]. `eigenvalues`: of the embedding's covariance over their median,
+    [d_model], ascending.
     `products`, `cosines`: quantiles at `geometry.LEVELS` of the pairwise products of embedding vectors, taken among
-    `pair_rows` of them. `crowding`: mean cosine of all pairs of embedding vectors. `vector_lengths`: of Q and K in `layer`,
-    ascending; `layer` is counted from 0 among the layers that have attention; without any, there are no lengths. `motion`: what
-    the model does with the text. `experts`: of mixtures, `None` for a model without them.
+    `pair_rows` of them. `crowding`: mean cosine of all pairs of embedding vectors. `vector_lengths`: of Q and K in
+    `layer`, ascending; `layer` is counted from 0 among the layers that have attention; without any, there are no
+    lengths. `motion`: what the model does with the text. `experts`: of mixtures, `None` for a model without them.
     """
 
     weights: WeightReport
@@ -57,8 +59,8 @@ class Inside:
 def look_inside(model: Decoder, tokens: Tensor, layer: int | None = None) -> Inside:
     """Measure the model and one pass over int64 tokens [batch, seq].
 
-    layer: of figs. 11 and 12, counted from 0, by default the middle one of those with attention. Raises `ValueError` for a
-    layer without attention, and if a weight or a state holds NaN or Inf: nothing is drawn from such a model.
+    layer: of figs. 11 and 12, counted from 0, by default the middle one of those with attention. Raises `ValueError`
+    for a layer without attention, and if a weight or a state holds NaN or Inf: nothing is drawn from such a model.
     """
     weights.check_finite(model)
     singular = weights.singular_values(model)

@@ -45,12 +45,13 @@ class Motion:
     """A recorded pass in numbers; "steps" are the parts of layers, "stops" what lies before, between and after them.
 
     `steps`: (number of the layer, from 1; its part) of each.
-    `angles`: degrees that each step turned each position's state, [steps, N]. `chords`: degrees from the first to the last
-    stop, [N]. `lengths`: mean length of the states, [stops]. `to_state`, `to_prediction`: mean cosine of each step's proposal
-    with the last state, and with the output vector of the token that the model finds most probable, [steps].
-    `rank`: effective rank of the unit states, not centred, [stops]. `anisotropy`: mean cosine between the states of different
-    positions, [stops]. `entropies`: attention entropy in nats, mean over queries, [layers that have it, n_heads]; `spread`: the
-    same as a part of the most that each query could have.
+    `angles`: degrees that each step turned each position's state, [steps, N]. `chords`: degrees from the first to the
+    last stop, [N]. `lengths`: mean length of the states, [stops]. `to_state`, `to_prediction`: mean cosine of each
+    step's proposal with the last state, and with the output vector of the token that the model finds most
+    probable, [steps].
+    `rank`: effective rank of the unit states, not centred, [stops]. `anisotropy`: mean cosine between the states of
+    different positions, [stops]. `entropies`: attention entropy in nats, mean over queries, [layers that have it,
+    n_heads]; `spread`: the same as a part of the most that each query could have.
     """
 
     steps: list[tuple[int, str]]
@@ -72,7 +73,9 @@ class Motion:
 
     @property
     def depths(self) -> Array:
-        """How many layers lie behind each stop, [stops]: whole behind a layer's last part, fractions between its parts."""
+        """How many layers lie behind each stop, [stops]: whole behind a layer's last part,
+        fractions between its parts.
+        """
         numbers = [number for number, _ in self.steps]
         inside = [numbers[: i + 1].count(number) / numbers.count(number) for i, number in enumerate(numbers)]
         return np.array([0.0, *(number - 1 + part for number, part in zip(numbers, inside, strict=True))])
@@ -118,7 +121,9 @@ def attention_spread(recording: Recording) -> tuple[Array, Array]:
 
 
 def output_directions(model: Any) -> Tensor:
-    """Unit vectors [vocab_size, d_model] along which a state's logits grow: the output matrix, of a GPT with its last gain."""
+    """Unit vectors [vocab_size, d_model] along which a state's logits grow:
+    the output matrix, of a GPT with its last gain.
+    """
     head = model.head
     rows: Tensor = head.linear.weight * head.norm.weight if hasattr(head, "norm") else head.linear.weight
     return sphere.norm(rows.detach())
@@ -130,7 +135,9 @@ def predictions(model: Decoder, states: Tensor) -> Tensor:
 
 
 def logit_lens(model: Decoder, recording: Recording) -> Lens:
-    """Read every stop with the model's own read-out: on the sphere the output matrix itself, of a GPT behind its last norm."""
+    """Read every stop with the model's own read-out: on the sphere the output matrix itself,
+    of a GPT behind its last norm.
+    """
     tokens = recording.tokens
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
     sums = np.zeros((4, len(recording.stops)))

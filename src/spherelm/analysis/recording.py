@@ -1,4 +1,5 @@
-"""One forward pass with everything written down: where the hidden state was, what each block proposed, where heads looked.
+"""One forward pass with everything written down: where the hidden state was, what each block proposed,
+where heads looked.
 
 Nothing of the model is changed: blocks are called through `Decoder.trunk(run=...)`, and watched by hooks.
 """
@@ -25,10 +26,11 @@ class Recording:
     """A recorded pass over int64 tokens [batch, seq], in float32; N = batch * seq positions, row after row.
 
     `steps`: (number of the layer, from 1; its part), in turn: attention and MLP of each layer in a GPT, cross-attention
-    between them in an encoder-decoder, one part a layer in a hybrid. `stops`: the hidden state after the embedding, then after
-    every step, of [N, d_model]. `proposals`: what each step's part gave, [N, d_model], before it was scaled or normalized.
-    `entropies`: of attention, in nats, [layers that have it, n_heads, batch, seq], the mean that a head's query spreads over
-    keys.
+    between them in an encoder-decoder, one part a layer in a hybrid. `stops`: the hidden state after the embedding,
+    then after every step, of [N, d_model]. `proposals`: what each step's part gave, [N, d_model], before it was
+    scaled or normalized.
+    `entropies`: of attention, in nats, [layers that have it, n_heads, batch, seq], the mean that a head's query spreads
+    over keys.
     """
 
     tokens: Tensor
@@ -90,9 +92,11 @@ def _flat(h: Tensor) -> Tensor:
 
 
 def attention_entropy(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Entropy in nats of causal softmax attention: [batch, n_heads, seq, d_k] queries and keys -> [n_heads, batch, seq].
+    """Entropy in nats of causal softmax attention: [batch, n_heads, seq, d_k] queries
+    and keys -> [n_heads, batch, seq].
 
-    Keys may have fewer heads (grouped-query attention). A sequence at a time: scores of one are n_heads * seq^2 numbers.
+    Keys may have fewer heads (grouped-query attention). A sequence at a time: scores of one are
+    n_heads * seq^2 numbers.
     """
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)

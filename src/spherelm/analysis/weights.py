@@ -1,7 +1,8 @@
 """Measurements of a model's weights, as the nGPT paper shows them (sec. 3.2, figs. 4 to 6): numbers in, numbers out.
 
-Every function takes a `GPT`, an `NGPT` or anything else whose `blocks` have such parts (`analysis/parts.py`), on any device
-and in any dtype, computes in float64 on the CPU, and raises `ValueError` where a weight it reads holds NaN or Inf.
+Every function takes a `GPT`, an `NGPT` or anything else whose `blocks` have such parts (`analysis/parts.py`), on any
+device and in any dtype, computes in float64 on the CPU, and raises `ValueError` where a weight it reads
+holds NaN or Inf.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ GRAM_CONDITION = 1e4
 class WeightReport:
     """All measurements of one model; arrays are float64.
 
-    n_layers is the number of layers that have such a scale or matrix: all of a GPT's, some of a hybrid's; `places`: their
-    numbers, from 1, by the name of the scale or matrix.
+    n_layers is the number of layers that have such a scale or matrix: all of a GPT's, some of a hybrid's; `places`:
+    their numbers, from 1, by the name of the scale or matrix.
     `scales`: mean per layer of each learned scale, `{"alpha_A": [n_layers], ...}`, empty for a GPT.
     `s_z`: effective logit scales in ascending order [vocab_size], or None for a GPT.
     `embedding_norms`: row norms in ascending order, `{"input": [vocab_size], "output": [vocab_size]}`.
@@ -102,10 +103,11 @@ def check_finite(model: nn.Module) -> None:
 
 
 def scales(model: nn.Module) -> dict[str, Array]:
-    """Mean of each learned scale per layer that has it, `{name: [n_layers]}` (fig. 6); names that no layer has are left out.
+    """Mean of each learned scale per layer that has it, `{name: [n_layers]}` (fig. 6);
+    names that no layer has are left out.
 
-    Effective values, `value * init / scale`; of `alpha_A` and `alpha_M` the absolute value, as the forward pass uses it.
-    Dimensionless. `s_v` is without its constant factor sqrt(d_model).
+    Effective values, `value * init / scale`; of `alpha_A` and `alpha_M` the absolute value, as the forward pass uses
+    it. Dimensionless. `s_v` is without its constant factor sqrt(d_model).
     """
     means = {}
     for name, (part, path) in SCALES.items():
@@ -139,7 +141,8 @@ def embedding_norms(model: nn.Module) -> dict[str, Array]:
 
 
 def condition_numbers(model: nn.Module) -> dict[str, Array]:
-    """Largest over smallest singular value per layer, `{matrix: [n_layers]}` (fig. 5); inf for a matrix without full rank.
+    """Largest over smallest singular value per layer, `{matrix: [n_layers]}` (fig. 5);
+    inf for a matrix without full rank.
 
     Of the attention matrices the median over heads.
     """
@@ -153,10 +156,11 @@ def conditions(singular: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def singular_values(model: nn.Module, unit: bool = False) -> dict[str, Array]:
-    """Singular values per layer and head, descending: `{matrix: [n_layers, heads, values]}`; an MLP matrix has one "head".
+    """Singular values per layer and head, descending: `{matrix: [n_layers, heads, values]}`;
+    an MLP matrix has one "head".
 
-    A head's part are rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time; of a bank of experts, an expert's.
-    Matrices that no layer has are left out. unit: of the matrix whose vectors
+    A head's part are rows of Q, K, V and columns of W_o, d_k = d_model / n_heads at a time; of a bank of experts, an
+    expert's. Matrices that no layer has are left out. unit: of the matrix whose vectors
     along d_model were first made unit, as the paper's dotted lines have it (fig. 5).
     """
     names = (name for part, paths in MATRICES.items() for name, path in paths.items() if has_matrix(model, part, path))
@@ -177,7 +181,9 @@ def _singular_values_of(model: nn.Module, name: str, unit: bool) -> Array:
 
 
 def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
-    """Of each layer that has it the matrix `name` by heads, [heads, rows, d_model]: rows are vectors of the residual stream."""
+    """Of each layer that has it the matrix `name` by heads, [heads, rows, d_model]:
+    rows are vectors of the residual stream.
+    """
     part = next(part for part, names in MATRICES.items() if name in names)
     for owner in layers_with(model, part).values():
         path = MATRICES[part][name]
@@ -190,8 +196,9 @@ def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
 def _singular(matrices: Array) -> Array:
     """Singular values of the last two axes, descending, in float64: to 1e-7 of each, the smallest included.
 
-    They are roots of the eigenvalues of the smaller Gram matrix, a fraction of a decomposition's work. Its rounding grows
-    with the square of the condition number: matrices beyond `GRAM_CONDITION` are decomposed themselves.
+    They are roots of the eigenvalues of the smaller Gram matrix, a fraction of a decomposition's work.
+    Its rounding grows with the square of the condition number: matrices beyond `GRAM_CONDITION` are decomposed
+    themselves.
     """
     tall = torch.from_numpy(matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.swapaxes(-1, -2))
     values = torch.linalg.eigvalsh(tall.mT @ tall).flip(-1).clamp_min(0).sqrt()

@@ -1,4 +1,5 @@
-"""The command line: parses arguments, calls the floor below, and turns what users got wrong into one line and exit code 2.
+"""The command line: parses arguments, calls the floor below,
+and turns what users got wrong into one line and exit code 2.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from spherelm import __version__
 from spherelm.cli import evaluation, inspection, listing, text, timing, trained, training
-from spherelm.cli.parser import Command, parse, parser_of
+from spherelm.cli.parser import Command, about, parse, parser_of
 from spherelm.errors import UserError, nearest
 from spherelm.progress import say
 from spherelm.third_parties import silenced
@@ -72,14 +73,14 @@ def run(words: Sequence[str]) -> None:
 def overview(names: Sequence[str]) -> str:
     """The commands of these names, and what each is for."""
     width = max(map(len, names)) + 4
-    about = [(COMMANDS[name].__doc__ or "").splitlines()[0] for name in names]
+    texts = [about(COMMANDS[name]) for name in names]
     return "\n".join(
         [
             "usage: spherelm COMMAND [arguments and flags]\n",
             "Train language models on the hypersphere: nGPT and its GPT baseline.\n",
             *(
                 fill(f"  {name:{width - 2}}{text}", 110, subsequent_indent=" " * width)
-                for name, text in zip(names, about, strict=True)
+                for name, text in zip(names, texts, strict=True)
             ),
             "\nspherelm COMMAND --help describes a command; spherelm --version prints the version.",
             "Lists are separated by commas or spaces; a repeated flag adds to its list.",
@@ -149,7 +150,9 @@ def main() -> None:
 
 
 def nobody_reads() -> bool:
-    """Whether the reader of the output has seen enough, as `head` does; other pipes may break too, and that is an error."""
+    """Whether the reader of the output has seen enough, as `head` does;
+    other pipes may break too, and that is an error.
+    """
     ends = select.poll()
     for output in (1, 2):
         ends.register(output, 0)

@@ -46,8 +46,8 @@ def eval_(
 
     Args:
         run: A run directory, or one of its checkpoints.
-        tasks: Tasks of lm-evaluation-harness (spherelm list tasks). If left out, the paper's five, or none where --perplexity
-            or --translate is given.
+        tasks: Tasks of lm-evaluation-harness (spherelm list tasks). If left out, the paper's five, or none where
+            --perplexity or --translate is given.
         perplexity: Measure perplexity on these text files, of any kind that data prepare reads.
         field: Name of the text in each row of those files; body.text for "text" within "body".
         lengths: Context lengths in tokens, which may exceed the length trained on; that length if left out.

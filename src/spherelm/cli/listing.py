@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from spherelm.cli.parser import POSITIONAL, documented
+from spherelm.cli.parser import POSITIONAL, about, documented
 
 
 def list_(*, what: Annotated[Literal["presets", "recipes", "fields", "tasks"], POSITIONAL]) -> None:
@@ -15,7 +15,8 @@ def list_(*, what: Annotated[Literal["presets", "recipes", "fields", "tasks"], P
     Example: spherelm list presets
 
     Args:
-        what: presets: sizes and lengths of runs. recipes: ways to train. fields: everything --set takes. tasks: of eval.
+        what: presets: sizes and lengths of runs. recipes: ways to train. fields: everything --set
+            takes. tasks: of eval.
     """
     print(columns({"presets": presets, "recipes": recipes, "fields": fields, "tasks": tasks}[what]()))
 
@@ -40,7 +41,7 @@ def recipes() -> list[Sequence[str]]:
     """The recipes, and what each is."""
     from spherelm.recipes import RECIPES
 
-    return [(name, (make.__doc__ or "").splitlines()[0]) for name, make in RECIPES.items()]
+    return [(name, about(make)) for name, make in RECIPES.items()]
 
 
 def fields() -> list[Sequence[str]]:

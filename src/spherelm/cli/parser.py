@@ -1,7 +1,8 @@
 """A command's flags, read off its signature and docstring: how they are parsed, what --help says, and what is refused.
 
-A command is a function. A parameter is a flag, or a word by its place where it is annotated with `POSITIONAL`. A parameter
-that is annotated with `Fields` is the mapping of those flags that were given, each of which sets a field of a dataclass.
+A command is a function. A parameter is a flag, or a word by its place where it is annotated with `POSITIONAL`. A
+parameter that is annotated with `Fields` is the mapping of those flags that were given, each of which sets a
+field of a dataclass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BARE = "bare"
 """Stands in the annotation of a flag that may be given without its value, which is the empty text then."""
 
 COMMA, ASSIGNMENT, NOWHERE = ",", r",(?=[\w.]+=)", "(?!)"
-"""Where a word of a list is taken apart: of names or numbers, of FIELD=VALUE, of free text; the latter two are annotations."""
+"""Where a word of a list is split: of names or numbers, of FIELD=VALUE, of free text; two are annotations."""
 
 
 class Needs:
@@ -67,9 +68,9 @@ def holds(wanted: str, given: Mapping[str, Any]) -> bool:
 
 
 class Fields:
-    """Stands in a parameter's annotation: flags that set the fields `names` of the dataclass `owner`, as it documents them.
+    """Stands in a parameter's annotation: flags that set the fields `names` of a dataclass, as it documents them.
 
-    owner: the dataclass by its whole name, since it takes a second to import what needs torch. title: of the flags in --help.
+    owner: the dataclass by its whole name, since torch takes a second to import. title: of the flags in --help.
     left_out: what the fields are without their flags, where that is not their default. needs: of a flag, by its field.
     called: the flag's name, where it is not the field's. lists: the fields are texts of names by commas.
     """
@@ -103,9 +104,9 @@ class Fields:
 class Flag:
     """A flag, or, where `notes` has `POSITIONAL`, a word by its place.
 
-    parameter: of the command, which takes the value; or, under the key `field`, a mapping of values. kind: of a value, or of
-    each of a list: int, float, str, bool, Path or a `Literal`. default: as --help shows it. notes: see `POSITIONAL` and
-    those below it.
+    parameter: of the command, which takes the value; or, under the key `field`, a mapping of values. kind:
+    of a value, or of each of a list: int, float, str, bool, Path or a `Literal`. default: as --help shows it. notes:
+    see `POSITIONAL` and those below it.
     """
 
     name: str
@@ -249,7 +250,7 @@ def parser_of(command: Command, name: str) -> Parser:
 
 
 def parse(command: Command, name: str, words: Sequence[str]) -> dict[str, Any]:
-    """The command's arguments, from the words after its name. Raises `UserError` for what cannot be read or cannot act."""
+    """The arguments, from the words after the command. `UserError` for what cannot be read or cannot act."""
     flags = flags_of(command)
     words = [key_of(word) + word[len(key_of(word)) :] if word.startswith("--") else word for word in words]
     refuse_unknown(words, flags, name)
@@ -350,8 +351,13 @@ def shown_default(default: Any) -> str:
     return "" if default in (None, "", inspect.Parameter.empty) or isinstance(default, bool) else str(default)
 
 
+def about(documented: object) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
+
+
 def documented(text: str, names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """The description in a docstring of each of `names`, fields or parameters: the text after "name:", up to the next name."""
+    """What a docstring says of each of `names`, fields or parameters: from "name:" up to the next name."""
     one = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     parts = re.split(rf"(?:^|(?<=\s))((?:{one})(?:, (?:{one}))*):\s", text)
     return {

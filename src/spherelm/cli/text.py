@@ -28,13 +28,15 @@ def prepare(
     workers: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Turn text files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet) or a dataset into a data directory of token shards.
+    """Turn text files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet) or a dataset into a data
+    directory of token shards.
 
     Example: spherelm data prepare --input books/*.txt --val-fraction 0.05 --out data/books
 
     Args:
         out: The data directory to create.
-        input: Text files, directories of them, or patterns. A .txt or .md file is one document; in other files each row is one.
+        input: Text files, directories of them, or patterns. A .txt or .md file is one document; in other
+            files each row is one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
         hf_config: The configuration of that dataset, where it has several.
         hf_split: The split of that dataset to read.
@@ -141,7 +143,7 @@ def pairs(
 ) -> None:
     """Turn parallel text files, whose lines belong together one by one, into a data directory for encoder-decoders.
 
-    Example: spherelm data pairs --source en.txt --target de.txt --val-source dev.en --val-target dev.de --out data/en-de
+    Example: spherelm data pairs --source a.en --target a.de --val-source b.en --val-target b.de --out data/en-de
 
     Args:
         source: File of source texts, one per line; any name, also .gz, .xz, .bz2, .zst.
@@ -150,7 +152,8 @@ def pairs(
         val_target: File of target texts for validation.
         out: The data directory to create.
         vocab_size: Entries of the BPE tokenizer that is trained on both sides of the training pairs.
-        tokenizer: Instead of training one: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
+        tokenizer: Instead of training one: default, bytes, a tokenizer.json, a SentencePiece .model, or a
+            Hugging Face name.
         max_tokens: Training pairs with a side longer than this, end token included, are left out.
     """
     from spherelm.data.pairs import PairFiles, prepare_pairs

@@ -31,7 +31,8 @@ def bench(
         no_compile: Do not use torch.compile.
         json: File to write the result to, as JSON.
         profile: Also show where each arm's steps spend their time, by torch's profiler.
-        pattern: Time hybrids with this pattern of layers, such as MAM-MAM-, instead of transformers; one letter per layer.
+        pattern: Time hybrids with this pattern of layers, such as MAM-MAM-, instead of transformers; one
+            letter per layer.
     """
     from spherelm.data.output import check_new_file
     from spherelm.experiments import bench as module

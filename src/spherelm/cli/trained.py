@@ -49,8 +49,10 @@ def import_nvidia(
     Args:
         ckpt: The file that train.py wrote.
         out: The run directory to create.
-        rope: nvidia: as their code computes it, where the rotary embedding is not a rotation; standard: the paper's model.
-        tokenizer: Its tokenizer, which the file does not hold: a tokenizer.json, a SentencePiece .model, a Hugging Face name.
+        rope: nvidia: as their code computes it, where the rotary embedding is not a rotation; standard:
+            the paper's model.
+        tokenizer: Its tokenizer, which the file does not hold: a tokenizer.json, a SentencePiece .model, a
+            Hugging Face name.
         moments: Keep the optimizer's moments as well, to continue training.
     """
     from spherelm.interop.imported import import_nvidia as run_import
@@ -90,14 +92,15 @@ def generate(
         run: A run directory, or one of its checkpoints.
         prompt: The text to continue.
         prompts: A file with one prompt on each line, or a .jsonl of objects with a "prompt".
-        interactive: Type a line, read how the model continues it, type the next. /new begins a new text, /quit ends. A text of
-            any length: the model sees the end of it.
-        max_new_tokens: The most tokens to add (for --interactive, after each line); if left out, 100, or fewer where the
-            model's max_seq_len leaves no room for them.
+        interactive: Type a line, read how the model continues it, type the next. /new begins a new text, /quit ends. A
+            text of any length: the model sees the end of it.
+        max_new_tokens: The most tokens to add (for --interactive, after each line); if left out, 100, or fewer where
+            the model's max_seq_len leaves no room for them.
         stop: End the text before any of these strings; separate them by spaces, since a comma may be part of one.
         samples: Texts to draw for each prompt.
         seed: Seed of the random draw; text i uses seed + i.
-        window: Allow texts longer than the model's max_seq_len: where it is reached, the model continues from the last half.
+        window: Allow texts longer than the model's max_seq_len: where it is reached, the model continues
+            from the last half.
         dtype: Format of the weights and of the computation; with int8 the computation is in float32.
         json: Print each text as one line of JSON, with its prompt, sample number and seed.
     """
@@ -123,7 +126,9 @@ def generate(
 def write_texts(
     run: Path, given: list[str], samples: int, max_new_tokens: int | None, as_json: bool, **settings: Any
 ) -> None:
-    """Print the texts that `continuations` gives: one as it comes, several in full, with --- between those that go on."""
+    """Print the texts that `continuations` gives: one as it comes, several in full,
+    with --- between those that go on.
+    """
     from spherelm.generation.samples import continuations, continues
 
     goes_on = continues(run)
@@ -144,7 +149,9 @@ def write_texts(
 
 
 class Writer:
-    """Writes a text to standard output as it comes: the prompt with the first piece, so that what is refused writes nothing."""
+    """Writes a text to standard output as it comes: the prompt with the first piece,
+    so that what is refused writes nothing.
+    """
 
     def __init__(self, prompt: str) -> None:
         self.before = prompt
@@ -210,7 +217,8 @@ def export(
         run: A run directory, or one of its checkpoints.
         out: The directory to create.
         standalone: Put the modeling code beside the weights, so that trust_remote_code loads them without spherelm.
-        folded: Like --standalone, for servers such as vLLM: learned scales are folded into the matrices; for inference only.
+        folded: Like --standalone, for servers such as vLLM: learned scales are folded into the matrices;
+            for inference only.
         dtype: Format of the weights.
         license: License of the weights, as the hub names it: apache-2.0, cc-by-4.0, ...
         no_tokenizer: Leave the tokenizer out.

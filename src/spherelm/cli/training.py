@@ -84,16 +84,16 @@ def train(
     Args:
         out: Run directory: config.json, metrics.jsonl, checkpoints.
         arm: gpt, the baseline, or ngpt, the normalized Transformer; the preset sets the architecture.
-        data: Directory of spherelm data prepare; DIR=WEIGHT,DIR=WEIGHT; stream:NAME; PATH,tokenizer=NAME for token files of
-            nanoGPT, llm.c or Megatron. Or text, which is prepared into OUT-data: the files, patterns and directories that data
-            prepare reads. The shipped text if left out.
+        data: Directory of spherelm data prepare; DIR=WEIGHT,DIR=WEIGHT; stream:NAME; PATH,tokenizer=NAME for token
+            files of nanoGPT, llm.c or Megatron. Or text, which is prepared into OUT-data: the files, patterns and
+            directories that data prepare reads. The shipped text if left out.
         preset: Size and length of the run (spherelm list presets); demo if left out.
         recipe: How the arm is trained (spherelm list recipes); law if left out.
-        config: A run's config.json, to repeat that run with the given flags changed. Or a JSON or YAML file with some of
-            its fields, named as for --set or nested as in config.json; preset, recipe and flags set the rest.
+        config: A run's config.json, to repeat that run with the given flags changed. Or a JSON or YAML file with some
+            of its fields, named as for --set or nested as in config.json; preset, recipe and flags set the rest.
         set_: Fields that differ from the recipe (spherelm list fields): schedule=log rho=0.05 optimizer=muon.
-        resume: Resume this run, or the one in --out, from its last checkpoint. Its config.json sets everything else; flags that
-            do not change the result may differ, and so may --steps where the schedule allows it.
+        resume: Resume this run, or the one in --out, from its last checkpoint. Its config.json sets everything else;
+            flags that do not change the result may differ, and so may --steps where the schedule allows it.
         init_from: Start from the weights of this run, checkpoint or exported folder; the model takes its shape.
         no_compile: Do not use torch.compile.
     """
@@ -121,8 +121,8 @@ def train(
 
 
 def resumed(resume: str | None, out: Path | None, chosen: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """The run directory, and the file that its configuration is read from: with --resume its own, unless --arm or --config
-    describe how the run was started.
+    """The run directory, and the file that its configuration is read from: with --resume its own, unless --arm or
+    --config describe how the run was started.
     """
     if resume and out not in (None, Path(resume)):
         raise UserError(
@@ -308,7 +308,8 @@ def evidence(
         data: Data directory of spherelm data prepare; its validation text is used to choose learning rates.
         test: Data directory with the same tokenizer, whose validation text is used only at the end, as held-out text.
         workers: Runs at once; one per core if left out.
-        minutes: After so many minutes, save unfinished runs, print the tables so far and exit with 0; no limit if left out.
+        minutes: After so many minutes, save unfinished runs, print the tables so far and exit with 0; no
+            limit if left out.
     """
     from spherelm.experiments.evidence import climb
     from spherelm.experiments.evidence_plan import Grid

@@ -41,9 +41,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
 
 
 def train_on_files(inputs: Sequence[Path], out: Path, vocab_size: int, rows: Rows = Rows()) -> JsonTokenizer:
-    """Train a tokenizer on files, directories or patterns, and write it as the directory `out`, which `load_tokenizer` reads.
+    """Train a tokenizer on files, directories or patterns, and write it as the directory `out`,
+    which `load_tokenizer` reads.
 
-    rows: which field of a row holds its text. Raises what `train_tokenizer` and `data.documents` do, and FileExistsError.
+    rows: which field of a row holds its text. Raises what `train_tokenizer` and `data.documents` do,
+    and FileExistsError.
     """
     files = [file for path in inputs for file in input_files(path)]
     if not files:

@@ -1,7 +1,8 @@
 """Bytes out of a file that may be compressed. Whatever is cut off, damaged or followed by something else is refused.
 
-The libraries' own file readers take damage for the end: `lzma.LZMAFile` and `bz2.BZ2File` at the start of a second stream,
-zstandard's stream reader anywhere in a frame. So every format goes stream by stream through its bare decompressor.
+The libraries' own file readers take damage for the end: `lzma.LZMAFile` and `bz2.BZ2File` at the start of a second
+stream, zstandard's stream reader anywhere in a frame. So every format goes stream by stream through its
+bare decompressor.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def sha256_of(path: Path, said: Callable[[int], object] = lambda size: None) -> 
 def opened(path: Path) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
     """The bytes of a file, and what says how far it is read; the suffix says how it is compressed, if it is.
 
-    Reading raises DocumentError for a file that is not whole or not what its suffix says, or where the library for .zst is
-    missing.
+    Reading raises DocumentError for a file that is not whole or not what its suffix says, or where the library for .zst
+    is missing.
     """
     suffix = path.suffix.lower()
     with open(path, "rb") as file:

@@ -11,7 +11,8 @@ from spherelm.errors import UserError
 
 
 def convert(data: str, out: Path, kind: str) -> dict[str, int]:
-    """Write the tokens that `data` names, as for `parse_data`, as the directory `out`; the number of tokens of each split.
+    """Write the tokens that `data` names, as for `parse_data`, as the directory `out`;
+    the number of tokens of each split.
 
     kind: one of `WRITERS`. The tokenizer is written beside them. Raises UserError where `data` is not one text, or what
     opening it raises, and FileExistsError.

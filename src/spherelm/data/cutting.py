@@ -1,8 +1,9 @@
 """Cutting a text into pieces whose ids, put together, are those that the tokenizer gives the whole.
 
-A place is safe where no entry of the vocabulary reaches over it, and where the text around it, encoded in two parts, gives
-the ids of both together. Such places are looked for between words, after the end of a line and, for texts without
-spaces, between Chinese characters and kana. Where a long stretch has none it is cut anyway, so that memory stays bounded.
+A place is safe where no entry of the vocabulary reaches over it, and where the text around it, encoded in two parts,
+gives the ids of both together. Such places are looked for between words, after the end of a line and, for texts without
+spaces, between Chinese characters and kana. Where a long stretch has none it is cut anyway, so that
+memory stays bounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _KINDS = {
 
 
 class Cut(NamedTuple):
-    """A place in a text. `safe`: whether the ids stay those of the whole; `context`: what stands before the second part."""
+    """A place in a text. `safe`: whether the ids stay those of the whole; `context`:
+    what stands before the second part.
+    """
 
     place: int
     safe: bool
@@ -37,7 +40,9 @@ class Cut(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a text. `context`: the character before it, nothing at the start; `safe`: whether it begins at a safe place."""
+    """A part of a text. `context`: the character before it, nothing at the start; `safe`:
+    whether it begins at a safe place.
+    """
 
     text: str
     context: str = ""
@@ -114,7 +119,9 @@ _BORDERS = re.compile(rb"(?s)\n(?=[^\x80-\xbf])|.(?= )|[\x80-\xff](?=[\xe3-\xe9]
 
 
 def _pairs(entry: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The last character before and the first after every place in an entry where a text may be cut; parts of them too."""
+    """The last character before and the first after every place in an entry where a text may be cut;
+    parts of them too.
+    """
     for border in _BORDERS.finditer(entry):
         place = begin = border.end()
         begin -= 1

@@ -36,9 +36,10 @@ WHOLE: Span = (0, None)
 class Block:
     """A piece of an input file. `read_bytes`: how much of the (compressed) file was read for it and those before.
 
-    `texts`: whole documents, Bad for each bad row; or a piece of one, of which `starts` and `ends` say whether it is its
-    first or last, `context` and `safe` how it was cut from the one before (`data.cutting`), and `digest`, when asked for,
-    the sha256 (hex) of the whole. `after` is the position after it of a stream that can continue from there (JSON).
+    `texts`: whole documents, Bad for each bad row; or a piece of one, of which `starts` and `ends` say whether it is
+    its first or last, `context` and `safe` how it was cut from the one before (`data.cutting`), and `digest`, when
+    asked for, the sha256 (hex) of the whole. `after` is the position after it of a stream that can continue
+    from there (JSON).
     """
 
     path: Path
@@ -206,7 +207,8 @@ def _decoded(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of any name, which may be compressed, without what ends them; only a newline ends a line.
+    """The lines of a text file of any name, which may be compressed, without what ends them;
+    only a newline ends a line.
 
     Raises FileNotFoundError, or DocumentError for a directory, damage, or what is not UTF-8.
     """

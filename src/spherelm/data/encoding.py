@@ -30,7 +30,9 @@ _GROUP = 1 << 20  # characters encoded in one call: bounds what the libraries ho
 
 @dataclass(frozen=True)
 class Job:
-    """A block and where its documents go: the split, or by their hash when it is None. `source`: number of the input."""
+    """A block and where its documents go: the split, or by their hash when it is None.
+    `source`: number of the input.
+    """
 
     source: int
     block: Block
@@ -39,11 +41,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of a job: ids with end tokens and UTF-8 bytes of text by split; the number of documents, and of what was
-    left out by reason.
+    """The result of a job: ids with end tokens and UTF-8 bytes of text by split; the number of documents, and of what
+    was left out by reason.
 
-    `unsafe_cuts`: how many places were cut that are not safe. `starts`, `ends`, `after`: as in its block. When asked for, by
-    split and document: `digests`, the first 16 bytes of the text's sha256, and `sizes`, its UTF-8 bytes.
+    `unsafe_cuts`: how many places were cut that are not safe. `starts`, `ends`, `after`: as in its block.
+    When asked for, by split and document: `digests`, the first 16 bytes of the text's sha256, and `sizes`, its UTF-8
+    bytes.
     """
 
     source: int

@@ -28,8 +28,9 @@ _COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A dataset to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision), a .parquet or .jsonl file,
-    or a folder of such. `config`, `split`: of the dataset. `column`: the field with the text. `limit`: rows at most.
+    """A dataset to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision),
+    a .parquet or .jsonl file, or a folder of such. `config`, `split`: of the dataset. `column`: the field with the
+    text. `limit`: rows at most.
     """
 
     name: str
@@ -43,8 +44,8 @@ class HubText:
     """The documents of one dataset in their order, from any position.
 
     `identity` (JSON) names what is read: two streams with the same one give the same documents. `local_files` are those
-    of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened, with one line that
-    says why. `skip_bad`: as in `Rows`.
+    of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened,
+    with one line that says why. `skip_bad`: as in `Rows`.
     """
 
     def __init__(self, request: HubRequest, skip_bad: bool | None = None) -> None:
@@ -138,7 +139,9 @@ def _open_builder(request: HubRequest) -> Any:
 
 @cache
 def _refuse_damage() -> None:
-    """Have compressed files read by `open_compressed`: the readers that fsspec comes with take some damage for the end."""
+    """Have compressed files read by `open_compressed`:
+    the readers that fsspec comes with take some damage for the end.
+    """
     from fsspec.compression import compr, register_compression
 
     def opened(suffix: str, other: Any, file: Any, mode: str = "rb", **given: Any) -> Any:
@@ -151,7 +154,9 @@ def _refuse_damage() -> None:
 
 
 def _files(request: HubRequest, builder: Any) -> list[tuple[str, list[str]]]:
-    """Each file of the split and what tells it apart: the sha256 of a local one, address and version of a remote one."""
+    """Each file of the split and what tells it apart:
+    the sha256 of a local one, address and version of a remote one.
+    """
     files = (builder.config.data_files or {}).get(request.split, [])
     versions = getattr(files, "origin_metadata", [()] * len(files))
     return [(str(file), _version_of(str(file), version)) for file, version in zip(files, versions, strict=True)]

@@ -31,7 +31,9 @@ class Batches(Protocol):
         ...
 
     def state(self, step: int) -> dict[str, Any]:
-        """The state (JSON) that another process needs besides the number `step` to continue, the same for every rank."""
+        """The state (JSON) that another process needs besides the number `step` to continue,
+        the same for every rank.
+        """
         ...
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -11,14 +11,17 @@ from spherelm.data.loader import Batch, Batches
 from spherelm.layers.loss import IGNORED
 
 SHOWN, EXCHANGED = 0.1, 0.1
-"""Of the tokens to be predicted, the parts that are left as they are and exchanged for any other: the rest are hidden."""
+"""Of the tokens to be predicted, the parts that are left as they are and exchanged for any other:
+the rest are hidden.
+"""
 
 
 def hidden(tokens: torch.Tensor, mask_token: int, part: float, *seed: int) -> Batch:
     """int64 tokens [rows, seq] -> (tokens with `part` of each row hidden, targets that are -100 elsewhere).
 
-    As many in every row, at least one. A row's choice hangs on `seed` and on its number alone; the last number of `seed` is
-    that of the first row. `mask_token`: what stands for a hidden token; those below it are the vocabulary.
+    As many in every row, at least one. A row's choice hangs on `seed` and on its number alone; the last
+    number of `seed` is that of the first row. `mask_token`: what stands for a hidden token; those below it are the
+    vocabulary.
     """
     *rest, first = seed
     seen, targets = tokens.clone(), torch.full_like(tokens, IGNORED)
@@ -37,8 +40,8 @@ def hidden(tokens: torch.Tensor, mask_token: int, part: float, *seed: int) -> Ba
 class MaskedBatches:
     """The batches of `text`, in whose rows `part` of the tokens are hidden, others at every update.
 
-    What is hidden is a function of (seed, step, row of the whole batch), so that it does not hang on how many processes share a
-    batch; `rank` is this process's.
+    What is hidden is a function of (seed, step, row of the whole batch), so that it does not hang on how many processes
+    share a batch; `rank` is this process's.
     """
 
     def __init__(self, text: Batches, mask_token: int, part: float, seed: int, rank: int = 0) -> None:

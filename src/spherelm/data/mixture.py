@@ -43,13 +43,15 @@ def shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def cycle(parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """The order of the texts, int64 [sum(parts)]: `parts[j]` times j, after n of them never further than 1 from its share."""
+    """The order of the texts, int64 [sum(parts)]: `parts[j]` times j,
+    after n of them never further than 1 from its share.
+    """
     total, texts = sum(parts), len(parts)
     spread = max(1, 2 * texts - 2)
     taken, order = [0] * texts, []
     for n in range(1, total + 1):
-        # What is owed to each text by now, in units of 1 / (spread * total) windows; those owed enough stand to be taken,
-        # and the one that would first be owed too much is.
+        # What is owed to each text by now, in units of 1 / (spread * total) windows; those owed enough stand to be
+        # taken, and the one that would first be owed too much is.
         owed = [spread * (part * n - total * count) for part, count in zip(parts, taken, strict=True)]
         due = [j for j in range(texts) if owed[j] >= total]
         chosen = min(due, key=lambda j: (spread * total - total - owed[j]) / parts[j])
@@ -62,8 +64,8 @@ class MixtureLoader(StatelessBatches):
     """As `Loader`, over several texts in exact proportions.
 
     Each text has its own epochs, and its windows come in the order in which `Loader` gives them for it alone; where the
-    next of which text stands is the same for any number of ranks. Raises what `Loader` and `shares` raise, and ValueError
-    for texts of different tokenizers.
+    next of which text stands is the same for any number of ranks. Raises what `Loader` and `shares` raise, and
+    ValueError for texts of different tokenizers.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Directories that commands make: published whole, never mixed with something else; for `prepare`, one writer at a time."""
+"""Directories that commands make: published whole, never mixed with something else;
+for `prepare`, one writer at a time.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,12 @@ PART = ".part"
 
 @contextmanager
 def whole_directory(out: Path, other: str = "--out") -> Iterator[Path]:
-    """A directory to fill, which becomes `out` at the end of the block; after a failure, whichever, there is no trace of it.
+    """A directory to fill, which becomes `out` at the end of the block;
+    after a failure, whichever, there is no trace of it.
 
-    Every file in it gets the permissions that the user's umask gives to new files, also those of libraries that write under
-    a temporary name, which nobody else may read. Raises `FileExistsError`, asking for another `other`, where `out` holds
-    something.
+    Every file in it gets the permissions that the user's umask gives to new files, also those of libraries that write
+    under a temporary name, which nobody else may read. Raises `FileExistsError`, asking for another `other`, where
+    `out` holds something.
     """
     check_free(out, other)
     out = out.resolve()
@@ -87,7 +90,9 @@ def finished(out: Path, plan: Plan, progress: bool) -> dict[str, Any]:
 
 
 def verify_tokens(directory: Path) -> dict[str, Any]:
-    """The manifest of a directory of token shards, every one read and compared; ShardError for one that is not what it was."""
+    """The manifest of a directory of token shards, every one read and compared;
+    ShardError for one that is not what it was.
+    """
     manifest = read_manifest(directory)
     fingerprint = load_tokenizer(directory).fingerprint
     for split in manifest["splits"]:
@@ -127,7 +132,8 @@ def remove_if_useless(partial: Path, out: Path) -> None:
 
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the file `path`, which is made for it and removed at the end, for this process; the hold ends with the process.
+    """Hold the file `path`, which is made for it and removed at the end, for this process;
+    the hold ends with the process.
 
     Raises OutputExistsError, with the text `busy`, while another process holds it.
     """

@@ -1,8 +1,9 @@
 """Pairs as batches of similar length, a pure function of (seed, step, rank, world size) as all batches here.
 
-A batch is two tensors, as a language model's is: tokens int64 [pairs, source + target], the sources (padded on the right with
-`PADDING`) followed by the targets' tokens, which begin with the end token; targets int64 [pairs, target], the same moved by
-one, which end with it, and -100 at padding. So `targets` says how wide the second part of `tokens` is.
+A batch is two tensors, as a language model's is: tokens int64 [pairs, source + target], the sources (padded on the
+right with `PADDING`) followed by the targets' tokens, which begin with the end token; targets int64 [pairs, target],
+the same moved by one, which end with it, and -100 at padding. So `targets` says how wide the second
+part of `tokens` is.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ PADDING = -100
 
 
 class PairLoader(StatelessBatches):
-    """Batches of `batch_size` pairs, each pair once an epoch but for a rest that fills no batch, another one every epoch.
+    """Batches of `batch_size` pairs, each pair once an epoch but for a rest that fills no batch,
+    another one every epoch.
 
-    The pairs of a batch are about equally long, so that little is padded: an epoch draws a random order, sorts by length, which
-    leaves equally long ones in that order, cuts it into batches and shuffles these. `rank` of `world_size` gets every
-    `world_size`-th pair of a batch. Raises ValueError for fewer pairs than a batch or a batch that the processes cannot share.
+    The pairs of a batch are about equally long, so that little is padded: an epoch draws a random order, sorts by
+    length, which leaves equally long ones in that order, cuts it into batches and shuffles these. `rank` of
+    `world_size` gets every `world_size`-th pair of a batch. Raises ValueError for fewer pairs than a batch or a batch
+    that the processes cannot share.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ def pair_batch(pairs: PairTokens, rows: npt.NDArray[np.int64] | Sequence[int], e
 
 
 def held_out_pairs(pairs: PairTokens, count: int, eos_id: int) -> Batch:
-    """`count` validation pairs, or all there are, spread evenly over the file, in the order of their lengths, as a batch."""
+    """`count` validation pairs, or all there are, spread evenly over the file,
+    in the order of their lengths, as a batch.
+    """
     rows = np.unique(np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(np.int64))
     source, target = pairs.lengths()
     return pair_batch(pairs, rows[np.argsort((source + target)[rows], kind="stable")], eos_id)

@@ -1,8 +1,8 @@
 """Parallel text: pairs of a source and a target, a line each in two files, as one directory of token ids.
 
-A directory holds `pairs.json` (what it was made of, counts, hashes), the tokenizer that both sides share, and for each split a
-safetensors file: the ids of all sources, concatenated, where each ends, and the same of the targets. It is read into
-memory whole: 8 bytes a pair of tokens.
+A directory holds `pairs.json` (what it was made of, counts, hashes), the tokenizer that both sides share,
+and for each split a safetensors file: the ids of all sources, concatenated, where each ends, and the same of the
+targets. It is read into memory whole: 8 bytes a pair of tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ SPLITS = ("train", "val")
 
 
 class PairFiles(NamedTuple):
-    """Two text files: line i of the target belongs to line i of the source. Names as they come, also .gz, .xz, .bz2, .zst."""
+    """Two text files: line i of the target belongs to line i of the source.
+    Names as they come, also .gz, .xz, .bz2, .zst.
+    """
 
     source: Path
     target: Path
@@ -95,11 +97,13 @@ def prepare_pairs(
     tokenizer: str | None = None,
     max_tokens: int = 256,
 ) -> dict[str, Any]:
-    """Write the pairs of `train` and `val` as the directory `out`, which appears whole or not at all; returns its manifest.
+    """Write the pairs of `train` and `val` as the directory `out`, which appears whole or not at all;
+    returns its manifest.
 
-    tokenizer: as for `load_tokenizer`, for both sides; `None` trains a BPE of `vocab_size` entries on both sides of `train`.
-    max_tokens: pairs with a side of more tokens than this, its end included, are left out of the training pairs; among the
-    validation pairs they are an error, and so is it if all of those are training pairs.
+    tokenizer: as for `load_tokenizer`, for both sides; `None` trains a BPE of `vocab_size` entries on both
+    sides of `train`.
+    max_tokens: pairs with a side of more tokens than this, its end included, are left out of the training pairs; among
+    the validation pairs they are an error, and so is it if all of those are training pairs.
     Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
     if max_tokens < 2:

@@ -117,7 +117,9 @@ def make_plan(
 
 
 def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> None:
-    """`ValueError` if the file of validation text `path` is one of the training text, whose files are given by their sha256."""
+    """`ValueError` if the file of validation text `path` is one of the training text,
+    whose files are given by their sha256.
+    """
     if sha256 in trained_on:
         raise UserError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
 

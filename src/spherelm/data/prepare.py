@@ -74,9 +74,9 @@ def prepare(
     documents, chosen by their hashes, or none. `workers`: processes; the result does not depend on it (with more than
     one, a script that calls this needs an `if __name__ == "__main__"` guard). Called again after an interruption with
     the same arguments it continues; where all is done already it verifies the shards and changes nothing.
-    `rows`: which field of a row holds its text, and whether bad rows are left out. Of a single .txt document, `val_fraction`
-    is its end. `deduplicate`: of documents with the same text only the first is kept; the validation files are read last, so
-    one that is in the training text too is dropped from the validation text.
+    `rows`: which field of a row holds its text, and whether bad rows are left out. Of a single .txt
+    document, `val_fraction` is its end. `deduplicate`: of documents with the same text only the first is kept; the
+    validation files are read last, so one that is in the training text too is dropped from the validation text.
     Raises ValueError (DocumentError, ShardError, OutputExistsError) or FileNotFoundError for what the user can fix.
     """
     plan = make_plan(

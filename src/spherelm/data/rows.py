@@ -1,4 +1,6 @@
-"""Rows of JSON, CSV and Parquet files as documents: which field holds the text, and what becomes of a row without one."""
+"""Rows of JSON, CSV and Parquet files as documents:
+which field holds the text, and what becomes of a row without one.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from spherelm.data.compression import COMPRESSIONS, DocumentError, opened, read_
 
 _BATCH = 256
 Read = tuple[list[str], int, int]
-"""The texts of some rows, Bad for those that are left out; their size, by which blocks are made; the bytes read of the file."""
+"""The texts of some rows, Bad for those that are left out; their size, by which blocks are made;
+the bytes read of the file.
+"""
 
 _MISSING = object()
 _NAMES = 12
@@ -40,7 +44,8 @@ class Bad(str):
 class Rows:
     """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
 
-    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too, where no flags choose.
+    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too,
+    where no flags choose.
     """
 
     field: str = "text"
@@ -168,7 +173,9 @@ def list_rows(path: Path, rows: Rows) -> Iterator[Read]:
 
 
 def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
-    """The rows of a Parquet file, some at a time; a compressed one is read into memory, since its end says what it holds."""
+    """The rows of a Parquet file, some at a time; a compressed one is read into memory,
+    since its end says what it holds.
+    """
     try:
         import pyarrow
         import pyarrow.parquet

@@ -92,8 +92,8 @@ class ShardWriter:
 
     The body is written in place and the header last, so an unfinished shard is never taken for a good one.
     `in_document`: whether the shard starts inside a document that began in the one before. `state`: what `state()`
-    gave after a `flush`, to continue from there after a kill: what was written later is cut off, and ShardError is raised
-    when the rest is not what it was.
+    gave after a `flush`, to continue from there after a kill: what was written later is cut off, and ShardError is
+    raised when the rest is not what it was.
     """
 
     def __init__(

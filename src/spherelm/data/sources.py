@@ -48,7 +48,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Validation windows of one source of text: tokens, targets int64 [windows, seq]. The weights of all sources sum to 1."""
+    """Validation windows of one source of text: tokens, targets int64 [windows, seq].
+    The weights of all sources sum to 1.
+    """
 
     name: str
     weight: float
@@ -61,7 +63,8 @@ class HeldOut:
 class RunData:
     """The text of a run. end_token: the id that ends documents where they are masked from each other, else `None`.
 
-    tokens_per_update: where updates have another number of tokens than batch_size sequences of seq_len, that on average.
+    tokens_per_update: where updates have another number of tokens than batch_size sequences of
+    seq_len, that on average.
     shards: the prepared texts that are read as they are needed; others were verified when they were opened.
     """
 
@@ -89,12 +92,16 @@ class Data(ABC):
 
     @property
     def proportions(self) -> tuple[object, ...]:
-        """Facts beyond the texts' identity: data of equal identity and proportions is the same, wherever it is stored."""
+        """Facts beyond the texts' identity: data of equal identity and proportions is the same,
+        wherever it is stored.
+        """
         return (Fraction(1),)
 
     @abstractmethod
     def epochs(self, sequences: int, seq_len: int) -> dict[str, float]:
-        """How often a run of so many sequences reads each of its training texts, by name; empty where no end is known."""
+        """How often a run of so many sequences reads each of its training texts, by name;
+        empty where no end is known.
+        """
 
     @abstractmethod
     def open(self, how: Reading) -> RunData:
@@ -210,7 +217,9 @@ class Mixture(Prepared):
 
 @dataclass(frozen=True)
 class Hub(Data):
-    """Text that is read as it is needed. val: the part of the documents that is held out, or a file of validation text."""
+    """Text that is read as it is needed. val: the part of the documents that is held out,
+    or a file of validation text.
+    """
 
     request: HubRequest
     tokenizer: str = "default"
@@ -292,9 +301,10 @@ class Pairs(Data):
 def parse_data(said: str | None) -> Data:
     """The data that `--data`, or the `data` of a run's config.json, names.
 
-    `None` is the text that ships with spherelm; `stream:NAME,KEY=VALUE,...` a stream; `DIR=WEIGHT,DIR=WEIGHT,...` a mixture,
-    unless a directory is called so; all else is one directory, of shards or of pairs, or files of other programs. Behind the
-    paths, `tokenizer=NAME` and `val=FILE-OR-PART` say what such files do not. Raises `UserError` for what is none.
+    `None` is the text that ships with spherelm; `stream:NAME,KEY=VALUE,...` a stream; `DIR=WEIGHT,DIR=WEIGHT,...` a
+    mixture, unless a directory is called so; all else is one directory, of shards or of pairs, or files of other
+    programs. Behind the paths, `tokenizer=NAME` and `val=FILE-OR-PART` say what such files do not. Raises `UserError`
+    for what is none.
     """
     if said is None:
         return Shipped()

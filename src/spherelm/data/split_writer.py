@@ -10,7 +10,8 @@ from spherelm.data.tokenizer import Tokenizer
 
 
 class SplitWriter:
-    """The shards of one split, one open at a time; a shard is closed at the first piece that brings it to `shard_tokens`.
+    """The shards of one split, one open at a time; a shard is closed at the first piece
+    that brings it to `shard_tokens`.
 
     `state`: what `state()` gave, to continue from there. Raises ShardError where the files are not what they were.
     """

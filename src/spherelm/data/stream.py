@@ -1,10 +1,10 @@
 """Training text straight from a stream of documents, without a prepare step.
 
-The windows are those of `prepare` followed by a plain row: documents in their order, an end token after each, cut side by
-side. Shuffling is weaker than `Loader`'s: only within blocks of `SHUFFLE_TOKENS` tokens, since nothing else is in memory;
-a stream whose documents are sorted stays sorted over longer distances. Every process reads and tokenizes the whole
-stream and keeps its share of each batch, so the batches are the same for any number of processes, and so is the saved
-position; for many processes or slow tokenizers, prepare the text first.
+The windows are those of `prepare` followed by a plain row: documents in their order, an end token after each, cut side
+by side. Shuffling is weaker than `Loader`'s: only within blocks of `SHUFFLE_TOKENS` tokens, since nothing else is in
+memory; a stream whose documents are sorted stays sorted over longer distances. Every process reads and tokenizes the
+whole stream and keeps its share of each batch, so the batches are the same for any number of processes, and so is the
+saved position; for many processes or slow tokenizers, prepare the text first.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _PIECE_CHARACTERS = 1 << 18  # encoded at once
 class StreamLoader:
     """Windows of `seq_len` tokens and their successors from `text`, from its start again when it ends.
 
-    Documents that the hash puts among `val_fraction` are left out. Batches must be asked for in order, each as often as one
-    likes until the next. `state` and `restore` carry the position from one process to another: JSON of a few hundred
-    bytes; resuming reads and tokenizes up to one shuffle block again.
+    Documents that the hash puts among `val_fraction` are left out. Batches must be asked for in order, each as often as
+    one likes until the next. `state` and `restore` carry the position from one process to another: JSON of a few
+    hundred bytes; resuming reads and tokenizes up to one shuffle block again.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class StreamLoader:
         self.windows = max(batch_size, SHUFFLE_TOKENS // seq_len)
         self._tokens = _TokenStream(text, Encoder(tokenizer, val_fraction))
         self._next = 0
-        # Of the last two blocks: where each begins in the stream, and its windows [windows, seq_len + 1] in their order.
+        # Of the last two blocks: where each begins in the stream, and its windows [windows, seq_len + 1] in their
+        # order.
         self._held: dict[int, tuple[dict[str, Any], Ids]] = {}
 
     def batch(self, step: int) -> Batch:
@@ -158,7 +159,8 @@ class _TokenStream:
 def held_out_windows(
     blocks: Iterator[Block], tokenizer: Tokenizer, val_fraction: float, seq_len: int, count: int
 ) -> tuple[Batch, float, str]:
-    """(tokens, targets) [count, seq_len] of the first validation documents in `blocks`, tokens a UTF-8 byte, fingerprint.
+    """(tokens, targets) [count, seq_len] of the first validation documents in `blocks`,
+    tokens a UTF-8 byte, fingerprint.
 
     `val_fraction` 1 takes every document. Fewer windows where the text ends first. Raises ValueError for less than one.
     """

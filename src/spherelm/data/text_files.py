@@ -19,10 +19,11 @@ HELD_OUT = 0.1
 
 
 def prepared(said: str | None, out: Path, tokenizer: Path | None = None) -> str | None:
-    """The value of `--data`, or, if it names text files, the data directory prepared from them beside the run directory `out`.
+    """The value of `--data`, or, if it names text files, the data directory prepared from them beside the
+    run directory `out`.
 
-    tokenizer: a directory that holds one; the shipped one if left out. Says on stderr what was made. What was made before of
-    the same text is taken as it is. Raises `UserError` for what cannot be prepared.
+    tokenizer: a directory that holds one; the shipped one if left out. Says on stderr what was made. What was made
+    before of the same text is taken as it is. Raises `UserError` for what cannot be prepared.
     """
     files = texts_in(said) if said else []
     if not files:

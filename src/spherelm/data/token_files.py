@@ -205,8 +205,8 @@ def find_files(path: Path) -> dict[Split, list[Path]]:
 def open_files(path: Path, split: Split, tokenizer: Tokenizer, val: str | None) -> Tokens:
     """The tokens of a split of the files that `path` names.
 
-    val: where the validation text is; a path of files, or the part of the tokens, 0 to 1, that is cut off their end, where
-    a document starts; `None` takes the files named so. Raises UserError, ShardError or FileNotFoundError.
+    val: where the validation text is; a path of files, or the part of the tokens, 0 to 1, that is cut off their end,
+    where a document starts; `None` takes the files named so. Raises UserError, ShardError or FileNotFoundError.
     """
     found = find_files(path)
     if val is not None and (other := find_files(Path(val))):

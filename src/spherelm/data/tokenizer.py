@@ -168,7 +168,9 @@ class JsonTokenizer:
         (directory / _JSON_FILE).write_bytes(self._definition)
 
     def _plain(self, text: str, ids: list[int]) -> list[int]:
-        """`ids`, unless the model itself (Unigram, WordLevel) made a special token of plain text: then cut inside it."""
+        """`ids`, unless the model itself (Unigram, WordLevel) made a special token of plain text:
+        then cut inside it.
+        """
         if self._special.keys().isdisjoint(ids):
             return ids
         spellings = sorted((s for s in self._special.values() if len(s) > 1), key=len, reverse=True)

@@ -29,7 +29,8 @@ def verify(directory: Path) -> dict[str, int]:
 
 
 def verify_where_cheap(texts: Sequence[Tokens], since: float, part: int = 0, parts: int = 1) -> None:
-    """Verify `texts` where that takes no time, and whatever of them was written after the time `since` (seconds, as of files).
+    """Verify `texts` where that takes no time, and whatever of them was written after the time `since`
+    (seconds, as of files).
 
     part, parts: of several processes each verifies its part. Raises ShardError naming the first shard that differs.
     """

@@ -1,7 +1,8 @@
-"""Downstream tasks, scored by EleutherAI's lm-evaluation-harness itself: its task definitions, its requests, its metrics.
+"""Downstream tasks, scored by EleutherAI's lm-evaluation-harness itself:
+its task definitions, its requests, its metrics.
 
-With a directory of local copies the harness's own definition of a task is loaded as it stands and only what says where the data
-lies is replaced; nothing is downloaded then.
+With a directory of local copies the harness's own definition of a task is loaded as it stands and only what says where
+the data lies is replaced; nothing is downloaded then.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class TaskSettings:
 
 @contextlib.contextmanager
 def subdued(progress: bool) -> Iterator[None]:
-    """The harness without worker processes and telemetry, `silenced`; what it prints, its bars, goes to stderr, or, unless
-    `progress` and stderr is a terminal, nowhere. Import it before: a library's log keeps the stderr that it finds on import.
+    """The harness without worker processes and telemetry, `silenced`; what it prints, its bars, goes to stderr, or,
+    unless `progress` and stderr is a terminal, nowhere. Import it before: a library's log keeps the stderr that
+    it finds on import.
     """
     wanted = {"DISABLE_MULTIPROC": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     before = {name: os.environ.get(name) for name in wanted}
@@ -101,7 +103,8 @@ def own_definition(name: str) -> Definition:
 
 
 def local_definition(name: str, records: dict[str, list[Record]], place: Path) -> Definition:
-    """The harness's definition of a task with its data replaced by `records`, by split, which are written below `place`.
+    """The harness's definition of a task with its data replaced by `records`, by split,
+    which are written below `place`.
 
     Only the keys that name data differ: the data set, and splits that are not there.
     """
@@ -170,10 +173,10 @@ def evaluate_tasks(
 
     model, tokenizer: as transformers has them (`interop.huggingface.to_hf`). progress: show on stderr how far it is.
     Result, plain JSON values:
-    `tasks`, one record each with `documents`, `few_shot`, `chance` (accuracy of guessing, where the answers are choices),
-    `cut` (how many documents do not fit the model's max_seq_len, whose prompts the harness cuts at their beginning), `version`
-    of the task and `metrics`, each a `value` and its `stderr`; and `average` where all of the paper's tasks are among them.
-    Raises as `load_tasks`, and `ValueError` where the harness is not installed.
+    `tasks`, one record each with `documents`, `few_shot`, `chance` (accuracy of guessing, where the answers are
+    choices), `cut` (how many documents do not fit the model's max_seq_len, whose prompts the harness cuts at their
+    beginning), `version` of the task and `metrics`, each a `value` and its `stderr`; and `average` where all of the
+    paper's tasks are among them. Raises as `load_tasks`, and `ValueError` where the harness is not installed.
     """
     if not names or len(set(names)) < len(names):
         raise UserError(f"tasks must be named, and each once, got {','.join(names) or 'none'}")
@@ -236,7 +239,9 @@ def task_record(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut_record(name: str, found: dict[str, Any], tokenizer: Any, max_seq_len: int) -> dict[str, int]:
-    """How many documents of a task have a request of more tokens than the model reads; the last one is only predicted."""
+    """How many documents of a task have a request of more tokens than the model reads;
+    the last one is only predicted.
+    """
     cut = 0
     for sample in found["samples"][name]:
         texts = ["".join(part for part in request if isinstance(part, str)) for request in sample["arguments"]]
@@ -245,10 +250,11 @@ def cut_record(name: str, found: dict[str, Any], tokenizer: Any, max_seq_len: in
 
 
 def paper_average(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]] | None:
-    """The mean over the paper's five tasks, `None` unless all are there: of `acc`, and of `acc_norm` where a task has one.
+    """The mean over the paper's five tasks, `None` unless all are there:
+    of `acc`, and of `acc_norm` where a task has one.
 
-    The paper does not say which accuracy it takes. `acc` is the one that all five have; the other is what many reports of
-    HellaSwag and ARC give. The tasks' errors are independent.
+    The paper does not say which accuracy it takes. `acc` is the one that all five have; the other is what many reports
+    of HellaSwag and ARC give. The tasks' errors are independent.
     """
     if not set(PAPER_TASKS) <= records.keys():
         return None

@@ -1,10 +1,13 @@
-"""Perplexity over the length of the window, also beyond the length trained on (nGPT paper, Fig. 13), on the same tokens.
+"""Perplexity over the length of the window, also beyond the length trained on (nGPT paper, Fig. 13),
+on the same tokens.
 
 A window lies within one document. Every length is scored on exactly the same tokens, so that the numbers compare:
 
-- disjoint windows: a document is cut into spans of the longest length; each shorter length cuts every span into windows of
+- disjoint windows: a document is cut into spans of the longest length; each shorter length cuts every
+span into windows of
   its own, all of whose targets count. So a target has between 0 and length - 1 tokens before its input.
-- sliding windows: a target counts when it is among the last `stride` of its window, and windows advance by `stride`. The
+- sliding windows: a target counts when it is among the last `stride` of its window, and windows
+advance by `stride`. The
   first windows of all lengths end at the same place, where the longest fits in.
 
 The rest of a document's end (less than a span, or than a stride), and documents shorter than one longest window, are
@@ -58,10 +61,10 @@ class Plan:
 
     Attributes:
         lengths: Tokens of a window, ascending; each divides the longest.
-        stride: Move windows by this many tokens, at most the shortest length, and score only those that are new; windows do
-            not overlap if left out.
-        document_tokens: Score at most this many tokens of each document, rounded down to whole windows or strides; all if
-            left out.
+        stride: Move windows by this many tokens, at most the shortest length, and score only those that are new;
+            windows do not overlap if left out.
+        document_tokens: Score at most this many tokens of each document, rounded down to whole windows or strides; all
+            if left out.
         bins: Parts of a window for each of which --json has the loss.
     """
 
@@ -109,7 +112,9 @@ class Plan:
         return max(0, min(room, most))
 
     def starts(self, length: int, steps: int) -> range:
-        """Where the windows of `length` begin that score the same targets as the first `steps` of the longest length."""
+        """Where the windows of `length` begin that score the same targets as the first `steps` of
+        the longest length.
+        """
         if self.stride is None:
             return range(0, steps * self.longest, length)
         first = self.longest - length
@@ -136,9 +141,8 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of text files (.txt, .jsonl, .parquet, also compressed), in order, one at a time.
 
-    needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded. field: where
-    the text of a row is. Raises as
-    `data.documents` does for what cannot be read.
+    needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded.
+    field: where the text of a row is. Raises as `data.documents` does for what cannot be read.
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
@@ -208,10 +212,10 @@ def ratio(sums: Array, counts: Array) -> tuple[float, float | None]:
 def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: Plan) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of `model` at each length, over the same tokens, and the loss by position.
 
-    Result, plain JSON values: `documents`, `documents_left_out` (too short), `tokens`, `bytes` (of the scored tokens: each
-    document's share by its mean), and `lengths`, one record a length, with standard errors over `clusters`. Its `change` is the
-    loss less that at the shortest length, whose error is that of paired differences. Raises `ValueError` if no document is
-    long enough.
+    Result, plain JSON values: `documents`, `documents_left_out` (too short), `tokens`, `bytes` (of the scored tokens:
+    each document's share by its mean), and `lengths`, one record a length, with standard errors over `clusters`. Its
+    `change` is the loss less that at the shortest length, whose error is that of paired differences. Raises
+    `ValueError` if no document is long enough.
     """
     was_training = model.training
     model.eval()

@@ -1,7 +1,9 @@
-"""Local copies of the evaluation sets, as the records that the harness's own task definitions expect of the hub's data sets.
+"""Local copies of the evaluation sets, as the records that the harness's own task definitions expect of
+the hub's data sets.
 
-One row of `LOCAL_TASKS` says where a task's copy lies below the directory given, and how it is read. Prompts, continuations
-and scores are the harness's business (`harness.py`); what is made here is only the fields that its definitions name.
+One row of `LOCAL_TASKS` says where a task's copy lies below the directory given, and how it is read. Prompts,
+continuations and scores are the harness's business (`harness.py`); what is made here is only the fields that its
+definitions name.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ def read_lambada(path: Path) -> Iterator[Record]:
 
 
 def read_wsc(path: Path) -> Iterator[Record]:
-    """The first 273 schemas of the Winograd Schema Challenge's XML collection, with the fields of the hub's data set."""
+    """The first 273 schemas of the Winograd Schema Challenge's XML collection,
+    with the fields of the hub's data set.
+    """
 
     def clean(text: str | None) -> str:
         return " ".join((text or "").split())
@@ -133,7 +137,9 @@ LOCAL_TASKS = {
 
 
 def answers_digest(records: list[Record]) -> str:
-    """sha256 (hex) of ARC's questions with the texts of their right answers, in any order, however spaces are written."""
+    """sha256 (hex) of ARC's questions with the texts of their right answers, in any order,
+    however spaces are written.
+    """
     pairs = []
     for record in records:
         choices = record["choices"]
@@ -145,9 +151,9 @@ def answers_digest(records: list[Record]) -> str:
 def check_answers(records: list[Record], task: LocalTask, path: Path) -> None:
     """Raise `ValueError` for a corrupt copy of ARC.
 
-    Copies circulate in which questions with numeric keys have their key moved by one and their first choice twice (71 of
-    2376 in one of ARC-Easy, 20 of 1172 of ARC-Challenge). No question of the true sets has a choice twice or a key without
-    a choice, and a complete set has known right answers.
+    Copies circulate in which questions with numeric keys have their key moved by one and their first choice twice (71
+    of 2376 in one of ARC-Easy, 20 of 1172 of ARC-Challenge). No question of the true sets has a choice twice or a key
+    without a choice, and a complete set has known right answers.
     """
     advice = "this is a corrupt copy of ARC: get the set of allenai/ai2_arc"
     for number, record in enumerate(records, 1):
@@ -164,8 +170,8 @@ def check_answers(records: list[Record], task: LocalTask, path: Path) -> None:
 def local_records(name: str, directory: Path) -> dict[str, list[Record]]:
     """The records of each split of a task's local copy in `directory`; a split whose file is missing is left out.
 
-    Raises `FileNotFoundError` if no split to be scored is there, `ValueError` for a task that has no local form, a file that
-    is damaged, and a corrupt ARC.
+    Raises `FileNotFoundError` if no split to be scored is there, `ValueError` for a task that has no local form, a file
+    that is damaged, and a corrupt ARC.
     """
     if name not in LOCAL_TASKS:
         known = ", ".join(LOCAL_TASKS)

@@ -31,9 +31,10 @@ def summed_loss(
 ) -> tuple[float, int]:
     """The summed cross-entropy of `model` over all windows in nats, and of how many targets.
 
-    tokens, targets: int64 [windows, seq], read `batch_size` windows at a time; -100 among the targets counts for nothing.
-    end_token: where given, documents, each ended by it, do not see one another. before_each: called before each batch; what it
-    raises breaks off.
+    tokens, targets: int64 [windows, seq], read `batch_size` windows at a time; -100 among the targets
+    counts for nothing.
+    end_token: where given, documents, each ended by it, do not see one another. before_each: called before each batch;
+    what it raises breaks off.
     """
     model_was_training = model.training
     model.eval()

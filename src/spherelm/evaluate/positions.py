@@ -1,4 +1,6 @@
-"""Other positions for a trained model: another RoPE base, interpolated positions, YaRN. To compare, at evaluation time."""
+"""Other positions for a trained model: another RoPE base, interpolated positions, YaRN.
+To compare, at evaluation time.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ def parse_positions(base: float | None, scaling: str | None) -> Positions:
 def place(model: Decoder, positions: Positions, trained_length: int) -> None:
     """Give `model`, in place and once, the positions asked for. trained_length: tokens a sequence in its training.
 
-    Raises `ValueError` for YaRN on a model whose rotary embedding is NVIDIA's, which has no frequencies in YaRN's sense, and
-    for anything on a model without a rotary embedding.
+    Raises `ValueError` for YaRN on a model whose rotary embedding is NVIDIA's, which has no frequencies in YaRN's
+    sense, and for anything on a model without a rotary embedding.
     """
     if model.config.rope == "none" and positions != Positions():
         raise UserError(f"{positions} is about a rotary embedding, and this model has none: leave it out")

@@ -15,10 +15,10 @@ BOOTSTRAP = 1000
 def translation_scores(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Every score of `written` texts against one or more sets of references, each as many texts in the same order.
 
-    bleu (Papineni et al., 2002; cased, tokenized by sacrebleu's "13a"), chrf (Popovic, 2015; chrF2): each "value", in percent,
-    with the half width "interval" of its 95 % interval over bootstrap samples of the texts, and sacrebleu's "signature", which
-    says all that a number depends on. word_error_rate, text_error_rate: as in `error_rates`. Raises ValueError for no texts,
-    different numbers of them, or where sacrebleu is missing.
+    bleu (Papineni et al., 2002; cased, tokenized by sacrebleu's "13a"), chrf (Popovic, 2015; chrF2): each "value", in
+    percent, with the half width "interval" of its 95 % interval over bootstrap samples of the texts, and sacrebleu's
+    "signature", which says all that a number depends on. word_error_rate, text_error_rate: as in `error_rates`. Raises
+    ValueError for no texts, different numbers of them, or where sacrebleu is missing.
     """
     check_references(written, references)
     try:
@@ -49,9 +49,9 @@ def check_references(written: Sequence[str], references: Sequence[Sequence[str]]
 def error_rates(written: Sequence[str], alternatives: Sequence[Sequence[str]]) -> dict[str, float]:
     """Of texts that are lists of words: how many words are wrong, and how many texts.
 
-    alternatives: for each text the references that it may equal; the nearest counts. word_error_rate: insertions, deletions and
-    substitutions over the words of the references (of phonemes, the phoneme error rate). text_error_rate: the part of the texts
-    that equal none of theirs (of pronunciations, the word error rate).
+    alternatives: for each text the references that it may equal; the nearest counts. word_error_rate: insertions,
+    deletions and substitutions over the words of the references (of phonemes, the phoneme error rate). text_error_rate:
+    the part of the texts that equal none of theirs (of pronunciations, the word error rate).
     """
     errors = words = wrong = 0
     for text, references in zip(written, alternatives, strict=True):

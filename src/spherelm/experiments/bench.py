@@ -34,7 +34,9 @@ MATMUL_SIZE = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape to time: `n_layers` of `d_model` in `n_heads` heads on `batch_size` sequences of `seq_len` from `vocab_size`."""
+    """A shape to time: `n_layers` of `d_model` in `n_heads` heads on `batch_size` sequences of `seq_len`
+    from `vocab_size`.
+    """
 
     n_layers: int
     d_model: int
@@ -140,11 +142,12 @@ def bench(
 ) -> dict[str, Any]:
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
-    step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model FLOPs per
-    second over the peak), peak_memory_mb: by arm. peak_gflops, peak_source: that of the data sheet where the device is known,
-    else the measured rate of a large matrix product in the same number format, or of a step that was faster.
-    retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as for
-    `configs`.
+    step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model
+    FLOPs per second over the peak), peak_memory_mb: by arm. peak_gflops, peak_source: that of the data sheet where the
+    device is known, else the measured rate of a large matrix product in the same number format, or of a
+    step that was faster.
+    retraction_share: of a step of the normalized arm. All figures are of this process's number of threads. pattern: as
+    for `configs`.
     """
     device = best_device()
     dtype = resolved(shape, dtype, pattern)

@@ -35,8 +35,8 @@ from spherelm.train.threads import threads
 from spherelm.train.trainer import check_runs
 
 SHORTER = (0.65, 0.4, 0.25)
-"""The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until one is
-too short for it to win."""
+"""The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until
+one is too short for it to win."""
 
 PROMPT = "The old man looked out over the sea, and"
 
@@ -104,8 +104,8 @@ class CompareConfig:
 def compare(config: CompareConfig, out: Path, resume: bool = False, workers: int | None = None) -> dict[str, Any]:
     """Train both arms as `config` says in directories below `out`; write `summary.json` and `samples.json`.
 
-    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given, and `Diverged`
-    if every run did.
+    Returns the summary. Raises `FileExistsError` if `out` holds something already, unless `resume` is given, and
+    `Diverged` if every run did.
     """
     start = time.perf_counter()
     workers_for(1, workers)  # a wrong number is refused before anything is written
@@ -249,8 +249,8 @@ def summarize(
 def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str, Any]:
     """`samples.json`: what each arm's first run makes of the same beginning, drawn at temperature 0.8 among 50 tokens.
 
-    Where models read too few tokens for that, beginning and continuation share what there is. A run that diverged before
-    it saved anything has no samples.
+    Where models read too few tokens for that, beginning and continuation share what there is. A run that diverged
+    before it saved anything has no samples.
     """
     first = next(iter(runs.values()))
     tokenizer, limit = load_tokenizer(first), read_config(first / "config.json").model.max_seq_len

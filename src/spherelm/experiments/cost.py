@@ -1,4 +1,6 @@
-"""The cost of training steps. Those compared are timed in one process, in turn, so that a busy machine slows all alike."""
+"""The cost of training steps. Those compared are timed in one process, in turn,
+so that a busy machine slows all alike.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ from spherelm.train.heap import keep_freed_memory
 from spherelm.train.precision import best_device, compile_blocks, resolve_dtype
 
 COMPILE_FROM = 640
-"""Updates from which a run earns back its compilation: 9 seconds from the cache, 1.65 times the steps a second (`0.3m`)."""
+"""Updates from which a run earns back its compilation:
+9 seconds from the cache, 1.65 times the steps a second (`0.3m`).
+"""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """The median seconds of a training step of each arm, and the median of the ratios of neighbouring steps (nGPT / GPT)."""
+    """The median seconds of a training step of each arm, and the median of the ratios of neighbouring
+    steps (nGPT / GPT).
+    """
 
     gpt_seconds: float
     ngpt_seconds: float

@@ -1,9 +1,10 @@
-"""`spherelm evidence`: what each way of training saves, in tokens and seconds, over sizes, contexts and budgets, tuned at each.
+"""`spherelm evidence`: what each way of training saves, in tokens and seconds, over sizes,
+contexts and budgets, tuned at each.
 
-At every point (a size, a context, a budget) each contender searches its own peak learning rate on validation text, the best
-rate is run with all seeds, and those runs are judged on test text, which no choice was made on. The speedup at a budget is how
-many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at that budget; in
-seconds it is that over how much longer a step takes, all contenders' steps timed in turn.
+At every point (a size, a context, a budget) each contender searches its own peak learning rate on validation text, the
+best rate is run with all seeds, and those runs are judged on test text, which no choice was made on. The speedup at a
+budget is how many fewer tokens a normalized contender needs, by whole schedules of its own, for the baseline's loss at
+that budget; in seconds it is that over how much longer a step takes, all contenders' steps timed in turn.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class Ladder:
         return run_jobs(jobs, self.workers, title)
 
     def tune(self, contender: str, point: Point) -> dict[float, float]:
-        """Seed 0's losses by learning rate, from the carried-over rate outwards until the best lies between two worse."""
+        """Seed 0's losses by learning rate, from the carried-over rate outwards until the best lies
+        between two worse.
+        """
         found: dict[float, float] = {}
         pending = [self.first_rate(contender, point) * STEP**k for k in (0, -1, 1)]
         while pending:
@@ -169,7 +172,8 @@ def best_rate(found: Mapping[float, float]) -> float:
 
 
 def beyond(found: Mapping[float, float]) -> list[float]:
-    """The next rates of a search: one further where the best stands at an edge of what was tried, none where it does not.
+    """The next rates of a search: one further where the best stands at an edge of what was tried,
+    none where it does not.
 
     Where everything diverged, a lower one, until `PATIENCE` rates have.
     """
@@ -183,9 +187,9 @@ def beyond(found: Mapping[float, float]) -> list[float]:
 def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | None = None) -> dict[str, Any]:
     """Work through the grid, writing `out/evidence.json` after every contender; returns what it holds.
 
-    What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which runs
-    under way save themselves and the measurements so far are returned; call again to continue. A signal to stop raises
-    `Interrupted`.
+    What an earlier command measured there on the same text stays in it, beside what this one does. minutes: after which
+    runs under way save themselves and the measurements so far are returned; call again to continue. A signal to stop
+    raises `Interrupted`.
     """
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise UserError(f"minutes must be a positive number, got {minutes:g}")
@@ -220,8 +224,8 @@ def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Seque
 def time_limit(minutes: float | None) -> Iterator[threading.Event]:
     """Leave the block after so many minutes, `None` for never; whether that came to pass.
 
-    This process sends itself SIGTERM then, which runs take as the order to save themselves. `Interrupted` is raised in the
-    block; it goes no further, but for a signal that somebody else sent.
+    This process sends itself SIGTERM then, which runs take as the order to save themselves. `Interrupted` is raised in
+    the block; it goes no further, but for a signal that somebody else sent.
     """
     is_over = threading.Event()
     if minutes is None:

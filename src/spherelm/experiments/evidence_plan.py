@@ -34,7 +34,8 @@ class Grid:
 
     Attributes:
         data: Data directory made by `spherelm data prepare`; its validation text is used to choose learning rates.
-        test: Data directory made with the same tokenizer, whose validation text is used only at the end, as held-out text.
+        test: Data directory made with the same tokenizer, whose validation text is used only at the end,
+        as held-out text.
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
         contexts: Tokens a sequence; an update has 1024 tokens at each.
         budgets: Tokens for each block parameter.

@@ -22,7 +22,9 @@ TEXT = ("data", "test", "test_windows")
 
 
 def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """`measured` with `row` in the place of an earlier one of the same point and contender, unless that has more seeds."""
+    """`measured` with `row` in the place of an earlier one of the same point and contender,
+    unless that has more seeds.
+    """
     rows = {tuple(one[name] for name in PLACE): one for one in measured}
     at = tuple(row[name] for name in PLACE)
     if at not in rows or len(rows[at]["test"]) <= len(row["test"]):
@@ -31,7 +33,8 @@ def with_row(measured: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[di
 
 
 def on_record(path: Path, grid: Grid, identity: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The measurements and the costs of steps that earlier commands left in `path`, nothing where there is no such file.
+    """The measurements and the costs of steps that earlier commands left in `path`,
+    nothing where there is no such file.
 
     identity: the sha256 of the grid's "data" and "test".
     Raises `ValueError` for what `spherelm evidence` did not write, or wrote of other text than that of `grid`.

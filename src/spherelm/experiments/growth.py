@@ -15,17 +15,20 @@ from spherelm.experiments.cost import COMPILE_FROM
 from spherelm.experiments.speedup import fewer_tokens
 
 DISTINCT = 1e-3
-"""A direction in which the points differ by less than this part of their size, as by rounding to whole updates, is none."""
+"""A direction in which the points differ by less than this part of their size,
+as by rounding to whole updates, is none.
+"""
 
 
 def all_speedups(
     measured: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """For each point, each baseline and each normalized contender, how many fewer tokens, and seconds, the latter needs.
+    """For each point, each baseline and each normalized contender, how many fewer tokens, and seconds,
+    the latter needs.
 
-    It is looked for among the ends of the contender's own whole schedules at all budgets of that size and context. `bound`: the
-    ratio is only known to be "at least" or "at most" that, because those budgets do not reach far enough. In seconds it is
-    `None` where the steps were not timed.
+    It is looked for among the ends of the contender's own whole schedules at all budgets of that size and context.
+    `bound`: the ratio is only known to be "at least" or "at most" that, because those budgets do not reach far enough.
+    In seconds it is `None` where the steps were not timed.
     """
     for baseline in measured:
         if baseline["arm"] == "ngpt" or any(math.isnan(loss) for loss in baseline["test"]):
@@ -41,7 +44,9 @@ def all_speedups(
 
 
 def step_ratio(costs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any], contender: str) -> float | None:
-    """Seconds of a step of `contender` over those of `baseline`, a measurement; `None` if they were not timed together."""
+    """Seconds of a step of `contender` over those of `baseline`, a measurement;
+    `None` if they were not timed together.
+    """
     there = timed_at(costs, baseline["size"], baseline["context"], baseline["steps"] >= COMPILE_FROM)
     found = (cost["ratios"].get(baseline["contender"], {}).get(contender) for cost in there)
     return next((ratio for ratio in found if ratio is not None), None)
@@ -66,8 +71,8 @@ def in_seconds(ratio: Mapping[str, Any], step: float | None) -> dict[str, Any]:
 def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The ratio of tokens, its 95 % interval over seeds where every seed's crossing is bracketed, and its bound.
 
-    On the seeds that the baseline and all of the contender's budgets have. A budget at which one of them diverged is left out,
-    all of it; without any other there is no ratio.
+    On the seeds that the baseline and all of the contender's budgets have. A budget at which one of them diverged is
+    left out, all of it; without any other there is no ratio.
     """
     seeds_of_all = min(len(row["test"]) for row in (baseline, *own))
     targets = baseline["test"][:seeds_of_all]
@@ -83,9 +88,9 @@ def one_speedup(baseline: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -
 def growth(speedups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By pair of baseline and contender, the powers of budget, size and context with which the speedup grows.
 
-    Least squares on logarithms over the points whose speedup is known exactly; a power is `None` where the points do not differ
-    in it or are too few to tell it from another (all of one number of tokens, say). `error`: standard errors, `None` where
-    there are no points to spare.
+    Least squares on logarithms over the points whose speedup is known exactly; a power is `None` where the points do
+    not differ in it or are too few to tell it from another (all of one number of tokens, say). `error`: standard
+    errors, `None` where there are no points to spare.
     """
     fits = {}
     for pair in dict.fromkeys((row["baseline"], row["contender"]) for row in speedups):

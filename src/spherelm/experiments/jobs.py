@@ -35,9 +35,9 @@ from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import check_runs, train
 
-# A pool, and no process of `spherelm train --config` for each run: that costs 4.8 seconds of a core more than a run in a
-# process that is there (6.1 instead of 1.3 for one update: imports and flags), and a run of the demo takes 45. For `make demo`,
-# nine runs in two processes, it is 8 % more.
+# A pool, and no process of `spherelm train --config` for each run: that costs 4.8 seconds of a core more than a run in
+# a process that is there (6.1 instead of 1.3 for one update: imports and flags), and a run of the demo takes 45. For
+# `make demo`, nine runs in two processes, it is 8 % more.
 POLL_SECONDS = 0.5
 
 
@@ -67,7 +67,9 @@ def workers_for(jobs: int, asked: int | None) -> int:
 
 
 def threads_each(workers: int) -> int:
-    """The processor threads of each of `workers` processes: a part of the cores, and no more than OMP_NUM_THREADS allows."""
+    """The processor threads of each of `workers` processes:
+    a part of the cores, and no more than OMP_NUM_THREADS allows.
+    """
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     share = max(1, cores() // workers)
     return min(share, int(allowed)) if allowed.isdecimal() and int(allowed) else share
@@ -106,7 +108,9 @@ def do_job(job: Job) -> float:
 
 
 def _work(job: Job) -> float:
-    """Do a job in a worker. A worker that gets a signal to stop ends with it: it must neither begin nor wait for another."""
+    """Do a job in a worker. A worker that gets a signal to stop ends with it:
+    it must neither begin nor wait for another.
+    """
     try:
         return do_job(job)
     except Interrupted as error:
@@ -183,9 +187,10 @@ def say_before(jobs: Sequence[Job], workers: int | None) -> None:
 def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "training") -> list[float]:
     """Do all `jobs`, those first that come first, and return their final validation losses in the same order.
 
-    workers: processes at once, by default `default_workers`. description: of what is shown; nothing is shown if it is empty.
-    Finished runs are taken as they are, unfinished ones resume. Raises a run's error, before any starts if that is how it is
-    made; `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and raise `Interrupted`.
+    workers: processes at once, by default `default_workers`. description: of what is shown; nothing is shown if it is
+    empty. Finished runs are taken as they are, unfinished ones resume. Raises a run's error, before any starts if that
+    is how it is made; `ValueError` for two jobs in one directory; Ctrl-C and SIGTERM let every run save itself and
+    raise `Interrupted`.
     """
     if not jobs:
         return []

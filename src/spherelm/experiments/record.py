@@ -1,8 +1,8 @@
 """A comparison read back from its directory: the report's numbers, recomputed from the runs.
 
-`summary.json` says which runs belong to which arm, what the speedup is, and how long a step took where that was measured
-alone; losses, bits per byte and the time of whole runs are taken from each run's `metrics.jsonl`. Where the two disagree, the
-report says so (`Comparison.disagreements`).
+`summary.json` says which runs belong to which arm, what the speedup is, and how long a step took where that was
+measured alone; losses, bits per byte and the time of whole runs are taken from each run's `metrics.jsonl`. Where the
+two disagree, the report says so (`Comparison.disagreements`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """One run's validations, in the order of their steps; arrays of one length, float64, empty if it diverged before any.
+    """One run's validations, in the order of their steps;
+    arrays of one length, float64, empty if it diverged before any.
 
-    `loss` in nats per token, `bits` per byte (NaN where the run does not know), `tokens` and `seconds` of training since its
-    start, validation not counted.
+    `loss` in nats per token, `bits` per byte (NaN where the run does not know), `tokens` and `seconds` of training
+    since its start, validation not counted.
     """
 
     name: str
@@ -50,8 +51,8 @@ class Run:
 class Arm:
     """All full runs of one arm, one a seed, and how it was trained.
 
-    `tokens_per_second` as measured apart from the runs; `None` where it was not. `optimizer` as `OptimConfig` calls it; `None`
-    in records that do not say.
+    `tokens_per_second` as measured apart from the runs; `None` where it was not. `optimizer` as `OptimConfig` calls it;
+    `None` in records that do not say.
     """
 
     name: str
@@ -93,7 +94,8 @@ class Arm:
         return float(np.mean([run.seconds[-1] for run in self.whole_runs])) if self.whole_runs else math.nan
 
     def mean_curve(self) -> tuple[Array, Array, Array] | None:
-        """(tokens, seconds, loss), each the mean over seeds that did not diverge, at the steps that all of them validated at.
+        """(tokens, seconds, loss), each the mean over seeds that did not diverge,
+        at the steps that all of them validated at.
 
         None if every seed diverged.
         """
@@ -130,7 +132,9 @@ class End:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison: both arms, the baseline first, the winner's shorter schedules, shortest first, and `summary.json`."""
+    """One comparison: both arms, the baseline first, the winner's shorter schedules, shortest first,
+    and `summary.json`.
+    """
 
     directory: Path
     arms: Mapping[str, Arm]

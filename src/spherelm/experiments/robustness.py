@@ -1,4 +1,6 @@
-"""Which learning rate is best, between those that were tried, and how much it may be off. Pure functions on final losses."""
+"""Which learning rate is best, between those that were tried, and how much it may be off.
+Pure functions on final losses.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ TOLERANCE = 0.02
 class Tolerated:
     """The peak learning rates from `low` to `high`, over which the final loss is within a tolerance of the best.
 
-    open_low, open_high: the loss was still within it at the lowest or highest rate that was tried: the range continues there.
+    open_low, open_high: the loss was still within it at the lowest or highest rate that was tried: the
+    range continues there.
     diverged: the range ends at a rate because the next one that was tried diverged.
     """
 
@@ -40,8 +43,9 @@ class Tolerated:
 def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANCE) -> Tolerated | None:
     """The range around the best of `points`, (peak learning rate, final loss), within `1 + tolerance` times its loss.
 
-    Between two rates the loss is interpolated linearly in the logarithm of the rate; up to one that diverged (a loss that is
-    not finite) nothing is known, and the range ends at the last one that did not. `None` for fewer than two finite losses.
+    Between two rates the loss is interpolated linearly in the logarithm of the rate; up to one that diverged (a loss
+    that is not finite) nothing is known, and the range ends at the last one that did not. `None` for fewer than
+    two finite losses.
     """
     ordered = sorted(points)
     finite = [index for index, (_, loss) in enumerate(ordered) if math.isfinite(loss)]
@@ -72,7 +76,9 @@ def best_between(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def where_best(points: Sequence[tuple[float, float]]) -> str:
-    """The rate of the lowest of `points` (peak learning rate, final loss), in words: and where between rates it may be."""
+    """The rate of the lowest of `points` (peak learning rate, final loss), in words:
+    and where between rates it may be.
+    """
     ordered = sorted(points)
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in ordered]
     best = losses.index(min(losses))
@@ -87,7 +93,9 @@ def where_best(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _edge(points: Sequence[tuple[float, float]], limit: float) -> tuple[float, bool, bool]:
-    """How far one gets from the first of `points` until the loss crosses `limit`; whether it never does, or diverges first."""
+    """How far one gets from the first of `points` until the loss crosses `limit`;
+    whether it never does, or diverges first.
+    """
     for (rate, loss), (next_rate, next_loss) in itertools.pairwise(points):
         if not math.isfinite(next_loss):
             return rate, False, True

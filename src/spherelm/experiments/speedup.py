@@ -21,7 +21,9 @@ OPPOSITE = {"at least": "at most", "at most": "at least"}
 
 @dataclass(frozen=True)
 class Reach:
-    """The tokens after which a curve reaches a loss; `bound` says that it is only known to be at most or at least that."""
+    """The tokens after which a curve reaches a loss; `bound` says that it is only known to be at most
+    or at least that.
+    """
 
     tokens: float
     bound: str | None = None
@@ -30,8 +32,8 @@ class Reach:
 def tokens_to_reach(curve: Sequence[Point], target: float) -> Reach:
     """Where `curve` first falls to `target`: interpolated linearly in the logarithm of the tokens between its points.
 
-    A curve that starts at or below the target reaches it after "at most" its first tokens, one that never gets there after
-    "at least" its last. Points whose loss is NaN, runs that diverged, are left out.
+    A curve that starts at or below the target reaches it after "at most" its first tokens, one that never gets there
+    after "at least" its last. Points whose loss is NaN, runs that diverged, are left out.
     """
     points = sorted(point for point in curve if not math.isnan(point[1]))
     if points[0][1] <= target:
@@ -105,12 +107,12 @@ def speedup(
     """The `speedup` of `summary.json`.
 
     final_losses: by arm, a baseline and its normalized twin, and seed; tokens: of a full run; curves: the winning arm's
-    (tokens, loss), one a seed, the full run's end among them; step_time_ratio: seconds of a normalized step over those of a
-    baseline's; method: where the curves come from, "schedule-ends" or "in-run".
+    (tokens, loss), one a seed, the full run's end among them; step_time_ratio: seconds of a normalized step over those
+    of a baseline's; method: where the curves come from, "schedule-ends" or "in-run".
 
-    `tokens` is the baseline's tokens over the normalized arm's to the same loss, which is the final mean loss of the arm that
-    ends higher: above 1 the normalized one needs fewer, below 1 the baseline does. `bound` says that the ratio is only known to
-    be "at least" or "at most" so much.
+    `tokens` is the baseline's tokens over the normalized arm's to the same loss, which is the final mean
+    loss of the arm that ends higher: above 1 the normalized one needs fewer, below 1 the baseline does. `bound` says
+    that the ratio is only known to be "at least" or "at most" so much.
     """
     best = winner(final_losses)
     losing = losing_losses(final_losses, best)

@@ -21,7 +21,9 @@ from spherelm.runs.record import command_line, git_commit, or_nan, versions, wri
 from spherelm.train.batches import open_data
 
 UNTRAINED = 1.0
-"""How far above the loss of an even guess, ln(vocab_size) nats, a validation may come out before a run counts as diverged."""
+"""How far above the loss of an even guess, ln(vocab_size) nats,
+a validation may come out before a run counts as diverged.
+"""
 
 
 LONGEST_NAME = 200
@@ -42,10 +44,11 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of a sweep: what was chosen, its run directories, and their final validation losses, seed by seed.
+    """One configuration of a sweep: what was chosen, its run directories,
+    and their final validation losses, seed by seed.
 
-    losses: nats per token, NaN for a run that diverged. base: the losses of the first choice of the same arm, `None` where
-    this is it.
+    losses: nats per token, NaN for a run that diverged. base: the losses of the first choice of the same arm, `None`
+    where this is it.
     """
 
     choice: Mapping[str, Any]
@@ -103,12 +106,14 @@ def sweep(
     machine: Mapping[str, Any] = {},
     quiet: bool = False,
 ) -> list[Row]:
-    """Train every choice (keywords of `recipes.make_run`, "arm" among them) with every seed; resumable by calling again.
+    """Train every choice (keywords of `recipes.make_run`, "arm" among them) with every seed;
+    resumable by calling again.
 
-    Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `runs`, `mean`, `standard_error`, `difference` from the
-    first choice of the arm; and the commands, commit and versions) and returns its rows, best mean first, diverged ones last.
-    What earlier sweeps left in `out` stays there, but for choices whose runs are gone. A run whose validation loss rises far
-    above an untrained model's counts as diverged. machine: `threads` and `device` of the runs, which are no part of a choice.
+    Writes `out/sweep.json` (one object a choice: `choice`, `losses`, `runs`, `mean`, `standard_error`, `difference`
+    from the first choice of the arm; and the commands, commit and versions) and returns its rows, best mean first,
+    diverged ones last. What earlier sweeps left in `out` stays there, but for choices whose runs are gone. A run whose
+    validation loss rises far above an untrained model's counts as diverged. machine: `threads` and `device` of the
+    runs, which are no part of a choice.
 
     Raises `FileExistsError` where `out` holds what no sweep wrote, and `ValueError` where that sweep was on other text.
     """

@@ -21,8 +21,8 @@ PROMPTS_AT_ONCE = 32
 class BeamSettings:
     """How many texts are pursued for each prompt, and what their length counts.
 
-    A text y of |y| new tokens, its end token included, is worth `log p(y | prompt) / |y|^length_penalty`: 0 prefers short
-    texts, which are more probable as a whole, 1 takes the mean over tokens, more prefers long ones.
+    A text y of |y| new tokens, its end token included, is worth `log p(y | prompt) / |y|^length_penalty`:
+    0 prefers short texts, which are more probable as a whole, 1 takes the mean over tokens, more prefers long ones.
 
     Attributes:
         beams: Beam search: keep this many of the most probable texts at each step.
@@ -42,7 +42,9 @@ class BeamSettings:
 
 @dataclass(order=True, frozen=True)
 class Hypothesis:
-    """A finished text: what it is worth, its new tokens (the end token among them, if it ended), and their log probability."""
+    """A finished text: what it is worth, its new tokens (the end token among them, if it ended),
+    and their log probability.
+    """
 
     worth: float
     tokens: list[int] = field(compare=False)
@@ -52,11 +54,13 @@ class Hypothesis:
 def beam_search(
     model: Decoder, prompts: Rows, max_new_tokens: int, eos_id: int, settings: BeamSettings | None = None
 ) -> list[list[Hypothesis]]:
-    """For each prompt up to `beams` texts that end within `max_new_tokens`, the best first; some that do not, if too few do.
+    """For each prompt up to `beams` texts that end within `max_new_tokens`, the best first;
+    some that do not, if too few do.
 
-    prompts: token ids, prompts of a language model, or an encoder-decoder's sources. Of the 2 * beams best continuations
-    of a step, ends count among the first `beams`, and the first `beams` that are not ends continue. A prompt is done when
-    it has `beams` finished texts and no running one scores more than the worst of them. Keys and values are cached.
+    prompts: token ids, prompts of a language model, or an encoder-decoder's sources. Of the 2 * beams best
+    continuations of a step, ends count among the first `beams`, and the first `beams` that are not ends continue. A
+    prompt is done when it has `beams` finished texts and no running one scores more than the worst of them. Keys and
+    values are cached.
     """
     settings = settings or BeamSettings()
     was_training = model.training

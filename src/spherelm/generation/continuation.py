@@ -17,13 +17,13 @@ from spherelm.models.decoder import Decoder
 class Continuation:
     """Rows of any lengths, each continued as it would be alone.
 
-    rows: token ids, at least one a row; `self.rows` are lists that grow. seeds: one a row, for draws of its own. window:
-    what happens to a row that has become longer than the model's max_seq_len: with it, the row's last half (max_seq_len //
-    2 tokens) is read anew, from position 0, and the row goes on from there until it is full again; without it, `step`
-    raises `ValueError`.
+    rows: token ids, at least one a row; `self.rows` are lists that grow. seeds: one a row, for draws of its own.
+    window: what happens to a row that has become longer than the model's max_seq_len: with it, the row's last half
+    (max_seq_len // 2 tokens) is read anew, from position 0, and the row goes on from there until it is full again;
+    without it, `step` raises `ValueError`.
 
-    Rows of different lengths are padded on the left; padding is seen by no token of the row, and positions count from the
-    row's first token, so that each is computed as if the others were not there.
+    Rows of different lengths are padded on the left; padding is seen by no token of the row, and positions count from
+    the row's first token, so that each is computed as if the others were not there.
     """
 
     def __init__(

@@ -9,12 +9,12 @@
 | GPT's RMSNorm gains | the columns of the matrices that read the normalized state |
 
 `s_qk` cannot go into `W_q`: the query is normalized after the product, which would take a common factor out again and
-let the others change its length; and it acts channel by channel after the rotation, which mixes channels i and i + d_k/2
-by angles that depend on the position. It costs (n_heads + n_kv_heads) d_k multiplications a layer and token, one pass over
-queries and keys.
+let the others change its length; and it acts channel by channel after the rotation, which mixes channels i and i +
+d_k/2 by angles that depend on the position. It costs (n_heads + n_kv_heads) d_k multiplications a layer and token, one
+pass over queries and keys.
 
-FNGPT's inner norms are left out: `Norm(W_o Norm(y)) = Norm(W_o y)`, and the step takes the norm of what a part makes. They
-are for products in formats of few bits, which are not folded.
+FNGPT's inner norms are left out: `Norm(W_o Norm(y)) = Norm(W_o y)`, and the step takes the norm of what a part makes.
+They are for products in formats of few bits, which are not folded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def lerp_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """`sphere.step` (nGPT, eqs. 10, 11) without what backward needs; alpha: [d_model], in the dtype that lengths have."""
+    """`sphere.step` (nGPT, eqs. 10, 11) without what backward needs; alpha:
+    [d_model], in the dtype that lengths have.
+    """
     return unit(torch.lerp(h.to(alpha.dtype), target.to(alpha.dtype), alpha)).to(h.dtype)
 
 
@@ -112,7 +114,9 @@ class UnitScale(nn.Module):
 
 
 class NormedRotation(nn.Module):
-    """The norms of queries and of keys, whose gains differ, and then `rotation`: [batch, heads, seq, d_k] -> the same."""
+    """The norms of queries and of keys, whose gains differ, and then `rotation`:
+    [batch, heads, seq, d_k] -> the same.
+    """
 
     gains: Tensor
 
@@ -130,7 +134,8 @@ class NormedRotation(nn.Module):
 
 
 class FoldedAttention(nn.Module):
-    """The attention of `source`: its queries, keys and values are one product, and `finish` ends queries and keys together.
+    """The attention of `source`: its queries, keys and values are one product,
+    and `finish` ends queries and keys together.
 
     qkv: [(n_heads + 2 n_kv_heads) d_k, d_model].
     """
@@ -324,11 +329,12 @@ def obstacle(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def folded(model: Decoder) -> Decoder:
-    """The model that computes what `model` computes, to rounding, and whose learned scales and gains sit in its matrices.
+    """The model that computes what `model` computes, to rounding,
+    and whose learned scales and gains sit in its matrices.
 
-    For inference: it refuses `train()`, none of its weights takes a gradient, none declares a unit axis. It is a copy, as
-    large as the model again, in the dtype that the model computes in, and does not follow when the model changes. A folded
-    model comes back as it is. Raises `ValueError` for a model with parts that are not known here.
+    For inference: it refuses `train()`, none of its weights takes a gradient, none declares a unit axis. It is a copy,
+    as large as the model again, in the dtype that the model computes in, and does not follow when the model changes. A
+    folded model comes back as it is. Raises `ValueError` for a model with parts that are not known here.
     """
     if isinstance(model, Folded):
         return model

@@ -38,8 +38,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """The tokens that `generate` appends, one step after the other: int64 [batch] each, on the model's device.
 
-    prompts: token ids of each row, at least one, rows of any lengths. The rest is as for `generate`, which is built on this.
-    Raises `ValueError` at once, not at the first step.
+    prompts: token ids of each row, at least one, rows of any lengths. The rest is as for `generate`, which is built on
+    this. Raises `ValueError` at once, not at the first step.
     """
     check(model, prompts, max_new_tokens, window)
     seeds = row_seeds(seed, len(prompts))
@@ -82,17 +82,18 @@ def generate(
         model, tokenizer = load_model("runs/demo/ngpt-0", with_tokenizer=True)
         print(generate(model, "The old man", 60, tokenizer=tokenizer, temperature=0.8, top_k=50))
 
-    prompt: a text; or int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an encoder-decoder they
-    are the sources, without an end, and what is continued is `eos_id`, which it needs. tokenizer: the model's, which a text
-    needs; its end token is `eos_id` where that is left out. temperature (0 is greedy), top_k,
-    top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or with
-    seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id` is filled with it;
-    generation ends when all have. window: continue past the model's max_seq_len as `Continuation` says. fold: compute with
-    `folded(model)`, where it can be folded; False spares the copy, and is right for a few tokens of a large model.
+    prompt: a text; or int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an
+    encoder-decoder they are the sources, without an end, and what is continued is `eos_id`, which it needs. tokenizer:
+    the model's, which a text needs; its end token is `eos_id` where that is left out. temperature (0 is greedy), top_k,
+    top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or
+    with seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id`
+    is filled with it; generation ends when all have. window: continue past the model's max_seq_len as `Continuation`
+    says. fold: compute with `folded(model)`, where it can be folded; False spares the copy, and is right for a few
+    tokens of a large model.
 
-    Result: for a text the text with what follows it (of an encoder-decoder what it writes); for a tensor int64 [batch, seq +
-    new]; for a list each row with its new tokens up to its first `eos_id`. Raises `UserError` for an empty prompt, a text
-    without a tokenizer, settings out of range, or without `window` a length beyond max_seq_len.
+    Result: for a text the text with what follows it (of an encoder-decoder what it writes); for a tensor int64 [batch,
+    seq + new]; for a list each row with its new tokens up to its first `eos_id`. Raises `UserError` for an empty
+    prompt, a text without a tokenizer, settings out of range, or without `window` a length beyond max_seq_len.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if tokenizer is not None and eos_id is None:
@@ -152,7 +153,9 @@ def row_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False) -> None:
-    """Raise `ValueError` if there is no row, one is empty, holds what is no token, or leaves no room for `max_new_tokens`."""
+    """Raise `ValueError` if there is no row, one is empty, holds what is no token,
+    or leaves no room for `max_new_tokens`.
+    """
     limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
     if not len(rows):
         raise UserError("there is no prompt: give at least one row")

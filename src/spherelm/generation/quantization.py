@@ -1,9 +1,9 @@
 """Weights in 8 bits by `torchao`, for inference: an int8 direction a vector and a float length that keeps it unit.
 
-Rounding to int8 takes a unit vector off the sphere. Each vector has a step size of its own anyway, so the length is put right
-exactly in the step size: `w = q / ||q||` for the int8 vector q. That needs one step size for each unit vector, along the axis
-that the weight declares. For rows it multiplies the outputs, as in any int8 matrix product, together with the learned scale
-of the row. For columns (the two `o` matrices) it multiplies the inputs.
+Rounding to int8 takes a unit vector off the sphere. Each vector has a step size of its own anyway, so the
+length is put right exactly in the step size: `w = q / ||q||` for the int8 vector q. That needs one step size for each
+unit vector, along the axis that the weight declares. For rows it multiplies the outputs, as in any int8 matrix product,
+together with the learned scale of the row. For columns (the two `o` matrices) it multiplies the inputs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _torchao() -> Any:
 
 
 def int8_vectors(weight: Tensor, axis: int, unit: bool) -> tuple[Tensor, Tensor]:
-    """A matrix as int8 vectors along `axis` (1: rows, 0: columns) and the step size of each, float32 [rows] or [columns].
+    """A matrix as int8 vectors along `axis` (1: rows, 0: columns) and the step size of each,
+    float32 [rows] or [columns].
 
     A vector's step size is its largest entry over 127.5 as torchao chooses it, or, if `unit`, one over its int8 length.
     """
@@ -52,8 +53,8 @@ def int8_vectors(weight: Tensor, axis: int, unit: bool) -> tuple[Tensor, Tensor]
 class Int8Matrix(nn.Module):
     """Replacement of a `Linear` or an `Embedding`: int8 `entries` [rows, columns], and step sizes along one axis.
 
-    The axis is the unit axis of what it stands for, 1 (a step size for each row) where that has none. `weight` is the matrix
-    that these numbers mean, computed at each access.
+    The axis is the unit axis of what it stands for, 1 (a step size for each row) where that has none. `weight` is the
+    matrix that these numbers mean, computed at each access.
     """
 
     entries: Tensor
@@ -117,10 +118,11 @@ def quantized(model: Decoder, renormalize: bool = True) -> Decoder:
 
     Vectors of one dimension stay as they are, and so do banks of experts and the routers that choose among them.
 
-    renormalize: make every vector with a unit axis unit again, to the rounding of float32 (`departure` says how far). Quantize
-    the model as it was trained: learned scales of rows join the step sizes, so folding them first saves nothing. Computes in
-    float32, or in the compute dtype of its `runtime`. The copy can be neither trained nor saved as a checkpoint.
-    Raises `ValueError` if torchao is missing, or for a model that has been folded.
+    renormalize: make every vector with a unit axis unit again, to the rounding of float32 (`departure` says
+    how far). Quantize the model as it was trained: learned scales of rows join the step sizes, so folding them first
+    saves nothing.
+    Computes in float32, or in the compute dtype of its `runtime`. The copy can be neither trained nor saved as a
+    checkpoint. Raises `ValueError` if torchao is missing, or for a model that has been folded.
     """
     if isinstance(model, Folded):
         raise UserError("a folded model has lost its unit vectors: quantize the model that it was made from")

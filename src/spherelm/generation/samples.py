@@ -49,16 +49,17 @@ def continuations(
     beams: BeamSettings | None = None,
     **settings: Any,
 ) -> list[str]:
-    """`count` texts by which the model of `run` (a run directory or a checkpoint) continues each prompt, prompt by prompt.
+    """`count` texts by which the model of `run` (a run directory or a checkpoint) continues each prompt,
+    prompt by prompt.
 
-    An encoder-decoder's prompts are what it reads, its texts whole: see `continues`. max_new_tokens: `None` for `LENGTH`, or
-    what is left of max_seq_len behind the longest prompt. beams: the best `count` texts that a beam
+    An encoder-decoder's prompts are what it reads, its texts whole: see `continues`. max_new_tokens: `None` for
+    `LENGTH`, or what is left of max_seq_len behind the longest prompt. beams: the best `count` texts that a beam
     search finds, instead of drawn ones; neither seed nor settings count then, and write is given whole texts.
-    settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be alone.
-    A text ends where the model ends the document, and before the first `stop` string. window: as for `Continuation`. write: is
-    given every piece of text that is certain, as soon as it is, of one text after the other. precision, device: as
-    for `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt or one that leaves no room
-    for `max_new_tokens`.
+    settings: those of `Sampling` (temperature, top_k, ...). seed: text i draws with seed + i, and is what it would be
+    alone. A text ends where the model ends the document, and before the first `stop` string. window: as for
+    `Continuation`. write: is given every piece of text that is certain, as soon as it is, of one text after the other.
+    precision, device: as for `load_for_inference`. Raises `ValueError`, before anything is written, for an empty prompt
+    or one that leaves no room for `max_new_tokens`.
     """
     if count < 1:
         raise UserError(f"samples must be at least 1, got {count}")
@@ -116,7 +117,9 @@ def searched(
 
 
 def continues(run: Path) -> bool:
-    """Whether the texts of a run's model begin with their prompts, as a language model's do and a translation does not."""
+    """Whether the texts of a run's model begin with their prompts,
+    as a language model's do and a translation does not.
+    """
     return model_class(read_config(run_directory(run) / "config.json").model).continues
 
 
@@ -124,7 +127,8 @@ def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu
     """The model of a run directory or a checkpoint, folded where it can be, and its tokenizer.
 
     precision: one of `PRECISIONS`; "int8" is of the weights, with which float32 is computed. device: where it
-    computes. Says on stderr how far rounding has taken the weights off the sphere. Raises `ValueError` if torchao is missing.
+    computes. Says on stderr how far rounding has taken the weights off the sphere. Raises `ValueError` if
+    torchao is missing.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
@@ -201,8 +205,8 @@ class Conversation:
     def answer(self, said: str, max_new_tokens: int) -> Iterator[str]:
         """Append `said` and continue by up to `max_new_tokens` tokens: pieces of text.
 
-        Broken off in between, the text stays as far as it has been written. Where the model ends the document, the end is
-        left out of the text, so that it can continue. Raises `UserError`, the text unchanged, for no input.
+        Broken off in between, the text stays as far as it has been written. Where the model ends the document, the end
+        is left out of the text, so that it can continue. Raises `UserError`, the text unchanged, for no input.
         """
         ids = encode_prompt(self._tokenizer, said, "text")
         if self._text is None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from spherelm.fields import check
 
 COLDEST = 1e-20
-"""The least temperature that logits are divided by: below it float32 overflows, and long before it nothing else is drawn."""
+"""The least temperature that logits are divided by:
+below it float32 overflows, and long before it nothing else is drawn.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Sampling:
         top_k: Draw among the k most probable tokens only.
         top_p: Draw among the most probable tokens only, as few as together have this probability.
         min_p: Draw among the tokens that have at least this fraction of the largest probability (arXiv 2407.01082).
-        repetition_penalty: Above 1, tokens that occurred, prompt included, become less probable: a positive logit is divided
-            by it, a negative one multiplied (Keskar et al., arXiv 1909.05858).
+        repetition_penalty: Above 1, tokens that occurred, prompt included, become less probable: a positive logit is
+            divided by it, a negative one multiplied (Keskar et al., arXiv 1909.05858).
     """
 
     temperature: NonNegativeFloat = 1.0
@@ -67,7 +69,9 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 
 def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution to sample the next token from: float32 [batch, vocab], rows sum to 1, for logits [batch, vocab]."""
+    """The distribution to sample the next token from:
+    float32 [batch, vocab], rows sum to 1, for logits [batch, vocab].
+    """
     probabilities, ids = candidates(logits, sampling)
     if ids is None:
         return probabilities

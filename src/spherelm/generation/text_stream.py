@@ -1,4 +1,6 @@
-"""Text out of tokens as they come: nothing is handed on that a later token could change or a stop string could claim."""
+"""Text out of tokens as they come: nothing is handed on that a later token could change or a stop
+string could claim.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class TextStream:
     """The text of a growing row of tokens, in pieces.
 
     `push(token)` returns what is certain now, often nothing; `close()` the rest. What is held back: the beginning of a
-    character whose other bytes are to come, and the beginning of a stop string. Text ends before the first stop string, also
-    where it began in an earlier token; then `ended` is True and nothing more comes.
+    character whose other bytes are to come, and the beginning of a stop string. Text ends before the first stop string,
+    also where it began in an earlier token; then `ended` is True and nothing more comes.
 
     context: tokens before the text, for tokenizers that drop the space at the beginning. stops: none of them empty.
     """

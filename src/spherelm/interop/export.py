@@ -34,10 +34,11 @@ def export(
 ) -> None:
     """Write the model of `run` (a run directory or one of its checkpoints) into the new directory `out`.
 
-    dtype: "float32", "bfloat16" or "float16", of the weights. standalone: put the modeling code beside them, for loading
-    with `trust_remote_code=True` where spherelm is not installed. folded: the same, with learned scales inside the matrices,
-    for servers such as vLLM. license: of the weights, as the hub names it. address: by which the card loads the model. The
-    directory appears whole or not at all.
+    dtype: "float32", "bfloat16" or "float16", of the weights. standalone: put the modeling code beside them, for
+    loading with `trust_remote_code=True` where spherelm is not installed. folded: the same, with learned scales
+    inside the matrices, for servers such as vLLM. license: of the weights, as the hub names it. address: by which the
+    card loads the model.
+    The directory appears whole or not at all.
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
     transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
     """
@@ -89,7 +90,9 @@ def push(run: Path, repo: str, private: bool = False, **settings: Any) -> str:
 
 
 def task_scores(run: Path, step: int) -> dict[str, dict[str, float]]:
-    """Scores by task and metric, of the update `step`: from training, and from what `eval --json` wrote into the run."""
+    """Scores by task and metric, of the update `step`:
+    from training, and from what `eval --json` wrote into the run.
+    """
     path = run / "metrics.jsonl"
     found: dict[str, dict[str, float]] = {}
     for record in read_metrics(path) if path.exists() else []:
@@ -104,7 +107,9 @@ def task_scores(run: Path, step: int) -> dict[str, dict[str, float]]:
 
 
 def hub_datasets(data: str | None) -> list[str]:
-    """Names on the hub of the datasets that the data directory `data` was made of, as far as its manifest is at hand."""
+    """Names on the hub of the datasets that the data directory `data` was made of,
+    as far as its manifest is at hand.
+    """
     manifest = Path(data or "") / "manifest.json"
     if data is None or not manifest.is_file():
         return []

@@ -27,11 +27,12 @@ THEIR_RATE = 15e-4
 def import_nvidia(
     checkpoint: Path, out: Path, rope: str = "nvidia", tokenizer: str | None = None, moments: bool = False
 ) -> Decoder:
-    """Make `out` the run directory of the model that NVIDIA/ngpt's train.py saved in `checkpoint`, and return the model.
+    """Make `out` the run directory of the model that NVIDIA/ngpt's train.py saved in `checkpoint`,
+    and return the model.
 
-    rope: as in `interop.nvidia.load_checkpoint`. tokenizer: what `load_tokenizer` takes, to be stored with the run; their
-    file does not hold one. moments: keep Adam's state as well. Raises `FileExistsError` if `out` holds something, and
-    `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
+    rope: as in `interop.nvidia.load_checkpoint`. tokenizer: what `load_tokenizer` takes, to be stored
+    with the run; their file does not hold one. moments: keep Adam's state as well. Raises `FileExistsError` if `out`
+    holds something, and `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
     """
     check_free(out)
     read = read_checkpoint(checkpoint)
@@ -55,9 +56,9 @@ def import_nvidia(
 def import_hub(source: str, out: Path) -> Decoder:
     """Make `out` the run directory of the model that `spherelm export` wrote, and return the model.
 
-    source: the folder, or where `spherelm push` put it on the hub: "user/name" or "user/name@revision". Its run's config comes
-    along; the optimizer starts fresh. Raises `OutputExistsError` if `out` holds something, and `UserError` for what is no such
-    folder, cannot be read, or is folded.
+    source: the folder, or where `spherelm push` put it on the hub: "user/name" or "user/name@revision". Its run's
+    config comes along; the optimizer starts fresh. Raises `OutputExistsError` if `out` holds something, and `UserError`
+    for what is no such folder, cannot be read, or is folded.
     """
     check_free(out)
     try:
@@ -99,7 +100,9 @@ def write_run(
 
 
 def run_config(read: NvidiaCheckpoint, rope: str) -> RunConfig:
-    """The config of the run that wrote the file; settings it does not hold (batch size, schedule, text) have their defaults."""
+    """The config of the run that wrote the file; settings it does not hold (batch size, schedule, text)
+    have their defaults.
+    """
     model, settings = read.model_args.config(rope), dict(read.optimizer)
     settings["lr"] = settings.get("lr") or THEIR_RATE
     return RunConfig(

@@ -1,11 +1,13 @@
 """Checkpoints of NVIDIA/ngpt: the `ckpt.pt` that its train.py writes, both arms, read without running anything in it.
 
-Their names and layouts against ours: `c_fc` stacks the rows of `W_u` over those of `W_v`, and `suv` their scales; `sqk` is
-flat over heads and channels; block matrices and their moments are bfloat16. Scales are stored as here, with `base_scale`
-for a start (1 for `suv`). Their code multiplies both `u` and `v` by sqrt(n_embd), the paper and this package only `v`: a
-factor on the whole output of the MLP, which its Norm takes away again, so the function and its gradients are the same.
+Their names and layouts against ours: `c_fc` stacks the rows of `W_u` over those of `W_v`, and `suv` their scales; `sqk`
+is flat over heads and channels; block matrices and their moments are bfloat16. Scales are stored as here, with
+`base_scale` for a start (1 for `suv`). Their code multiplies both `u` and `v` by sqrt(n_embd), the paper and this
+package only `v`: a factor on the whole output of the MLP, which its Norm takes away again, so the function and its
+gradients are the same.
 
-Their rotary formula, and a step that normalizes the point that it starts from, are `rope="nvidia"`, see `load_checkpoint`.
+Their rotary formula, and a step that normalizes the point that it starts from, are `rope="nvidia"`, see
+`load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ class ModelArgs:
 class NvidiaCheckpoint:
     """The content of a `ckpt.pt`, by our parameter names and in our layouts, every number and dtype as stored.
 
-    weights: {name: tensor}. moments: {name: {"step", "exp_avg", "exp_avg_sq"}}, Adam's state; empty if the file has none.
+    weights: {name: tensor}. moments: {name: {"step", "exp_avg", "exp_avg_sq"}}, Adam's state; empty if
+    the file has none.
     optimizer: their lr (as it stood then), betas, eps and weight_decay (of the matrices); empty without moments.
     iteration: updates made.
     """
@@ -140,9 +143,10 @@ class NvidiaCheckpoint:
 def load_checkpoint(path: str | Path, rope: str = "nvidia") -> Decoder:
     """The model in the file `path` that NVIDIA/ngpt's train.py wrote: a `GPT` or an `NGPT`, float32, in eval mode.
 
-    rope: "nvidia" for what their code computes, to rounding: their rotary formula, and the matrices of a normalized model as
-    stored, which is off the sphere by their bfloat16 (`departure` tells how far). "standard" for the paper's model on the
-    same weights: a true rotation, and every matrix put back on the sphere. Raises as `read_checkpoint`.
+    rope: "nvidia" for what their code computes, to rounding: their rotary formula, and the matrices of a normalized
+    model as stored, which is off the sphere by their bfloat16 (`departure` tells how far). "standard" for the
+    paper's model on the same weights: a true rotation, and every matrix put back on the sphere. Raises as
+    `read_checkpoint`.
     """
     return to_model(read_checkpoint(path), rope)
 
@@ -165,8 +169,8 @@ def to_model(checkpoint: NvidiaCheckpoint, rope: str = "nvidia") -> Decoder:
 def load_optimizer(checkpoint: NvidiaCheckpoint, model: nn.Module, optimizer: Optimizer) -> None:
     """Put the checkpoint's moments and step counts into `optimizer`, an Adam over the parameters of `model`.
 
-    `optimizer` keeps its own rates, and the retraction that `build_optimizer` attached (which put the weights on the sphere).
-    Raises `ValueError` if the file held no moments or `model` is another.
+    `optimizer` keeps its own rates, and the retraction that `build_optimizer` attached (which put the weights on the
+    sphere). Raises `ValueError` if the file held no moments or `model` is another.
     """
     if not checkpoint.moments:
         raise UserError("the checkpoint holds no optimizer state: its moments cannot be loaded")
@@ -188,8 +192,9 @@ def load_optimizer(checkpoint: NvidiaCheckpoint, model: nn.Module, optimizer: Op
 def read_checkpoint(path: str | Path) -> NvidiaCheckpoint:
     """Read the file `path` that NVIDIA/ngpt's train.py wrote, tensors on the CPU.
 
-    Nothing in the file is run and no class of it is made. Raises `FileNotFoundError`, and `ValueError` in one line for a
-    file that is damaged, names anything that train.py does not store (by that name), or does not fit its own `model_args`.
+    Nothing in the file is run and no class of it is made. Raises `FileNotFoundError`, and `ValueError` in one line for
+    a file that is damaged, names anything that train.py does not store (by that name), or does not fit its
+    own `model_args`.
     """
     path = Path(path)
     if not path.is_file():
@@ -201,7 +206,9 @@ def read_checkpoint(path: str | Path) -> NvidiaCheckpoint:
 
 
 def to_ours(tensors: Mapping[str, Tensor], n_heads: int) -> dict[str, Tensor]:
-    """Tensors under NVIDIA/ngpt's parameter names, in its layouts, under ours and in ours; values untouched, memory shared."""
+    """Tensors under NVIDIA/ngpt's parameter names, in its layouts, under ours and in ours;
+    values untouched, memory shared.
+    """
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         prefix, rest = _split(name)
@@ -262,8 +269,8 @@ def _content(path: Path) -> Any:
 def _refuse_strangers(pickled: bytes) -> None:
     """Raise `ValueError` naming the first class or function in a pickle that train.py has no reason to store there.
 
-    The pickle is only taken apart here, as text would be. Reading it afterwards is torch's restricted reader, which refuses
-    too, but goes by a list that any code in this process can lengthen.
+    The pickle is only taken apart here, as text would be. Reading it afterwards is torch's restricted reader, which
+    refuses too, but goes by a list that any code in this process can lengthen.
     """
     for name in _named(pickled):
         if name not in TENSORS and name not in FOREIGN:

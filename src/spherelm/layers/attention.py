@@ -29,8 +29,8 @@ def join_heads(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Softmax attention of [batch, n_heads, q_len, d_k] queries on [batch, n_kv_heads, kv_len, d_k] keys and values.
 
-    Without a mask the attention is causal, a single query being the last position; a mask is boolean, True where a query
-    may look, broadcastable to [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups
+    Without a mask the attention is causal, a single query being the last position; a mask is boolean, True where a
+    query may look, broadcastable to [batch, n_heads, q_len, kv_len]. Query heads share key heads in consecutive groups
     (grouped-query attention).
     """
     if products_are_faster(q, k, v, mask):
@@ -41,11 +41,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
 
 
 def separate_documents(tokens: Tensor, end_token: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and positions that make of each document in int64 tokens [batch, seq] what it is alone; no end token, neither.
+    """Mask and positions that make of each document in int64 tokens [batch, seq] what it is alone;
+    no end token, neither.
 
-    mask: bool [batch, 1, seq, seq], True where a query may look, in its own document up to itself. positions: [batch, seq],
-    from 0 in each document: in nGPT `s_qk` acts after the rotation, channel by channel, so that scores depend on more than
-    differences of positions. `end_token` is the last token of the document that it ends.
+    mask: bool [batch, 1, seq, seq], True where a query may look, in its own document up to itself.
+    positions: [batch, seq], from 0 in each document: in nGPT `s_qk` acts after the rotation, channel by channel, so
+    that scores depend on more than differences of positions. `end_token` is the last token of the document that it
+    ends.
     """
     if end_token is None:
         return None, None
@@ -69,8 +71,9 @@ def head_norms(d_k: int, qk_norm: bool) -> tuple[nn.Module, nn.Module]:
 class Attention(nn.Module):
     """The baseline's attention: `W_o softmax(RoPE(q) RoPE(k)^T / sqrt(d_k)) v` (nGPT paper, eq. 4 and section 2.3.1).
 
-    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k]. qk_norm: whether each
-    head of q and k passes an RMSNorm before the rotation (Henry et al., arXiv 2010.04245; gains [d_k], as in Qwen 3).
+    Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k]. qk_norm: whether
+    each head of q and k passes an RMSNorm before the rotation (Henry et al., arXiv 2010.04245; gains
+    [d_k], as in Qwen 3).
     """
 
     reads = ("table", "mask", "cache", "attend")
@@ -108,10 +111,11 @@ class Attention(nn.Module):
 class UnitAttention(nn.Module):
     """nGPT's attention: queries and keys are unit vectors per head, scaled by `s_qk` (eqs. 12, 13, 15, 16).
 
-    Shapes as in `Attention`. Unit rows of `q`, `k`, `v`; unit columns of `o`. The softmax scale is sqrt(d_k). Both q and k
-    carry `s_qk` [n_heads, d_k] in the paper; only the product counts, so it enters here once, squared, on q, which
-    spares a pass over k and gives each query head its own scale where heads share keys. Without qk_norm queries and keys
-    are not normalized. inner_norm: whether the joined heads are, before `o` (FNGPT, arXiv 2605.06067).
+    Shapes as in `Attention`. Unit rows of `q`, `k`, `v`; unit columns of `o`. The softmax scale is sqrt(d_k). Both q
+    and k carry `s_qk` [n_heads, d_k] in the paper; only the product counts, so it enters here once, squared, on q,
+    which spares a pass over k and gives each query head its own scale where heads share keys. Without
+    qk_norm queries and keys are not normalized. inner_norm: whether the joined heads are, before `o` (FNGPT, arXiv
+    2605.06067).
     """
 
     reads = Attention.reads
@@ -145,7 +149,9 @@ class UnitAttention(nn.Module):
         cache: LayerCache | None = None,
         attend: Attend = attend,
     ) -> Tensor:
-        """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; with a cache, `h` holds only the new positions."""
+        """[batch, seq, d_model] -> [batch, seq, d_model], not normalized;
+        with a cache, `h` holds only the new positions.
+        """
         q = self.rotation(split_heads(self.q(h), self.n_heads), table)
         k = self.rotation(split_heads(self.k(h), self.n_kv_heads), table)
         v = split_heads(self.v(h), self.n_kv_heads)

@@ -1,4 +1,6 @@
-"""The memory of tokens already read, so that decoding a token costs one token: keys and values, or a recurrent state."""
+"""The memory of tokens already read, so that decoding a token costs one token:
+keys and values, or a recurrent state.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ Pair = tuple[Tensor, Tensor]
 class LayerCache:
     """The keys and values of one attention layer, each [batch, n_kv_heads, seq, d_k], ready for the product.
 
-    Keys are stored as attention uses them: rotated and, in nGPT, normalized. They lie in buffers that double when they are
-    full, so that a new position is written once instead of all of them being copied.
+    Keys are stored as attention uses them: rotated and, in nGPT, normalized. They lie in buffers that double when they
+    are full, so that a new position is written once instead of all of them being copied.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,9 @@ class LayerCache:
         return self._keys[:, :, : self._length], self._values[:, :, : self._length]
 
     def fixed(self, make: Callable[[], Pair]) -> Pair:
-        """The keys and values that `make` computed at the first call, of what does not grow: the source of a translation."""
+        """The keys and values that `make` computed at the first call, of what does not grow:
+        the source of a translation.
+        """
         if self._fixed is None:
             self._fixed = make()
         return self._fixed
@@ -76,8 +80,9 @@ def _appended(stored: Tensor | None, new: Tensor, start: int) -> Tensor:
 class StateCache(LayerCache):
     """The state of a recurrent layer, of the same size after a million tokens as after one.
 
-    Stored are the last inputs of its convolution [batch, width - 1, channels] and its state [batch, heads, d_head, d_state],
-    now and before the last update: `crop` can undo one pass, and no more, for a state does not say what it came from.
+    Stored are the last inputs of its convolution [batch, width - 1, channels] and its state [batch, heads,
+    d_head, d_state], now and before the last update: `crop` can undo one pass, and no more, for a state does not say
+    what it came from.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,10 @@
-"""Causal attention for a compiled training step on a CPU: torch's own forward pass, and a backward pass of large products.
+"""Causal attention for a compiled training step on a CPU:
+torch's own forward pass, and a backward pass of large products.
 
-Torch's backward kernel for the CPU works on one head and a few hundred positions at a time, too little for the tile units of a
-processor that multiplies bfloat16 in hardware. Here a block of keys of all heads is one product, and what lies between
-the products is elementwise, which a compiler fuses into a pass or two over the block; uncompiled it is slower than torch's.
+Torch's backward kernel for the CPU works on one head and a few hundred positions at a time, too little for the tile
+units of a processor that multiplies bfloat16 in hardware. Here a block of keys of all heads is one product, and what
+lies between the products is elementwise, which a compiler fuses into a pass or two over the block; uncompiled it is
+slower than torch's.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class _ProductAttention(torch.autograd.Function):
 
 
 def causal_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The logarithm of each row's sum in the softmax of `q k^T scale`: float32 [batch, heads, seq], float64 for float64."""
+    """The logarithm of each row's sum in the softmax of `q k^T scale`:
+    float32 [batch, heads, seq], float64 for float64.
+    """
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -torch.inf).logsumexp(-1)
@@ -74,8 +78,8 @@ def attention_gradients(
     """The gradients of q, k and v, each [batch, heads, seq, d_k]; logsumexp: float32 [batch, heads, seq].
 
     With p the probabilities, `dv = p^T dout`, `ds = p * (dout v^T - sum(dout * out)) scale`, `dq = ds k`, `dk = ds^T q`
-    (Dao et al., arXiv 2205.14135, appendix B). Blocks hold keys as rows, [keys, queries], so that only the product for dq
-    reads a block transposed. Sums are float32.
+    (Dao et al., arXiv 2205.14135, appendix B). Blocks hold keys as rows, [keys, queries], so that only the product for
+    dq reads a block transposed. Sums are float32.
     """
     batch, heads, seq, _ = q.shape
     wide = logsumexp.dtype

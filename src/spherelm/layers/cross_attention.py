@@ -1,4 +1,5 @@
-"""Attention of one sequence to another: queries from the decoder, keys and values from what the encoder made of the source.
+"""Attention of one sequence to another: queries from the decoder,
+keys and values from what the encoder made of the source.
 
 No positions are put into queries and keys: source and target count theirs apart.
 """
@@ -19,14 +20,17 @@ from spherelm.layers.linear import INNER_NORMS, Linear, Scale, UnitLinear
 
 
 class Memory(NamedTuple):
-    """The encoder's output for sources: states [batch, source, d_model]; mask bool [batch, 1, 1, source], False at padding."""
+    """The encoder's output for sources: states [batch, source, d_model];
+    mask bool [batch, 1, 1, source], False at padding.
+    """
 
     states: Tensor
     mask: Tensor
 
 
 class CrossAttention(nn.Module):
-    """The baseline's: `W_o softmax(q k^T / sqrt(d_k)) v` with q from `h`, k and v from the source (Vaswani et al., 3.2.3).
+    """The baseline's: `W_o softmax(q k^T / sqrt(d_k)) v` with q from `h`,
+    k and v from the source (Vaswani et al., 3.2.3).
 
     Weights `q` [n_heads*d_k, d_model], `k`, `v` [n_kv_heads*d_k, d_model], `o` [d_model, n_heads*d_k]. qk_norm: as in
     `Attention`.
@@ -58,8 +62,9 @@ class CrossAttention(nn.Module):
 class UnitCrossAttention(nn.Module):
     """`CrossAttention` on the sphere: queries and keys are unit vectors per head, scaled by an `s_qk` of their own.
 
-    As nGPT has it for self-attention (eqs. 13, 15, 16), without the rotation; see `UnitAttention` for why `s_qk` [n_heads, d_k]
-    enters once, squared. Unit rows of `q`, `k`, `v`; unit columns of `o`. `h` and the source's states are unit vectors.
+    As nGPT has it for self-attention (eqs. 13, 15, 16), without the rotation; see `UnitAttention` for why `s_qk`
+    [n_heads, d_k] enters once, squared. Unit rows of `q`, `k`, `v`; unit columns of `o`. `h` and the source's states
+    are unit vectors.
     qk_norm, inner_norm: as there.
     """
 
@@ -84,7 +89,9 @@ class UnitCrossAttention(nn.Module):
         return self.unit(split_heads(self.k(states), self.n_kv_heads)), split_heads(self.v(states), self.n_kv_heads)
 
     def forward(self, h: Tensor, memory: Memory, cache: LayerCache | None = None, attend: Attend = attend) -> Tensor:
-        """[batch, seq, d_model] -> [batch, seq, d_model], not normalized; a cache keeps the source's keys and values."""
+        """[batch, seq, d_model] -> [batch, seq, d_model], not normalized;
+        a cache keeps the source's keys and values.
+        """
         q = self.unit(split_heads(self.q(h), self.n_heads))
         q = q * self.s_qk().square().unsqueeze(1).to(q.dtype)
         k, v = self.read(memory.states) if cache is None else cache.fixed(lambda: self.read(memory.states))
@@ -92,5 +99,7 @@ class UnitCrossAttention(nn.Module):
 
 
 def real_tokens(source: Tensor) -> Tensor:
-    """Where int64 `source` [batch, seq] holds tokens, as a mask for attention: bool [batch, 1, 1, seq]; padding is negative."""
+    """Where int64 `source` [batch, seq] holds tokens, as a mask for attention: bool [batch, 1, 1, seq];
+    padding is negative.
+    """
     return torch.ge(source, 0)[:, None, None, :]

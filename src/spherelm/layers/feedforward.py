@@ -51,8 +51,9 @@ class SquaredReLU(nn.Module):
 class UnitFeedForward(nn.Module):
     """nGPT's MLP: `u` is scaled by `s_u`, `v` by `s_v sqrt(d_model)` before the gate (eqs. 20, 21).
 
-    Unit rows of `u` and `v`, unit columns of `o`; `s_u`, `s_v` [d_ff]. A unit row times a unit h has entries of the order
-    of 1/sqrt(d_model): the factor lets `v` reach the part of SiLU that bends. Both scales are folded into the weights.
+    Unit rows of `u` and `v`, unit columns of `o`; `s_u`, `s_v` [d_ff]. A unit row times a unit h has entries of the
+    order of 1/sqrt(d_model): the factor lets `v` reach the part of SiLU that bends. Both scales are folded
+    into the weights.
     inner_norm: whether what `o` reads is normalized (FNGPT, arXiv 2605.06067).
     """
 

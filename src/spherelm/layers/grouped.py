@@ -21,10 +21,12 @@ KERNEL_BYTES = 16
 
 
 def free_name(name: str) -> str:
-    """The name to register an operation of this module under: `name`, with a number if torch has one of that name already.
+    """The name to register an operation of this module under:
+    `name`, with a number if torch has one of that name already.
 
-    This text is also part of the file that goes with an exported model, which may be loaded beside this package and more than
-    once. Torch frees an operation whose name is given to another, and whoever still calls the first reads freed memory.
+    This text is also part of the file that goes with an exported model, which may be loaded beside this package and
+    more than once. Torch frees an operation whose name is given to another, and whoever still calls the first
+    reads freed memory.
     """
     package = __name__.partition(".")[0]
     taken = getattr(torch.ops, package)
@@ -36,8 +38,8 @@ def free_name(name: str) -> str:
 def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`rows[i] weight[g]^T` for every row i of group g: [rows, in] and [groups, out, in] -> [rows, out].
 
-    ends: int32 [groups], ascending, where each group's rows end; the last is the number of rows. A group may be empty. rows and
-    weight have one dtype, and so has the result.
+    ends: int32 [groups], ascending, where each group's rows end; the last is the number of rows. A group may be empty.
+    rows and weight have one dtype, and so has the result.
     """
     product = kernel_product if has_kernel(rows, weight) else looped_product
     if not wants_few_lengths(rows):
@@ -60,7 +62,8 @@ def grouped_product_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: T
 def wants_few_lengths(rows: Tensor) -> bool:
     """Whether the product is slow for every new length of a group.
 
-    16-bit products on a processor are oneDNN's, which compiles code for each length that it has not met and keeps the last
+    16-bit products on a processor are oneDNN's, which compiles code for each length that it has not met
+    and keeps the last
     1024. A router's groups have new lengths at every step: the compilation took ten times as long as the products
     (`benchmarks/grouped.py`).
     """
@@ -68,7 +71,9 @@ def wants_few_lengths(rows: Tensor) -> bool:
 
 
 def rounded_up(counts: Tensor) -> Tensor:
-    """Whole numbers `counts` rounded up to one of eight to an octave, by less than an eighth; below 64 to a multiple of 8."""
+    """Whole numbers `counts` rounded up to one of eight to an octave, by less than an eighth;
+    below 64 to a multiple of 8.
+    """
     unit = 2 ** (counts.clamp(min=64).log2().floor().long() - 3)
     return (counts + unit - 1) // unit * unit
 
@@ -173,7 +178,9 @@ def product_by_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def plain_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_product` by torch's plain operations, which can be transformed: rows times all matrices, then each row's own."""
+    """`grouped_product` by torch's plain operations, which can be transformed:
+    rows times all matrices, then each row's own.
+    """
     group = (torch.arange(len(rows), device=ends.device).unsqueeze(1) >= ends).sum(1)
     products = torch.einsum("ri,goi->rgo", rows, weight)
     return products.take_along_dim(group[:, None, None], dim=1).squeeze(1)

@@ -1,8 +1,8 @@
 """Weights, plain and on the sphere, and the one mechanism that keeps them there.
 
-The module that owns a matrix declares once which side of it faces the hidden state: it reads the state, or it writes to it
-(`writes`). On the sphere the unit axis follows (`unit_axis`): rows of a matrix that reads, columns of one that writes.
-`retract` walks the modules and puts every weight with a unit axis back on the sphere. Module attributes survive
+The module that owns a matrix declares once which side of it faces the hidden state: it reads the state, or it writes to
+it (`writes`). On the sphere the unit axis follows (`unit_axis`): rows of a matrix that reads, columns of one that
+writes. `retract` walks the modules and puts every weight with a unit axis back on the sphere. Module attributes survive
 `fully_shard`, parameter attributes do not, which is why the declaration lives on the module.
 """
 
@@ -26,8 +26,8 @@ class Linear(nn.Linear):
     """A matrix product without bias: [..., in_features] -> [..., out_features], computed in the dtype of its input.
 
     The weight [out_features, in_features] keeps its own dtype (float32 while training) and is cast for the product.
-    `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits. writes: whether the
-    result is added to the hidden state; otherwise the input is the hidden state.
+    `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits. writes:
+    whether the result is added to the hidden state; otherwise the input is the hidden state.
     """
 
     def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
@@ -47,7 +47,9 @@ class Linear(nn.Linear):
 
 
 class UnitLinear(Linear):
-    """A `Linear` with unit vectors along the hidden state: rows if it reads, columns if it writes (nGPT, sections 2.3, 2.4)."""
+    """A `Linear` with unit vectors along the hidden state:
+    rows if it reads, columns if it writes (nGPT, sections 2.3, 2.4).
+    """
 
     def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
         super().__init__(in_features, out_features, role, writes)
@@ -76,19 +78,23 @@ class ExpertLinear(nn.Module):
     def forward(self, rows: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
         """[rows, in_features] -> [rows, out_features]: the rows of each expert, which end at `ends`, times its matrix.
 
-        ends: int32 [n_experts], as for `grouped_product`. scale [n_experts, out_features] multiplies the results, folded into
-        the weight.
+        ends: int32 [n_experts], as for `grouped_product`. scale [n_experts, out_features] multiplies the results,
+        folded into the weight.
         """
         weight = self.weight if scale is None else self.weight * scale.unsqueeze(-1)
         return product_by_groups(rows, weight.to(rows.dtype), ends)
 
 
 INNER_NORMS: Mapping[bool, Callable[[Tensor], Tensor]] = {True: sphere.norm, False: torch.positive}
-"""What goes into a matrix that writes passes `Norm`, as FNGPT has it (arXiv 2605.06067), or nothing (`Variant.inner_norm`)."""
+"""What goes into a matrix that writes passes `Norm`, as FNGPT has it (arXiv 2605.06067),
+or nothing (`Variant.inner_norm`).
+"""
 
 
 class UnitExpertLinear(ExpertLinear):
-    """An `ExpertLinear` with unit vectors along the hidden state: each expert's rows if it reads, its columns if it writes."""
+    """An `ExpertLinear` with unit vectors along the hidden state:
+    each expert's rows if it reads, its columns if it writes.
+    """
 
     def __init__(self, n_experts: int, in_features: int, out_features: int, writes: bool = False) -> None:
         super().__init__(n_experts, in_features, out_features, writes)
@@ -112,11 +118,12 @@ FORMS = ("vector", "scalar", "fixed")
 
 
 class Scale(nn.Module):
-    """A learned scale: stored as a parameter that starts at `scale`, used as `value * init / scale` (nGPT, section 2.5).
+    """A learned scale: stored as a parameter that starts at `scale`,
+    used as `value * init / scale` (nGPT, section 2.5).
 
-    It starts at the effective value `init`; under Adam, whose steps do not depend on the gradient's size, `scale` sets how
-    fast it learns: a step of eta moves the effective value by eta * init / scale. form: one of `FORMS` (Table 5): a value for
-    each entry, one learned value for all entries, or `init` for good.
+    It starts at the effective value `init`; under Adam, whose steps do not depend on the gradient's
+    size, `scale` sets how fast it learns: a step of eta moves the effective value by eta * init / scale. form: one of
+    `FORMS` (Table 5): a value for each entry, one learned value for all entries, or `init` for good.
     """
 
     role = "scale"
@@ -152,8 +159,8 @@ def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 def retract(model: nn.Module) -> None:
     """Put every declared weight back on the sphere, in place, its lengths computed in float32 (nGPT, section 2.6).
 
-    Plain tensors and DTensors alike. Vectors that are unit up to rounding stay bit for bit, so a second call changes nothing;
-    a model without unit weights is left as it is.
+    Plain tensors and DTensors alike. Vectors that are unit up to rounding stay bit for bit, so a second call changes
+    nothing; a model without unit weights is left as it is.
     """
     for _, module, axis in unit_modules(model):
         retract_weight(module.weight, axis)

@@ -22,11 +22,15 @@ IGNORED = -100
 """A target that counts for nothing."""
 
 CHUNK_LOGITS = 2**24
-"""How many logits may exist at once: 64 MiB in float32. Each chunk adds to all of the matrix's gradient: fewer are faster."""
+"""How many logits may exist at once: 64 MiB in float32.
+Each chunk adds to all of the matrix's gradient: fewer are faster.
+"""
 
 
 def chunk_rows(rows: int, vocab_size: int) -> int:
-    """How many tokens to read out at once: `rows` in equal parts, two or more, of `CHUNK_LOGITS` logits if 128 tokens allow."""
+    """How many tokens to read out at once: `rows` in equal parts, two or more,
+    of `CHUNK_LOGITS` logits if 128 tokens allow.
+    """
     most = max(1, min((rows + 1) // 2, max(128, CHUNK_LOGITS // vocab_size)))
     return max(1, -(-rows // -(-rows // most)))
 
@@ -116,11 +120,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy in nats of the logits `h weight^T` against `targets`, never held whole.
 
-    h: [tokens, d] in the dtype of the products; weight: [vocab, d]; targets: int64 [tokens], `IGNORED` (-100) counts for
-    nothing. pullback: [vocab, d], what carries the logits' gradient back to h instead of the weight, itself a constant.
+    h: [tokens, d] in the dtype of the products; weight: [vocab, d]; targets: int64 [tokens], `IGNORED`
+    (-100) counts for nothing. pullback: [vocab, d], what carries the logits' gradient back to h instead of the weight,
+    itself a constant.
     score: `score`, or that compiled.
-    smoothing: the part of each target's probability, in [0, 1), that is spread over the whole vocabulary (label smoothing,
-    Szegedy et al., arXiv 1512.00567, section 7).
+    smoothing: the part of each target's probability, in [0, 1), that is spread over the whole vocabulary (label
+    smoothing, Szegedy et al., arXiv 1512.00567, section 7).
     Result: a float32 scalar (float64 for float64 inputs), 0 if every target is ignored. A second derivative, and one of
     torch.func, holds the logits.
     """

@@ -52,9 +52,9 @@ class MambaShape:
 class StateSpace(nn.Module):
     """x, B and C through a causal convolution and SiLU, then `y_t = S_t C_t + D x_t` of the state that they write.
 
-    conv_weight [channels, width], conv_bias [channels], A_log, D, dt_bias [heads]: none of them a vector of the hidden state,
-    so none lives on the sphere; they have no weight decay. Positions enter by order alone. `scan` computes the recurrence of a
-    sequence; it can be replaced by another function with its arguments, such as `state_space.chunked`.
+    conv_weight [channels, width], conv_bias [channels], A_log, D, dt_bias [heads]: none of them a vector of the hidden
+    state, so none lives on the sphere; they have no weight decay. Positions enter by order alone. `scan` computes the
+    recurrence of a sequence; it can be replaced by another function with its arguments, such as `state_space.chunked`.
     """
 
     role = "gain"
@@ -70,7 +70,9 @@ class StateSpace(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """As Mamba-2 starts: A uniform in [-16, -1], softplus(dt_bias) from 0.001 to 0.1, D one, the convolution uniform."""
+        """As Mamba-2 starts: A uniform in [-16, -1], softplus(dt_bias) from 0.001 to 0.1, D one,
+        the convolution uniform.
+        """
         bound = 1 / math.sqrt(self.shape.conv_width)
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.zeros_(self.conv_bias)
@@ -82,7 +84,8 @@ class StateSpace(nn.Module):
     def forward(self, xbc: Tensor, dt: Tensor, cache: StateCache | None = None, since: Tensor | None = None) -> Tensor:
         """[batch, seq, mixed] and [batch, seq, heads] -> [batch, seq, d_inner]; with a cache, only the new positions.
 
-        since: int64 [batch, seq], how many positions ahead of each belong to its text: at 0 a text begins; None: one continues.
+        since: int64 [batch, seq], how many positions ahead of each belong to its text: at 0 a text begins;
+        None: one continues.
         """
         shape, wide = self.shape, torch.promote_types(xbc.dtype, torch.float32)
         before, state = self._start(xbc, wide) if cache is None or cache.empty else cache.read()
@@ -98,7 +101,8 @@ class StateSpace(nn.Module):
             y, state = self.scan(x, dt, rate, b, c, state, shape.chunk_size, begins)
         if cache is not None:
             cache.write(torch.cat((before, xbc), dim=1)[:, 1 - shape.conv_width :], state, xbc.shape[1])
-        # Channel by channel, as the convolution leaves x, is what compiled code must not get to read (`train.precision`).
+        # Channel by channel, as the convolution leaves x, is what compiled code must not get to read
+        # (`train.precision`).
         return (y + x * self.D.to(x.dtype).unsqueeze(-1)).flatten(2).contiguous()
 
     def _start(self, xbc: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,10 +154,10 @@ class Mamba2(nn.Module):
 class UnitMamba2(nn.Module):
     """Mamba-2 on the sphere: `W_out (SSM(x, B, C, dt) SiLU(z))` with `z, x, B, C, dt = s_mamba sqrt(d_model) W_in h`.
 
-    Unit rows of `in_proj`, unit columns of `out_proj`; no inner norm, for the step on the sphere normalizes what comes out. A
-    unit row times a unit h has entries of the order of 1/sqrt(d_model): as in nGPT's MLP (eq. 21) the factor brings them to
-    where SiLU and softplus bend, and `s_mamba`, one learned number, says how far. Both are folded into the weight. inner_norm:
-    whether what `out_proj` reads is normalized, all heads together (FNGPT, arXiv 2605.06067).
+    Unit rows of `in_proj`, unit columns of `out_proj`; no inner norm, for the step on the sphere normalizes what comes
+    out. A unit row times a unit h has entries of the order of 1/sqrt(d_model): as in nGPT's MLP (eq. 21) the factor
+    brings them to where SiLU and softplus bend, and `s_mamba`, one learned number, says how far. Both are folded into
+    the weight. inner_norm: whether what `out_proj` reads is normalized, all heads together (FNGPT, arXiv 2605.06067).
     """
 
     reads = ("cache", "since")

@@ -1,4 +1,5 @@
-"""The fused kernel of the `mamba_ssm` package for `state_space.chunked`, where the package is installed and there is a GPU.
+"""The fused kernel of the `mamba_ssm` package for `state_space.chunked`,
+where the package is installed and there is a GPU.
 
 Its call is tested with a stand-in; it was neither run nor timed here.
 """
@@ -57,7 +58,9 @@ def fused(
 
 
 class _KernelResult(torch.autograd.Function):
-    """Hands on what it is given; its backward pass refuses to be differentiated, for the kernel's would count as constant."""
+    """Hands on what it is given; its backward pass refuses to be differentiated,
+    for the kernel's would count as constant.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, state: Tensor) -> Scanned:

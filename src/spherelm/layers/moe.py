@@ -1,8 +1,8 @@
 """Mixtures of experts, plain and on the sphere: many MLPs, of which a router picks a few for each token.
 
-The experts' matrices are banks, one parameter for all experts. Tokens are sorted by expert, so that each product is one over
-contiguous groups of rows. A router keeps count of what it gives to whom: `optim.balancing` reads that, and moves the bias by
-which the busy are picked less often.
+The experts' matrices are banks, one parameter for all experts. Tokens are sorted by expert, so that each product is one
+over contiguous groups of rows. A router keeps count of what it gives to whom: `optim.balancing` reads that, and moves
+the bias by which the busy are picked less often.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def balance_loss(scores: Tensor, experts: Tensor, coefficient: float = 1.0, batc
 
     The auxiliary loss of Switch Transformer (arXiv 2101.03961, eqs. 4 to 6).
 
-    f_e: the part of all choices `experts` [tokens, top_k] that is e; P_e: the mean part that e has of a token's `scores`
-    [tokens, E], through which the gradient goes (for sigmoid scores as DeepSeek-V3 has it, eqs. 17 to 20).
-    batch_load: int64 [E], where the tokens are a part of a batch, the choices in all of it, of which f_e is then. The mean of
-    the losses of equal parts is the loss of the batch then, since P_e is a mean over tokens.
+    f_e: the part of all choices `experts` [tokens, top_k] that is e; P_e: the mean part that e has of a token's
+    `scores` [tokens, E], through which the gradient goes (for sigmoid scores as DeepSeek-V3 has it, eqs. 17 to 20).
+    batch_load: int64 [E], where the tokens are a part of a batch, the choices in all of it, of which f_e is then. The
+    mean of the losses of equal parts is the loss of the batch then, since P_e is a mean over tokens.
     """
     if batch_load is None:
         chosen = F.one_hot(experts.flatten(), scores.shape[-1]).to(scores.dtype).mean(0)
@@ -60,7 +60,9 @@ def no_loss(scores: Tensor, experts: Tensor, coefficient: float, batch_load: Ten
 
 
 class Routing(NamedTuple):
-    """Who computes what: `experts` int64 [tokens, top_k], best first, and their `weights` in the result, of the same shape."""
+    """Who computes what: `experts` int64 [tokens, top_k], best first, and their `weights` in the result,
+    of the same shape.
+    """
 
     experts: Tensor
     weights: Tensor
@@ -70,10 +72,11 @@ class Router(Linear):
     """Picks `top_k` of `n_experts` for each token, by scores of a plain matrix `weight` [n_experts, d_model].
 
     score: "sigmoid" or "softmax" over all experts. The weights of those picked are their scores, over their sum where
-    `normalize`. Computed in float32 at least. balance: one of `BALANCINGS`. `score_bias` [n_experts], saved with the weights,
-    is added to the scores for picking and for nothing else (DeepSeek-V3, eq. 16); the auxiliary loss times `coefficient`, as
-    `pending`, waits to be added to the model's loss. `load` [n_experts] counts the choices in training mode until someone
-    clears it; `seen` is the load of the last update; `batch_load` that of a whole batch while parts of it are computed.
+    `normalize`. Computed in float32 at least. balance: one of `BALANCINGS`. `score_bias` [n_experts], saved with the
+    weights, is added to the scores for picking and for nothing else (DeepSeek-V3, eq. 16); the auxiliary loss times
+    `coefficient`, as `pending`, waits to be added to the model's loss. `load` [n_experts] counts the choices in
+    training mode until someone clears it; `seen` is the load of the last update; `batch_load` that of a whole batch
+    while parts of it are computed.
     """
 
     score_bias: Tensor
@@ -150,7 +153,9 @@ def _taken(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
 
 
 class _Taken(torch.autograd.Function):
-    """`x[order // copies]`: every row of x, `copies` times. The way back is a gather too, whose sums have one order always."""
+    """`x[order // copies]`: every row of x, `copies` times.
+    The way back is a gather too, whose sums have one order always.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
@@ -180,10 +185,11 @@ def mixed(h: Tensor, routing: Routing, n_experts: int, experts: Callable[[Tensor
 
 
 class MixtureOfExperts(nn.Module):
-    """The baseline's: `sum_i w_i W_o,i (u_i * SiLU(v_i))` over the experts i that `router` picks, plus the `shared` ones.
+    """The baseline's: `sum_i w_i W_o,i (u_i * SiLU(v_i))` over the experts i that `router` picks,
+    plus the `shared` ones.
 
-    As in DeepSeekMoE (arXiv 2401.06066, eqs. 9 to 11). Banks `u`, `v` [n_experts, d_ff, d_model], `o` [n_experts, d_model,
-    d_ff]. shared: MLPs [batch, seq, d_model] -> the same, for every token.
+    As in DeepSeekMoE (arXiv 2401.06066, eqs. 9 to 11). Banks `u`, `v` [n_experts, d_ff, d_model], `o` [n_experts,
+    d_model, d_ff]. shared: MLPs [batch, seq, d_model] -> the same, for every token.
     """
 
     reads: tuple[str, ...] = ()
@@ -226,10 +232,11 @@ class MixtureOfSquaredReLUs(MixtureOfExperts):
 class UnitMixtureOfExperts(nn.Module):
     """`MixtureOfExperts` on the sphere ("Training nGPT", arXiv 2608.01284): every expert is nGPT's MLP (eqs. 20, 21).
 
-    Unit rows of every expert's `u` and `v`, unit columns of its `o`; `s_u`, `s_v` [n_experts, d_ff]. The router's matrix is not
-    normalized; its input is `s_moe sqrt(d_model) h` with one learned scalar `s_moe` [1]: the factor, ours as it is eq. 21's,
-    gives the entries of a unit h the size that the baseline's RMSNorm gives them. scales: `s_u` and `s_v`. shared: MLPs on the
-    sphere. inner_norm: whether what each expert's `o` reads is normalized (FNGPT, arXiv 2605.06067).
+    Unit rows of every expert's `u` and `v`, unit columns of its `o`; `s_u`, `s_v` [n_experts, d_ff]. The router's
+    matrix is not normalized; its input is `s_moe sqrt(d_model) h` with one learned scalar `s_moe` [1]: the factor, ours
+    as it is eq. 21's, gives the entries of a unit h the size that the baseline's RMSNorm gives them. scales: `s_u` and
+    `s_v`. shared: MLPs on the sphere. inner_norm: whether what each expert's `o` reads is normalized (FNGPT, arXiv
+    2605.06067).
     """
 
     reads: tuple[str, ...] = ()
@@ -308,7 +315,9 @@ def clear_loads(model: nn.Module) -> None:
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """Nothing counts that the routers of `model` pick in this context, for passes that repeat what was computed before."""
+    """Nothing counts that the routers of `model` pick in this context,
+    for passes that repeat what was computed before.
+    """
     before = [(router, router.load.clone(), router.pending) for _, router in routers(model)]
     try:
         yield
@@ -322,11 +331,13 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 def parts_of_batch(
     model: nn.Module, forward: Callable[[], object], summed: Callable[[Tensor], Tensor] = torch.positive
 ) -> Iterator[None]:
-    """In this context the auxiliary losses of the routers of `model` are those of a batch that is computed in equal parts.
+    """In this context the auxiliary losses of the routers of `model` are those of a batch
+    that is computed in equal parts.
 
-    The mean of the losses of parts is not the loss of the batch, unless the load of the batch is known before. So it is counted
-    first, by `forward`, which passes all of the batch through the model and is called without gradients: as exact as one pass
-    over the whole batch, for about a third more work. summed: as for `optim.balancing.attach_balancing`.
+    The mean of the losses of parts is not the loss of the batch, unless the load of the batch is known before. So it is
+    counted first, by `forward`, which passes all of the batch through the model and is called without gradients: as
+    exact as one pass over the whole batch, for about a third more work. summed: as for
+    `optim.balancing.attach_balancing`.
     """
     found = [router for _, router in routers(model) if router.balance == "loss"]
     with uncounted(model), torch.no_grad():

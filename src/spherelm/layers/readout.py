@@ -1,4 +1,6 @@
-"""From the last hidden state to logits: the matrix, the learned scale of each of its rows, and how gradients come back."""
+"""From the last hidden state to logits: the matrix, the learned scale of each of its rows,
+and how gradients come back.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from spherelm.layers.linear import Linear
 class Readout(NamedTuple):
     """Features [..., d_model], and the matrix [vocab, d_model] that turns them into logits.
 
-    pullback: [vocab, d_model], what carries the gradient of the logits back to the features, where not the matrix itself.
+    pullback: [vocab, d_model], what carries the gradient of the logits back to the features, where not
+    the matrix itself.
     """
 
     features: Tensor
@@ -122,10 +125,12 @@ def preconditioner(s_z: Tensor, q: float) -> Tensor:
 
 
 def preconditioned(features: Tensor, head: Linear, s_z: Tensor, q: float) -> Readout:
-    """Logits as `scaled` has them, `z = s_z u` of the cosines u, with logit gradient preconditioning (arXiv 2608.01284).
+    """Logits as `scaled` has them, `z = s_z u` of the cosines u,
+    with logit gradient preconditioning (arXiv 2608.01284).
 
-    Backward, `dL/du = (s_z / mean(s_z))^q dL/dz` instead of `s_z dL/dz`: the size of the scale no longer multiplies every
-    gradient below it. `dL/ds_z` is unchanged. features: [..., d_model]; head: [vocab, d_model]; s_z: [vocab], effective.
+    Backward, `dL/du = (s_z / mean(s_z))^q dL/dz` instead of `s_z dL/dz`: the size of the scale no longer multiplies
+    every gradient below it. `dL/ds_z` is unchanged. features: [..., d_model]; head: [vocab, d_model]; s_z:
+    [vocab], effective.
     This gradient is that of no loss: second derivatives and forward-mode differentiation are refused.
     """
     weight, c = head.scaled_weight(), preconditioner(s_z, q)

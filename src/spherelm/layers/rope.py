@@ -36,8 +36,8 @@ def angles(positions: Tensor, d_k: int, base: float) -> Tensor:
 def rotary_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
     """The cosines and sines of every position's rotation angles (Su et al., arXiv 2104.09864).
 
-    positions: floating point [..., seq], in the dtype the angles shall have (float32 or float64); d_k: even channels per
-    head. Computed at each forward pass (a few thousand angles), so there is no table to outgrow or to load wrongly.
+    positions: floating point [..., seq], in the dtype the angles shall have (float32 or float64); d_k: even channels
+    per head. Computed at each forward pass (a few thousand angles), so there is no table to outgrow or to load wrongly.
     """
     turns = angles(positions, d_k, base)
     return turns.cos(), turns.sin()
@@ -58,7 +58,9 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """`rotate` without its intermediate results: both halves are written where they belong, and the way back is a rotation."""
+    """`rotate` without its intermediate results: both halves are written where they belong,
+    and the way back is a rotation.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -134,8 +136,8 @@ def nvidia_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
 def nvidia_rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """NVIDIA/ngpt's formula for queries and keys: neighbours (x_2i, x_2i+1) become (-x_2i+1 cos_i, x_2i sin_i).
 
-    Not a rotation: a rotation would add (x_2i cos_i, x_2i+1 cos_i) to (-x_2i+1 sin_i, x_2i sin_i). Lengths change, and the
-    score of a query and a key depends on where they stand and not on their distance alone. Dtypes as in `rotate`.
+    Not a rotation: a rotation would add (x_2i cos_i, x_2i+1 cos_i) to (-x_2i+1 sin_i, x_2i sin_i). Lengths change, and
+    the score of a query and a key depends on where they stand and not on their distance alone. Dtypes as in `rotate`.
     """
     cos, sin = table
     wide = x.to(cos.dtype)
@@ -153,7 +155,9 @@ def no_table(positions: Tensor, d_k: int, base: float) -> RotaryTable:
 
 
 def unrotated(x: Tensor, table: RotaryTable) -> Tensor:
-    """`x`: no position is put into it. Attention then knows of order only what the causal mask and other layers tell."""
+    """`x`: no position is put into it. Attention then knows of order only what the causal mask
+    and other layers tell.
+    """
     return x
 
 
@@ -194,9 +198,9 @@ def _interpolated_table(table: MakeTable, factor: float, positions: Tensor, d_k:
 def yarn(factor: float, trained_length: int, fast: float = 32, slow: float = 1) -> MakeTable:
     """The standard table with the frequencies of YaRN (Peng et al., arXiv 2309.00071, "NTK-by-parts").
 
-    Pairs that turn more than `fast` times within `trained_length` positions keep their frequency, those that turn less than
-    `slow` times have it divided by `factor`; in between the two are mixed, linearly in the pair's number, as in the
-    authors' code. Its attention temperature is `yarn_temperature`.
+    Pairs that turn more than `fast` times within `trained_length` positions keep their frequency, those that turn less
+    than `slow` times have it divided by `factor`; in between the two are mixed, linearly in the pair's number, as in
+    the authors' code. Its attention temperature is `yarn_temperature`.
     """
     return partial(_yarn_table, factor, trained_length, fast, slow)
 

@@ -1,14 +1,16 @@
-"""The selective state space of Mamba-2 (Dao and Gu, arXiv 2405.21060): pure functions, chunk by chunk and token by token.
+"""The selective state space of Mamba-2 (Dao and Gu, arXiv 2405.21060):
+pure functions, chunk by chunk and token by token.
 
 With a state S [d_head, d_state] a head, inputs x_t [d_head], B_t, C_t [d_state], a step dt_t > 0 and a rate A < 0:
 
     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T        y_t = S_t C_t
 
 `chunked` computes it as the state-space dual form does: within a chunk as a masked product of positions with positions,
-between chunks as a recurrence of states, so that nearly all of the work is matrix products. `recurrent` is the definition,
-one token at a time. Heads share B and C in consecutive groups, as query heads share keys.
+between chunks as a recurrence of states, so that nearly all of the work is matrix products. `recurrent` is the
+definition, one token at a time. Heads share B and C in consecutive groups, as query heads share keys.
 
-A text may begin in the middle of a row: `begins` marks its first position, at which the state before counts for nothing.
+A text may begin in the middle of a row: `begins` marks its first position, at which the state before
+counts for nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Scanned = tuple[Tensor, Tensor]
-"""y [batch, seq, heads, d_head] in the dtype of x, and the state [batch, heads, d_head, d_state] after the last position."""
+"""y [batch, seq, heads, d_head] in the dtype of x, and the state [batch, heads, d_head, d_state] after
+the last position.
+"""
 
 
 def chunked(
@@ -33,8 +37,8 @@ def chunked(
 ) -> Scanned:
     """The recurrence over a sequence, products in the dtype of x, decays and states in that of `dt`.
 
-    x: [batch, seq, heads, d_head]; dt: [batch, seq, heads], float32 or wider; rate: A, [heads]; b, c: [batch, seq, groups,
-    d_state]; state: [batch, heads, d_head, d_state], before the first position; begins: bool [batch, seq].
+    x: [batch, seq, heads, d_head]; dt: [batch, seq, heads], float32 or wider; rate: A, [heads]; b, c: [batch, seq,
+    groups, d_state]; state: [batch, heads, d_head, d_state], before the first position; begins: bool [batch, seq].
     """
     seq, heads, groups = x.shape[1], x.shape[2], b.shape[2]
     chunk = min(chunk_size, seq)
@@ -66,8 +70,9 @@ def decays(logs: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor, 
     """The decayed factor of a state, or of a position's contribution, later in its chunk or after it.
 
     logs: [batch, chunks, heads, chunk], of the factor at each position; begins: bool [batch, chunks, chunk]. Result:
-    [..., chunk, chunk] of position j at position i, 0 where i < j; [..., chunk] of the state before the chunk at each position;
-    [..., chunk] of each position at the chunk's end; [batch, chunks, heads] of the state before the chunk at its end.
+    [..., chunk, chunk] of position j at position i, 0 where i < j; [..., chunk] of the state before the chunk at each
+    position; [..., chunk] of each position at the chunk's end; [batch, chunks, heads] of the state before the
+    chunk at its end.
     """
     total = logs.cumsum(-1)
     apart = torch.ones(logs.shape[-1], logs.shape[-1], dtype=torch.bool, device=logs.device).triu(1)
@@ -109,8 +114,9 @@ def recurrent(
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor, since: Tensor | None = None) -> Tensor:
     """Every channel's own convolution with its past: `y_t = bias + sum_k weight_k x_(t - width + 1 + k)`.
 
-    x: [batch, seq, channels]; weight: [channels, width]; bias: [channels]; before: [batch, width - 1, channels], the inputs
-    ahead of the first. since: int64 [batch, seq], how many positions ahead of each belong to its text; None: all do.
+    x: [batch, seq, channels]; weight: [channels, width]; bias: [channels]; before: [batch, width - 1,
+    channels], the inputs ahead of the first. since: int64 [batch, seq], how many positions ahead of each belong to its
+    text; None: all do.
     """
     width, seq = weight.shape[1], x.shape[1]
     padded = torch.cat((before, x), dim=1)

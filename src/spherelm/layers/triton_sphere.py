@@ -1,8 +1,9 @@
 """`sphere.norm` and `sphere.step` as hand-written Triton kernels, forward and backward, for CUDA without torch.compile.
 
-Same arguments, results and autograd as there, along the last axis. Each row is read once and written once a pass; lengths are
-float32. Second derivatives are computed by `sphere`'s own passes, and by `sphere` what torch.func transforms. Not timed: no GPU
-was at hand. Tested against `sphere` in Triton's interpreter on a CPU (TRITON_INTERPRET=1).
+Same arguments, results and autograd as there, along the last axis. Each row is read once and written once a pass;
+lengths are float32. Second derivatives are computed by `sphere`'s own passes, and by `sphere` what torch.func
+transforms. Not timed: no GPU was at hand. Tested against `sphere` in Triton's interpreter on a CPU
+(TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _differentiated(grads: tuple[Tensor | None, ...]) -> bool:
-    """Whether a backward pass is itself differentiated: is to be, or is now, through the lengths that it was given back."""
+    """Whether a backward pass is itself differentiated:
+    is to be, or is now, through the lengths that it was given back.
+    """
     return torch.is_grad_enabled() or grads[0] is None or grads[1] is not None
 
 
@@ -161,7 +164,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """`sphere.step`; h, target: [..., d], alike in shape and dtype; alpha: [d]. Raises `ValueError` for another alpha."""
+    """`sphere.step`; h, target: [..., d], alike in shape and dtype; alpha: [d].
+    Raises `ValueError` for another alpha.
+    """
     if alpha.shape != h.shape[-1:] or target.shape != h.shape:
         raise ValueError(
             f"the Triton step takes h and target alike and alpha [{h.shape[-1]}], got {tuple(h.shape)}, "

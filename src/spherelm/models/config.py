@@ -45,9 +45,9 @@ class MixerSizes:
 class ExpertSizes:
     """Sizes of mixtures of experts.
 
-    n_experts: experts of a layer. experts_per_token: how many of them a token meets. n_shared_experts: met by every token,
-    beside those. d_expert: the width of each; by
-    default those that a token meets are as wide as an MLP together. router_score, balance: as for `Router`.
+    n_experts: experts of a layer. experts_per_token: how many of them a token meets. n_shared_experts:
+    met by every token, beside those. d_expert: the width of each; by default those that a token meets are as wide as an
+    MLP together. router_score, balance: as for `Router`.
     """
 
     n_experts: PositiveInt = 8
@@ -213,8 +213,8 @@ class ModelConfig:
 class GPTConfig(ModelConfig):
     """The shape of a baseline, as in `ModelConfig`.
 
-    init_std: the spread of its weights at the start. qk_norm: whether queries and keys pass an RMSNorm, which the paper's
-    baseline does not have and the GPTs of 2026 do.
+    init_std: the spread of its weights at the start. qk_norm: whether queries and keys pass an RMSNorm, which the
+    paper's baseline does not have and the GPTs of 2026 do.
     """
 
     arm: ClassVar[str] = "gpt"
@@ -243,10 +243,11 @@ class ScaleSpec:
 class Variant:
     """Deviations from nGPT: ablations (Tables 5, 6), checkpoints of NVIDIA's code, FNGPT (arXiv 2605.06067).
 
-    step: "lerp", the paper's step on the sphere; "riemannian" (eqs. 24-26); "nvidia", which normalizes the point that it starts
-    from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether queries and keys are normalized.
-    inner_norm: whether what a matrix that writes to the hidden state reads is normalized, as FNGPT has it: attention's joined
-    heads, the activation of an MLP or an expert, a mixer's y.
+    step: "lerp", the paper's step on the sphere; "riemannian" (eqs. 24-26); "nvidia", which normalizes the
+    point that it starts from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether
+    queries and keys are normalized.
+    inner_norm: whether what a matrix that writes to the hidden state reads is normalized, as FNGPT has it: attention's
+    joined heads, the activation of an MLP or an expert, a mixer's y.
     """
 
     step: Annotated[str, Among(STEPS)] = "lerp"
@@ -268,8 +269,8 @@ class NGPTConfig(ModelConfig):
     """The shape of an nGPT, as in `ModelConfig`, and where its learned scales start; the defaults are the paper's.
 
     s_mamba, s_moe: of each mixer's and each router's number. logit_preconditioning: the exponent q of
-    `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which weight every row of an embedding starts
-    towards one direction (`models.start.share_direction`).
+    `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which weight every row of an embedding
+    starts towards one direction (`models.start.share_direction`).
     """
 
     arm: ClassVar[str] = "ngpt"
@@ -344,7 +345,9 @@ def check_pattern(config: ModelConfig, arch: DecoderArch) -> None:
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """The fields of `config` as plain values, which `from_plain` reads, without those of parts that the model does not have."""
+    """The fields of `config` as plain values, which `from_plain` reads,
+    without those of parts that the model does not have.
+    """
     plain, pattern = asdict(config), config.pattern or ""
     for letter, group, scale in (("M", "mixer", "s_mamba"), ("O", "experts", "s_moe")):
         if letter not in pattern:

@@ -59,10 +59,10 @@ def run_block(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
 class Runtime:
     """How a model is run: all that trainers, compilers and inspectors may change on a model after it was built.
 
-    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything computed from
-    it; `None` for that of the weights, which keep theirs. run: calls a block. attend: computes attention. score: what a chunk
-    of logits costs, and their gradients. label_smoothing: of the loss in training mode, as for `linear_cross_entropy`; in eval
-    mode there is none.
+    table, rope_base: make the table of the rotary embedding. compute_dtype: of the hidden state and of everything
+    computed from it; `None` for that of the weights, which keep theirs. run: calls a block. attend: computes attention.
+    score: what a chunk of logits costs, and their gradients. label_smoothing: of the loss in training mode, as for
+    `linear_cross_entropy`; in eval mode there is none.
     """
 
     table: MakeTable
@@ -105,10 +105,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A model that is trained and generates: `embed`, `blocks` and a `head`.
 
-    Its parts are those of the config's arm. words: the letters of each block. rows: of the input embedding, the vocabulary by
-    default. What a model reads besides the tokens before is its own business: `loss` takes a batch of the data that it is for,
-    `conditioned` the prompts of texts that are to be written. continues: whether the texts that it writes begin with their
-    prompts.
+    Its parts are those of the config's arm. words: the letters of each block. rows: of the input embedding, the
+    vocabulary by default. What a model reads besides the tokens before is its own business: `loss` takes a batch of the
+    data that it is for, `conditioned` the prompts of texts that are to be written. continues: whether the texts that it
+    writes begin with their prompts.
     """
 
     continues: ClassVar[bool]
@@ -130,7 +130,9 @@ class Decoder(nn.Module):
 
     @classmethod
     def single_layers(cls, config: Config) -> dict[Config, int]:
-        """Configs of one layer each, and how many such layers the model of `config` has: what is counted once for all alike."""
+        """Configs of one layer each, and how many such layers the model of `config` has:
+        what is counted once for all alike.
+        """
         return {replace(config, n_layers=1): config.n_layers}
 
     def stacks(self) -> list[nn.ModuleList]:
@@ -167,7 +169,8 @@ class Decoder(nn.Module):
         """All blocks: [batch, seq, d_model] -> the same. With a cache, `h` continues the positions that it holds.
 
         mask: bool [batch, 1, seq, past + seq], True where a query may look; by default everything up to itself.
-        positions: [seq], or [batch, seq] where sequences start at different ones; by default they continue from the cache.
+        positions: [seq], or [batch, seq] where sequences start at different ones; by default they
+        continue from the cache.
         run: calls a block, `runtime.run` by default; whoever must record what blocks do passes another.
         memory: what an encoder made of the source.
         """
@@ -202,7 +205,9 @@ class Decoder(nn.Module):
     def loss(
         self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Mean cross-entropy in nats of int64 `targets` [batch, seq], where -100 is ignored; logits are never held whole."""
+        """Mean cross-entropy in nats of int64 `targets` [batch, seq], where -100 is ignored;
+        logits are never held whole.
+        """
 
     @abstractmethod
     def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
@@ -212,7 +217,9 @@ class Decoder(nn.Module):
         """
 
     def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
-        """The first layer alone, which stands for all where their cost is counted: [batch, seq, d_model] -> the same."""
+        """The first layer alone, which stands for all where their cost is counted:
+        [batch, seq, d_model] -> the same.
+        """
         return run_block(self.blocks[0], h, Surroundings(table))
 
     @abstractmethod
@@ -221,7 +228,9 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def places(self, prompt: Sequence[int]) -> int:
-        """How many of the max_seq_len positions of a text its prompt takes; `ValueError` for a prompt that cannot be read."""
+        """How many of the max_seq_len positions of a text its prompt takes;
+        `ValueError` for a prompt that cannot be read.
+        """
 
     def read_loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model].
@@ -269,7 +278,8 @@ class LanguageModel(Decoder):
     def loss(
         self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored; logits are never held whole.
+        """Mean cross-entropy in nats of `targets` int64 [batch, seq], where -100 is ignored;
+        logits are never held whole.
 
         mask, positions: as for `trunk`.
         """
@@ -288,7 +298,9 @@ class LanguageModel(Decoder):
         return len(prompt)
 
     def repeated(self, count: int) -> LanguageModel:
-        """The model of a batch in which every row stands `count` times, one copy beside the other: the same for all rows."""
+        """The model of a batch in which every row stands `count` times, one copy beside the other:
+        the same for all rows.
+        """
         return self
 
 

@@ -1,7 +1,7 @@
 """Encoders over a kit: a text is read in both directions, and tokens that are hidden in it are filled in.
 
-Masked language modelling (Devlin et al., arXiv 1810.04805). The blocks are a language model's, whose queries look at every
-position instead of at those before them.
+Masked language modelling (Devlin et al., arXiv 1810.04805). The blocks are a language model's, whose queries look at
+every position instead of at those before them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from spherelm.models.kit import Surroundings
 class MaskedModel(Decoder):
     """int64 tokens [batch, seq] -> logits [batch, seq, vocab] of the token at every position, seen or hidden.
 
-    A hidden token is `mask_token`, the last row of the input embedding, which has vocab_size + 1 rows; it is never predicted.
-    Training hides the part `hidden_part` of the tokens (`data.masking`) and predicts those.
+    A hidden token is `mask_token`, the last row of the input embedding, which has vocab_size + 1 rows; it is never
+    predicted. Training hides the part `hidden_part` of the tokens (`data.masking`) and predicts those.
     """
 
     continues = False

@@ -1,9 +1,9 @@
 """Encoder-decoders over a kit: a source is read in both directions, a target written from left to right beside it.
 
-The encoder's blocks have attention without the causal mask and an MLP, the decoder's have cross-attention between the two, each
-part added to the hidden state as the kit does it. The nGPT paper calls this extension straightforward. An encoder-decoder that
-has read its source is a language model of the target, p(y | x): `given` returns it as one, so that whatever reads or writes
-with a language model does so with a translation model.
+The encoder's blocks have attention without the causal mask and an MLP, the decoder's have cross-attention between the
+two, each part added to the hidden state as the kit does it. The nGPT paper calls this extension straightforward. An
+encoder-decoder that has read its source is a language model of the target, p(y | x): `given` returns it as
+one, so that whatever reads or writes with a language model does so with a translation model.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class EncoderDecoder(Decoder):
     def forward(self, source: Tensor, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [batch, target, vocab] of every target position's next token.
 
-        source: int64 [batch, source], negative where padded on the right; tokens: int64 [batch, target], from the token on that
-        begins every target. With a cache the source is read again: to write a text, use `given`.
+        source: int64 [batch, source], negative where padded on the right; tokens: int64 [batch, target], from the token
+        on that begins every target. With a cache the source is read again: to write a text, use `given`.
         """
         h = self.trunk(self.embedded(tokens), cache, memory=self.encoded(source))
         return read_logits(self.readout(h))
@@ -95,10 +95,11 @@ class EncoderDecoder(Decoder):
     def loss(
         self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Mean cross-entropy in nats of `targets` int64 [batch, target], where -100 is ignored; logits are never held whole.
+        """Mean cross-entropy in nats of `targets` int64 [batch, target], where -100 is ignored;
+        logits are never held whole.
 
-        tokens: int64 [batch, source + target], the source as for `forward` followed by the tokens of the target, so that a
-        batch is two tensors as it is for a language model. mask, positions: of the target, as for `trunk`.
+        tokens: int64 [batch, source + target], the source as for `forward` followed by the tokens of the target, so
+        that a batch is two tensors as it is for a language model. mask, positions: of the target, as for `trunk`.
         """
         source, written = tokens.split((tokens.shape[1] - targets.shape[1], targets.shape[1]), dim=1)
         h = self.embedded(written)
@@ -119,7 +120,9 @@ class EncoderDecoder(Decoder):
 
     @classmethod
     def single_layers(cls, config: Config) -> dict[Config, int]:
-        """As in `Decoder`, of encoder and decoder together; raises `ValueError` where one has more layers than the other."""
+        """As in `Decoder`, of encoder and decoder together;
+        raises `ValueError` where one has more layers than the other.
+        """
         arch = config.architecture
         assert isinstance(arch, EncDecArch)
         if arch.n_encoder_layers not in (None, config.n_layers):
@@ -137,7 +140,9 @@ class EncoderDecoder(Decoder):
         return self.given(tokens)
 
     def places(self, prompt: Sequence[int]) -> int:
-        """One, for the token that begins the target: the prompt is the source, which has max_seq_len positions of its own."""
+        """One, for the token that begins the target: the prompt is the source,
+        which has max_seq_len positions of its own.
+        """
         limit = self.config.max_seq_len
         if len(prompt) + 1 > limit:
             raise UserError(

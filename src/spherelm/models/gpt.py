@@ -1,4 +1,5 @@
-"""The baseline: a pre-norm GPT with RMSNorm, rotary embedding and SwiGLU. Read beside `ngpt.py`: the difference is the paper.
+"""The baseline: a pre-norm GPT with RMSNorm, rotary embedding and SwiGLU.
+Read beside `ngpt.py`: the difference is the paper.
 
 | weight | starts as |
 |---|---|

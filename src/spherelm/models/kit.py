@@ -19,7 +19,8 @@ from spherelm.models.config import ModelConfig
 class Surroundings(NamedTuple):
     """The inputs that a part may read besides the hidden state.
 
-    table: of the rotary embedding. mask: as for `attend`. cache: the layer's own. since: int64 [batch, seq], see `StateSpace`.
+    table: of the rotary embedding. mask: as for `attend`. cache: the layer's own. since: int64 [batch, seq],
+    see `StateSpace`.
     memory: what an encoder made of the source. attend: what computes attention.
     """
 
@@ -43,10 +44,10 @@ MakePart = Callable[[Any], nn.Module]
 class Kit:
     """One arm: the parts of its models, and how they start.
 
-    embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which adds what
-    the part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts. source_norm: makes
-    what the last state of an encoder goes through. head: makes what turns the last hidden state into a `Readout`. draw:
-    (model) initializes every matrix and learned scale again.
+    embedding: (rows, d_model) -> an `Embedding`. sublayer: (config, part) -> a module (h, surroundings) -> h, which
+    adds what the part makes to the hidden state. attention, cross_attention, mlp, mixer, experts: make the parts.
+    source_norm: makes what the last state of an encoder goes through. head: makes what turns the last hidden state into
+    a `Readout`. draw: (model) initializes every matrix and learned scale again.
     """
 
     embedding: Callable[[int, int], Any]
@@ -64,8 +65,8 @@ class Kit:
 def router_of(config: ModelConfig) -> Router:
     """A router with the config's choices.
 
-    The weights of several picked experts are their scores over their sum; of a single one that would be 1, whatever the router
-    says, and its weight is its score.
+    The weights of several picked experts are their scores over their sum; of a single one that would be 1, whatever the
+    router says, and its weight is its score.
     """
     sizes, count = config.experts, config.experts.experts_per_token
     return Router(config.d_model, sizes.n_experts, count, sizes.router_score, count > 1, sizes.balance)

@@ -1,4 +1,5 @@
-"""The normalized Transformer, nGPT (Loshchilov et al., arXiv 2410.01131). Read beside `gpt.py`: the difference is the paper.
+"""The normalized Transformer, nGPT (Loshchilov et al., arXiv 2410.01131).
+Read beside `gpt.py`: the difference is the paper.
 
 | weight | unit vectors | starts as |
 |---|---|---|

@@ -1,4 +1,6 @@
-"""Names of parameters, arms and fields in files of version 0.1.0, and their names today. Only this module reads them."""
+"""Names of parameters, arms and fields in files of version 0.1.0, and their names today.
+Only this module reads them.
+"""
 
 from __future__ import annotations
 

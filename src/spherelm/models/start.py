@@ -23,10 +23,11 @@ def depths_of(model: Any) -> dict[int, int]:
 
 @torch.no_grad()
 def share_direction(model: nn.Module, weight: float) -> None:
-    """Give the rows of each embedding of `model` one direction in common: Norm(row + weight c), with a random unit vector c.
+    """Give the rows of each embedding of `model` one direction in common:
+    Norm(row + weight c), with a random unit vector c.
 
-    Logits then start nearly equal, as a GPT's with small weights do, however large s_z is, and tokens that have not been seen
-    stay beside each other. Ours. A weight of 0 changes nothing.
+    Logits then start nearly equal, as a GPT's with small weights do, however large s_z is, and tokens that have not
+    been seen stay beside each other. Ours. A weight of 0 changes nothing.
     """
     if weight:
         for rows in embedding_weights(model):

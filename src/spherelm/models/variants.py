@@ -11,7 +11,8 @@ from spherelm.sphere import norm, riemannian_step, step
 
 
 def nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """`step` from `Norm(h)`, as NVIDIA/ngpt takes it: for a unit `h` the same point, whose gradient has no part along `h`.
+    """`step` from `Norm(h)`, as NVIDIA/ngpt takes it:
+    for a unit `h` the same point, whose gradient has no part along `h`.
 
     Only the input embeddings notice: every later `h` is the result of a `norm`, which lets no such part through.
     """

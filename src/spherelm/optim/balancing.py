@@ -31,11 +31,12 @@ def moved_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 def attach_balancing(
     optimizer: Optimizer, model: nn.Module, rate: float = 1e-3, summed: Summed = torch.positive
 ) -> RemovableHandle:
-    """After every step of `optimizer`, move the bias of the routers of `model` that balance by it, and count from 0 again.
+    """After every step of `optimizer`, move the bias of the routers of `model` that balance by it,
+    and count from 0 again.
 
-    What was counted is all forward passes in training mode since the last step, so that micro-batches add up; it stays as each
-    router's `seen`. rate: what a bias moves by, in units of scores. summed: adds up counts over processes, where there are
-    several, each with texts of its own. Returns the hook's handle; `handle.remove()` undoes it.
+    What was counted is all forward passes in training mode since the last step, so that micro-batches add up; it stays
+    as each router's `seen`. rate: what a bias moves by, in units of scores. summed: adds up counts over processes,
+    where there are several, each with texts of its own. Returns the hook's handle; `handle.remove()` undoes it.
     """
     found = [router for _, router in routers(model)]
     if not found:

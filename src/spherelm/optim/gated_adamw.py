@@ -15,7 +15,8 @@ from spherelm.optim.schedule import float32_rate
 
 
 def gate(d: Tensor, eps_gate: float, a: float) -> Tensor:
-    """`sigmoid(a ln(d / eps_gate))`: 0 far below `eps_gate`, 1/2 at it, 1 far above; at a = 1 it is `d / (d + eps_gate)`.
+    """`sigmoid(a ln(d / eps_gate))`: 0 far below `eps_gate`, 1/2 at it, 1 far above;
+    at a = 1 it is `d / (d + eps_gate)`.
 
     d: positive, any shape; eps_gate: in the units of a gradient; a: how sharply it opens.
     """
@@ -34,10 +35,11 @@ def gated_direction(m_hat: Tensor, v_hat: Tensor, eps: float, eps_gate: float, a
 class GatedAdamW(Optimizer):
     """`theta <- theta - eta (alpha gamma m_hat / d + lambda theta)` with `gamma = sigmoid(a ln(d / eps_gate))`.
 
-    lr: eta. betas: of the two moments. eps: added to the root of the second moment (eps_num in the paper). eps_gate: the size
-    of gradient at which the gate is half open. a: 1 with eps 0 is AdamW with its eps at `eps_gate`; the paper takes 1/2.
-    alpha: what the gated step is multiplied by. weight_decay: lambda. The paper's eps_gate and alpha are not known here;
-    the defaults are ours. Plain tensors and DTensors alike: everything is elementwise.
+    lr: eta. betas: of the two moments. eps: added to the root of the second moment (eps_num in the paper). eps_gate:
+    the size of gradient at which the gate is half open. a: 1 with eps 0 is AdamW with its eps at `eps_gate`;
+    the paper takes 1/2.
+    alpha: what the gated step is multiplied by. weight_decay: lambda. The paper's eps_gate and alpha are not known
+    here; the defaults are ours. Plain tensors and DTensors alike: everything is elementwise.
     """
 
     def __init__(

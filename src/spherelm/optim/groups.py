@@ -54,12 +54,13 @@ class OptimConfig:
     Attributes:
         lr: Peak learning rate.
         optimizer: Which one, with its own fields.
-        weight_decay: An update shrinks each decayed weight by this part of lr, whatever its role's multiplier. null: the
-            paper's for the arm, 0.1 for a plain model and 0 on the sphere.
+        weight_decay: An update shrinks each decayed weight by this part of lr, whatever its role's multiplier. null:
+            the paper's for the arm, 0.1 for a plain model and 0 on the sphere.
         grad_clip: The largest global gradient norm, null for no limit.
         multipliers: Of the peak rate, role by role.
         matrix_lr: Peak rate of the block matrices, where it is not lr times their multiplier.
-        max_angle: Radians by which one update may turn a unit vector of a block matrix at the peak rate, null for no limit.
+        max_angle: Radians by which one update may turn a unit vector of a block matrix at the peak rate,
+        null for no limit.
         angle_follows_lr: The limit falls as the rate does.
         balance_rate: By how much an update moves the bias of an expert's score, where a model's routers balance by it.
     """
@@ -81,9 +82,9 @@ class OptimConfig:
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every trainable parameter, by its first name.
 
-    Declared by the module that owns it (`role`); where nothing is declared, the weight of one of torch's embeddings is an
-    "input_embedding", any other parameter of two or more dimensions a "matrix", and the rest are "gain"s. A weight shared by
-    both embeddings is an "output_embedding" if it is declared as one.
+    Declared by the module that owns it (`role`); where nothing is declared, the weight of one of torch's embeddings is
+    an "input_embedding", any other parameter of two or more dimensions a "matrix", and the rest are "gain"s. A weight
+    shared by both embeddings is an "output_embedding" if it is declared as one.
     """
     roles: dict[str, str] = {}
     first_name: dict[int, str] = {}
@@ -136,8 +137,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torch.positive) -> Optimizer:
     """The optimizer of `config` for the parameters of `model`.
 
-    Retraction is attached if any weight is unit, and the balancing of experts if there are any. The learning rate of a group
-    is `lr * lr_multiplier`; a schedule sets it to `factor * lr * lr_multiplier` before each step. summed: as for
+    Retraction is attached if any weight is unit, and the balancing of experts if there are any. The learning rate of a
+    group is `lr * lr_multiplier`; a schedule sets it to `factor * lr * lr_multiplier` before each step. summed: as for
     `attach_balancing`.
     """
     optimizer = config.optimizer.build(model, parameter_groups(model, config), config.lr)

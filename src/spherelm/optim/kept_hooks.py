@@ -1,4 +1,6 @@
-"""Hooks that the copies of an optimizer keep, which torch leaves out of `copy.deepcopy` and of pickles without a word."""
+"""Hooks that the copies of an optimizer keep, which torch leaves out of `copy.deepcopy`
+and of pickles without a word.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 def keep_hooks(optimizer: Optimizer, *handles: RemovableHandle) -> None:
     """Let copies and pickles of `optimizer` keep the hooks behind `handles`, until they are removed.
 
-    A hook is copied with what it holds on to: that of a model continues with the copy of the model, which is the one that is
-    copied in the same call. So hooks must be picklable: no functions inside of functions.
+    A hook is copied with what it holds on to: that of a model continues with the copy of the model, which is the one
+    that is copied in the same call. So hooks must be picklable: no functions inside of functions.
     """
     kept = vars(optimizer).setdefault("_kept_hooks", set())
     kept.update(handle.id for handle in handles)
@@ -26,7 +28,8 @@ def keep_hooks(optimizer: Optimizer, *handles: RemovableHandle) -> None:
 
 
 def _watch(optimizer: Optimizer) -> None:
-    # Both copy and pickle ask the object, not its class. A weak reference, so that an optimizer is freed when it is dropped.
+    # Both copy and pickle ask the object, not its class. A weak reference, so that an optimizer is freed when it is
+    # dropped.
     vars(optimizer)["__reduce_ex__"] = partial(_reduced, weakref.ref(optimizer))
 
 

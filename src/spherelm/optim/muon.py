@@ -1,8 +1,9 @@
 """Muon (Jordan et al., 2024) for block matrices, Adam for everything else, as one optimizer; and Muon on the sphere.
 
-`torch.optim.Muon` computes in bfloat16 always, which most processors emulate at a hundredth of their speed, and takes no
-DTensors; so the update stands here, twenty lines, tested against torch's. On the sphere the update is scaled so that the
-rate is an angle. With Hyperball (arXiv 2606.16899) a plain matrix too keeps the Frobenius norm that it started with.
+`torch.optim.Muon` computes in bfloat16 always, which most processors emulate at a hundredth of their speed, and takes
+no DTensors; so the update stands here, twenty lines, tested against torch's. On the sphere the update is scaled so that
+the rate is an angle. With Hyperball (arXiv 2606.16899) a plain matrix too keeps the Frobenius norm
+that it started with.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ SHORTEST = 1e-7
 """The norm below which a matrix is taken for zero."""
 
 SMALL = 2**17
-"""Entries up to which matrices of one shape are orthogonalized together: what is between their products costs more there."""
+"""Entries up to which matrices of one shape are orthogonalized together:
+what is between their products costs more there.
+"""
 
 
 def product_dtype(model: nn.Module) -> torch.dtype:
     """The number format of the iteration: the model's compute format, where it is given.
 
-    Else bfloat16, which is enough, on an accelerator, and float32 on a processor, since most emulate bfloat16 at a hundredth
-    of their speed.
+    Else bfloat16, which is enough, on an accelerator, and float32 on a processor, since most emulate bfloat16 at a
+    hundredth of their speed.
     """
     named = (module.runtime.compute_dtype for module in model.modules() if isinstance(module, Decoder))
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
@@ -44,7 +47,8 @@ def product_dtype(model: nn.Module) -> torch.dtype:
 
 
 def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
-    """Near `U V^T` for `g = U S V^T`: singular values between about 0.7 and 1.2, by `steps` Newton-Schulz steps in `dtype`.
+    """Near `U V^T` for `g = U S V^T`: singular values between about 0.7 and 1.2,
+    by `steps` Newton-Schulz steps in `dtype`.
 
     g: [rows, columns] or [matrices, rows, columns]; the result has its shape, in `dtype`. A zero matrix stays zero.
     """
@@ -63,7 +67,8 @@ def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
 
 
 def _turning(x: Tensor, steps: int) -> Tensor:
-    """The matrix that all steps together multiply x by, and its norm; computed from `x x^T`, so with few products of a wide x.
+    """The matrix that all steps together multiply x by, and its norm;
+    computed from `x x^T`, so with few products of a wide x.
 
     Not in 16 bits, where the small eigenvalues of `x x^T` are rounding and each step needs x itself.
     """
@@ -85,8 +90,9 @@ def _turning(x: Tensor, steps: int) -> Tensor:
 def step_size(shape: torch.Size, unit_axis: int | None) -> float:
     """The factor of the rate for an orthogonalized update of this shape, [rows, columns] or a bank of such.
 
-    Unit rows or columns: so that the rate is the root mean square angle, in radians, by which a vector turns (an orthogonal
-    matrix has unit vectors along its shorter side only; with `STEPS` steps it is 0.86 to 0.91 of it, for random gradients).
+    Unit rows or columns: so that the rate is the root mean square angle, in radians, by which a vector turns (an
+    orthogonal matrix has unit vectors along its shorter side only; with `STEPS` steps it is 0.86 to 0.91 of it, for
+    random gradients).
     Without a unit axis: `sqrt(max(1, rows/columns))` (Jordan et al.).
     """
     rows, columns = shape[-2:]
@@ -94,10 +100,11 @@ def step_size(shape: torch.Size, unit_axis: int | None) -> float:
 
 
 def hyperball_move(weight: Tensor, update: Tensor, angle: float) -> Tensor:
-    """`R unit(W - angle R unit(u))`, where R is the Frobenius norm of W and unit divides by it (Hyperball, arXiv 2606.16899).
+    """`R unit(W - angle R unit(u))`, where R is the Frobenius norm of W
+    and unit divides by it (Hyperball, arXiv 2606.16899).
 
-    weight, update: [rows, columns], or banks of such. A matrix of zeros stays zero. The norm is that of the start, since no
-    move changes it.
+    weight, update: [rows, columns], or banks of such. A matrix of zeros stays zero. The norm is that of the start,
+    since no move changes it.
     """
     radius, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, update))
     moved = weight - angle * radius * update / length.clamp_min(SHORTEST)
@@ -107,11 +114,11 @@ def hyperball_move(weight: Tensor, update: Tensor, angle: float) -> Tensor:
 class MuonAdamW(Optimizer):
     """Muon for the groups with `"muon": True`, torch's AdamW for the others, behind the interface of one optimizer.
 
-    Both see the very groups and state of this object, so a schedule, a checkpoint or a hook needs to know nothing of it.
-    A muon group holds matrices and banks of them only. Besides `lr` and `weight_decay` it has `momentum`, `unit_axes` (one for
-    each of its parameters, `None` for a plain matrix) and `hyperball`: whether plain matrices keep their norm. Each matrix of
-    a bank is orthogonalized by itself. Under sharding every process gathers a matrix to orthogonalize it; of a bank each does
-    its own. dtype: in which it is orthogonalized.
+    Both see the very groups and state of this object, so a schedule, a checkpoint or a hook needs to know nothing of
+    it. A muon group holds matrices and banks of them only. Besides `lr` and `weight_decay` it has `momentum`,
+    `unit_axes` (one for each of its parameters, `None` for a plain matrix) and `hyperball`: whether plain matrices keep
+    their norm. Each matrix of a bank is orthogonalized by itself. Under sharding every process gathers a matrix to
+    orthogonalize it; of a bank each does its own. dtype: in which it is orthogonalized.
     """
 
     def __init__(

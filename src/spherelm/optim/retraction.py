@@ -20,12 +20,12 @@ from spherelm.optim.kept_hooks import keep_hooks
 def attach_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool = False) -> RemovableHandle:
     """Put the declared weights of `model` on the sphere now and after every step of `optimizer` (nGPT, section 2.6).
 
-    Works in any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's moments
-    are not changed. A copy or pickle of `optimizer` has the hook too, for the copy of `model`. allow_decay: accept weight
-    decay on unit weights. Returns the hook's handle; `handle.remove()` undoes it.
+    Works in any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's
+    moments are not changed. A copy or pickle of `optimizer` has the hook too, for the copy of `model`. allow_decay:
+    accept weight decay on unit weights. Returns the hook's handle; `handle.remove()` undoes it.
 
-    Raises `ValueError` for a model without unit weights, for an optimizer that has none of the model's parameters, and for
-    weight decay on unit weights: nGPT has none (section 2.6), but torch's AdamW has it by default.
+    Raises `ValueError` for a model without unit weights, for an optimizer that has none of the model's
+    parameters, and for weight decay on unit weights: nGPT has none (section 2.6), but torch's AdamW has it by default.
     """
     check_retraction(optimizer, model, allow_decay)
     retract(model)
@@ -71,9 +71,10 @@ def check_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool) 
 class AngleCap:
     """Lets no unit vector of a block matrix turn by more than an angle in one optimizer step (arXiv 2608.01284).
 
-    Attach it before the retraction, which then sees what it leaves: `AngleCap(optimizer, model, angle)`. The embeddings are
-    not capped. angle: radians, or a function that gives them when a step ends, for a cap that follows a schedule. It holds
-    a copy of the capped weights during a step. A copy or pickle of `optimizer` is capped too.
+    Attach it before the retraction, which then sees what it leaves: `AngleCap(optimizer, model, angle)`.
+    The embeddings are not capped. angle: radians, or a function that gives them when a step ends, for a cap that
+    follows a schedule. It holds a copy of the capped weights during a step. A copy or pickle of `optimizer` is capped
+    too.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, angle: float | Callable[[], float]) -> None:

@@ -77,8 +77,8 @@ class GatedAdamW:
 class Muon:
     """Muon for block matrices, and Adam, with these betas and eps, for everything else.
 
-    momentum: Muon's. hyperball: a plain matrix keeps the norm that it started with, has no weight decay, and the rate is the
-    angle by which it turns (Hyperball, arXiv 2606.16899: MuonH).
+    momentum: Muon's. hyperball: a plain matrix keeps the norm that it started with, has no weight decay, and the rate
+    is the angle by which it turns (Hyperball, arXiv 2606.16899: MuonH).
     """
 
     kind: Literal["muon"] = "muon"

@@ -17,10 +17,11 @@ from spherelm.fields import check
 class ScheduleConfig:
     """The shape of the learning rate over a run, as a factor of its peak.
 
-    kind: one of "constant", "cosine", "linear", "wsd" (warm-up, stable, decay), "log" (logarithmic decay). warmup_steps:
-    steps of linear rise to the peak. final: the factor at the end. decay_fraction: the part of the run, after warm-up, in
-    which "wsd" decays. decay_shape: how it does: "linear", or "minus_sqrt", 1 - sqrt(r), which falls fast at first (Hägele et
-    al., arXiv 2405.18392). rho: the bend of "log"; the smaller, the earlier it falls.
+    kind: one of "constant", "cosine", "linear", "wsd" (warm-up, stable, decay), "log" (logarithmic
+    decay). warmup_steps:
+    steps of linear rise to the peak. final: the factor at the end. decay_fraction: the part of the run, after warm-up,
+    in which "wsd" decays. decay_shape: how it does: "linear", or "minus_sqrt", 1 - sqrt(r), which falls fast at first
+    (Hägele et al., arXiv 2405.18392). rho: the bend of "log"; the smaller, the earlier it falls.
     """
 
     kind: Literal["constant", "cosine", "linear", "wsd", "log"] = "cosine"
@@ -61,8 +62,8 @@ def float32_rate(rate: float) -> float:
 def factor(config: ScheduleConfig, step: int, total: int) -> float:
     """The factor of the peak learning rate for the update number `step`, counted from 0, of `total`.
 
-    Warm-up reaches the peak at step `warmup_steps - 1`; from there the decay runs over the remaining steps and would reach
-    `final` at step `total`, the first that is not taken.
+    Warm-up reaches the peak at step `warmup_steps - 1`; from there the decay runs over the remaining steps and would
+    reach `final` at step `total`, the first that is not taken.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

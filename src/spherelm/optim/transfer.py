@@ -19,7 +19,9 @@ SCALE = 0.03
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The shape and the number of updates that the peak learning rate was tuned at; the paper's has 10 layers of 1020."""
+    """The shape and the number of updates that the peak learning rate was tuned at;
+    the paper's has 10 layers of 1020.
+    """
 
     d_model: PositiveInt
     n_layers: PositiveInt
@@ -42,11 +44,13 @@ class Transfer:
 
 
 def transfer(base: BaseShape, d_model: int, n_layers: int, steps: int) -> Transfer:
-    """The rules of nuGPT (its Table 1) from `base` to a model of `n_layers` layers of `d_model` trained for `steps` updates.
+    """The rules of nuGPT (its Table 1) from `base` to a model of `n_layers` layers of `d_model` trained
+    for `steps` updates.
 
-    With m_data, m_width and m_depth the ratios to the base: every rate goes with m_data^(-1/3); that of the input embedding
-    with m_width^(-1/2), those of block matrices and output embedding with m_width^(-3/4), half of it for the latter;
-    alpha starts at its base value over m_depth, s_z at its base value times m_width^(1/2). No rule for depth on rates.
+    With m_data, m_width and m_depth the ratios to the base: every rate goes with m_data^(-1/3); that of the input
+    embedding with m_width^(-1/2), those of block matrices and output embedding with m_width^(-3/4), half of it for the
+    latter; alpha starts at its base value over m_depth, s_z at its base value times m_width^(1/2). No rule
+    for depth on rates.
     """
     m_data, m_width, m_depth = steps / base.steps, d_model / base.d_model, n_layers / base.n_layers
     matrix: float = m_width**-0.75

@@ -1,4 +1,6 @@
-"""The ablations of the nGPT paper's Tables 4 to 6, each as the fields of an `NGPTConfig` that differ from the paper's."""
+"""The ablations of the nGPT paper's Tables 4 to 6, each as the fields of an `NGPTConfig`
+that differ from the paper's.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ STARTS = {
     **_starts("s_uv", ("1", "rsqrt"), ("1", "rsqrt")),
     **_starts("s_z", ("1", "sqrt"), ("rsqrt", "1")),
 }
-"""Table 4: which scale, its init, and what it is stored at, in words: rsqrt is 1/sqrt(d_model), sqrt is sqrt(d_model)."""
+"""Table 4: which scale, its init, and what it is stored at, in words:
+rsqrt is 1/sqrt(d_model), sqrt is sqrt(d_model).
+"""
 
 FIELDS: dict[str, dict[str, Any]] = {
     **{f"{name}-{form}": {f"{name}.form": form} for name in ("s_qk", "s_z", "alpha") for form in ("scalar", "fixed")},

@@ -15,8 +15,8 @@ from spherelm.recipes.presets import Preset
 class Choices:
     """The choices of a recipe for one arm at one size and length.
 
-    lr: the peak learning rate. model: fields of the model's config, by name or by path such as "alpha.init". optim: fields of
-    the optimizer's config. schedule: the shape of the rate.
+    lr: the peak learning rate. model: fields of the model's config, by name or by path such as "alpha.init". optim:
+    fields of the optimizer's config. schedule: the shape of the rate.
     """
 
     lr: float

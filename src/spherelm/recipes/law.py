@@ -104,10 +104,10 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
 
 
 def law(arm: str, preset: Preset) -> Choices:
-    """The law: every choice follows from shape, tokens of an update and number of updates (docs/recipes.md). The default.
+    """The default: every choice follows from shape, tokens of an update and number of updates (docs/recipes.md).
 
-    Muon for block matrices and Adam beside it, linearly to 0. The baseline has a norm of queries and keys and warms up over a
-    tenth of the run, 2000 updates at most.
+    Muon for block matrices and Adam beside it, linearly to 0. The baseline has a norm of queries and keys and warms up
+    over a tenth of the run, 2000 updates at most.
     """
     found = {name: number.value for name, number in numbers(arm, preset).items()}
     multipliers = RateMultipliers(**{role: found.pop(f"{role}_rate", 1.0) for role in ROLES})

@@ -41,7 +41,8 @@ BASE = BaseShape(64, 4, 320)
 
 
 def paper_rate(arm: str, preset: Preset) -> float:
-    """The peak rate of "paper": 1e-3 for 1024 channels and 99182 updates of 512 x 1024 tokens, as in the paper's ablations.
+    """The peak rate of "paper": 1e-3 for 1024 channels and 99182 updates of 512 x 1024 tokens,
+    as in the paper's ablations.
 
     It is carried over to other shapes, and is within a factor of 1.5 of what was tuned at 64 and 128 channels
     (docs/experiments.md); so its exponents are a fit to three points, and no more.
@@ -54,20 +55,21 @@ def paper_rate(arm: str, preset: Preset) -> float:
 def paper(arm: str, preset: Preset) -> Choices:
     """The nGPT paper's recipe, exactly (Tables 2 and 3): every field at its default, cosine to 0.
 
-    Baselines warm up over 2000 steps, or over a tenth of a run that is shorter than 20000; normalized arms do not warm up.
+    Baselines warm up over 2000 steps, or over a tenth of a run that is shorter than 20000; normalized
+    arms do not warm up.
     """
     warmup = 0 if arm == "ngpt" else min(2000, preset.steps // 10)
     return Choices(paper_rate(arm, preset), {}, {}, ScheduleConfig("cosine", warmup_steps=warmup))
 
 
 def nugpt(arm: str, preset: Preset) -> Choices:
-    """nuGPT (arXiv 2604.27077): one peak learning rate for every width, depth and length, carried over from a base shape.
+    """nuGPT (arXiv 2604.27077): one peak learning rate, tuned at a base shape, for every width, depth and length.
 
-    Its rules are `optim.transfer`; here are its constants: alpha from 0.05 at its 10 layers, the scales stored at 0.03, no
-    warm-up, cosine to a tenth, eps 1e-16. Ours are the base, its rate, and the start of s_z there, sqrt(d_model) instead of 1;
-    it is stored at as many times more, so that an update moves it as far as the paper's. The rule for length
-    stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and the batch size of the base. GPT has no
-    such rules: it is trained by "paper".
+    Its rules are `optim.transfer`; here are its constants: alpha from 0.05 at its 10 layers, the scales stored at 0.03,
+    no warm-up, cosine to a tenth, eps 1e-16. Ours are the base, its rate, and the start of s_z there, sqrt(d_model)
+    instead of 1; it is stored at as many times more, so that an update moves it as far as the paper's. The rule for
+    length stands in the multipliers too, so that `lr` is the base's everywhere. Keep d_k and the batch size of
+    the base. GPT has no such rules: it is trained by "paper".
     """
     if arm == "gpt":
         return dataclasses.replace(paper(arm, preset), model=shared_embeddings(preset.architecture))
@@ -85,12 +87,12 @@ def nugpt(arm: str, preset: Preset) -> Choices:
 
 
 def training_ngpt(arm: str, preset: Preset) -> Choices:
-    """The recipe of "Training nGPT" (arXiv 2608.01284) on the starts of "law": four choices, each also a field of its own.
+    """The recipe of "Training nGPT" (arXiv 2608.01284): four choices, each a field of its own, on the law's starts.
 
-    Logit gradient preconditioning (`logit_preconditioning`), logarithmic decay after a tenth of warm-up (`schedule`, `rho`),
-    GatedAdamW (`optimizer`, `eps_gate`, `gated_step`), and the angular step cap (`max_angle`). rho, eps_gate, the cap and the
-    rate, 1.6 times that of learned scales in "law", are ours, tuned at the demo (docs/experiments.md): the paper's are not
-    known here. GPT is that of "paper" with this schedule; the rest is not about it.
+    Logit gradient preconditioning (`logit_preconditioning`), logarithmic decay after a tenth of warm-up (`schedule`,
+    `rho`), GatedAdamW (`optimizer`, `eps_gate`, `gated_step`), and the angular step cap (`max_angle`). rho, eps_gate,
+    the cap and the rate, 1.6 times that of learned scales in "law", are ours, tuned at the demo (docs/experiments.md):
+    the paper's are not known here. GPT is that of "paper" with this schedule; the rest is not about it.
     """
     schedule = ScheduleConfig("log", warmup_steps=preset.steps // 10, rho=0.9)
     if arm == "gpt":
@@ -105,8 +107,8 @@ def training_ngpt(arm: str, preset: Preset) -> Choices:
 def hyperball(arm: str, preset: Preset) -> Choices:
     """The baseline of "law" with MuonH (Hyperball, arXiv 2606.16899): its matrices keep the norm that they start with.
 
-    They turn by the angle that nGPT's matrices turn by in "law", and start with a spread of 0.5 / sqrt(d_model): the best
-    of three spreads and three angles at 64 channels (docs/experiments.md). nGPT is that of "law".
+    They turn by the angle that nGPT's matrices turn by in "law", and start with a spread of 0.5 / sqrt(d_model): the
+    best of three spreads and three angles at 64 channels (docs/experiments.md). nGPT is that of "law".
     """
     choices = law(arm, preset)
     if arm == "ngpt":
@@ -123,11 +125,11 @@ def hyperball(arm: str, preset: Preset) -> Choices:
 
 
 def nvfp4_paper(arm: str, preset: Preset) -> Choices:
-    """The recipe of "Normalized Architectures are Natively 4-Bit" (arXiv 2605.06067): FNGPT under Adam, in whatever format.
+    """The recipe of "Normalized Architectures are Natively 4-Bit" (arXiv 2605.06067): FNGPT under Adam.
 
-    WSD without warm-up from 3e-4, for a pattern of layers 5e-4, to a 25th of it; the last 15 % fall as `minus_sqrt`. The rates
-    are those of its two shapes (presets "1.2b-8k" and "30b-8k"), and are carried to no other. How its GPT was trained is not
-    known here: GPT is that of "paper" with this schedule behind its warm-up.
+    WSD without warm-up from 3e-4, for a pattern of layers 5e-4, to a 25th of it; the last 15 % fall as `minus_sqrt`.
+    The rates are those of its two shapes (presets "1.2b-8k" and "30b-8k"), and are carried to no other. How its GPT
+    was trained is not known here: GPT is that of "paper" with this schedule behind its warm-up.
     """
     model, schedule = (
         shared_embeddings(preset.architecture),
@@ -172,7 +174,9 @@ def recipe_names(names: Sequence[str]) -> list[str]:
 
 
 def distinct(choices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`choices` of arms and recipes, each once: the ablations change nGPT, and GPT by any of them is the paper's GPT."""
+    """`choices` of arms and recipes, each once: the ablations change nGPT,
+    and GPT by any of them is the paper's GPT.
+    """
     found = []
     for choice in choices:
         same = choice["recipe"] in ABLATIONS and choice["arm"] == "gpt"
@@ -207,9 +211,9 @@ def make_run(
     """The run of `arm` at the size `preset` by the recipe `recipe`.
 
     vocab_size: that of the data; by default the preset's. lr: the peak learning rate, by default the recipe's.
-    overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha.init`, ...), of
-    the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and the
-    like; `d_k`, the width of a head, makes n_heads follow d_model, a `pattern` its n_layers; `base_d_model`,
+    overrides: fields of `TrainConfig` (`steps`, `seq_len`, ...), of the model's config (`d_model`, `alpha.init`, ...),
+    of the optimizer's or the schedule's (`schedule` is its kind), and for each role's rate multiplier `matrix_rate` and
+    the like; `d_k`, the width of a head, makes n_heads follow d_model, a `pattern` its n_layers; `base_d_model`,
     `base_n_layers` and `base_steps` are the preset's base. `None` is a valid value of fields that may have none. Raises
     `ValueError` naming an unknown arm, preset, recipe or field, or a field that would change nothing.
     """
@@ -269,7 +273,8 @@ def run_from(
     lr: float | None = None,
     **overrides: Any,
 ) -> RunConfig:
-    """A new run that starts from the model in `source`: a run directory, a checkpoint, or a folder of `spherelm export`.
+    """A new run that starts from the model in `source`:
+    a run directory, a checkpoint, or a folder of `spherelm export`.
 
     The model keeps its shape; preset and recipe choose optimizer, schedule and length for its shape. Arguments
     as for `make_run`. Raises `UserError`, naming it, for a field of the model that differs from the source's.

@@ -1,4 +1,6 @@
-"""Fields of a run that are given one by one: which config each belongs to, and whether its value is of the field's type."""
+"""Fields of a run that are given one by one: which config each belongs to,
+and whether its value is of the field's type.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def model_fields(given: Iterable[str], model: Config) -> dict[str, Any]:
 
 
 def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
-    """Raise `ValueError` for any name in `given`: the run of `config` has none such. Say what was meant or who has it."""
+    """Raise `ValueError` for any name in `given`: the run of `config` has none such.
+    Say what was meant or who has it.
+    """
     arm, kind, known = config.arm, config.model.architecture.kind, fields_of(config.arm)
     for name in sorted(given):
         others = [other for other in ARMS if name in fields_of(other)]
@@ -84,7 +88,9 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
 
 
 def architecture_of(preset: Architecture, given: dict[str, Any]) -> Architecture:
-    """Remove the fields of an architecture from `given` and set them in the preset's, or in the one that `given` names."""
+    """Remove the fields of an architecture from `given` and set them in the preset's,
+    or in the one that `given` names.
+    """
     kind = given.pop("architecture", preset.kind)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise unknown("architecture", kind, ARCHITECTURES)
@@ -109,7 +115,9 @@ def layers_of(given: Mapping[str, Any], architecture: Architecture) -> dict[str,
 def model_config(
     kind: type[Config], architecture: Architecture, chosen: Mapping[str, Any], given: dict[str, Any]
 ) -> Config:
-    """The config of the fields `chosen`, by name or path ("alpha.init"), and over them those that are removed from `given`."""
+    """The config of the fields `chosen`, by name or path ("alpha.init"),
+    and over them those that are removed from `given`.
+    """
     arch_names = {field.name for field in dataclasses.fields(architecture)}
     architecture = dataclasses.replace(
         architecture, **{name: value for name, value in chosen.items() if name in arch_names}
@@ -190,7 +198,8 @@ def names_of(kind: type[Any]) -> tuple[str, ...]:
 
 
 def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) -> None:
-    """Raise `ValueError` for a field of `given` that changes nothing in a run of `config`, and say what would make it act.
+    """Raise `ValueError` for a field of `given` that changes nothing in a run of `config`,
+    and say what would make it act.
 
     on_sphere: whether the arm has unit vectors. A field that is switched off, by false or none, is let pass.
     """
@@ -229,7 +238,8 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
 
 
 def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
-    """`config` with `fields`, named as for `make_run`, in place of its own. Nothing else changes, as no recipe is asked again.
+    """`config` with `fields`, named as for `make_run`, in place of its own.
+    Nothing else changes, as no recipe is asked again.
 
     Raises `ValueError` naming an unknown field, or one that would change nothing.
     """
@@ -263,7 +273,8 @@ WHOLE = frozenset({"arm", "recipe", "preset", "model", "optim", "schedule", "tra
 
 
 def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in a file of settings, nested as in a run's config.json or not, by their names in `make_run` or `changed`.
+    """The fields in a file of settings, nested as in a run's config.json or not,
+    by their names in `make_run` or `changed`.
 
     Raises `UserError` for a field that is there twice. Whether there is such a field is for others to say.
     """

@@ -54,7 +54,9 @@ def paper_size(n_layers: int, d_model: int, n_heads: int, context: int) -> Prese
 
 
 def small_size(n_layers: int, d_model: int, n_heads: int) -> Preset:
-    """A size of the ladder in docs/evidence.md: heads of 64, 1024 tokens an update, 5 tokens for each block parameter."""
+    """A size of the ladder in docs/evidence.md: heads of 64, 1024 tokens an update,
+    5 tokens for each block parameter.
+    """
     steps = round(5 * 16 * n_layers * d_model**2 / 1024)
     about = "a size of the ladder: 5 tokens for each block parameter"
     return Preset(n_layers, d_model, n_heads, 256, 4, steps, eval_every=steps // 8, about=about)
@@ -72,10 +74,12 @@ def demo_hybrid(pattern: str, about: str) -> Preset:
 
 
 def four_bit_size(n_layers: int, d_model: int, n_heads: int, about: str, **own: Any) -> Preset:
-    """A shape of "Normalized Architectures are Natively 4-Bit" (arXiv 2605.06067), and its run: 122 million sequences of 8192.
+    """A shape of "Normalized Architectures are Natively 4-Bit" (arXiv 2605.06067), and its run:
+    122 million sequences of 8192.
 
     MLPs have squared ReLU and are 3 d_model wide. The paper's digest does not say how many entries the vocabulary has:
-    2^17 make 1.2 billion parameters of the dense shape. Ours as well: the run of the hybrid is as long as the dense one's.
+    2^17 make 1.2 billion parameters of the dense shape. Ours as well: the run of the hybrid is as long
+    as the dense one's.
     """
     model = {"activation": "relu2", **own.pop("model")}
     steps = round(122e6 / 768)

@@ -1,4 +1,6 @@
-"""One way to draw: panels of lines with seeds, bands, dots, bars and rules, under one legend. Numbers in, a `Figure` out."""
+"""One way to draw: panels of lines with seeds, bands, dots, bars and rules, under one legend.
+Numbers in, a `Figure` out.
+"""
 
 from __future__ import annotations
 
@@ -144,8 +146,8 @@ class Panel:
     Attributes:
         lines, bars, rules: What is on it.
         x, y, title: Its labels.
-        scale: "layers" (whole numbers), "whole" (the same, from 0), "units" (1.5M), "values" (a logarithmic axis whose ticks
-            are the values of the lines; "tokens": with units), "percent" (0 to 100), or nothing particular.
+        scale: "layers" (whole numbers), "whole" (the same, from 0), "units" (1.5M), "values" (a logarithmic axis whose
+            ticks are the values of the lines; "tokens": with units), "percent" (0 to 100), or nothing particular.
         log: Whether the y axis is logarithmic.
         low, high: Limits of the y axis.
     """
@@ -210,8 +212,9 @@ def chart(
 ) -> Figure:  # fmt: skip
     """A figure of one panel or of many in `columns`.
 
-    legend: its columns, 0 for none. share: which panels have one x axis and one y axis: "all", or "row" for one y axis a row
-    and x axes of their own. x, y: labels of all panels together. beside: draws what else is on the axes, at the end.
+    legend: its columns, 0 for none. share: which panels have one x axis and one y axis: "all", or "row"
+    for one y axis a row and x axes of their own. x, y: labels of all panels together. beside: draws what else is on the
+    axes, at the end.
     """
     rows = -(-len(panels) // columns)
 

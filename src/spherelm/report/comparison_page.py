@@ -1,4 +1,6 @@
-"""The page that a comparison ends with: `write_report(DIR)` turns run directories and `summary.json` into `DIR/report.html`."""
+"""The page that a comparison ends with: `write_report(DIR)` turns run directories
+and `summary.json` into `DIR/report.html`.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 def write_report(directory: Path) -> Path:
     """Write `directory/report.html` from the runs, `summary.json` and `samples.json` in it; returns its path.
 
-    The same bytes for the same runs. Beside it walk.html, linked from it. Missing checkpoints, samples or seeds are stated in
-    words, as is why there is no walk, on stderr too. Raises `NotFoundError` for a missing summary or run, `UserError` for a
-    damaged one or a missing matplotlib.
+    The same bytes for the same runs. Beside it walk.html, linked from it. Missing checkpoints, samples or seeds are
+    stated in words, as is why there is no walk, on stderr too. Raises `NotFoundError` for a missing summary or run,
+    `UserError` for a damaged one or a missing matplotlib.
     """
     comparison = read_comparison(directory)
     weights, missing = _weights(comparison)
@@ -78,7 +80,9 @@ def _weights(comparison: Comparison) -> tuple[list[Figure], str]:
 
 
 def _write_walk(comparison: Comparison) -> str:
-    """Write walk.html, the hidden states of each arm's first seed, beside the page; or say, and return, why there is none."""
+    """Write walk.html, the hidden states of each arm's first seed, beside the page;
+    or say, and return, why there is none.
+    """
     first = [comparison.directory / arm.runs[0].name for arm in comparison.arms.values()]
     try:
         walks, sentence = trace_walks(first)

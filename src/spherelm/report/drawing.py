@@ -1,7 +1,8 @@
 """How every figure is drawn: one look, one type, small SVG for pages and PNG for documents.
 
-A figure's SVG is one `<svg>` element as `spherelm.report.svg` describes it, the same bytes for the same numbers; its PNG is
-the same drawing in the light colours. matplotlib is imported when one of them is asked for, and only on this floor.
+A figure's SVG is one `<svg>` element as `spherelm.report.svg` describes it, the same bytes for the same numbers; its
+PNG is the same drawing in the light colours. matplotlib is imported when one of them is asked for, and
+only on this floor.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class Figure:
 
 
 def require_matplotlib() -> None:
-    """Raise `UserError` that says what to install if matplotlib is missing; call it before long work that ends in figures."""
+    """Raise `UserError` that says what to install if matplotlib is missing;
+    call it before long work that ends in figures.
+    """
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:

@@ -1,8 +1,8 @@
 """Where finished runs ended: what `spherelm report` reads from run directories, and which runs are compared with which.
 
-Every run is one point, at the end of its own schedule. Seeds of one choice are averaged; of several choices with the same
-budget, or the same budget and learning rate, the best is drawn. Choices are compared on the seeds that all of them have: a
-search runs most rates with one seed and the best with several.
+Every run is one point, at the end of its own schedule. Seeds of one choice are averaged; of several choices with the
+same budget, or the same budget and learning rate, the best is drawn. Choices are compared on the seeds that all of them
+have: a search runs most rates with one seed and the best with several.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class End:
-    """Where one run ended: `loss` in nats per token, NaN if it diverged; `scores` by task, `{"arc_easy": (value, chance)}`."""
+    """Where one run ended: `loss` in nats per token, NaN if it diverged;
+    `scores` by task, `{"arc_easy": (value, chance)}`.
+    """
 
     name: str
     config: RunConfig
@@ -130,7 +132,9 @@ def find_runs(directory: Path) -> Iterator[Path]:
 
 
 def check_same_text(runs: Sequence[Path]) -> None:
-    """Raise `UserError` if two runs were validated on different text: their losses have nothing to do with each other."""
+    """Raise `UserError` if two runs were validated on different text:
+    their losses have nothing to do with each other.
+    """
     known: tuple[Path, Any] | None = None
     for run in runs:
         path = run / "config.json"

@@ -44,10 +44,10 @@ RECORD = "ends.json"
 def write_ends(directories: Sequence[Path], out: Path, overwrite: bool = False) -> list[Figure]:
     """Write `out`: index.html, figures/, ends.json; returns the figures.
 
-    directories: of `spherelm compare` and `spherelm sweep`, or single runs. Task scores and perplexities over length are read
-    where `spherelm eval RUN --json RUN/NAME.json` left them. overwrite: in the place of what an earlier call wrote. Raises
-    `NotFoundError` for a directory without finished runs, `OutputExistsError` where `out` holds something, `UserError` for runs
-    that were validated on different text.
+    directories: of `spherelm compare` and `spherelm sweep`, or single runs. Task scores and perplexities over length
+    are read where `spherelm eval RUN --json RUN/NAME.json` left them. overwrite: in the place of what an earlier call
+    wrote. Raises `NotFoundError` for a directory without finished runs, `OutputExistsError` where `out` holds
+    something, `UserError` for runs that were validated on different text.
     """
     if not directories:
         raise UserError("no run is named: give directories of spherelm train or compare")
@@ -157,7 +157,9 @@ def _task_figures(ends: Sequence[End]) -> list[Figure]:
 
 
 def _length_figures(ends: Sequence[End]) -> list[Figure]:
-    """A figure for each text (and way to cut it) and set of lengths: what was measured on other tokens does not compare."""
+    """A figure for each text (and way to cut it) and set of lengths:
+    what was measured on other tokens does not compare.
+    """
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[End, Any]]] = {}
     for end in ends:
         for one in end.lengths:

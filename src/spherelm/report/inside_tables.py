@@ -76,8 +76,9 @@ TABLES: dict[str, tuple[Callable[[Inside], Arrays], tuple[str, ...]]] = {
 }
 """Name of the file -> its arrays, by the column "name", and the columns that say where in an array a number is.
 
-Layers are numbered from 1, as on the page; the rest counts from 0. A level is one of 401 quantiles. Steps are the parts of
-each layer in turn (attention and MLP; in a hybrid there is one a layer); stops are the states before, between and after them.
+Layers are numbered from 1, as on the page; the rest counts from 0. A level is one of 401 quantiles. Steps are the parts
+of each layer in turn (attention and MLP; in a hybrid there is one a layer); stops are the states before,
+between and after them.
 """
 
 

@@ -91,10 +91,10 @@ class Request:
 def inspect(runs: Sequence[Path], out: Path, request: Request, overwrite: bool = False) -> list[Figure]:
     """Look into every run and write `out`: index.html, walk.html, figures/, tables/, inspect.json; returns the figures.
 
-    runs: run directories, single checkpoints, or directories of `spherelm compare`, which stand for their full runs. Runs of
-    one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all; overwrite: in the place
-    of what an earlier call wrote there. Raises `NotFoundError` for a missing run, `OutputExistsError` where `out` holds
-    something, `UserError` for a model that holds NaN or for no matplotlib.
+    runs: run directories, single checkpoints, or directories of `spherelm compare`, which stand for their full runs.
+    Runs of one arm are drawn as seeds of one model and must have one shape. `out` appears whole or not at all;
+    overwrite: in the place of what an earlier call wrote there. Raises `NotFoundError` for a missing run,
+    `OutputExistsError` where `out` holds something, `UserError` for a model that holds NaN or for no matplotlib.
     """
     if not runs:
         raise UserError("no run is named: give directories of spherelm train or compare")
@@ -164,7 +164,9 @@ def _text(request: Request) -> str:
 
 
 def windows(tokenizer: Tokenizer, text: str, model: Decoder, positions: int) -> Tensor:
-    """The first `positions` tokens of the text as int64 [batch, seq], whole sequences of the model's max_seq_len at most."""
+    """The first `positions` tokens of the text as int64 [batch, seq],
+    whole sequences of the model's max_seq_len at most.
+    """
     ids = tokenizer.encode(text[: 16 * positions])[:positions]
     if len(ids) < 2:
         raise UserError(f"the text has {counted(len(ids), 'token')}: give at least two")

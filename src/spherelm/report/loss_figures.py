@@ -1,4 +1,6 @@
-"""The learning curves of a comparison: validation loss over tokens and over seconds, and where one arm reaches the other's."""
+"""The learning curves of a comparison: validation loss over tokens and over seconds,
+and where one arm reaches the other's.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def loss_figures(comparison: Comparison) -> list[Figure]:
 
 
 def _loss_figure(comparison: Comparison, unit: str) -> Figure:
-    """Every seed thin, the means thick; the loser's final loss, the ends of the winner's schedules, and where they meet."""
+    """Every seed thin, the means thick; the loser's final loss, the ends of the winner's schedules,
+    and where they meet.
+    """
     loser = comparison.arms[comparison.loser]
     level = None if math.isnan(loser.final_loss) else loser.final_loss
     crossing, label = (None, "") if level is None else _crossing(comparison, unit)

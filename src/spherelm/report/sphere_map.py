@@ -1,7 +1,8 @@
-"""A map of points on a sphere of many dimensions onto one that can be drawn, which keeps angles as well as that is possible.
+"""A map of points on a sphere of many dimensions onto one that can be drawn,
+which keeps angles as well as that is possible.
 
-Spherical multidimensional scaling: places on S^2 such that the angles between them are near the true ones, in least squares.
-The places start where the first three principal directions (of the vectors as they are, not centred) put them.
+Spherical multidimensional scaling: places on S^2 such that the angles between them are near the true ones, in least
+squares. The places start where the first three principal directions (of the vectors as they are, not centred) put them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ ITERATIONS = 400
 class SphereMap:
     """Where the points are drawn, and what was lost.
 
-    `points`: unit vectors [n, 3]. `error`: mean absolute difference in degrees between drawn and true angle, over all pairs;
+    `points`: unit vectors [n, 3]. `error`: mean absolute difference in degrees between drawn and true
+    angle, over all pairs;
     `step_error`: over the steps only. `correlation`: of drawn and true angles over all pairs (Pearson).
     """
 
@@ -37,8 +39,8 @@ class SphereMap:
 def sphere_map(vectors: Array, steps: NDArray[np.int64], weight: float = 1.0) -> SphereMap:
     """Places on S^2 for unit vectors [n, d], n at least 2.
 
-    steps: pairs of indices [m, 2] whose angles count, all together, `weight` times as much as all pairs together: the moves
-    that a path is made of are what a reader compares. The same vectors give the same map.
+    steps: pairs of indices [m, 2] whose angles count, all together, `weight` times as much as all pairs together: the
+    moves that a path is made of are what a reader compares. The same vectors give the same map.
     """
     points, ends = torch.from_numpy(vectors), torch.from_numpy(steps)
     others = ~torch.eye(len(points), dtype=torch.bool)
@@ -67,7 +69,8 @@ def sphere_map(vectors: Array, steps: NDArray[np.int64], weight: float = 1.0) ->
 def principal_places(vectors: Tensor) -> Tensor:
     """The vectors [n, d] in their first three principal directions, made unit: [n, 3].
 
-    A direction's sign is such that its largest entry is positive; points that would fall together are moved apart a little.
+    A direction's sign is such that its largest entry is positive; points that would fall together are
+    moved apart a little.
     """
     _, _, directions = torch.linalg.svd(vectors, full_matrices=False)
     directions = directions[:3]
@@ -87,7 +90,9 @@ def _correlation(drawn: Array, true: Array) -> float:
 
 
 def _angles(points: Tensor) -> Tensor:
-    """All angles in radians between unit vectors [n, d]: [n, n]; those of equal vectors are 0.001, where `acos` has a slope."""
+    """All angles in radians between unit vectors [n, d]: [n, n];
+    those of equal vectors are 0.001, where `acos` has a slope.
+    """
     return (points @ points.T).clamp(-1 + 5e-7, 1 - 5e-7).acos()
 
 

@@ -173,7 +173,9 @@ def _alignment(found: Found, key: str, what: str, detail: str, read: Callable[[M
 
 
 def _dots(values: Mapping[str, tuple[Array, Sequence[Array]]]) -> list[Line]:
-    """By arm the numbers of layers, and [layers, things] a seed: a dot a thing, a little apart, and a line through medians."""
+    """By arm the numbers of layers, and [layers, things] a seed:
+    a dot a thing, a little apart, and a line through medians.
+    """
     lines = []
     for i, (arm, (layers, seeds)) in enumerate(values.items()):
         pooled = np.concatenate(list(seeds), axis=1)

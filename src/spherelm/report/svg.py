@@ -1,7 +1,8 @@
 """Drawings for a page: matplotlib's SVG made small, free of fixed colours and of ids that clash.
 
-One `<svg>` element: text as text, no background, every colour a CSS variable (`VARIABLES` names them), so that one drawing
-serves light and dark pages; ids that start with a key, so that several fit on one page. `standalone` makes it a file.
+One `<svg>` element: text as text, no background, every colour a CSS variable (`VARIABLES` names them), so that one
+drawing serves light and dark pages; ids that start with a key, so that several fit on one page.
+`standalone` makes it a file.
 """
 
 from __future__ import annotations

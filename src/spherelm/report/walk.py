@@ -48,9 +48,10 @@ class Walk:
 
     `steps`: what each step is, (number of the layer, from 1; its part), [S - 1].
     `dimensions`: d_model. `tokens`: their texts. `map`: places of the stops, [S * T, 3], stop by stop. `moved`: degrees
-    between a token's successive stops, [S - 1, T]. `lengths`: of the states, [S, T], 1 for nGPT. `entries`, `probabilities`,
-    `angles`: the most probable next tokens at each stop, their probabilities, and the degrees between the state and their
-    output vectors, [S, T, NEAREST]. `words`: text of each entry that occurs.
+    between a token's successive stops, [S - 1, T]. `lengths`: of the states, [S, T], 1 for nGPT.
+    `entries`, `probabilities`,
+    `angles`: the most probable next tokens at each stop, their probabilities, and the degrees between the state and
+    their output vectors, [S, T, NEAREST]. `words`: text of each entry that occurs.
     """
 
     name: str
@@ -68,7 +69,9 @@ class Walk:
 
 
 def directory_of(path: Path) -> Path:
-    """The directory of the run that `path` is or of which it is a checkpoint, whether or not the run has checkpoints."""
+    """The directory of the run that `path` is or of which it is a checkpoint,
+    whether or not the run has checkpoints.
+    """
     checkpoint = named_checkpoint(path)
     return path if checkpoint is None else checkpoint.parent.parent
 
@@ -109,7 +112,9 @@ def say_if_cut(sentence: str, asked: str | None) -> None:
 
 @torch.no_grad()
 def trace_walk(model: Decoder, tokenizer: Tokenizer, sentence: str, name: str) -> Walk:
-    """Run the model over the sentence; `ValueError` for an empty one, one beyond `MAX_TOKENS`, or a state with NaN or Inf."""
+    """Run the model over the sentence; `ValueError` for an empty one, one beyond `MAX_TOKENS`,
+    or a state with NaN or Inf.
+    """
     ids = tokenizer.encode(sentence)
     check_sentence(ids, model.config)
     recording = record(model, torch.tensor([ids]))
@@ -153,7 +158,9 @@ def most_tokens(config: Config) -> int:
 
 
 def nearest_entries(model: Decoder, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each state [S, T, d_model] the `NEAREST` most probable next tokens, their probabilities and angles in degrees."""
+    """Of each state [S, T, d_model] the `NEAREST` most probable next tokens,
+    their probabilities and angles in degrees.
+    """
     directions, found = output_directions(model), []
     count = min(NEAREST, len(directions))
     for stop in states:

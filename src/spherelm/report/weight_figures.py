@@ -62,8 +62,8 @@ IN_PAPER = ("attention", "MLP")
 def weight_figures(weights: Weights, unit_conditions: ByMatrix | None = None) -> list[Figure]:
     """Figures of both arms' trained weights; an arm may be missing.
 
-    weights: `{"gpt": [one report a seed], "ngpt": ...}`. unit_conditions: condition numbers of the same matrices with their
-    vectors made unit, drawn dotted.
+    weights: `{"gpt": [one report a seed], "ngpt": ...}`. unit_conditions: condition numbers of the same matrices with
+    their vectors made unit, drawn dotted.
     """
     sphere = weights.get("ngpt", ())
     scales = by_name([report.scales for report in sphere])
@@ -251,7 +251,9 @@ def _width(quantiles: Array) -> float:
 
 
 def _query_key(found: Found) -> list[Figure]:
-    """Above, lengths of the vectors of Q and K, sorted; below, singular values over the largest, every head and the median."""
+    """Above, lengths of the vectors of Q and K, sorted;
+    below, singular values over the largest, every head and the median.
+    """
     having = {arm: models for arm, models in found.items() if models[0].vector_lengths}
     if not having:
         return []

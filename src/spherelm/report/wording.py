@@ -74,7 +74,9 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _tie(winner: Arm, loser: Arm) -> str:
-    """That no arm is ahead, where the means differ by no more than the standard error of their difference; else nothing."""
+    """That no arm is ahead, where the means differ by no more than the standard error of their
+    difference; else nothing.
+    """
     errors = [standard_error(arm.final_losses) for arm in (winner, loser)]
     if None in errors or loser.final_loss - winner.final_loss > math.hypot(*(error or 0.0 for error in errors)):
         return ""
@@ -144,7 +146,8 @@ def _method(comparison: Comparison) -> str:
 def bound_on_tokens(comparison: Comparison) -> str | None:
     """The bound on the tokens that the winner needs: "at most", "at least", or None where they are known."""
     bound = comparison.speedup.get("bound")
-    # summary.json bounds the baseline's tokens over the other's: with those below the line, the bound on them is the other one.
+    # summary.json bounds the baseline's tokens over the other's: with those below the line, the bound on them is the
+    # other one.
     return OPPOSITE.get(bound or "") if comparison.winner == comparison.normalized else bound
 
 

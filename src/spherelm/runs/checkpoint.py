@@ -1,7 +1,8 @@
-"""Checkpoints: written by `torch.distributed.checkpoint` as safetensors, in a directory that appears whole or not at all.
+"""Checkpoints: written by `torch.distributed.checkpoint` as safetensors,
+in a directory that appears whole or not at all.
 
-Every process writes the parts that it holds, beside the training, and any number of processes can read them. `state.json` is
-written last and lists the sha256 of each file, which reading verifies. Nothing is ever unpickled.
+Every process writes the parts that it holds, beside the training, and any number of processes can read them.
+`state.json` is written last and lists the sha256 of each file, which reading verifies. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: updates made, seconds spent training, and where a stream of text continues (`Batches.state`).
+    """How far a run has come: updates made, seconds spent training,
+    and where a stream of text continues (`Batches.state`).
 
-    skipped: updates that were left out. norm: what `Guard` remembers of gradient norms. start: the validation loss before
-    training, `None` where it is not known.
+    skipped: updates that were left out. norm: what `Guard` remembers of gradient norms. start: the validation loss
+    before training, `None` where it is not known.
     """
 
     step: int
@@ -104,9 +106,9 @@ def _copied(tensor: Tensor) -> Tensor:
 class CheckpointWriter:
     """Writes the checkpoints of a run beside its training, one at a time.
 
-    `run/checkpoints/step-XXXXXXXX` are written under another name, flushed to the disk and renamed, so a crash or a full disk
-    leaves the earlier ones as they were. The newest `keep` stay, and those of every `keep_every`-th step (0: none). Every
-    process of the group makes one; what a process that was killed had not finished is removed then.
+    `run/checkpoints/step-XXXXXXXX` are written under another name, flushed to the disk and renamed, so a crash or a
+    full disk leaves the earlier ones as they were. The newest `keep` stay, and those of every `keep_every`-th step (0:
+    none). Every process of the group makes one; what a process that was killed had not finished is removed then.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int = 0, group: Group = ALONE) -> None:
@@ -116,7 +118,8 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
-        """Copy what is to be saved and begin to write it; every process of the group must call. Returns where it will be.
+        """Copy what is to be saved and begin to write it; every process of the group must call.
+        Returns where it will be.
 
         Waits for the one before, and raises what `wait` does.
         """
@@ -245,9 +248,11 @@ def named_checkpoint(run: str | Path) -> Path | None:
 
 
 def read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[str, Any]:
-    """`state.json` of a checkpoint whose files are what they were when written; else a `ValueError` that says what is not.
+    """`state.json` of a checkpoint whose files are what they were when written;
+    else a `ValueError` that says what is not.
 
-    of: how the names of the files that are looked at begin. The processes of the group share the work, and must all call.
+    of: how the names of the files that are looked at begin. The processes of the group share the work,
+    and must all call.
     """
 
     def verified() -> dict[str, Any]:
@@ -305,7 +310,8 @@ def _one_process_is_meant() -> Iterator[None]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path, group: Group = ALONE) -> None:
-    """Copy the weights in a checkpoint, of this version or an older one, into `model`; names and shapes must agree exactly.
+    """Copy the weights in a checkpoint, of this version or an older one, into `model`;
+    names and shapes must agree exactly.
 
     Raises `ValueError` naming what does not.
     """

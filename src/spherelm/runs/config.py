@@ -50,8 +50,8 @@ class TrainConfig:
         task_data: Directory with local copies of the tasks' data; downloaded if left out.
         eval_limit: Score only this many documents of each task; all if left out.
         keep_every: Also keep the checkpoints at multiples of this many updates; 0: none.
-        strategy: How processes share a model. replicate: each holds all of it; shard: each holds a part; hybrid: each group
-            of processes shards one replica.
+        strategy: How processes share a model. replicate: each holds all of it; shard: each holds a part; hybrid: each
+            group of processes shards one replica.
         shard_size: Processes per group, for the strategy hybrid.
         recompute: Activation checkpointing: recompute blocks in the backward pass. Less memory, more time.
         timeout: Seconds that processes wait for each other before the run ends.
@@ -108,9 +108,9 @@ class TrainConfig:
 class RunConfig:
     """Everything that decides the outcome of a run: model, optimizer, schedule, length, data.
 
-    data: the path of a data directory, or `None` for the text that ships with spherelm. init_from: the run, checkpoint or
-    folder whose weights it begins with, `None` for weights that are drawn. base: where the recipe "nugpt" carried its
-    rates over from, `None` with any other; what it made of them stands in the other fields.
+    data: the path of a data directory, or `None` for the text that ships with spherelm. init_from: the run, checkpoint
+    or folder whose weights it begins with, `None` for weights that are drawn. base: where the recipe "nugpt" carried
+    its rates over from, `None` with any other; what it made of them stands in the other fields.
     """
 
     recipe: str
@@ -143,8 +143,8 @@ class RunConfig:
 def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     """Sequences of a micro-batch in each of `world_size` processes, and how many micro-batches an update takes.
 
-    At most `train.micro_batch_size` at once, fewer where that does not divide the part of one process. Raises `UserError`
-    where a batch cannot be shared so.
+    At most `train.micro_batch_size` at once, fewer where that does not divide the part of one process. Raises
+    `UserError` where a batch cannot be shared so.
     """
     local, rest = divmod(train.batch_size, world_size)
     if rest or not local:
@@ -228,7 +228,8 @@ def read_config(path: Path) -> RunConfig:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Everything in a run's `config.json`, or in such a file that was written by hand, of JSON or (.yaml, .yml) of YAML.
+    """Everything in a run's `config.json`, or in such a file that was written by hand,
+    of JSON or (.yaml, .yml) of YAML.
 
     Raises `UserError` naming the file if it cannot be read, holds no fields, or one twice.
     """

@@ -20,8 +20,8 @@ T = TypeVar("T")
 class Group:
     """The processes of a run, seen from one of them; as it is, the only one.
 
-    mesh: a `DeviceMesh` [replicas, parts] or [parts] for sharded strategies, else `None`. saving: the processes again, as
-    torch's `ProcessGroup` for writing checkpoints beside the training.
+    mesh: a `DeviceMesh` [replicas, parts] or [parts] for sharded strategies, else `None`. saving: the processes again,
+    as torch's `ProcessGroup` for writing checkpoints beside the training.
     """
 
     rank: int = 0

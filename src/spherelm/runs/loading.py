@@ -35,7 +35,9 @@ def run_directory(run: str | Path) -> Path:
 
 
 def no_run(path: Path) -> NotFoundError:
-    """The error for a path that is neither a run with a checkpoint nor a checkpoint: says what it is and what to give."""
+    """The error for a path that is neither a run with a checkpoint nor a checkpoint:
+    says what it is and what to give.
+    """
     if not path.exists():
         return NotFoundError(f"there is no directory {path}{beside(path)}: give the path of a run")
     outer = next((parent for parent in path.parents if latest_checkpoint(parent)), None)
@@ -73,8 +75,9 @@ def load_model(
 ) -> Decoder | tuple[Decoder, Tokenizer]:
     """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
 
-    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in float32 all the same. A
-    rounded unit vector stays as it is: a correction of its length would be rounded again (`departure` says how far it is off).
+    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in
+    float32 all the same. A rounded unit vector stays as it is: a correction of its length would be rounded again
+    (`departure` says how far it is off).
     with_tokenizer: return `(model, tokenizer)`; `generate` takes both to continue a text.
     Raises `NotFoundError` if there is none, `UserError` if it is damaged, or has no tokenizer where one is asked for.
     """

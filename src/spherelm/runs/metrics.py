@@ -14,7 +14,9 @@ MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb", "threads")
 
 
 def in_words(record: Mapping[str, Any]) -> str:
-    """A record of `metrics.jsonl` as a person reads it while the run works; where in the run it was made is left out."""
+    """A record of `metrics.jsonl` as a person reads it while the run works;
+    where in the run it was made is left out.
+    """
     if record["kind"] == "val":
         bits = f" ({record['bits_per_byte']:.3f} bits per byte)" if record.get("bits_per_byte") else ""
         return f"validation loss {record['loss']:.4f}{bits}"
@@ -27,7 +29,9 @@ def in_words(record: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every record of a `metrics.jsonl`; a last line that was cut off is left out, any other damage raises `ValueError`."""
+    """Every record of a `metrics.jsonl`; a last line that was cut off is left out,
+    any other damage raises `ValueError`.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, 1):

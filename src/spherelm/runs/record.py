@@ -133,7 +133,9 @@ def claimed(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "")
 
 
 def is_taken(out: Path, resume: bool) -> bool:
-    """Whether `out` holds something that may be resumed; raises `FileExistsError` for what may not, or if `resume` is False."""
+    """Whether `out` holds something that may be resumed;
+    raises `FileExistsError` for what may not, or if `resume` is False.
+    """
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is a file: choose another --out")
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
@@ -150,10 +152,10 @@ def is_taken(out: Path, resume: bool) -> bool:
 def claim_directory(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "") -> bool:
     """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
 
-    Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for, and
-    `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed then.
-    Where "data_identity" says what the text is, the text may lie elsewhere than it did. may_grow: the path of a number that may
-    be larger now, which is noted in `config.json`.
+    Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for,
+    and `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed
+    then. Where "data_identity" says what the text is, the text may lie elsewhere than it did. may_grow: the path of a
+    number that may be larger now, which is noted in `config.json`.
     """
     path = out / "config.json"
     if not is_taken(out, resume):
@@ -209,7 +211,9 @@ ABOUT = frozenset({"versions", "git_commit", "command", "data_identity", "import
 
 
 def refuse_strangers(path: Path, record: Mapping[str, Any]) -> None:
-    """Raise `UserError` for what stands in the file of a whole run and is neither configuration nor said about the run."""
+    """Raise `UserError` for what stands in the file of a whole run and is neither configuration nor
+    said about the run.
+    """
     known = {*(field.name for field in dataclasses.fields(Record)), *ABOUT}
     strange = sorted(record.keys() - known)
     if strange:
@@ -219,7 +223,9 @@ def refuse_strangers(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def recorded_dtype(out: Path) -> str:
-    """The number format that the run in the directory `out` computes in; "auto" where there is none or it does not say."""
+    """The number format that the run in the directory `out` computes in;
+    "auto" where there is none or it does not say.
+    """
     try:
         return str(json.loads((out / "config.json").read_text(encoding="utf-8"))["train"]["dtype"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -228,7 +234,8 @@ def recorded_dtype(out: Path) -> str:
 
 @contextmanager
 def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -> Iterator[Path | None]:
-    """Have `out` as the directory of this run as long as the context lasts, and give the checkpoint to resume from, if any.
+    """Have `out` as the directory of this run as long as the context lasts,
+    and give the checkpoint to resume from, if any.
 
     data: what identifies the text, stored under "data_identity". Raises as `claimed` does.
     """

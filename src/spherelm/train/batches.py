@@ -28,8 +28,8 @@ def validation_losses(
 ) -> dict[str, float]:
     """The mean loss on each source's validation windows, in nats per token, `batch_size` windows at a time.
 
-    The processes of `group` share the windows, and must all call. before_each: called before each batch, by all processes
-    equally often; what it raises breaks off.
+    The processes of `group` share the windows, and must all call. before_each: called before each batch, by all
+    processes equally often; what it raises breaks off.
     """
     group = group or Group()
     losses: dict[str, float] = {}
@@ -41,7 +41,9 @@ def validation_losses(
 
 
 def share(windows: Tensor, filling: int, group: Group) -> Tensor:
-    """This process's part of int64 `windows` [n, seq], as many for each process, with windows of `filling` where n runs out."""
+    """This process's part of int64 `windows` [n, seq], as many for each process,
+    with windows of `filling` where n runs out.
+    """
     each = -(-len(windows) // group.world_size)
     padded = F.pad(windows, (0, 0, 0, each * group.world_size - len(windows)), value=filling)
     return padded[group.rank :: group.world_size]
@@ -53,7 +55,9 @@ def total_loss(data: RunData, losses: dict[str, float]) -> float:
 
 
 def epochs(config: RunConfig, steps: int) -> dict[str, float]:
-    """How often `steps` updates of the run read each of its training texts, by name; empty where a text's end is not known."""
+    """How often `steps` updates of the run read each of its training texts, by name;
+    empty where a text's end is not known.
+    """
     data = parse_data(config.data)
     if isinstance(config.model.architecture, EncDecArch) != isinstance(data, Pairs):
         return {}

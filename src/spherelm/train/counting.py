@@ -1,8 +1,8 @@
 """Operations and memory of a training step, counted op by op on tensors that have shapes and no data.
 
-Torch runs the model's own code, forward and backward, on fake tensors: what comes out is counted and not a rule of thumb.
-Of blocks that are alike, one is counted; the read-out works in chunks that are alike, so a few are counted. That takes a
-second for a model of any size.
+Torch runs the model's own code, forward and backward, on fake tensors: what comes out is counted and not a rule of
+thumb. Of blocks that are alike, one is counted; the read-out works in chunks that are alike, so a few are counted. That
+takes a second for a model of any size.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ aten: Any = torch.ops.aten
 class Cost:
     """The cost of a part of the model per micro-batch.
 
-    flops: forward and backward, a multiplication and an addition each counted, of matrix products and attention; attention
-    is counted over all pairs of positions, and its scores once forward and not again backward, as in "6N + 12 L d T".
+    flops: forward and backward, a multiplication and an addition each counted, of matrix products and attention;
+    attention is counted over all pairs of positions, and its scores once forward and not again backward, as
+    in "6N + 12 L d T".
     saved: bytes that stay from the forward pass until the backward pass, the result among them. forward_peak,
     backward_peak: the most bytes beyond the weights, their gradients and the input that are held during each pass.
     """
@@ -105,7 +106,9 @@ UNCOUNTED = {
     torch.ops.spherelm.grouped_product: _grouped_forward,
     torch.ops.spherelm.grouped_product_backward: _grouped_backward,
 }
-"""Operations that torch does not count: attention except on CUDA (the CPU has the same algorithm and tensors), and ours."""
+"""Operations that torch does not count: attention except on CUDA (the CPU has the same algorithm and
+tensors), and ours.
+"""
 
 
 @contextmanager
@@ -119,7 +122,8 @@ def _cost(forward: Callable[[], Tensor], parameters: Iterator[nn.Parameter]) -> 
     """The cost of one pass of `forward` and back, with gradients to add to, as in all micro-batches but the first."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    # Counting operations takes some of them apart; entered last, the count of bytes sees them whole, as they are executed.
+    # Counting operations takes some of them apart; entered last, the count of bytes sees them whole, as they are
+    # executed.
     with counted_flops() as counter, LiveBytes() as memory:
         out = forward()
         saved, forward_peak = memory.live, memory.peak
@@ -141,7 +145,9 @@ def single_layers(config: Config) -> dict[Config, int]:
 
 
 def block_costs(config: Config, batch_size: int, seq_len: int, dtype: torch.dtype) -> list[tuple[int, Cost]]:
-    """How many blocks there are of each kind, and what one costs: `batch_size` sequences of `seq_len` tokens at once."""
+    """How many blocks there are of each kind, and what one costs:
+    `batch_size` sequences of `seq_len` tokens at once.
+    """
     return [(count, _block_cost(one, batch_size, seq_len, dtype)) for one, count in single_layers(config).items()]
 
 

@@ -27,8 +27,8 @@ from spherelm.train.precision import device_name
 class UpdateAngles:
     """The angles in radians by which an update turned the unit vectors of a model, mean and largest of each role.
 
-    Made before the step, it holds a copy of the unit weights until it is asked. Of sharded weights it measures the vectors
-    of this process, which are whole where the unit axis is not cut.
+    Made before the step, it holds a copy of the unit weights until it is asked. Of sharded weights it measures the
+    vectors of this process, which are whole where the unit axis is not cut.
     """
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ ALPHAS = {
 
 @torch.no_grad()
 def learned_scales(model: nn.Module) -> dict[str, Any]:
-    """Mean effective `|alpha|` of the layers that have each part, and the mean of `s_z`; empty for a model without them."""
+    """Mean effective `|alpha|` of the layers that have each part, and the mean of `s_z`; empty without them."""
     found: dict[str, Any] = {}
     for name, key in ALPHAS.items():
         scales = [sublayer.alpha for sublayer in layers_with(model, name).values() if hasattr(sublayer, "alpha")]
@@ -83,11 +83,12 @@ def learned_scales(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_by_layer(model: nn.Module) -> dict[str, list[float]]:
-    """How evenly each mixture's experts were picked for the last update, mixture by mixture; empty for a model without them.
+    """How evenly each mixture's experts were picked for the last update, mixture by mixture;
+    empty for a model without them.
 
-    load_max_by_layer: choices that fell on the busiest over the mean, 1 where all are alike. load_entropy_by_layer: entropy of
-    the load over its largest, 1 where all are alike, 0 where one has everything. bias_range_by_layer: the largest bias less
-    the smallest, in units of scores.
+    load_max_by_layer: choices that fell on the busiest over the mean, 1 where all are alike. load_entropy_by_layer:
+    entropy of the load over its largest, 1 where all are alike, 0 where one has everything. bias_range_by_layer: the
+    largest bias less the smallest, in units of scores.
     """
     found: dict[str, list[float]] = {}
     for _, router in routers(model):
@@ -129,10 +130,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
 @lru_cache
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best of three products of square matrices on `device`, of a size that takes 5 ms or more.
+    """Operations a second of the best of three products of square matrices on `device`,
+    of a size that takes 5 ms or more.
 
-    The peak that a run's `mfu` is a part of where the data sheet's is not known, until an update is faster. Measured once a
-    process, in about 30 ms. It draws no random numbers.
+    The peak that a run's `mfu` is a part of where the data sheet's is not known, until an update is faster. Measured
+    once a process, in about 30 ms. It draws no random numbers.
     """
     size, seconds = 128, 0.0
     while seconds < 5e-3 and size < 8192:
@@ -153,7 +155,9 @@ def _product_seconds(a: Tensor) -> float:
 
 
 DATA_SHEETS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0}
-"""Dense bfloat16 matrix products of GPUs by what their name contains, in 10^12 operations a second; the first that fits."""
+"""Dense bfloat16 matrix products of GPUs by what their name contains, in 10^12 operations a second;
+the first that fits.
+"""
 
 
 def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
@@ -165,9 +169,9 @@ def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
 class Speed:
     """Turns tokens a second into `mfu`: the part of a device's peak that the model's operations use, never above 1.
 
-    The peak is the data sheet's where the device is known, else the largest rate measured so far: of a matrix product at the
-    start, or of an update that was faster. Operations are those that a dry run counts. devices: how many the tokens are spread
-    over, each with the same peak.
+    The peak is the data sheet's where the device is known, else the largest rate measured so far: of a matrix product
+    at the start, or of an update that was faster. Operations are those that a dry run counts. devices: how many the
+    tokens are spread over, each with the same peak.
     """
 
     def __init__(self, model: Decoder, train: TrainConfig, device: torch.device, devices: int = 1) -> None:
@@ -189,13 +193,16 @@ class Speed:
 
 
 class Diagnosis:
-    """The effect of an update on a model, with its learned scales and rates; created before the update, read after it."""
+    """The effect of an update on a model, with its learned scales and rates;
+    created before the update, read after it.
+    """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer, self._angles = model, optimizer, UpdateAngles(model)
 
     def measure(self) -> dict[str, Any]:
-        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A`, `alpha_M` and the like by layer, `s_z`; what there is.
+        """`lr_by_role`, `angle_mean` and `angle_max` by role, `alpha_A`, `alpha_M` and the like by layer,
+        `s_z`; what there is.
 
         Of experts what `load_by_layer` says.
         """

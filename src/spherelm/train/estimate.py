@@ -1,8 +1,8 @@
 """Estimate of a run's parameters, memory per device, operations and time, for `spherelm train --dry-run`.
 
-Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs without
-torch.compile, which holds less). Assumed, and printed: the device's peak, the part of it that is reached, float32 weights,
-gradients and moments, and that sharding splits these evenly and holds two blocks whole at a time.
+Counted: parameters, operations, and the bytes that a micro-batch holds (`train/counting.py`, of the code as it runs
+without torch.compile, which holds less). Assumed, and printed: the device's peak, the part of it that is reached,
+float32 weights, gradients and moments, and that sharding splits these evenly and holds two blocks whole at a time.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ def estimate(
 ) -> dict[str, Any]:
     """Everything that a dry run says, as plain JSON values; the configuration is merged in.
 
-    mfu: the part of the peak that is reached. peak_tflops: of one device, in 10^12 operations a second. Time is that of the
-    model's operations alone, as "6N + 12 L d T" counts them. device_memory: bytes, by default that of the accelerator here,
-    else `DEVICE_MEMORY`. epochs: how often each text is read, by name. Raises `ValueError` for what cannot be shared by the
-    devices.
+    mfu: the part of the peak that is reached. peak_tflops: of one device, in 10^12 operations a second. Time is that of
+    the model's operations alone, as "6N + 12 L d T" counts them. device_memory: bytes, by default that of the
+    accelerator here, else `DEVICE_MEMORY`. epochs: how often each text is read, by name. Raises `ValueError` for what
+    cannot be shared by the devices.
     """
     layout = layout or Layout()
     if device_memory is None:
@@ -215,7 +215,9 @@ def estimate_table(found: dict[str, Any]) -> str:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory of a GPU, or of this machine (of this container, if that has less) for its processor, where known."""
+    """Bytes of memory of a GPU, or of this machine (of this container, if that has less) for its
+    processor, where known.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):

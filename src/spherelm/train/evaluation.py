@@ -65,7 +65,9 @@ def about(run: Path) -> dict[str, Any]:
 
 
 def load_decoder(run: Path) -> Decoder:
-    """The model of a run or a checkpoint on the best device. Raises as `load_model`, `ValueError` for what has an encoder."""
+    """The model of a run or a checkpoint on the best device.
+    Raises as `load_model`, `ValueError` for what has an encoder.
+    """
     model = load_model(run).to(best_device())
     if isinstance(model, EncoderDecoder):
         raise UserError(
@@ -77,7 +79,9 @@ def load_decoder(run: Path) -> Decoder:
 
 
 def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progress: bool = True) -> dict[str, Any]:
-    """The result of `evaluate_tasks` for a run directory or one of its checkpoints. Raises as that and `load_model` do."""
+    """The result of `evaluate_tasks` for a run directory or one of its checkpoints.
+    Raises as that and `load_model` do.
+    """
     check_harness()  # first, since it imports with less noise than the tokenizer would
     from spherelm.interop.huggingface import to_hf
 
@@ -105,8 +109,9 @@ def translation_of_run(
 ) -> dict[str, Any]:
     """The result of `translation_scores` for what a run writes, by beam search, for every line of `source`.
 
-    references: files of as many lines. written: a file to be made, of the texts written, one a line. Each may be as long as the
-    model allows. Raises as `continuations` and `translation_scores` do, the latter before anything is written.
+    references: files of as many lines. written: a file to be made, of the texts written, one a line. Each may be as
+    long as the model allows. Raises as `continuations` and `translation_scores` do, the latter before
+    anything is written.
     """
     if written is not None:
         check_new_file(written, "--write")
@@ -131,8 +136,9 @@ def clean(text: str) -> str:
 def task_scorer(train: TrainConfig, tokenizer: Tokenizer) -> Callable[[Decoder], dict[str, Any]] | None:
     """A function that scores a model in training on the tasks of `train`, as one record's values; `None` without tasks.
 
-    Whatever would fail later fails now: the harness, the tokenizer and the tasks' data are tried. A record has `tasks` with
-    each task's metrics and their errors (`acc`, `acc_stderr`, ...), and `average` where the paper's five are among them.
+    Whatever would fail later fails now: the harness, the tokenizer and the tasks' data are tried. A record has `tasks`
+    with each task's metrics and their errors (`acc`, `acc_stderr`, ...), and `average` where the paper's
+    five are among them.
     """
     names = split_names(train.eval_tasks)
     if not names:

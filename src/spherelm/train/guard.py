@@ -16,7 +16,9 @@ TRUSTED = 20
 
 
 WORSE = 0.1
-"""Nats that a run may end above an untrained model: validation text is short, and a run of a few updates moves little."""
+"""Nats that a run may end above an untrained model:
+validation text is short, and a run of a few updates moves little.
+"""
 
 
 class Diverged(RuntimeError):
@@ -24,13 +26,17 @@ class Diverged(RuntimeError):
 
 
 def untrained_loss(vocab_size: int, start: float | None) -> float:
-    """The loss of an untrained model, nats per token: at the start of the run where it is known, at least an even guess's."""
+    """The loss of an untrained model, nats per token:
+    at the start of the run where it is known, at least an even guess's.
+    """
     return max(math.log(vocab_size), start or 0.0)
 
 
 @dataclass
 class Guard:
-    """Judges updates before they are made. skipped, norm: how many were left out, and the average norm; saved with the run."""
+    """Judges updates before they are made. skipped, norm: how many were left out, and the average norm;
+    saved with the run.
+    """
 
     train: TrainConfig
     skipped: int = 0

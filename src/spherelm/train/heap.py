@@ -13,7 +13,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for itself, until it ends. With another C library than glibc nothing happens."""
+    """Let this process keep what it frees, for itself, until it ends.
+    With another C library than glibc nothing happens.
+    """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the top of the heap back

@@ -17,7 +17,8 @@ from spherelm.train.sinks import Sink, numbers
 class MetricsLog:
     """Appends to a run's `metrics.jsonl`, each line whole.
 
-    Opening it for a run that continues at `step` drops what lies beyond (updates that will be made again) and any torn line.
+    Opening it for a run that continues at `step` drops what lies beyond (updates that will be made again)
+    and any torn line.
     sinks: get every record once, after it is in the file; also those that are dropped from the file on resume.
     present: the records of that step by kind.
     """

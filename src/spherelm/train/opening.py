@@ -30,7 +30,8 @@ FEWER = "use fewer --workers, or smaller models"
 def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int, step: int, peak: str) -> list[str]:
     """The lines that tell of the run of `config` in the directory `out`, warnings last.
 
-    choice: how the number format was chosen. tokens: an update sees. step: where the run resumes. peak: what MFU is a part of.
+    choice: how the number format was chosen. tokens: an update sees. step: where the run resumes. peak: what
+    MFU is a part of.
     """
     train, read = config.train, epochs(config, config.train.steps)
     layout = Layout(group.world_size, train.strategy, train.shard_size, train.recompute)
@@ -84,7 +85,9 @@ def gibibytes(count: int) -> str:
 def room(
     config: RunConfig, layout: Layout, device: torch.device, sharing: int, advice: str = NO_ROOM
 ) -> tuple[str, list[str]]:
-    """How much memory `sharing` processes such as those of a run need of what `device` has, and a warning if that is less."""
+    """How much memory `sharing` processes such as those of a run need of what `device` has,
+    and a warning if that is less.
+    """
     needed, there = sharing * memory_per_device(config, layout)["total"], memory_of(device)
     if there is None:
         return f"memory: about {gibibytes(needed)}", []

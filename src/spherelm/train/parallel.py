@@ -144,8 +144,9 @@ def silent_among(ranks: Iterable[int], store: Any, prefix: str = "") -> set[int]
 def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
     """Meet the other processes that torchrun started, for as long as the context lasts; alone without torchrun.
 
-    device: the kind to compute on; each process of a machine takes the one of its number. Leave nothing of the model alive
-    in the caller: parts must be gone before the processes part, or some of them abort when all work is done.
+    device: the kind to compute on; each process of a machine takes the one of its number. Leave nothing
+    of the model alive in the caller: parts must be gone before the processes part, or some of them abort when all work
+    is done.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -172,9 +173,9 @@ def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
 def leave(say: Callable[[], object], code: int) -> NoReturn:
     """End one of several processes, all of which end for one reason: the first calls `say`, the others keep silent.
 
-    They wait a while for one another, so that torchrun, which ends all when one has ended, does not cut off the first; one
-    whose first rank never comes here calls `say` itself. The groups of processes are not taken apart: that aborts now and
-    then (SIGABRT) when an exception is under way.
+    They wait a while for one another, so that torchrun, which ends all when one has ended, does not cut off the first;
+    one whose first rank never comes here calls `say` itself. The groups of processes are not taken apart: that aborts
+    now and then (SIGABRT) when an exception is under way.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
@@ -219,10 +220,11 @@ Loss = Callable[..., Tensor]
 class Spread:
     """A model over its group.
 
-    loss: what to differentiate. device: where it wants its tokens. last: a context in which gradients are summed over the
-    processes or, for all micro-batches of an update but the last, are not. rest: lets go of weights that were gathered for a
-    forward pass without a backward pass, after which `model.parameters()` are this process's own again. whole: a context in
-    which a batch is computed in so many parts by this process, given what passes all of them through the model.
+    loss: what to differentiate. device: where it wants its tokens. last: a context in which gradients are summed over
+    the processes or, for all micro-batches of an update but the last, are not. rest: lets go of weights that were
+    gathered for a forward pass without a backward pass, after which `model.parameters()` are this process's own again.
+    whole: a context in which a batch is computed in so many parts by this process, given what passes all of them
+    through the model.
     """
 
     loss: Loss
@@ -233,10 +235,11 @@ class Spread:
 
 
 def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
-    """Lay `model`, the same on every process, over `group`; recompute: blocks keep only their input for the backward pass.
+    """Lay `model`, the same on every process, over `group`; recompute:
+    blocks keep only their input for the backward pass.
 
-    The order is recomputation, then compilation (the caller's, of blocks), then distribution, each around the one before.
-    Weights are cut between unit vectors, so that their lengths need no communication; see `cut`.
+    The order is recomputation, then compilation (the caller's, of blocks), then distribution, each around the one
+    before. Weights are cut between unit vectors, so that their lengths need no communication; see `cut`.
     """
     if recompute:
         model.runtime.run = recompute_block
@@ -257,8 +260,8 @@ def _spread(model: Decoder, group: Group) -> Spread:
     if group.mesh is None:
         devices = None if group.device.type == "cpu" else [group.device]
         loss = _Loss(model)
-        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them. The argument
-        # that says so has one name before torch 2.13 and another after.
+        # Buffers are what each process counts by itself, or the same everywhere because all do the same to them. The
+        # argument that says so has one name before torch 2.13 and another after.
         own = [name for name, _ in loss.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, own)
         copied = DistributedDataParallel(loss, device_ids=devices)
@@ -301,7 +304,9 @@ def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[Any], Ab
 
 
 def recompute_block(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
-    """Call a block that keeps only its arguments, and is called again in the backward pass, where nothing is counted."""
+    """Call a block that keeps only its arguments, and is called again in the backward pass,
+    where nothing is counted.
+    """
     contexts = partial(_first_and_second, block)
     after: Tensor = recomputed(block, h, around, use_reentrant=False, context_fn=contexts)
     return after

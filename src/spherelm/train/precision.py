@@ -20,7 +20,8 @@ from spherelm.train.rehearsal import known_dtype, matrices
 def resolve_dtype(name: str, model: nn.Module, rows: int) -> torch.dtype:
     """The dtype of the computation that "auto", "float32" or "bfloat16" means for `model` on `rows` tokens at once.
 
-    "auto" is, on a processor, in which the products of the model are faster; on a GPU bfloat16 where it has that in hardware.
+    "auto" is, on a processor, in which the products of the model are faster; on a GPU bfloat16 where it has
+    that in hardware.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -75,8 +76,9 @@ def device_name(device: torch.device) -> str:
 def leave_state_spaces_uncompiled(model: nn.Module) -> None:
     """Keep what a Mamba mixer does between its matrices out of compilation on a processor.
 
-    What Inductor (torch 2.13, with g++ 12 and AVX512) writes for it computes garbage in 16 bits, where a kernel reads two tiles
-    across their layout, and has been seen to write beyond its buffers. The mixer's matrices, norms and steps are compiled.
+    What Inductor (torch 2.13, with g++ 12 and AVX512) writes for it computes garbage in 16 bits, where a kernel reads
+    two tiles across their layout, and has been seen to write beyond its buffers. The mixer's matrices, norms and
+    steps are compiled.
     """
     for module in model.modules():
         if isinstance(module, StateSpace) and module.A_log.device.type == "cpu":
@@ -84,10 +86,11 @@ def leave_state_spaces_uncompiled(model: nn.Module) -> None:
 
 
 def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
-    """Compile each block of `model` in place, and its read-out: blocks share one compilation, a fraction of the whole's time.
+    """Compile each block of `model` in place, and its read-out:
+    blocks share one compilation, a fraction of the whole's time.
 
-    trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the process
-    continues without compilation.
+    trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the
+    process continues without compilation.
     """
     try:
         leave_state_spaces_uncompiled(model)

@@ -1,6 +1,7 @@
 """A short trial of a run's matrix products, to find which number format is faster on this machine.
 
-A processor's flags say what it can do and nothing about how fast: with AVX512-BF16 and without AMX float32 is twice as fast.
+A processor's flags say what it can do and nothing about how fast: with AVX512-BF16 and without AMX float32
+is twice as fast.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ LARGEST = 3e8
 """Floating point operations of a product; of a larger one fewer rows are taken."""
 
 DECIDED = 4.0
-"""Where one format is so many times slower, the larger products are not tried: emulated, they take a hundred times as long."""
+"""Where one format is so many times slower, the larger products are not tried:
+emulated, they take a hundred times as long.
+"""
 
 WORTH_ROUNDING = 0.9
 """In what part of float32's time bfloat16 has to do the products, to be taken."""
@@ -30,7 +33,9 @@ Shapes = Counter[tuple[int, int]]
 
 
 def matrices(model: nn.Module) -> Shapes:
-    """Those that the tokens of a step are multiplied by, each once even if modules share it; embeddings only look rows up."""
+    """Those that the tokens of a step are multiplied by, each once even if modules share it;
+    embeddings only look rows up.
+    """
     weights: dict[int, Tensor] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -78,7 +83,9 @@ def faster_dtype(shapes: Shapes, rows: int, repeats: int = 3) -> torch.dtype:
 
 
 def known_dtype(shapes: Shapes, rows: int) -> torch.dtype:
-    """As `faster_dtype`, measured once a machine, version of torch and set of shapes: kept in the user's cache directory."""
+    """As `faster_dtype`, measured once a machine, version of torch and set of shapes:
+    kept in the user's cache directory.
+    """
     key = hashlib.sha256(repr((processor(), torch.__version__, rows, sorted(shapes.items()))).encode()).hexdigest()[:16]
     path = cache_directory() / "dtypes.json"
     try:

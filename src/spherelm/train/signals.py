@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Ctrl-C, what a scheduler sends before it kills, what Slurm is asked to send when time is nearly up, a lost connection."""
+"""Ctrl-C, what a scheduler sends before it kills, what Slurm is asked to send when time is nearly up,
+a lost connection.
+"""
 
 
 class Interrupted(RuntimeError):
@@ -25,7 +27,9 @@ class Interrupted(RuntimeError):
 
 
 class Stop(BaseException):
-    """Leave what is under way, because of the signal `number`. No `Exception`, since what is under way may catch those."""
+    """Leave what is under way, because of the signal `number`.
+    No `Exception`, since what is under way may catch those.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -34,7 +38,9 @@ class Stop(BaseException):
 
 @dataclass
 class Noted:
-    """The signals that came, in their order. raises: whether the next one raises `Stop` wherever the program then is."""
+    """The signals that came, in their order.
+    raises: whether the next one raises `Stop` wherever the program then is.
+    """
 
     numbers: list[int] = field(default_factory=list)
     raises: bool = False
@@ -58,9 +64,9 @@ class Noted:
 def signals_noted() -> Iterator[Noted]:
     """Note the `NOTED` signals instead of dying of them; a second SIGINT is let through.
 
-    One that is ignored stays so: SIGINT and SIGHUP are in the workers of a sweep, whose parent tells them by SIGTERM, SIGINT in
-    what a script puts into the background, SIGHUP under nohup. Outside of the main thread, where Python allows no handlers,
-    none is noted.
+    One that is ignored stays so: SIGINT and SIGHUP are in the workers of a sweep, whose parent tells them by SIGTERM,
+    SIGINT in what a script puts into the background, SIGHUP under nohup. Outside of the main thread, where Python
+    allows no handlers, none is noted.
     """
     noted = Noted()
     if threading.current_thread() is not threading.main_thread():

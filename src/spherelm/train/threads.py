@@ -1,7 +1,8 @@
 """How many processor threads a run computes with: as many as are fastest beside whatever else the machine does.
 
-The threads of OpenMP wait for one another after every operation, spinning. Where another program takes a core, the one that
-waits for that core holds up all others, and a step on two threads takes several times as long as on one (docs/performance.md).
+The threads of OpenMP wait for one another after every operation, spinning. Where another program takes a core, the one
+that waits for that core holds up all others, and a step on two threads takes several times as long as on one
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ GAIN = 0.95
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with `count` processor threads in this process, for a while; what changes the number meanwhile is undone too."""
+    """Compute with `count` processor threads in this process, for a while;
+    what changes the number meanwhile is undone too.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -94,8 +97,8 @@ def idle_seconds() -> float | None:
 class Threads:
     """Sets the number of threads of this process, now and again while steps are made.
 
-    limit: the most there may be. rehearse: as for `fastest`. Looks again where a step is slow, and where less than the limit is
-    used and a core has had nothing to do; not so often that it takes more than `PART` of the time.
+    limit: the most there may be. rehearse: as for `fastest`. Looks again where a step is slow, and where less than the
+    limit is used and a core has had nothing to do; not so often that it takes more than `PART` of the time.
     """
 
     def __init__(self, limit: int, rehearse: Callable[[], float]) -> None:
@@ -116,7 +119,9 @@ class Threads:
         self._idle, self._since = idle_seconds(), now
 
     def after(self, seconds: float) -> str | None:
-        """To be called after a step that took so many seconds; says why, and what, where the number of threads changed."""
+        """To be called after a step that took so many seconds;
+        says why, and what, where the number of threads changed.
+        """
         before, median = self.count, statistics.median(self._seconds) if self._seconds else seconds
         self._seconds.append(seconds)
         if self.limit == 1 or time.perf_counter() < self._quiet_until:
@@ -141,6 +146,8 @@ class Threads:
 
 
 def threads_for(model: Decoder, rows: int) -> Threads | None:
-    """The tuner of the number of threads for `model` on `rows` tokens at once, at most the present number; `None` for 1."""
+    """The tuner of the number of threads for `model` on `rows` tokens at once,
+    at most the present number; `None` for 1.
+    """
     limit, dtype = torch.get_num_threads(), model.runtime.compute_dtype or torch.float32
     return None if limit == 1 else Threads(limit, Rehearsal(matrices(model), rows, dtype))

@@ -1,6 +1,7 @@
 """The training loop. It does not know which arm it trains: what makes nGPT nGPT hangs on the optimizer.
 
-Nor does it know how many processes train: `parallel.Group` and `parallel.Spread` do, and of one process they make nothing.
+Nor does it know how many processes train: `parallel.Group` and `parallel.Spread` do, and of one process
+they make nothing.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Trainer:
             )
 
     def _with_dtype(self, model: Decoder, resume: bool) -> RunConfig:
-        """The configuration with a format in place of "auto": that of the run which is resumed, or the faster one here."""
+        """The configuration with a format in place of "auto": the resumed run's, or the faster one here."""
         train, before = self.config.train, recorded_dtype(self.out) if resume else "auto"
         dtype = before if train.dtype == "auto" else train.dtype
         self._choice = "the faster one here" if dtype == "auto" else "as before" if dtype == before else "as asked for"
@@ -139,8 +140,8 @@ class Trainer:
     def run(self, show_progress: bool = True) -> float:
         """Train to the last step and return the final validation loss in nats per token.
 
-        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on one of the signals `NOTED`, `RankLost`
-        naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
+        Raises `Diverged` naming the step and the cause, `Interrupted` after saving on one of the signals `NOTED`,
+        `RankLost` naming the processes that do not answer, `OSError` if a checkpoint cannot be written.
         """
         with threads(self.config.train.threads or torch.get_num_threads()):
             return self._run_on_threads(show_progress and self.group.is_first)
@@ -199,7 +200,7 @@ class Trainer:
         return by_clock and self._now - self._saved_at >= 60 * train.save_minutes
 
     def _measure(self, present: Mapping[str, Mapping[str, Any]]) -> float:
-        """Validate and score tasks where that is due and not `present` in the log; returns the validation loss, or NaN."""
+        """Validate and score tasks where due and not `present` in the log; returns the validation loss, or NaN."""
         step, train = self.progress.step, self.config.train
         loss: float = present["val"]["loss"] if "val" in present else math.nan
         if "val" not in present and (step == 0 or self._is_due(train.eval_every)):
@@ -319,7 +320,7 @@ class Trainer:
         return loss
 
     def _score_tasks(self) -> None:
-        """Score the tasks, of a run of one process; a signal breaks that off wherever it is, and nothing is half done."""
+        """Score the tasks, of a run of one process; a signal breaks that off, and nothing is half done."""
         if self.score_tasks is not None:
             with self._noted.at_once():
                 scores = self.score_tasks(self.model)
@@ -334,14 +335,14 @@ class Trainer:
 
 
 def prepare(config: RunConfig, group: Group) -> tuple[RunData, Callable[[Decoder], dict[str, Any]] | None]:
-    """The text of a run, and what scores its model on tasks, if any; `ValueError` for these and for sinks that cannot be."""
+    """The text of a run, and what scores its model on tasks, if any; `ValueError` where one cannot be had."""
     check_names(config.train.log_to)
     data = open_data(config, group.rank, group.world_size)
     return data, task_scorer(config.train, data.tokenizer)
 
 
 def check_runs(configs: Sequence[RunConfig]) -> None:
-    """Raise what the first of these runs that cannot begin would raise; nothing is written and no model takes memory."""
+    """Raise what the first run that cannot begin would raise; nothing is written, no model takes memory."""
     texts = {
         str((c.model.architecture, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1))): c for c in configs
     }
@@ -360,8 +361,8 @@ def gradients_of_batch(
 ) -> float:
     """Add the gradients of batch number `step` to the parameters, in micro-batches, and return its mean loss in nats.
 
-    Of several processes each reads its own part of the batch; the gradients are the mean over all, the loss is its own, times
-    the weight that makes the mean over processes one over targets.
+    Of several processes each reads its own part of the batch; the gradients are the mean over all, the loss is its own,
+    times the weight that makes the mean over processes one over targets.
     end_token: where given, attention does not cross from one document into another, each ended by this token.
     """
     tokens, targets = loader.batch(step)
@@ -384,7 +385,7 @@ def gradients_of_batch(
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
-    """Train the run that `config` describes, in the directory `out`; returns the final validation loss in nats per token.
+    """Train the run that `config` describes, in the directory `out`; returns the last validation loss in nats.
 
     Under torchrun all its processes do it together, and a restart by torchrun resumes from the last checkpoint.
     """

@@ -1,4 +1,6 @@
-"""At home in Hugging Face transformers: `to_hf`, and the Auto classes once this is imported (see docs/huggingface.md)."""
+"""At home in Hugging Face transformers: `to_hf`, and the Auto classes once this is imported (see
+docs/huggingface.md).
+"""
 
 from __future__ import annotations
 

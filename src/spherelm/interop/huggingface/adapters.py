@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, by `peft`) for weights that live on the sphere.
 
-The sum of a unit matrix and a low-rank one is not unit. Here the adapted weight is `Norm(W + (lora_alpha / r) B A)`, the
-nearest point of the sphere, in training as after merging: DoRA (arXiv 2402.09353) with every magnitude fixed at 1, along the
-axis that the weight declares. What B A adds along a vector has no effect; what turns it has.
+The sum of a unit matrix and a low-rank one is not unit. Here the adapted weight is `Norm(W + (lora_alpha / r) B A)`,
+the nearest point of the sphere, in training as after merging: DoRA (arXiv 2402.09353) with every magnitude fixed at 1,
+along the axis that the weight declares. What B A adds along a vector has no effect; what turns it has.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class UnitLora(LoraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapted weight in the place of W; all active adapters together, since their sum is what is normalized."""
+        """Put the adapted weight in the place of W; all active adapters together,
+        since their sum is what is normalized.
+        """
         if adapter_names is not None and set(adapter_names) != set(self.active_adapters):
             raise UserError(f"set_adapter({adapter_names}) first: only the active adapters can be merged")
         if self.merged:
@@ -91,9 +93,10 @@ class UnitLora(LoraLinear):
 def on_sphere(config: LoraConfig) -> LoraConfig:
     """`config`, changed to keep adapted weights on the sphere: `get_peft_model(model, on_sphere(LoraConfig(...)))`.
 
-    Needed for loading too: `PeftModel.from_pretrained(model, folder, config=on_sphere(LoraConfig.from_pretrained(folder)))`.
-    Weights without a unit axis (those of GPT) are adapted as always. What version 0.1.0 saved is read too. Raises `ValueError`
-    for options that do not fit.
+    Needed for loading too:
+    `PeftModel.from_pretrained(model, folder, config=on_sphere(LoraConfig.from_pretrained(folder)))`. Weights without a
+    unit axis (those of GPT) are adapted as always. What version 0.1.0 saved is read too. Raises `ValueError` for
+    options that do not fit.
     """
     if not isinstance(config, LoraConfig):
         raise UserError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")

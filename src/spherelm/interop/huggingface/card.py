@@ -57,8 +57,10 @@ PURPOSES = {"decoder": WRITES_ON, "encdec": READS_AND_WRITES}
 class Facts:
     """The facts that a card states.
 
-    config: the run's config.json. validation: the last record of kind "val" up to `step`. tasks: scores by task and metric.
-    datasets: names on the hub of what the text is. license: of the weights, as the hub names it. address: loads the model.
+    config: the run's config.json. validation: the last record of kind "val" up to `step`. tasks: scores
+    by task and metric.
+    datasets: names on the hub of what the text is. license: of the weights, as the hub names it.
+    address: loads the model.
     """
 
     name: str

@@ -19,8 +19,8 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
     """The config that rides along with a model, made of ours and turned into ours: `arm`, the fields of `ModelConfig`.
 
     architecture: the fields of a `DecoderArch`; start: those of the arm's own config. What transformers calls otherwise
-    (hidden_size, num_hidden_layers, ...) is understood too, and so is what version 0.1.0 wrote. Raises `ValueError`, as our
-    configs do, for sizes that make no model.
+    (hidden_size, num_hidden_layers, ...) is understood too, and so is what version 0.1.0 wrote. Raises `ValueError`, as
+    our configs do, for sizes that make no model.
     """
 
     attribute_map: ClassVar[dict[str, str]] = {
@@ -40,7 +40,9 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
         self.start = {name: value for name, value in plain.items() if name not in SHAPE}
 
     def _read_older(self, old: dict[str, Any]) -> None:
-        """Take what version 0.1.0 wrote, which was the fields of every arm and architecture: those of others are ignored."""
+        """Take what version 0.1.0 wrote, which was the fields of every arm and architecture:
+        those of others are ignored.
+        """
         read = older.fields_today(self.arm, old)
         architecture, self.arm = read.pop("architecture", {"kind": self.kinds[0]}), older.arm_today(self.arm)
         self.architecture = _known(ARCHITECTURES.get(architecture["kind"]), architecture)
@@ -63,7 +65,9 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
         return cls(arm=config.arm, architecture=plain.pop("architecture"), start=plain, **shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers has it, with the heads by its names too: peft, which sizes its prompts by them, looks here only."""
+        """As transformers has it, with the heads by its names too:
+        peft, which sizes its prompts by them, looks here only.
+        """
         described: dict[str, Any] = super().to_dict()
         return described | {name: getattr(self, name) for name in HEADS}
 
@@ -74,9 +78,11 @@ class SphereLMConfig(configuration_spherelm.SphereLMConfig):
         return super().from_dict({k: v for k, v in config_dict.items() if k not in said_twice}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The fields that `save_pretrained` writes: all that the saved model needs, so that no later default changes it.
+        """The fields that `save_pretrained` writes: all that the saved model needs,
+        so that no later default changes it.
 
-        Where this is not code that rode along with a model, the pointer to such code is left out: the code is not saved either.
+        Where this is not code that rode along with a model, the pointer to such code is left out: the code is
+        not saved either.
         """
         described: dict[str, Any] = {k: v for k, v in super().to_diff_dict().items() if k not in HEADS}
         if self._auto_class is None:

@@ -1,6 +1,7 @@
 """A model for servers: learned scales and gains are inside its matrices, whose names and products vLLM understands.
 
-It is a model of the code that rides along (`standalone`), folded as `generation.folding` folds ours, with matrices apart.
+It is a model of the code that rides along (`standalone`), folded as `generation.folding` folds ours,
+with matrices apart.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ RENAMED = {f"part.{x}_norm.weight": f"part.norm_{x}.weight" for x in "qk"}
 
 
 def fold_residual(sublayer: Any) -> dict[str, Tensor]:
-    """The weights of a GPT's sublayer: the gains of its norm go into columns of the matrices that read the hidden state."""
+    """The weights of a GPT's sublayer: the gains of its norm go into columns of the matrices
+    that read the hidden state.
+    """
     state = {name: tensor.clone() for name, tensor in sublayer.state_dict().items()}
     gain = state.pop("norm.weight")
     for name, tensor in state.items():

@@ -72,7 +72,9 @@ def generation_config(config: Any) -> GenerationConfig:
 
 
 def read_folder(folder: Path) -> Decoder:
-    """The model in `folder`, in float32. Raises `UserError` for a folder that `spherelm export` did not write, or folded."""
+    """The model in `folder`, in float32. Raises `UserError` for a folder
+    that `spherelm export` did not write, or folded.
+    """
     path = folder / "config.json"
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.exists() else None
     found = next((wrapper for config_class, wrapper in WRAPPERS if config_class.model_type == kind), None)

@@ -16,11 +16,15 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """Of the HTTP library that huggingface_hub uses, which changes: also where the hub is out of reach."""
 
 Result = tuple[dict[str, Any], str, float]
-"""Where a score comes from (`dataset_type`, `dataset_name`, `dataset_split` of an `EvalResult`), the metric, the score."""
+"""Where a score comes from (`dataset_type`, `dataset_name`, `dataset_split` of an `EvalResult`),
+the metric, the score.
+"""
 
 
 def front_matter(name: str, task: str, results: list[Result], **fields: Any) -> str:
-    """The metadata between the lines `---` of a card. results: go into its model index; fields: as `ModelCardData` has them."""
+    """The metadata between the lines `---` of a card.
+    results: go into its model index; fields: as `ModelCardData` has them.
+    """
     scores = [
         EvalResult(task_type=task, metric_type=metric, metric_value=value, **source)
         for source, metric, value in results

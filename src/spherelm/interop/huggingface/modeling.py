@@ -100,7 +100,8 @@ class LayerView(LayerCache):
 class CacheView(KVCache):
     """A cache of transformers (dynamic, static, quantized, ...; of hybrids dynamic), with the methods of ours.
 
-    Keys enter it rotated and, in nGPT, normalized; queries alone carry `s_qk`. pattern: the model's layers, a letter each.
+    Keys enter it rotated and, in nGPT, normalized; queries alone carry `s_qk`. pattern: the model's
+    layers, a letter each.
     """
 
     def __init__(self, cache: Cache, pattern: str) -> None:
@@ -114,7 +115,8 @@ class CacheView(KVCache):
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise `ValueError` if a wrapper (of `peft`) adds to a weight without keeping it on the sphere, or to the read-out.
+    """Raise `ValueError` if a wrapper (of `peft`) adds to a weight without keeping it on the sphere,
+    or to the read-out.
 
     The sum of a unit matrix and a low-rank one is not unit, and the read-out takes its matrix, not the module's result.
     """
@@ -171,7 +173,9 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         kept.add(self)
 
     def _check(self) -> None:
-        """Raise `ValueError` for adapters that do not fit; in training also, now and then, for weights off the sphere."""
+        """Raise `ValueError` for adapters that do not fit;
+        in training also, now and then, for weights off the sphere.
+        """
         if "peft_config" in self.__dict__:
             check_adapters(self)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -240,7 +244,9 @@ class SphereModel(PreTrainedModel, GenerationMixin):
     def _positions(
         self, h: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        """Positions [batch or 1, seq] of the tokens in `h`: as given, else counted from the first token that is no padding."""
+        """Positions [batch or 1, seq] of the tokens in `h`:
+        as given, else counted from the first token that is no padding.
+        """
         if position_ids is not None:
             return position_ids
         past, seq = 0 if cache is None else int(cache.get_seq_length()), h.shape[1]
@@ -270,7 +276,9 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         return wanted
 
     def _run_recording(self, states: list[Tensor]) -> Callable[..., Tensor]:
-        """The function that calls a block: notes its input in `states`; recomputes it in the backward pass if enabled."""
+        """The function that calls a block: notes its input in `states`;
+        recomputes it in the backward pass if enabled.
+        """
 
         def run(block: nn.Module, h: Tensor, around: Surroundings) -> Tensor:
             states.append(h)
@@ -284,7 +292,8 @@ class SphereModel(PreTrainedModel, GenerationMixin):
 class SphereLMForCausalLM(SphereModel):
     """A `GPT` or an `NGPT`, of any pattern of layers, as transformers has causal language models.
 
-    The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted here, -100 ignored.
+    The result's logits are [batch, seq, vocab]; `labels` [batch, seq] are the tokens themselves, shifted
+    here, -100 ignored.
     """
 
     config_class = SphereLMConfig
@@ -307,10 +316,12 @@ class SphereLMForCausalLM(SphereModel):
     ) -> CausalLMOutputWithPast:
         """Arguments and result as those of transformers' own causal language models.
 
-        cache: also by its older name `past_key_values`; the result has it by the name that the installed transformers uses.
+        cache: also by its older name `past_key_values`; the result has it by the name that the installed
+        transformers uses.
 
-        attention_mask: 1 for tokens, 0 for padding on either side, [batch, past + seq]; or ready to use, [batch, 1, seq, past +
-        seq]. inputs_embeds: [batch, seq, d_model], taken as they are (rows of an nGPT's embedding are unit).
+        attention_mask: 1 for tokens, 0 for padding on either side, [batch, past + seq]; or ready to use, [batch, 1,
+        seq, past + seq]. inputs_embeds: [batch, seq, d_model], taken as they are (rows of an nGPT's
+        embedding are unit).
         """
         self._check()
         h = self._embedded(input_ids, inputs_embeds)

@@ -1,7 +1,8 @@
-"""Models in transformers stay on the sphere by themselves, whoever trains them: its Trainer makes an optimizer of its own.
+"""Models in transformers stay on the sphere by themselves, whoever trains them:
+its Trainer makes an optimizer of its own.
 
-After a step of any torch optimizer, the weights that it moves are retracted, as by `attach_retraction`, of models that are
-`kept`. What moves weights in another way (in the backward pass, through copies) is found by `check_departure`.
+After a step of any torch optimizer, the weights that it moves are retracted, as by `attach_retraction`, of models that
+are `kept`. What moves weights in another way (in the backward pass, through copies) is found by `check_departure`.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ class SourceReader(nn.Module):
 class SphereSeq2SeqLM(SphereModel):
     """An `EncoderDecoder` of either arm, as transformers has sequence-to-sequence models.
 
-    `labels` [batch, target] are the target's tokens with their end, -100 ignored; without `decoder_input_ids` they are moved
-    right by one after `decoder_start_token_id`, as `DataCollatorForSeq2Seq` does it too.
+    `labels` [batch, target] are the target's tokens with their end, -100 ignored; without `decoder_input_ids` they are
+    moved right by one after `decoder_start_token_id`, as `DataCollatorForSeq2Seq` does it too.
     """
 
     config_class = SphereSeq2SeqConfig
@@ -146,8 +146,8 @@ class SphereSeq2SeqLM(SphereModel):
     ) -> Seq2SeqLMOutput:
         """Arguments and result as those of transformers' own sequence-to-sequence models.
 
-        attention_mask: of the source, 1 for tokens, 0 for padding on either side. encoder_outputs: what `encode` returned for
-        the same mask. cache: an `EncoderDecoderCache`, also by its older name `past_key_values`.
+        attention_mask: of the source, 1 for tokens, 0 for padding on either side. encoder_outputs: what
+        `encode` returned for the same mask. cache: an `EncoderDecoderCache`, also by its older name `past_key_values`.
         """
         self._check()
         if encoder_outputs is None:

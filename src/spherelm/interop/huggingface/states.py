@@ -1,4 +1,6 @@
-"""Layers of a cache of transformers that hold no keys and values: states of Mamba-2 mixers, and how far the rest has read."""
+"""Layers of a cache of transformers that hold no keys and values:
+states of Mamba-2 mixers, and how far the rest has read.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from spherelm.layers.cache import LayerCache, Pair, StateCache
 
 
 class StateView(StateCache):
-    """A `StateLayer`, put in the place of what was there in a cache of transformers, with the methods of our `StateCache`."""
+    """A `StateLayer`, put in the place of what was there in a cache of transformers,
+    with the methods of our `StateCache`.
+    """
 
     def __init__(self, cache: Cache, layer: int) -> None:
         super().__init__()

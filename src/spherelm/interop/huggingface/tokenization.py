@@ -1,4 +1,6 @@
-"""Our tokenizers as transformers knows them: a `tokenizer.json` and settings, giving the ids that the model was trained on."""
+"""Our tokenizers as transformers knows them: a `tokenizer.json` and settings,
+giving the ids that the model was trained on.
+"""
 
 from __future__ import annotations
 

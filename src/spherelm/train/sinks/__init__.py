@@ -1,4 +1,5 @@
-"""Where the records of a run go besides `metrics.jsonl`: TensorBoard, Weights & Biases, trackio. All optional, all local.
+"""Where the records of a run go besides `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
+All optional, all local.
 
 One module per library. A sink gets every record once: records from before an interruption are not
 sent again, and a sink that joins a run later first gets all that `metrics.jsonl` holds.

@@ -9,7 +9,8 @@ from typing import Any
 
 
 class WandbSink:
-    """Writes `RUN/wandb`; every piece of a run that was cut off has the same id, so that `wandb sync --append` joins them.
+    """Writes `RUN/wandb`; every piece of a run that was cut off has the same id,
+    so that `wandb sync --append` joins them.
 
     Goes online only where WANDB_MODE says so. Raises `ImportError` without wandb.
     """

@@ -1,7 +1,8 @@
-"""The modeling code that rides along with an exported model, for `trust_remote_code=True` where spherelm is not installed.
+"""The modeling code that rides along with an exported model,
+for `trust_remote_code=True` where spherelm is not installed.
 
-The files of this directory beside this one are written to be read by whoever is asked to trust them. They import each other,
-torch and transformers; a model takes along those that it needs.
+The files of this directory beside this one are written to be read by whoever is asked to trust them. They import each
+other, torch and transformers; a model takes along those that it needs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ With a state S [d_head, d_state] a head, inputs x_t [d_head], B_t, C_t [d_state]
 
     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T        y_t = S_t C_t
 
-`scan` computes it chunk by chunk: within a chunk as products of positions with positions, between chunks as a recurrence.
+`scan` computes it chunk by chunk: within a chunk as products of positions with positions, between
+chunks as a recurrence.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over a sequence; heads share b and c in consecutive groups.
 
-    x: [batch, seq, heads, d_head]; dt: [batch, seq, heads]; rate: A, [heads]; b, c: [batch, seq, groups, d_state]; state:
-    [batch, heads, d_head, d_state], before the first position; begins: bool [batch, seq], where a text begins. Result: y like
-    x, and the state after the last position.
+    x: [batch, seq, heads, d_head]; dt: [batch, seq, heads]; rate: A, [heads]; b, c: [batch, seq, groups, d_state];
+    state: [batch, heads, d_head, d_state], before the first position; begins: bool [batch, seq], where a text begins.
+    Result: y like x, and the state after the last position.
     """
     heads, chunk = x.shape[2], min(chunk, x.shape[1])
     b, c = (part.to(dt.dtype).repeat_interleave(heads // b.shape[2], dim=2) for part in (b, c))
@@ -149,7 +150,9 @@ class StateSpace(nn.Module):
         return (y + x * self.D.to(x.dtype).unsqueeze(-1)).flatten(2)
 
     def convolved(self, xbc: Tensor, before: Tensor, since: Tensor) -> Tensor:
-        """Every channel's own convolution with its past: `before` [batch, width - 1, mixed] stands ahead of the first."""
+        """Every channel's own convolution with its past: `before` [batch, width - 1, mixed] stands
+        ahead of the first.
+        """
         padded, weight, seq = torch.cat((before, xbc), dim=1), self.conv_weight.to(xbc.dtype), xbc.shape[1]
         y = xbc * weight[:, -1] + self.conv_bias.to(xbc.dtype)
         for back in range(1, self.width):

@@ -1,7 +1,8 @@
 """The baseline of the nGPT paper (arXiv 2410.01131): a pre-norm GPT with RMSNorm, rotary embedding and SwiGLU.
 
 Numbers of equations are the paper's. Written by spherelm for people to read; it needs torch and transformers.
-Copyright the spherelm authors. Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+Copyright the spherelm authors. Licensed under the Apache License, Version 2.0:
+http://www.apache.org/licenses/LICENSE-2.0
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Residual(nn.Module):
 
 
 class Attention(AttentionPart):
-    """`W_o softmax(q k^T / sqrt(d_k)) v`; queries and keys pass an RMSNorm where the config says so, and are rotated."""
+    """`W_o softmax(q k^T / sqrt(d_k)) v`; queries and keys pass an RMSNorm
+    where the config says so, and are rotated.
+    """
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, is_causal: bool = True) -> None:
         super().__init__(config, layer_idx, config.head_dim**-0.5, is_causal)

@@ -54,7 +54,9 @@ class CrossAttentionPart(AttentionPart):
     def forward(
         self, h: Tensor, states: Tensor, source_mask: Tensor | None, crossed: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """[batch, target, d_model] -> the same, and attention weights; crossed: a cache that keeps the source's keys."""
+        """[batch, target, d_model] -> the same, and attention weights; crossed:
+        a cache that keeps the source's keys.
+        """
         q = self.queries(split_heads(self.q(h), self.d_k))
         if crossed is None:
             k, v = self.read(states)
