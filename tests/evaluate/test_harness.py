@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import lm_eval.tasks
 import numpy as np
 import pytest
@@ -279,9 +280,13 @@ def test_few_shot_examples_come_before(shared: Path, tmp_path: Path) -> None:
 
 
 def test_without_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And at once: the hub's library is told not to try for minutes."""
+
     def load_dataset(path: str, **settings: Any) -> None:
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nand more lines")
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with (
         subdued(progress=False),
@@ -290,6 +295,7 @@ def test_without_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
         ),
     ):
         load_tasks(["winogrande"], TaskSettings(), tmp_path)
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize(
