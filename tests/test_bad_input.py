@@ -102,6 +102,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
         (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
         (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
+        (["--set", "qknorm=1"], "no field is called qknorm (did you mean 'variant.qk_norm'?)"),
         (["--set", "n_layer=1"], "no field is called n_layer (did you mean 'n_layers'?)"),
         (["--set", "Alpha_Init=1"], "no field is called Alpha_Init (did you mean 'alpha.init'?)"),
         (
@@ -459,6 +460,9 @@ def test_missing_data(refused: Refused, tmp_path: Path) -> None:
     assert (
         line == f"no data directory {tmp_path / 'none'}: make it with spherelm data prepare --out {tmp_path / 'none'}"
     )
+    (tmp_path / "books.txt").write_text("text")
+    line = refused(*training(tmp_path / "run", tmp_path / "boks.txt"))
+    assert line.startswith(f"no file {tmp_path / 'boks.txt'} (did you mean {tmp_path / 'books.txt'}?): ")
     (tmp_path / "empty").mkdir()
     line = refused(*training(tmp_path / "run", tmp_path / "empty"))
     assert line == f"{tmp_path / 'empty'} is not a data directory (no manifest.json): use spherelm data prepare"

@@ -11,7 +11,7 @@ from spherelm.data.documents import format_of, input_files
 from spherelm.data.pairs import holds_pairs
 from spherelm.data.prepare import prepare
 from spherelm.data.shards import MANIFEST_FILE
-from spherelm.errors import UserError
+from spherelm.errors import NotFoundError, UserError, beside
 from spherelm.progress import say
 
 HELD_OUT = 0.1
@@ -27,6 +27,7 @@ def prepared(said: str | None, out: Path, tokenizer: Path | None = None) -> str 
     """
     files = texts_in(said) if said else []
     if not files:
+        refuse_missing(said or "")
         return said
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{said} is text, and several processes cannot prepare it: use spherelm data prepare first")
@@ -50,6 +51,17 @@ def texts_in(said: str) -> list[Path]:
     parts = [Path(part) for part in ([said] if Path(said).exists() else said.split(",")) if part]
     named = [part.is_file() or (not part.exists() and bool(glob.glob(str(part), recursive=True))) for part in parts]
     return parts if all(named) else []
+
+
+def refuse_missing(said: str) -> None:
+    """Raise `UserError` where `said` is a file or pattern of text, by its name, and there is none."""
+    for path in (Path(part) for part in said.split(",") if part and "=" not in part):
+        try:
+            format_of(path)
+        except UserError:
+            continue
+        if not path.exists():
+            raise NotFoundError(f"no file {path}{beside(path)}: give text that is there, or a data directory")
 
 
 def is_text(directory: Path) -> bool:

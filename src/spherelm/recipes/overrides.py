@@ -66,7 +66,9 @@ def refuse_unknown(given: Collection[str], config: RunConfig) -> None:
         if others:
             raise UserError(f"{name} is no field of {arm}, only of {', '.join(others)}: leave it out for {arm}")
     if given:
-        raise UserError(f"no field is called {', '.join(name + nearest(name, known) for name in sorted(given))}")
+        paths = {part: f" (did you mean {path!r}?)" for path in sorted(known) for part in path.split(".")}
+        near = {name: nearest(name, known) or paths.get(nearest(name, paths, "{}"), "") for name in sorted(given)}
+        raise UserError(f"no field is called {', '.join(name + said for name, said in near.items())}")
 
 
 def fields_of_architecture(kind: str) -> set[str]:
