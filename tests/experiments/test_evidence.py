@@ -44,7 +44,7 @@ def test_the_sizes_are_what_they_are_called() -> None:
     ):
         point = Point(name, 256, 5)
         assert low < point.block_parameters < high
-        assert point.steps == PRESETS[name].steps, "five tokens for each block parameter"
+        assert point.tokens == pytest.approx(PRESETS[name].steps * 1024), "five tokens for each block parameter"
         assert point.tokens == pytest.approx(5 * point.block_parameters, rel=1e-3)
         model = make_run("ngpt", name, "nugpt", vocab_size=9).model
         assert model.d_model // model.n_heads == 64, "nuGPT wants heads of one width"
@@ -64,7 +64,7 @@ def test_points_come_cheapest_first() -> None:
         ({"sizes": ("0.3m", "pairs")}, "'pairs' has another architecture than the contenders, .*: take another"),
         ({"sizes": ("hybrid",)}, "'hybrid' has another architecture than the contenders"),
         ({"contenders": ("bert",)}, "unknown contender 'bert': choose one of gpt-law"),
-        ({"contexts": (300,)}, "context 300 does not divide the 1024 tokens of an update"),
+        ({"contexts": (300,)}, "context 300 is no power of two, as the tokens of an update are"),
         ({"budgets": (0.0,)}, "budgets.0 must be more than 0"),
         ({"budgets": (math.inf,)}, "budgets.0 must be a finite number"),
         ({"budgets": (5.0, 5.0)}, "budgets has a value twice"),
@@ -76,6 +76,15 @@ def test_points_come_cheapest_first() -> None:
 def test_what_cannot_be_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Grid("d", "t", **fields)
+
+
+def test_updates_grow_with_the_root_of_the_tokens() -> None:
+    points = [Point("0.3m", 256, budget) for budget in (0.3, 5, 20, 80, 320)]
+    assert [point.tokens_an_update for point in points] == [1024, 1024, 2048, 4096, 8192]
+    assert [point.steps for point in points[1:]] == [1280, 2560, 5120, 10240]
+    assert Point("0.3m", 8192, 20).tokens_an_update == 8192, "one sequence"
+    for point in points:
+        assert point.tokens == pytest.approx(point.budget * point.block_parameters, rel=0.01)
 
 
 def search(loss: Any, start: float = 1.0) -> dict[float, float]:
@@ -137,10 +146,14 @@ def test_data(data: Path, tmp_path: Path) -> Path:
 
 
 def test_a_small_ladder(
-    data: Path, test_data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    test_data: Path,
+    tmp_path: Path,
+    jobs_done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for module in (evidence, evidence_plan):
-        monkeypatch.setattr(module, "TOKENS_AN_UPDATE", 64)
+    monkeypatch.setattr(evidence_plan, "SMALLEST_UPDATE", 64)
     grid = Grid(str(data), str(test_data), ("tiny",), (16,), (0.02, 0.04), ("gpt-law", "ngpt-law"), 2, test_windows=5)
     out = tmp_path / "ladder"
     record = climb(grid, out)
@@ -165,7 +178,7 @@ def test_a_small_ladder(
     assert {row["tokens"] for row in record["speedups"]} == {64 * m["steps"] for m in record["measured"]}
     assert table(record).count("\n| tiny | 16 |") == 4 + 2
     (cost,) = record["costs"]
-    assert (cost["size"], cost["context"], cost["compiled"]) == ("tiny", 16, False)
+    assert (cost["size"], cost["context"], cost["batch"], cost["compiled"]) == ("tiny", 16, 4, False)
     assert list(cost["seconds"]) == list(grid.contenders)
     assert all(seconds > 0 for seconds in cost["seconds"].values())
     assert cost["ratios"]["gpt-law"]["gpt-law"] == 1.0
@@ -177,8 +190,25 @@ def test_a_small_ladder(
     kept = ("measured", "costs", "speedups")
     assert {k: again[k] for k in kept} == {k: record[k] for k in kept}, "steps are not timed again either"
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == stamps, "nothing ran again"
+    assert capsys.readouterr().err.count("measurement") == 1, "what is left takes about so long; nothing is left then"
     part = climb(dataclasses.replace(grid, budgets=(0.04,), contenders=("gpt-law",), seeds=1), out)
     assert {k: part[k] for k in kept} == {k: record[k] for k in kept}, "what is known already stays"
+
+
+def test_beyond_what_is_confirmed_a_run_takes_the_recipes_rate(
+    data: Path, test_data: Path, tmp_path: Path, jobs_done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence_plan, "SMALLEST_UPDATE", 64)
+    contenders = ("gpt-no-qk-norm",)
+    grid = Grid(str(data), str(test_data), ("tiny",), (16,), (0.02,), contenders, 1, confirm=0, test_windows=5)
+    (row,) = climb(grid, tmp_path / "ladder")["measured"]
+    config = tiny.read_json(tmp_path / "ladder" / row["runs"][0] / "config.json")
+    (point,) = grid.points()
+    lawful = make_run("gpt", "tiny", "law", vocab_size=config["model"]["vocab_size"], qk_norm=False,
+                      steps=point.steps, seq_len=16, batch_size=4)  # fmt: skip
+    assert len(row["rates"]) == 1
+    assert row["lr"] == pytest.approx(lawful.optim.lr, rel=0.005)
+    assert config["model"]["qk_norm"] is False
 
 
 def test_long_runs_are_compiled(data: Path, test_data: Path, tmp_path: Path) -> None:
@@ -263,8 +293,7 @@ def test_when_its_minutes_are_over_it_prints_what_it_has(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for module in (evidence, evidence_plan):
-        monkeypatch.setattr(module, "TOKENS_AN_UPDATE", 64)
+    monkeypatch.setattr(evidence_plan, "SMALLEST_UPDATE", 64)
     monkeypatch.setattr(evidence.threading, "Timer", Watch)
     real = Ladder.measure
 

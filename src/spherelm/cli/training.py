@@ -23,7 +23,7 @@ Compared = Annotated[
     Fields(COMPARE, "threads", "device", "quiet", title="machine"),
 ]  # fmt: skip
 Gridded = Annotated[Given, Fields("spherelm.experiments.evidence_plan.Grid", "sizes", "contexts", "budgets",
-                                  "contenders", "seeds")]  # fmt: skip
+                                  "contenders", "seeds", "confirm")]  # fmt: skip
 
 
 def compare(

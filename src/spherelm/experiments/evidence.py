@@ -17,18 +17,19 @@ import statistics
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spherelm.counting import counted
 from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.experiments.cost import median_ratio, time_in_turn
-from spherelm.experiments.evidence_plan import CONTENDERS, TOKENS_AN_UPDATE, Grid, Point
+from spherelm.experiments.evidence_plan import CONTENDERS, Grid, Point
 from spherelm.experiments.evidence_record import on_record, summary, with_row
 from spherelm.experiments.growth import timed_at
 from spherelm.experiments.jobs import Job, handled, run_jobs, say_before, threads_each, workers_for
@@ -77,22 +78,20 @@ class Ladder:
 
     def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""
-        arm, recipe = CONTENDERS[contender]
-        choice = {
-            "arm": arm,
-            "recipe": recipe,
-            "size": point.size,
-            "context": point.context,
-            "steps": point.steps,
-            "lr": lr,
-        }
+        arm, recipe, fields = CONTENDERS[contender]
+        choice = {"arm": arm, "recipe": recipe, **fields, "size": point.size, "context": point.context,
+                  "batch": point.batch_size, "steps": point.steps, "lr": lr}  # fmt: skip
         config = make_run(
-            arm, point.size, recipe, vocab_size=self.vocab_size, data=self.grid.data, lr=lr, steps=point.steps,
-            seq_len=point.context, batch_size=TOKENS_AN_UPDATE // point.context, seed=seed,
-            compile=point.compiled, eval_every=max(1, point.steps // 8),
-            stop_above=math.log(self.vocab_size) + UNTRAINED,
+            arm, point.size, recipe, vocab_size=self.vocab_size, data=self.grid.data, lr=lr, seed=seed,
+            compile=point.compiled, eval_every=max(1, point.steps // 8), stop_above=math.log(self.vocab_size) + UNTRAINED,
+            **self.of_point(contender, point),
         )  # fmt: skip
         return Job(config, self.out / name_of(choice, seed))
+
+    def of_point(self, contender: str, point: Point) -> dict[str, Any]:
+        """The fields of a run that its contender and point set."""
+        fields = CONTENDERS[contender].fields
+        return {"steps": point.steps, "seq_len": point.context, "batch_size": point.batch_size, **fields}
 
     def run(self, contender: str, point: Point, rates: Sequence[float], seeds: Sequence[int]) -> list[float]:
         """Final validation losses of every rate and seed, rate by rate."""
@@ -101,30 +100,37 @@ class Ladder:
         return run_jobs(jobs, self.workers, title)
 
     def tune(self, contender: str, point: Point) -> dict[float, float]:
-        """Seed 0's losses by learning rate, from the carried-over rate outwards until the best lies
-        between two worse.
+        """Seed 0's losses by learning rate, from the recipe's outwards until the best lies between two worse.
+
+        A point of more than `Grid.confirm` tokens has the recipe's rate alone.
         """
         found: dict[float, float] = {}
-        pending = [self.first_rate(contender, point) * STEP**k for k in (0, -1, 1)]
+        searched = point.tokens <= self.grid.confirm
+        pending = [self.first_rate(contender, point) * STEP**k for k in ((0, -1, 1) if searched else (0,))]
         while pending:
             rates = [round_rate(rate) for rate in pending]
             found |= dict(zip(rates, self.run(contender, point, rates, [0]), strict=True))
-            pending = beyond(found)
+            pending = beyond(found) if searched else []
         return found
 
     def first_rate(self, contender: str, point: Point) -> float:
         """Where the search begins: the recipe's own rate at this point."""
-        arm, recipe = CONTENDERS[contender]
-        batch = TOKENS_AN_UPDATE // point.context
-        return make_run(
-            arm,
-            point.size,
-            recipe,
-            vocab_size=self.vocab_size,
-            steps=point.steps,
-            seq_len=point.context,
-            batch_size=batch,
-        ).optim.lr
+        arm, recipe, _ = CONTENDERS[contender]
+        run = make_run(arm, point.size, recipe, vocab_size=self.vocab_size, **self.of_point(contender, point))
+        return run.optim.lr
+
+    def hours(self, left: Sequence[tuple[str, Point]]) -> float:
+        """About how long the runs of `left` take, by a few uncompiled steps of a contender at each point."""
+        workers, total = workers_for(2, self.workers), 0.0
+        with threads(threads_each(workers)):
+            for point in dict.fromkeys(point for _, point in left):
+                names = [name for name, where in left if where == point]
+                config = self.job(names[0], point, self.first_rate(names[0], point), 0).config
+                plain = replace(config, train=replace(config.train, compile=False))
+                seconds = statistics.median(time_in_turn({names[0]: plain}, steps=2, warmup=1)[names[0]])
+                runs = self.grid.seeds + (2 if point.tokens <= self.grid.confirm else 0)
+                total += seconds * point.steps * runs * len(names)
+        return total / workers / 3600
 
     def measure(self, contender: str, point: Point) -> dict[str, Any]:
         """Tune, run all seeds at the best rate, and judge them on the test text."""
@@ -135,7 +141,7 @@ class Ladder:
         runs = [self.job(contender, point, lr, seed).out for seed in seeds]
         test = [self.test_loss(run, loss, point.context) for run, loss in zip(runs, val, strict=True)]
         return {
-            **asdict(point), "contender": contender, "arm": CONTENDERS[contender][0], "recipe": CONTENDERS[contender][1],
+            **asdict(point), "contender": contender, "arm": CONTENDERS[contender].arm, "recipe": CONTENDERS[contender].recipe,
             "block_parameters": point.block_parameters, "steps": point.steps, "tokens": point.tokens,
             "rates": {f"{rate:g}": loss for rate, loss in sorted(rates.items())}, "lr": lr, "validation": val, "test": test,
             "test_mean": float(np.mean(test)), "test_error": standard_error(test), "runs": [run.name for run in runs],
@@ -146,9 +152,9 @@ class Ladder:
         configs = {name: self.job(name, point, self.first_rate(name, point), 0).config for name in self.grid.contenders}
         with threads(threads_each(workers_for(len(configs), self.workers))):
             times = time_in_turn(configs)
-        baselines = [name for name in times if CONTENDERS[name][0] != "ngpt"]
+        baselines = [name for name in times if CONTENDERS[name].arm != "ngpt"]
         return {
-            "size": point.size, "context": point.context, "compiled": point.compiled,
+            "size": point.size, "context": point.context, "batch": point.batch_size, "compiled": point.compiled,
             "seconds": {name: statistics.median(own) for name, own in times.items()},
             "ratios": {base: {name: median_ratio(own, times[base]) for name, own in times.items()} for base in baselines},
         }  # fmt: skip
@@ -200,6 +206,11 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     with alone_in(out), time_limit(minutes) as is_over:
         measured, costs = on_record(out / "evidence.json", grid, ladder.identity)
         record = summary(grid, ladder.identity, measured, costs)
+        known = {(row["contender"], row["size"], row["context"], row["tokens"]) for row in measured}
+        every = itertools.product(grid.contenders, grid.points())
+        left = [(name, point) for name, point in every if (name, point.size, point.context, point.tokens) not in known]
+        if left:
+            say(f"{counted(len(left), 'measurement')}: about {ladder.hours(left):.1f} hours")
         for point in grid.points():
             for contender in grid.contenders:
                 measured = with_row(measured, ladder.measure(contender, point))
@@ -216,7 +227,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
 
 def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
     """Whether `costs` has the steps of all `contenders` at the size, context and compilation of `point`."""
-    there = timed_at(costs, point.size, point.context, point.compiled)
+    there = timed_at(costs, point.size, point.context, point.batch_size, point.compiled)
     return any(set(contenders) <= set(cost["seconds"]) for cost in there)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from spherelm.errors import UserError, unknown
 from spherelm.experiments.cost import COMPILE_FROM
@@ -13,19 +16,29 @@ from spherelm.fields import check
 from spherelm.models import DecoderArch
 from spherelm.recipes.presets import PRESETS, Preset
 
-CONTENDERS = {
-    "gpt-law": ("gpt", "law"),
-    "gpt-paper": ("gpt", "paper"),
-    "gpt-hyperball": ("gpt", "hyperball"),
-    "ngpt-law": ("ngpt", "law"),
-    "ngpt-paper": ("ngpt", "paper"),
-    "nugpt": ("ngpt", "nugpt"),
-    "training-ngpt": ("ngpt", "training-ngpt"),
-}
-"""(arm, recipe) of each contender."""
 
-TOKENS_AN_UPDATE = 1024
-"""The same at every point, as nuGPT's rules ask for."""
+class Contender(NamedTuple):
+    """A way of training: an arm, a recipe, and fields that differ from the recipe's."""
+
+    arm: str
+    recipe: str
+    fields: Mapping[str, Any] = {}
+
+
+CONTENDERS = {
+    "gpt-law": Contender("gpt", "law"),
+    "gpt-no-qk-norm": Contender("gpt", "law", {"qk_norm": False}),
+    "gpt-paper": Contender("gpt", "paper"),
+    "gpt-hyperball": Contender("gpt", "hyperball"),
+    "ngpt-law": Contender("ngpt", "law"),
+    "ngpt-paper": Contender("ngpt", "paper"),
+    "nugpt": Contender("ngpt", "nugpt"),
+    "training-ngpt": Contender("ngpt", "training-ngpt"),
+}
+
+SMALLEST_UPDATE = 1024
+"""Tokens of an update in runs of about a million tokens and less. It doubles with every fourfold length: the critical
+batch goes with the root of a run's tokens (Zhang et al., arXiv 2410.21676: to the power of 0.47)."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,12 @@ class Grid:
         test: Data directory made with the same tokenizer, whose validation text is used only at the end,
         as held-out text.
         sizes: Presets: 0.3m, 1m, 4m, 12m are counted in block parameters.
-        contexts: Tokens a sequence; an update has 1024 tokens at each.
-        budgets: Tokens for each block parameter.
-        contenders: Among gpt-law, gpt-paper, gpt-hyperball, ngpt-law, ngpt-paper, nugpt, training-ngpt.
+        contexts: Tokens a sequence, powers of two.
+        budgets: Tokens for each block parameter. An update has 1024 tokens, and more in runs of over two million.
+        contenders: Among gpt-law, gpt-no-qk-norm, gpt-paper, gpt-hyperball, ngpt-law, ngpt-paper, nugpt,
+        training-ngpt.
         seeds: Runs at the learning rate that was found.
+        confirm: Search the learning rate in runs of at most so many tokens; longer runs take the recipe's.
         test_windows: Sequences of the text of `test` that are read.
     """
 
@@ -51,6 +66,7 @@ class Grid:
     budgets: tuple[PositiveFloat, ...] = (5.0, 10.0)
     contenders: tuple[str, ...] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper")
     seeds: PositiveInt = 3
+    confirm: NonNegativeInt = 2_000_000
     test_windows: PositiveInt = 256
 
     def __post_init__(self) -> None:
@@ -65,16 +81,16 @@ class Grid:
                     f"{size!r} has another architecture than the contenders, attention and MLP in every layer: "
                     "take another size"
                 )
-        for context in self.contexts:
-            if TOKENS_AN_UPDATE % context:
-                raise UserError(f"context {context} does not divide the {TOKENS_AN_UPDATE} tokens of an update")
+        odd = [context for context in self.contexts if context & (context - 1)]
+        if odd:
+            raise UserError(f"context {odd[0]} is no power of two, as the tokens of an update are")
         for name in ("sizes", "contexts", "budgets", "contenders"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"{name} has a value twice, {values}: give each once")
-        steps: dict[tuple[str, int, int], float] = {}
+        tokens: dict[tuple[str, int, int], float] = {}
         for point in self.points():
-            other = steps.setdefault((point.size, point.context, point.steps), point.budget)
+            other = tokens.setdefault((point.size, point.context, point.tokens), point.budget)
             if other != point.budget:
                 raise UserError(
                     f"budgets {other:g} and {point.budget:g} are both {point.steps} updates of {point.size}: leave one out"
@@ -83,7 +99,7 @@ class Grid:
     @property
     def compares(self) -> bool:
         """Whether there is a baseline and a normalized contender among the contenders."""
-        return len({CONTENDERS[name][0] == "ngpt" for name in self.contenders}) == 2
+        return len({CONTENDERS[name].arm == "ngpt" for name in self.contenders}) == 2
 
     def points(self) -> list[Point]:
         """Cheapest budgets first, so that what a short time allows is whole."""
@@ -110,14 +126,25 @@ class Point:
         return 16 * self.preset.n_layers * self.preset.d_model**2
 
     @property
+    def tokens_an_update(self) -> int:
+        """The power of two next to the root of the run's tokens, at least `SMALLEST_UPDATE` and one sequence."""
+        doublings = round(math.log2(self.budget * self.block_parameters / 2**20) / 2)
+        return max(SMALLEST_UPDATE * 2 ** max(0, doublings), self.context)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of an update."""
+        return self.tokens_an_update // self.context
+
+    @property
     def steps(self) -> int:
         """Updates of a whole run."""
-        return max(1, round(self.budget * self.block_parameters / TOKENS_AN_UPDATE))
+        return max(1, round(self.budget * self.block_parameters / self.tokens_an_update))
 
     @property
     def tokens(self) -> int:
         """Tokens of a whole run."""
-        return self.steps * TOKENS_AN_UPDATE
+        return self.steps * self.tokens_an_update
 
     @property
     def compiled(self) -> bool:

@@ -14,7 +14,7 @@ from spherelm.experiments.evidence_plan import Grid
 from spherelm.experiments.growth import all_speedups, growth
 from spherelm.runs.record import command_line, git_commit, or_nan, versions
 
-PLACE = ("size", "context", "steps", "contender")
+PLACE = ("size", "context", "tokens", "contender")
 """The fields that tell two measurements on the same text apart."""
 
 TEXT = ("data", "test", "test_windows")

@@ -47,16 +47,19 @@ def step_ratio(costs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any], 
     """Seconds of a step of `contender` over those of `baseline`, a measurement;
     `None` if they were not timed together.
     """
-    there = timed_at(costs, baseline["size"], baseline["context"], baseline["steps"] >= COMPILE_FROM)
+    batch = baseline["tokens"] // baseline["steps"] // baseline["context"]
+    there = timed_at(costs, baseline["size"], baseline["context"], batch, baseline["steps"] >= COMPILE_FROM)
     found = (cost["ratios"].get(baseline["contender"], {}).get(contender) for cost in there)
     return next((ratio for ratio in found if ratio is not None), None)
 
 
 def timed_at(
-    costs: Sequence[Mapping[str, Any]], size: str, context: int, compiled: bool
+    costs: Sequence[Mapping[str, Any]], size: str, context: int, batch: int, compiled: bool
 ) -> Iterator[Mapping[str, Any]]:
-    """Those of `costs` that were timed at this size and context, compiled or not."""
-    return (cost for cost in costs if (cost["size"], cost["context"], cost["compiled"]) == (size, context, compiled))
+    """Those of `costs` that were timed at this size, context and batch, compiled or not."""
+    here = (size, context, batch, compiled)
+    every = ((cost["size"], cost["context"], cost.get("batch", batch), cost["compiled"]) for cost in costs)
+    return (cost for cost, place in zip(costs, every, strict=True) if place == here)
 
 
 def in_seconds(ratio: Mapping[str, Any], step: float | None) -> dict[str, Any]:

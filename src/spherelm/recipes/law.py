@@ -39,7 +39,7 @@ CONSTANTS: Mapping[str, Constant] = {
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
     "batch": Constant(0.18, "rates of matrices rise with the tokens of an update to this power", "law.json"),
     "vocabulary.gpt": Constant(0.15, "GPT's matrices: fall with (vocabulary / 4096) to this power", "law.json"),
-    "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this power; with mixers times this", "law.json"),
+    "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this; times this with mixers", "law.json"),
     "decay.gpt": Constant(0.25, "sum over a run of peak rate times weight decay", "law.json"),
     "memory": Constant(6.2, "Adam's beta 1 remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice", "betas.json"),
     "second": Constant(0.95, "Adam's beta 2 at 524288 tokens an update; as many tokens elsewhere", "nGPT, Table 3"),
