@@ -27,19 +27,19 @@ class Constant(NamedTuple):
 
 
 CONSTANTS: Mapping[str, Constant] = {
-    "matrix.gpt": Constant(0.0165, "rate of block matrices at 1000 updates of 1024 tokens", "law.json"),
+    "matrix.gpt": Constant(0.0165, "rate of block matrices and gains at 1000 updates of 1024 tokens", "law.json"),
     "matrix.ngpt": Constant(0.032, "Muon's angle of block matrices there, in radians", "law.json"),
     "input.gpt": Constant(0.065, "Adam's rate of the input embedding there", "law.json"),
     "input.ngpt": Constant(0.043, "Adam's angle of the input embedding there", "law.json"),
-    "output.gpt": Constant(1.16, "Adam's rate of the output embedding there, times d_model", "law.json"),
+    "output.gpt": Constant(1.5, "Adam's rate of the output embedding there, times d_model", "law.json"),
     "output.ngpt": Constant(0.53, "Adam's rate of the output embedding there, times d_model", "law.json"),
-    "vector.gpt": Constant(0.008, "Adam's rate of gains at 1000 updates", "law.json"),
-    "vector.ngpt": Constant(0.082, "Adam's rate of learned scales at 1000 updates, times sqrt(d_model)", "law.json"),
-    "length.muon": Constant(0.55, "Muon's rates, and gains', fall with updates to this power", "law.json, ladder.json"),
+    "vector.ngpt": Constant(0.082, "Adam's rate of learned scales there, times sqrt(d_model)", "law.json"),
+    "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
     "batch": Constant(0.18, "rates of matrices rise with the tokens of an update to this power", "law.json"),
-    "vocabulary.gpt": Constant(0.15, "GPT's matrices: fall with (vocabulary / 4096) to this power", "law.json"),
-    "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this; times this with mixers", "law.json"),
+    "vocabulary.gpt": Constant(0.15, "matrices fall, output and gains rise with (vocabulary / 4096)^this", "law.json"),
+    "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this power", "law.json"),
+    "mixers.gpt": Constant(0.4, "GPT's matrices, where a pattern has Mamba mixers: times this", "law.json"),
     "decay.gpt": Constant(0.25, "sum over a run of peak rate times weight decay", "law.json"),
     "memory": Constant(6.2, "Adam's beta 1 remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice", "betas.json"),
     "second": Constant(0.95, "Adam's beta 2 at 524288 tokens an update; as many tokens elsewhere", "nGPT, Table 3"),
@@ -68,22 +68,23 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     layers, pattern = depth(preset.architecture, preset.n_layers), getattr(preset.architecture, "pattern", None) or ""
     horizon = min(10.0, max(2.0, math.sqrt(steps) / of["memory"]))
 
-    def rate(role: str, kind: str, unit: float) -> Number:
-        names = (f"{role}.{arm}", f"length.{kind}", *(["batch"] if role != "vector" else []))
-        value, length, *batch = (of[name] for name in names)
-        return Number(value * (steps / 1000) ** -length * (tokens / 1024) ** sum(batch) / unit, names)
+    def rate(role: str, kind: str, unit: float, at: str = "") -> Number:
+        powers = [(f"length.{kind}", steps / 1000, -1), *([("batch", tokens / 1024, 1)] if role != "vector" else [])]
+        if arm == "gpt" and role != "input":
+            powers += [("vocabulary.gpt", (preset.vocab_size or 4096) / 4096, -1 if role == "matrix" else 1)]
+        if arm == "gpt" and role == "matrix":
+            powers += [("depth.gpt", layers / 2, -1)]
+        constant = at or f"{role}.{arm}"
+        value = of[constant] * math.prod(ratio ** (sign * of[name]) for name, ratio, sign in powers)
+        return Number(value / unit, (constant, *(name for name, _, _ in powers)))
 
     matrix, unit = rate("matrix", "muon", 1.0), width if arm == "ngpt" else 1.0
-    if arm == "gpt":
-        factors = {"vocabulary.gpt": ((preset.vocab_size or 4096) / 4096) ** -of["vocabulary.gpt"]}
-        factors |= {"depth.gpt": (layers / 2) ** -of["depth.gpt"] * (of["depth.gpt"] if "M" in pattern else 1)}
-        matrix = Number(matrix.value * math.prod(factors.values()), (*matrix.constants, *factors))
-    vector = rate("vector", "adam" if arm == "ngpt" else "muon", unit)
+    if arm == "gpt" and "M" in pattern:
+        matrix = Number(matrix.value * of["mixers.gpt"], (*matrix.constants, "mixers.gpt"))
+    vector = rate("vector", "adam", unit, "" if arm == "ngpt" else "matrix.gpt")
     relative = {"router": vector, "scale" if arm == "ngpt" else "gain": vector}
-    relative |= {
-        "input_embedding": rate("input", "adam", unit),
-        "output_embedding": rate("output", "adam", preset.d_model),
-    }
+    relative |= {"input_embedding": rate("input", "adam", unit)}
+    relative |= {"output_embedding": rate("output", "adam", preset.d_model)}
     found = {
         "lr": matrix,
         **{f"{role}_rate": Number(own.value / matrix.value, own.constants) for role, own in relative.items()},
