@@ -83,7 +83,9 @@ def software() -> str:
 
 def optional() -> str:
     """Versions of the libraries of the optional sets, and the names of those that are not installed."""
-    of_sets = re.findall(r"^(?!spherelm)([\w-]+).*extra == \"(?!dev|docs)", "\n".join(requires("spherelm") or []), re.M)
+    of_sets = re.findall(
+        r"^(?!spherelm)([\w-]+).*extra == \"(?!dev|dist|docs)", "\n".join(requires("spherelm") or []), re.M
+    )
     there: list[str] = []
     lacking: list[str] = []
     for name in dict.fromkeys(of_sets):
