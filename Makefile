@@ -2,6 +2,7 @@
 #   make demo     GPT and nGPT side by side on the text that ships with spherelm, and a page that says what came of it
 #   make test     every check and every test
 #   make docs     the documents as a site, build/site/index.html
+#   make dist     wheel and sdist, checked, in dist/
 # Works with GNU make 3.81 and later and with BSD make: no functions, no pattern rules, no bashisms.
 
 # Which Python makes the environment, and where.
@@ -30,6 +31,7 @@ BIN = $(VENV)/bin
 DEMO_READY = $(VENV)/.installed-report
 TEST_READY = $(VENV)/.installed-all-dev
 DOCS_READY = $(VENV)/.installed-docs
+DIST_READY = $(VENV)/.installed-dist
 
 # vLLM has an environment of its own, of 3.5 GB.
 SERVE_VENV = build/serving-env
@@ -68,13 +70,14 @@ INSTALL = \
 	echo; \
 	if test -e $(VENV)/.failed; then cat $(VENV)/pip.log >&2; exit 1; fi
 
-.PHONY: help demo test docs check format clean serve-test
+.PHONY: help demo test docs dist check format clean serve-test
 
 help:
 	@echo 'make demo     compare GPT and nGPT on the text that ships with spherelm; resume if it was interrupted'
 	@echo 'make test     format, lint, types, import floors, tests with coverage'
 	@echo 'make docs     build the documents as a site in build/site; a broken link fails'
-	@echo 'make check    the same without the tests'
+	@echo 'make dist     wheel and sdist in dist/, installed in an empty environment and checked'
+	@echo 'make check    the same as make test without the tests'
 	@echo 'make format   format the code and mend what the linter can mend'
 	@echo 'make serve-test   vLLM serves exported models, in an environment of its own (3.5 GB)'
 	@echo 'make clean    remove the environment, caches and build leftovers; runs/ stays'
@@ -87,6 +90,9 @@ $(TEST_READY): pyproject.toml constraints-cpu.txt
 
 $(DOCS_READY): pyproject.toml constraints-cpu.txt
 	@extras=docs; $(INSTALL); touch $@
+
+$(DIST_READY): pyproject.toml constraints-cpu.txt
+	@extras=dist; $(INSTALL); touch $@
 
 # Finished runs are not repeated, interrupted ones are resumed. The last line printed says where the page is.
 demo: $(DEMO_READY)
@@ -107,6 +113,18 @@ docs: $(DOCS_READY)
 	$(BIN)/python research/pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'The site: build/site/index.html; to search it: $(BIN)/python -m http.server -d build/site'
+
+# The wheel runs in an environment that has nothing else of spherelm; a .pth leads it to the libraries of this one.
+dist: $(DIST_READY)
+	rm -rf dist build/dist-env
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv build/dist-env
+	build/dist-env/bin/python -m pip install -q --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" >build/dist-env/libraries.pth
+	mv build/dist-env/libraries.pth build/dist-env/lib/python3*/site-packages
+	cd build/dist-env && bin/spherelm --version && bin/spherelm list presets && \
+	  bin/spherelm train --arm ngpt --preset 0.3m --steps 2 --no-compile --out run
 
 # torchvision, torchaudio and torchcodec, which vLLM brings along, do not fit this torch, and it runs without them.
 $(SERVE_READY):

@@ -54,7 +54,7 @@ def wanted() -> Iterator[dict[str, Any]]:
 def table() -> str:
     """Each point's loss by the law over the tuned loss of the same seeds, and how the lead of nGPT changes."""
     of_tuned, found = tuned(), runs_so_far()
-    heads = "| size | context | updates | seeds | GPT tuned | GPT by the law | nGPT tuned | nGPT by the law | lead, changed by |"
+    heads = "| size | context | updates | seeds | GPT tuned | GPT, law | nGPT tuned | nGPT, law | lead, changed by |"
     rows = [heads, "|---|---|---|---|---|---|---|---|---|"]
     for size, context, steps, seeds in POINTS:
         place, cells, changes = (size, context, steps), [], []

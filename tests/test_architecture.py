@@ -31,6 +31,7 @@ OWNERS = {
     "lm_eval": {"evaluate/harness"},
     "mamba_ssm": {"layers/mamba_kernel"},
     "sacrebleu": {"evaluate/translation"},
+    "onnxscript": {"interop/onnx"},
     "torchao": {"generation/quantization"},
     "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},

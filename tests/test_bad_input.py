@@ -413,14 +413,15 @@ def test_a_directory_appears_whole_or_not_at_all(
     assert any(out.iterdir())
 
 
-@pytest.mark.parametrize("name", ["eval --json", "eval --write", "bench --json"])
+@pytest.mark.parametrize("name", ["eval --json", "eval --write", "bench --json", "doctor --json"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     name: str, refused: Refused, good_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(*given: object, **named: object) -> None:
         raise AssertionError("that was the work")
 
-    for floor in ("train.evaluation.load_decoder", "train.evaluation.load_for_inference", "experiments.bench.bench"):
+    models = ("train.evaluation.load_decoder", "train.evaluation.load_for_inference")
+    for floor in (*models, "experiments.bench.bench", "experiments.doctor.examine"):
         monkeypatch.setattr(f"spherelm.{floor}", work)
     (tmp_path / "taken").write_text("mine")
     text, flag = good_data.parent / "val.txt", name.split()[1]
@@ -428,6 +429,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         "eval --json": [tmp_path, "--perplexity", text, "--lengths", 8],
         "eval --write": [tmp_path, "--translate", text, "--reference", text],
         "bench --json": [],
+        "doctor --json": [],
     }[name]
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
     (tmp_path / "closed").mkdir()

@@ -58,6 +58,7 @@ FLOORS = {
     "export": ["interop.export.export"],
     "push": ["interop.export.push"],
     "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
+    "doctor": ["experiments.doctor.examine", "runs.record.write_json"],
     "data prepare": ["data.prepare.prepare"],
     "data tokenizer": ["data.bpe.train_on_files"],
     "data convert": ["data.convert.convert"],
@@ -192,6 +193,7 @@ def least(name: str, data: Path, tmp_path: Path) -> list[object]:
         "export": [tmp_path, tmp_path / "out"],
         "push": [tmp_path, "user/name"],
         "bench": [],
+        "doctor": [],
         "data prepare": ["--input", text, *out],
         "data tokenizer": ["--input", text, *out],
         "data convert": ["--data", data, "--format", "nanogpt", *out],
@@ -234,7 +236,7 @@ def test_every_flag_acts_where_it_is_taken(
     words = without(words, [flag, *(["--arm"] if flag == "--config" else [])])
     if name == "generate" and flag in ("--prompts", "--interactive"):
         words = words[:1]  # in place of --prompt
-    if flag == "--json" and name in ("eval", "bench"):
+    if flag == "--json" and name in ("eval", "bench", "doctor"):
         own = [flag, tmp_path / "new.json"]
     if (name, flag) == ("train", "--no-compile"):
         words, plain = [*words, "--preset", "1m"], [*plain, "--preset", "1m"]  # the demo is not compiled anyway

@@ -4,6 +4,7 @@ and the commands run from a wheel alone.
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from ruamel.yaml import YAML
+
+import spherelm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +75,24 @@ def test_the_wheel_holds_every_file_of_the_package(packages: Path, tracked: list
         archive.extractall(tmp_path, filter="data")
     built(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "again", "wheel")
     assert files_of(tmp_path / "again" / wheel.name) == package
+
+
+def test_an_index_is_told_what_the_project_says(packages: Path) -> None:
+    (wheel,) = packages.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (about,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = email.message_from_string(archive.read(about).decode())
+    assert (told["Name"], told["Version"], told["License-Expression"]) == (
+        "spherelm",
+        spherelm.__version__,
+        "Apache-2.0",
+    )
+    assert told["Description-Content-Type"] == "text/markdown"
+    assert told.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    workflow = YAML().load(ROOT / ".github" / "workflows" / "ci.yml")
+    (job,) = workflow["jobs"].values()
+    assert told["Requires-Python"] == f">={job['strategy']['matrix']['python'][0]}"
+    assert [ROOT / step["run"] for step in job["steps"] if "run" in step] == [ROOT / ".ci" / "run"]
 
 
 INSTALLED = """

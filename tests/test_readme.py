@@ -78,6 +78,7 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "experiments.sweep.sweep": nothing([]),
     "experiments.evidence.climb": nothing({"measured": [], "speedups": []}),
     "experiments.bench.bench": nothing({}),
+    "experiments.doctor.examine": nothing([]),
     "experiments.bench.table": str,
     "experiments.bench.profile": str,
     "report.comparison_page.write_report": nothing(None),

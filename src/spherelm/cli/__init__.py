@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "export": trained.export,
     "push": trained.push,
     "bench": timing.bench,
+    "doctor": timing.doctor,
     "list": listing.list_,
     "data prepare": text.prepare,
     "data tokenizer": text.tokenizer,
@@ -116,8 +117,8 @@ def stop(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command line. Other libraries are `silenced`; their errors are not.
 
-    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, 2 a request that cannot be met,
-    3 processes of the run no longer answer, 128 + n stopped by signal n.
+    Exit codes: 0 done, 1 the training diverged or ended worse than an untrained model, or `doctor` found a fault, 2 a
+    request that cannot be met, 3 processes of the run no longer answer, 128 + n stopped by signal n.
     """
     try:
         with one_speaks(), silenced():

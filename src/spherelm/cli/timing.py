@@ -1,4 +1,4 @@
-"""Commands that measure what training costs: `bench`."""
+"""Commands about this machine: `bench` measures what training costs on it, `doctor` whether it works."""
 
 from __future__ import annotations
 
@@ -50,3 +50,34 @@ def bench(
         if profile:
             for arm, config in module.configs(what, dtype, not no_compile, pattern).items():
                 print(f"\nWhere three steps of {arm} spend their time:\n{module.profile(config)}")
+
+
+def doctor(*, json: Path | None = None) -> None:
+    """Check in two minutes that this machine trains: device, formats, compilation, processes, a short run.
+
+    Prints a block to paste into an issue, and a verdict; the exit code is 1 where a check failed. Runs are made in the
+    working directory, and removed.
+
+    Example: spherelm doctor --json doctor.json
+
+    Args:
+        json: File to write the checks to, as JSON.
+    """
+    from spherelm.data.output import check_new_file
+    from spherelm.experiments import doctor as module
+    from spherelm.runs.record import write_json
+
+    if json is not None:
+        check_new_file(json, "--json")
+    found = []
+    print("```", flush=True)
+    for one in module.examine():
+        found.append(one)
+        print(one.lines(), flush=True)
+    print("```")
+    result = module.record(found)
+    print(result["verdict"])
+    if json is not None:
+        write_json(json, result)
+    if any(one.state == "failed" for one in found):
+        raise SystemExit(1)

@@ -205,6 +205,7 @@ def export(
     out: Annotated[Path, POSITIONAL],
     standalone: bool = False,
     folded: bool = False,
+    onnx: bool = False,
     dtype: Weights = "float32",
     license: str | None = None,
     no_tokenizer: bool = False,
@@ -219,13 +220,14 @@ def export(
         standalone: Put the modeling code beside the weights, so that trust_remote_code loads them without spherelm.
         folded: Like --standalone, for servers such as vLLM: learned scales are folded into the matrices;
             for inference only.
+        onnx: Also write onnx/model.onnx, which onnxruntime runs, in float32, with keys and values passed in and out.
         dtype: Format of the weights.
         license: License of the weights, as the hub names it: apache-2.0, cc-by-4.0, ...
         no_tokenizer: Leave the tokenizer out.
     """
     from spherelm.interop.export import export as run_export
 
-    run_export(run, out, dtype, standalone, not no_tokenizer, folded, license)
+    run_export(run, out, dtype, standalone, not no_tokenizer, folded, license, onnx=onnx)
     print(f"The folder: {out.resolve()}")
 
 

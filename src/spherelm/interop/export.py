@@ -12,6 +12,7 @@ import torch
 from spherelm.data.output import check_free, whole_directory
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.errors import UserError
+from spherelm.interop.onnx import write_onnx
 from spherelm.runs.checkpoint import STATE
 from spherelm.runs.config import read_config, read_record, to_dict
 from spherelm.runs.loading import checkpoint_of, load_model
@@ -20,6 +21,9 @@ from spherelm.runs.record import write_json
 
 if TYPE_CHECKING:
     from spherelm.interop.huggingface.folder import TokenizerDefinition
+
+ONNX = "onnx/model.onnx"
+"""The file for onnxruntime, where optimum and transformers.js look for it."""
 
 
 def export(
@@ -31,14 +35,15 @@ def export(
     folded: bool = False,
     license: str | None = None,
     address: str = "PATH",
+    onnx: bool = False,
 ) -> None:
     """Write the model of `run` (a run directory or one of its checkpoints) into the new directory `out`.
 
     dtype: "float32", "bfloat16" or "float16", of the weights. standalone: put the modeling code beside them, for
     loading with `trust_remote_code=True` where spherelm is not installed. folded: the same, with learned scales
-    inside the matrices, for servers such as vLLM. license: of the weights, as the hub names it. address: by which the
-    card loads the model.
-    The directory appears whole or not at all.
+    inside the matrices,
+    for servers such as vLLM. license: of the weights, as the hub names it. address: by which the card loads the model.
+    onnx: put `ONNX` into it too. The directory appears whole or not at all.
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
     transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
     """
@@ -71,6 +76,8 @@ def export(
         address=address,
     )
     with whole_directory(out, "directory for the export") as part:
+        if onnx:
+            write_onnx(model, part / ONNX)
         save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone, folded)
         write_json(part / RECORD, {**config, "step": step})
 

@@ -159,15 +159,17 @@ def joined(train: TrainConfig, device: torch.device) -> Iterator[Group]:
     store, rank, _ = next(rendezvous("env://", timeout=patience))
     # A restarted run must not read what the one before it left.
     store = PrefixStore(f"spherelm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = (
-        "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-    )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    dist.init_process_group(backend_of(device), store=store, rank=rank, world_size=world_size, timeout=patience)
     saving = dist.new_group(backend="gloo", timeout=patience)
     yield Ranks(rank, world_size, device, mesh_of(train, world_size, device), saving, store)
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def backend_of(device: torch.device) -> str:
+    """The libraries by which processes on devices of this kind exchange tensors, as torch names them."""
+    return "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def leave(say: Callable[[], object], code: int) -> NoReturn:

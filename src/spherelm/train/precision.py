@@ -85,19 +85,23 @@ def leave_state_spaces_uncompiled(model: nn.Module) -> None:
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
 
 
+def compile_parts(model: Decoder) -> None:
+    """Have each block of `model`, and its read-out, compiled when it is next used: blocks share one compilation."""
+    leave_state_spaces_uncompiled(model)
+    for block in model.blocks:
+        block.compile()
+    model.head.compile()
+    model.runtime.score = torch.compile(model.runtime.score)
+
+
 def compile_blocks(model: Decoder, trial: Callable[[], object]) -> None:
-    """Compile each block of `model` in place, and its read-out:
-    blocks share one compilation, a fraction of the whole's time.
+    """`compile_parts`, which takes a fraction of the time of compiling the model whole.
 
     trial: uses the blocks once, which is when they are compiled. Where that fails, this says so on stderr and the
     process continues without compilation.
     """
     try:
-        leave_state_spaces_uncompiled(model)
-        for block in model.blocks:
-            block.compile()
-        model.head.compile()
-        model.runtime.score = torch.compile(model.runtime.score)
+        compile_parts(model)
         trial()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
