@@ -169,12 +169,14 @@ def retract_weights(weights: Iterable[tuple[Any, int]]) -> None:
     for weight, axis in weights:
         own = own_vectors(weight, axis)
         square = sphere.squared_length(own, dim=axis)
-        kind = (id(own),) if is_sharded(square) else (square.dtype, square.device)
-        alike.setdefault(kind, []).append((own, square))
+        if is_sharded(square):
+            own.mul_(sphere.retraction_factor(square))
+        else:
+            alike.setdefault((square.dtype, square.device), []).append((own, square))
     for found in alike.values():
         flat = [square.flatten() for _, square in found]
-        factors = sphere.retraction_factor(torch.cat(flat) if len(flat) > 1 else flat[0])
-        for (own, square), factor in zip(found, factors.split([len(each) for each in flat]), strict=True):
+        factors = sphere.retraction_factor(torch.cat(flat)).split([len(each) for each in flat])
+        for (own, square), factor in zip(found, factors, strict=True):
             own.mul_(factor.view_as(square))
 
 
