@@ -88,14 +88,14 @@ def make_pairs(directory: Path) -> Path:
     return directory / "data"
 
 
-def ordered_clip(model: torch.nn.Module, limit: float | None) -> float:
+def ordered_clip(model: torch.nn.Module, limit: float | None) -> torch.Tensor:
     """`clip_gradients`, whose sum does not depend on the order of parameters."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     total = math.sqrt(math.fsum(float(grad.double().square().sum()) for grad in grads))
     if limit is not None and total > limit:
         for grad in grads:
             grad.mul_(limit / total)
-    return total
+    return torch.tensor(total)
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ TOKENS = Int64[Tensor, "batch seq"]
 
 SPHERE: dict[str, tuple[Callable[..., Any], list[Any], Any]] = {
     "norm": (sphere.norm, [H], H),
-    "retraction_factor": (lambda w: sphere.retraction_factor(w, -1), [Float32[Tensor, "*batch d"]], OF_FACTORS),
+    "squared_length": (lambda w: sphere.squared_length(w, -1), [Float32[Tensor, "*batch d"]], OF_FACTORS),
     "step": (sphere.step, [H, H, ALPHA], H),
     "riemannian_step": (sphere.riemannian_step, [H, H, ALPHA], H),
     "slerp": (lambda a, b: sphere.slerp(a, b, 0.3), [H, H], H),
@@ -49,7 +49,7 @@ def test_functions_on_the_sphere(name: str, shape: tuple[int, ...], dtype: torch
     function, kinds, result = SPHERE[name]
     given = [torch.rand(shape[-1:]) if kind is ALPHA else torch.randn(shape).to(dtype) for kind in kinds]
     given = [value if kind is ALPHA else sphere.norm(value) for value, kind in zip(given, kinds, strict=True)]
-    if name == "retraction_factor":
+    if name == "squared_length":
         given = [value.float() for value in given]
     assert_shapes(function, given, kinds, result)
     if dtype == torch.bfloat16 and result is H:

@@ -47,7 +47,11 @@ def own_vectors(x: Tensor, axis: int) -> Tensor:
 
     Where `x` is cut across its vectors, `x` itself: what is computed of it is computed by all processes.
     """
-    return x if is_sharded(x) and any(placement.is_shard(axis) for placement in x.placements) else own_part(x)
+    return (
+        x
+        if is_sharded(x) and any(getattr(placement, "dim", None) == axis for placement in x.placements)
+        else own_part(x)
+    )
 
 
 def _is_cut_between_matrices(x: DTensor) -> bool:

@@ -134,21 +134,23 @@ def norm(x: Tensor, dim: int = -1, least: float | None = None) -> Tensor:
     return unit
 
 
-def retraction_factor(w: Tensor, dim: int) -> Tensor:
-    """The factor that makes each vector along `dim` unit;
-    1 where it already is, up to rounding, so the result is idempotent.
-
-    "Up to rounding" is a squared length within 8 units in the last place of 1, more than `norm` itself leaves. Result:
-    float32 (float64 for that), the size of `dim` is 1.
-    """
+def squared_length(w: Tensor, dim: int) -> Tensor:
+    """`||w||^2` of the vectors along `dim`, which stays with size 1, in float32 (float64 for that)."""
     wide = _wide(w)
     # Torch's norm is one pass and accurate along rows; along columns it is slow and adds up errors, and a sum is
     # neither.
     if dim % w.ndim == w.ndim - 1:
-        square = torch.linalg.vector_norm(wide, dim=dim, keepdim=True).square()
-    else:
-        square = wide.square().sum(dim, keepdim=True)
-    is_unit = (square - 1).abs() <= 8 * torch.finfo(wide.dtype).eps
+        return torch.linalg.vector_norm(wide, dim=dim, keepdim=True).square()
+    return wide.square().sum(dim, keepdim=True)
+
+
+def retraction_factor(square: Tensor) -> Tensor:
+    """The factor that makes a vector of this squared length unit; 1 where it already is, up to rounding:
+    so it is idempotent.
+
+    "Up to rounding" is within 8 units in the last place of 1, more than `norm` itself leaves.
+    """
+    is_unit = (square - 1).abs() <= 8 * torch.finfo(square.dtype).eps
     return square.clamp_min(TINY**2).rsqrt().masked_fill(is_unit, 1.0)
 
 

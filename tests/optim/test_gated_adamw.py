@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spherelm.optim.gated_adamw import GatedAdamW, gate
+from spherelm.optim.gated_adamw import GatedAdamW, gates
 
 
 def trained(make: Any, gradients: list[Tensor], start: Tensor) -> Tensor:
@@ -61,12 +61,12 @@ def test_at_a_1_it_is_adamw(eps_gate: float, weight_decay: float) -> None:
 
 def test_the_gate_is_half_open_at_its_eps_and_opens_with_the_gradient() -> None:
     d = torch.logspace(-12, 4, 65, dtype=torch.float64)
-    opened = gate(d, 1e-4, 0.5)
+    (opened,) = gates((d,), 1e-4, 0.5)
     assert (opened.diff() > 0).all()
     assert opened[0] < 2e-4
     assert opened[-1] > 0.9998
-    assert gate(torch.tensor([1e-4]), 1e-4, 0.5).item() == pytest.approx(0.5, abs=1e-6)
-    torch.testing.assert_close(gate(d, 1e-4, 1.0), d / (d + 1e-4), rtol=1e-12, atol=0)
+    assert gates((torch.tensor([1e-4]),), 1e-4, 0.5)[0].item() == pytest.approx(0.5, abs=1e-6)
+    torch.testing.assert_close(gates((d,), 1e-4, 1.0)[0], d / (d + 1e-4), rtol=1e-12, atol=0)
 
 
 def test_where_there_is_no_gradient_nothing_moves() -> None:

@@ -16,7 +16,7 @@ from spherelm.models.decoder import Decoder
 from spherelm.runs.group import Group
 from spherelm.train.parallel import spread
 from spherelm.train.precision import compile_blocks
-from spherelm.train.trainer import gradients_of_batch
+from spherelm.train.update import gradients_of_batch
 
 
 @pytest.mark.row("Compilation")
@@ -44,4 +44,4 @@ def gradients(model: Decoder, loader: Loader) -> tuple[float, dict[str, Tensor]]
     """Loss and gradients of batch number 1."""
     model.zero_grad()
     loss = gradients_of_batch(spread(model, Group()), loader, 1)
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.sum().item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -25,7 +25,8 @@ from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer
 from spherelm.train.estimate import estimate, estimate_table
 from spherelm.train.parallel import spread
-from spherelm.train.trainer import Trainer, gradients_of_batch, train
+from spherelm.train.trainer import Trainer, train
+from spherelm.train.update import gradients_of_batch
 
 both_arms = pytest.mark.parametrize("arm", tiny.ARMS)
 
@@ -102,9 +103,9 @@ def test_the_loss_that_balances_is_of_the_whole_batch(size: int, recompute: bool
 def test_an_update_that_is_left_out_is_not_counted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trainer.gradients_of_batch
 
-    def bad_once(model: Any, loader: Any, step: int, *rest: Any) -> float:
+    def bad_once(model: Any, loader: Any, step: int, *rest: Any) -> Tensor:
         loss = real(model, loader, step, *rest)
-        return math.nan if step == 2 else loss
+        return loss * math.nan if step == 2 else loss
 
     monkeypatch.setattr(trainer, "gradients_of_batch", bad_once)
     run = Trainer(run_config("ngpt", data, on_bad_step="skip", eval_every=0), tmp_path / "run")

@@ -104,9 +104,9 @@ def test_an_update_that_is_left_out_is_said(
     trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer("gpt", on_bad_step="skip")
-    monkeypatch.setattr(run, "_gradients", lambda step: float("nan") if step == 2 else 1.0)
+    monkeypatch.setattr(run, "_gradients", lambda step: torch.tensor([float("nan") if step == 2 else 1.0]))
     monkeypatch.setattr(run.optimizer, "step", lambda: None)
-    monkeypatch.setattr("spherelm.train.trainer.clip_gradients", lambda *_: 1.0)
+    monkeypatch.setattr("spherelm.train.trainer.clip_gradients", lambda *_: torch.tensor(1.0))
     run.run()
     assert "update left out: the loss is nan at step 3" in capsys.readouterr().err
 

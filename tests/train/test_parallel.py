@@ -81,7 +81,7 @@ perplexity.separate_documents = noted
 """
 SMALL_PARTS = ("--micro-batch-size", "2", "--resume")
 SKIPPING = ("--on-bad-step", "skip", "--skip-budget", "2")
-NAN = "loss = float('nan')"
+NAN = "loss = loss * float('nan')"
 NO_TEXT_ON_ONE = """
 from spherelm.errors import UserError
 from spherelm.train import trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,24 +12,53 @@ from torch.optim import Optimizer
 
 from spherelm.errors import UserError
 from spherelm.optim.schedule import float32_rate
+from spherelm.sharding import own_part
+
+Tensors = tuple[Tensor, ...]
+"""Many at once: an operation on all of them is few on a GPU."""
 
 
-def gate(d: Tensor, eps_gate: float, a: float) -> Tensor:
+def gates(d: Tensors, eps_gate: float, a: float) -> Tensors:
     """`sigmoid(a ln(d / eps_gate))`: 0 far below `eps_gate`, 1/2 at it, 1 far above;
     at a = 1 it is `d / (d + eps_gate)`.
 
-    d: positive, any shape; eps_gate: in the units of a gradient; a: how sharply it opens.
+    d: not negative, any shapes; eps_gate: in the units of a gradient; a: how sharply it opens.
     """
-    return torch.sigmoid(a * (d.log() - math.log(eps_gate)))
+    opened = torch._foreach_log(d)
+    torch._foreach_sub_(opened, math.log(eps_gate))
+    torch._foreach_mul_(opened, a)
+    torch._foreach_sigmoid_(opened)
+    return opened
 
 
-def gated_direction(m_hat: Tensor, v_hat: Tensor, eps: float, eps_gate: float, a: float) -> Tensor:
-    """`gamma m_hat / d` with `d = sqrt(v_hat) + eps` and `gamma` the gate of d; 0 where d is.
+def gated_directions(m_hat: Tensors, d: Tensors, eps_gate: float, a: float) -> Tensors:
+    """`gamma m_hat / d` with gamma the gate of d; 0 where d is, whose gate is 0. `d` is overwritten.
 
     With eps 0 that is so where no gradient has been, or only such as are too small for their square.
     """
-    d = v_hat.sqrt() + eps
-    return torch.where(d == 0, 0.0, gate(d, eps_gate, a) * m_hat / d)
+    directions = gates(d, eps_gate, a)
+    torch._foreach_mul_(directions, m_hat)
+    torch._foreach_clamp_min_(d, torch.finfo(torch.float32).tiny)  # no root is smaller, but of 0
+    torch._foreach_div_(directions, d)
+    return directions
+
+
+PART = 2**25
+"""Entries that an accelerator updates at once, so that intermediate results take little memory."""
+
+
+def in_parts(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """`parameters` in lists of at most `PART` entries, or one;
+    on a processor, whose caches hold little, each by itself.
+    """
+    part: list[Tensor] = []
+    for parameter in parameters:
+        if part and (parameter.device.type == "cpu" or sum(own_part(p).numel() for p in (*part, parameter)) > PART):
+            yield part
+            part = []
+        part.append(parameter)
+    if part:
+        yield part
 
 
 class GatedAdamW(Optimizer):
@@ -71,22 +100,30 @@ class GatedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            for moved in in_parts([parameter for parameter in group["params"] if parameter.grad is not None]):
+                self._update(moved, group)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        count, (beta_1, beta_2) = state["step"].item(), group["betas"]
-        m = state["exp_avg"].lerp_(gradient, 1 - beta_1)
-        v = state["exp_avg_sq"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
-        direction = gated_direction(
-            m / (1 - beta_1**count), v / (1 - beta_2**count), group["eps"], group["eps_gate"], group["a"]
-        )
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction, alpha=-float32_rate(group["lr"] * group["alpha"]))
+    def _update(self, moved: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters at once; everything is elementwise, so of sharded ones each process does its own part."""
+        for parameter in moved:
+            if not self.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros(()), **moments}
+        states, (beta_1, beta_2) = [self.state[parameter] for parameter in moved], group["betas"]
+        for state in states:
+            state["step"] += 1
+        counts = [state["step"].item() for state in states]  # of the CPU
+        gradients = [own_part(parameter.grad) for parameter in moved]  # type: ignore[arg-type]
+        m, v = ([own_part(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(m, gradients, 1 - beta_1)
+        torch._foreach_mul_(v, beta_2)
+        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta_2)
+        m_hat = torch._foreach_div(m, [1 - beta_1**count for count in counts])
+        d = torch._foreach_div(v, [1 - beta_2**count for count in counts])
+        torch._foreach_sqrt_(d)
+        torch._foreach_add_(d, group["eps"])
+        step = gated_directions(m_hat, d, group["eps_gate"], group["a"])
+        theta = [own_part(parameter) for parameter in moved]
+        torch._foreach_mul_(theta, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(theta, step, alpha=-float32_rate(group["lr"] * group["alpha"]))

@@ -9,6 +9,7 @@ that it started with.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
 from spherelm.optim.schedule import float32_rate
-from spherelm.sharding import from_whole_matrices, whole_matrices
+from spherelm.sharding import from_own_part, from_whole_matrices, own_part, whole_matrices
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
@@ -30,8 +31,13 @@ SHORTEST = 1e-7
 """The norm below which a matrix is taken for zero."""
 
 SMALL = 2**17
-"""Entries up to which matrices of one shape are orthogonalized together:
-what is between their products costs more there.
+"""Entries up to which a processor orthogonalizes matrices of one shape together:
+what is between products costs more there.
+"""
+
+TOGETHER = 2**27
+"""Entries that an accelerator orthogonalizes together:
+few operations are begun, and their copies take little memory.
 """
 
 
@@ -111,6 +117,13 @@ def hyperball_move(weight: Tensor, update: Tensor, angle: float) -> Tensor:
     return moved * (radius / torch.linalg.matrix_norm(moved, keepdim=True).clamp_min(SHORTEST))
 
 
+def at_once(shape: torch.Size, device: torch.device) -> int:
+    """How many matrices [rows, columns] are orthogonalized together; a bank is many by itself."""
+    if len(shape) != 2 or (device.type == "cpu" and shape.numel() > SMALL):
+        return 1
+    return sys.maxsize if device.type == "cpu" else max(1, TOGETHER // shape.numel())
+
+
 class MuonAdamW(Optimizer):
     """Muon for the groups with `"muon": True`, torch's AdamW for the others, behind the interface of one optimizer.
 
@@ -180,36 +193,40 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _turn_all(self, group: dict[str, Any]) -> None:
-        """Update the matrices of a muon group; small ones of one shape are orthogonalized together."""
-        small: dict[torch.Size, list[tuple[Tensor, int | None, Tensor]]] = {}
+        """Update the matrices of a muon group, those of one shape and axis together, as many as are taken at once."""
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for parameter, axis in zip(group["params"], group["unit_axes"], strict=True):
-            if parameter.grad is None:
-                continue
-            update = self._update(parameter, parameter.grad, group["momentum"])
-            if update.ndim == 2 and update.numel() <= SMALL:
-                small.setdefault(update.shape, []).append((parameter, axis, update))
-            else:
-                self._turn(parameter, orthogonalized(update, self.dtype), axis, group)
-        for alike in small.values():
-            updates = torch.stack([update for _, _, update in alike])
-            turned = orthogonalized(updates, self.dtype)
-            for (parameter, axis, _), one in zip(alike, turned, strict=True):
-                self._turn(parameter, one, axis, group)
+            if parameter.grad is not None:
+                alike.setdefault((parameter.shape, axis), []).append(parameter)
+        for (shape, axis), found in alike.items():
+            count = at_once(shape, found[0].device)
+            for start in range(0, len(found), count):
+                self._turn(found[start : start + count], axis, group)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
-        """The momentum's update, whole: what is to be orthogonalized."""
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return whole_matrices(gradient.lerp(average, momentum))  # Nesterov
+    def _updates(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """The momentum's updates, whole: what is to be orthogonalized."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [own_part(parameter.grad) for parameter in parameters]  # type: ignore[arg-type]
+        averages = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov
+        return [whole_matrices(from_own_part(one, like)) for one, like in zip(updates, parameters, strict=True)]
 
-    def _turn(self, parameter: Tensor, turned: Tensor, axis: int | None, group: dict[str, Any]) -> None:
-        """Decay and move a parameter against its orthogonalized update."""
+    def _turn(self, parameters: list[Tensor], axis: int | None, group: dict[str, Any]) -> None:
+        """Decay and move parameters of one shape against their orthogonalized updates."""
+        updates = self._updates(parameters, group["momentum"])
+        turned = orthogonalized(updates[0] if len(updates) == 1 else torch.stack(updates), self.dtype)
+        turned = turned.to(parameters[0].dtype).contiguous()  # operations on many tensors want them alike
+        pairs = zip([turned] if len(updates) == 1 else turned.unbind(), parameters, strict=True)
+        steps = [from_whole_matrices(one, parameter) for one, parameter in pairs]
+        own = [own_part(parameter) for parameter in parameters]
         if group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        step = from_whole_matrices(turned.to(parameter.dtype), parameter)
+            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
         if group["hyperball"] and axis is None:
-            parameter.copy_(hyperball_move(parameter, step, float32_rate(group["lr"])))
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.copy_(hyperball_move(parameter, step, float32_rate(group["lr"])))
             return
-        parameter.add_(step, alpha=-float32_rate(group["lr"] * step_size(parameter.shape, axis)))
+        rate = float32_rate(group["lr"] * step_size(parameters[0].shape, axis))
+        torch._foreach_add_(own, [own_part(step) for step in steps], alpha=-rate)

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -92,22 +93,26 @@ def load_by_layer(model: nn.Module) -> dict[str, list[float]]:
     """
     found: dict[str, list[float]] = {}
     for _, router in routers(model):
-        load = router.seen.to("cpu", torch.float64)
-        part = load / load.sum().clamp_min(1)
-        entropy = -torch.special.xlogy(part, part).sum() / math.log(max(len(part), 2))
-        spread = router.score_bias.max() - router.score_bias.min()
-        measured = {"load_max": part.max() * len(part), "load_entropy": entropy, "bias_range": spread}
-        for name, value in measured.items():
-            found.setdefault(f"{name}_by_layer", []).append(float(value))
+        largest, entropy = evenness(router.seen)
+        spread = float(router.score_bias.max() - router.score_bias.min())
+        for name, value in {"load_max": largest, "load_entropy": entropy, "bias_range": spread}.items():
+            found.setdefault(f"{name}_by_layer", []).append(value)
     return found
 
 
-def load_of_experts(model: nn.Module) -> dict[str, float]:
-    """`load_max` of the worst mixture and the mean `load_entropy`, as in `load_by_layer`."""
-    by_layer = load_by_layer(model)
-    if not by_layer:
+def evenness(load: Tensor) -> tuple[float, float]:
+    """`load_max` and `load_entropy`, as `load_by_layer` has them, of the choices int64 [n_experts] of one mixture."""
+    load = load.to("cpu", torch.float64)
+    part = load / load.sum().clamp_min(1)
+    entropy = -torch.special.xlogy(part, part).sum() / math.log(max(len(part), 2))
+    return float(part.max() * len(part)), float(entropy)
+
+
+def load_of_experts(loads: Sequence[Tensor]) -> dict[str, float]:
+    """`load_max` of the worst mixture and the mean `load_entropy` of the `loads` of mixtures, if there are any."""
+    if not loads:
         return {}
-    largest, entropies = by_layer["load_max_by_layer"], by_layer["load_entropy_by_layer"]
+    largest, entropies = zip(*map(evenness, loads), strict=True)
     return {"load_max": max(largest), "load_entropy": sum(entropies) / len(entropies)}
 
 

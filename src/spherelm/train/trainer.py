@@ -20,14 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spherelm.data.loader import Batches
 from spherelm.data.sources import RunData
 from spherelm.data.verification import verify_where_cheap
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
-from spherelm.layers.attention import separate_documents
-from spherelm.layers.loss import IGNORED
-from spherelm.layers.moe import clear_loads
+from spherelm.layers.moe import clear_loads, routers
 from spherelm.models import Decoder, build
 from spherelm.optim import build_optimizer, factor
 from spherelm.optim.groups import clip_gradients, set_rate
@@ -45,11 +42,12 @@ from spherelm.train.heap import keep_freed_memory
 from spherelm.train.init_from import check_length, load_initial_weights
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
-from spherelm.train.parallel import RankLost, Spread, joined, spread
+from spherelm.train.parallel import RankLost, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 from spherelm.train.threads import threads, threads_for
+from spherelm.train.update import Arriving, Update, gradients_of_batch
 
 
 class Trainer:
@@ -92,6 +90,10 @@ class Trainer:
             self.data.loader.restore(self.progress.data)
             self._saved = self.progress.step
         self.guard = Guard(train, self.progress.skipped, self.progress.norm)
+        # An update that may be left out is judged before it is made.
+        self.reads_late = self.device.type != "cpu" and train.on_bad_step == "stop" and not train.spike_factor
+        self._unread: Update | None = None
+        self._since = 0.0
         self.speed = Speed(model, train, self.device, group.world_size)
         self.checkpoints = CheckpointWriter(out, train.keep, train.keep_every, group)
         self.metrics = group.together(lambda: self._open_log() if group.is_first else NoLog())
@@ -217,75 +219,100 @@ class Trainer:
             raise Stop(number)
 
     def _step(self) -> None:
-        diagnosis = Diagnosis(self.model, self.optimizer) if self._is_diagnosed() else None
-        config, step, start = self.config, self.progress.step, time.perf_counter()
-        lr = config.optim.lr * factor(config.schedule, step, config.train.steps)
-        loss, grad_norm = self._update(step, lr)
-        seconds = time.perf_counter() - start
-        self.progress = replace(self.progress, step=step + 1, seconds=self.progress.seconds + seconds)
-        speed = self.tokens_per_step / seconds
-        record: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-        if grad_norm is not None:
-            record |= {"mfu": self.speed.mfu(speed), "memory_mb": peak_memory_mb(self.device)}
-            record |= {"threads": torch.get_num_threads(), **load_of_experts(self.model)}
-            self.metrics.write("train", **self._position(), **record, **(diagnosis.measure() if diagnosis else {}))
-        # Compiled code is made for a number of threads.
-        if self.threads and not config.train.compile and (changed := self.threads.after(seconds)):
-            self._bar.line(changed)
-        self._bar.update(1, in_words({"kind": "train", **record}))
+        """Make an update and report on it, where that can be late on the one before,
+        while the device computes this one.
+        """
+        config, step = self.config, self.progress.step
+        every = config.train.diagnose_every
+        diagnosis = Diagnosis(self.model, self.optimizer) if every and (step + 1) % every == 0 else None
+        if self._unread is None:
+            self._since = time.perf_counter()
+        update = self._update(step, config.optim.lr * factor(config.schedule, step, config.train.steps))
+        self.progress = replace(self.progress, step=step + 1)
+        self._catch_up()
+        self._unread, update.diagnosis = update, diagnosis
+        if diagnosis or not self.reads_late:
+            self._catch_up()
         if self._stop:
             raise Stop(self._stop)
 
-    def _is_diagnosed(self) -> bool:
-        every = self.config.train.diagnose_every
-        return bool(every) and (self.progress.step + 1) % every == 0
+    def _update(self, step: int, lr: float) -> Update:
+        """One optimizer step, if it is not left out; one that is judged late is made in any case,
+        and waits for nothing.
+        """
+        set_rate(self.optimizer, lr)
+        losses = self._gradients(step)
+        update = Update(step, lr, Arriving(losses, clip_gradients(self.model, self.config.optim.grad_clip)))
+        if self.reads_late or self._judge(update):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        update.loads = Arriving(*(router.seen for _, router in routers(self.model)))
+        return update
 
-    def _update(self, step: int, lr: float) -> tuple[float, float | None]:
-        """One optimizer step: the batch's loss and the norm of its gradient before clipping, `None` if it was left out.
+    def _judge(self, update: Update) -> bool:
+        """Read the loss of an update, and the norm of its gradient before clipping; whether nothing is wrong with them.
 
         Notes the signal by which any of the processes was asked to stop, and the time.
         """
-        set_rate(self.optimizer, lr)
-        reports = self.group.gather([self._gradients(step), float(self._noted.first), time.monotonic()])
-        losses, self._stop = [report[0] for report in reports], int(max(report[1] for report in reports))
+        losses, norm = update.numbers.read()
+        reports = self.group.gather([sum(losses.tolist()), float(self._noted.first), time.monotonic()])
+        by_rank, self._stop = [report[0] for report in reports], int(max(report[1] for report in reports))
         self._now = reports[0][2]  # by the clock of the first process, so that all save at one update
-        norm: float | None = clip_gradients(self.model, self.config.optim.grad_clip)
-        fault = self.guard.fault(losses, norm or 0.0, step)
-        if fault is None:
-            self.optimizer.step()
-        else:
-            norm = None
+        update.loss, update.grad_norm = sum(by_rank) / len(by_rank), norm.item()
+        if fault := self.guard.fault(by_rank, update.grad_norm, update.step):
+            update.grad_norm = None
             clear_loads(self.model)
-            self._leave_out(fault, step)
-        self.optimizer.zero_grad()
-        return sum(losses) / len(losses), norm
+            self._leave_out(fault, update.step)
+        return not fault
+
+    def _catch_up(self) -> None:
+        """Report on the update that was not reported on yet, if any: before anything is made of its weights."""
+        update, self._unread = self._unread, None
+        if update is None:
+            return
+        if update.loss is None:
+            self._judge(update)
+        seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+        self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
+        speed = self.tokens_per_step / seconds
+        record: dict[str, Any] = {"loss": update.loss, "lr": update.lr, "grad_norm": update.grad_norm}
+        record["tokens_per_second"] = speed
+        if update.grad_norm is not None:
+            record |= {"mfu": self.speed.mfu(speed), "memory_mb": peak_memory_mb(self.device)}
+            record |= {"threads": torch.get_num_threads(), **load_of_experts(update.loads.read())}
+            measured = update.diagnosis.measure() if update.diagnosis else {}
+            self.metrics.write("train", **self._position(update.step + 1), **record, **measured)
+        # Compiled code is made for a number of threads.
+        if self.threads and not self.config.train.compile and (changed := self.threads.after(seconds)):
+            self._bar.line(changed)
+        self._bar.update(1, in_words({"kind": "train", **record}))
 
     def _leave_out(self, fault: str, step: int) -> None:
         """Note an update that is not made; raises `Diverged` where the run has to end."""
         try:
             self.guard.skip(fault)
         except Diverged as error:
-            raise self._diverged(str(error), step=step + 1) from None
-        self._tell("skip", **{**self._position(), "step": step + 1, "reason": fault})
+            raise self._diverged(str(error), step + 1) from None
+        self._tell("skip", **self._position(step + 1), reason=fault)
 
     def _tell(self, kind: str, **values: Any) -> None:
         """Note a record that a person sees at once."""
         self.metrics.write(kind, **values)
         self._bar.line(in_words({"kind": kind, **values}))
 
-    def _diverged(self, what: str, **position: int) -> Diverged:
-        """The error with which the run ends, noted in the log."""
-        self.metrics.write("stop", **{**self._position(), **position, "reason": what})
+    def _diverged(self, what: str, step: int | None = None) -> Diverged:
+        """The error with which the run ends, noted in the log; step: where, if not here."""
+        self.metrics.write("stop", **self._position(step), reason=what)
         rate = self.config.optim.lr
         return Diverged(
             f"{self.out}: {what} (peak learning rate {rate:.3g}): lower --lr or check the data around this batch"
         )
 
-    def _gradients(self, step: int) -> float:
+    def _gradients(self, step: int) -> Tensor:
         return gradients_of_batch(self.spread, self.data.loader, step, self.micro_batch_size, self.data.end_token)
 
-    def _position(self) -> dict[str, float]:
-        step = self.progress.step
+    def _position(self, step: int | None = None) -> dict[str, float]:
+        step = self.progress.step if step is None else step
         return {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.progress.seconds, 4)}
 
     def _validation_losses(self) -> dict[str, float]:
@@ -295,6 +322,7 @@ class Trainer:
             self.spread.rest()
 
     def _validate(self) -> float:
+        self._catch_up()
         losses, step = self._validation_losses(), self.progress.step
         loss, strangers = total_loss(self.data, losses), self.group.strangers(self.model)
         if strangers:
@@ -320,13 +348,17 @@ class Trainer:
         return loss
 
     def _score_tasks(self) -> None:
-        """Score the tasks, of a run of one process; a signal breaks that off, and nothing is half done."""
+        """Score the tasks, of a run of one process; a signal breaks that off wherever it is,
+        and nothing is half done.
+        """
+        self._catch_up()
         if self.score_tasks is not None:
             with self._noted.at_once():
                 scores = self.score_tasks(self.model)
             self._tell("eval", **self._position(), **scores)
 
     def _save(self) -> None:
+        self._catch_up()
         data = self.data.loader.state(self.progress.step)
         self.progress = replace(self.progress, data=data, skipped=self.guard.skipped, norm=self.guard.norm)
         self.metrics.flush()
@@ -354,34 +386,6 @@ def check_runs(configs: Sequence[RunConfig]) -> None:
             build(model)
     for optim in {str(config.optim): config.optim for config in configs}.values():
         build_optimizer(torch.nn.Linear(1, 1), optim)
-
-
-def gradients_of_batch(
-    model: Spread, loader: Batches, step: int, micro_batch_size: int | None = None, end_token: int | None = None
-) -> float:
-    """Add the gradients of batch number `step` to the parameters, in micro-batches, and return its mean loss in nats.
-
-    Of several processes each reads its own part of the batch; the gradients are the mean over all, the loss is its own,
-    times the weight that makes the mean over processes one over targets.
-    end_token: where given, attention does not cross from one document into another, each ended by this token.
-    """
-    tokens, targets = loader.batch(step)
-    parts = list(zip(*(x.split(micro_batch_size or len(tokens)) for x in (tokens, targets)), strict=True))
-    # Pairs of texts have different numbers of targets, and the mean is over targets.
-    counts = [int((wanted != IGNORED).sum()) for _, wanted in parts]
-    weight, total = loader.weight(step) / sum(counts), 0.0
-
-    def loss_of(part: Tensor, wanted: Tensor) -> Tensor:
-        part = part.to(model.device)
-        return model.loss(part, wanted.to(model.device), *separate_documents(part, end_token))
-
-    with model.whole(len(parts), lambda: [loss_of(*part) for part in parts]):
-        for number, (part, wanted) in enumerate(parts, 1):
-            with model.last(number == len(parts)):
-                loss = loss_of(part, wanted) * (counts[number - 1] * weight)
-                loss.backward()
-            total += loss.item()
-    return total
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:

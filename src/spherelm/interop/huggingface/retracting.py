@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spherelm import sphere
 from spherelm.errors import UserError
-from spherelm.layers.linear import retract_weight, unit_modules
+from spherelm.layers.linear import retract_weights, unit_modules
 from spherelm.sharding import is_sharded, own_vectors
 
 FAR = 0.01
@@ -31,12 +31,14 @@ def retract_moved(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Put the unit weights that `optimizer` moves back on the sphere, in every model that is `kept`."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in list(kept):
+        found: list[tuple[Any, int]] = []
         for name, module, axis in unit_modules(model):
             weight: Any = module.weight
             if id(weight) in moved:
                 if weight.ndim < 2:
                     raise UserError(f"{name} is cut within its vectors, which cannot be kept on the sphere: use FSDP 2")
-                retract_weight(weight, axis)
+                found.append((weight, axis))
+        retract_weights(found)
 
 
 register_optimizer_step_post_hook(retract_moved)
@@ -51,7 +53,7 @@ def check_departure(model: nn.Module) -> None:
         # What is cut within vectors, or not in memory now, says nothing; what is off is so in other weights too.
         whole = own.ndim > 1 and not is_sharded(own) and own.untyped_storage().nbytes() > 0
         if weight.requires_grad and whole:
-            far = (sphere.retraction_factor(own, dim=axis) - 1).abs().max().item()
+            far = (sphere.retraction_factor(sphere.squared_length(own, dim=axis)) - 1).abs().max().item()
             if far > FAR:
                 raise UserError(
                     f"{name} is trained and {far:.2g} off the unit sphere: call spherelm.retract(model) now, and after "
