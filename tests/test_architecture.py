@@ -31,7 +31,7 @@ OWNERS = {
     "lm_eval": {"evaluate/harness"},
     "mamba_ssm": {"layers/mamba_kernel"},
     "sacrebleu": {"evaluate/translation"},
-    "torchao": {"generation/quantization"},
+    "torchao": {"layers/low_precision"},
     "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},
     "trackio": {"train/sinks/trackio"},

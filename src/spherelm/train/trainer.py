@@ -45,7 +45,15 @@ from spherelm.train.init_from import check_length, load_initial_weights
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, Spread, joined, spread
-from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
+from spherelm.train.precision import (
+    best_device,
+    compile_blocks,
+    lower_precision,
+    name_of,
+    on_device,
+    resolve_dtype,
+    seed_noise,
+)
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 from spherelm.train.threads import threads, threads_for
@@ -79,6 +87,9 @@ class Trainer:
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
         model.runtime.label_smoothing = train.label_smoothing
+        self.noise = torch.Generator(self.device)
+        seed_noise(self.noise, train.seed)
+        group.together(lambda: lower_precision(model, train.precision, self.noise))
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
@@ -113,7 +124,9 @@ class Trainer:
         dtype = before if train.dtype == "auto" else train.dtype
         self._choice = "the faster one here" if dtype == "auto" else "as before" if dtype == before else "as asked for"
         found = name_of(resolve_dtype(dtype, model, self.micro_batch_size * train.seq_len))
-        return replace(self.config, train=replace(train, dtype=found))
+        # What is emulated is not compiled.
+        compiled = train.compile and train.precision.kind is None
+        return replace(self.config, train=replace(train, dtype=found, compile=compiled))
 
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to resume from."""
@@ -245,6 +258,7 @@ class Trainer:
         Notes the signal by which any of the processes was asked to stop, and the time.
         """
         set_rate(self.optimizer, lr)
+        seed_noise(self.noise, self.config.train.seed, step, self.group.rank)
         reports = self.group.gather([self._gradients(step), float(self._noted.first), time.monotonic()])
         losses, self._stop = [report[0] for report in reports], int(max(report[1] for report in reports))
         self._now = reports[0][2]  # by the clock of the first process, so that all save at one update
