@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spherelm.layers.linear import ExpertLinear, Linear, folded_product
 from spherelm.layers.low_precision import BLOCKS, LowPrecisionProduct, Precision, to_e2m1, to_nvfp4
 from spherelm.models import build
-from spherelm.train.precision import lower_precision
+from spherelm.train.low_precision import lower_precision
 
 
 def hard_cases() -> Tensor:
@@ -237,7 +237,7 @@ def test_models_of_every_kind_compute_in_nvfp4(arm: str, kind: str) -> None:
     model, tokens = model_of(arm, kind), torch.randint(30, (2, 12))
     targets = tokens[:, -7:] if kind == "encoder-decoder" else tokens
     plain = model.loss(tokens, targets).item()
-    lower_precision(model, Precision("nvfp4"), torch.Generator())
+    lower_precision(model, Precision("nvfp4"))
     loss = model.loss(tokens, targets)
     loss.backward()
     assert loss.item() != plain
@@ -250,7 +250,7 @@ def test_the_amax_of_unit_vectors_is_taken_as_one() -> None:
     for inner_norm, arm in ((False, "ngpt"), (True, "ngpt"), (False, "gpt")):
         fields = {"variant.inner_norm": inner_norm} if arm == "ngpt" else {}
         model = build(make_config(arm, "decoder", **SIZES, **fields))
-        lower_precision(model, Precision("nvfp4"), torch.Generator())
+        lower_precision(model, Precision("nvfp4"))
         attention = model.blocks[0].attention.part
         of_reader, of_writer = attention.q.product.is_one, attention.o.product.is_one
         assert of_reader == {"inputs": arm == "ngpt", "weights": arm == "ngpt", "gradients": False}

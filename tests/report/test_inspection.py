@@ -64,6 +64,7 @@ FIGURES = [
     "state-rank",
     "anisotropy",
     "entropy",
+    "four-bits",
     "lens-loss",
     "lens-agreement",
     "lens-divergence",

@@ -46,7 +46,7 @@ class Linear(nn.Linear):
     The weight [out_features, in_features] keeps its own dtype (float32 while training) and is cast for the product.
     `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits. writes: whether the
     result is added to the hidden state; otherwise the input is the hidden state. `product` computes the result; it can be
-    replaced by another function with its arguments, as `train.precision.lower_precision` does.
+    replaced by another function with its arguments, as `train.low_precision.lower_precision` does.
     """
 
     product: Callable[..., Tensor] = staticmethod(folded_product)

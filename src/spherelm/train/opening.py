@@ -20,7 +20,8 @@ from spherelm.train.estimate import (
     memory_per_device,
     parameters_by_role,
 )
-from spherelm.train.precision import device_name, emulation
+from spherelm.train.low_precision import emulation
+from spherelm.train.precision import device_name
 from spherelm.train.sinks import check_names
 
 FEWER = "use fewer --workers, or smaller models"

@@ -1,8 +1,7 @@
-"""Which number format computes fast here, formats of fewer bits, and compilation that falls back instead of failing."""
+"""Which number format computes fast here, and compilation that falls back instead of failing."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,11 +10,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from spherelm.errors import UserError, unknown
-from spherelm.layers.linear import ExpertLinear, Linear
-from spherelm.layers.low_precision import BLOCKS, LowPrecisionProduct, Precision, by_groups, torchao
+from spherelm.errors import unknown
 from spherelm.layers.mamba2 import StateSpace
-from spherelm.models import Decoder, NGPTConfig
+from spherelm.models import Decoder
 from spherelm.progress import say
 from spherelm.train.rehearsal import known_dtype, matrices
 
@@ -37,52 +34,6 @@ def resolve_dtype(name: str, model: nn.Module, rows: int) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
     """As a configuration names what `resolve_dtype` gives."""
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
-
-
-def lower_precision(model: Decoder, precision: Precision, noise: torch.Generator) -> None:
-    """Have every product with a matrix of the blocks of `model` rounded as `precision` says; noise: as there.
-
-    Embeddings, read-out, routers, norms and the core of attention stay as they are. Raises `UserError` where torchao is
-    missing, or for a matrix whose sides are not whole blocks of the format.
-    """
-    if precision.kind is None:
-        return
-    if precision.kind != "nvfp4":
-        torchao(f"precision={precision.kind}")
-    block = BLOCKS[precision.kind]
-    joined = isinstance(model.config, NGPTConfig) and model.config.variant.inner_norm
-    for name, module in model.named_modules():
-        if not isinstance(module, Linear | ExpertLinear) or module.role != "matrix":
-            continue
-        rows, columns = module.weight.shape[-2:]
-        if rows % block or columns % block:
-            raise UserError(
-                f"precision={precision.kind} takes {block} numbers at a time, and {name} is {rows} x {columns}: choose sizes "
-                f"that are multiples of {block}"
-            )
-        on_sphere = hasattr(module, "unit_axis")
-        product = LowPrecisionProduct(precision, on_sphere and (joined or not module.writes), on_sphere, noise)
-        module.product = product if isinstance(module, Linear) else by_groups(product)
-
-
-def seed_noise(noise: torch.Generator, *numbers: int) -> None:
-    """Have `noise` draw what belongs to these numbers, whatever it drew before, so that a resumed run draws the same."""
-    noise.manual_seed(int(hashlib.sha256(repr(numbers).encode()).hexdigest()[:15], 16))
-
-
-def emulation(precision: Precision, dtype: str) -> list[str]:
-    """The line that says what the products of a run are rounded to, and that this is emulated; none without a format."""
-    if precision.kind is None:
-        return []
-    operands = [name for name in ("inputs", "weights", "gradients") if getattr(precision, name)]
-    own = ""
-    if precision.kind == "nvfp4":
-        own = f"; amax {precision.amax}{', Hadamard transform' * precision.hadamard}"
-        own += ", stochastic rounding" * (precision.stochastic and precision.gradients)
-    return [
-        f"{precision.kind} of {', '.join(operands) or 'nothing'}{own}: emulated, rounded and multiplied in {dtype}, which is "
-        "slower than without; no torch.compile"
-    ]
 
 
 _CHOSEN: ContextVar[torch.device | None] = ContextVar("device", default=None)

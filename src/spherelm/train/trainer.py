@@ -42,18 +42,11 @@ from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.init_from import check_length, load_initial_weights
+from spherelm.train.low_precision import lower_precision, seed_noise
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, Spread, joined, spread
-from spherelm.train.precision import (
-    best_device,
-    compile_blocks,
-    lower_precision,
-    name_of,
-    on_device,
-    resolve_dtype,
-    seed_noise,
-)
+from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import check_names, open_sinks
 from spherelm.train.threads import threads, threads_for
@@ -87,9 +80,7 @@ class Trainer:
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
         model.runtime.label_smoothing = train.label_smoothing
-        self.noise = torch.Generator(self.device)
-        seed_noise(self.noise, train.seed)
-        group.together(lambda: lower_precision(model, train.precision, self.noise))
+        self.noise = group.together(lambda: lower_precision(model, train.precision, train.seed))
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
