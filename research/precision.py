@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import read_config
 from spherelm.runs.record import write_json
 from spherelm.train.batches import open_data, total_loss, validation_losses
+from spherelm.train.signals import Interrupted
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "precision.json"
 WIDTHS, SEEDS = (64, 128, 256, 512), (0, 1, 2)
@@ -100,7 +102,10 @@ def run(asked: argparse.Namespace) -> None:
             continue
         out = directory(asked.out, *key)
         start = time.process_time()
-        loss = do_job(Job(run_of(*key), out))
+        try:
+            loss = do_job(Job(run_of(*key), out))
+        except Interrupted as error:
+            sys.exit(str(error))
         seconds = round(time.process_time() - start, 1)
         line = {"width": width, "seed": seed, "model": model, "format": form, "loss": loss, "seconds": seconds}
         add("runs", line)
@@ -140,7 +145,8 @@ def weights(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     for width, seed, name, form in wanted():
         out, key = directory(asked.out, width, seed, name, form), {"width": width, "seed": seed, "model": name}
-        if form != "float32" or latest_checkpoint(out) is None:
+        finished = any({**key, "format": form}.items() <= line.items() for line in records("runs"))
+        if form != "float32" or not finished or latest_checkpoint(out) is None:
             continue
         if any(key.items() <= line.items() for line in records("weights")):
             continue
