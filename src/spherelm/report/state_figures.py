@@ -217,7 +217,8 @@ def _rounding(found: Found) -> Figure:
         layers = np.unique([layer for layer, _ in points])
         return layers, np.array([np.mean([value for at, value in points if at == layer]) for layer in layers])
 
-    panels, means = [], {}
+    panels: list[Panel] = []
+    means: dict[str, dict[str, float]] = {}
     for field, label in (("decibels", "signal to noise (dB)"), ("correlation", "correlation of the products")):
         lines = []
         for arm, models in found.items():
