@@ -20,6 +20,7 @@ import cost_tables as costs
 import inside_summary
 import law
 import length_picture
+import precision
 import predict_scale
 import result_tables as tables
 import serving_tables
@@ -68,6 +69,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "predicted-scale": predict_scale.table,
     "law-constants": law.constants,
     "law-points": law.points,
+    "precision": precision.table,
+    "precision-weights": precision.rounded_weights,
     "serving-texts": serving_tables.texts,
     "serving-speed": serving_tables.speed,
 }

@@ -524,3 +524,31 @@ def log_decay(r: float, rho: float, end: float = 0.0) -> float:
 def log_decay_area(rho: float) -> float:
     """The area under ``log_decay`` with ``end`` 0: ``1/ln(1 + 1/rho) - rho``."""
     return 1 / math.log(1 + 1 / rho) - rho
+
+
+# ------------------------------------------------------------------- NVFP4 (arXiv 2605.06067; NVIDIA, arXiv 2509.25149)
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes by code."""
+E4M3 = (*(m / 8 * 2.0**-6 for m in range(8)), *((1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)))[
+    :-1
+]
+"""Magnitudes by code; the last one is NaN."""
+
+
+def nearest(value: float, magnitudes: tuple[float, ...]) -> float:
+    """The nearest magnitude, of two as near as each other the one whose code is even; beyond the last one the last."""
+    code = min(range(len(magnitudes)), key=lambda code: (abs(magnitudes[code] - abs(value)), code % 2))
+    return math.copysign(magnitudes[code], value)
+
+
+def nvfp4(x: Tensor, amax: float | None = None) -> Tensor:
+    """Rows of `x` in NVFP4: 16 numbers share an E4M3 scale, all share amax / (6 * 448)."""
+    of_all = (float(x.abs().max()) if amax is None else amax) / (6 * 448)
+    back = x.double().clone()
+    for row in back:
+        for block in row.split(16):
+            scale = max(nearest(float(block.abs().max()) / 6 / of_all, E4M3), 2.0**-6) * of_all
+            for i, value in enumerate(block.tolist()):
+                block[i] = nearest(value / scale, E2M1) * scale
+    return back

@@ -32,7 +32,7 @@ OWNERS = {
     "mamba_ssm": {"layers/mamba_kernel"},
     "sacrebleu": {"evaluate/translation"},
     "onnxscript": {"interop/onnx"},
-    "torchao": {"generation/quantization"},
+    "torchao": {"layers/low_precision"},
     "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},
     "trackio": {"train/sinks/trackio"},

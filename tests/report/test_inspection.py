@@ -66,6 +66,7 @@ FIGURES = [
     "state-rank",
     "anisotropy",
     "entropy",
+    "four-bits",
     "lens-loss",
     "lens-agreement",
     "lens-divergence",

@@ -14,6 +14,7 @@ from spherelm.analysis.experts import Experts, look_at_experts
 from spherelm.analysis.motion import Motion, measure_motion
 from spherelm.analysis.parts import layers_with
 from spherelm.analysis.recording import record
+from spherelm.analysis.rounding import Rounding, measure_rounding
 from spherelm.analysis.weights import EMBEDDINGS, WeightReport
 from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
@@ -38,7 +39,9 @@ class Inside:
     `products`, `cosines`: quantiles at `geometry.LEVELS` of the pairwise products of embedding vectors, taken among
     `pair_rows` of them. `crowding`: mean cosine of all pairs of embedding vectors. `vector_lengths`: of Q and K in
     `layer`, ascending; `layer` is counted from 0 among the layers that have attention; without any, there are no
-    lengths. `motion`: what the model does with the text. `experts`: of mixtures, `None` for a model without them.
+    lengths. `motion`: what
+    the model does with the text. `rounding`: what four bits would leave of that. `experts`: of mixtures, `None` for a
+    model without them.
     """
 
     weights: WeightReport
@@ -53,6 +56,7 @@ class Inside:
     layer: int
     vector_lengths: dict[str, Array]
     motion: Motion
+    rounding: Rounding
     experts: Experts | None
 
 
@@ -89,6 +93,7 @@ def look_inside(model: Decoder, tokens: Tensor, layer: int | None = None) -> Ins
         layer=shown,
         vector_lengths={name: geometry.vector_lengths(model, name, shown) for name in ("Q", "K") if name in singular},
         motion=measure_motion(model, record(model, tokens)),
+        rounding=measure_rounding(model, tokens),
         experts=look_at_experts(model, tokens),
     )
 

@@ -58,6 +58,7 @@ def fields() -> list[Sequence[str]]:
 
 def about_field(name: str) -> str:
     """The description of a field of a run, from the docstrings of the dataclasses that have it."""
+    from spherelm.layers.low_precision import Precision
     from spherelm.models import CONFIGS
     from spherelm.optim.transfer import BaseShape
     from spherelm.recipes.overrides import nested, owners_of
@@ -69,7 +70,9 @@ def about_field(name: str) -> str:
         return own[name]
     group, _, field = name.rpartition(".")
     owners = {arm: [*owners_of(arm), BaseShape] for arm in CONFIGS}
-    if group:
+    if group == "precision":
+        owners = {arm: [Precision] for arm in CONFIGS}
+    elif group:
         owners = {arm: [type(nested(config)[group])] for arm, config in CONFIGS.items() if group in nested(config)}
     field = field.removeprefix("base_") if name in ("base_d_model", "base_n_layers", "base_steps") else field
     every = [kind for found in owners.values() for owner in reversed(found) for kind in reversed(owner.__mro__)]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from spherelm.cli.flags import Arm, DryRun, DryRunFlags, Given, OnMachine, Settings, TrainFlags
 from spherelm.cli.parser import BARE, Fields
@@ -74,6 +74,7 @@ def train(
     resume: Annotated[str | None, BARE] = None,
     init_from: Path | None = None,
     no_compile: bool = False,
+    precision: Literal["float32", "bfloat16", "fp8", "mxfp8", "nvfp4"] | None = None,
     given: TrainFlags,
     dry_run: DryRunFlags,
 ) -> None:
@@ -96,6 +97,8 @@ def train(
             flags that do not change the result may differ, and so may --steps where the schedule allows it.
         init_from: Start from the weights of this run, checkpoint or exported folder; the model takes its shape.
         no_compile: Do not use torch.compile.
+        precision: Number format of the products with the blocks' matrices (docs/precision.md): fp8, mxfp8 and nvfp4 are
+            emulated; float32 and bfloat16 are those of --dtype.
     """
     from spherelm.recipes.overrides import WHOLE
     from spherelm.recipes.written import parse_fields
@@ -106,7 +109,7 @@ def train(
     chosen = {name: value for name, value in chosen.items() if value is not None}
     out, config = resumed(resume, out, chosen)
     own = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    own |= {"compile": False} if no_compile else {}
+    own |= ({"compile": False} if no_compile else {}) | ({"precision": precision} if precision else {})
     asked = own | parse_fields(set_, own)
     record = {} if config is None else read_record(config)
     if config is not None and record.keys() >= WHOLE:

@@ -9,7 +9,6 @@ together with the learned scale of the row. For columns (the two `o` matrices) i
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +18,10 @@ from spherelm import sphere
 from spherelm.errors import UserError
 from spherelm.generation.folding import Folded
 from spherelm.layers.linear import Embedding, Linear
+from spherelm.layers.low_precision import torchao
 from spherelm.layers.moe import Router
 from spherelm.layers.readout import scaled
 from spherelm.models import Decoder
-from spherelm.third_parties import silenced
-
-
-def _torchao() -> Any:
-    """The module `torchao.quantization`; raises `ValueError` if it is missing."""
-    try:
-        with silenced():  # on import it logs which kernels for GPUs it was built without
-            import torchao.quantization  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise UserError("8-bit weights need torchao: pip install '.[quantize]' in a clone of spherelm") from error
-    return torchao.quantization
 
 
 def int8_vectors(weight: Tensor, axis: int, unit: bool) -> tuple[Tensor, Tensor]:
@@ -42,8 +31,8 @@ def int8_vectors(weight: Tensor, axis: int, unit: bool) -> tuple[Tensor, Tensor]
     A vector's step size is its largest entry over 127.5 as torchao chooses it, or, if `unit`, one over its int8 length.
     """
     rows = weight.detach().float() if axis == 1 else weight.detach().float().T.contiguous()
-    torchao = _torchao()
-    packed = torchao.Int8Tensor.from_hp(rows, torchao.PerRow())
+    quantization = torchao("int8").quantization
+    packed = quantization.Int8Tensor.from_hp(rows, quantization.PerRow())
     entries, steps = packed.qdata, packed.scale.flatten()
     if unit:
         steps = torch.linalg.vector_norm(entries.float(), dim=-1).clamp_min(sphere.TINY).reciprocal()
@@ -91,7 +80,7 @@ class Int8Linear(Int8Matrix):
 
     def _with_row_factors(self, factors: Tensor) -> Tensor:
         """The matrix that torchao multiplies by: the entries with row i times `factors[i]`."""
-        packed: Tensor = _torchao().Int8Tensor(
+        packed: Tensor = torchao("int8").quantization.Int8Tensor(
             self.entries, factors.unsqueeze(-1), [1, self.entries.shape[1]], factors.dtype
         )
         return packed

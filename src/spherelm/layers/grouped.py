@@ -121,7 +121,7 @@ def kernel_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) ->
 def looped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped_product`, one group after the other."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for group, (start, end) in enumerate(_slices(ends)):
+    for group, (start, end) in enumerate(slices(ends)):
         torch.mm(rows[start:end], weight[group].T, out=out[start:end])
     return out
 
@@ -129,13 +129,14 @@ def looped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def looped_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """`grouped_product_backward`, one group after the other."""
     of_rows, of_weight = rows.new_empty(rows.shape), weight.new_empty(weight.shape)
-    for group, (start, end) in enumerate(_slices(ends)):
+    for group, (start, end) in enumerate(slices(ends)):
         torch.mm(grad[start:end], weight[group], out=of_rows[start:end])
         torch.mm(grad[start:end].T, rows[start:end], out=of_weight[group])
     return of_rows, of_weight
 
 
-def _slices(ends: Tensor) -> list[tuple[int, int]]:
+def slices(ends: Tensor) -> list[tuple[int, int]]:
+    """Where the rows of each group begin and end."""
     found = ends.tolist()
     return list(zip([0, *found[:-1]], found, strict=True))
 

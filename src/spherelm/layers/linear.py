@@ -22,28 +22,47 @@ from spherelm.layers.grouped import product_by_groups
 from spherelm.sharding import is_sharded, own_vectors
 
 
+def scaled_rows(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A weight [..., out_features, in_features] with each row times its `scale` [..., out_features],
+    at its own precision.
+
+    Folding a per-output scale into the rows costs a pass over the matrix instead of one over every token.
+    """
+    return weight if scale is None else weight * scale.unsqueeze(-1)
+
+
+def folded_product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`scale * (x W^T)` in the dtype of `x`, the scale [out_features] folded into the weight's rows."""
+    return F.linear(x, scaled_rows(weight, scale).to(x.dtype))
+
+
+def folded_groups(rows: Tensor, weight: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`folded_product` of the rows of each group, which end at `ends`, with the group's own matrix and scale."""
+    return product_by_groups(rows, scaled_rows(weight, scale).to(rows.dtype), ends)
+
+
 class Linear(nn.Linear):
     """A matrix product without bias: [..., in_features] -> [..., out_features], computed in the dtype of its input.
 
     The weight [out_features, in_features] keeps its own dtype (float32 while training) and is cast for the product.
     `role` names the optimizer group: "matrix", or "output_embedding" for the matrix that reads out logits. writes:
-    whether the result is added to the hidden state; otherwise the input is the hidden state.
+    whether the result is added to the hidden state; otherwise the input is the hidden state. `product` computes the
+    result; it can be replaced by another function with its arguments, as `train.low_precision.lower_precision` does.
     """
+
+    product: Callable[..., Tensor] = staticmethod(folded_product)
 
     def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.role, self.writes = role, writes
 
     def scaled_weight(self, scale: Tensor | None = None) -> Tensor:
-        """The weight with row i multiplied by `scale[i]`, at the weight's own precision.
-
-        Folding a per-output scale into the rows costs a pass over the matrix instead of one over every token.
-        """
-        return self.weight if scale is None else self.weight * scale.unsqueeze(-1)
+        """The weight with row i multiplied by `scale[i]`, at the weight's own precision."""
+        return scaled_rows(self.weight, scale)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`scale * (x W^T)`, the scale [out_features] folded into the weight's rows."""
-        return F.linear(x, self.scaled_weight(scale).to(x.dtype))
+        """`scale * (x W^T)`, with a scale [out_features] if there is one."""
+        return self.product(x, self.weight, scale)
 
 
 class UnitLinear(Linear):
@@ -59,10 +78,12 @@ class UnitLinear(Linear):
 class ExpertLinear(nn.Module):
     """A matrix for each of `n_experts`, as one weight [n_experts, out_features, in_features], without bias.
 
-    It keeps its own dtype and is cast to that of the input for the product, as in `Linear`; writes: as there.
+    It keeps its own dtype and is cast to that of the input for the product, as in `Linear`; writes,
+    `product`: as there.
     """
 
     role = "matrix"
+    product: Callable[..., Tensor] = staticmethod(folded_groups)
 
     def __init__(self, n_experts: int, in_features: int, out_features: int, writes: bool = False) -> None:
         super().__init__()
@@ -78,11 +99,9 @@ class ExpertLinear(nn.Module):
     def forward(self, rows: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
         """[rows, in_features] -> [rows, out_features]: the rows of each expert, which end at `ends`, times its matrix.
 
-        ends: int32 [n_experts], as for `grouped_product`. scale [n_experts, out_features] multiplies the results,
-        folded into the weight.
+        ends: int32 [n_experts], as for `grouped_product`. scale [n_experts, out_features] multiplies the results.
         """
-        weight = self.weight if scale is None else self.weight * scale.unsqueeze(-1)
-        return product_by_groups(rows, weight.to(rows.dtype), ends)
+        return self.product(rows, self.weight, ends, scale)
 
 
 INNER_NORMS: Mapping[bool, Callable[[Tensor], Tensor]] = {True: sphere.norm, False: torch.positive}

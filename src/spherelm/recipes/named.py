@@ -13,6 +13,7 @@ from typing import Any
 
 from spherelm.errors import UserError, unknown
 from spherelm.interop.initial import read_model_config
+from spherelm.layers.low_precision import Precision
 from spherelm.models import CONFIGS
 from spherelm.optim import RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -32,6 +33,7 @@ from spherelm.recipes.overrides import (
     refuse_unknown,
     schedule_of,
     take,
+    training_of,
 )
 from spherelm.recipes.presets import PRESETS, Preset
 from spherelm.runs.config import RunConfig, TrainConfig, part_of_batch
@@ -254,7 +256,7 @@ def _run(
         model=model_config(config_class, size.architecture, model, given),
         optim=optim,
         schedule=schedule_of(choices.schedule, given),
-        train=TrainConfig(**(train | take(given, TrainConfig))),
+        train=TrainConfig(**(train | training_of(given, Precision()))),
         data=data,
         base=size.base,
     )

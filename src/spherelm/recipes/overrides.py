@@ -11,6 +11,7 @@ from typing import Any
 
 from spherelm.errors import UserError, nearest, unknown
 from spherelm.fields import called
+from spherelm.layers.low_precision import BLOCKS, Precision
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, ScaleSpec
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
@@ -36,8 +37,10 @@ def fields_of(arm: str) -> set[str]:
     """Every field of a run of `arm` that can be given one by one, by name or by path."""
     hidden = {"kind", "multipliers", "vocab_size", "mixer", "experts", *GROUPS}
     found = {f.name for owner in owners_of(arm) for f in dataclasses.fields(owner)} - hidden
-    groups = nested(CONFIGS[arm])
-    found |= {f"{name}.{f.name}" for name, group in groups.items() for f in dataclasses.fields(group)}
+    groups = {**nested(CONFIGS[arm]), "precision": Precision()}
+    found |= {f"{name}.{f.name}" for name, group in groups.items() for f in dataclasses.fields(group)} - {
+        "precision.kind"
+    }
     own = {f"base_{f.name}" for f in dataclasses.fields(BaseShape)} | {f"{role}_rate" for role in ROLES}
     return found | own | {"schedule", "d_k"}
 
@@ -186,6 +189,33 @@ def schedule_of(chosen: ScheduleConfig, given: dict[str, Any]) -> ScheduleConfig
         return dataclasses.replace(chosen, **kind, **take(given, ScheduleConfig, but=("kind",)))
 
 
+def training_of(given: dict[str, Any], before: Precision) -> dict[str, Any]:
+    """Remove from `given` the fields of a `TrainConfig`, and those by which `precision` differs from `before`.
+
+    `precision` is its kind; float32 or bfloat16, of which everything is computed then, is another word for `dtype`.
+    """
+    found, own = take(given, TrainConfig, but=("precision",)), {}
+    names = {f"precision.{name}": name for name in names_of(Precision) if name != "kind"}
+    own = {names[path]: given.pop(path) for path in list(given) if path in names}
+    if "precision" in given:
+        kind = given.pop("precision")
+        if kind in PLAIN:
+            if found.get("dtype", "auto") not in ("auto", kind):
+                raise UserError(
+                    f"precision={kind} computes in {kind}, and dtype={found['dtype']} is given too: leave one out"
+                )
+            found["dtype"], kind = kind, None
+        elif kind is not None and kind not in BLOCKS:
+            raise unknown("precision", kind, [*PLAIN, *BLOCKS])
+        own["kind"] = kind
+    with called("precision.{}".format):
+        return {**found, "precision": dataclasses.replace(before, **own)}
+
+
+PLAIN = ("float32", "bfloat16")
+"""The formats that everything can be computed in."""
+
+
 def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
     """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
     names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
@@ -216,6 +246,14 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
         "schedule=log": (schedule.kind == "log", ("rho",)),
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction", "decay_shape")),
         "activation=swiglu": (config.model.activation == "swiglu", tuple(f"s_v.{n}" for n in names_of(ScaleSpec))),
+        "precision=fp8, mxfp8 or nvfp4": (
+            config.train.precision.kind is not None,
+            ("precision.inputs", "precision.weights", "precision.gradients"),
+        ),
+        "precision=nvfp4": (
+            config.train.precision.kind == "nvfp4",
+            ("precision.amax", "precision.hadamard", "precision.stochastic"),
+        ),
         "a max_angle": (optim.max_angle is not None, ("angle_follows_lr",)),
         "an arm on the sphere": (on_sphere, ("max_angle", "angle_follows_lr")),
         "an arm that is not on the sphere": (not on_sphere, ("hyperball",)),
@@ -253,7 +291,7 @@ def changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     own = {name: value for name, value in vars(model).items() if name not in ("architecture", *groups)}
     own |= {f"{group}.{name}": value for group in groups for name, value in vars(getattr(model, group)).items()}
     rule = {name: value for name, value in vars(optim.optimizer).items() if name != "kind"}
-    train = take(given, TrainConfig)
+    train = training_of(given, config.train.precision)
     if "batch_size" in train and "micro_batch_size" not in train:
         limit = config.train.micro_batch_size
         train["micro_batch_size"] = limit and part_of_batch(limit, train["batch_size"])
@@ -298,5 +336,10 @@ def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
-NAMES_IN = {"multipliers": "{}_rate", "base": "base_{}", **{group: f"{group}.{{}}" for group in GROUPS}}
+NAMES_IN = {
+    "multipliers": "{}_rate",
+    "base": "base_{}",
+    "precision": "precision.{}",
+    **{group: f"{group}.{{}}" for group in GROUPS},
+}
 """How the fields of a part of a config are called where they are given one by one."""

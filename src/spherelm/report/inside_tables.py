@@ -47,6 +47,15 @@ def _entropies(inside: Inside) -> Arrays:
     return {"nats": (motion.entropies, layers), "over_largest": (motion.spread, layers)}
 
 
+def _rounding(inside: Inside) -> Arrays:
+    places = inside.weights.places
+    return {
+        f"{what} of {name}": (array, places[name].astype(int))
+        for what, by_matrix in vars(inside.rounding).items()
+        for name, array in by_matrix.items()
+    }
+
+
 def _experts(inside: Inside, **fields: str) -> Arrays:
     experts = inside.experts
     return {} if experts is None else {n: (getattr(experts, field), experts.layers) for n, field in fields.items()}
@@ -68,6 +77,7 @@ TABLES: dict[str, tuple[Callable[[Inside], Arrays], tuple[str, ...]]] = {
     "stops": (_stops, ("stop",)),
     "angles": (lambda i: _counted({"degrees": i.motion.angles}), ("step", "position")),
     "attention_entropy": (_entropies, ("layer", "head")),
+    "rounding": (_rounding, ("layer",)),
     "expert_load": (lambda i: _experts(i, part_of_choices="load", bias="biases"), ("layer", "expert")),
     "expert_angles": (
         lambda i: _experts(i, between_proposals="proposals", between_router_rows="router"),

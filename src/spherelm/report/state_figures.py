@@ -78,7 +78,14 @@ def motion_section(found: Found) -> list[Figure]:
                    "most probable", lambda motion: motion.to_prediction),
         _alignment(found, "to-state", "final state", "the state that the model ends in", lambda motion: motion.to_state),
     ]  # fmt: skip
-    return [_angles(found), _paths(found), *alignments, *(kind.figure(found) for kind in STATES), *_entropies(found)]
+    return [
+        _angles(found),
+        _paths(found),
+        *alignments,
+        *(kind.figure(found) for kind in STATES),
+        *_entropies(found),
+        _rounding(found),
+    ]
 
 
 def lens_section(found: Found) -> list[Figure]:
@@ -200,6 +207,35 @@ def _entropies(found: Found) -> list[Figure]:
     )
     panel = Panel(_dots(spread), "layer", "attention entropy over its largest", scale="layers", low=0, high=1.02)
     return [chart("entropy", "Attention entropy of each head", caption, [panel])]
+
+
+def _rounding(found: Found) -> Figure:
+    """Two numbers of `analysis.rounding.Rounding` over the layers, each the mean over a layer's matrices."""
+
+    def over_layers(inside: Inside, by_matrix: Mapping[str, Array]) -> tuple[Array, Array]:
+        points = [
+            point for name, own in by_matrix.items() for point in zip(inside.weights.places[name], own, strict=True)
+        ]
+        layers = np.unique([layer for layer, _ in points])
+        return layers, np.array([np.mean([value for at, value in points if at == layer]) for layer in layers])
+
+    panels: list[Panel] = []
+    means: dict[str, dict[str, float]] = {}
+    for field, label in (("decibels", "signal to noise (dB)"), ("correlation", "correlation of the products")):
+        lines = []
+        for arm, models in found.items():
+            layers, seeds = zip(
+                *(over_layers(inside, getattr(inside.rounding, field)) for inside in models), strict=True
+            )
+            lines.append(line_of(arm, layers[0], seeds))
+            means.setdefault(field, {})[arm] = float(np.mean(seeds))
+        panels.append(Panel(lines, "layer", label, scale="layers"))
+    caption = (
+        "Dot products of states and matrices if both had four bits (NVFP4): their mean square over that of their errors, in "
+        f"the mean {each(means['decibels'], '.1f')} dB; and how the element-wise products of a dot product go together, "
+        f"{each(means['correlation'], '.4f')}: 0 where they are independent. Not in the paper."
+    )
+    return chart("four-bits", "What four bits leave of dot products", caption, panels)
 
 
 Seen = Mapping[str, Sequence[Experts]]

@@ -15,6 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from spherelm.errors import UserError
 from spherelm.fields import Part, check, from_plain
+from spherelm.layers.low_precision import Precision
 from spherelm.models import CONFIGS, Config, older
 from spherelm.models.config import to_plain
 from spherelm.optim import OptimConfig, ScheduleConfig
@@ -32,6 +33,8 @@ class TrainConfig:
         micro_batch_size: Sequences computed at once in a process; gradients accumulate over the batch. All if left out.
         seed: Seed of the initial weights and of the order of the data.
         dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine, recorded.
+        precision: Number format of the operands of products with the blocks' matrices, where it has
+        fewer bits than dtype.
         device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
         threads: CPU threads; if left out, the fastest number, which may change during the run.
         compile: Whether to use torch.compile.
@@ -68,6 +71,7 @@ class TrainConfig:
     micro_batch_size: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = Precision()
     device: str | None = None
     threads: PositiveInt | None = None
     compile: bool = True

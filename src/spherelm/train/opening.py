@@ -20,6 +20,7 @@ from spherelm.train.estimate import (
     memory_per_device,
     parameters_by_role,
 )
+from spherelm.train.low_precision import emulation
 from spherelm.train.precision import device_name
 from spherelm.train.sinks import check_names
 
@@ -48,6 +49,7 @@ def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int
     return [
         f"{config.arm} {config.preset}, recipe {config.recipe}: {counted(parameters, 'parameter')}{met}",
         f"{processes}{device_name(group.device)}, {train.dtype} ({choice}){threads}{', torch.compile' * train.compile}; {told}",
+        *emulation(train.precision, train.dtype),
         f"{counted(train.steps, 'update')} of {counted(tokens, 'token')}, {epochs_in_words(read)}{start}",
         f"logged to {logs}; {saving(train)}",
         f"MFU compares with {peak}",

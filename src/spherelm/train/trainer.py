@@ -1,7 +1,6 @@
 """The training loop. It does not know which arm it trains: what makes nGPT nGPT hangs on the optimizer.
 
-Nor does it know how many processes train: `parallel.Group` and `parallel.Spread` do, and of one process
-they make nothing.
+Nor does it know how many processes train: `parallel.Group` and `parallel.Spread` do.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.init_from import check_length, load_initial_weights
+from spherelm.train.low_precision import lower_precision, seed_noise
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, joined, spread
@@ -78,6 +78,7 @@ class Trainer:
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
         model.runtime.label_smoothing = train.label_smoothing
+        self.noise = group.together(lambda: lower_precision(model, train.precision, train.seed))
         self.model = model
         self.spread = spread(model, group, train.recompute)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
@@ -116,7 +117,9 @@ class Trainer:
         dtype = before if train.dtype == "auto" else train.dtype
         self._choice = "the faster one here" if dtype == "auto" else "as before" if dtype == before else "as asked for"
         found = name_of(resolve_dtype(dtype, model, self.micro_batch_size * train.seq_len))
-        return replace(self.config, train=replace(train, dtype=found))
+        # What is emulated is not compiled.
+        compiled = train.compile and train.precision.kind is None
+        return replace(self.config, train=replace(train, dtype=found, compile=compiled))
 
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to resume from."""
@@ -241,6 +244,7 @@ class Trainer:
         and waits for nothing.
         """
         set_rate(self.optimizer, lr)
+        seed_noise(self.noise, self.config.train.seed, step, self.group.rank)
         losses = self._gradients(step)
         update = Update(step, lr, Arriving(losses, clip_gradients(self.model, self.config.optim.grad_clip)))
         if self.reads_late or self._judge(update):

@@ -1,0 +1,254 @@
+"""What products in four bits cost GPT and nGPT (docs/precision.md):
+short runs by the law, float32 beside emulated NVFP4.
+
+    python research/precision.py run --out runs/precision --minutes 60       # the same command again continues
+    python research/precision.py weights --out runs/precision                # weights alone in few bits, after training
+    python research/precision.py table
+
+A run is 160 updates of 1024 tokens of the shipped text, on one thread, the cheapest ones first. Every finished one is a
+line of docs/results/precision.json. `weights` measures the models that were trained in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from result_tables import grid, read
+from torch import Tensor
+
+from spherelm import load_model
+from spherelm.analysis.rounding import measure_rounding
+from spherelm.data.sources import parse_data
+from spherelm.experiments.jobs import Job, do_job
+from spherelm.layers.linear import Linear
+from spherelm.layers.low_precision import to_nvfp4
+from spherelm.models import Decoder
+from spherelm.recipes import make_run
+from spherelm.runs.checkpoint import latest_checkpoint
+from spherelm.runs.config import read_config
+from spherelm.runs.record import write_json
+from spherelm.train.batches import open_data, total_loss, validation_losses
+from spherelm.train.signals import Interrupted
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "precision.json"
+WIDTHS, SEEDS = (64, 128, 256, 512), (0, 1, 2)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT": ("gpt", {}),
+    "nGPT": ("ngpt", {}),
+    "FNGPT": ("ngpt", {"variant.inner_norm": True}),
+}
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "amax and Hadamard": {"precision": "nvfp4", "precision.amax": "measured", "precision.hadamard": True},
+    "amax": {"precision": "nvfp4", "precision.amax": "measured"},
+    "neither": {"precision": "nvfp4", "precision.amax": "one"},
+}
+"""How the operands of the blocks' products are rounded:
+as GPT needs it according to the paper, down to what nGPT needs.
+"""
+
+
+def wanted() -> Iterator[tuple[int, int, str, str]]:
+    """(width, seed, model, format) of each run: first one seed of the smallest width,
+    then a second one and the next width.
+    """
+    points = [(place, width, seed) for place, width in enumerate(WIDTHS) for seed in SEEDS]
+    for _, width, seed in sorted(points, key=lambda point: (point[0] + point[2], point[0])):
+        for model in MODELS:
+            yield from ((width, seed, model, form) for form in FORMATS)
+
+
+def run_of(width: int, seed: int, model: str, form: str) -> Any:
+    """The run by the law; all runs of a width and a seed start from the same weights, of FNGPT from nGPT's."""
+    arm, fields = MODELS[model]
+    size: dict[str, Any] = {
+        "d_model": width, "n_heads": width // 64, "n_layers": 4, "steps": 160, "seq_len": 256, "batch_size": 4, "seed": seed,
+        "dtype": "float32", "compile": False, "threads": 1, "eval_every": 0, "eval_windows": 128, "save_every": 10**9,
+    }  # fmt: skip
+    return make_run(arm, "0.3m", vocab_size=parse_data(None).vocab_size, **size, **fields, **FORMATS[form])
+
+
+def directory(out: Path, width: int, seed: int, model: str, form: str) -> Path:
+    """Where a run is done; those in float32 are kept there."""
+    return out / f"{width}-{seed}-{model}-{form.replace(' ', '-')}"
+
+
+def records(kind: str) -> list[dict[str, Any]]:
+    """The lines of the results file of this kind."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    lines: list[dict[str, Any]] = found.get(kind, [])
+    return lines
+
+
+def add(kind: str, record: dict[str, Any]) -> None:
+    """Append a line to the results file."""
+    write_json(RESULTS, {**{k: records(k) for k in ("runs", "weights")}, kind: [*records(kind), record]})
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Do the runs that are left, until the time is over; an interrupted one is resumed."""
+    torch.set_num_threads(1)
+    until = time.time() + 60 * asked.minutes
+    for key in wanted():
+        width, seed, model, form = key
+        if time.time() > until or width > asked.widest:
+            return
+        if key in {(r["width"], r["seed"], r["model"], r["format"]) for r in records("runs")}:
+            continue
+        out = directory(asked.out, *key)
+        start = time.process_time()
+        try:
+            loss = do_job(Job(run_of(*key), out))
+        except Interrupted as error:
+            sys.exit(str(error))
+        seconds = round(time.process_time() - start, 1)
+        line = {"width": width, "seed": seed, "model": model, "format": form, "loss": loss, "seconds": seconds}
+        add("runs", line)
+        print(json.dumps(line), flush=True)
+        if form != "float32":
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def whole_numbers(bits: int, weight: Tensor, axis: int) -> Tensor:
+    """`weight` as whole numbers of so many bits, one step size for each vector along `axis`, read back."""
+    most = 2 ** (bits - 1) - 1
+    step = weight.abs().amax(axis, keepdim=True) / most
+    return (weight / step).round().clamp(-most, most) * step
+
+
+KINDS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "int8": lambda weight, axis: whole_numbers(8, weight, axis),
+    "int4": lambda weight, axis: whole_numbers(4, weight, axis),
+    "nvfp4": lambda weight, axis: to_nvfp4(weight),
+}
+
+
+@torch.no_grad()
+def round_weights(model: Decoder, kind: str, renormalize: bool) -> None:
+    """Round the blocks' matrices; renormalize: give every vector along d_model the length back that it had."""
+    for module in model.modules():
+        if isinstance(module, Linear) and module.role == "matrix":
+            axis = 0 if module.writes else 1
+            before = module.weight.norm(dim=axis, keepdim=True)
+            module.weight.copy_(KINDS[kind](module.weight, axis))
+            if renormalize:
+                module.weight.mul_(before / module.weight.norm(dim=axis, keepdim=True))
+
+
+def weights(asked: argparse.Namespace) -> None:
+    """Measure the models trained in float32: their products in NVFP4, and their losses with rounded matrices."""
+    torch.set_num_threads(1)
+    for width, seed, name, form in wanted():
+        out, key = directory(asked.out, width, seed, name, form), {"width": width, "seed": seed, "model": name}
+        finished = any({**key, "format": form}.items() <= line.items() for line in records("runs"))
+        if form != "float32" or not finished or latest_checkpoint(out) is None:
+            continue
+        if any(key.items() <= line.items() for line in records("weights")):
+            continue
+        data = open_data(read_config(out / "config.json"))
+        found = measure_rounding(load_model(out), data.held_out[0].tokens[:8])
+        line: dict[str, Any] = {
+            **key, **{what: float(np.mean([*by.values()])) for what, by in vars(found).items()}, "losses": {}
+        }  # fmt: skip
+        for kind in (None, *KINDS):
+            for renormalize in (False, True)[: 1 + (kind is not None)]:
+                model = load_model(out)
+                if kind is not None:
+                    round_weights(model, kind, renormalize)
+                label = f"{kind}{', lengths restored' * renormalize}" if kind else "float32"
+                line["losses"][label] = total_loss(data, validation_losses(model, data, 16))
+        add("weights", line)
+        print(json.dumps(line), flush=True)
+
+
+def gaps(width: int, model: str, form: str, found: list[dict[str, Any]]) -> list[float]:
+    """By how many percent the loss is above that in float32, seed by seed; infinite where the run diverged."""
+    losses = {(r["seed"], r["format"]): r["loss"] for r in found if (r["width"], r["model"]) == (width, model)}
+    both = [seed for seed in SEEDS if (seed, form) in losses and losses.get((seed, "float32"))]
+    return [
+        math.inf if losses[seed, form] is None else 100 * (losses[seed, form] / losses[seed, "float32"] - 1)
+        for seed in both
+    ]
+
+
+def said(values: list[float]) -> str:
+    """The mean and the standard error, where there are several."""
+    if not values:
+        return "not run"
+    spread = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.2f}{spread} %" if np.isfinite(values).all() else "diverged"
+
+
+def table() -> str:
+    """The loss in float32, and how many percent above it each format ends."""
+    found, rows = read("precision")["runs"], []
+    for width in sorted({r["width"] for r in found}):
+        for model in MODELS:
+            plain = [r["loss"] for r in found if (r["width"], r["model"], r["format"]) == (width, model, "float32")]
+            cells = [said(gaps(width, model, form, found)) for form in FORMATS if form != "float32"]
+            rows.append([width, model, len(plain), f"{np.mean(plain):.4f}" if plain else "not run", *cells])
+    heads = ["d_model", "model", "seeds", "loss in float32", *(form for form in FORMATS if form != "float32")]
+    return grid(heads, rows)
+
+
+def rounded_weights() -> str:
+    """Of the models trained in float32: products in NVFP4, and how many percent the loss rises with
+    rounded matrices.
+    """
+    found, rows = read("precision")["weights"], []
+    for width in sorted({line["width"] for line in found}):
+        for model in MODELS:
+            own = [line for line in found if (line["width"], line["model"]) == (width, model)]
+            if own:
+                means = [
+                    np.mean([line[what] for line in own]) for what in ("decibels", "correlation", "noise_correlation")
+                ]
+                cells = [
+                    said([100 * (line["losses"][label] / line["losses"]["float32"] - 1) for line in own])
+                    for label in own[0]["losses"]
+                    if label != "float32"
+                ]
+                products = [f"{means[0]:.1f} dB", f"{1e3 * means[1]:.2f}", f"{1e3 * means[2]:.2f}"]
+                rows.append([width, model, len(own), *products, *cells])
+    labels = [label for label in found[0]["losses"] if label != "float32"]
+    heads = [
+        "d_model",
+        "model",
+        "seeds",
+        "signal to noise",
+        "correlation of products, 1e-3",
+        "of errors, 1e-3",
+        *labels,
+    ]
+    return grid(heads, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--minutes", type=float, default=60.0)
+    one.add_argument("--widest", type=int, default=max(WIDTHS))
+    one.set_defaults(do=run)
+    one = commands.add_parser("weights")
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(do=weights)
+    one = commands.add_parser("table")
+    one.set_defaults(do=lambda asked: print(table(), rounded_weights(), sep="\n\n"))
+    asked = parser.parse_args()
+    asked.do(asked)
+
+
+if __name__ == "__main__":
+    main()
