@@ -222,9 +222,7 @@ class Trainer:
             raise Stop(number)
 
     def _step(self) -> None:
-        """Make an update and report on it, where that can be late on the one before,
-        while the device computes this one.
-        """
+        """Make an update and report on it; where that can be late, on the one before, while the device computes."""
         config, step = self.config, self.progress.step
         every = config.train.diagnose_every
         diagnosis = Diagnosis(self.model, self.optimizer) if every and (step + 1) % every == 0 else None
@@ -240,9 +238,7 @@ class Trainer:
             raise Stop(self._stop)
 
     def _update(self, step: int, lr: float) -> Update:
-        """One optimizer step, if it is not left out; one that is judged late is made in any case,
-        and waits for nothing.
-        """
+        """One optimizer step, if it is not left out; one that is judged late is made, and waits for nothing."""
         set_rate(self.optimizer, lr)
         seed_noise(self.noise, self.config.train.seed, step, self.group.rank)
         losses = self._gradients(step)
@@ -379,9 +375,9 @@ def prepare(config: RunConfig, group: Group) -> tuple[RunData, Callable[[Decoder
 
 def check_runs(configs: Sequence[RunConfig]) -> None:
     """Raise what the first run that cannot begin would raise; nothing is written, no model takes memory."""
-    texts = {
-        str((c.model.architecture, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1))): c for c in configs
-    }
+    texts = {}
+    for c in configs:
+        texts[str((c.model.architecture, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1)))] = c
     for config in texts.values():
         micro_batches(config.train, 1)
         prepare(config, Group())
