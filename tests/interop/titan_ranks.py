@@ -65,7 +65,7 @@ def main(arm: str, steps: int, out: str, parallel: dict[str, int], save: int = 0
     run = run_of(arm, 6)
     adapted(run)
     fields: dict[str, Any] = {"optimizer": default_adamw(lr=1e-3, weight_decay=0.0)} if adamw else {}
-    fields["checkpoint"] = CheckpointManager.Config(enable=bool(save), interval=save or 1)
+    fields["checkpoint"] = CheckpointManager.Config(enable=bool(save), interval=save or 1, last_save_model_only=False)
     parallelism = ParallelismConfig(spmd_backend="partial_dtensor", **parallel)
     config = trainer_config(run, dump_folder=out, parallelism=parallelism, **fields)
     config.training.steps, config.training.local_batch_size, config.metrics.log_freq = steps, 2, 1

@@ -182,7 +182,7 @@ class Adapter(StateDictAdapter):  # type: ignore[misc]
 
 
 class Text(BaseDataLoader):  # type: ignore[misc]
-    """The batches of our own loader: the text of `--data`, the same at any number of processes; its state is a step."""
+    """The batches of our own loader: the text of `--data`, the same at any number of processes, which its state fits."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):  # type: ignore[misc]
@@ -194,7 +194,8 @@ class Text(BaseDataLoader):  # type: ignore[misc]
     def __init__(
         self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **kwargs: Any
     ) -> None:
-        how = Reading(seq_len, local_batch_size * dp_world_size, config.seed, 1, False, dp_rank, dp_world_size)
+        self.batch_size = local_batch_size * dp_world_size
+        how = Reading(seq_len, self.batch_size, config.seed, 1, False, dp_rank, dp_world_size)
         self.loader, self.step = parse_data(config.data).open(how).loader, 0
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -204,12 +205,12 @@ class Text(BaseDataLoader):  # type: ignore[misc]
             yield {"input": tokens}, targets
 
     def state_dict(self) -> dict[str, Any]:
-        """The step."""
-        return {"step": self.step}
+        """How many sequences were read by all processes."""
+        return {"sequences": self.step * self.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step."""
-        self.step = state_dict["step"]
+        """Go on after them."""
+        self.step = state_dict["sequences"] // self.batch_size
 
 
 class NoTokenizer(BaseTokenizer):  # type: ignore[misc]
@@ -264,7 +265,8 @@ class Schedules(LRSchedulersContainer):  # type: ignore[misc]
 
         def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> LRSchedulersContainer:
             """As torchtitan's."""
-            return LRSchedulersContainer(optimizers, lambda step: factor(self.schedule, step, training_steps))
+            total = self.total_steps or training_steps
+            return LRSchedulersContainer(optimizers, lambda step: factor(self.schedule, step, total))
 
 
 def model_spec(config: Config, seed: int = 0) -> ModelSpec:
