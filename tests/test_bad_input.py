@@ -95,12 +95,12 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "warmup_steps=soon"], "warmup_steps must be a valid integer, got 'soon'"),
         (["--set", "warmup_steps=1000"], "warmup_steps=1000 is more than the run's steps=2: lower it"),
         (["--set", "eval_tasks=winogrande", "eval_limit=-1"], "eval_limit must be more than 0, got -1"),
-        (["--set", "d_k=abc"], "d_k='abc' has to divide d_model=128, with no n_heads beside it"),
-        (["--set", "d_k=64", "d_model=abc"], "d_k=64 has to divide d_model='abc', with no n_heads beside it"),
+        (["--set", "d_k=abc"], "d_k='abc' must divide d_model=128, with no n_heads beside it"),
+        (["--set", "d_k=64", "d_model=abc"], "d_k=64 must divide d_model='abc', with no n_heads beside it"),
         (["--set", "arm=gpt"], "'arm=gpt': arm is chosen by --arm"),
         (["--set", "vocab_size=100"], "'vocab_size=100': vocab_size is chosen by the tokenizer of --data"),
         (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
-        (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho was given before, give it once"),
+        (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho is given twice: give it once"),
         (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
         (["--set", "qknorm=1"], "no field is called qknorm (did you mean 'variant.qk_norm'?)"),
         (["--set", "n_layer=1"], "no field is called n_layer (did you mean 'n_layers'?)"),
@@ -573,7 +573,7 @@ def test_an_output_directory_that_is_taken(refused: Refused, good_data: Path, tm
     line = refused(*training(out, good_data, "--resume"))
     assert line.startswith(f"{out} was made with another config: ")
     line = refused("data", "prepare", "--input", good_data.parent / "train.txt", "--out", out, "--tokenizer", "bytes")
-    assert "holds something else than prepared data: choose another --out" in line
+    assert "holds something other than prepared data: choose another --out" in line
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 

@@ -80,9 +80,9 @@ def test_a_new_run_begins_with_the_weights_of_another(command: commands.Command,
     assert start < 0.98 * next(line["loss"] for line in tiny.metrics(source) if line["kind"] == "val")
     assert "by the tokenizer of" in answer.err
     for asked, said in (
-        (["--d-model", 32], "d_model=32 is not what the model in"),
-        (["--arm", "gpt"], "--arm gpt is not the arm in"),
-        (["--set", "alpha.init=0.9"], "alpha.init=0.9 is not what the model in"),
+        (["--d-model", 32], "d_model=32 differs from the model in"),
+        (["--arm", "gpt"], "--arm gpt differs from the arm of"),
+        (["--set", "alpha.init=0.9"], "alpha.init=0.9 differs from the model in"),
     ):
         wrong = command("train", "--init-from", source, "--out", tmp_path / "no", "--data", data, *asked)
         assert (wrong.code, len(wrong.shown)) == (2, 1)

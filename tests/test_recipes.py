@@ -438,7 +438,7 @@ def test_heads_of_one_width_follow_the_model() -> None:
         {"d_k": 0, "d_model": 64},
         {"d_k": 8, "d_model": 64, "n_heads": 8},
     ):
-        with pytest.raises(ValueError, match=r"d_k=.+ has to divide d_model=\d+, with no n_heads beside it"):
+        with pytest.raises(ValueError, match=r"d_k=.+ must divide d_model=\d+, with no n_heads beside it"):
             make_run("ngpt", vocab_size=9, **fields)  # type: ignore[arg-type]
 
 

@@ -215,7 +215,7 @@ def test_a_file_of_the_dataset_is_no_validation_text(jsonl: Path, tmp_path: Path
 def test_what_cannot_be_read(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(HubRequest(str(parquet), split="test"), "cannot read dataset .*test.*Available splits")
     refused(HubRequest(str(parquet), column="n"), r'row 1: no string under "n" \(it is a number\)')
-    refused(HubRequest(str(parquet), limit=0), "limit of 0 rows")
+    refused(HubRequest(str(parquet), limit=0), "limit of rows must be at least 1, got 0")
     refused(HubRequest(str(parquet / "part-0.parquet"), config="en"), "is one file, .*leave its name out")
     refused(HubRequest("./no/such"), "no dataset './no/such'")
     (tmp_path / "a.txt").write_text("text")

@@ -286,7 +286,7 @@ def test_a_directory_of_something_else(inputs: list[Path], tmp_path: Path) -> No
     (tmp_path / "file").touch()
     (tmp_path / "out" / "thesis.tex").touch()
     for out in ("out", "file"):
-        with pytest.raises(OutputExistsError, match="holds something else than prepared data"):
+        with pytest.raises(OutputExistsError, match="holds something other than prepared data"):
             prepare(inputs, tmp_path / out, "bytes")
     (tmp_path / "out" / "thesis.tex").unlink()
     prepare(inputs, tmp_path / "out", "bytes")

@@ -219,7 +219,7 @@ def test_validation_text_is_cut_off_where_a_document_starts(kind: str, part: flo
     directory = made(kind, tmp_path / "in")
     for path in directory.glob("*val*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"has no validation text: add val=0\.01, the part to hold out"):
+    with pytest.raises(UserError, match=r"has no validation text: add val=0\.01, the fraction to hold out"):
         open_files(directory, "val", ByteTokenizer(), None)
     train, val = (open_files(directory, split, ByteTokenizer(), str(part)) for split in ("train", "val"))
     assert ids(train) + ids(val) == row("train")
@@ -330,5 +330,5 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: A
     answer = command(*words, "--out", tmp_path / "m")
     assert (answer.code, answer.out) == (0, f"{tmp_path / 'm'}: {counts}\n")
     answer = command("data", "convert", "--data", "stream:x", "--format", "llmc", "--out", tmp_path / "n")
-    assert (answer.code, "is not one prepared text" in answer.err) == (2, True)
+    assert (answer.code, "is not one data directory" in answer.err) == (2, True)
     assert not (tmp_path / "n").exists()

@@ -127,7 +127,7 @@ def test_what_cannot_be_is_one_line(
         ([tmp_path, "--task-data", tmp_path], "holds no run"),
         ([run, "--task-data", tmp_path], "docs/evaluation.md says what --task-data must hold"),
         ([run, "--tasks", "winogrande", "--limit", 0], "limit must be more than 0, got 0"),
-        ([run, "--tasks", ","], "--tasks lists nothing"),
+        ([run, "--tasks", ","], "--tasks is empty"),
     ]
     for words, message in cases:
         answer = command("eval", *words)

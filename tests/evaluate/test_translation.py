@@ -127,11 +127,11 @@ def test_prompts_of_a_file_become_lines(run: Path, command: commands.Command, tm
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--interactive"], "holds an encoder-decoder, which writes one text for one"),
+        (["--interactive"], "holds an encoder-decoder, which cannot converse"),
         (["--prompt", "x", "--beams", "2", "--samples", "3", "--max-new-tokens", "4"], "2 beams cannot find 3 texts"),
         (
             ["--prompt", "x" * 24, "--max-new-tokens", "4"],
-            "24 tokens and its end, the model's max_seq_len is 24: cut it up",
+            "24 tokens and an end token, more than the model's max_seq_len=24: shorten it",
         ),
         (["--prompt", "x", "--max-new-tokens", "24"], "ask for 0 to 23 new tokens"),
         (["--prompt", "x", "--beams", "0", "--max-new-tokens", "4"], "beams must be more than 0, got 0"),

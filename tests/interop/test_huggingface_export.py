@@ -252,7 +252,7 @@ def test_a_folder_of_another_make_is_no_run(
     assert "for inference" in card
     for folder in (tmp_path / "folded", tmp_path):
         assert command("import", "hub", folder, tmp_path / "out") == 2
-        assert "holds no model that spherelm export wrote" in capsys.readouterr().err
+        assert "cannot become a run again" in capsys.readouterr().err
 
 
 def test_the_cards_program_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

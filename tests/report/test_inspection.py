@@ -274,7 +274,7 @@ def test_a_comparisons_page_links_the_walk(
         (["RUN", "--layer", "3"], "layer must be 1 to 2 for .*, got 3"),
         (["RUN", "--sentence", "x" * 41], "the sentence has 41 tokens: give one of 1 to 16"),
         (["RUN", "--text", "missing.txt"], r"No such file or directory: 'missing\.txt'"),
-        (["RUN", "WIDE"], "are both ngpt and of different sizes, and cannot stand for one model"),
+        (["RUN", "WIDE"], "are runs of ngpt of different sizes, not seeds of one model"),
     ],
 )
 def test_what_cannot_be_inspected_is_one_line(

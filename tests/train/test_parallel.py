@@ -277,7 +277,7 @@ def test_bad_updates_are_skipped_within_the_budget(ended: AllEnded, root: Path) 
     ]
     assert next(r["reason"] for r in records if r["kind"] == "skip") == "the loss is nan at step 3 on rank 1"
     assert [rank.code for rank in ended["over"]] == [1, 1]
-    assert "at step 5 on rank 1, and the 2 updates that may be skipped were" in ended["over"][0].err
+    assert "at step 5 on rank 1, and all 2 updates that may be skipped were skipped" in ended["over"][0].err
     assert read_metrics(root / "over" / "metrics.jsonl")[-1]["kind"] == "stop"
 
 

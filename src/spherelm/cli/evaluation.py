@@ -54,7 +54,7 @@ def eval_(
         rope_base: Use this base of the rotary embedding instead of the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
         translate: Translate each line of this file; scored by BLEU, chrF and error rates.
-        reference: Files with the right translations, one for each line of --translate.
+        reference: Files of reference translations, one for each line of --translate.
         write: Write the translations to this new file.
         json: Write all results to this new file as JSON.
     """

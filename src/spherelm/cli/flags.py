@@ -47,7 +47,7 @@ class Machine:
 
     Attributes:
         threads: CPU threads; torch's default if left out.
-        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
+        device: cpu, cuda, cuda:1 and so on; if left out, the accelerator if there is one, else the CPU.
     """
 
     threads: int | None = None

@@ -12,7 +12,7 @@ Looks = Annotated[Given, Fields("spherelm.report.inspection.Request", "text", "s
 
 
 def inspect(*, runs: Runs, out: Path, request: Looks, no_images: bool = False, overwrite: bool = False) -> None:
-    """Show the inside of trained models, one or several side by side: figures, tables, and the walk on the sphere.
+    """Draw what trained models look like inside: figures, tables, and a sentence's walk on the sphere.
 
     Example: spherelm inspect runs/first --out inside
 

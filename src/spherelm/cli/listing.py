@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from spherelm.cli.parser import POSITIONAL, about, documented
 
@@ -64,17 +64,21 @@ def about_field(name: str) -> str:
     from spherelm.recipes.overrides import nested, owners_of
 
     if name.endswith("_rate") and name != "balance_rate":
-        return f"what lr is multiplied by for parameters of the role {name.removesuffix('_rate')}"
-    own = {"d_k": "channels of a head, in place of n_heads", "schedule": "constant, cosine, linear, wsd or log"}
+        return f"Factor of lr for parameters of the role {name.removesuffix('_rate')}."
+    own = {
+        "d_k": "Channels of a head, in place of n_heads.",
+        "schedule": "Decay of the learning rate: constant, cosine, linear, wsd or log.",
+    }
     if name in own:
         return own[name]
     group, _, field = name.rpartition(".")
-    owners = {arm: [*owners_of(arm), BaseShape] for arm in CONFIGS}
+    owners: dict[str, list[Any]] = {arm: [*owners_of(arm)] for arm in CONFIGS}
     if group == "precision":
-        owners = {arm: [Precision] for arm in CONFIGS}
+        owners = {"": [Precision]}
     elif group:
         owners = {arm: [type(nested(config)[group])] for arm, config in CONFIGS.items() if group in nested(config)}
-    field = field.removeprefix("base_") if name in ("base_d_model", "base_n_layers", "base_steps") else field
+    if name in ("base_d_model", "base_n_layers", "base_steps"):
+        owners, field = {"": [BaseShape]}, name.removeprefix("base_")
     every = [kind for found in owners.values() for owner in reversed(found) for kind in reversed(owner.__mro__)]
     found: dict[str, str] = {}
     for kind in every:

@@ -211,7 +211,7 @@ class Added(argparse.Action):
         """Keep the values beside those that there are. Raises `UserError` where nothing is listed."""
         listed = tuple(itertools.chain(*values))
         if not listed:
-            raise UserError(f"{option} lists nothing: name one at least, or leave it out")
+            raise UserError(f"{option} is empty: name at least one, or leave it out")
         setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *listed))
 
 

@@ -141,7 +141,7 @@ def pairs(
     tokenizer: str | None = None,
     max_tokens: int = 256,
 ) -> None:
-    """Turn parallel text files, whose lines belong together one by one, into a data directory for encoder-decoders.
+    """Turn parallel text files, matched line by line, into a data directory for encoder-decoders.
 
     Example: spherelm data pairs --source a.en --target a.de --val-source b.en --val-target b.de --out data/en-de
 

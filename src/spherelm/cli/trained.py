@@ -42,7 +42,7 @@ def import_nvidia(
     tokenizer: str | None = None,
     moments: bool = False,
 ) -> None:
-    """Turn a ckpt.pt that NVIDIA/ngpt's train.py wrote into a run directory; nothing in the file is run.
+    """Turn a ckpt.pt that NVIDIA/ngpt's train.py wrote into a run directory; no code in the file is run.
 
     Example: spherelm import nvidia ckpt.pt runs/theirs --tokenizer gpt2
 
@@ -92,8 +92,8 @@ def generate(
         run: A run directory, or one of its checkpoints.
         prompt: The text to continue.
         prompts: A file with one prompt on each line, or a .jsonl of objects with a "prompt".
-        interactive: Type a line, read how the model continues it, type the next. /new begins a new text, /quit ends. A
-            text of any length: the model sees the end of it.
+        interactive: Type a line, read how the model continues it, type the next. /new begins a new text, /quit ends.
+            The text may have any length; the model reads its end.
         max_new_tokens: The most tokens to add (for --interactive, after each line); if left out, 100, or fewer where
             the model's max_seq_len leaves no room for them.
         stop: End the text before any of these strings; separate them by spaces, since a comma may be part of one.
@@ -249,7 +249,7 @@ def push(
     Args:
         run: A run directory, or one of its checkpoints.
         repo: user/name; created if it does not exist.
-        private: Create it as a private one.
+        private: Make the repository private.
         standalone: As for export.
         folded: As for export.
         dtype: Format of the weights.

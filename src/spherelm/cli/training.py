@@ -165,7 +165,7 @@ def run_of_whole(
 
     refused = [name for name in ("arm", "preset", "recipe") if name in chosen]
     if refused:
-        raise UserError(f"--{refused[0]} has no effect with --config {config}, which is of a whole run: leave it out")
+        raise UserError(f"--{refused[0]} has no effect with --config {config}, which holds a whole run: leave it out")
     refuse_strangers(config, record)
     run = changed(read_config(config), asked)
     if "init_from" in chosen:
@@ -247,7 +247,7 @@ def sweep(
     quiet: bool = False,
     machine: OnMachine,
 ) -> None:
-    """Train every combination of arms, recipes, learning rates and fields; the same command again continues.
+    """Train every combination of arms, recipes, learning rates and fields; the same command again resumes.
 
     Example: spherelm sweep --out runs/alpha --arms ngpt --vary alpha.init=0.05,0.25 --seeds 3
 
@@ -302,12 +302,12 @@ def evidence(
     workers: int | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Measure the tokens and seconds nGPT saves over sizes, contexts and budgets, every contender tuned at each.
+    """Measure how many tokens and seconds nGPT saves over sizes, contexts and budgets, with rates tuned at each.
 
     Example: spherelm evidence --out runs/ladder --data data/books --test data/test --sizes 0.3m,1m --minutes 60
 
     Args:
-        out: Directory for the runs and evidence.json; the same command again continues it.
+        out: Directory for the runs and evidence.json; the same command again resumes.
         data: Data directory of spherelm data prepare; its validation text is used to choose learning rates.
         test: Data directory with the same tokenizer, whose validation text is used only at the end, as held-out text.
         workers: Runs at once; one per core if left out.

@@ -19,7 +19,7 @@ def convert(data: str, out: Path, kind: str) -> dict[str, int]:
     """
     source = parse_data(data)
     if not isinstance(source, Prepared) or len(source.weights()) != 1:
-        raise UserError(f"{data!r} is not one prepared text: name a data directory, or token files of another program")
+        raise UserError(f"{data!r} is not one data directory: name a data directory, or token files of another program")
     (path,), counts = source.weights(), dict[str, int]()
     with whole_directory(out) as part:
         for split in SPLITS:

@@ -50,7 +50,7 @@ class HubText:
 
     def __init__(self, request: HubRequest, skip_bad: bool | None = None) -> None:
         if request.limit is not None and request.limit < 1:
-            raise UserError(f"a limit of {request.limit} rows: give at least 1")
+            raise UserError(f"the limit of rows must be at least 1, got {request.limit}")
         self.request = request
         with _said_in_one_line(request.name):
             builder = _open_builder(request)

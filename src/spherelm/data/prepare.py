@@ -87,7 +87,7 @@ def prepare(
         return finished(out, plan, progress)
     partial = out / PARTIAL_DIRECTORY
     if out.exists() and not partial.is_dir() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} holds something else than prepared data: choose another --out")
+        raise OutputExistsError(f"{out} holds something other than prepared data: choose another --out")
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial / "lock", f"another process is preparing {out}: wait for it or choose another --out"):
         try:

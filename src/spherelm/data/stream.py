@@ -178,7 +178,7 @@ def held_out_windows(
     if count < 1:
         raise UserError(
             f"the validation text has {counted(tokens, 'token')}, less than one window of {seq_len}: "
-            "give val= a file or a larger part"
+            "give val= a file or a larger fraction"
         )
     row = np.concatenate(pieces).astype(np.int64)
     windows = [row[i * seq_len : (i + 1) * seq_len + 1] for i in range(count)]

@@ -38,7 +38,7 @@ def prepared(said: str | None, out: Path, tokenizer: Path | None = None) -> str 
         raise UserError(f"{error}; spherelm data prepare has more choices") from error
     train, val = (counted(manifest["splits"][split]["tokens"], "token") for split in ("train", "val"))
     say(
-        f"{said} is prepared in {made}: {train} to train on and {val}, a tenth, to validate, by the "
+        f"{said} is prepared in {made}: {train} for training and {val}, a tenth, for validation, with the "
         f"{'tokenizer of ' + str(tokenizer) if tokenizer else 'default tokenizer'}"
     )
     return str(made)

@@ -218,7 +218,9 @@ def open_files(path: Path, split: Split, tokenizer: Tokenizer, val: str | None) 
     else:
         cut = {"train": files, "val": [TokenFile(file, tokenizer) for file in found["val"]]}
     if split == "val" and not cut["val"] and val is None:
-        raise UserError(f"{path} has no validation text: add val=0.01, the part to hold out, or val=FILE, to --data")
+        raise UserError(
+            f"{path} has no validation text: add val=0.01, the fraction to hold out, or val=FILE, to --data"
+        )
     if not cut[split]:
         raise UserError(f"{path} has no text for {split}: choose another val= in --data")
     return Tokens(cut[split], path, split)
@@ -231,7 +233,7 @@ def part_of(value: str) -> float:
     except ValueError:
         part = math.nan
     if not 0 < part < 1:
-        raise UserError(f"val={value} is neither a file nor a part between 0 and 1 of the text")
+        raise UserError(f"val={value} is neither a file nor a fraction of the text between 0 and 1")
     return part
 
 

@@ -201,7 +201,7 @@ def evaluate_tasks(
     paper's tasks are among them. Raises as `load_tasks`, and `ValueError` where the harness is not installed.
     """
     if not names or len(set(names)) < len(names):
-        raise UserError(f"tasks must be named, and each once, got {','.join(names) or 'none'}")
+        raise UserError(f"name each task once, got {','.join(names) or 'none'}")
     check_harness()
     with subdued(progress), tempfile.TemporaryDirectory() as place:
         loaded = load_tasks(names, settings, Path(place))

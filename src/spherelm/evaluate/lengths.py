@@ -61,11 +61,11 @@ class Plan:
 
     Attributes:
         lengths: Tokens of a window, ascending; each divides the longest.
-        stride: Move windows by this many tokens, at most the shortest length, and score only those that are new;
+        stride: Move windows by this many tokens, at most the shortest length, and score only the new ones;
             windows do not overlap if left out.
         document_tokens: Score at most this many tokens of each document, rounded down to whole windows or strides; all
             if left out.
-        bins: Parts of a window for each of which --json has the loss.
+        bins: Parts of a window; --json has the loss of each.
     """
 
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]

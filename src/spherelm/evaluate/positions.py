@@ -54,7 +54,7 @@ def parse_positions(base: float | None, scaling: str | None) -> Positions:
         factor = 0.0
     if name not in SCALINGS or not 1 <= factor < float("inf"):
         raise UserError(
-            f"{scaling!r} is not a way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor from 1 on"
+            f"{scaling!r} is not a way to scale positions: write linear:FACTOR or yarn:FACTOR with a factor of at least 1"
         )
     return Positions(base, name, factor)
 
@@ -66,7 +66,7 @@ def place(model: Decoder, positions: Positions, trained_length: int) -> None:
     sense, and for anything on a model without a rotary embedding.
     """
     if model.config.rope == "none" and positions != Positions():
-        raise UserError(f"{positions} is about a rotary embedding, and this model has none: leave it out")
+        raise UserError(f"{positions} changes the rotary embedding, and this model has none: leave it out")
     if positions.rope_base is not None:
         model.runtime.rope_base = positions.rope_base
     if positions.scaling == "linear":

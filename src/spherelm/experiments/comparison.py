@@ -60,7 +60,7 @@ class CompareConfig:
         compile: Whether to use torch.compile; the preset says if left out.
         fields: More fields, such as "d_model=64", for each arm that has them.
         threads: Threads of the processor in each run; the cores are shared if left out.
-        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
+        device: cpu, cuda, cuda:1 and so on; if left out, the accelerator if there is one, else the CPU.
         quiet: Show no progress.
     """
 

@@ -171,9 +171,7 @@ def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[
     left = [(row, base) for row, base in zip(rows, is_base, strict=True) if is_there(row, out)]
     if left and (before := text_of(out / left[0][0].runs[0])) != (now := open_data(config).identity):
         differing = next(name for name in now if before.get(name) != now[name])
-        raise UserError(
-            f"{out} holds a sweep on other text: its {differing} data are not those of this one; choose another --out"
-        )
+        raise UserError(f"{out} holds a sweep on other text: its {differing} data differ; choose another --out")
     return [row for row, base in left if base], [row for row, base in left if not base], commands
 
 

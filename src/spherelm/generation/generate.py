@@ -77,23 +77,35 @@ def generate(
     window: bool = False,
     fold: bool = True,
 ) -> Prompt:
-    """Continue a text, or every row of tokens as if it were alone, by up to `max_new_tokens` tokens.
+    """Continue a text, or each row of tokens by itself, by up to `max_new_tokens` tokens.
 
         model, tokenizer = load_model("runs/demo/ngpt-0", with_tokenizer=True)
         print(generate(model, "The old man", 60, tokenizer=tokenizer, temperature=0.8, top_k=50))
 
-    prompt: a text; or int64 [batch, seq], seq >= 1; or a list of rows of token ids, of any lengths. Of an
-    encoder-decoder they are the sources, without an end, and what is continued is `eos_id`, which it needs. tokenizer:
-    the model's, which a text needs; its end token is `eos_id` where that is left out. temperature (0 is greedy), top_k,
-    top_p, min_p, repetition_penalty: as in `Sampling`. seed: makes the draw repeatable, row i drawing with seed + i, or
-    with seed[i]; `None` takes seeds from torch's global random state. A row that has produced `eos_id`
-    is filled with it; generation ends when all have. window: continue past the model's max_seq_len as `Continuation`
-    says. fold: compute with `folded(model)`, where it can be folded; False spares the copy, and is right for a few
-    tokens of a large model.
+    Args:
+        model: A decoder or an encoder-decoder.
+        prompt: A text; int64 [batch, seq] with seq >= 1; or a list of rows of token ids, of any lengths. For an
+            encoder-decoder it is the source, without an end token.
+        max_new_tokens: The most tokens to add to each row.
+        tokenizer: The model's tokenizer. A text needs it.
+        temperature: 0 takes the most probable token. This and the next four are the fields of `Sampling`.
+        top_k: Draw among the k most probable tokens.
+        top_p: Draw among the fewest tokens that together have this probability.
+        min_p: Draw among tokens with at least this fraction of the largest probability.
+        repetition_penalty: Above 1, makes tokens that occurred less probable.
+        seed: Makes the draw repeatable; row i uses seed + i, or seed[i]. `None` uses torch's global random state.
+        eos_id: End token; a row that has produced it is filled with it. If left out, the tokenizer's. An
+            encoder-decoder needs one.
+        window: Continue past the model's max_seq_len, from the last half of the tokens each time.
+        fold: Fold learned scales into a copy of the matrices, which is faster for all but a few tokens.
 
-    Result: for a text the text with what follows it (of an encoder-decoder what it writes); for a tensor int64 [batch,
-    seq + new]; for a list each row with its new tokens up to its first `eos_id`. Raises `UserError` for an empty
-    prompt, a text without a tokenizer, settings out of range, or without `window` a length beyond max_seq_len.
+    Returns:
+        The text, tensor [batch, seq + new] or list of rows, each with its continuation; rows of a list end at their
+        first end token. For a text, an encoder-decoder returns only what it writes.
+
+    Raises:
+        UserError: An empty prompt, a text without a tokenizer, a setting out of range, or a length beyond max_seq_len
+            without `window`.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if tokenizer is not None and eos_id is None:
@@ -104,7 +116,13 @@ def generate(
     check(model, given, max_new_tokens, window)
     ready, rows = model.conditioned(given, eos_id)
     steps = stream(ready, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
-    new: list[Tensor] = list(steps)
+    return as_given(prompt, rows, list(steps), tokenizer, eos_id, model.continues)
+
+
+def as_given(
+    prompt: Prompt, rows: Rows, new: list[Tensor], tokenizer: Tokenizer | None, eos_id: int | None, continues: bool
+) -> Prompt:
+    """`rows` with their `new` tokens, as a text, a tensor or a list like `prompt`."""
     if isinstance(prompt, Tensor):
         begun = torch.tensor(rows, device=prompt.device)
         return torch.cat((begun, *(step.unsqueeze(-1).to(prompt.device) for step in new)), dim=1)
@@ -112,7 +130,7 @@ def generate(
         assert tokenizer is not None, "without it there are no tokens"
         written = TextStream(tokenizer.decode, rows[0])
         text = collect((step.tolist() for step in new), [written], eos_id)[0]
-        return prompt + text if model.continues else text
+        return prompt + text if continues else text
     columns = torch.stack(new, dim=1).tolist() if new else [[] for _ in rows]
     return lengthened(rows, columns, eos_id)
 

@@ -192,9 +192,7 @@ class Conversation:
         TextStream(lambda tokens: "", stops=stop)
         self._model, self._tokenizer = load_for_inference(run, precision, device)
         if not self._model.continues:
-            raise UserError(
-                f"{run} holds an encoder-decoder, which writes one text for one: give --prompt or --prompts"
-            )
+            raise UserError(f"{run} holds an encoder-decoder, which cannot converse: give --prompt or --prompts")
         self._text: Continuation | None = None
 
     def restart(self) -> None:

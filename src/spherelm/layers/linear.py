@@ -66,8 +66,18 @@ class Linear(nn.Linear):
 
 
 class UnitLinear(Linear):
-    """A `Linear` with unit vectors along the hidden state:
-    rows if it reads, columns if it writes (nGPT, sections 2.3, 2.4).
+    """A matrix without bias whose vectors along the hidden state are unit (nGPT, sections 2.3, 2.4).
+
+        q = UnitLinear(128, 64)  # [..., 128] -> [..., 64], unit rows
+        o = UnitLinear(64, 128, writes=True)  # [..., 64] -> [..., 128], unit columns
+
+    It computes as `torch.nn.Linear`, in the dtype of its input. `retract` normalizes its vectors.
+
+    Args:
+        in_features: Size of the input's last dimension.
+        out_features: Size of the output's last dimension.
+        role: Optimizer group, "matrix" or "output_embedding".
+        writes: The output is added to the hidden state. Otherwise the input is the hidden state.
     """
 
     def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
@@ -127,7 +137,10 @@ class Embedding(nn.Embedding):
 
 
 class UnitEmbedding(Embedding):
-    """An `Embedding` whose rows are unit vectors (nGPT, section 2.1)."""
+    """A table of unit vectors, one per token (nGPT, section 2.1): int64 [batch, seq] -> [batch, seq, d_model].
+
+    It takes the arguments of `torch.nn.Embedding`. `retract` normalizes its rows.
+    """
 
     unit_axis = 1
 
@@ -137,12 +150,22 @@ FORMS = ("vector", "scalar", "fixed")
 
 
 class Scale(nn.Module):
-    """A learned scale: stored as a parameter that starts at `scale`,
-    used as `value * init / scale` (nGPT, section 2.5).
+    """A learned scale (nGPT, section 2.5): stored at `scale`, and used as `value * init / scale`.
 
-    It starts at the effective value `init`; under Adam, whose steps do not depend on the gradient's
-    size, `scale` sets how fast it learns: a step of eta moves the effective value by eta * init / scale. form: one of
-    `FORMS` (Table 5): a value for each entry, one learned value for all entries, or `init` for good.
+        alpha = Scale(128, init=0.05, scale=128**-0.5)
+        h = sphere.step(h, proposal, alpha())
+
+    An update of Adam moves the stored value by about the learning rate, and so the value in use by the rate times
+    `init / scale`. A call without arguments returns the value in use.
+
+    Args:
+        shape: Shape of the value in use.
+        init: Value in use at the start.
+        scale: Value that is stored at the start, positive.
+        form: "vector", a learned value for each entry; "scalar", one for all entries; "fixed", always `init` (Table 5).
+
+    Raises:
+        UserError: `scale` is not positive.
     """
 
     role = "scale"
@@ -176,10 +199,13 @@ def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def retract(model: nn.Module) -> None:
-    """Put every declared weight back on the sphere, in place, its lengths computed in float32 (nGPT, section 2.6).
+    """Normalize the vectors of every unit weight of `model`, in place (nGPT, section 2.6).
 
-    Plain tensors and DTensors alike. Vectors that are unit up to rounding stay bit for bit, so a second call changes
-    nothing; a model without unit weights is left as it is.
+    Lengths are computed in float32, of plain tensors and of DTensors. Vectors that are unit up to rounding stay bit for
+    bit, so a second call changes nothing. A model without unit weights is left as it is.
+
+    Args:
+        model: Any module; its `UnitLinear`, `UnitEmbedding` and expert layers are normalized.
     """
     retract_weights((module.weight, axis) for _, module, axis in unit_modules(model))
 
@@ -208,7 +234,11 @@ def retract_weights(weights: Iterable[tuple[Any, int]]) -> None:
 
 @torch.no_grad()
 def departure(model: nn.Module) -> float:
-    """The largest `| ||w|| - 1 |` of any declared vector; 0.0 without unit weights."""
+    """Measure how far `model` is off the sphere: the largest `| ||w|| - 1 |` of any vector w of a unit weight.
+
+    Returns:
+        About 1e-7 for an nGPT in float32; 0.0 for a model without unit weights.
+    """
     worst = 0.0
     for _, module, axis in unit_modules(model):
         lengths = torch.linalg.vector_norm(module.weight.cpu().to(torch.float64), dim=axis)

@@ -55,14 +55,30 @@ NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
 
 
 class GPT(LanguageModel):
-    """The baseline as a language model: the parts of `gpt.py`."""
+    """The baseline: a pre-norm Transformer with RMSNorm, rotary embedding and SwiGLU.
+
+        logits = model(tokens)  # int64 [batch, seq] -> [batch, seq, vocab]
+        loss = model.loss(tokens, targets)  # mean cross-entropy in nats; targets of -100 are ignored
+
+    Args:
+        config: Shape and initial values. The architecture must be a decoder; `build` makes the others.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
 
 
 class NGPT(LanguageModel):
-    """The normalized Transformer as a language model: the parts of `ngpt.py`."""
+    """The normalized Transformer (nGPT, arXiv 2410.01131).
+
+        logits = model(tokens)  # int64 [batch, seq] -> [batch, seq, vocab]
+        loss = model.loss(tokens, targets)  # mean cross-entropy in nats; targets of -100 are ignored
+
+    `attach_retraction` or `build_optimizer` keeps its weights on the sphere in training.
+
+    Args:
+        config: Shape and initial values. The architecture must be a decoder; `build` makes the others.
+    """
 
     def __init__(self, config: NGPTConfig) -> None:
         super().__init__(config)
@@ -79,7 +95,19 @@ def model_class(config: Config) -> type[Decoder]:
 
 
 def build(config: Config) -> Decoder:
-    """The model that `config` describes, freshly initialized from torch's global random state, in float32."""
+    """Build the model that `config` describes, in float32, initialized from torch's global random state.
+
+        model = build(NGPTConfig(vocab_size=4096, n_layers=4, d_model=128, n_heads=2))
+
+    Args:
+        config: A `GPTConfig` or an `NGPTConfig`. Its architecture makes it a decoder, an encoder-decoder or an encoder.
+
+    Returns:
+        A module with `model(tokens)` and `model.loss(tokens, targets)`.
+
+    Raises:
+        UserError: `config` is of another type.
+    """
     if not isinstance(config, Config):
         raise UserError(f"no model is built from a {type(config).__name__}: pass a GPTConfig or an NGPTConfig")
     return model_class(config)(config)  # type: ignore[call-arg]

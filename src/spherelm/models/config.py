@@ -25,9 +25,13 @@ LETTERS = "MA-O"
 class MixerSizes:
     """Sizes of Mamba-2 mixers.
 
-    mamba_expand: channels inside of a mixer over d_model. mamba_d_head: channels of a head. mamba_d_state: numbers of
-    a head's state for each channel. mamba_groups: heads in one group share B and C. mamba_conv: positions that the
-    convolution sees. mamba_chunk: positions computed as one product.
+    Attributes:
+        mamba_expand: Channels inside a Mamba-2 mixer, as a multiple of d_model.
+        mamba_d_head: Channels of a mixer's head.
+        mamba_d_state: Numbers of state for each channel of a mixer's head.
+        mamba_groups: Groups of a mixer's heads; the heads of a group share B and C.
+        mamba_conv: Positions that a mixer's convolution sees.
+        mamba_chunk: Positions that a mixer computes as one product.
     """
 
     mamba_expand: PositiveInt = 2
@@ -45,9 +49,13 @@ class MixerSizes:
 class ExpertSizes:
     """Sizes of mixtures of experts.
 
-    n_experts: experts of a layer. experts_per_token: how many of them a token meets. n_shared_experts:
-    met by every token, beside those. d_expert: the width of each; by default those that a token meets are as wide as an
-    MLP together. router_score, balance: as for `Router`.
+    Attributes:
+        n_experts: Experts of a layer.
+        experts_per_token: Experts that the router picks for each token.
+        n_shared_experts: Further experts, which every token passes.
+        d_expert: Channels inside each expert; if left out, the experts of a token are together as wide as an MLP.
+        router_score: Scores of experts: sigmoid, or softmax over all experts.
+        balance: How the load of experts is kept even: bias, loss or none.
     """
 
     n_experts: PositiveInt = 8
@@ -68,9 +76,12 @@ class ExpertSizes:
 
 @dataclass(frozen=True)
 class DecoderArch:
-    """A causal language model: attention and MLP in each layer, or the layers that `pattern` names, a letter each.
+    """A causal language model. Each layer is attention and an MLP; with a pattern, each letter is one layer.
 
-    pattern: such as "MAM-MAMO", of the letters M (mixer), A (attention), - (MLP) and O (experts); n_layers counts them.
+    Attributes:
+        pattern: One letter per layer, such as MAM-MAMO: M (Mamba-2 mixer), A (attention), - (MLP), O (experts).
+        mixer: Sizes of the mixers.
+        experts: Sizes of the mixtures of experts.
     """
 
     kind: Literal["decoder"] = "decoder"
@@ -84,10 +95,11 @@ class DecoderArch:
 
 @dataclass(frozen=True)
 class EncDecArch:
-    """A source is read in both directions, a target written beside it.
+    """An encoder-decoder: it reads a source in both directions and writes a target of up to max_seq_len tokens each.
 
-    n_encoder_layers: `None` means n_layers. share_embeddings: source and target have one input embedding; with
-    tie_embeddings it is the output embedding too. max_seq_len is that of a source and of a target, each.
+    Attributes:
+        n_encoder_layers: Layers of the encoder; n_layers if left out.
+        share_embeddings: Source and target have one input embedding; with tie_embeddings it is the output's too.
     """
 
     kind: Literal["encdec"] = "encdec"
@@ -100,7 +112,11 @@ class EncDecArch:
 
 @dataclass(frozen=True)
 class EncoderArch:
-    """A text is read in both directions, and hidden tokens are filled in. hidden_part: of the tokens, in training."""
+    """An encoder: it reads a text in both directions and predicts its hidden tokens.
+
+    Attributes:
+        hidden_part: Fraction of the tokens that are predicted in training.
+    """
 
     kind: Literal["encoder"] = "encoder"
     hidden_part: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -124,18 +140,18 @@ class ModelConfig:
     """The shape that both arms share. Raises `UserError`, naming the value and the fix, for sizes that make no model.
 
     Attributes:
-        vocab_size: Token ids.
-        n_layers: Layers.
+        vocab_size: Token ids, or rows of the embeddings.
+        n_layers: Layers, or letters of a pattern.
         d_model: Channels of the hidden state.
         n_heads: Heads of attention, each of d_model / n_heads channels.
         n_kv_heads: Heads of keys and values; n_heads if left out.
-        d_ff: Channels inside of an MLP; if left out, 4 d_model with a gate and 3 d_model without.
-        max_seq_len: The longest sequence.
-        rope_base: Of the rotary embedding's frequencies.
-        rope: standard; nvidia: the formula that NVIDIA/ngpt's checkpoints were trained with; none: no positions.
-        tie_embeddings: Whether input and output embedding are one.
-        activation: Of MLPs and experts: swiglu, which has a gate, or relu2, the square of ReLU, which has none.
-        architecture: A decoder, an encoder-decoder or an encoder, with fields of its own.
+        d_ff: Channels inside an MLP; if left out, 4 d_model with a gate and 3 d_model without.
+        max_seq_len: Tokens of the longest sequence.
+        rope_base: Base of the rotary embedding's frequencies.
+        rope: Rotary embedding: standard; nvidia, the formula of NVIDIA/ngpt's checkpoints; or none, no positions.
+        tie_embeddings: Use one matrix as input and output embedding.
+        activation: Activation of MLPs and experts: swiglu, with a gate, or relu2, squared ReLU without a gate.
+        architecture: Kind of model: decoder, encdec or encoder, each with fields of its own.
     """
 
     arm: ClassVar[str]
@@ -211,10 +227,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GPTConfig(ModelConfig):
-    """The shape of a baseline, as in `ModelConfig`.
+    """The config of the GPT baseline: the shape, and these fields. The defaults are the paper's.
 
-    init_std: the spread of its weights at the start. qk_norm: whether queries and keys pass an RMSNorm, which the
-    paper's baseline does not have and the GPTs of 2026 do.
+        model = build(GPTConfig(vocab_size=4096, n_layers=4, d_model=128, n_heads=2))
+
+    Attributes:
+        init_std: Standard deviation of the weights at the start.
+        qk_norm: Queries and keys pass an RMSNorm. The paper's baseline has none; GPTs of 2026 do.
     """
 
     arm: ClassVar[str] = "gpt"
@@ -225,10 +244,13 @@ class GPTConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """A learned scale (nGPT, section 2.5).
+    """Where a learned scale of nGPT starts and how fast it learns (section 2.5).
 
-    init: what it is at the start. scale: the value that is stored for it; 1/sqrt(d_model) if left out. form: one of
-    `FORMS` (Table 5): a value for each entry, one learned for all, or one fixed.
+    Attributes:
+        init: Value in use at the start.
+        scale: Value that is stored at the start. The lower it is, the faster the scale learns. 1/sqrt(d_model) if left
+            out.
+        form: vector: a learned value for each entry; scalar: one for all entries; fixed: always init (Table 5).
     """
 
     init: PositiveFloat = 1.0
@@ -243,11 +265,13 @@ class ScaleSpec:
 class Variant:
     """Deviations from nGPT: ablations (Tables 5, 6), checkpoints of NVIDIA's code, FNGPT (arXiv 2605.06067).
 
-    step: "lerp", the paper's step on the sphere; "riemannian" (eqs. 24-26); "nvidia", which normalizes the
-    point that it starts from as well. alpha_sign: "free" lets eigen learning rates be negative. qk_norm: whether
-    queries and keys are normalized.
-    inner_norm: whether what a matrix that writes to the hidden state reads is normalized, as FNGPT has it: attention's
-    joined heads, the activation of an MLP or an expert, a mixer's y.
+    Attributes:
+        step: Step of the hidden state: lerp, the paper's; riemannian (eqs. 24-26); or nvidia, which normalizes the
+            state before the step too.
+        alpha_sign: positive, or free, which lets eigen learning rates be negative.
+        qk_norm: Normalize queries and keys.
+        inner_norm: Normalize the input of every matrix that writes to the hidden state, as FNGPT does: attention's
+            joined heads, the activation of an MLP or an expert, a mixer's y.
     """
 
     step: Annotated[str, Among(STEPS)] = "lerp"
@@ -266,11 +290,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class NGPTConfig(ModelConfig):
-    """The shape of an nGPT, as in `ModelConfig`, and where its learned scales start; the defaults are the paper's.
+    """The config of nGPT: the shape, and these fields. The defaults are the paper's, which suit long runs.
 
-    s_mamba, s_moe: of each mixer's and each router's number. logit_preconditioning: the exponent q of
-    `layers.readout.preconditioned`, 0 for the plain gradient. common_start: with which weight every row of an embedding
-    starts towards one direction (`models.start.share_direction`).
+        model = build(NGPTConfig(vocab_size=4096, n_layers=4, d_model=128, n_heads=2, s_z=ScaleSpec(init=22.6)))
+
+    Attributes:
+        alpha: Eigen learning rates: the step of each attention and each MLP, one number per channel.
+        s_qk: Scale of queries and keys.
+        s_u: Scale of the MLP's u.
+        s_v: Scale of the MLP's gate.
+        s_z: Scale of the logits, one number per token of the vocabulary.
+        s_mamba: Scale of a Mamba-2 mixer's input, one number.
+        s_moe: Scale of a router's input, one number.
+        logit_preconditioning: Exponent q of the preconditioned gradient of the logits (arXiv 2608.01284); 0: none.
+        common_start: Weight of one random direction that is added to every row of an embedding at the start; 0: none.
+        variant: Deviations from the paper.
     """
 
     arm: ClassVar[str] = "ngpt"

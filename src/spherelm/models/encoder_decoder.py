@@ -126,7 +126,9 @@ class EncoderDecoder(Decoder):
         arch = config.architecture
         assert isinstance(arch, EncDecArch)
         if arch.n_encoder_layers not in (None, config.n_layers):
-            raise UserError("what an encoder-decoder costs is counted where n_encoder_layers is n_layers, or None")
+            raise UserError(
+                "operations are counted only for encoder-decoders with n_encoder_layers=n_layers: leave it out"
+            )
         return {replace(config, n_layers=1, architecture=replace(arch, n_encoder_layers=None)): config.n_layers}
 
     def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
@@ -146,7 +148,7 @@ class EncoderDecoder(Decoder):
         limit = self.config.max_seq_len
         if len(prompt) + 1 > limit:
             raise UserError(
-                f"a text to read has {len(prompt)} tokens and its end, the model's max_seq_len is {limit}: cut it up"
+                f"the source has {len(prompt)} tokens and an end token, more than the model's max_seq_len={limit}: shorten it"
             )
         return 1
 

@@ -49,20 +49,19 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights are updated; the defaults are the paper's (Tables 2 and 3).
+    """How the weights are updated. The defaults are the paper's (Tables 2 and 3).
 
     Attributes:
         lr: Peak learning rate.
-        optimizer: Which one, with its own fields.
-        weight_decay: An update shrinks each decayed weight by this part of lr, whatever its role's multiplier. null:
-            the paper's for the arm, 0.1 for a plain model and 0 on the sphere.
-        grad_clip: The largest global gradient norm, null for no limit.
-        multipliers: Of the peak rate, role by role.
-        matrix_lr: Peak rate of the block matrices, where it is not lr times their multiplier.
-        max_angle: Radians by which one update may turn a unit vector of a block matrix at the peak rate,
-        null for no limit.
-        angle_follows_lr: The limit falls as the rate does.
-        balance_rate: By how much an update moves the bias of an expert's score, where a model's routers balance by it.
+        optimizer: Optimizer, with its own fields: adamw, gated_adamw or muon.
+        weight_decay: Fraction of a decayed weight that an update removes, times lr; the multipliers of roles do not
+            count. null: the paper's, 0.1 for GPT and 0 for nGPT.
+        grad_clip: Largest global gradient norm; null: no limit.
+        multipliers: Factors of the peak rate, by role.
+        matrix_lr: Peak rate of the block matrices; if left out, lr times their multiplier.
+        max_angle: Radians by which one update may turn a unit vector of a block matrix; null: no limit.
+        angle_follows_lr: Lower max_angle with the learning rate.
+        balance_rate: Change of an expert's bias in one update, with balance=bias.
     """
 
     lr: PositiveFloat
@@ -135,11 +134,20 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, summed: Summed = torch.positive) -> Optimizer:
-    """The optimizer of `config` for the parameters of `model`.
+    """Build the optimizer of `config` for the parameters of `model`, with a parameter group per role.
 
-    Retraction is attached if any weight is unit, and the balancing of experts if there are any. The learning rate of a
-    group is `lr * lr_multiplier`; a schedule sets it to `factor * lr * lr_multiplier` before each step. summed: as for
-    `attach_balancing`.
+        optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+
+    It keeps unit weights on the sphere after each step and balances experts, where the model has them. The learning
+    rate of a group is `lr * group["lr_multiplier"]`; `torch.optim.lr_scheduler` may change it.
+
+    Args:
+        model: The model to train, GPT, nGPT or any module with `UnitLinear` layers.
+        config: The optimizer, its rates and limits.
+        summed: Sums counts of experts over processes, as for `attach_balancing`.
+
+    Returns:
+        A torch optimizer.
     """
     optimizer = config.optimizer.build(model, parameter_groups(model, config), config.lr)
     if next(unit_modules(model), None) is not None:

@@ -18,14 +18,25 @@ from spherelm.optim.kept_hooks import keep_hooks
 
 
 def attach_retraction(optimizer: Optimizer, model: nn.Module, allow_decay: bool = False) -> RemovableHandle:
-    """Put the declared weights of `model` on the sphere now and after every step of `optimizer` (nGPT, section 2.6).
+    """Put the unit weights of `model` on the sphere now and after every step of `optimizer` (nGPT, section 2.6).
 
-    Works in any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's
-    moments are not changed. A copy or pickle of `optimizer` has the hook too, for the copy of `model`. allow_decay:
-    accept weight decay on unit weights. Returns the hook's handle; `handle.remove()` undoes it.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        attach_retraction(optimizer, model)
 
-    Raises `ValueError` for a model without unit weights, for an optimizer that has none of the model's
-    parameters, and for weight decay on unit weights: nGPT has none (section 2.6), but torch's AdamW has it by default.
+    It works in any loop that calls `optimizer.step()`: Hugging Face Trainer, Accelerate, Lightning, your own. Adam's
+    moments are not changed. A copy or pickle of `optimizer` keeps it, for the copy of `model`.
+
+    Args:
+        optimizer: Any torch optimizer of the model's parameters.
+        model: A model with unit weights, such as `NGPT` or one with `UnitLinear` layers.
+        allow_decay: Accept weight decay on unit weights.
+
+    Returns:
+        The hook's handle; `handle.remove()` detaches it.
+
+    Raises:
+        UserError: The model has no unit weights, the optimizer has none of the model's parameters, or it has weight
+            decay on unit weights. nGPT has none (section 2.6), but torch's AdamW has it by default.
     """
     check_retraction(optimizer, model, allow_decay)
     retract(model)

@@ -27,7 +27,9 @@ Eps = Annotated[float, Field(ge=2.0**-126)]
 class AdamW:
     """Adam with decoupled weight decay, torch's own; with weight decay 0, as on the sphere, it is Adam.
 
-    betas, eps: of Adam; the defaults are the paper's (Tables 2 and 3).
+    Attributes:
+        betas: Adam's betas; the defaults are the paper's (Tables 2 and 3).
+        eps: Adam's eps.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -50,7 +52,12 @@ class AdamW:
 class GatedAdamW:
     """AdamW whose steps are gated where gradients are small ("Training nGPT", arXiv 2608.01284).
 
-    eps_gate: where the gate is half open. gate_sharpness: the paper's a. gated_step: the paper's alpha.
+    Attributes:
+        betas: Adam's betas.
+        eps: Adam's eps.
+        eps_gate: Denominator of Adam at which the gate is half open.
+        gate_sharpness: Sharpness of the gate, the paper's a.
+        gated_step: Factor of the gated step, the paper's alpha.
     """
 
     kind: Literal["gated_adamw"] = "gated_adamw"
@@ -77,8 +84,12 @@ class GatedAdamW:
 class Muon:
     """Muon for block matrices, and Adam, with these betas and eps, for everything else.
 
-    momentum: Muon's. hyperball: a plain matrix keeps the norm that it started with, has no weight decay, and the rate
-    is the angle by which it turns (Hyperball, arXiv 2606.16899: MuonH).
+    Attributes:
+        betas: Adam's betas.
+        eps: Adam's eps.
+        momentum: Momentum of Muon.
+        hyperball: Matrices of GPT keep their initial norm, have no weight decay, and turn by the rate as an angle
+            (Hyperball, arXiv 2606.16899, MuonH).
     """
 
     kind: Literal["muon"] = "muon"

@@ -17,11 +17,13 @@ from spherelm.fields import check
 class ScheduleConfig:
     """The shape of the learning rate over a run, as a factor of its peak.
 
-    kind: one of "constant", "cosine", "linear", "wsd" (warm-up, stable, decay), "log" (logarithmic
-    decay). warmup_steps:
-    steps of linear rise to the peak. final: the factor at the end. decay_fraction: the part of the run, after warm-up,
-    in which "wsd" decays. decay_shape: how it does: "linear", or "minus_sqrt", 1 - sqrt(r), which falls fast at first
-    (Hägele et al., arXiv 2405.18392). rho: the bend of "log"; the smaller, the earlier it falls.
+    Attributes:
+        kind: constant, cosine, linear, wsd (warm-up, stable, decay) or log (logarithmic decay).
+        warmup_steps: Updates of linear rise to the peak.
+        final: Learning rate at the end, as a fraction of the peak.
+        decay_fraction: Fraction of the run, after the warm-up, in which wsd decays.
+        decay_shape: Decay of wsd: linear, or minus_sqrt, 1 - sqrt(r), which falls fast at first (arXiv 2405.18392).
+        rho: Bend of the logarithmic decay; the smaller, the earlier the rate falls.
     """
 
     kind: Literal["constant", "cosine", "linear", "wsd", "log"] = "cosine"

@@ -19,8 +19,12 @@ SCALE = 0.03
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The shape and the number of updates that the peak learning rate was tuned at;
-    the paper's has 10 layers of 1020.
+    """The shape and the length that the peak learning rate was tuned at; the paper's has 10 layers of 1020 channels.
+
+    Attributes:
+        d_model: Channels of the base model.
+        n_layers: Layers of the base model.
+        steps: Updates of the base run.
     """
 
     d_model: PositiveInt

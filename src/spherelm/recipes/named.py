@@ -283,11 +283,11 @@ def run_from(
     """
     model = read_model_config(source)
     if arm not in (None, model.arm):
-        raise UserError(f"--arm {arm} is not the arm in {source}, {model.arm}: leave it out")
+        raise UserError(f"--arm {arm} differs from the arm of {source}, {model.arm}: leave it out")
     for name, value in model_fields(overrides, model).items():
         if overrides[name] != value:
             raise UserError(
-                f"{name}={overrides[name]!r} is not what the model in {source} has, {value!r}: leave it out"
+                f"{name}={overrides[name]!r} differs from the model in {source}, which has {value!r}: leave it out"
             )
         del overrides[name]
     shape = {name: getattr(model, name) for name in ("n_layers", "d_model", "n_heads", "vocab_size", "architecture")}
@@ -310,17 +310,29 @@ def recipe(
     name: str = "law",
     **fields: Any,
 ) -> RunConfig:
-    """From a shape and a length to a config, an optimizer and a schedule: `run.model`, `run.optim`, `run.schedule`.
+    """Choose everything about a run from its shape and length: initial values, optimizer, rates, schedule.
+
+        run = recipe("ngpt", d_model=128, n_layers=4, n_heads=2, vocab_size=4096, seq_len=256, batch_size=4, steps=1000)
+        model = build(run.model)
+        optimizer = build_optimizer(model, run.optim)
 
     Args:
         arm: "gpt" or "ngpt".
-        d_model, n_layers, n_heads, vocab_size: The model's shape.
-        seq_len, batch_size: Tokens of a sequence, and sequences of an update.
+        d_model: Channels of the hidden state.
+        n_layers: Layers.
+        n_heads: Heads of attention.
+        vocab_size: Token ids.
+        seq_len: Tokens of a sequence.
+        batch_size: Sequences of an update.
         steps: Updates of the whole run.
-        name: Which recipe; see `RECIPES`.
-        fields: More fields, as for `make_run`.
+        name: The recipe, as `spherelm list recipes` lists them.
+        **fields: Any other field of a run, as `spherelm list fields` lists them.
 
-    Raises `UserError` naming a field with an impossible value.
+    Returns:
+        A `RunConfig` with `run.model`, `run.optim`, `run.schedule` and `run.train`.
+
+    Raises:
+        UserError: A name is unknown, or a field has an impossible value.
     """
     shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     return make_run(arm, "demo", name, **shape, seq_len=seq_len, batch_size=batch_size, steps=steps, **fields)  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def heads_of(given: dict[str, Any], d_model: int) -> dict[str, int]:
     width = given.get("d_model", d_model)
     counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in (d_k, width))
     if "n_heads" in given or not counts or width % d_k:
-        raise UserError(f"d_k={d_k!r} has to divide d_model={width!r}, with no n_heads beside it")
+        raise UserError(f"d_k={d_k!r} must divide d_model={width!r}, with no n_heads beside it")
     return {"n_heads": width // d_k}
 
 
@@ -272,7 +272,7 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
         ]
         if idle:
             raise UserError(
-                f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}, or is left out "
+                f"{idle[0]} has no effect in {config.arm} by {config.recipe!r}: it needs {wanted}; otherwise leave it out "
                 "(a sweep of the others can go into the same --out)"
             )
 

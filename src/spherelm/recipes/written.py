@@ -52,9 +52,9 @@ def parse_axes(words: Sequence[str], flags: Mapping[str, Any], fixed: Collection
         if field in fixed:
             raise UserError(f"{text!r}: {field} is chosen by {FIXED[field]}")
         if field in axes:
-            raise UserError(f"{text!r}: {field} was given before, give it once")
+            raise UserError(f"{text!r}: {field} is given twice: give it once")
         if flags.get(field) is not None:
-            raise UserError(f"{text!r}: {field} is given by --{field.replace('_', '-')} too, give it once")
+            raise UserError(f"{text!r}: {field} is given by --{field.replace('_', '-')} too: give it once")
         axes[field] = values
     return axes
 

@@ -138,12 +138,12 @@ def check_shapes(paths: Sequence[Path]) -> None:
         config = read_config(run_directory(path) / "config.json")
         model = config.model
         if isinstance(model.architecture, EncoderArch):
-            raise UserError(f"{path} is an encoder: what is drawn here is of models that predict the next token")
+            raise UserError(f"{path} is an encoder: inspect draws only models that predict the next token")
         shape = tuple(getattr(model, name) for name in SHAPE)
         first, known = shapes.setdefault(config.arm, (path, shape))
         if shape != known:
             raise UserError(
-                f"{path} and {first} are both {config.arm} and of different sizes, and cannot stand for one model: "
+                f"{path} and {first} are runs of {config.arm} of different sizes, not seeds of one model: "
                 "inspect them one after the other"
             )
 

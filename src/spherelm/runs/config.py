@@ -33,9 +33,8 @@ class TrainConfig:
         micro_batch_size: Sequences computed at once in a process; gradients accumulate over the batch. All if left out.
         seed: Seed of the initial weights and of the order of the data.
         dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine, recorded.
-        precision: Number format of the operands of products with the blocks' matrices, where it has
-        fewer bits than dtype.
-        device: cpu, cuda, cuda:1 and so on; the accelerator if there is one, else the CPU, if left out.
+        precision: Number format of the operands of products with the blocks' matrices, if it has fewer bits than dtype.
+        device: cpu, cuda, cuda:1 and so on; if left out, the accelerator if there is one, else the CPU.
         threads: CPU threads; if left out, the fastest number, which may change during the run.
         compile: Whether to use torch.compile.
         eval_every: Updates between validations; 0: only at the end.

@@ -45,11 +45,11 @@ def no_run(path: Path) -> NotFoundError:
         return NotFoundError(f"{path} is a part of the run {outer}: give {outer}")
     if is_exported(path):
         return NotFoundError(
-            f"{path} is an exported model, not a run: make a run of it by spherelm import hub {path} OUT"
+            f"{path} is an exported model, not a run: make a run of it with spherelm import hub {path} OUT"
         )
     runs = [str(one) for pattern in ("*", "*/*") for one in sorted(path.glob(pattern)) if latest_checkpoint(one)]
     if not runs and (path / "config.json").is_file():
-        return NotFoundError(f"the run {path} has no checkpoint yet: continue it by spherelm train --resume {path}")
+        return NotFoundError(f"the run {path} has no checkpoint yet: resume it with spherelm train --resume {path}")
     if not runs:
         return NotFoundError(f"{path} holds no run: give a directory that spherelm train wrote")
     which = "one of them, " if len(runs) > 1 else ""
@@ -73,13 +73,22 @@ def load_model(
 def load_model(
     run: str | Path, dtype: torch.dtype = torch.float32, *, with_tokenizer: bool = False
 ) -> Decoder | tuple[Decoder, Tokenizer]:
-    """The model of a run directory (its newest checkpoint) or of one of its checkpoints, in eval mode.
+    """Load the model of a run, in eval mode.
 
-    dtype: of its weights and of what it computes; lengths and angles of rotation are computed in
-    float32 all the same. A rounded unit vector stays as it is: a correction of its length would be rounded again
-    (`departure` says how far it is off).
-    with_tokenizer: return `(model, tokenizer)`; `generate` takes both to continue a text.
-    Raises `NotFoundError` if there is none, `UserError` if it is damaged, or has no tokenizer where one is asked for.
+        model, tokenizer = load_model("runs/demo/ngpt-0", with_tokenizer=True)
+
+    Args:
+        run: A run directory, whose newest checkpoint is taken, or one of its checkpoints.
+        dtype: Format of the weights and of the computation; norms and angles of rotation stay float32. Rounding leaves
+            unit vectors slightly off the sphere, as `departure` shows.
+        with_tokenizer: Return `(model, tokenizer)`; `generate` takes both to continue a text.
+
+    Returns:
+        The model, or the model and its tokenizer.
+
+    Raises:
+        NotFoundError: There is no such run.
+        UserError: The run is damaged, or has no tokenizer although one is asked for.
     """
     checkpoint = checkpoint_of(run)
     read_state(checkpoint, of=Path(WEIGHTS).stem)  # moments may have been deleted, to save space

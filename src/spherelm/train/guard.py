@@ -60,5 +60,5 @@ class Guard:
         if self.train.on_bad_step == "stop":
             raise Diverged(fault)
         if self.skipped >= self.train.skip_budget:
-            raise Diverged(f"{fault}, and the {self.train.skip_budget} updates that may be skipped were")
+            raise Diverged(f"{fault}, and all {self.train.skip_budget} updates that may be skipped were skipped")
         self.skipped += 1

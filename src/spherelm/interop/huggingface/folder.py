@@ -79,8 +79,6 @@ def read_folder(folder: Path) -> Decoder:
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.exists() else None
     found = next((wrapper for config_class, wrapper in WRAPPERS if config_class.model_type == kind), None)
     if found is None or not (folder / RECORD).exists():
-        raise UserError(
-            f"{folder} holds no model that spherelm export wrote as a run can hold it: model_type is {kind}"
-        )
+        raise UserError(f"{folder} cannot become a run again: its model_type is {kind}")
     model: Decoder = found.from_pretrained(folder, dtype=torch.float32).model
     return model
