@@ -89,7 +89,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
         (["--set", "matrix_rate=-1"], "matrix_rate must be at least 0, got -1"),
         (["--set", "s_z.scale=0"], "s_z.scale must be more than 0, got 0"),
-        (["--set", "lr=1e-3"], "'lr=1e-3': lr is given by --lr too, give it once"),
+        (["--set", "lr=1e-3"], "'lr=1e-3': lr is given by --lr too: give it once"),
         (["--set", "seed=1.5"], "seed must be a valid integer, got 1.5"),
         (["--set", "seed=true"], "seed must be a valid integer, got True"),
         (["--set", "warmup_steps=soon"], "warmup_steps must be a valid integer, got 'soon'"),
@@ -99,7 +99,7 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "d_k=64", "d_model=abc"], "d_k=64 must divide d_model='abc', with no n_heads beside it"),
         (["--set", "arm=gpt"], "'arm=gpt': arm is chosen by --arm"),
         (["--set", "vocab_size=100"], "'vocab_size=100': vocab_size is chosen by the tokenizer of --data"),
-        (["--set", "steps=5"], "'steps=5': steps is given by --steps too, give it once"),
+        (["--set", "steps=5"], "'steps=5': steps is given by --steps too: give it once"),
         (["--set", "rho=0.1", "rho=0.2"], "'rho=0.2': rho is given twice: give it once"),
         (["--set", "schedule=cosine", "kind=log"], "no field is called kind"),
         (["--set", "qknorm=1"], "no field is called qknorm (did you mean 'variant.qk_norm'?)"),
@@ -146,8 +146,8 @@ def test_validation_text_shorter_than_a_sequence(refused: Refused, data: Path, t
         ("alpha.init", "cannot read 'alpha.init': write a field and its values, such as alpha.init=0.05,0.25"),
         ("batch_size=2,2", "two runs would share the directory"),
         ("seed=0,1", "'seed=0,1': seed is chosen by --seeds"),
-        ("lr=1e-3,2e-3", "'lr=1e-3,2e-3': lr is given by --lr too, give it once"),
-        ("steps=1,2", "'steps=1,2': steps is given by --steps too, give it once"),
+        ("lr=1e-3,2e-3", "'lr=1e-3,2e-3': lr is given by --lr too: give it once"),
+        ("steps=1,2", "'steps=1,2': steps is given by --steps too: give it once"),
     ],
 )
 def test_sweeps(vary: str, message: str, refused: Refused, good_data: Path, tmp_path: Path) -> None:
