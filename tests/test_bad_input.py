@@ -239,7 +239,7 @@ def test_a_directory_of_runs_names_them(refused: Refused, good_data: Path, tmp_p
         ["inspect", runs, "--out", tmp_path / "out"],
     ):
         line = refused(*words)
-        assert line == f"{runs} holds 2 runs and is none itself: give one of them, {runs / 'one'}, {runs / 'two'}"
+        assert line == f"{runs} holds 2 runs but is not a run: give one of them, {runs / 'one'}, {runs / 'two'}"
     assert not (tmp_path / "out").exists()
 
 

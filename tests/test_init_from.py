@@ -58,7 +58,7 @@ def test_a_resumed_run_needs_its_directory_alone(command: commands.Command, data
         (["--resume", run, "--preset", "1m"], "--preset has no effect with --resume"),
         (["--resume", run, "--seed", 1], "train.seed is 0 there and 1 now"),
         (["--resume", run, "--steps", 3], "with schedule=linear"),
-        (["--resume", tmp_path], f"holds 1 run and is none itself: give {run}"),
+        (["--resume", tmp_path], f"holds 1 run but is not a run: give {run}"),
         (["--resume", run, "--out", tmp_path], "leave out --out"),
         (["--resume"], "no directory is given"),
     ):
@@ -78,7 +78,7 @@ def test_a_new_run_begins_with_the_weights_of_another(command: commands.Command,
     assert config.optim.lr == 0.01
     start = next(line["loss"] for line in tiny.metrics(new) if line["kind"] == "val")
     assert start < 0.98 * next(line["loss"] for line in tiny.metrics(source) if line["kind"] == "val")
-    assert "by the tokenizer of" in answer.err
+    assert "with the tokenizer of" in answer.err
     for asked, said in (
         (["--d-model", 32], "d_model=32 differs from the model in"),
         (["--arm", "gpt"], "--arm gpt differs from the arm of"),

@@ -55,7 +55,7 @@ def no_run(path: Path) -> NotFoundError:
     which = "one of them, " if len(runs) > 1 else ""
     more = f", or one of {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
     return NotFoundError(
-        f"{path} holds {counted(len(runs), 'run')} and is none itself: give {which}{', '.join(runs[:SHOWN])}{more}"
+        f"{path} holds {counted(len(runs), 'run')} but is not a run: give {which}{', '.join(runs[:SHOWN])}{more}"
     )
 
 

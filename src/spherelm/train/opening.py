@@ -52,7 +52,7 @@ def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int
         *emulation(train.precision, train.dtype),
         f"{counted(train.steps, 'update')} of {counted(tokens, 'token')}, {epochs_in_words(read)}{start}",
         f"logged to {logs}; {saving(train)}",
-        f"MFU compares with {peak}",
+        f"MFU is relative to a peak of {peak}",
         *repetition(read),
         *warnings,
     ]
