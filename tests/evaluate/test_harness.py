@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub.constants
 import lm_eval.tasks
 import numpy as np
 import pytest
@@ -283,10 +282,10 @@ def test_without_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     """And at once: the hub's library is told not to try for minutes."""
 
     def load_dataset(path: str, **settings: Any) -> None:
-        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        assert datasets.config.HF_HUB_OFFLINE
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nand more lines")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with (
         subdued(progress=False),
@@ -295,7 +294,7 @@ def test_without_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
         ),
     ):
         load_tasks(["winogrande"], TaskSettings(), tmp_path)
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize(

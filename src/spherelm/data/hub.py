@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from spherelm.data.compression import open_compressed, sha256_of
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
@@ -110,6 +112,24 @@ class HubText:
     def _block(self, texts: list[str], characters: int) -> Block:
         after = {**self.position(), "characters": characters}
         return Block(Path(self.request.name), texts, characters, after=after)
+
+
+@contextmanager
+def cache_alone_without_network() -> Iterator[None]:
+    """Have `datasets` read only its cache where the hub does not answer, instead of trying for minutes."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    try:
+        urlopen(Request(config.HF_ENDPOINT, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        pass  # an answer
+    except OSError:
+        config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _open_builder(request: HubRequest) -> Any:

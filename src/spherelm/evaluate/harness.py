@@ -13,8 +13,6 @@ import math
 import os
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
+from spherelm.data.hub import cache_alone_without_network
 from spherelm.errors import UserError, nearest
 from spherelm.evaluate.local_tasks import LOCAL_TASKS, Record, local_records
 from spherelm.fields import check
@@ -82,25 +81,6 @@ def subdued(progress: bool) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextlib.contextmanager
-def cache_alone_without_network() -> Iterator[None]:
-    """The hub's libraries read only their cache where the hub does not answer, instead of trying for minutes."""
-    from huggingface_hub import constants
-
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=5).close()
-        reached = True
-    except OSError as error:
-        reached = isinstance(error, urllib.error.HTTPError)
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not reached
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def check_harness() -> None:

@@ -182,7 +182,9 @@ class Adapter(StateDictAdapter):  # type: ignore[misc]
 
 
 class Text(BaseDataLoader):  # type: ignore[misc]
-    """The batches of our own loader: the text of `--data`, the same at any number of processes, which its state fits."""
+    """The batches of our own loader: the text of `--data`, the same at any number of processes,
+    which its state fits.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):  # type: ignore[misc]
