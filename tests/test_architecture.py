@@ -36,6 +36,8 @@ OWNERS = {
     "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},
     "trackio": {"train/sinks/trackio"},
+    "torchtitan": {"interop/torchtitan"},
+    "tyro": {"interop/torchtitan"},  # torchtitan's own, for its command line
 }
 """The module, or package, that alone imports an optional library; whatever else is not in the core has none yet."""
 
@@ -151,9 +153,10 @@ def named_in(module: str) -> set[Path]:
 
 
 def test_collectives_stay_in_two_files_and_sharded_tensors_in_one() -> None:
-    sharded = {Path("sharding.py")}
-    assert named_in("torch.distributed") - sharded == COLLECTIVE_FLOORS
-    assert named_in("torch.distributed.tensor") == sharded
+    """But for what gives models to other engines: it cuts their matrices, or hands torchtitan its own meshes."""
+    sharded, engines = {Path("sharding.py")}, {Path("interop/tensor_parallel.py"), Path("interop/torchtitan.py")}
+    assert named_in("torch.distributed") - sharded - engines == COLLECTIVE_FLOORS
+    assert named_in("torch.distributed.tensor") - engines == sharded
 
 
 def test_nothing_is_unpickled() -> None:
@@ -217,9 +220,7 @@ print(json.dumps(result))
 
 
 def test_every_module_needs_the_core_only() -> None:
-    """But `interop.huggingface`, which is nothing without transformers, and the Triton kernels;
-    both say what to install.
-    """
+    """But `interop.huggingface`, `interop.torchtitan` and the Triton kernels, which say what to install."""
     answer = subprocess.run(
         [sys.executable, "-c", BLOCKED, json.dumps(OPTIONAL)], capture_output=True, text=True, check=True
     )
@@ -228,6 +229,8 @@ def test_every_module_needs_the_core_only() -> None:
     assert len(result["imported"]) > 40
     kernels = result["said"].pop("spherelm.layers.triton_sphere")
     assert kernels == "spherelm.layers.triton_sphere needs triton: pip install '.[triton]' in a clone of spherelm"
+    engine = result["said"].pop("spherelm.interop.torchtitan")
+    assert engine.startswith("spherelm.interop.torchtitan needs torchtitan: pip install torchtitan==0.3.0 (")
     expected = "spherelm.interop.huggingface needs transformers: pip install '.[hf]' in a clone of spherelm"
     assert {name: said for name, said in result["said"].items() if said != expected} == {}
     assert all(name.startswith("spherelm.interop.huggingface") for name in result["said"])

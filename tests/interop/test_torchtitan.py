@@ -50,7 +50,7 @@ def ours(arm: str, out: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "train"]
 
 
-@pytest.mark.row("torchtitan")
+@pytest.mark.row("The torchtitan engine")
 def test_its_losses_are_those_of_our_trainer(tmp_path: Path) -> None:
     """Gradients accumulated; FSDP over two processes; tensor parallelism; both over four. And with AdamW of its own."""
     expected = {arm: ours(arm, tmp_path / f"{arm}-ours") for arm in ("gpt", "ngpt")}

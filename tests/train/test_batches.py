@@ -74,8 +74,8 @@ def test_what_data_names(directories: list[Path], tmp_path: Path, monkeypatch: p
         ("stream:", "is not a stream: write stream:NAME,KEY=VALUE"),
         ("stream:{a}.jsonl,size=3", "is not a stream: .* keys column, config, limit, split, tokenizer, val"),
         ("stream:{a}.jsonl,limit=x", "limit=x is not a number"),
-        ("stream:{a}.jsonl,tokenizer=bytes,val=2", "val=2 is neither a file nor a part"),
-        ("stream:{a}.jsonl,tokenizer=bytes,val=none.txt", "val=none.txt is neither a file nor a part"),
+        ("stream:{a}.jsonl,tokenizer=bytes,val=2", "val=2 is neither a file nor a fraction"),
+        ("stream:{a}.jsonl,tokenizer=bytes,val=none.txt", "val=none.txt is neither a file nor a fraction"),
         ("stream:{a}.jsonl,val=0.3", "has 4096 token ids, the model only 257"),
     ],
 )
@@ -167,7 +167,7 @@ def test_documents_are_kept_apart(directories: list[Path], tmp_path: Path) -> No
     losses = {}
     for key, run in runs.items():
         run.metrics.close()
-        losses[key] = run._gradients(0), *run._validation_losses().values()
+        losses[key] = run._gradients(0).sum().item(), *run._validation_losses().values()
     assert losses[True, None] == pytest.approx(losses[True, 1], rel=1e-5)
     run = runs[True, None]
     tokens, targets = run.data.loader.batch(0)

@@ -325,9 +325,9 @@ def test_a_run_that_ends_worse_than_an_untrained_model_fails(
 
 
 def test_a_normalized_model_thrown_about_by_its_rate_fails(trainer: MakeTrainer) -> None:
-    """All of its weights stay unit vectors, and nothing becomes NaN."""
-    with pytest.raises(Diverged, match=r"the run ends worse than an untrained model: .* \(peak learning rate 1e\+06\)"):
-        trainer("ngpt", lr=1e6, eval_every=0).run(show_progress=False)
+    """All of its weights stay unit vectors, and nothing overflows."""
+    with pytest.raises(Diverged, match=r"the run ends worse than an untrained model: .* \(peak learning rate 1e\+03\)"):
+        trainer("ngpt", lr=1e3, eval_every=0).run(show_progress=False)
 
 
 @pytest.mark.row("Compilation")

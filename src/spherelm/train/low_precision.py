@@ -20,10 +20,10 @@ def lower_precision(model: Decoder, precision: Precision, seed: int = 0) -> torc
     attention stay as they are. Raises `UserError` where torchao is missing, or for a matrix whose sides are not whole
     blocks of the format.
     """
+    if precision.kind is None:
+        return torch.Generator()
     noise = torch.Generator(next(model.parameters()).device)
     seed_noise(noise, seed)
-    if precision.kind is None:
-        return noise
     if precision.kind != "nvfp4":
         torchao(f"precision={precision.kind}")
     block = BLOCKS[precision.kind]

@@ -1,8 +1,7 @@
 """The normalized Transformer, nGPT (Loshchilov et al., arXiv 2410.01131): every vector of the hidden state is unit.
 
-Numbers of equations and sections are the paper's. Written by spherelm for people to read; it needs torch and
-transformers. Copyright the spherelm authors. Licensed under the Apache License, Version 2.0:
-http://www.apache.org/licenses/LICENSE-2.0
+Numbers of equations and sections are the paper's. Written by spherelm, to be read; it needs torch and transformers.
+Copyright the spherelm authors. Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """
 
 from __future__ import annotations
@@ -63,9 +62,7 @@ class Unit(nn.Module):
 
 
 class UnitLinear(Unit, nn.Linear):
-    """A product without bias, with unit rows; with unit columns if it `writes` to the hidden state
-    (sections 2.3, 2.4).
-    """
+    """A product without bias: unit rows, or unit columns if it `writes` to the hidden state (sections 2.3, 2.4)."""
 
     def __init__(self, in_features: int, out_features: int, writes: bool = False) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -78,9 +75,7 @@ class UnitEmbedding(Unit, nn.Embedding):
 
 @torch.no_grad()
 def retract_moved(optimizer: Optimizer, *_: Any) -> None:
-    """Put the unit weights that `optimizer` moves back on the sphere (section 2.6):
-    called after a step of any optimizer.
-    """
+    """Put the unit weights of `optimizer` back on the sphere (section 2.6), after a step of any optimizer."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for module in list(unit_modules):
         if id(module.weight) in moved:
@@ -150,9 +145,7 @@ SIGNS = {"positive": torch.abs, "free": torch.positive}
 
 
 def inner_norm(config: SphereLMConfig) -> Any:
-    """What a matrix that writes reads: unit vectors where the config says so;
-    folded, the norm of the step makes up for it.
-    """
+    """What a matrix that writes reads: unit vectors if the config says so; folded, the step's norm does it."""
     return norm if config.start["variant"]["inner_norm"] and not config.folded else torch.positive
 
 

@@ -62,9 +62,7 @@ def split_heads(x: Tensor, d_k: int) -> Tensor:
 def eager_attention(
     part: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, the softmax in float32: [batch, heads, seq, d_k] -> [batch, seq, heads,
-    d_k], and weights.
-    """
+    """Attention with a float32 softmax: [batch, heads, seq, d_k] -> [batch, seq, heads, d_k], and weights."""
     k, v = (x.repeat_interleave(part.num_key_value_groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2) * scaling).to(torch.promote_types(q.dtype, torch.float32))
     if mask is not None:
@@ -74,9 +72,7 @@ def eager_attention(
 
 
 class AttentionPart(nn.Module):
-    """What transformers' attention functions read.
-    Each kind calls them in its own `forward`, where vLLM looks for that.
-    """
+    """What transformers' attention functions read. Each kind calls them in its `forward`, where vLLM looks."""
 
     def __init__(self, config: SphereLMConfig, layer_idx: int, scaling: float, is_causal: bool = True) -> None:
         super().__init__()
@@ -251,9 +247,7 @@ class SphereLMForCausalLM(Generating):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As for the `model`; logits are [batch, seq, vocab], of the last `logits_to_keep` positions
-        if that is given.
-        """
+        """As for the `model`; logits [batch, seq, vocab], of the last `logits_to_keep` positions if given."""
         found = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.read(found.last_hidden_state[:, keep]), None
