@@ -299,8 +299,8 @@ def test_an_id_that_no_sample_met_is_found_when_it_is_read(tmp_path: Path, monke
     ("said", "message"),
     [
         ("{own},tokenizer=bytes", "are for token files of other programs"),
-        ("{files},tokenizer=bytes,val=2", "val=2 is neither a file nor a part"),
-        ("{files},tokenizer=bytes,val=none", "val=none is neither a file nor a part"),
+        ("{files},tokenizer=bytes,val=2", "val=2 is neither a file nor a fraction"),
+        ("{files},tokenizer=bytes,val=none", "val=none is neither a file nor a fraction"),
         ("{files},tokenizer=no such", "unknown tokenizer 'no such'"),
         ("{own}=1,{files}=2,tokenizer=bytes", "are for token files of other programs"),
     ],

@@ -36,7 +36,7 @@ CONSTANTS: Mapping[str, Constant] = {
     "vector.ngpt": Constant(0.082, "Adam's rate of learned scales there, times sqrt(d_model)", "law.json"),
     "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
-    "batch": Constant(0.18, "rates of matrices rise with the tokens of an update to this power", "law.json"),
+    "batch": Constant(0.18, "rates rise with the tokens of an update to this, but of scales and gains", "law.json"),
     "vocabulary.gpt": Constant(0.15, "matrices fall, output and gains rise with (vocabulary / 4096)^this", "law.json"),
     "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this power", "law.json"),
     "mixers.gpt": Constant(0.4, "GPT's matrices, where a pattern has Mamba mixers: times this", "law.json"),
