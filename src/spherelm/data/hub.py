@@ -134,7 +134,7 @@ def cache_alone_without_network() -> Iterator[None]:
 
 def _open_builder(request: HubRequest) -> Any:
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise DocumentError(
             f"streaming {request.name} needs datasets: pip install '.[data]' in a clone of spherelm"
