@@ -19,6 +19,7 @@ from pathlib import Path
 import cost_tables as costs
 import inside_summary
 import law
+import law_costs
 import length_picture
 import precision
 import predict_scale
@@ -69,6 +70,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "predicted-scale": predict_scale.table,
     "law-constants": law.constants,
     "law-points": law.points,
+    "law-costs": law_costs.table,
     "precision": precision.table,
     "precision-weights": precision.rounded_weights,
     "serving-texts": serving_tables.texts,

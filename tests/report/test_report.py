@@ -188,6 +188,13 @@ def test_no_arm_is_ahead_where_seeds_differ_by_more_than_the_arms(
     assert ("No arm is ahead here" in verdict(comparison)) == tie
 
 
+def test_no_arm_is_ahead_where_the_factor_rounds_to_one(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = read_comparison(build(seeds=1)[0])
+    for tokens, tie in ((1.004, True), (1.006, False), (1 / 1.004, True)):
+        monkeypatch.setitem(comparison.summary["speedup"], "tokens", tokens)
+        assert ("No arm is ahead here" in verdict(comparison)) == tie
+
+
 def test_gpt_winning_is_said(build: Build) -> None:
     directory, page = build(swap=True, seeds=2)
     speedup = json.loads((directory / "summary.json").read_text())["speedup"]

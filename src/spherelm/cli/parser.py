@@ -1,8 +1,7 @@
 """A command's flags, read off its signature and docstring: how they are parsed, what --help says, and what is refused.
 
-A command is a function. A parameter is a flag, or a word by its place where it is annotated with `POSITIONAL`. A
-parameter that is annotated with `Fields` is the mapping of those flags that were given, each of which sets a
-field of a dataclass.
+A command is a function. A parameter is a flag, or a word by its place where it is annotated with `POSITIONAL`. One
+that is annotated with `Fields` is the mapping of the given flags, each of which sets a field of a dataclass.
 """
 
 from __future__ import annotations
@@ -162,7 +161,8 @@ class Flag:
 
     def add_to(self, parser: Any) -> None:
         """Have `parser`, or a group of its flags, read this one. What is not given is not in the namespace."""
-        about = self.about + (f" (default: {self.default})" if self.default else " (required)" if self.required else "")
+        needed = " (required)" if self.required and POSITIONAL not in self.notes else ""
+        about = self.about + (f" (default: {self.default})" if self.default else needed)
         options: dict[str, Any] = {"help": about.replace("%", "%%"), "default": argparse.SUPPRESS}
         if POSITIONAL in self.notes:
             read = {"nargs": "+", "type": self.kind} if self.is_list else {"type": self.value}

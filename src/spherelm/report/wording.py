@@ -56,13 +56,14 @@ def verdict(comparison: Comparison) -> str:
     if any(run.diverged for run in (*winner.runs, *loser.runs)):
         gone = listed([run.name for run in (*winner.runs, *loser.runs) if run.diverged])
         return f"There is no speedup to report, since {gone} diverged: lower that arm’s learning rate."
-    if tie := _tie(winner, loser):
-        return tie
-    level = f"{other}’s final validation loss ({number(loser.final_loss, '.3f')} nats per token)"
-    if not factor:
-        return f"{name} did not reach {level} within {si(winner.tokens)} tokens, so there is no speedup to report."
     inverse = winner.name == comparison.baseline
-    times = 1 / factor if inverse else factor
+    times = (1 / factor if inverse else factor) if factor else None
+    if _is_tie(winner, loser) or f"{times or 0:.2f}" == "1.00":
+        ends = [f"{NAMES[arm.name]} ends at {mean_and_error(arm.final_losses)}" for arm in (winner, loser)]
+        return f"No arm is ahead here, as far as these seeds can tell: {listed(ends)} nats per token."
+    level = f"{other}’s final validation loss ({number(loser.final_loss, '.3f')} nats per token)"
+    if not times:
+        return f"{name} did not reach {level} within {si(winner.tokens)} tokens, so there is no speedup to report."
     spread = _interval(comparison, "tokens_interval", inverse)
     counts = (
         "" if reached is None else f": {_bound(bound_on_tokens(comparison))}{si(reached)} instead of {si(loser.tokens)}"
@@ -73,15 +74,10 @@ def verdict(comparison: Comparison) -> str:
     return f"{name} wins here. {sentence}" if inverse else sentence
 
 
-def _tie(winner: Arm, loser: Arm) -> str:
-    """That no arm is ahead, where the means differ by no more than the standard error of their
-    difference; else nothing.
-    """
+def _is_tie(winner: Arm, loser: Arm) -> bool:
+    """Whether the means differ by no more than the standard error of their difference; never with one seed."""
     errors = [standard_error(arm.final_losses) for arm in (winner, loser)]
-    if None in errors or loser.final_loss - winner.final_loss > math.hypot(*(error or 0.0 for error in errors)):
-        return ""
-    ends = [f"{NAMES[arm.name]} ends at {mean_and_error(arm.final_losses)}" for arm in (winner, loser)]
-    return f"No arm is ahead here, as far as these seeds can tell: {listed(ends)} nats per token."
+    return None not in errors and loser.final_loss - winner.final_loss <= math.hypot(*(e or 0.0 for e in errors))
 
 
 def caveats(comparison: Comparison) -> list[str]:
