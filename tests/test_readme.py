@@ -227,7 +227,8 @@ def test_the_notebook_runs_and_ngpt_learns_as_well_as_gpt(tmp_path: Path) -> Non
     kernels.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernels / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-    environment = {**os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    # Two threads of two tests on two cores wait for each other.
+    environment = {**os.environ, "JUPYTER_PATH": str(tmp_path), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     script = "import sys, nbclient, nbformat; notebook = nbformat.read(sys.argv[1], 4); "
     script += "nbclient.execute(notebook, timeout=600, kernel_name='python3'); nbformat.write(notebook, sys.argv[2])"
     words = [sys.executable, "-c", script, ROOT / "examples" / "quickstart.ipynb", tmp_path / "done.ipynb"]

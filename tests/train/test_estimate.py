@@ -78,7 +78,7 @@ def test_encoder_decoders_are_counted_where_both_are_equally_deep(arm: str) -> N
     config = config_of(arm, "encdec", n_encoder_layers=None)
     assert training_flops(config_of(arm, "encdec", n_encoder_layers=2), 2, 16) == training_flops(config, 2, 16)
     for n in (1, 3):
-        with pytest.raises(ValueError, match="counted where n_encoder_layers is n_layers"):
+        with pytest.raises(ValueError, match="only for encoder-decoders with n_encoder_layers=n_layers"):
             training_flops(config_of(arm, "encdec", n_encoder_layers=n), 2, 16)
 
 

@@ -114,7 +114,9 @@ def spread_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     for arm, name in CURVES:
         processes, flags = SPREADS[name]
         jobs[f"{arm}-{name}"] = ranks.Job(processes, arguments(arm, root / f"{arm}-{name}", data, *flags))
-    for name, processes, flags in (("one", 1, ()), ("two", 2, ("--strategy", "shard"))):
+    sharded = ("--strategy", "shard")
+    gathered = (*sharded, "--gather", "bfloat16")
+    for name, processes, flags in (("one", 1, ()), ("two", 2, sharded), ("gathered", 2, gathered)):
         given = arguments("ngpt", root / f"ngpt-bf16-{name}", data, "--dtype", "bfloat16", *flags, steps=10)
         jobs[f"ngpt-bf16-{name}"] = ranks.Job(processes, given)
     return jobs
@@ -239,6 +241,15 @@ def test_the_parts_of_version_0_1_0_are_read(runs: Path, tmp_path: Path) -> None
 def test_bfloat16_is_close(runs: Path) -> None:
     """Weights and sums over processes are float32 there too; what differs is how rounded products add up."""
     assert_close(runs / "ngpt-bf16-two", runs / "ngpt-bf16-one", 2e-3)
+
+
+def test_weights_may_travel_in_bfloat16(runs: Path) -> None:
+    """Matrices are rounded to it for their products anyway, scales and gains are not; master weights stay float32."""
+    assert_close(runs / "ngpt-bf16-gathered", runs / "ngpt-bf16-two", 2e-3)
+    one, other = (load_model(runs / f"ngpt-bf16-{name}").state_dict() for name in ("gathered", "two"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+    assert departure(load_model(runs / "ngpt-bf16-gathered")) < 1e-6
 
 
 @pytest.mark.row("Many processes")

@@ -94,8 +94,8 @@ TrainFlags = Annotated[
     Fields(TRAIN, *OF_TASKS, title="tasks scored in training", needs=OF_TASKS),
     Fields(TRAIN, "on_bad_step", "skip_budget", "spike_factor", title="updates that went wrong",
            needs={"skip_budget": Needs("--on-bad-step skip")}),
-    Fields(TRAIN, "strategy", "shard_size", "timeout", title="several processes, started by torchrun",
-           needs={"shard_size": Needs("--strategy hybrid")}),
+    Fields(TRAIN, "strategy", "shard_size", "gather", "timeout", title="several processes, started by torchrun",
+           needs={"shard_size": Needs("--strategy hybrid"), "gather": Needs("--strategy shard", "--strategy hybrid")}),
 ]  # fmt: skip
 DryRunFlags = Annotated[
     Given,

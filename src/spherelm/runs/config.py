@@ -55,6 +55,7 @@ class TrainConfig:
         strategy: How processes share a model. replicate: each holds all of it; shard: each holds a part; hybrid: each
             group of processes shards one replica.
         shard_size: Processes per group, for the strategy hybrid.
+        gather: Format in which the weights of blocks travel between processes, for the strategies shard and hybrid.
         recompute: Activation checkpointing: recompute blocks in the backward pass. Less memory, more time.
         timeout: Seconds that processes wait for each other before the run ends.
         on_bad_step: stop or skip: what to do where the loss or gradient is not finite, or the gradient norm jumps.
@@ -91,6 +92,7 @@ class TrainConfig:
     keep_every: NonNegativeInt = 0
     strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
     shard_size: PositiveInt = 8
+    gather: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     timeout: PositiveFloat = 600.0
     on_bad_step: Literal["stop", "skip"] = "stop"

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -236,16 +236,17 @@ class Spread:
     whole: Callable[[int, Callable[[], object]], AbstractContextManager[Any]] = lambda parts, forward: nullcontext()
 
 
-def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
+def spread(model: Decoder, group: Group, recompute: bool = False, gather: str = "float32") -> Spread:
     """Lay `model`, the same on every process, over `group`; recompute:
     blocks keep only their input for the backward pass.
 
     The order is recomputation, then compilation (the caller's, of blocks), then distribution, each around the one
-    before. Weights are cut between unit vectors, so that their lengths need no communication; see `cut`.
+    before. Weights are cut between unit vectors, so that their lengths need no communication; see `cut`. gather: the
+    format in which parts of blocks are gathered; gradients are summed in float32.
     """
     if recompute:
         model.runtime.run = recompute_block
-    spread = _spread(model, group)
+    spread = _spread(model, group, torch.bfloat16 if gather == "bfloat16" else None)
     if not any(router.balance == "loss" for _, router in routers(model)):
         return spread
 
@@ -256,7 +257,7 @@ def spread(model: Decoder, group: Group, recompute: bool = False) -> Spread:
     return replace(spread, whole=whole)
 
 
-def _spread(model: Decoder, group: Group) -> Spread:
+def _spread(model: Decoder, group: Group, gather: torch.dtype | None) -> Spread:
     if group.is_alone:
         return Spread(model.loss, group.device)
     if group.mesh is None:
@@ -268,17 +269,23 @@ def _spread(model: Decoder, group: Group) -> Spread:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, own)
         copied = DistributedDataParallel(loss, device_ids=devices)
         return Spread(copied, group.device, lambda is_last: nullcontext() if is_last else copied.no_sync())
-    return _sharded(model, group.device, group.mesh)
+    return _sharded(model, group.device, group.mesh, gather)
 
 
-def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh) -> Spread:
+def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh, gather: torch.dtype | None) -> Spread:
     axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
 
     blocks = [
         block for name, part in model.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
     ]
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, shard_placement_fn=lambda p: cut(p.shape, axes.get(id(p)), mesh.size(-1)))
+    own = MixedPrecisionPolicy(gather, torch.float32, cast_forward_inputs=False) if gather else MixedPrecisionPolicy()
+
+    def placed(p: nn.Parameter) -> Any:
+        return cut(p.shape, axes.get(id(p)), mesh.size(-1))
+
+    for block in blocks:
+        fully_shard(block, mesh=mesh, shard_placement_fn=placed, mp_policy=own)
+    fully_shard(model, mesh=mesh, shard_placement_fn=placed)
     register_fsdp_forward_method(model, "loss")
     root: Any = model  # an `FSDPModule` by now
     return Spread(model.loss, device, partial(_synchronized, root), root.reshard)

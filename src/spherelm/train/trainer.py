@@ -80,7 +80,7 @@ class Trainer:
         model.runtime.label_smoothing = train.label_smoothing
         self.noise = group.together(lambda: lower_precision(model, train.precision, train.seed))
         self.model = model
-        self.spread = spread(model, group, train.recompute)
+        self.spread = spread(model, group, train.recompute, train.gather)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
         # Only now: what is refused before leaves no trace, so that the corrected command can be given at once.
         checkpoint = self._claim(resume)
