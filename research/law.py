@@ -8,8 +8,9 @@
 
 A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of
 it, the cheapest points first; `run spot` moves the rate of one role at a time at the points of `SPOT`, and `run fit` at
-those of `FIT`. Runs resume, and every finished one is a line of docs/results/law.json. `table` prints how far the law's
-rate is from the best of the three at each point.
+those of `FIT`. GPT's tests take three seeds, since one decides nothing where the vocabulary is bytes. Runs resume, and
+every finished one is a line of docs/results/law.json. `table` prints how far the law's rate is from the best of the
+three at each point.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -125,17 +127,24 @@ norms.
 """
 
 
-def wanted(kind: str) -> Iterator[tuple[Point, str, str, float]]:
-    """(point, arm, role, factor) of each run, the cheapest points first; the role "all" is the peak rate."""
+SEEDS = {"gpt": (0, 1, 2), "ngpt": (0,)}
+"""Seeds of a test. At 64-3-256-2048-480 GPT's seeds differ by 1.8 %, five times what half of the rate costs nGPT."""
+
+
+def wanted(kind: str) -> Iterator[tuple[Point, str, str, float, int]]:
+    """(point, arm, role, factor, seed) of each run, the first seeds and the cheapest points first; the role "all" is
+    the peak rate.
+    """
     roles = ("all",) if kind == "test" else tuple(ROLES)
-    points = {"test": TEST, "fit": FIT, "spot": SPOT}[kind]
-    for point in sorted(points, key=lambda point: point.cost):
-        for arm in ("gpt", "ngpt"):
-            yield point, arm, "all", 1.0
-            yield from ((point, arm, role, factor) for role in roles for factor in (0.5, 2.0))
+    points = sorted({"test": TEST, "fit": FIT, "spot": SPOT}[kind], key=lambda point: point.cost)
+    for seed in SEEDS["gpt"] if kind == "test" else (0,):
+        for point in points:
+            for arm in (arm for arm, seeds in SEEDS.items() if seed in seeds):
+                yield point, arm, "all", 1.0, seed
+                yield from ((point, arm, role, factor, seed) for role in roles for factor in (0.5, 2.0))
 
 
-def run_of(point: Point, arm: str, role: str, factor: float, data: Path) -> Any:
+def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: int = 0) -> Any:
     """The run by the law with one rate times a factor."""
     directory = data / f"{point.text}-{point.vocabulary}"
     size = parse_data(str(directory)).vocab_size
@@ -143,7 +152,7 @@ def run_of(point: Point, arm: str, role: str, factor: float, data: Path) -> Any:
         "d_model": point.d_model, "n_heads": max(1, point.d_model // 64), "n_layers": point.n_layers, "steps": point.steps,
         "seq_len": point.context, "batch_size": max(1, point.tokens // point.context), "eval_every": 0,
         "compile": point.steps * point.tokens > 2**21, "threads": 1,
-        "eval_windows": 32768 // point.context, "stop_above": math.log(size) + 1, "save_every": 10**9,
+        "eval_windows": 32768 // point.context, "stop_above": math.log(size) + 1, "save_every": 10**9, "seed": seed,
     }  # fmt: skip
     lawful = make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields)
     if role == "all":
@@ -160,16 +169,16 @@ def work(asked: argparse.Namespace, jobs: Any, lock: Any) -> None:
             job = jobs.pop(0) if len(jobs) else None
         if job is None:
             return
-        point, arm, role, factor = job
-        run = run_of(point, arm, role, factor, asked.data)
-        out = asked.out / f"{point.name}-{arm}-{role}-{factor:g}"
+        point, arm, role, factor, seed = job
+        run = run_of(point, arm, role, factor, asked.data, seed)
+        out = asked.out / f"{point.name}-{arm}-{role}-{factor:g}-{seed}"
         start = time.process_time()
         loss = do_job(Job(run, out))
         shutil.rmtree(out, ignore_errors=True)
         record = {
             "point": point.name, "arm": arm, "role": role, "factor": factor, "lr": run.optim.lr, "kind": asked.kind,
             "multipliers": asdict(run.optim.multipliers), "loss": None if math.isnan(loss) else loss,
-            "seconds": round(time.process_time() - start, 1), "seed": 0,
+            "seconds": round(time.process_time() - start, 1), "seed": seed,
         }  # fmt: skip
         with lock:
             write_json(RESULTS, {"runs": [*runs_so_far(), record]})
@@ -185,7 +194,8 @@ def runs_so_far() -> list[dict[str, Any]]:
 def run(asked: argparse.Namespace) -> None:
     """Do the remaining runs of `asked.kind`, with `asked.workers` processes."""
     asked.until = time.time() + 60 * asked.minutes
-    done = {(r["point"], r["arm"], r.get("role"), r.get("factor")) for r in runs_so_far() if r["kind"] == asked.kind}
+    keys = ("point", "arm", "role", "factor", "seed")
+    done = {tuple(r.get(key) for key in keys) for r in runs_so_far() if r["kind"] == asked.kind}
     left = [job for job in wanted(asked.kind) if (job[0].name, *job[1:]) not in done]
     with multiprocessing.get_context("spawn").Manager() as manager:
         jobs, lock = manager.list(left), manager.Lock()
@@ -223,29 +233,45 @@ def prepare(asked: argparse.Namespace) -> None:
             )
 
 
-def tested(results: Path) -> Iterator[tuple[Point, str, dict[float, float]]]:
-    """(point, arm, loss by factor) of each test that has all three rates, the cheapest points first."""
+def tested(results: Path) -> Iterator[tuple[Point, str, dict[float, dict[int, float]]]]:
+    """(point, arm, losses by factor and seed) of each test, the cheapest points first: the seeds that have all three
+    rates.
+    """
     runs = [one for one in json.loads(results.read_text(encoding="utf-8"))["runs"] if one["kind"] == "test"]
     for point in sorted(TEST, key=lambda point: point.cost):
-        for arm in ("gpt", "ngpt"):
-            of_arm = [r for r in runs if (r["point"], r["arm"]) == (point.name, arm)]
-            found = {r["factor"]: r["loss"] or math.inf for r in of_arm}
-            if len(found) == 3:
-                yield point, arm, found
+        for arm, seeds in SEEDS.items():
+            found: dict[float, dict[int, float]] = {0.5: {}, 1.0: {}, 2.0: {}}
+            for one in (r for r in runs if (r["point"], r["arm"]) == (point.name, arm) and r["seed"] in seeds):
+                found[one["factor"]][one["seed"]] = one["loss"] or math.inf
+            whole = [seed for seed in seeds if all(seed in losses for losses in found.values())]
+            if whole:
+                yield point, arm, {rate: {seed: found[rate][seed] for seed in whole} for rate in found}
+
+
+def against(found: dict[float, dict[int, float]], factor: float) -> list[float]:
+    """By how many percent the loss at a factor is above the loss at the law's rate, seed by seed."""
+    return [100 * (found[factor][seed] / loss - 1) for seed, loss in found[1.0].items()]
 
 
 def points(results: Path = RESULTS) -> str:
     """How much of the loss each point gives away at the law's rate, in percent of the best of the three, by arm."""
     rows, lost = [], []
     for point, arm, found in tested(results):
-        lost.append(100 * (found[1.0] / min(found.values()) - 1))
-        half, double = (f"{100 * (found[factor] / found[1.0] - 1):+.2f} %" for factor in (0.5, 2.0))
+        means = {factor: statistics.fmean(losses.values()) for factor, losses in found.items()}
+        lost.append(100 * (means[1.0] / min(means.values()) - 1))
+        beside = []
+        for factor in (0.5, 2.0):
+            over = against(found, factor)
+            error = f" ± {statistics.stdev(over) / len(over) ** 0.5:.2f}" if len(over) > 1 else ""
+            beside.append(f"{statistics.fmean(over):+.2f}{error} %")
         shape = f"{point.d_model} | {point.n_layers} | {point.vocabulary} | {point.tokens} | {point.steps} | {point.context}"
-        rows.append(f"| {shape} | {point.text} | {arm} | {found[1.0]:.4f} | {half} | {double} | {lost[-1]:.2f} % |")
-    heads = "| d_model | layers | vocabulary | tokens | updates | context | text | arm | loss | half | double | lost |"
+        rows.append(
+            f"| {shape} | {point.text} | {arm} | {len(found[1.0])} | {means[1.0]:.4f} | {' | '.join(beside)} | {lost[-1]:.2f} % |"
+        )
+    heads = "| d_model | layers | vocabulary | tokens | updates | context | text | arm | seeds | loss | half | double | lost |"
     within = ", ".join(f"{sum(x <= limit for x in lost)} within {limit} %" for limit in (0.1, 0.3))
     said = f"{len(lost)} of {2 * len(TEST)} tests are done: {within} of the best of the three rates."
-    return "\n".join([said, "", heads, "|" + "---|" * 12, *rows])
+    return "\n".join([said, "", heads, "|" + "---|" * 13, *rows])
 
 
 def draw(asked: argparse.Namespace) -> None:
@@ -259,11 +285,10 @@ def draw(asked: argparse.Namespace) -> None:
     for axis, arm in zip(axes, ("gpt", "ngpt"), strict=True):
         for point, of_arm, found in tested(asked.results):
             if of_arm == arm:
-                rates = sorted(found)
+                means = {rate: statistics.fmean(losses.values()) for rate, losses in sorted(found.items())}
                 label = f"{point.d_model} wide, {point.n_layers} layers, {point.steps} updates"
-                axis.plot(
-                    rates, [100 * (found[rate] / min(found.values()) - 1) for rate in rates], marker="o", label=label
-                )
+                above = [100 * (mean / min(means.values()) - 1) for mean in means.values()]
+                axis.plot(list(means), above, marker="o", label=label)
         axis.set(
             xscale="log", xticks=[0.5, 1, 2], xticklabels=["half", "the law's", "double"], title=arm, xlabel="peak rate"
         )
