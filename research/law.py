@@ -16,26 +16,23 @@ three at each point.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
-import multiprocessing
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from run_queue import Key, do, lines, number
 
 from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.recipes import make_run
 from spherelm.recipes.law import CONSTANTS
-from spherelm.runs.record import write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "law.json"
 
@@ -131,20 +128,19 @@ SEEDS = {"gpt": (0, 1, 2), "ngpt": (0,)}
 """Seeds of a test. At 64-3-256-2048-480 GPT's seeds differ by 1.8 %, five times what half of the rate costs nGPT."""
 
 
-def wanted(kind: str) -> Iterator[tuple[Point, str, str, float, int]]:
-    """(point, arm, role, factor, seed) of each run, the first seeds and the cheapest points first; the role "all" is
-    the peak rate.
-    """
+def wanted(kind: str) -> Iterator[Key]:
+    """The key of each run, the first seeds and the cheapest points first; the role "all" is the peak rate."""
     roles = ("all",) if kind == "test" else tuple(ROLES)
     points = sorted({"test": TEST, "fit": FIT, "spot": SPOT}[kind], key=lambda point: point.cost)
     for seed in SEEDS["gpt"] if kind == "test" else (0,):
         for point in points:
             for arm in (arm for arm, seeds in SEEDS.items() if seed in seeds):
-                yield point, arm, "all", 1.0, seed
-                yield from ((point, arm, role, factor, seed) for role in roles for factor in (0.5, 2.0))
+                base = [("all", 1.0)] if kind != "spot" else []  # that of the test
+                for role, factor in [*base, *itertools.product(roles, (0.5, 2.0))]:
+                    yield {"kind": kind, "point": point.name, "arm": arm, "role": role, "factor": factor, "seed": seed}
 
 
-def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: int = 0) -> Any:
+def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: int) -> Any:
     """The run by the law with one rate times a factor."""
     directory = data / f"{point.text}-{point.vocabulary}"
     size = parse_data(str(directory)).vocab_size
@@ -161,52 +157,20 @@ def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: i
     return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, **moved)
 
 
-def work(asked: argparse.Namespace, jobs: Any, lock: Any) -> None:
-    """Take runs until there are none, or the time is over; one thread."""
-    torch.set_num_threads(1)
-    while time.time() < asked.until:
-        with lock:
-            job = jobs.pop(0) if len(jobs) else None
-        if job is None:
-            return
-        point, arm, role, factor, seed = job
-        run = run_of(point, arm, role, factor, asked.data, seed)
-        out = asked.out / f"{point.name}-{arm}-{role}-{factor:g}-{seed}"
-        start = time.process_time()
-        loss = do_job(Job(run, out))
-        shutil.rmtree(out, ignore_errors=True)
-        record = {
-            "point": point.name, "arm": arm, "role": role, "factor": factor, "lr": run.optim.lr, "kind": asked.kind,
-            "multipliers": asdict(run.optim.multipliers), "loss": None if math.isnan(loss) else loss,
-            "seconds": round(time.process_time() - start, 1), "seed": seed,
-        }  # fmt: skip
-        with lock:
-            write_json(RESULTS, {"runs": [*runs_so_far(), record]})
-        print(f"{out.name} {loss:.4f} {record['seconds']:.0f} s", flush=True)
-
-
-def runs_so_far() -> list[dict[str, Any]]:
-    """The lines of the results file."""
-    found: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
-    return found
+def measure(data: Path, key: Key, out: Path) -> dict[str, Any]:
+    """Do the run of a key."""
+    point = next(point for point in (*TEST, *FIT) if point.name == key["point"])
+    run = run_of(point, key["arm"], key["role"], key["factor"], data, key["seed"])
+    return {
+        "loss": number(do_job(Job(run, out))),
+        "lr": run.optim.lr,
+        "multipliers": asdict(run.optim.multipliers),
+    }
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Do the remaining runs of `asked.kind`, with `asked.workers` processes."""
-    asked.until = time.time() + 60 * asked.minutes
-    keys = ("point", "arm", "role", "factor", "seed")
-    done = {tuple(r.get(key) for key in keys) for r in runs_so_far() if r["kind"] == asked.kind}
-    left = [job for job in wanted(asked.kind) if (job[0].name, *job[1:]) not in done]
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        jobs, lock = manager.list(left), manager.Lock()
-        processes = [
-            multiprocessing.get_context("spawn").Process(target=work, args=(asked, jobs, lock))
-            for _ in range(asked.workers)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+    """Do the remaining runs of `asked.kind`."""
+    do(wanted(asked.kind), partial(measure, asked.data), RESULTS, asked.out, asked.minutes, asked.workers)
 
 
 def prepare(asked: argparse.Namespace) -> None:
@@ -237,7 +201,7 @@ def tested(results: Path) -> Iterator[tuple[Point, str, dict[float, dict[int, fl
     """(point, arm, losses by factor and seed) of each test, the cheapest points first: the seeds that have all three
     rates.
     """
-    runs = [one for one in json.loads(results.read_text(encoding="utf-8"))["runs"] if one["kind"] == "test"]
+    runs = [one for one in lines(results) if one["kind"] == "test"]
     for point in sorted(TEST, key=lambda point: point.cost):
         for arm, seeds in SEEDS.items():
             found: dict[float, dict[int, float]] = {0.5: {}, 1.0: {}, 2.0: {}}
@@ -265,13 +229,36 @@ def points(results: Path = RESULTS) -> str:
             error = f" ± {statistics.stdev(over) / len(over) ** 0.5:.2f}" if len(over) > 1 else ""
             beside.append(f"{statistics.fmean(over):+.2f}{error} %")
         shape = f"{point.d_model} | {point.n_layers} | {point.vocabulary} | {point.tokens} | {point.steps} | {point.context}"
-        rows.append(
-            f"| {shape} | {point.text} | {arm} | {len(found[1.0])} | {means[1.0]:.4f} | {' | '.join(beside)} | {lost[-1]:.2f} % |"
-        )
+        cells = [shape, point.text, arm, str(len(found[1.0])), f"{means[1.0]:.4f}", *beside, f"{lost[-1]:.2f} %"]
+        rows.append(f"| {' | '.join(cells)} |")
     heads = "| d_model | layers | vocabulary | tokens | updates | context | text | arm | seeds | loss | half | double | lost |"
     within = ", ".join(f"{sum(x <= limit for x in lost)} within {limit} %" for limit in (0.1, 0.3))
     said = f"{len(lost)} of {2 * len(TEST)} tests are done: {within} of the best of the three rates."
     return "\n".join([said, "", heads, "|" + "---|" * 13, *rows])
+
+
+def spots(results: Path = RESULTS) -> str:
+    """By how much the loss changes where one role's rate alone is halved or doubled."""
+    runs = [one for one in lines(results) if one["seed"] == 0]
+    of = {
+        (r["kind"], r["point"], r["arm"], r["role"], r["factor"]): r["loss"]
+        for r in runs
+        if r["kind"] in ("test", "spot")
+    }
+    rows, gained = [], []
+    for point in sorted(SPOT, key=lambda point: point.cost):
+        for arm in SEEDS:
+            base, cells = of.get(("test", point.name, arm, "all", 1.0)), []
+            for role, factor in itertools.product(ROLES, (0.5, 2.0)):
+                loss = of.get(("spot", point.name, arm, role, factor), math.nan) or math.inf
+                cells.append(100 * (loss / base - 1) if base else math.nan)
+            if not any(map(math.isnan, cells)):
+                gained += cells
+                rows.append(f"| {point.name} | {arm} | {' | '.join(f'{cell:+.2f} %' for cell in cells)} |")
+    heads = " | ".join(f"{role}, {factor}" for role, factor in itertools.product(ROLES, ("half", "double")))
+    better = sum(cell < -0.3 for cell in gained)
+    said = f"{len(gained)} of {16 * len(SPOT)} rates were moved: {better} of them lower the loss by more than 0.3 %."
+    return "\n".join([said, "", f"| point | arm | {heads} |", "|" + "---|" * 10, *rows])
 
 
 def draw(asked: argparse.Namespace) -> None:
@@ -319,7 +306,7 @@ def main() -> None:
     one.add_argument("--workers", type=int, default=2)
     one.set_defaults(do=run)
     one = commands.add_parser("table")
-    one.set_defaults(do=lambda asked: print(points()))
+    one.set_defaults(do=lambda asked: print(points(), spots(), sep="\n\n"))
     one = commands.add_parser("draw")
     one.add_argument("--results", type=Path, default=RESULTS)
     one.add_argument("--out", type=Path, default=Path("docs/images/law.svg"))

@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spherelm.experiments.jobs import Job, run_jobs
+from run_queue import Key, do, lines, number
+
+from spherelm.experiments.jobs import Job, do_job
 from spherelm.recipes import make_run
-from spherelm.runs.record import write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+COSTS = RESULTS / "law-costs.json"
 
 POINTS = (("0.3m", 256, 320, 2), ("0.3m", 1024, 320, 2), ("1m", 256, 320, 2), ("0.3m", 256, 1280, 1),
           ("4m", 256, 320, 1), ("0.3m", 256, 5120, 1))  # fmt: skip
@@ -36,24 +38,25 @@ def tuned() -> dict[tuple[str, int, int, str], list[float]]:
     return {(row["size"], row["context"], row["steps"], row["arm"]): row["validation"] for row in rows}
 
 
-def runs_so_far() -> list[dict[str, Any]]:
-    """The lines of the results file."""
-    path = RESULTS / "law-costs.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    return found
-
-
-def wanted() -> Iterator[dict[str, Any]]:
-    """Every run, but for its loss."""
+def wanted() -> Iterator[Key]:
+    """The key of each run."""
     for size, context, steps, seeds in POINTS:
         for seed in range(seeds):
             for arm in ("gpt", "ngpt"):
                 yield {"size": size, "context": context, "steps": steps, "arm": arm, "seed": seed}
 
 
+def measure(data: Path, key: Key, out: Path) -> dict[str, Any]:
+    """Do the run of a key."""
+    run = make_run(key["arm"], key["size"], vocab_size=4096, data=str(data), steps=key["steps"], eval_every=0,
+                   seq_len=key["context"], batch_size=1024 // key["context"], seed=key["seed"],
+                   compile=key["steps"] >= 640, threads=1)  # fmt: skip
+    return {"loss": number(do_job(Job(run, out))), "lr": run.optim.lr}
+
+
 def table() -> str:
     """Each point's loss by the law over the tuned loss of the same seeds, and how the lead of nGPT changes."""
-    of_tuned, found = tuned(), runs_so_far()
+    of_tuned, found = tuned(), lines(COSTS)
     heads = "| size | context | updates | seeds | GPT tuned | GPT, law | nGPT tuned | nGPT, law | lead, changed by |"
     rows = [heads, "|---|---|---|---|---|---|---|---|---|"]
     for size, context, steps, seeds in POINTS:
@@ -79,21 +82,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
-    until = time.time() + 60 * asked.minutes
-    left = [one for one in wanted() if one not in [{k: run[k] for k in one} for run in runs_so_far()]]
-    while left and time.time() < until:
-        now, left = left[: asked.workers], left[asked.workers :]
-        jobs = []
-        for one in now:
-            run = make_run(one["arm"], one["size"], vocab_size=4096, data=str(asked.data), steps=one["steps"], eval_every=0,
-                           seq_len=one["context"], batch_size=1024 // one["context"], seed=one["seed"],
-                           compile=one["steps"] >= 640)  # fmt: skip
-            jobs.append(Job(run, asked.out / "-".join(map(str, one.values()))))
-        losses = run_jobs(jobs, asked.workers, "")
-        done = [
-            {**one, "loss": loss, "lr": job.config.optim.lr} for one, job, loss in zip(now, jobs, losses, strict=True)
-        ]
-        write_json(RESULTS / "law-costs.json", {"runs": [*runs_so_far(), *done]})
+    do(wanted(), partial(measure, asked.data), COSTS, asked.out, asked.minutes, asked.workers)
     print(table())
 
 
