@@ -24,7 +24,7 @@ from spherelm.train.trainer import train
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("torchao", reason="needs the extra quantize")
-from spherelm.interop.huggingface.folded import to_folded_hf  # noqa: E402
+from spherelm.interop.huggingface.folded import to_folded_hf
 
 TOKENS = torch.tensor([list(b"badu kibo sela mi")])
 ALONE = """
@@ -104,9 +104,17 @@ def test_the_matrices_are_stored_small_and_the_card_says_so(runs: dict[str, Path
 @pytest.mark.parametrize(
     ("run", "words", "said"),
     [
-        ("ngpt-24", ["--dtype", "nvfp4"], r"--dtype nvfp4 takes 16 numbers at a time, and .*mlp.part.u is 24 x 16: export"),
+        (
+            "ngpt-24",
+            ["--dtype", "nvfp4"],
+            r"--dtype nvfp4 takes 16 numbers at a time, and .*mlp.part.u is 24 x 16: export",
+        ),
         ("ngpt", ["--dtype", "nvfp4", "--onnx"], "--onnx writes float32, not nvfp4: leave out --onnx, or --dtype"),
-        ("ngpt", ["--dtype", "fp4"], "'fp4' is not one of float32, bfloat16, float16, fp8, nvfp4 .did you mean 'nvfp4'"),
+        (
+            "ngpt",
+            ["--dtype", "fp4"],
+            "'fp4' is not one of float32, bfloat16, float16, fp8, nvfp4 .did you mean 'nvfp4'",
+        ),
     ],
 )
 def test_what_cannot_be_rounded_is_one_line(
