@@ -69,6 +69,7 @@ def measure_sharpness(
     """
     modules = moving(model)
     kept = [module.weight.detach().clone() for module in modules]
+    unit = [(m.weight, axis) for m in modules if (axis := getattr(m, "unit_axis", None)) is not None]
     draw = torch.Generator().manual_seed(seed)
 
     def loss() -> float:
@@ -77,7 +78,7 @@ def measure_sharpness(
     def moved(direction: Sequence[Tensor], size: float) -> float:
         for module, weight, way in zip(modules, kept, direction, strict=True):
             module.weight.copy_(weight + size * way)
-        retract_weights((m.weight, m.unit_axis) for m in modules if hasattr(m, "unit_axis"))
+        retract_weights(unit)
         return loss()
 
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TorchAoConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from spherelm.errors import UserError
 from spherelm.layers.low_precision import BLOCKS, torchao
