@@ -73,6 +73,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "law-costs": law_costs.table,
     "precision": precision.table,
     "precision-weights": precision.rounded_weights,
+    "precision-sharpness": precision.sharpness,
     "serving-texts": serving_tables.texts,
     "serving-speed": serving_tables.speed,
 }

@@ -2,8 +2,9 @@
 short runs by the law, float32 beside emulated NVFP4.
 
     python research/precision.py run --out runs/precision --minutes 60       # the same command again continues
-    python research/precision.py weights --out runs/precision                # weights alone in few bits, after training
+    python research/precision.py weights --out runs/precision                # weights rounded or moved, after training
     python research/precision.py table
+    python research/precision.py draw                                        # docs/images/precision.svg
 
 A run is 160 updates of 1024 tokens of the shipped text, on one thread, the cheapest ones first. Every finished one is a
 line of docs/results/precision.json. `weights` measures the models that were trained in float32.
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from spherelm import load_model
 from spherelm.analysis.rounding import measure_rounding
+from spherelm.analysis.sharpness import SIZES, measure_sharpness
 from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.layers.linear import Linear
@@ -91,8 +93,10 @@ def records(kind: str) -> list[dict[str, Any]]:
 
 
 def add(kind: str, record: dict[str, Any]) -> None:
-    """Append a line to the results file."""
-    write_json(RESULTS, {**{k: records(k) for k in ("runs", "weights")}, kind: [*records(kind), record]})
+    """Put a line into the results file, in the place of that of the same run."""
+    key = {name: record.get(name) for name in ("width", "seed", "model", "format")}
+    others = [line for line in records(kind) if any(line.get(name) != value for name, value in key.items())]
+    write_json(RESULTS, {**{k: records(k) for k in ("runs", "weights")}, kind: [*others, record]})
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -146,19 +150,21 @@ def round_weights(model: Decoder, kind: str, renormalize: bool) -> None:
 
 
 def weights(asked: argparse.Namespace) -> None:
-    """Measure the models trained in float32: their products in NVFP4, and their losses with rounded matrices."""
+    """Measure the models trained in float32: their products in NVFP4, and losses with rounded or moved matrices."""
     torch.set_num_threads(1)
     for width, seed, name, form in wanted():
         out, key = directory(asked.out, width, seed, name, form), {"width": width, "seed": seed, "model": name}
         finished = any({**key, "format": form}.items() <= line.items() for line in records("runs"))
         if form != "float32" or not finished or latest_checkpoint(out) is None:
             continue
-        if any(key.items() <= line.items() for line in records("weights")):
+        if any(key.items() <= line.items() and "sharpness" in line for line in records("weights")):
             continue
         data = open_data(read_config(out / "config.json"))
-        found = measure_rounding(load_model(out), data.held_out[0].tokens[:8])
+        model, tokens = load_model(out), data.held_out[0].tokens[:8]
+        found, around = measure_rounding(model, tokens), measure_sharpness(model, tokens)
         line: dict[str, Any] = {
-            **key, **{what: float(np.mean([*by.values()])) for what, by in vars(found).items()}, "losses": {}
+            **key, **{what: float(np.mean([*by.values()])) for what, by in vars(found).items()}, "losses": {},
+            "sharpness": {"sizes": around.sizes.tolist(), "rise": around.rise.tolist()},
         }  # fmt: skip
         for kind in (None, *KINDS):
             for renormalize in (False, True)[: 1 + (kind is not None)]:
@@ -233,6 +239,47 @@ def rounded_weights() -> str:
     return grid(heads, rows)
 
 
+def sharpness() -> str:
+    """Of the models trained in float32: how many percent the loss rises where the matrices move at random."""
+    found, rows = [line for line in read("precision")["weights"] if "sharpness" in line], []
+    for width in sorted({line["width"] for line in found}):
+        for model in MODELS:
+            own = [line for line in found if (line["width"], line["model"]) == (width, model)]
+            if own:
+                rises = [100 * np.array(line["sharpness"]["rise"]) / line["losses"]["float32"] for line in own]
+                all_ways = np.concatenate(rises)
+                cells = [
+                    f"{mean:+.4f} ± {spread:.4f} %"
+                    for mean, spread in zip(all_ways.mean(axis=0), all_ways.std(axis=0, ddof=1), strict=True)
+                ]
+                rows.append([width, model, len(own), *cells])
+    return grid(["d_model", "model", "seeds", *(f"{100 * size:g} %" for size in SIZES)], rows)
+
+
+def draw(asked: argparse.Namespace) -> None:
+    """The ratio of signal to noise over width, a dot a seed and a line through their means, into an SVG file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "precision"
+    found = records("weights")
+    widths = sorted({line["width"] for line in found})
+    figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for model, marker in zip(MODELS, "os^", strict=True):
+        points = {w: [r["decibels"] for r in found if (r["width"], r["model"]) == (w, model)] for w in widths}
+        points = {width: ratios for width, ratios in points.items() if ratios}
+        if points:
+            (line,) = axis.plot(list(points), [np.mean(r) for r in points.values()], marker=marker, label=model)
+            dots = [(width, ratio) for width, ratios in points.items() for ratio in ratios]
+            axis.plot(*zip(*dots, strict=True), ".", color=line.get_color(), alpha=0.5)
+    axis.set(xscale="log", xticks=widths, xticklabels=widths, xlabel="d_model", ylabel="signal to noise (dB)")
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(asked.out, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -245,7 +292,10 @@ def main() -> None:
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(do=weights)
     one = commands.add_parser("table")
-    one.set_defaults(do=lambda asked: print(table(), rounded_weights(), sep="\n\n"))
+    one.set_defaults(do=lambda asked: print(table(), rounded_weights(), sharpness(), sep="\n\n"))
+    one = commands.add_parser("draw")
+    one.add_argument("--out", type=Path, default=RESULTS.parents[1] / "images" / "precision.svg")
+    one.set_defaults(do=draw)
     asked = parser.parse_args()
     asked.do(asked)
 

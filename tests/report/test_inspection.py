@@ -67,6 +67,7 @@ FIGURES = [
     "anisotropy",
     "entropy",
     "four-bits",
+    "sharpness",
     "lens-loss",
     "lens-agreement",
     "lens-divergence",

@@ -15,6 +15,7 @@ from spherelm.analysis.motion import Motion, measure_motion
 from spherelm.analysis.parts import layers_with
 from spherelm.analysis.recording import record
 from spherelm.analysis.rounding import Rounding, measure_rounding
+from spherelm.analysis.sharpness import Sharpness, measure_sharpness
 from spherelm.analysis.weights import EMBEDDINGS, WeightReport
 from spherelm.errors import UserError
 from spherelm.models.decoder import Decoder
@@ -40,8 +41,8 @@ class Inside:
     `pair_rows` of them. `crowding`: mean cosine of all pairs of embedding vectors. `vector_lengths`: of Q and K in
     `layer`, ascending; `layer` is counted from 0 among the layers that have attention; without any, there are no
     lengths. `motion`: what
-    the model does with the text. `rounding`: what four bits would leave of that. `experts`: of mixtures, `None` for a
-    model without them.
+    the model does with the text. `rounding`: what four bits would leave of that. `sharpness`: how the loss rises where
+    the weights move a little. `experts`: of mixtures, `None` for a model without them.
     """
 
     weights: WeightReport
@@ -57,6 +58,7 @@ class Inside:
     vector_lengths: dict[str, Array]
     motion: Motion
     rounding: Rounding
+    sharpness: Sharpness
     experts: Experts | None
 
 
@@ -94,6 +96,7 @@ def look_inside(model: Decoder, tokens: Tensor, layer: int | None = None) -> Ins
         vector_lengths={name: geometry.vector_lengths(model, name, shown) for name in ("Q", "K") if name in singular},
         motion=measure_motion(model, record(model, tokens)),
         rounding=measure_rounding(model, tokens),
+        sharpness=measure_sharpness(model, tokens),
         experts=look_at_experts(model, tokens),
     )
 

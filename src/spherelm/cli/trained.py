@@ -196,7 +196,7 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
         print(flush=True)
 
 
-Weights = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["float32", "bfloat16", "float16", "fp8", "nvfp4"]
 
 
 def export(
@@ -221,7 +221,8 @@ def export(
         folded: Like --standalone, for servers such as vLLM: learned scales are folded into the matrices;
             for inference only.
         onnx: Also write onnx/model.onnx, which onnxruntime runs, in float32, with keys and values passed in and out.
-        dtype: Format of the weights.
+        dtype: Format of the weights. fp8 and nvfp4 imply --folded, and are of the blocks' matrices (8 bits; 4 bits):
+            transformers loads them with torchao.
         license: License of the weights, as the hub names it: apache-2.0, cc-by-4.0, ...
         no_tokenizer: Leave the tokenizer out.
     """
@@ -252,7 +253,7 @@ def push(
         private: Make the repository private.
         standalone: As for export.
         folded: As for export.
-        dtype: Format of the weights.
+        dtype: As for export.
         license: As for export.
         no_tokenizer: Leave the tokenizer out.
     """

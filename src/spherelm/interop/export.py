@@ -39,21 +39,26 @@ def export(
 ) -> None:
     """Write the model of `run` (a run directory or one of its checkpoints) into the new directory `out`.
 
-    dtype: "float32", "bfloat16" or "float16", of the weights. standalone: put the modeling code beside them, for
-    loading with `trust_remote_code=True` where spherelm is not installed. folded: the same, with learned scales
-    inside the matrices,
+    dtype: "float32", "bfloat16" or "float16", of the weights; "fp8" or "nvfp4", of the matrices of a folded model,
+    whose other weights are float32. standalone: put the modeling code beside them, for loading with
+    `trust_remote_code=True` where spherelm is not installed. folded: the same, with learned scales inside the matrices,
     for servers such as vLLM. license: of the weights, as the hub names it. address: by which the card loads the model.
     onnx: put `ONNX` into it too. The directory appears whole or not at all.
     Raises `FileExistsError` if `out` holds something, `FileNotFoundError` if `run` has no checkpoint, `ValueError` if
-    transformers is missing or knows no such model, or the run's tokenizer cannot be had as a tokenizer.json.
+    transformers is missing or knows no such model, the run's tokenizer cannot be had as a tokenizer.json, or the model
+    cannot be had in `dtype`.
     """
     check_free(out, "directory for the export")
     try:
         from spherelm.interop.huggingface import classes_of
-        from spherelm.interop.huggingface.card import Facts, model_card
+        from spherelm.interop.huggingface.card import FEW_BITS, Facts, model_card
         from spherelm.interop.huggingface.folder import RECORD, save_folder
     except ImportError as error:
         raise UserError(f"cannot export: {error}") from error
+    few_bits = dtype if dtype in FEW_BITS else None
+    if few_bits and onnx:
+        raise UserError(f"--onnx writes float32, not {dtype}: leave out --onnx, or --dtype")
+    folded = folded or few_bits is not None
     model, checkpoint = load_model(run), checkpoint_of(run)
     classes_of(model)
     directory = checkpoint.parent.parent
@@ -78,7 +83,8 @@ def export(
     with whole_directory(out, "directory for the export") as part:
         if onnx:
             write_onnx(model, part / ONNX)
-        save_folder(model, part, tokenizer, model_card(facts), getattr(torch, dtype), standalone, folded)
+        of_weights = torch.float32 if few_bits else getattr(torch, dtype)
+        save_folder(model, part, tokenizer, model_card(facts), of_weights, standalone, folded, few_bits)
         write_json(part / RECORD, {**config, "step": step})
 
 

@@ -56,6 +56,10 @@ def _rounding(inside: Inside) -> Arrays:
     }
 
 
+def _sharpness(inside: Inside) -> Arrays:
+    return {"rise": (inside.sharpness.rise.T, inside.sharpness.sizes)}
+
+
 def _experts(inside: Inside, **fields: str) -> Arrays:
     experts = inside.experts
     return {} if experts is None else {n: (getattr(experts, field), experts.layers) for n, field in fields.items()}
@@ -78,6 +82,7 @@ TABLES: dict[str, tuple[Callable[[Inside], Arrays], tuple[str, ...]]] = {
     "angles": (lambda i: _counted({"degrees": i.motion.angles}), ("step", "position")),
     "attention_entropy": (_entropies, ("layer", "head")),
     "rounding": (_rounding, ("layer",)),
+    "sharpness": (_sharpness, ("size", "direction")),
     "expert_load": (lambda i: _experts(i, part_of_choices="load", bias="biases"), ("layer", "expert")),
     "expert_angles": (
         lambda i: _experts(i, between_proposals="proposals", between_router_rows="router"),

@@ -85,6 +85,7 @@ def motion_section(found: Found) -> list[Figure]:
         *(kind.figure(found) for kind in STATES),
         *_entropies(found),
         _rounding(found),
+        _sharpness(found),
     ]
 
 
@@ -236,6 +237,26 @@ def _rounding(found: Found) -> Figure:
         f"{each(means['correlation'], '.4f')}: 0 where they are independent. Not in the paper."
     )
     return chart("four-bits", "What four bits leave of dot products", caption, panels)
+
+
+def _sharpness(found: Found) -> Figure:
+    """The rise of the loss over the size of a perturbation: a run thin, the spread of all directions a band."""
+    lines, largest = [], {}
+    for arm, models in found.items():
+        rises = np.concatenate([inside.sharpness.rise for inside in models])
+        seeds = [inside.sharpness.rise.mean(axis=0) for inside in models]
+        spread = (rises.min(axis=0), rises.max(axis=0))
+        lines.append(line_of(arm, models[0].sharpness.sizes, seeds, band=spread))
+        largest[arm] = float(rises[:, -1].mean())
+    first = next(iter(found.values()))[0].sharpness
+    again = " nGPT’s vectors are made unit again." if "ngpt" in found else ""
+    caption = (
+        "How much the loss rises if every matrix of the blocks moves along a random direction, by a part of its own length; "
+        f"the mean of both ways along {len(first.rise)} directions, which a band spans. At {first.sizes[-1]:g} of the length "
+        f"it rises by {each(largest, '.2g')} nats per token.{again} Not in the paper."
+    )
+    panel = Panel(lines, "size of the perturbation over the weights' length", "rise of the loss (nats per token)")
+    return chart("sharpness", "Loss around the weights", caption, [panel])
 
 
 Seen = Mapping[str, Sequence[Experts]]

@@ -46,6 +46,9 @@ READS_AND_WRITES = Purpose(
     "A text to read.",
     "max_new_tokens=40, num_beams=5, do_sample=False",
 )
+FEW_BITS = ("fp8", "nvfp4")
+"""Formats of matrices alone, which are stored as tensors of torchao."""
+
 TASKS = ("arc_easy", "hellaswag", "winogrande", "wsc273", "lambada_openai")
 """The tasks in the card's lm_eval command if no scores are known: the nGPT paper's five."""
 
@@ -126,6 +129,7 @@ def loading(facts: Facts) -> str:
     """A program that loads the model and writes a few words with it."""
     trust = ", trust_remote_code=True" if facts.standalone else ""
     lines = [
+        *(["# needs torchao: pip install torchao"] if facts.dtype in FEW_BITS else []),
         *(
             []
             if facts.standalone
@@ -152,10 +156,10 @@ def measuring(facts: Facts) -> list[str]:
     tasks = ",".join(facts.tasks or TASKS)
     model = f"pretrained={facts.address},trust_remote_code=True"
     lines = [f"lm_eval --model hf --model_args {model} --tasks {tasks}"]
-    if facts.folded:
+    if facts.folded and facts.dtype not in FEW_BITS:
         lines.append(f"vllm serve {facts.address} --trust-remote-code")
     return [
-        "## Evaluating and serving it" if facts.folded else "## Evaluating it",
+        "## Evaluating and serving it" if len(lines) > 1 else "## Evaluating it",
         "```sh\n" + "\n".join(lines) + "\n```",
     ]
 
@@ -240,9 +244,10 @@ def model_card(facts: Facts) -> str:
     model, arm = facts.config["model"], facts.config["arm"]
     pattern = model["architecture"].get("pattern")
     kind = "pattern" if pattern else model["architecture"]["kind"]
+    rest = " in the matrices of the blocks, else as float32" if facts.dtype in FEW_BITS else ""
     shape = [
         ("architecture", f"{ARM_NAMES[arm]}; {KIND_NAMES[kind]}"),
-        ("parameters", f"{facts.parameters:,}, stored as {facts.dtype}"),
+        ("parameters", f"{facts.parameters:,}, stored as {facts.dtype}{rest}"),
         ("layers, width, heads", f"{model['n_layers']}, {model['d_model']}, {model['n_heads']}"),
         ("pattern of layers", f"`{pattern}`" if pattern else None),
         ("vocabulary", f"{model['vocab_size']:,}"),

@@ -28,7 +28,9 @@ def to_folded_hf(model: Decoder) -> PreTrainedModel:
     """
     problem = obstacle(model)
     if problem is not None:
-        raise UserError(f"this model cannot be folded: {problem}; export it without --folded")
+        raise UserError(
+            f"this model cannot be folded: {problem}; export it without --folded, in float32, bfloat16 or float16"
+        )
     module, name = auto_map(model.config, FoldedConfig.model_type)["AutoModelForCausalLM"].split(".")
     code = import_module(f"spherelm.interop.huggingface.standalone.{module}")
     described = SphereLMConfig.of(model.config).to_diff_dict()

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from spherelm.errors import UserError
 from spherelm.interop.huggingface import WRAPPERS, to_hf
+from spherelm.interop.huggingface.few_bits import round_matrices
 from spherelm.interop.huggingface.folded import to_folded_hf
 from spherelm.interop.huggingface.standalone import ride_along
 from spherelm.interop.huggingface.tokenization import fast_tokenizer
@@ -41,15 +42,19 @@ def save_folder(
     dtype: torch.dtype = torch.float32,
     standalone: bool = False,
     folded: bool = False,
+    few_bits: str | None = None,
 ) -> None:
     """Write `model`, its weights converted to `dtype` in place, into the directory `out`.
 
-    folded: in the form for servers, with the code beside it that runs it. Raises `UserError` for a model that has none.
+    folded: in the form for servers, with the code beside it that runs it. few_bits: of a folded one, the format of its
+    matrices, as `round_matrices` has it. Raises `UserError` for a model that has no such form.
     """
     wrapped: Any = to_folded_hf(model) if folded else to_hf(model.to(dtype))
     wrapped.to(dtype)
     config = wrapped.config
     config.dtype = dtype
+    if few_bits is not None:
+        round_matrices(wrapped, few_bits)
     if tokenizer is not None:
         fast = fast_tokenizer(
             tokenizer.json, tokenizer.eos_token, model.config.max_seq_len, ends=config.is_encoder_decoder
