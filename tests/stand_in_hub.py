@@ -81,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"files": files})
         for line in body.splitlines():
             operation = json.loads(line)
+            if operation["key"] == "deletedFile":
+                del self.hub.files[repo][operation["value"]["path"]]
             if operation["key"] == "file":
                 value = operation["value"]
                 self.hub.files[repo][value["path"]] = base64.b64decode(value["content"])

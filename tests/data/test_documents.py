@@ -26,6 +26,7 @@ from spherelm.data.cutting import Cutter
 from spherelm.data.documents import (
     DocumentError,
     check_input,
+    files_left_out,
     format_of,
     input_files,
     read_blocks,
@@ -179,8 +180,7 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
 
 def test_compressed_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b""))
-    with pytest.raises(DocumentError, match="holds no text"):
-        list(read_blocks(tmp_path / "a.txt.gz"))
+    assert documents(tmp_path / "a.txt.gz") == [""]
 
 
 def test_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
@@ -273,6 +273,13 @@ def test_parquet_faults(tmp_path: Path) -> None:
         documents(parquet(tmp_path / "a.parquet", text=["x", "y", None]))
     with pytest.raises(DocumentError, match=r'row 1: no string under "text" \(it is a number\)'):
         documents(parquet(tmp_path / "a.parquet", text=[1]))
+    path = parquet(tmp_path / "a.parquet", body=[{"text": "x", "n": {"m": 1}}], tags=[["a"]])
+    for field in ("body.words", "body.text.more", "other"):
+        with pytest.raises(DocumentError, match=rf'no column "{field}" \(it has body\.text, body\.n\.m, tags'):
+            documents(path, rows=Rows(field))
+    for field in ("body", "body.n", "tags"):
+        with pytest.raises(DocumentError, match=rf'row 1: no string under "{field}" \(it is (an object|a list)\)'):
+            documents(path, rows=Rows(field))
     invalid = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
     with pytest.raises(DocumentError, match="between rows 1 and 2 is not UTF-8"):
         documents(parquet(tmp_path / "a.parquet", text=invalid))
@@ -402,8 +409,13 @@ def test_directories_and_patterns(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no input file .*\*\.csv"):
         input_files(tmp_path / "*.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DocumentError, match="directory without files that end in"):
+    with pytest.raises(DocumentError, match="has no files with text that end in"):
         input_files(tmp_path / "empty")
+    (tmp_path / "sub" / "nothing.txt").touch()
+    assert files_left_out(tmp_path) == {"of an unknown kind (.docx)": 1, "empty": 1}
+    assert files_left_out(tmp_path / "*") == {"of an unknown kind (.docx)": 1}
+    assert not files_left_out(tmp_path / "b.txt")
+    assert input_files(tmp_path / "**" / "*t*") == [tmp_path / "b.txt"]
 
 
 @given(text=st.text(alphabet=" \nab", min_size=2, max_size=200), fraction=st.floats(0.01, 0.99))

@@ -394,6 +394,30 @@ def test_the_command_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert answer.out.startswith(f"one.txt is one document: from character {place:,} on it is the validation text\n")
 
 
+def test_what_a_directory_holds_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Nothing in it stops the command or is left out unsaid; a file's own name has to be one of a text."""
+    command = commands.make_command(monkeypatch, capsys)
+    directory = tmp_path / "in"
+    directory.mkdir()
+    files = {"a.txt": b"good", "blank.txt": b" \n", "b.jsonl.gz": gzip.compress(b""), "c.txt.gz": gzip.compress(b""),
+             "none.csv": b"", "page.html": b"x", "b.HTML": b"x", "README": b"x", ".z.pdf": b"x"}  # fmt: skip
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    words = ("--tokenizer", "bytes", "--workers", 1)
+    for number, given in enumerate((directory, directory / "*")):
+        out = tmp_path / f"{number}"
+        answer = command("data", "prepare", "--input", given, "--out", out, *words)
+        assert answer.code == 0, answer.err
+        kinds = "2 of an unknown kind (.html), 1 of an unknown kind (a name without an end)"
+        said = answer.out.splitlines()[1].removeprefix("left out: ")
+        assert set(said.split(", ")) == {"3 empty", *kinds.split(", ")}
+        assert texts_of(out) == ["good"]
+    (directory / "a.txt").unlink()
+    refused = command("data", "prepare", "--input", directory, "--out", tmp_path / "none", *words)
+    assert (refused.code, "the inputs hold no documents with text" in refused.err) == (2, True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_cuts_that_are_not_safe_are_said(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

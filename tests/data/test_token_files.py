@@ -240,9 +240,15 @@ def test_what_names_files(tmp_path: Path) -> None:
     for name in ("train", "train.bin", "train.idx"):
         assert find_files(directory / name) == {"train": [directory / "train.bin"], "val": []}
     assert find_files(tmp_path / "none") == find_files(tmp_path) == {}
-    for name in ("a_validation.bin", "interval.bin", "tiny_shakespeare_val.bin", "valid-1.bin", "b.bin"):
+    for name in ("a_validation.bin", "interval.bin", "tiny_shakespeare_val.bin", "valid-1.bin", "b.bin", "test.bin"):
         (tmp_path / name).write_bytes(b"ab")
-    assert [path.name for path in find_files(tmp_path)["train"]] == ["b.bin", "interval.bin"]
+    found = {split: [path.name for path in paths] for split, paths in find_files(tmp_path).items()}
+    held_out = ["a_validation.bin", "tiny_shakespeare_val.bin", "valid-1.bin"]
+    assert found == {"train": ["b.bin", "interval.bin"], "val": held_out}
+    assert find_files(tmp_path / "test") == {"train": [tmp_path / "test.bin"], "val": []}
+    (directory / "train.bin").unlink()
+    with pytest.raises(UserError, match="has no text for train: name files of training text"):
+        open_files(directory, "train", ByteTokenizer(), None)
 
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
@@ -268,11 +274,16 @@ def damaged(directory: Path, name: str, change: Callable[[bytes], bytes]) -> Pat
         ("nanogpt", "train.bin", lambda data: data + b"\xff\xff", "token id 65535 is not among the 257 of tokenizer bytes"),
         ("nanogpt", "train.bin", lambda data: b"\x93SPHERE\n" + data, "is a shard of a data directory; name the directory"),
         ("llmc", "fineweb_train_000000.bin", lambda data: data[:-2], "does not hold the .* tokens of its header"),
+        ("llmc", "fineweb_train_000000.bin", lambda data: data[:4] + b"\2" + data[5:], "version 2 of llm.c's format is not"),
         ("megatron", "train.bin", lambda data: data[:-2], r"not as long as train\.idx says"),
         ("megatron", "train.idx", lambda data: data[:-1], "is not a Megatron index, is cut off"),
         ("megatron", "train.idx", lambda data: data[:20], "is not a Megatron index, is cut off"),
         ("megatron", "train.idx", lambda data: data[:17] + b"\6" + data[18:], "numbers of kind 6 are not token ids"),
         ("megatron", "train.idx", lambda data: data[:282] + b"\7" + data[283:], "are not stored one after another"),
+        ("megatron", "train.idx", lambda data: data[:754] + b"\1" + data[755:], "borders of documents that are not"),
+        ("megatron", "train.idx", lambda data: data[:-1] + b"\x80", "borders of documents that are not"),
+        ("megatron", "train.idx", lambda data: data[:-8] + b"\x3d" + data[-7:], "borders of documents that are not"),
+        ("megatron", "train.idx", lambda data: data[:26] + bytes(8) + data[34:-488], "borders of documents that are not"),
     ],
 )  # fmt: skip
 def test_damage_is_named(kind: str, name: str, change: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
@@ -301,6 +312,7 @@ def test_an_id_that_no_sample_met_is_found_when_it_is_read(tmp_path: Path, monke
         ("{own},tokenizer=bytes", "are for token files of other programs"),
         ("{files},tokenizer=bytes,val=2", "val=2 is neither a file nor a fraction"),
         ("{files},tokenizer=bytes,val=none", "val=none is neither a file nor a fraction"),
+        ("{files}/none,tokenizer=bytes", "no data directory"),
         ("{files},tokenizer=no such", "unknown tokenizer 'no such'"),
         ("{own}=1,{files}=2,tokenizer=bytes", "are for token files of other programs"),
     ],

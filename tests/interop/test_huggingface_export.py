@@ -226,6 +226,19 @@ def test_a_run_goes_to_the_hub_and_comes_back(arm: str, runs: dict[str, Path], t
     assert "| imported from | spherelm, `you/mine` |" in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_a_second_push_leaves_nothing_of_the_first_that_would_be_read(
+    runs: dict[str, Path], tmp_path: Path, hub: Hub
+) -> None:
+    """Weights in several files beside weights in one, and a tokenizer beside none."""
+    assert command("push", runs["gpt"], "you/mine") == 0
+    kept = {"notes.txt": b"mine", "images/model.png": b"mine"}
+    stale = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}"}
+    hub.files["you/mine"] |= kept | stale
+    assert command("push", runs["gpt"], "you/mine", "--no-tokenizer") == 0
+    export(runs["gpt"], tmp_path / "out", with_tokenizer=False)
+    assert hub.files["you/mine"].keys() == kept.keys() | {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_what_the_hub_refuses_is_said_in_one_line(
     runs: dict[str, Path], tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,22 +247,18 @@ def main() -> None:
         kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
         args.json.write_text(json.dumps({**kept, **versions, part: found}, indent=1) + "\n", encoding="utf-8")
 
+    # First, since transformers cannot make a model of a class that an engine in this process has changed.
+    if args.only in (None, "server"):
+        keep("server", ask_server(args.folders / "ngpt-float32", prompts[5]))
     if args.only in (None, "texts"):
         names = [(arm, dtype) for dtype in ("float32", "bfloat16") for arm in ("gpt", "ngpt")]
-        rows: list[Any] = []
-        for arm, dtype in names:
-            rows.append(compare_texts(args.folders / f"{arm}-{dtype}", dtype, prompts))
-            keep("texts", rows)
+        rows = [compare_texts(args.folders / f"{arm}-{dtype}", dtype, prompts) for arm, dtype in names]
+        keep("texts", rows)
         for row in rows:
             gap = row["largest_gap_where_texts_part"] or 0.0
             assert row["equal_texts"] == row["prompts"] or (row["dtype"] == "bfloat16" and gap <= TIED), row
-    if args.only in (None, "server"):
-        keep("server", ask_server(args.folders / "ngpt-float32", prompts[5]))
     if args.only in (None, "speed"):
-        speeds: list[Any] = []
-        for compiled in (False, True):
-            speeds.append(compare_speed(args.folders, compiled, args.rounds, 8, 32, 64))
-            keep("speed", speeds)
+        keep("speed", [compare_speed(args.folders, compiled, args.rounds, 8, 32, 64) for compiled in (False, True)])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 .venv/bin/python tests/serving/folders.py build/serving [--runs runs/demo]
 
 Folders are written anew, from the code as it is. Without `--runs` a GPT and an nGPT are trained at the preset `demo`, a
-few minutes each; these runs stay in `build/serving/runs`.
+few minutes each; these runs stay in `build/serving/runs`, and what was interrupted there is resumed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def make_trained(out: Path, runs: Path | None) -> None:
     """`ARM-DTYPE` of both arms, folded."""
     for arm in ARMS:
         run = out / "runs" / arm if runs is None else runs / f"{arm}-0"
-        if not run.exists():
+        if runs is None:
             command = [sys.executable, "-m", "spherelm", "train", "--arm", arm, "--preset", "demo", "--out", str(run)]
-            subprocess.run(command, check=True)
+            subprocess.run(command + ["--resume"] * run.exists(), check=True)
         for dtype in DTYPES:
             export(run, out / f"{arm}-{dtype}", dtype, folded=True)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from spherelm.data.output import whole_directory
-from spherelm.data.sources import SPLITS, Prepared, parse_data
+from spherelm.data.shards import SPLITS
+from spherelm.data.sources import Prepared, parse_data
 from spherelm.data.token_files import WRITERS
 from spherelm.errors import UserError
 

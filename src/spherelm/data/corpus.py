@@ -17,11 +17,9 @@ from typing import Any
 
 from spherelm.data.plan import FORMAT
 from spherelm.data.prepare import prepare
-from spherelm.data.shards import MANIFEST_FILE, Split
+from spherelm.data.shards import MANIFEST_FILE, SPLITS, Split
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import StorageError, UserError
-
-_SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 def shipped_documents(split: Split) -> Iterator[dict[str, Any]]:
@@ -57,7 +55,7 @@ def _prepare_into(directory: Path) -> None:
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with ExitStack() as stack:
-            train, val = (stack.enter_context(importlib.resources.as_file(_resource(split))) for split in _SPLITS)
+            train, val = (stack.enter_context(importlib.resources.as_file(_resource(split))) for split in SPLITS)
             # One process: a caller's script may lack the `__main__` guard that more would need.
             prepare([train], temporary, "default", val=[val], workers=1, progress=True)
         try:
@@ -79,14 +77,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _resource(split: Split) -> Any:
-    if split not in _SPLITS:
+    if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: 'train' or 'val'")
     return importlib.resources.files("spherelm.data") / "shipped" / f"{split}.jsonl.xz"
 
 
 def _content_hash() -> str:
     digest = hashlib.sha256(f"{FORMAT} {load_tokenizer('default').fingerprint}".encode())
-    for split in _SPLITS:
+    for split in SPLITS:
         digest.update(hashlib.sha256(_resource(split).read_bytes()).digest())
     return digest.hexdigest()
 

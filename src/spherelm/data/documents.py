@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,26 +70,41 @@ def format_of(path: Path) -> str:
 def input_files(path: Path) -> list[Path]:
     """The files that `path` names: itself, those in a directory and below it, or those that match it with *, ? and [].
 
-    Raises DocumentError or FileNotFoundError where there are none, or one is empty or of a kind that cannot be read.
+    What `files_left_out` counts is none of them. Raises DocumentError or FileNotFoundError where there are none, or
+    `path` itself is an empty file or of a kind that cannot be read.
     """
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_input(file.relative_to(path))]
-        if not found:
-            raise DocumentError(f"{path} is a directory without files that end in {', '.join(SUFFIXES)}: name another")
-    else:
-        matches = [] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        found = [file for file in matches if file.is_file()] or [path]
-    for file in found:
-        check_input(file)
+    matches = _matches(path)
+    if not matches and not path.is_dir():
+        check_input(path)
+        return [path]
+    found = [file for file in matches if _fault(file) is None]
+    if not found:
+        raise DocumentError(f"{path} has no files with text that end in {', '.join(SUFFIXES)}: name another")
     return found
 
 
-def _is_input(path: Path) -> bool:
+def files_left_out(path: Path) -> Counter[str]:
+    """How many of the files in a directory or of a pattern are no input, by reason."""
+    return Counter(fault for file in _matches(path) if (fault := _fault(file)) is not None)
+
+
+def _matches(path: Path) -> list[Path]:
+    """The files in a directory and below it, without hidden ones, or those of a pattern. None for a file's own name."""
+    if path.is_dir():
+        within = ((file, file.relative_to(path).parts) for file in path.rglob("*"))
+        files = [file for file, parts in within if not any(part.startswith(".") for part in parts)]
+    else:
+        files = [] if path.is_file() else [Path(name) for name in glob.glob(str(path), recursive=True)]
+    return sorted(file for file in files if file.is_file())
+
+
+def _fault(path: Path) -> str | None:
+    """Why a file is no input; `None` for one that is."""
     try:
         format_of(path)
     except DocumentError:
-        return False
-    return not any(part.startswith(".") for part in path.parts)
+        return f"of an unknown kind ({path.suffix.lower() or 'a name without an end'})"
+    return None if path.stat().st_size else "empty"
 
 
 def check_input(path: Path) -> None:
@@ -116,7 +132,7 @@ def read_blocks(
     `cutter`: says where a long .txt document is cut; without one it is one block, whole in memory.
     `with_digest`: give each .txt document's sha256, at the price of reading its file twice.
     `rows`: how the rows of other files are read. `span`: the characters of a .txt that are its document.
-    Raises DocumentError for what is not UTF-8, damaged or empty.
+    Raises DocumentError for what is not UTF-8 or damaged.
     """
     kind = format_of(path)
     if kind in TEXTS:
@@ -141,11 +157,11 @@ def read_blocks(
 
 def _text_blocks(path: Path, size: int, cutter: Cutter | None, span: Span, digest: str | None) -> Iterator[Block]:
     parts: list[str] = []
-    held, position, total = 0, 0, 0
+    held, position = 0, 0
     begun: dict[str, Any] = {"starts": True, "context": "", "safe": True, "digest": digest}
     for text, position in _within(path, span):
         parts.append(text)
-        held, total = held + len(text), total + len(text)
+        held += len(text)
         if cutter is None or held < 2 * size:
             continue
         whole, parts = "".join(parts), []
@@ -154,8 +170,6 @@ def _text_blocks(path: Path, size: int, cutter: Cutter | None, span: Span, diges
             whole = whole[cut.place :]
             begun |= {"starts": False, "context": cut.context, "safe": cut.safe}
         parts, held = [whole], 0 if len(whole) >= 2 * size else len(whole)
-    if not total:
-        raise DocumentError(f"{path} holds no text: remove it from the inputs")
     yield Block(path, ["".join(parts)], position, **begun)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from spherelm.counting import counted
 from spherelm.data.compression import sha256_of
-from spherelm.data.documents import TEXTS, WHOLE, Span, format_of, input_files, split_place
+from spherelm.data.documents import TEXTS, WHOLE, Span, files_left_out, format_of, input_files, split_place
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.rows import Rows
 from spherelm.data.shards import Split
@@ -25,7 +26,8 @@ SHARD_TOKENS = 1 << 27  # a shard is closed at the first block that brings it to
 class Source:
     """One input file, or a stream (no size, the sha256 of its identity); `split` None: each document's hash decides.
 
-    `span`: the characters of a .txt that are read.
+    `span`: the characters of a .txt that are read. `named`: whether the user gave the file's own name, not that of a
+    directory or a pattern.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Source:
     sha256: str
     stream: HubText | None = None
     span: Span = WHOLE
+    named: bool = True
 
     def parameters(self) -> dict[str, Any]:
         """The identity of this input, wherever it is stored (JSON)."""
@@ -45,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what is written."""
+    """All that decides what is written. `left_out`: files of directories and patterns that are not read, by reason."""
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
@@ -53,6 +56,7 @@ class Plan:
     shard_tokens: int
     deduplicate: bool
     rows: Rows = Rows()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def needs_digest(self, source: Source) -> bool:
         """Whether a document's hash is needed before it is read whole."""
@@ -95,13 +99,17 @@ def make_plan(
         raise UserError(
             f"{counted(workers, 'worker')} and {counted(shard_tokens, 'token')} a shard: both must be at least 1"
         )
-    inputs, val = ([file for path in paths for file in input_files(Path(path))] for paths in (inputs, val))
+    given = [
+        [(file, file == path) for path in map(Path, paths) for file in input_files(path)] for paths in (inputs, val)
+    ]
+    left_out = sum((files_left_out(Path(path)) for path in (*inputs, *val)), Counter[str]())
     loaded = load_tokenizer(tokenizer)
     split: Split | None = None if val_fraction else "train"
-    sizes = sum(Path(path).stat().st_size for path in [*inputs, *val])
+    targets: tuple[Split | None, Split] = (split, "val")
+    sizes = sum(file.stat().st_size for files in given for file, _ in files)
     with Bar("hashing", sizes, unit="B", show=bool(progress and sizes), leave=False) as bar:
         train, held_out = (
-            [_source(Path(path), to, bar) for path in paths] for paths, to in ((inputs, split), (val, "val"))
+            [_source(file, to, bar, named) for file, named in files] for files, to in zip(given, targets, strict=True)
         )
     trained_on = {source.sha256: source.path for source in train}
     if hub is not None:
@@ -113,7 +121,7 @@ def make_plan(
         train = [replace(train[0], split="train", span=(0, place)), replace(train[0], split="val", span=(place, None))]
     for source in held_out:
         check_held_out(source.path, source.sha256, trained_on)
-    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate, rows)
+    return Plan((*train, *held_out), loaded, val_fraction, shard_tokens, deduplicate, rows, left_out)
 
 
 def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> None:
@@ -124,5 +132,5 @@ def check_held_out(path: Path, sha256: str, trained_on: Mapping[str, Path]) -> N
         raise UserError(f"{path} is also a training input ({trained_on[sha256]}): remove one")
 
 
-def _source(path: Path, split: Split | None, bar: Bar) -> Source:
-    return Source(path, split, path.stat().st_size, sha256_of(path, bar.update))
+def _source(path: Path, split: Split | None, bar: Bar, named: bool) -> Source:
+    return Source(path, split, path.stat().st_size, sha256_of(path, bar.update), named=named)

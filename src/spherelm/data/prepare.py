@@ -25,7 +25,7 @@ from spherelm.data.hub import HubRequest
 from spherelm.data.output import STATE_FILE, finished, locked, publish, remove_if_useless, write_json
 from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
 from spherelm.data.rows import Rows
-from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, Split, read_manifest
+from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, SPLITS, Split, read_manifest
 from spherelm.data.split_writer import SplitWriter
 from spherelm.data.tokenizer import described
 from spherelm.errors import OutputExistsError, UserError
@@ -33,7 +33,6 @@ from spherelm.progress import Bar
 
 CHECKPOINT_SECONDS = 5.0
 _DIGESTS_FILE = "digests.bin"
-_SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 @dataclass
@@ -118,8 +117,7 @@ class _Work:
             self._deduplicator = Deduplicator(partial / _DIGESTS_FILE, plan.tokenizer.eos_id, seen)
         splits = saved["splits"] if saved else {}
         self._writers = {
-            split: SplitWriter(partial, split, plan.tokenizer, plan.shard_tokens, splits.get(split))
-            for split in _SPLITS
+            split: SplitWriter(partial, split, plan.tokenizer, plan.shard_tokens, splits.get(split)) for split in SPLITS
         }
         self._saved_at = time.monotonic()
 
@@ -183,8 +181,10 @@ class _Work:
 
     def _complain_of_empty(self, until: int) -> None:
         for source, documents in zip(self._plan.sources[:until], self._position.documents, strict=False):
-            if not documents:
+            if not documents and source.named:
                 raise DocumentError(f"{source.path} holds no documents with text: remove it from the inputs")
+        if until == len(self._plan.sources) and not any(self._position.documents):
+            raise DocumentError("the inputs hold no documents with text: give others")
 
     def _save(self) -> None:
         splits = {split: writer.state() for split, writer in self._writers.items()}
@@ -227,7 +227,7 @@ class _Work:
             "parameters": plan.parameters(),
             "tokenizer": described(plan.tokenizer),
             "inputs": [self._described(number, source) for number, source in enumerate(plan.sources)],
-            "left_out": {**self._position.left_out, **duplicates},
+            "left_out": {**(Counter(plan.left_out) + Counter(self._position.left_out)), **duplicates},
             "unsafe_cuts": self._position.unsafe_cuts,
             "splits": {
                 split: {**{key: sum(shard[key] for shard in shards) for key in totals}, "shards": shards}
@@ -250,7 +250,7 @@ class _Work:
         for source in self._plan.sources:
             if source.split is not None and source.split not in splits:
                 raise UserError(f"every document of {source.path} is in the training text too: name other --val files")
-        wanted = _SPLITS if self._plan.val_fraction else ("train",)
+        wanted = SPLITS if self._plan.val_fraction else ("train",)
         for split in wanted:
             if split not in splits:
                 (self._partial / STATE_FILE).unlink(missing_ok=True)  # another fraction needs another start

@@ -185,9 +185,9 @@ def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
         with opened(path) as (content, _):
             whole = BytesIO(content.read()) if path.suffix.lower() in COMPRESSIONS else path
             file = pyarrow.parquet.ParquetFile(whole)
-            names, size, row = file.schema_arrow.names, path.stat().st_size, 0
-            if top_field(rows.field, names) is None:
-                raise no_column(path, rows, names)
+            columns, size, row = [column.path for column in file.schema], path.stat().st_size, 0
+            if not any(f"{column}.".startswith(f"{rows.field}.") for column in columns):
+                raise no_column(path, rows, columns)
             for batch in file.iter_batches(batch_size=_BATCH, columns=[rows.field]):
                 texts = [
                     rows.text(f"{path}, row {row + i}", record) for i, record in enumerate(batch.to_pylist(), start=1)

@@ -43,6 +43,7 @@ _PREAMBLE = struct.Struct("<8sII32s")
 _READ_BYTES = 1 << 22
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
 Ids = npt.NDArray[Any]
 
 

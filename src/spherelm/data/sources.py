@@ -24,13 +24,11 @@ from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.plan import check_held_out
 from spherelm.data.rows import Rows
-from spherelm.data.shards import Split, Tokens, open_tokens, read_manifest
+from spherelm.data.shards import SPLITS, Split, Tokens, open_tokens, read_manifest
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.token_files import find_files, open_files, part_of
 from spherelm.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from spherelm.errors import UserError
-
-SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Prepared(Data):
         """The tokens of one split of one part."""
         if find_files(path):
             return open_files(path, split, self.tokenizer_of(path), self.val)
-        if self.tokenizer or self.val:
+        if (self.tokenizer or self.val) and path.exists():
             raise UserError(f"tokenizer= and val= in --data are for token files of other programs, {path} is none")
         return open_tokens(path, split)
 

@@ -31,6 +31,7 @@ from spherelm.data.shards import (
     MAGIC,
     MANIFEST_FILE,
     PARTIAL_DIRECTORY,
+    SPLITS,
     Ids,
     Shard,
     ShardError,
@@ -48,7 +49,7 @@ _LLMC_START = 1024
 _MEGATRON = struct.Struct("<9sQBQQ")
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MEGATRON_KINDS = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-_ROLES = re.compile(r"(?:^|[^a-z])(train|val)(?:id|idation)?(?:[^a-z]|$)")
+_ROLES = re.compile(r"(?:^|[^a-z])(train|val|test)(?:id|idation)?(?:[^a-z]|$)")
 _SAMPLES, _SAMPLE = 16, 1 << 15  # places in a file, and tokens at each, that are read when it is opened
 _AT_ONCE = 1 << 22  # tokens
 
@@ -160,6 +161,8 @@ def _layout(path: Path, vocab_size: int) -> tuple[np.dtype[Any], int, npt.NDArra
         return dtype, 0, borders
     numbers = [*np.frombuffer(start, "<i4", len(start) // 4)[:3].tolist(), 0, 0, 0]
     known = _LLMC.get((numbers[0], numbers[1]))
+    if known is None and any(numbers[0] == magic for magic, _ in _LLMC):
+        raise ShardError.about(path, f"version {numbers[1]} of llm.c's format is not known", "write the file again")
     if known is None:
         upper_halves = np.frombuffer(start, "<u2", len(start) // 2)[1::2]
         return np.dtype("<u2") if upper_halves.any() and vocab_size <= 1 << 16 else np.dtype("<u4"), 0, None
@@ -182,21 +185,26 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int64], int]:
     documents = np.frombuffer(data, "<i8", borders, at + 12 * sequences)
     dtype, ends = np.dtype(_MEGATRON_KINDS[kind]), np.cumsum(lengths)
     starts = ends - lengths
-    if (offsets != starts * dtype.itemsize).any() or (documents[1:] < documents[:-1]).any():
+    if (offsets != starts * dtype.itemsize).any() or (lengths < 0).any():
         raise ShardError.about(path, "sequences that are not stored one after another", "make the files again")
+    if documents[:1].tolist() != [0] or (np.diff(documents) < 0).any() or documents[-1] > sequences:
+        raise ShardError.about(path, "borders of documents that are not those of its sequences", "make the files again")
     return dtype, np.unique(starts[documents[documents < sequences]]), int(lengths.sum())
 
 
 def find_files(path: Path) -> dict[Split, list[Path]]:
     """The files of ids that `path` names, by split; empty where there are none, or those of a data directory.
 
-    path: a directory, in which "val" in a name says what is validation text; a file; or what Megatron's two begin with.
+    path: a directory, in which "val" in a name says what is validation text, and files with "test" are in neither; a
+    file; or what Megatron's two begin with.
     """
     if path.is_dir():
         ours = any((path / name).exists() for name in (MANIFEST_FILE, PARTIAL_DIRECTORY))
         found = [] if ours else sorted(path.glob("*.bin"))
-        held_out = [file for file in found if (role := _ROLES.search(file.stem.lower())) and role[1] == "val"]
-        return {"train": [file for file in found if file not in held_out], "val": held_out} if found else {}
+        if not found:
+            return {}
+        roles = [role[1] if (role := _ROLES.search(file.stem.lower())) else "train" for file in found]
+        return {split: [file for file, role in zip(found, roles, strict=True) if role == split] for split in SPLITS}
     candidates = (path.with_suffix(".bin") if path.suffix == ".idx" else path, path.with_name(f"{path.name}.bin"))
     file = next((file for file in candidates if file.is_file() and file.suffix == ".bin"), None)
     return {"train": [file], "val": []} if file else {}
@@ -222,7 +230,8 @@ def open_files(path: Path, split: Split, tokenizer: Tokenizer, val: str | None) 
             f"{path} has no validation text: add val=0.01, the fraction to hold out, or val=FILE, to --data"
         )
     if not cut[split]:
-        raise UserError(f"{path} has no text for {split}: choose another val= in --data")
+        fix = "choose another val= in --data" if val is not None else "name files of training text"
+        raise UserError(f"{path} has no text for {split}: {fix}")
     return Tokens(cut[split], path, split)
 
 

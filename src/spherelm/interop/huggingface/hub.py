@@ -15,6 +15,9 @@ from spherelm.errors import UserError
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """Of the HTTP library that huggingface_hub uses, which changes: also where the hub is out of reach."""
 
+READ_FIRST = ["model*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
+"""Files that readers look for, whichever model they are of: what an earlier upload left of them has to go."""
+
 Result = tuple[dict[str, Any], str, float]
 """Where a score comes from (`dataset_type`, `dataset_name`, `dataset_split` of an `EvalResult`),
 the metric, the score.
@@ -47,12 +50,15 @@ def in_one_line(asked: str) -> Iterator[None]:
 def upload(folder: Path, repo: str, private: bool) -> str:
     """Put the files of `folder` into the model repository `repo` ("user/name"), made if it is not there; its address.
 
+    Weights and tokenizers there that are not in `folder` are deleted; all else that is there stays.
     Raises `UserError` for what the hub refuses.
     """
     with in_one_line(f"push to {repo}"):
         hub = HfApi()
         address = hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model exported by spherelm")
+        hub.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Model exported by spherelm", delete_patterns=READ_FIRST
+        )
     return str(address)
 
 
