@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from cases import Case, make_case
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+from spherelm.report import sphere_map
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,8 +39,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # import.
 os.environ["PYTHONWARNINGS"] = ",".join(f"error::{kind}" for kind in ("UserWarning", "FutureWarning", "RuntimeWarning"))
 
-# The tensors here are tiny: a second thread costs more than it brings, much more when several tests run at once.
+# The tensors here are tiny: a second thread costs more than it brings, fifty times as much beside other tests, since it
+# waits spinning. The variable is for processes that tests start, and for commands that share the cores among runs.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +54,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def map_iterations() -> Iterator[int]:
+    """Every walk on the sphere is rough, which saves seconds a page; how many iterations users get."""
+    whole = sphere_map.ITERATIONS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sphere_map, "ITERATIONS", 20)
+        yield whole
 
 
 @pytest.fixture(scope="session")

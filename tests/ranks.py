@@ -53,7 +53,6 @@ def run_ranks(jobs: list[Job], directory: Path) -> list[list[Ended]]:
         input=given,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     codes: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
@@ -103,6 +102,10 @@ USED = (
     "spherelm.cli",
     "torch._dynamo",
     "torch.distributed._composable",
+    "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.checkpoint.state_dict_loader",
+    "torch.distributed.checkpoint.state_dict_saver",
+    "torch.distributed.fsdp",
 )
 """Modules imported before forking, so that ranks need not import them."""
 

@@ -33,7 +33,6 @@ OWNERS = {
     "sacrebleu": {"evaluate/translation"},
     "onnxscript": {"interop/onnx"},
     "torchao": {"layers/low_precision"},
-    "triton": {"layers/triton_sphere"},
     "wandb": {"train/sinks/wandb"},
     "trackio": {"train/sinks/trackio"},
     "torchtitan": {"interop/torchtitan"},
@@ -220,15 +219,13 @@ print(json.dumps(result))
 
 
 def test_every_module_needs_the_core_only() -> None:
-    """But `interop.huggingface`, `interop.torchtitan` and the Triton kernels, which say what to install."""
+    """But `interop.huggingface` and `interop.torchtitan`, which say what to install."""
     answer = subprocess.run(
         [sys.executable, "-c", BLOCKED, json.dumps(OPTIONAL)], capture_output=True, text=True, check=True
     )
     result = json.loads(answer.stdout)
     assert result["light"], "import spherelm costs nothing"
     assert len(result["imported"]) > 40
-    kernels = result["said"].pop("spherelm.layers.triton_sphere")
-    assert kernels == "spherelm.layers.triton_sphere needs triton: pip install '.[triton]' in a clone of spherelm"
     engine = result["said"].pop("spherelm.interop.torchtitan")
     assert engine.startswith("spherelm.interop.torchtitan needs torchtitan: pip install torchtitan==0.3.0 (")
     expected = "spherelm.interop.huggingface needs transformers: pip install '.[hf]' in a clone of spherelm"

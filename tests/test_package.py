@@ -132,7 +132,7 @@ def test_the_commands_run_from_the_wheel_alone(packages: Path, tmp_path: Path) -
     done = subprocess.run(
         [sys.executable, "-S", "installed.py", installed],
         cwd=work,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), *libraries]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), *libraries])},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

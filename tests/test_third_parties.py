@@ -110,7 +110,7 @@ def ended(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     begun = {
         name: subprocess.Popen(
             [sys.executable, *map(str, words)],
-            env=UNASKED | {"OMP_NUM_THREADS": "1"} | variables,
+            env=UNASKED | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -113,7 +113,6 @@ def test_a_device_is_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_two_processes_train_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     doctor.trained.cache_clear()
     first, last = doctor.losses(doctor.trained(2, "cpu"))
     assert last < first - 1

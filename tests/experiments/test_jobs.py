@@ -38,17 +38,10 @@ def steps_done(run: Path) -> int:
     return max((record["step"] for record in read_metrics(log)), default=0) if log.exists() else 0
 
 
-@pytest.fixture
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers compute with one thread: a second one spends its time on waiting for the first where models are tiny."""
-    monkeypatch.setattr(module, "cores", lambda: 1)
-
-
 def job(data: Path, out: Path, arm: str = "gpt", **fields: Any) -> Job:
     return Job(tiny.run_config(arm, data, **fields), out)
 
 
-@pytest.mark.usefixtures("one_core")
 def test_results_come_in_order_and_finished_runs_are_taken_as_they_are(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +183,6 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [module.threads_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
 
 
-@pytest.mark.usefixtures("one_core")
 def test_what_a_run_raises_is_raised_and_the_others_stop(data: Path, tmp_path: Path) -> None:
     """The first run cannot start; the second would take days and is not waited for."""
     missing = Job(tiny.run_config("gpt", tmp_path / "no data"), tmp_path / "first")
@@ -212,7 +204,6 @@ class Sweep:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # idle threads shall leave the cores to others
         )
 
     def wait_for_runs(self, count: int) -> None:
@@ -296,7 +287,6 @@ def test_each_of_three_signals_stops_all(number: signal.Signals) -> None:
     assert asked == [number]
 
 
-@pytest.mark.usefixtures("one_core")
 def test_ctrl_c_is_raised_as_interrupted_where_it_was_taken(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,13 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spherelm.generation.sampling import Sampling, draw, filtered_probabilities, penalized
+from spherelm.generation.sampling import Sampling, candidates, draw, penalized
 
 seeds = st.integers(0, 2**20)
 
 
 def some_logits(seed: int, rows: int = 3, vocab_size: int = 9) -> Tensor:
     return 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution to draw from, of all tokens: [batch, vocab]."""
+    probabilities, ids = candidates(logits, sampling)
+    if ids is None:
+        return probabilities
+    return torch.zeros_like(logits, dtype=probabilities.dtype).scatter_(-1, ids, probabilities)
 
 
 def kept_by_definition(p: list[float], s: Sampling) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,6 @@ def retracted(axis: int, cut: int, mesh: Any) -> dict[str, Tensor]:
 
 def work(rank: int, world_size: int, meeting: str, out: str) -> None:
     """One process: for each case the largest difference of each tensor from that of one process, into a file."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))

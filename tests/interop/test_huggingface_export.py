@@ -451,7 +451,7 @@ def test_the_standalone_folder_loads_without_spherelm(runs: dict[str, Path], tmp
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
         [sys.executable, "-I", "-c", textwrap.dedent(ALONE), str(tmp_path)],
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

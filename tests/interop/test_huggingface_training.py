@@ -334,7 +334,7 @@ def two_processes(windows: list[dict[str, Tensor]], tmp_path_factory: pytest.Tem
     )
     (folder / "program.py").write_text(TWO_PROCESSES)
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common = os.environ | meeting | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    common = os.environ | meeting | {"ACCELERATE_USE_CPU": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(folder / "program.py"), str(folder)],

@@ -35,7 +35,7 @@ def steps(out: Path, arm: str, steps: int = 6, processes: int = 1, **settings: A
         [*start, str(Path(__file__).with_name("titan_ranks.py")), given],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},  # there are many, of its own
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # there are many, of its own
     )
     assert done.returncode == 0, done.stderr[-3000:]
     losses: list[float] = json.loads((out / "losses-0.json").read_text())

@@ -5,7 +5,6 @@ run by `test_sharded.py`.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,6 @@ def whole(p: torch.Tensor) -> torch.Tensor:
 
 def work(rank: int, world_size: int, meeting: str, out: str) -> None:
     """One process: for each optimizer, the largest difference of any weight from that of one process, into a file."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     found = {}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from spherelm.report import sphere_map
 from spherelm.report.drawing import Figure
 
 
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure of a page is drawn, but its files are empty; the walk's places are rough."""
+    """Every figure of a page is drawn, but its files are empty."""
 
     def svg(figure: Figure) -> str:
         from matplotlib.figure import Figure as Canvas
@@ -20,4 +19,3 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Figure, "svg", property(svg))
     monkeypatch.setattr(Figure, "png", lambda figure: b"")
-    monkeypatch.setattr(sphere_map, "ITERATIONS", 20)

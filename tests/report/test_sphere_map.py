@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from spherelm.report import sphere_map as module
 from spherelm.report.sphere_map import principal_places, sphere_map
+
+
+@pytest.fixture(autouse=True)
+def _as_users_get_it(monkeypatch: pytest.MonkeyPatch, map_iterations: int) -> None:
+    monkeypatch.setattr(module, "ITERATIONS", map_iterations)
 
 
 def unit(n: int, d: int, seed: int = 0) -> np.ndarray:

@@ -17,6 +17,7 @@ from cases import model_with_experts
 from old_files import flatten_config, rename_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from spherelm import load_model
@@ -256,13 +257,13 @@ def test_every_mth_checkpoint_stays(tmp_path: Path) -> None:
 def test_what_training_does_meanwhile_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is written beside the training: it holds what was there when it was asked for."""
     model, optimizer = trained("ngpt")
-    before, may_write, write = state_of(model, optimizer), threading.Event(), module.save
+    before, may_write, write = state_of(model, optimizer), threading.Event(), state_dict_saver.save
 
     def late(*arguments: Any, **more: Any) -> None:
         assert may_write.wait(60)
         write(*arguments, **more)
 
-    monkeypatch.setattr(module, "save", late)
+    monkeypatch.setattr(state_dict_saver, "save", late)
     writer = CheckpointWriter(tmp_path, keep=1)
     path = writer.save(model, optimizer, Progress(2, 0.0))
     tokens = torch.randint(11, (2, 8))

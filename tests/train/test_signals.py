@@ -29,10 +29,6 @@ a busy machine may be a hundred times slower than a free one.
 """
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""As in this process: the order of sums would differ otherwise."""
-
-
 def command(out: Path, data: Path) -> list[str]:
     words = [sys.executable, "-m", "spherelm", "train", "--arm", "ngpt", "--out", str(out), "--data", str(data)]
     words += ["--steps", "1000000", "--seq-len", "8", "--batch-size", "1", "--dtype", "float32"]
@@ -65,9 +61,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
 @pytest.mark.row("Interruption")
 def test_a_stopped_command_saves_and_goes_on_bitwise(data: Path, tmp_path: Path) -> None:
     run, number = tmp_path / "run", signal.SIGINT
-    process = subprocess.Popen(
-        command(run, data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
-    )
+    process = subprocess.Popen(command(run, data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_lines(run / "metrics.jsonl", 4, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
@@ -99,7 +93,6 @@ def test_a_lost_connection_saves(data: Path, tmp_path: Path) -> None:
         stderr=theirs,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        env=ONE_THREAD,
     )
     os.close(theirs)
     wait_for_lines(run / "metrics.jsonl", 4, process)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 Point = tuple[float, float]
 """(tokens, validation loss in nats per token)."""
@@ -50,7 +50,7 @@ def interval(ratios: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     if len(ratios) < 2:
         return None
     logs = np.log(ratios)
-    half = stats.t.ppf(0.5 + confidence / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    half = stdtrit(len(logs) - 1, 0.5 + confidence / 2) * logs.std(ddof=1) / math.sqrt(len(logs))
     return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
 
 

@@ -68,16 +68,6 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
-def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution to sample the next token from:
-    float32 [batch, vocab], rows sum to 1, for logits [batch, vocab].
-    """
-    probabilities, ids = candidates(logits, sampling)
-    if ids is None:
-        return probabilities
-    return torch.zeros_like(logits, dtype=probabilities.dtype).scatter_(-1, ids, probabilities)
-
-
 def draw(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> Tensor:
     """One token for each row of `logits` [batch, vocab]: int64 [batch].
 

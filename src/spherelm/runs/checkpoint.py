@@ -3,6 +3,7 @@ in a directory that appears whole or not at all.
 
 Every process writes the parts that it holds, beside the training, and any number of processes can read them.
 `state.json` is written last and lists the sha256 of each file, which reading verifies. Nothing is ever unpickled.
+torch's checkpoints take as long to import as half of torch, so only what reads or writes one imports them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ import safetensors
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from spherelm.errors import StorageError, UserError
@@ -112,6 +109,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int = 0, group: Group = ALONE) -> None:
+        import torch.distributed.checkpoint.hf_storage  # noqa: F401, here and not first in the thread that writes
+
         self.run, self.keep, self.keep_every, self.group = run, keep, keep_every, group
         group.first(lambda: drop_unfinished(run))  # before any process begins to write
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -149,6 +148,10 @@ class CheckpointWriter:
         self._pool.shutdown(wait=False)
 
     def _write(self, final: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
         part = final.with_name(f".{final.name}.part")
         try:
             part.mkdir(parents=True, exist_ok=True)
@@ -210,6 +213,8 @@ class CheckpointWriter:
 
 def reason(error: BaseException) -> str:
     """The cause of an error, in one line; of a `CheckpointException`, that of the first rank that failed."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     if isinstance(error, CheckpointException):
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {reason(cause)}" if len(error.failures) > 1 or rank else reason(cause)
@@ -278,6 +283,8 @@ class _Entry(NamedTuple):
 
 def _entries(checkpoint: Path) -> dict[str, _Entry]:
     """Everything in a checkpoint, by the names of today."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
         metadata = reader.read_metadata()
@@ -295,6 +302,9 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
 
 def _read(checkpoint: Path, into: dict[str, Tensor], group: Group) -> None:
     """Fill the tensors `into`, by the names in the checkpoint, from it, whatever number of processes wrote it."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     reader = HuggingFaceStorageReader(str(checkpoint))
     with _one_process_is_meant():
         load(dict(into), storage_reader=reader, process_group=group.saving, no_dist=group.is_alone)

@@ -18,14 +18,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -38,6 +37,9 @@ from spherelm.models.kit import Surroundings
 from spherelm.runs.config import TrainConfig
 from spherelm.runs.group import Group
 from spherelm.sharding import cut, own_part
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 ANSWER_SECONDS = 10.0
 """How long ranks wait for one another's sign of life after a collective operation failed."""
@@ -273,8 +275,9 @@ def _spread(model: Decoder, group: Group, gather: torch.dtype | None) -> Spread:
 
 
 def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh, gather: torch.dtype | None) -> Spread:
-    axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
     blocks = [
         block for name, part in model.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
     ]
