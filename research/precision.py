@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from result_tables import grid, read
+from run_queue import Key, add, do, left, lines, name_of, number
 from torch import Tensor
 
 from spherelm import load_model
@@ -38,9 +36,7 @@ from spherelm.models import Decoder
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import read_config
-from spherelm.runs.record import write_json
 from spherelm.train.batches import open_data, total_loss, validation_losses
-from spherelm.train.signals import Interrupted
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "precision.json"
 WIDTHS, SEEDS = (64, 128, 256, 512), (0, 1, 2)
@@ -60,14 +56,12 @@ as GPT needs it according to the paper, down to what nGPT needs.
 """
 
 
-def wanted() -> Iterator[tuple[int, int, str, str]]:
-    """(width, seed, model, format) of each run: first one seed of the smallest width,
-    then a second one and the next width.
-    """
+def wanted() -> Iterator[Key]:
+    """The key of each run: first one seed of the smallest width, then a second one and the next width."""
     points = [(place, width, seed) for place, width in enumerate(WIDTHS) for seed in SEEDS]
     for _, width, seed in sorted(points, key=lambda point: (point[0] + point[2], point[0])):
         for model in MODELS:
-            yield from ((width, seed, model, form) for form in FORMATS)
+            yield from ({"width": width, "seed": seed, "model": model, "format": form} for form in FORMATS)
 
 
 def run_of(width: int, seed: int, model: str, form: str) -> Any:
@@ -80,47 +74,21 @@ def run_of(width: int, seed: int, model: str, form: str) -> Any:
     return make_run(arm, "0.3m", vocab_size=parse_data(None).vocab_size, **size, **fields, **FORMATS[form])
 
 
-def directory(out: Path, width: int, seed: int, model: str, form: str) -> Path:
-    """Where a run is done; those in float32 are kept there."""
-    return out / f"{width}-{seed}-{model}-{form.replace(' ', '-')}"
+def measure(key: Key, out: Path) -> dict[str, Any]:
+    """Do the run of a key."""
+    run = run_of(key["width"], key["seed"], key["model"], key["format"])
+    return {"loss": number(do_job(Job(run, out)))}
 
 
-def records(kind: str) -> list[dict[str, Any]]:
-    """The lines of the results file of this kind."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    lines: list[dict[str, Any]] = found.get(kind, [])
-    return lines
-
-
-def add(kind: str, record: dict[str, Any]) -> None:
-    """Put a line into the results file, in the place of that of the same run."""
-    key = {name: record.get(name) for name in ("width", "seed", "model", "format")}
-    others = [line for line in records(kind) if any(line.get(name) != value for name, value in key.items())]
-    write_json(RESULTS, {**{k: records(k) for k in ("runs", "weights")}, kind: [*others, record]})
+def is_plain(key: Key) -> bool:
+    """Whether a run is one in float32, whose directory stays for `weights`."""
+    return bool(key["format"] == "float32")
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Do the runs that are left, until the time is over; an interrupted one is resumed."""
-    torch.set_num_threads(1)
-    until = time.time() + 60 * asked.minutes
-    for key in wanted():
-        width, seed, model, form = key
-        if time.time() > until or width > asked.widest:
-            return
-        if key in {(r["width"], r["seed"], r["model"], r["format"]) for r in records("runs")}:
-            continue
-        out = directory(asked.out, *key)
-        start = time.process_time()
-        try:
-            loss = do_job(Job(run_of(*key), out))
-        except Interrupted as error:
-            sys.exit(str(error))
-        seconds = round(time.process_time() - start, 1)
-        line = {"width": width, "seed": seed, "model": model, "format": form, "loss": loss, "seconds": seconds}
-        add("runs", line)
-        print(json.dumps(line), flush=True)
-        if form != "float32":
-            shutil.rmtree(out, ignore_errors=True)
+    """Do the runs that are left."""
+    keys = (key for key in wanted() if key["width"] <= asked.widest)
+    do(keys, measure, RESULTS, asked.out, asked.minutes, asked.workers, is_plain)
 
 
 def whole_numbers(bits: int, weight: Tensor, axis: int) -> Tensor:
@@ -152,12 +120,11 @@ def round_weights(model: Decoder, kind: str, renormalize: bool) -> None:
 def weights(asked: argparse.Namespace) -> None:
     """Measure the models trained in float32: their products in NVFP4, and losses with rounded or moved matrices."""
     torch.set_num_threads(1)
-    for width, seed, name, form in wanted():
-        out, key = directory(asked.out, width, seed, name, form), {"width": width, "seed": seed, "model": name}
-        finished = any({**key, "format": form}.items() <= line.items() for line in records("runs"))
-        if form != "float32" or not finished or latest_checkpoint(out) is None:
+    for whole in filter(is_plain, wanted()):
+        out, key = asked.out / name_of(whole), {name: whole[name] for name in ("width", "seed", "model")}
+        if whole in left(wanted(), RESULTS) or latest_checkpoint(out) is None:
             continue
-        if any(key.items() <= line.items() and "sharpness" in line for line in records("weights")):
+        if any(key.items() <= line.items() for line in lines(RESULTS, "weights")):
             continue
         data = open_data(read_config(out / "config.json"))
         model, tokens = load_model(out), data.held_out[0].tokens[:8]
@@ -173,7 +140,7 @@ def weights(asked: argparse.Namespace) -> None:
                     round_weights(model, kind, renormalize)
                 label = f"{kind}{', lengths restored' * renormalize}" if kind else "float32"
                 line["losses"][label] = total_loss(data, validation_losses(model, data, 16))
-        add("weights", line)
+        add(RESULTS, line, "weights")
         print(json.dumps(line), flush=True)
 
 
@@ -264,7 +231,7 @@ def draw(asked: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "precision"
-    found = records("weights")
+    found = lines(RESULTS, "weights")
     widths = sorted({line["width"] for line in found})
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     for model, marker in zip(MODELS, "os^", strict=True):
@@ -286,6 +253,7 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--minutes", type=float, default=60.0)
+    one.add_argument("--workers", type=int, default=2)
     one.add_argument("--widest", type=int, default=max(WIDTHS))
     one.set_defaults(do=run)
     one = commands.add_parser("weights")

@@ -53,7 +53,14 @@ def number(loss: float) -> float | None:
     return None if math.isnan(loss) else loss
 
 
-def work(measure: Measure, jobs: Any, lock: Any, results: Path, out: Path, until: float) -> None:
+def none(key: Key) -> bool:
+    """Keep no directory."""
+    return False
+
+
+def work(
+    measure: Measure, jobs: Any, lock: Any, results: Path, out: Path, until: float, keep: Callable[[Key], bool]
+) -> None:
     """Do runs until there are none left, or the time is over."""
     torch.set_num_threads(1)
     while time.time() < until:
@@ -63,18 +70,26 @@ def work(measure: Measure, jobs: Any, lock: Any, results: Path, out: Path, until
             return
         start, directory = time.process_time(), out / name_of(key)
         line = {**key, **measure(key, directory), "seconds": round(time.process_time() - start, 1)}
-        shutil.rmtree(directory, ignore_errors=True)
+        if not keep(key):
+            shutil.rmtree(directory, ignore_errors=True)
         with lock:
             add(results, line)
         print(directory.name, line["loss"], line["seconds"], flush=True)
 
 
-def do(wanted: Iterable[Key], measure: Measure, results: Path, out: Path, minutes: float, workers: int) -> None:
-    """Do the wanted runs that have no line yet, with so many processes, and start none after so many minutes."""
+def do(
+    wanted: Iterable[Key], measure: Measure, results: Path, out: Path, minutes: float, workers: int,
+    keep: Callable[[Key], bool] = none,
+) -> None:  # fmt: skip
+    """Do the wanted runs that have no line yet, with so many processes, and start none after so many minutes.
+
+    keep: whether the directory of a finished run stays. A process that is stopped saves its run, and the same command
+    goes on with it.
+    """
     until, context = time.time() + 60 * minutes, multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         jobs, lock = manager.list(left(wanted, results)), manager.Lock()
-        arguments = (measure, jobs, lock, results, out, until)
+        arguments = (measure, jobs, lock, results, out, until, keep)
         processes = [context.Process(target=work, args=arguments) for _ in range(workers)]
         for process in processes:
             process.start()
