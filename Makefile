@@ -42,7 +42,8 @@ SERVE_FLAGS =
 
 # Makes the environment where there is none and installs spherelm in place with the optional sets named in $extras.
 # One pip command for everything: installing torch's users one by one can replace torch. Its output is boiled down to
-# one line of package names; what it complains of is shown if it fails.
+# one line of package names; what it complains of is shown if it fails. Modules are compiled as they are imported: to
+# compile all of them takes a minute more.
 INSTALL = \
 	set -eu; \
 	if test ! -x $(BIN)/pip; then \
@@ -58,7 +59,7 @@ INSTALL = \
 	fi; \
 	printf 'Installing spherelm[%s], which takes a minute or more:' "$$extras"; \
 	rm -f $(VENV)/.failed; \
-	{ $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off $(PIP_FLAGS) \
+	{ $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar off $(PIP_FLAGS) \
 	    $${constraints:+-c "$$constraints"} -e ".[$$extras]" 2>$(VENV)/pip.log || touch $(VENV)/.failed; } | \
 	while read -r word name rest; do \
 	  case "$$word $$name" in \
