@@ -1,7 +1,7 @@
 """Runs of one thread, several at once, each finished one a line of a results file; a script's `run` command.
 
 A wanted run is a dictionary, its key. A line is the key with what was measured, and lines whose key is there are not
-done again. The process that is stopped leaves the directories of runs under way, which resume.
+done again. Where the script is stopped, runs under way save themselves, and the same command goes on with them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from spherelm.experiments.jobs import start_worker
 from spherelm.runs.record import write_json
+from spherelm.train.signals import Interrupted
 
 Key = dict[str, Any]
 Measure = Callable[[Key, Path], dict[str, Any]]
@@ -59,20 +59,28 @@ def none(key: Key) -> bool:
 
 
 def work(
-    measure: Measure, jobs: Any, lock: Any, results: Path, out: Path, until: float, keep: Callable[[Key], bool]
+    measure: Measure, keys: list[Key], taken: Any, results: Path, out: Path, until: float, keep: Callable[[Key], bool]
 ) -> None:
-    """Do runs until there are none left, or the time is over."""
-    torch.set_num_threads(1)
+    """Do runs until there are none left, the time is over, or the script ends.
+
+    taken: how many of `keys` all processes have taken; its lock is the results file's too.
+    """
+    start_worker(1)
     while time.time() < until:
-        with lock:
-            key = jobs.pop(0) if len(jobs) else None
-        if key is None:
+        with taken.get_lock():
+            place, taken.value = taken.value, taken.value + 1
+        if place >= len(keys):
             return
+        key = keys[place]
         start, directory = time.process_time(), out / name_of(key)
-        line = {**key, **measure(key, directory), "seconds": round(time.process_time() - start, 1)}
+        try:
+            found = measure(key, directory)
+        except Interrupted as error:
+            raise SystemExit(str(error)) from None
+        line = {**key, **found, "seconds": round(time.process_time() - start, 1)}
         if not keep(key):
             shutil.rmtree(directory, ignore_errors=True)
-        with lock:
+        with taken.get_lock():
             add(results, line)
         print(directory.name, line["loss"], line["seconds"], flush=True)
 
@@ -83,15 +91,12 @@ def do(
 ) -> None:  # fmt: skip
     """Do the wanted runs that have no line yet, with so many processes, and start none after so many minutes.
 
-    keep: whether the directory of a finished run stays. A process that is stopped saves its run, and the same command
-    goes on with it.
+    keep: whether the directory of a finished run stays.
     """
     until, context = time.time() + 60 * minutes, multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        jobs, lock = manager.list(left(wanted, results)), manager.Lock()
-        arguments = (measure, jobs, lock, results, out, until, keep)
-        processes = [context.Process(target=work, args=arguments) for _ in range(workers)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+    arguments = (measure, left(wanted, results), context.Value("i", 0), results, out, until, keep)
+    processes = [context.Process(target=work, args=arguments) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()

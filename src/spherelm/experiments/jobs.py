@@ -75,7 +75,7 @@ def threads_each(workers: int) -> int:
     return min(share, int(allowed)) if allowed.isdecimal() and int(allowed) else share
 
 
-def _start_worker(threads: int) -> None:
+def start_worker(threads: int) -> None:
     """Prepare a worker process: its share of the cores, and an end (saved, as by SIGTERM) when its parent is gone."""
     silence()
     torch.set_num_threads(threads)
@@ -205,7 +205,7 @@ def run_jobs(jobs: list[Job], workers: int | None = None, description: str = "tr
     if description:
         say(f"{description}: {counted(len(jobs), 'run')} of {total} in all, {way}, in {jobs[0].out.parent}")
     with _interrupts_ignored():  # also by the process that multiprocessing starts to clean up
-        pool_of_workers = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=share)
+        pool_of_workers = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=share)
     with _noted_interrupts() as asked, pool_of_workers as pool:
         try:
             with _interrupts_ignored():
