@@ -432,7 +432,7 @@ stage.addEventListener("pointerdown", event => {
 stage.addEventListener("pointermove", event => {
   const before = pointers.get(event.pointerId);
   if (!before) {
-    const found = event.target.closest("button") ? null : hit(event), old = seen.hover;
+    const found = event.target.closest("#zoom") ? null : hit(event), old = seen.hover;
     if (found?.token === old?.token && found?.stop === old?.stop) return;
     seen.hover = found;
     showTip();
