@@ -114,13 +114,13 @@ SPOT = (TEST[0], TEST[6], TEST[7], TEST[9])
 """Points of `TEST` where each role's rate is moved alone."""
 
 ROLES = {
-    "matrix": ("matrix",),
-    "input": ("input_embedding",),
-    "output": ("output_embedding",),
-    "vector": ("scale", "gain"),
+    "matrix": {"gpt": "matrix", "ngpt": "matrix"},
+    "input": {"gpt": "input_embedding", "ngpt": "input_embedding"},
+    "output": {"gpt": "output_embedding", "ngpt": "output_embedding"},
+    "vector": {"gpt": "gain", "ngpt": "scale"},
 }
-"""What the law gives a rate of its own, and the optimizer's names for it. Vectors: learned scales and gains of
-norms.
+"""What the law gives a rate of its own, and the optimizer's name for it in each arm. Vectors: learned scales and gains
+of norms.
 """
 
 
@@ -160,7 +160,8 @@ def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: i
     lawful = make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields)
     if role == "all":
         return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, lr=lawful.optim.lr * factor)
-    moved = {f"{name}_rate": getattr(lawful.optim.multipliers, name) * factor for name in ROLES[role]}
+    name = ROLES[role][arm]
+    moved = {f"{name}_rate": getattr(lawful.optim.multipliers, name) * factor}
     return make_run(arm, "0.3m", vocab_size=size, data=str(directory), **fields, **moved)
 
 
