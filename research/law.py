@@ -68,18 +68,19 @@ TEST = (
     Point(64, 4, "4k", 1024, 240, 256, "wiki"),
     Point(64, 3, "256", 2048, 480, 512, "books"),
     Point(128, 4, "4k", 1024, 320, 256, "wiki"),
-    Point(256, 4, "4k", 1024, 160, 256, "wiki"),
+    Point(256, 3, "4k", 1024, 240, 256, "books"),
     Point(64, 16, "256", 1024, 160, 256, "wiki"),
     Point(64, 12, "256", 1024, 320, 256, "books"),
     Point(64, 5, "256", 1024, 480, 256, "books"),
     Point(64, 2, "32k", 1024, 160, 256, "wiki"),
-    Point(256, 3, "256", 1024, 160, 512, "wiki"),
+    Point(256, 2, "256", 1024, 240, 512, "wiki"),
     Point(64, 2, "256", 8192, 240, 256, "books"),
     Point(64, 2, "4k", 2048, 320, 2048, "wiki"),
     Point(64, 3, "4k", 4096, 240, 512, "wiki"),
     Point(64, 3, "4k", 1024, 2000, 256, "books"),
     Point(64, 2, "256", 32768, 160, 512, "books"),
-    Point(512, 2, "256", 1024, 160, 256, "books"),
+    Point(512, 2, "4k", 1024, 160, 256, "books"),
+    Point(512, 2, "256", 1024, 160, 256, "wiki"),
     Point(64, 2, "256", 1024, 10000, 128, "books"),
 )
 """Points that no constant was fitted on."""
@@ -93,9 +94,12 @@ FORMER = (
     Point(64, 2, "256", 16384, 160, 256, "wiki"),
     Point(64, 4, "4k", 4096, 320, 512, "books"),
     Point(64, 2, "4k", 1024, 2560, 256, "wiki"),
+    Point(256, 4, "4k", 1024, 160, 256, "wiki"),
+    Point(256, 3, "256", 1024, 160, 512, "wiki"),
+    Point(512, 2, "256", 1024, 160, 256, "books"),
 )
-"""Points of earlier tests, where GPT missed: the first six chose the rates of scales and gains, the others the power of
-the vocabulary for GPT's output embedding and gains."""
+"""Points of earlier tests, where GPT missed: the first six chose the rates of scales and gains, the next two the power
+of the vocabulary for GPT's output embedding and gains, the last three the unit of its input embedding's rate."""
 
 CENTER = Point(64, 2, "4k", 1024, 160, 256, "books")
 FIT = (

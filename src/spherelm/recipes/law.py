@@ -3,7 +3,8 @@
 A rate is `constant * (steps / 1000)^-length * (tokens of an update / 1024)^batch`, over a unit of width. Muon turns a
 unit vector by its rate, whatever the width. Adam moves each number by its rate, and so turns a unit vector of d_model
 numbers by `rate * sqrt(d_model)`: on the sphere these constants are angles in radians. A logit is a sum over d_model
-numbers, so the output embedding's rate goes with 1/d_model in both arms (Yang et al., arXiv 2203.03466).
+numbers, so the output embedding's rate goes with 1/d_model in both arms (Yang et al., arXiv 2203.03466). In GPT blocks
+add numbers that grow as sqrt(d_model) at the start, and the input embedding's rate keeps pace.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Constant(NamedTuple):
 CONSTANTS: Mapping[str, Constant] = {
     "matrix.gpt": Constant(0.0165, "rate of block matrices and gains at 1000 updates of 1024 tokens", "law.json"),
     "matrix.ngpt": Constant(0.032, "Muon's angle of block matrices there, in radians", "law.json"),
-    "input.gpt": Constant(0.065, "Adam's rate of the input embedding there", "law.json"),
+    "input.gpt": Constant(0.008125, "Adam's rate of the input embedding there, over sqrt(d_model)", "law.json"),
     "input.ngpt": Constant(0.043, "Adam's angle of the input embedding there", "law.json"),
     "output.gpt": Constant(1.5, "Adam's rate of the output embedding there, times d_model", "law.json"),
     "output.ngpt": Constant(0.53, "Adam's rate of the output embedding there, times d_model", "law.json"),
@@ -83,7 +84,7 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
         matrix = Number(matrix.value * of["mixers.gpt"], (*matrix.constants, "mixers.gpt"))
     vector = rate("vector", "adam", unit, "" if arm == "ngpt" else "matrix.gpt")
     relative = {"router": vector, "scale" if arm == "ngpt" else "gain": vector}
-    relative |= {"input_embedding": rate("input", "adam", unit)}
+    relative |= {"input_embedding": rate("input", "adam", unit if arm == "ngpt" else 1 / width)}
     relative |= {"output_embedding": rate("output", "adam", preset.d_model)}
     found = {
         "lr": matrix,
