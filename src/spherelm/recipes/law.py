@@ -1,10 +1,9 @@
 """The law: from a shape, the tokens of an update and the number of updates to every choice of a run. One for all sizes.
 
 A rate is `constant * (steps / 1000)^-length * (tokens of an update / 1024)^batch`, over a unit of width. Muon turns a
-unit vector by its rate, whatever the width. Adam moves each number by its rate, and so turns a unit vector of d_model
-numbers by `rate * sqrt(d_model)`: on the sphere these constants are angles in radians. A logit is a sum over d_model
-numbers, so the output embedding's rate goes with 1/d_model in both arms (Yang et al., arXiv 2203.03466). In GPT blocks
-add numbers that grow as sqrt(d_model) at the start, and the input embedding's rate keeps pace.
+unit vector by its rate, Adam by its rate times sqrt(d_model): on the sphere these constants are angles in radians. A
+logit is a sum over d_model numbers, so the output embedding's rate goes with 1/d_model in both arms (Yang et al., arXiv
+2203.03466). GPT's blocks first add numbers that grow as sqrt(d_model); the input embedding's rate keeps pace.
 """
 
 from __future__ import annotations
