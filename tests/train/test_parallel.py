@@ -24,7 +24,6 @@ from spherelm.sharding import cut
 pytestmark = pytest.mark.slow
 SPREADS = {
     "replicate-2": (2, ("--strategy", "replicate")),
-    "replicate-4": (4, ("--strategy", "replicate")),
     "shard-2": (2, ("--strategy", "shard", "--recompute")),
     "shard-4": (4, ("--strategy", "shard", "--micro-batch-size", "1")),
     "hybrid-4": (4, ("--strategy", "hybrid", "--shard-size", "2")),
@@ -152,7 +151,6 @@ def disturbed_jobs(root: Path, data: Path) -> dict[str, ranks.Job]:
     for name, flags in REFUSED.items():
         prepare = IN_USE.format(run=str(root / name)) if name == "in-use" else ""
         jobs[name] = ranks.Job(2, arguments("ngpt", root / name, data, *flags), prepare=prepare)
-    jobs |= {f"uneven-{i}": jobs["uneven"] for i in range(2)}
     jobs["unreadable"] = ranks.Job(2, arguments("ngpt", root / "unreadable", data, "--lr", "fast"))
     jobs["one"] = ranks.Job(2, arguments("ngpt", root / "one", data), NO_TEXT_ON_ONE)
     return jobs
@@ -328,7 +326,6 @@ def test_a_signal_in_the_validation_of_one_saves_and_ends_all(strategy: str, run
         ("tasks", "/nowhere"),
         ("in-use", "in-use is in use by another process: wait until that ends"),
         ("one", "spherelm: rank 1: no text here"),
-        *((f"uneven-{i}", "batch_size=7 cannot be shared") for i in range(2)),
     ],
 )
 def test_what_cannot_be_is_said_once(name: str, message: str, ended: AllEnded, root: Path) -> None:
