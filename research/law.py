@@ -1,16 +1,15 @@
 """The runs behind the law (docs/recipes.md): those that its constants were fitted on, and others that test them.
 
     python research/law.py prepare --shared ../shared/data --out data/law
-    python research/law.py run test --data data/law --out runs/law --minutes 110
-    python research/law.py run spot --data data/law --out runs/law --minutes 60
+    python research/law.py run test spot --data data/law --out runs/law --minutes 110
     python research/law.py table
     python research/law.py draw
 
 A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of
 it, the cheapest points first; `run spot` moves the rate of one role at a time at the points of `SPOT`, and `run fit` at
-those of `FIT`. GPT's tests take three seeds in short runs over bytes, since one decides nothing there. Runs
-resume, and every finished one is a line of docs/results/law.json. `table` prints how far the law's rate is from the
-best of the three at each point, and what single roles do.
+those of `FIT`. GPT takes three seeds where one decides nothing. Runs resume, and every finished one is a line of
+docs/results/law.json. `table` prints how far the law's rate is from the best of the three at each point, and what
+single roles do.
 """
 
 from __future__ import annotations
@@ -139,16 +138,23 @@ def seeds(point: Point, arm: str) -> tuple[int, ...]:
     return (0, 1, 2) if arm == "gpt" and point.vocabulary == "256" and point.steps < 1000 else (0,)
 
 
-def wanted(kind: str) -> Iterator[Key]:
+def spot_seeds(arm: str) -> tuple[int, ...]:
+    """Seeds of a role that is moved alone: a third of a percent is asked for, and GPT's differ by that."""
+    return (0, 1, 2) if arm == "gpt" else (0,)
+
+
+def wanted(kinds: list[str]) -> Iterator[Key]:
     """The key of each run, the first seeds and the cheapest points first; the role "all" is the peak rate."""
-    roles = ("all",) if kind == "test" else tuple(ROLES)
-    points = sorted({"test": TEST, "fit": FIT, "spot": SPOT}[kind], key=lambda point: point.cost)
-    for seed in (0, 1, 2) if kind == "test" else (0,):
-        for point in points:
-            for arm in (arm for arm in ARMS if seed in seeds(point, arm)):
-                base = [("all", 1.0)] if kind != "spot" else []  # that of the test
-                for role, factor in [*base, *itertools.product(roles, (0.5, 2.0))]:
-                    yield {"kind": kind, "point": point.name, "arm": arm, "role": role, "factor": factor, "seed": seed}
+    whole, alone = [("all", 1.0), ("all", 0.5), ("all", 2.0)], [*itertools.product(ROLES, (0.5, 2.0))]
+    for seed, kind in itertools.product((0, 1, 2), kinds):
+        for point in sorted({"test": TEST, "fit": FIT, "spot": SPOT}[kind], key=lambda point: point.cost):
+            for arm in ARMS:
+                moved = {"test": whole, "fit": [whole[0], *alone], "spot": alone}[kind]
+                of = {"point": point.name, "arm": arm}
+                if seed in {"test": seeds(point, arm), "fit": (0,), "spot": spot_seeds(arm)}[kind]:
+                    if kind == "spot" and seed not in seeds(point, arm):
+                        yield {"kind": "test", **of, "role": "all", "factor": 1.0, "seed": seed}
+                    yield from ({"kind": kind, **of, "role": r, "factor": f, "seed": seed} for r, f in moved)
 
 
 def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: int) -> Any:
@@ -181,8 +187,8 @@ def measure(data: Path, key: Key, out: Path) -> dict[str, Any]:
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Do the remaining runs of `asked.kind`."""
-    do(wanted(asked.kind), partial(measure, asked.data), RESULTS, asked.out, asked.minutes, asked.workers)
+    """Do the remaining runs of `asked.kinds`."""
+    do(wanted(asked.kinds), partial(measure, asked.data), RESULTS, asked.out, asked.minutes, asked.workers)
 
 
 def prepare(asked: argparse.Namespace) -> None:
@@ -250,27 +256,25 @@ def points(results: Path = RESULTS) -> str:
 
 
 def spots(results: Path = RESULTS) -> str:
-    """By how much the loss changes where one role's rate alone is halved or doubled."""
-    runs = [one for one in lines(results) if one["seed"] == 0]
-    of = {
-        (r["kind"], r["point"], r["arm"], r["role"], r["factor"]): r["loss"]
-        for r in runs
-        if r["kind"] in ("test", "spot")
-    }
-    rows, gained = [], []
+    """By how much the loss changes where one role's rate alone is halved or doubled, over the seeds that have all."""
+    runs = [one for one in lines(results) if one["kind"] in ("test", "spot")]
+    of = {(r["point"], r["arm"], r["role"], r["factor"], r["seed"]): r["loss"] or math.inf for r in runs}
+    moved, rows, gained = [*itertools.product(ROLES, (0.5, 2.0))], [], []
     for point in sorted(SPOT, key=lambda point: point.cost):
         for arm in ARMS:
-            base, cells = of.get(("test", point.name, arm, "all", 1.0)), []
-            for role, factor in itertools.product(ROLES, (0.5, 2.0)):
-                loss = of.get(("spot", point.name, arm, role, factor), math.nan) or math.inf
-                cells.append(100 * (loss / base - 1) if base else math.nan)
-            if not any(map(math.isnan, cells)):
-                gained += cells
-                rows.append(f"| {point.name} | {arm} | {' | '.join(f'{cell:+.2f} %' for cell in cells)} |")
-    heads = " | ".join(f"{role}, {factor}" for role, factor in itertools.product(ROLES, ("half", "double")))
+            rates = [("all", 1.0), *moved]
+            losses = [[of.get((point.name, arm, *rate, seed)) for rate in rates] for seed in spot_seeds(arm)]
+            whole = [of_seed for of_seed in losses if None not in of_seed]
+            if not whole:
+                continue
+            base, *others = (statistics.fmean(of_rate) for of_rate in zip(*whole, strict=True))
+            over = [100 * (loss / base - 1) for loss in others]
+            gained += over
+            rows.append(f"| {point.name} | {arm} | {len(whole)} | {' | '.join(f'{cell:+.2f} %' for cell in over)} |")
+    heads = " | ".join(f"{role}, {'half' if factor < 1 else 'double'}" for role, factor in moved)
     better = sum(cell < -0.3 for cell in gained)
     said = f"{len(gained)} of {16 * len(SPOT)} rates were moved: {better} of them lower the loss by more than 0.3 %."
-    return "\n".join([said, "", f"| point | arm | {heads} |", "|" + "---|" * 10, *rows])
+    return "\n".join([said, "", f"| point | arm | seeds | {heads} |", "|" + "---|" * 11, *rows])
 
 
 def draw(asked: argparse.Namespace) -> None:
@@ -311,7 +315,7 @@ def main() -> None:
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(do=prepare)
     one = commands.add_parser("run")
-    one.add_argument("kind", choices=["test", "fit", "spot"])
+    one.add_argument("kinds", nargs="+", choices=["test", "fit", "spot"])
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--minutes", type=float, default=110.0)

@@ -70,6 +70,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "predicted-scale": predict_scale.table,
     "law-constants": law.constants,
     "law-points": law.points,
+    "law-spots": law.spots,
     "law-costs": law_costs.table,
     "precision": precision.table,
     "precision-weights": precision.rounded_weights,
