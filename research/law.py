@@ -2,12 +2,14 @@
 
     python research/law.py prepare --shared ../shared/data --out data/law
     python research/law.py run test spot --data data/law --out runs/law --minutes 110
+    python research/law.py run architecture --data data/enfr --out runs/law
     python research/law.py table
     python research/law.py draw
 
 A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of
 it, the cheapest points first; `run spot` moves the rate of one role at a time at the points of `SPOT`, and `run fit` at
-those of `FIT`. GPT takes three seeds where one decides nothing. Runs resume, and every finished one is a line of
+those of `FIT`. GPT takes three seeds where one decides nothing. `run architecture` trains the presets that are no plain
+decoders, `pairs` on the data directory that is given. Runs resume, and every finished one is a line of
 docs/results/law.json. `table` prints how far the law's rate is from the best of the three at each point, and what
 single roles do.
 """
@@ -66,7 +68,7 @@ class Point:
 TEST = (
     Point(64, 4, "4k", 1024, 240, 256, "wiki"),
     Point(64, 3, "256", 2048, 480, 512, "books"),
-    Point(128, 4, "4k", 1024, 320, 256, "wiki"),
+    Point(128, 3, "4k", 1024, 320, 256, "books"),
     Point(256, 3, "4k", 1024, 240, 256, "books"),
     Point(64, 16, "256", 1024, 160, 256, "wiki"),
     Point(64, 12, "256", 1024, 320, 256, "books"),
@@ -82,7 +84,7 @@ TEST = (
     Point(512, 2, "256", 1024, 160, 256, "wiki"),
     Point(64, 2, "256", 1024, 10000, 128, "books"),
 )
-"""Points that no constant was fitted on."""
+"""Points that are not among those of `FIT`, nor among `FORMER`."""
 
 FORMER = (
     Point(64, 4, "4k", 1024, 160, 256, "books"),
@@ -128,6 +130,8 @@ of norms.
 
 
 ARMS = ("gpt", "ngpt")
+ARCHITECTURES = ("hybrid", "hybrid-moe", "moe", "encoder", "pairs")
+"""Presets of other architectures."""
 
 
 def seeds(point: Point, arm: str) -> tuple[int, ...]:
@@ -146,10 +150,13 @@ def spot_seeds(arm: str) -> tuple[int, ...]:
 def wanted(kinds: list[str]) -> Iterator[Key]:
     """The key of each run, the first seeds and the cheapest points first; the role "all" is the peak rate."""
     whole, alone = [("all", 1.0), ("all", 0.5), ("all", 2.0)], [*itertools.product(ROLES, (0.5, 2.0))]
-    for seed, kind in itertools.product((0, 1, 2), kinds):
+    if "architecture" in kinds:
+        for preset, arm in itertools.product(ARCHITECTURES, ARMS):
+            yield {"kind": "architecture", "point": preset, "arm": arm, "role": "all", "factor": 1.0, "seed": 0}
+    for seed, kind in itertools.product((0, 1, 2), [kind for kind in kinds if kind != "architecture"]):
         for point in sorted({"test": TEST, "fit": FIT, "spot": SPOT}[kind], key=lambda point: point.cost):
             for arm in ARMS:
-                moved = {"test": whole, "fit": [whole[0], *alone], "spot": alone}[kind]
+                moved = {"test": whole, "fit": [whole[0], *alone[:-2]], "spot": alone}[kind]
                 of = {"point": point.name, "arm": arm}
                 if seed in {"test": seeds(point, arm), "fit": (0,), "spot": spot_seeds(arm)}[kind]:
                     if kind == "spot" and seed not in seeds(point, arm):
@@ -177,8 +184,13 @@ def run_of(point: Point, arm: str, role: str, factor: float, data: Path, seed: i
 
 def measure(data: Path, key: Key, out: Path) -> dict[str, Any]:
     """Do the run of a key."""
-    point = next(point for point in (*TEST, *FIT) if point.name == key["point"])
-    run = run_of(point, key["arm"], key["role"], key["factor"], data, key["seed"])
+    if key["kind"] == "architecture":
+        place = str(data) if key["point"] == "pairs" else None
+        size = parse_data(place).vocab_size
+        run = make_run(key["arm"], key["point"], vocab_size=size, data=place, seed=key["seed"], threads=1)
+    else:
+        point = next(point for point in (*TEST, *FIT, *FORMER) if point.name == key["point"])
+        run = run_of(point, key["arm"], key["role"], key["factor"], data, key["seed"])
     return {
         "loss": number(do_job(Job(run, out))),
         "lr": run.optim.lr,
@@ -230,9 +242,13 @@ def tested(results: Path) -> Iterator[tuple[Point, str, dict[float, dict[int, fl
                 yield point, arm, {rate: {seed: found[rate][seed] for seed in whole} for rate in found}
 
 
-def against(found: dict[float, dict[int, float]], factor: float) -> list[float]:
-    """By how many percent the loss at a factor is above the loss at the law's rate, seed by seed."""
-    return [100 * (found[factor][seed] / loss - 1) for seed, loss in found[1.0].items()]
+def against(found: dict[float, dict[int, float]], factor: float) -> str:
+    """By how many percent the loss at a factor is above the loss at the law's rate, over the seeds."""
+    over = [100 * (found[factor][seed] / loss - 1) for seed, loss in found[1.0].items()]
+    if not all(map(math.isfinite, over)):
+        return "diverged"
+    error = f" ± {statistics.stdev(over) / len(over) ** 0.5:.2f}" if len(over) > 1 else ""
+    return f"{statistics.fmean(over):+.2f}{error} %"
 
 
 def points(results: Path = RESULTS) -> str:
@@ -241,11 +257,7 @@ def points(results: Path = RESULTS) -> str:
     for point, arm, found in tested(results):
         means = {factor: statistics.fmean(losses.values()) for factor, losses in found.items()}
         lost.append(100 * (means[1.0] / min(means.values()) - 1))
-        beside = []
-        for factor in (0.5, 2.0):
-            over = against(found, factor)
-            error = f" ± {statistics.stdev(over) / len(over) ** 0.5:.2f}" if len(over) > 1 else ""
-            beside.append(f"{statistics.fmean(over):+.2f}{error} %")
+        beside = [against(found, factor) for factor in (0.5, 2.0)]
         shape = f"{point.d_model} | {point.n_layers} | {point.vocabulary} | {point.tokens} | {point.steps} | {point.context}"
         cells = [shape, point.text, arm, str(len(found[1.0])), f"{means[1.0]:.4f}", *beside, f"{lost[-1]:.2f} %"]
         rows.append(f"| {' | '.join(cells)} |")
@@ -277,6 +289,14 @@ def spots(results: Path = RESULTS) -> str:
     return "\n".join([said, "", f"| point | arm | seeds | {heads} |", "|" + "---|" * 11, *rows])
 
 
+def architectures(results: Path = RESULTS) -> str:
+    """Final validation losses of other architectures by the law."""
+    runs = [one for one in lines(results) if one["kind"] == "architecture" and "role" in one]
+    of = {(run["point"], run["arm"]): f"{run['loss']:.3f}" for run in runs}
+    rows = [f"| `{one}` | {' | '.join(of.get((one, arm), '') for arm in ARMS)} |" for one in ARCHITECTURES]
+    return "\n".join(["| preset | GPT | nGPT |", "|---|---|---|", *rows])
+
+
 def draw(asked: argparse.Namespace) -> None:
     """Loss over rate at every tested point, rates in units of the law's, into an SVG file."""
     import matplotlib
@@ -284,20 +304,23 @@ def draw(asked: argparse.Namespace) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
-    for axis, arm in zip(axes, ("gpt", "ngpt"), strict=True):
-        for point, of_arm, found in tested(asked.results):
-            if of_arm == arm:
-                means = {rate: statistics.fmean(losses.values()) for rate, losses in sorted(found.items())}
-                label = f"{point.d_model} wide, {point.n_layers} layers, {point.steps} updates"
-                above = [100 * (mean / min(means.values()) - 1) for mean in means.values()]
-                axis.plot(list(means), above, marker="o", label=label)
-        axis.set(
-            xscale="log", xticks=[0.5, 1, 2], xticklabels=["half", "the law's", "double"], title=arm, xlabel="peak rate"
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    shown = sorted(TEST, key=lambda point: point.cost)
+    for point, arm, found in tested(asked.results):
+        place, axis = shown.index(point), axes[ARMS.index(arm)]
+        means = [statistics.fmean(losses.values()) for _, losses in sorted(found.items())]
+        above = [100 * (mean / min(means) - 1) for mean in means]
+        label = f"{point.d_model} wide, {point.n_layers} layers, {point.vocabulary}, {point.tokens} x {point.steps}"
+        axis.plot(
+            (0.5, 1, 2), above, marker="osv^"[place % 4], color=pyplot.cm.viridis(place / len(shown)), label=label
         )
+    for axis, arm in zip(axes, ARMS, strict=True):
+        names = {"xticks": [0.5, 1, 2], "xticklabels": ["half", "the law's", "double"]}
+        axis.set(xscale="log", **names, title=arm, xlabel="peak rate", ylim=(-0.3, 6))
         axis.minorticks_off()
     axes[0].set_ylabel("loss over the lowest, %")
-    axes[1].legend(fontsize=6)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=6, ncols=3, loc="outside lower center")
     figure.savefig(asked.out, metadata={"Date": None})
 
 
@@ -315,14 +338,14 @@ def main() -> None:
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(do=prepare)
     one = commands.add_parser("run")
-    one.add_argument("kinds", nargs="+", choices=["test", "fit", "spot"])
+    one.add_argument("kinds", nargs="+", choices=["test", "fit", "spot", "architecture"])
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--minutes", type=float, default=110.0)
     one.add_argument("--workers", type=int, default=2)
     one.set_defaults(do=run)
     one = commands.add_parser("table")
-    one.set_defaults(do=lambda asked: print(points(), spots(), sep="\n\n"))
+    one.set_defaults(do=lambda asked: print(points(), spots(), architectures(), sep="\n\n"))
     one = commands.add_parser("draw")
     one.add_argument("--results", type=Path, default=RESULTS)
     one.add_argument("--out", type=Path, default=Path("docs/images/law.svg"))

@@ -71,6 +71,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "law-constants": law.constants,
     "law-points": law.points,
     "law-spots": law.spots,
+    "law-architectures": law.architectures,
     "law-costs": law_costs.table,
     "precision": precision.table,
     "precision-weights": precision.rounded_weights,

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from commands import make_command
+from commands import Command
 from configs import fields_by_path
 
 from spherelm import build, build_optimizer, recipe
+from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.recipes import PRESETS, law, make_run
 from spherelm.recipes.law import CONSTANTS, numbers
+from spherelm.runs.config import to_dict
+from spherelm.runs.record import write_json
+from spherelm.train.estimate import parameters_by_role
 
 both_arms = pytest.mark.parametrize("arm", ["gpt", "ngpt"])
 
@@ -95,7 +99,7 @@ def test_a_baselines_weights_decay_by_the_same_part_in_every_run(steps: int) -> 
 
 @pytest.mark.parametrize(("d_model", "n_heads"), [(64, 1), (256, 4)])
 def test_logits_start_with_the_spread_that_the_law_names(d_model: int, n_heads: int) -> None:
-    """In both arms, at every width: the standard deviation of the logits over the vocabulary."""
+    """nGPT's, at every width: the standard deviation of the logits over the vocabulary. GPT starts as GPT-2 does."""
     spreads = []
     for arm in ("gpt", "ngpt"):
         torch.manual_seed(1)
@@ -121,20 +125,49 @@ def test_memories_follow_the_run(arm: str) -> None:
         assert 1 / (1 - rule.momentum) == pytest.approx(2 / (1 - rule.betas[0]))
 
 
+@pytest.mark.parametrize("preset", ["demo", "hybrid-moe"])
 @both_arms
-def test_a_dry_run_prints_every_number_with_its_constants(
-    arm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["train", "--arm", arm, "--out", "unused", "--d-model", 96, "--n-heads", 2, "--steps", 700, "--dry-run"]
-    answer = make_command(monkeypatch, capsys)(*flags)
-    size = replace(PRESETS["demo"], d_model=96, steps=700)
-    for name, number in numbers(arm, size).items():
-        (line,) = (line for line in answer.out.splitlines() if re.match(rf"  {re.escape(name)} +[\d.e-]+ +from ", line))
-        assert f" {number.value:.4g} " in line
-        assert line.endswith(", ".join(number.constants))
-        for constant in number.constants:
+def test_a_dry_run_prints_every_number_with_its_constants(arm: str, preset: str, command: Command) -> None:
+    """Of roles that the model has; each of its roles has a number of the law."""
+    answer = command("train", "--arm", arm, "--preset", preset, "--out", "unused", "--steps", 700, "--dry-run")
+    run = make_run(arm, preset, vocab_size=4096, steps=700)
+    roles = set(parameters_by_role(run.model))
+    found = numbers(arm, replace(PRESETS[preset], steps=700, vocab_size=4096))
+    assert {f"{role}_rate" for role in roles - {"matrix"}} <= set(found)
+    for name, number in found.items():
+        lines = [line for line in answer.out.splitlines() if re.match(rf"  {re.escape(name)} +[\d.e-]+ +from ", line)]
+        assert len(lines) == (name.removesuffix("_rate") in roles or not name.endswith("_rate"))
+        for line in lines:
+            assert f" {number.value:.4g} " in line
+            assert line.endswith(", ".join(number.constants))
+        for constant in number.constants if lines else ():
             assert f"  {constant} " in answer.out
             assert CONSTANTS[constant].source in answer.out
+
+
+def test_a_dry_run_says_where_the_run_has_another_number(command: Command) -> None:
+    flags = ["--lr", "0.5", "--set", "s_z.init=3", "betas=[0.3,0.99]"]
+    answer = command("train", "--arm", "ngpt", "--out", "unused", "--dry-run", *flags)
+    said = [line for line in answer.out.splitlines() if "; this run has " in line]
+    assert [line.split()[0] for line in said] == ["lr", "first_beta", "s_z.init"]
+    assert [line.rpartition(" ")[2] for line in said] == ["0.5", "0.3", "3"]
+
+
+def test_a_run_of_another_length_from_a_file_is_told_what_it_keeps(command: Command, tmp_path: Path) -> None:
+    """A config.json holds numbers, not the law: at another length they are another run's."""
+    write_json(tmp_path / "config.json", to_dict(make_run("gpt", "demo", vocab_size=4096)))
+    words = ["train", "--config", tmp_path / "config.json", "--out", "unused", "--dry-run"]
+    assert command(*words).err == ""
+    (line,) = command(*words, "--steps", 10_000, "--lr", 0.01).shown
+    assert "for this shape and length the law has others" in line
+
+
+def test_rates_for_muon_are_not_adams() -> None:
+    with pytest.raises(UserError, match="chooses rates for muon: give --lr with optimizer=adamw"):
+        make_run("gpt", "demo", vocab_size=9, optimizer="adamw")
+    with pytest.raises(UserError, match="chooses rates for adamw: give --lr with optimizer=muon"):
+        make_run("gpt", "demo", "paper", vocab_size=9, optimizer="muon")
+    assert make_run("gpt", "demo", vocab_size=9, optimizer="adamw", lr=1e-3).optim.optimizer.kind == "adamw"
 
 
 @both_arms

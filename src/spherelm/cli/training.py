@@ -159,7 +159,9 @@ def run_of_whole(
     """The run in the file `config`, whose content is `record`, but for what is given by flags."""
     from spherelm.data.sources import parse_data
     from spherelm.data.text_files import prepared
+    from spherelm.progress import say
     from spherelm.recipes import changed
+    from spherelm.recipes.explained import departures
     from spherelm.runs.config import read_config
     from spherelm.runs.record import refuse_strangers
 
@@ -167,7 +169,14 @@ def run_of_whole(
     if refused:
         raise UserError(f"--{refused[0]} has no effect with --config {config}, which holds a whole run: leave it out")
     refuse_strangers(config, record)
-    run = changed(read_config(config), asked)
+    before = read_config(config)
+    run = changed(before, asked)
+    kept = [name for name in departures(run) if name not in {*departures(before), *asked}]
+    if run.recipe == "law" and "config" in chosen and kept:
+        say(
+            f"warning: rates and starts stay as in {config}; for this shape and length the law has others "
+            "(--dry-run shows them): without --config they are chosen anew"
+        )
     if "init_from" in chosen:
         run = replace(run, init_from=str(chosen["init_from"]))
     if data is None:
@@ -228,7 +237,8 @@ def describe(config: RunConfig, asked: DryRun) -> None:
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
     memory = None if asked.device_memory is None else round(asked.device_memory * 2**30)
     found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
-    print(json.dumps(found, indent=2) if asked.json else "\n".join([estimate_table(found), *explained(config)]))
+    lines = [estimate_table(found), *explained(config, found["parameters_by_role"])]
+    print(json.dumps(found, indent=2) if asked.json else "\n".join(lines))
 
 
 def sweep(

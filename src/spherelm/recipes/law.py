@@ -27,13 +27,13 @@ class Constant(NamedTuple):
 
 
 CONSTANTS: Mapping[str, Constant] = {
-    "matrix.gpt": Constant(0.0165, "rate of block matrices and gains at 1000 updates of 1024 tokens", "law.json"),
+    "matrix.gpt": Constant(0.0165, "rate of matrices, gains, routers at 1000 updates of 1024 tokens", "law.json"),
     "matrix.ngpt": Constant(0.032, "Muon's angle of block matrices there, in radians", "law.json"),
     "input.gpt": Constant(0.008125, "Adam's rate of the input embedding there, over sqrt(d_model)", "law.json"),
     "input.ngpt": Constant(0.043, "Adam's angle of the input embedding there", "law.json"),
     "output.gpt": Constant(1.5, "Adam's rate of the output embedding there, times d_model", "law.json"),
     "output.ngpt": Constant(0.53, "Adam's rate of the output embedding there, times d_model", "law.json"),
-    "vector.ngpt": Constant(0.082, "Adam's rate of learned scales there, times sqrt(d_model)", "law.json"),
+    "vector.ngpt": Constant(0.082, "Adam's rate of scales, gains and routers there, times sqrt(d_model)", "law.json"),
     "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
     "batch": Constant(0.18, "rates rise with the tokens of an update to this, but of scales and gains", "law.json"),
@@ -42,7 +42,7 @@ CONSTANTS: Mapping[str, Constant] = {
     "mixers.gpt": Constant(0.4, "GPT's matrices, where a pattern has Mamba mixers: times this", "law.json"),
     "decay.gpt": Constant(0.25, "sum over a run of peak rate times weight decay", "law.json"),
     "memory": Constant(6.2, "Adam's beta 1 remembers sqrt(steps) / 6.2 updates, 2 to 10; Muon twice", "betas.json"),
-    "second": Constant(0.95, "Adam's beta 2 at 524288 tokens an update; as many tokens elsewhere", "nGPT, Table 3"),
+    "second": Constant(0.95, "beta 2 at 524288 tokens an update, as many tokens elsewhere: to 0.99", "nGPT, Table 3"),
     "alpha": Constant(0.05, "eigen learning rates of 24 layers at the start, as 1/sqrt(layers)", "nGPT, Table 3"),
     "common": Constant(8.0, "weight of the direction that the rows of an embedding share at the start", "starts.json"),
     "spread": Constant(0.25, "spread of the logits, and of attention's scores, at the start", "law.json, starts.json"),
@@ -55,7 +55,7 @@ SHORTEST = 100
 
 
 class Number(NamedTuple):
-    """A choice of the law, by the name that `--set` has for it, and the constants that it comes from."""
+    """A choice of the law, and the constants that it comes from."""
 
     value: float
     constants: tuple[str, ...]
@@ -82,7 +82,7 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     if arm == "gpt" and "M" in pattern:
         matrix = Number(matrix.value * of["mixers.gpt"], (*matrix.constants, "mixers.gpt"))
     vector = rate("vector", "adam", unit, "" if arm == "ngpt" else "matrix.gpt")
-    relative = {"router": vector, "scale" if arm == "ngpt" else "gain": vector}
+    relative = dict.fromkeys(("router", "scale", "gain") if arm == "ngpt" else ("router", "gain"), vector)
     relative |= {"input_embedding": rate("input", "adam", unit if arm == "ngpt" else 1 / width)}
     relative |= {"output_embedding": rate("output", "adam", preset.d_model)}
     found = {

@@ -246,6 +246,10 @@ def _run(
         limit = size.micro_batch_size
         size = dataclasses.replace(size, micro_batch_size=limit and part_of_batch(limit, size.batch_size))
     choices = make(arm, size)
+    suited = choices.optim.get("optimizer", "adamw")
+    named = given.get("optimizer", suited)
+    if lr is None and named != suited and "muon" in (named, suited):
+        raise UserError(f"recipe {recipe!r} chooses rates for {suited}: give --lr with optimizer={named}")
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)
     train = {name: getattr(size, name) for name in OF_TRAINING}
     shape = {name: getattr(size, name) for name in ("n_layers", "d_model", "n_heads")}
