@@ -36,7 +36,9 @@ def departures(run: RunConfig) -> list[str]:
     """The names of the numbers in which `run` differs from the law, for its shape and length."""
     own = in_use(run)
     return [
-        name for name, law in lawful(run).items() if own[name] is None or not isclose(own[name], law.value, rel_tol=1e-9)
+        name
+        for name, law in lawful(run).items()
+        if own[name] is None or not isclose(own[name], law.value, rel_tol=1e-9)
     ]
 
 
