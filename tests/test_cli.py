@@ -268,7 +268,7 @@ def test_a_dry_run_shows_what_a_recipe_decides(
 
 
 def test_train_takes_single_fields(command: commands.Command, tmp_path: Path) -> None:
-    words = ["--out", tmp_path / "run", "--preset", "0.5b-1k", "--dry-run", "--json", "--arm", "ngpt"]
+    words = ["--out", tmp_path / "run", "--preset", "0.5b-1k", "--dry-run", "--json", "--arm", "ngpt", "--lr", "1e-3"]
     fields = [
         "schedule=log",
         "rho=0.05",
