@@ -85,7 +85,7 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "report.ends_page.write_ends": nothing([]),
     "train.trainer.train": nothing(0.0),
     "train.batches.epochs": nothing({}),
-    "train.estimate.estimate": nothing({}),
+    "train.estimate.estimate": nothing({"parameters_by_role": {}}),
     "train.estimate.estimate_table": str,
     "train.evaluation.about": nothing({}),
     "train.evaluation.tasks_of_run": nothing({}),
