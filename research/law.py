@@ -314,13 +314,14 @@ def draw(asked: argparse.Namespace) -> None:
         axis.plot(
             (0.5, 1, 2), above, marker="osv^"[place % 4], color=pyplot.cm.viridis(place / len(shown)), label=label
         )
-    for axis, arm in zip(axes, ARMS, strict=True):
+    for axis, title in zip(axes, ("GPT", "nGPT"), strict=True):
         names = {"xticks": [0.5, 1, 2], "xticklabels": ["half", "the law's", "double"]}
-        axis.set(xscale="log", **names, title=arm, xlabel="peak rate", ylim=(-0.3, 6))
+        axis.set(xscale="log", **names, title=title, xlabel="peak rate", ylim=(-0.3, 6))
         axis.minorticks_off()
     axes[0].set_ylabel("loss over the lowest, %")
     handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=6, ncols=3, loc="outside lower center")
+    named = {"title": "width, layers, vocabulary, tokens of an update x updates", "title_fontsize": 7}
+    figure.legend(handles, labels, fontsize=6, ncols=3, loc="outside lower center", **named)
     figure.savefig(asked.out, metadata={"Date": None})
 
 
