@@ -216,9 +216,7 @@ def test_a_token_is_followed_and_a_stop_shows_its_numbers(browser: Any) -> None:
     tokens = browser.find_elements("css selector", "#tokens button")
     settled(browser)
     depths = browser.execute_script("return run().points[here()].map(point => shape.screen(point)[2])")
-    front = int(
-        np.argmax(depths)
-    )  # a stop behind the sphere has no numbers, and which are there depends on the machine
+    front = int(np.argmax(depths))  # behind the sphere a stop shows no numbers; which are there differs by machine
     tokens[front].click()
     assert find(browser, "#chosen").text == readable(SENTENCE[front])
     assert tokens[front].get_attribute("aria-pressed") == "true"

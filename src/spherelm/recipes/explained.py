@@ -52,9 +52,9 @@ def explained(run: RunConfig, roles: Collection[str]) -> list[str]:
     own, others = in_use(run), departures(run)
     found = {name: law for name, law in lawful(run).items() if name[:-5] in roles or not name.endswith("_rate")}
     used = dict.fromkeys(name for number in found.values() for name in number.constants)
+    other = {name: f"; this run has {'none' if own[name] is None else format(own[name], '.4g')}" for name in others}
     choices = [
-        f"  {name:22} {law.value:<10.4g} from {', '.join(law.constants)}"
-        + (f"; this run has {own[name] and format(own[name], '.4g')}" if name in others else "")
+        f"  {name:22} {law.value:<10.4g} from {', '.join(law.constants)}{other.get(name, '')}"
         for name, law in found.items()
     ]
     constants = [
