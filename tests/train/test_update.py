@@ -76,7 +76,7 @@ def test_no_update_waits_for_the_device(
     }
     rules = {"optimizer": RULES[rule].kind} | ({"hyperball": True} if rule == "hyperball" else {})
     rules |= {"max_angle": 0.1} if arm == "ngpt" else {}
-    rest: dict[str, Any] = {"dtype": "float32", "compile": False, "eval_every": 0, **rules}
+    rest: dict[str, Any] = {"dtype": "float32", "compile": False, "eval_every": 0, "lr": 1e-3, **rules}
     config = make_run(arm, "hybrid", vocab_size=tiny.VOCAB, data=str(data), **shape, **rest)
     run = Trainer(config, tmp_path / "run", group=Group(device=META))
     run.threads = None
