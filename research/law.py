@@ -9,9 +9,9 @@
 A point is a shape, a text and a length. `run test` trains both arms at the law's peak rate, at half and at double of
 it, the cheapest points first; `run spot` moves the rate of one role at a time at the points of `SPOT`, and `run fit` at
 those of `FIT`. GPT takes three seeds where one decides nothing. `run architecture` trains the presets that are no plain
-decoders, `pairs` on the data directory that is given (docs/experiments.md has its command). Runs resume, and every finished one is a line of
-docs/results/law.json. `table` prints how far the law's rate is from the best of the three at each point, and what
-single roles do.
+decoders, `pairs` on the data directory that is given (docs/experiments.md has its command). Runs resume, and every
+finished one is a line of docs/results/law.json. `table` prints how far the law's rate is from the best of the three at
+each point, and what single roles do.
 """
 
 from __future__ import annotations
