@@ -16,8 +16,9 @@ from unittest.mock import patch
 
 import torch
 
+from spherelm.data.output import write_json
 from spherelm.layers import grouped
-from spherelm.runs.record import versions, write_json
+from spherelm.runs.record import versions
 
 
 def seconds(dtype: torch.dtype, ends: torch.Tensor, shape: tuple[int, int, int]) -> float:

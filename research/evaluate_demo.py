@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from spherelm.data.output import write_json
 from spherelm.evaluate.harness import PAPER_TASKS, TaskSettings, evaluate_tasks
 from spherelm.evaluate.lengths import Plan
 from spherelm.evaluate.positions import Positions
 from spherelm.interop.huggingface import to_hf
 from spherelm.models import build
 from spherelm.runs.config import read_config
-from spherelm.runs.record import versions, write_json
+from spherelm.runs.record import versions
 from spherelm.train.evaluation import perplexity_of_run, tasks_of_run, transformers_tokenizer
 
 LENGTHS = (256, 512, 1024, 2048)

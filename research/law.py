@@ -142,9 +142,11 @@ def seeds(point: Point, arm: str) -> tuple[int, ...]:
     return (0, 1, 2) if arm == "gpt" and point.vocabulary == "256" and point.steps < 1000 else (0,)
 
 
-def spot_seeds(arm: str) -> tuple[int, ...]:
-    """Seeds of a role that is moved alone: a third of a percent is asked for, and GPT's differ by that."""
-    return (0, 1, 2) if arm == "gpt" else (0,)
+def spot_seeds(point: Point, arm: str) -> tuple[int, ...]:
+    """Seeds of a role that is moved alone: a third of a percent is asked for, and GPT's differ by that; over bytes
+    nGPT's too.
+    """
+    return (0, 1, 2) if arm == "gpt" or point.vocabulary == "256" else (0,)
 
 
 def wanted(kinds: list[str]) -> Iterator[Key]:
@@ -158,7 +160,7 @@ def wanted(kinds: list[str]) -> Iterator[Key]:
             for arm in ARMS:
                 moved = {"test": whole, "fit": [whole[0], *alone[:-2]], "spot": alone}[kind]
                 of = {"point": point.name, "arm": arm}
-                if seed in {"test": seeds(point, arm), "fit": (0,), "spot": spot_seeds(arm)}[kind]:
+                if seed in {"test": seeds(point, arm), "fit": (0,), "spot": spot_seeds(point, arm)}[kind]:
                     if kind == "spot" and seed not in seeds(point, arm):
                         yield {"kind": "test", **of, "role": "all", "factor": 1.0, "seed": seed}
                     yield from ({"kind": kind, **of, "role": r, "factor": f, "seed": seed} for r, f in moved)
@@ -275,7 +277,7 @@ def spots(results: Path = RESULTS) -> str:
     for point in sorted(SPOT, key=lambda point: point.cost):
         for arm in ARMS:
             rates = [("all", 1.0), *moved]
-            losses = [[of.get((point.name, arm, *rate, seed)) for rate in rates] for seed in spot_seeds(arm)]
+            losses = [[of.get((point.name, arm, *rate, seed)) for rate in rates] for seed in spot_seeds(point, arm)]
             whole = [of_seed for of_seed in losses if None not in of_seed]
             if not whole:
                 continue

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from spherelm.data.output import write_json
 from spherelm.experiments.jobs import start_worker
-from spherelm.runs.record import write_json
 from spherelm.train.signals import Interrupted
 
 Key = dict[str, Any]

@@ -2,8 +2,7 @@
 and compare them after a refactor.
 
     python research/same_losses.py record DIR [WORD ...]     # writes DIR/losses.json and the initial weights of each
-    run python research/same_losses.py compare DIR [WORD ...]    # trains again and asks for the same
-    losses, to the last bit
+    python research/same_losses.py compare DIR [WORD ...]    # trains again and asks for the same losses, to the bit
 
 With words, only the runs whose names hold one of them. The names of arms are those of version 0.1.0.
 
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import spherelm.train.trainer as trainer
 from spherelm.data.pairs import PairFiles, prepare_pairs
 from spherelm.recipes import make_run
+from spherelm.recipes.named import WAYS
 
 SIZES: dict[str, Any] = {"d_model": 32, "n_heads": 2, "seq_len": 32, "batch_size": 4, "steps": 8, "eval_every": 4}
 RUN: dict[str, Any] = {**SIZES, "eval_windows": 8, "dtype": "float32", "compile": False, "lr": 1e-2}
@@ -40,7 +40,7 @@ def cases() -> dict[str, dict[str, Any]]:
     """The runs by name: arguments of `make_run`."""
     found: dict[str, dict[str, Any]] = {}
     for arm in ("gpt", "ngpt"):
-        for recipe in ("law", "paper", "nugpt", "training-ngpt"):
+        for recipe in WAYS:
             found[f"{arm}-{recipe}"] = {"arm": arm, "recipe": recipe, **DECODER}
         found[f"{arm}-tied-grouped"] = {
             "arm": arm,

@@ -40,7 +40,7 @@ OWNERS = {
 }
 """The module, or package, that alone imports an optional library; whatever else is not in the core has none yet."""
 
-OPTIONAL = [*OWNERS, "datasets", "lm_eval", "wandb", "trackio", "plotly", "tensorboard", "accelerate", "yaml", "pandas"]
+OPTIONAL = [*OWNERS, "plotly", "tensorboard", "accelerate", "yaml", "pandas"]
 COLLECTIVE_FLOORS = {Path(f"{name}.py") for name in ("runs/checkpoint", "train/parallel")}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "tools", "lib"}
 

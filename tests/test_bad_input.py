@@ -297,9 +297,7 @@ def test_a_whole_number_among_the_betas_is_a_number(
         assert answer.code == 0, answer.err
 
 
-@pytest.mark.parametrize(
-    "flags", [["--lr", 1e38], ["--set", "matrix_rate=1e300"], ["--set", "matrix_lr=1e300"]], ids=str
-)
+@pytest.mark.parametrize("flags", [["--lr", 1e38], ["--set", "matrix_rate=1e300"]], ids=str)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "gated_adamw"])
 def test_a_rate_that_float32_does_not_hold_diverges(
     flags: list[object], optimizer: str, command: commands.Command, good_data: Path, tmp_path: Path

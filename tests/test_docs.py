@@ -189,6 +189,8 @@ for fields in ({}, {"variant.part_norm": False}, {"nope_every": 2}, {"optimizer"
     kept = sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
     counts = {"all": sum(parameter.numel() for parameter in model.parameters())}
     assert run.optim.optimizer.state_size(counts) == kept
+ungated = build(make_run("ngpt", "demo", "paper", vocab_size=50, lr=1e-2, activation="relu2", **sizes).model)
+assert type(ungated.blocks[0].mlp.part).__name__ == "UnitSquaredReLU"
 gpt = make_run("gpt", "demo", "paper", vocab_size=50, lr=1e-2, nope_every=1, **sizes)
 assert build(gpt.model).blocks[0].attention.part.rotation is ROPES["none"].rotation
 """

@@ -14,12 +14,12 @@ from commands import Command
 from configs import fields_by_path
 
 from spherelm import build, build_optimizer, recipe
+from spherelm.data.output import write_json
 from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.recipes import PRESETS, law, make_run
 from spherelm.recipes.law import CONSTANTS, numbers
 from spherelm.runs.config import to_dict
-from spherelm.runs.record import write_json
 from spherelm.train.estimate import parameters_by_role
 
 both_arms = pytest.mark.parametrize("arm", ["gpt", "ngpt"])

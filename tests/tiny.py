@@ -24,7 +24,7 @@ from spherelm.recipes import Preset, make_run
 from spherelm.runs.checkpoint import MOMENTS, WEIGHTS
 from spherelm.runs.config import RunConfig
 from spherelm.runs.loading import checkpoint_of
-from spherelm.runs.metrics import MEASURED, read_metrics
+from spherelm.runs.metrics import read_metrics
 from spherelm.train.trainer import train
 
 COMPILES = (
@@ -48,6 +48,9 @@ def compiles(test: Callable[..., None]) -> Callable[..., None]:
 
 ARMS = ("gpt", "ngpt")
 VOCAB = 257
+MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb", "threads")
+"""The fields of a record of `metrics.jsonl` in which two runs that are otherwise equal differ."""
+
 """Ids of the bytes tokenizer."""
 
 PRESET = Preset(

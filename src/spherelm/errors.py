@@ -41,5 +41,5 @@ def beside(path: Path) -> str:
 
 
 def unknown(kind: str, name: object, among: Iterable[str]) -> UserError:
-    """The error of a `name` that is none of those `among` which to choose; kind: of what it should be the name."""
+    """The error of a `name` that is none of those in `among`; kind: the kind of thing that it names."""
     return UserError(f"unknown {kind} {name!r}{nearest(str(name), among)}: choose one of {', '.join(among)}")

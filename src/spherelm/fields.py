@@ -47,9 +47,7 @@ class FieldError(UserError):
 
 @contextmanager
 def called(name: Callable[[str], str]) -> Iterator[None]:
-    """Have a `FieldError` that is raised in the context call its field by the `name` of the field:
-    that it is given by.
-    """
+    """Report the field of a `FieldError` under the name that the user gave it by: `name` of the field's."""
     try:
         yield
     except FieldError as error:

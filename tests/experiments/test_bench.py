@@ -15,6 +15,7 @@ import torch
 from spherelm.experiments import bench as module
 from spherelm.experiments.bench import Shape, bench, configs, parse_shape, peak_memory, table
 from spherelm.experiments.cost import StepCost
+from spherelm.train import diagnostics
 from spherelm.train.counting import training_flops
 
 SHAPE = Shape(n_layers=2, d_model=16, n_heads=2, seq_len=16, batch_size=4, vocab_size=61)
@@ -89,7 +90,7 @@ def test_hybrids_are_timed_by_their_pattern() -> None:
 def test_the_rate_is_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that ticks a second a reading."""
     ticks = iter(range(100))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(diagnostics.time, "perf_counter", lambda: float(next(ticks)))
     assert module.matmul_rate(torch.float32, size=10) == 2000.0
 
 

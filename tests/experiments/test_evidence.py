@@ -17,6 +17,7 @@ import pytest
 import tiny
 from commands import make_command
 
+from spherelm.data.output import write_json
 from spherelm.data.prepare import prepare
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.experiments import evidence, evidence_plan
@@ -32,7 +33,7 @@ from spherelm.experiments.evidence_record import on_record, table
 from spherelm.recipes import make_run
 from spherelm.recipes.presets import PRESETS
 from spherelm.runs.loading import load_model
-from spherelm.runs.record import alone_in, write_json
+from spherelm.runs.record import alone_in
 
 
 def test_the_sizes_are_what_they_are_called() -> None:

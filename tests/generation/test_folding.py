@@ -143,6 +143,10 @@ def change_inner_norm(model: Any) -> None:
     model.blocks[0].mlp.part.inner = torch.tanh
 
 
+def replace_product(model: Any) -> None:
+    model.blocks[0].attention.part.q.product = lambda x, weight, scale=None: x
+
+
 def compile_block(model: Any) -> None:
     model.blocks[0].forward = lambda *inputs: inputs[0]
 
@@ -155,6 +159,10 @@ def compile_block(model: Any) -> None:
         (change_step, "blocks.0.mlp takes a step on the sphere that is not known here"),
         (change_inner_norm, "blocks.0.mlp.part has an inner norm that is not known here"),
         (compile_block, "blocks.0 is a Block, not spherelm's"),
+        (
+            replace_product,
+            "the product of blocks.0.attention.part.q is rounded or replaced, which a folded one would not be",
+        ),
     ],
 )
 def test_what_is_not_known_is_not_folded(change: Callable[[Any], None], reason: str, case: Any) -> None:

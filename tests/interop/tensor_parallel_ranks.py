@@ -18,11 +18,11 @@ from spherelm.layers.linear import UnitLinear, retract
 from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.models.config import ScaleSpec
 from spherelm.optim import Muon, OptimConfig, build_optimizer
-from spherelm.optim.groups import clip_gradients
+from spherelm.optim.groups import RateMultipliers, clip_gradients
 from spherelm.sharding import gathered
 
 SHAPE: dict[str, Any] = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_heads": 4, "d_ff": 24, "max_seq_len": 8}
-ADAM, MUON = OptimConfig(lr=0.02), OptimConfig(lr=0.01, optimizer=Muon(), matrix_lr=0.02)
+ADAM, MUON = OptimConfig(lr=0.02), OptimConfig(lr=0.01, optimizer=Muon(), multipliers=RateMultipliers(matrix=2.0))
 CASES = {
     "ngpt": (NGPTConfig(**SHAPE), ADAM),
     "ngpt, two key heads, tied, muon": (NGPTConfig(**SHAPE, n_kv_heads=2, tie_embeddings=True), MUON),

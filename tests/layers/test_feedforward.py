@@ -26,7 +26,7 @@ def test_feed_forward_and_its_gradients_are_the_papers(activation: str, agree: A
 @pytest.mark.parametrize("inner_norm", [False, True])
 @every_activation
 def test_unit_feed_forward_and_its_gradients_are_the_papers(activation: str, inner_norm: bool, agree: Any) -> None:
-    scales = [Scale(20, 1.0, 1.0) for _ in range(2 if activation == "swiglu" else 1)]
+    scales = [Scale(20, 1.0, 1.0) for _ in MLPS[activation].reading]
     module = UNIT_MLPS[activation](12, 20, *scales, inner_norm=inner_norm).double()
     retract(module)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import generate
 from spherelm.generation.sampling import Sampling
 from spherelm.layers.attention import separate_documents
-from spherelm.layers.feedforward import WIDTHS
+from spherelm.layers.feedforward import MLPS
 from spherelm.layers.linear import unit_modules
 from spherelm.models import build
 
@@ -26,7 +26,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [(arm, pattern, {}) for arm in AR
 CASES += [(arm, "MA", {"tie_embeddings": True, "n_heads": 6, "n_kv_heads": 2, "mamba_groups": 1}) for arm in ARMS]
 CASES += [(arm, "AO", {"n_shared_experts": 1, "router_score": "softmax", "experts_per_token": 1}) for arm in ARMS]
 CASES += [(arm, "MO", {"n_shared_experts": 1, "activation": "relu2"}) for arm in ARMS]
-CASES += [("ngpt", "MAO-", {"n_shared_experts": 1, "activation": each, "variant.inner_norm": True}) for each in WIDTHS]
+CASES += [("ngpt", "MAO-", {"n_shared_experts": 1, "activation": each, "variant.inner_norm": True}) for each in MLPS]
 CASES += [("ngpt", "M-", {"s_mamba.init": 0.5, "s_mamba.scale": 0.3, "alpha.init": 0.4, "s_z.init": 5.0})]
 
 

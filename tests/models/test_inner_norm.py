@@ -9,7 +9,7 @@ import torch
 from cases import Case, make_case, make_hybrid_case, make_pair_case
 from torch import Tensor
 
-from spherelm.layers.feedforward import WIDTHS
+from spherelm.layers.feedforward import MLPS
 from spherelm.models import build
 
 MODELS: dict[str, Any] = {
@@ -18,7 +18,7 @@ MODELS: dict[str, Any] = {
     "encoder-decoder": lambda **fields: make_pair_case("ngpt", **fields),
     "hybrid": lambda **fields: make_hybrid_case("ngpt", "MA-O", n_shared_experts=1, **fields),
 }
-every_activation = pytest.mark.parametrize("activation", WIDTHS)
+every_activation = pytest.mark.parametrize("activation", MLPS)
 
 
 def lengths_read(c: Case) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from cases import model_with_experts
 from spherelm.layers.linear import retract
 from spherelm.models import GPTConfig, NGPTConfig, build
 from spherelm.optim import GatedAdamW, Muon, OptimConfig, build_optimizer
-from spherelm.optim.groups import set_rate
+from spherelm.optim.groups import RateMultipliers, set_rate
 from spherelm.runs.group import Group
 from spherelm.sharding import gathered, is_sharded
 from spherelm.train.parallel import Ranks, spread
@@ -33,9 +33,9 @@ CAP: dict[str, Any] = {"max_angle": 0.03, "angle_follows_lr": True}
 OPTIMS = {
     "adamw": OptimConfig(lr=0.1, **CAP),
     "gated": OptimConfig(lr=0.1, optimizer=GatedAdamW(eps_gate=0.5), **CAP),
-    "muon": OptimConfig(lr=0.01, optimizer=Muon(), matrix_lr=0.05),
-    "muon, capped": OptimConfig(lr=0.01, optimizer=Muon(), matrix_lr=0.05, **CAP),
-    "hyperball": OptimConfig(lr=0.01, optimizer=Muon(hyperball=True), matrix_lr=0.05),
+    "muon": OptimConfig(lr=0.01, optimizer=Muon(), multipliers=RateMultipliers(matrix=5.0)),
+    "muon, capped": OptimConfig(lr=0.01, optimizer=Muon(), multipliers=RateMultipliers(matrix=5.0), **CAP),
+    "hyperball": OptimConfig(lr=0.01, optimizer=Muon(hyperball=True), multipliers=RateMultipliers(matrix=5.0)),
 }
 EXPERTS = {f"experts, {name}": OPTIMS[name] for name in ("adamw", "muon, capped")}
 """With a mixture of experts in place of each MLP:

@@ -110,7 +110,7 @@ CONFIG: dict[str, Any] = {"vocab_size": 23, "n_layers": 2, "d_model": 16, "n_hea
 
 def test_ngpt_stays_on_the_sphere_and_only_block_matrices_are_muons() -> None:
     model = build(NGPTConfig(**CONFIG))
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=Muon(), matrix_lr=0.05))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=Muon(), multipliers=RateMultipliers(matrix=5.0)))
     for seed in range(3):
         pushed(optimizer, model, seed)
         assert departure(model) < 3e-7
@@ -184,7 +184,7 @@ def test_its_products_are_computed_as_the_model_is(
 def test_what_is_not_a_matrix_moves_as_with_adamw() -> None:
     models = [build(GPTConfig(**CONFIG)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    mixed = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer=Muon(), matrix_lr=0.05))
+    mixed = build_optimizer(models[0], OptimConfig(lr=1e-2, optimizer=Muon(), multipliers=RateMultipliers(matrix=5.0)))
     adam = build_optimizer(models[1], OptimConfig(lr=1e-2))
     for seed in range(3):
         for optimizer in (mixed, adam):
@@ -201,7 +201,9 @@ def test_hyperball_turns_plain_matrices_and_keeps_their_norm() -> None:
     over a few updates; no weight decay.
     """
     model = build(GPTConfig(**CONFIG))
-    config = OptimConfig(lr=1e-2, optimizer=Muon(hyperball=True), matrix_lr=0.05, weight_decay=0.1)
+    config = OptimConfig(
+        lr=1e-2, optimizer=Muon(hyperball=True), multipliers=RateMultipliers(matrix=5.0), weight_decay=0.1
+    )
     optimizer = build_optimizer(model, config)
     matrices = {name: p for name, p in model.named_parameters() if name.startswith("blocks") and p.ndim == 2}
     at_first = {name: p.detach().double().norm() for name, p in matrices.items()}
@@ -217,7 +219,7 @@ def test_hyperball_turns_plain_matrices_and_keeps_their_norm() -> None:
 
 @pytest.mark.parametrize("arm", [GPTConfig, NGPTConfig])
 def test_half_of_it_saved_and_loaded_goes_on_to_the_bit(arm: Any) -> None:
-    config = OptimConfig(lr=1e-2, optimizer=Muon(), matrix_lr=0.02)
+    config = OptimConfig(lr=1e-2, optimizer=Muon(), multipliers=RateMultipliers(matrix=2.0))
     whole, half = build(arm(**CONFIG)), build(arm(**CONFIG))
     half.load_state_dict(whole.state_dict())
     optimizer, first = build_optimizer(whole, config), build_optimizer(half, config)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spherelm.data.output import write_json
 from spherelm.experiments.speedup import speedup
 from spherelm.models import build
 from spherelm.optim import build_optimizer
 from spherelm.recipes import make_run
 from spherelm.runs.checkpoint import Progress, save_checkpoint
 from spherelm.runs.config import to_dict
-from spherelm.runs.record import write_json
 
 TOKENS_PER_STEP = 16 * 256
 SHAPE = {"vocab_size": 96, "n_layers": 3, "d_model": 32, "n_heads": 2}

@@ -12,12 +12,12 @@ from typing import Any
 import commands
 import pytest
 
+from spherelm.data.output import write_json
 from spherelm.recipes import make_run
 from spherelm.report import ends_page
 from spherelm.report.charts import Line
 from spherelm.report.ends_page import write_ends
 from spherelm.runs.config import to_dict
-from spherelm.runs.record import write_json
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '.[report]' in a clone of spherelm")
 

@@ -27,6 +27,7 @@ from synthetic_runs import write_comparison
 from spherelm import sphere
 from spherelm.analysis import weights
 from spherelm.analysis.recording import record
+from spherelm.data.output import write_json
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.report import inspection, sphere_map
 from spherelm.report.comparison_page import write_report
@@ -36,7 +37,6 @@ from spherelm.report.walk import MAX_TOKENS, SENTENCE, fitting_sentence, trace_w
 from spherelm.runs.checkpoint import WEIGHTS
 from spherelm.runs.config import to_dict
 from spherelm.runs.loading import load_model
-from spherelm.runs.record import write_json
 from spherelm.train.evaluation import load_decoder
 from spherelm.train.trainer import Trainer
 

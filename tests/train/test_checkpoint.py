@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from spherelm import load_model
+from spherelm.data.output import write_json
 from spherelm.models import Decoder, GPTConfig, NGPTConfig, build
 from spherelm.optim import OptimConfig, build_optimizer
 from spherelm.optim.groups import count_devices
@@ -38,7 +39,6 @@ from spherelm.runs.checkpoint import (
 )
 from spherelm.runs.config import read_config, to_dict
 from spherelm.runs.loading import run_directory
-from spherelm.runs.record import write_json
 from spherelm.train.trainer import Trainer, train
 
 SHAPE: dict[str, Any] = {"vocab_size": 11, "n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 12, "max_seq_len": 8}

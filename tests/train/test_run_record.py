@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import tiny
 
+from spherelm.data.output import write_json
 from spherelm.models import GPTConfig, NGPTConfig
 from spherelm.optim import OptimConfig, ScheduleConfig
 from spherelm.recipes import PRESETS, RECIPES, make_run
 from spherelm.runs.config import RunConfig, TrainConfig, from_dict, read_config, to_dict
-from spherelm.runs.record import FREE_TO_CHANGE, claim_directory, command_line, flat, git_commit, versions, write_json
+from spherelm.runs.record import FREE_TO_CHANGE, claim_directory, command_line, flat, git_commit, versions
 
 WANTED: dict[str, Any] = {"arm": "gpt", "train": {"steps": 3, "keep": 2}, "betas": (0.9, 0.95)}
 

@@ -16,6 +16,7 @@ from spherelm import sphere
 from spherelm.analysis.geometry import anisotropy, rank_of_rows
 from spherelm.analysis.recording import Recording
 from spherelm.errors import UserError
+from spherelm.layers.loss import IGNORED
 from spherelm.layers.readout import read_logits
 from spherelm.models.decoder import Decoder
 
@@ -139,7 +140,7 @@ def logit_lens(model: Decoder, recording: Recording) -> Lens:
     of a GPT behind its last norm.
     """
     tokens = recording.tokens
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+    targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED).flatten()
     sums = np.zeros((4, len(recording.stops)))
     for start in range(0, len(targets), CHUNK):
         here = slice(start, start + CHUNK)
@@ -148,7 +149,7 @@ def logit_lens(model: Decoder, recording: Recording) -> Lens:
         known = (chances * final).sum()
         for i, stop in enumerate(recording.stops):
             logs = _logits(model, stop[here]).log_softmax(-1)
-            loss = F.nll_loss(logs, targets[here], ignore_index=-100, reduction="sum")
+            loss = F.nll_loss(logs, targets[here], ignore_index=IGNORED, reduction="sum")
             agreed = (logs.argmax(-1) == chosen).sum()
             sums[:, i] += [x.item() for x in (loss, -(logs.exp() * logs).sum(), agreed, known - (chances * logs).sum())]
     scored = int((targets >= 0).sum())

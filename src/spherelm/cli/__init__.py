@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -20,6 +21,9 @@ from spherelm.cli.parser import Command, about, parse, parser_of
 from spherelm.errors import UserError, nearest
 from spherelm.progress import say
 from spherelm.third_parties import silenced
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, without a path."""
 
 RANK_LOST = 3
 """Exit code of a run whose other processes no longer answer."""
@@ -130,7 +134,7 @@ def main() -> None:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(128 + 13) from None
-        if error.errno is None:  # not of the system
+        if error.filename is None and error.errno not in FULL:
             report_mistake()
             raise
         stop(str(error), 2)

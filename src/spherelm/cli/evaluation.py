@@ -58,8 +58,7 @@ def eval_(
         write: Write the translations to this new file.
         json: Write all results to this new file as JSON.
     """
-    from spherelm.data.output import check_new_file
-    from spherelm.runs.record import write_json
+    from spherelm.data.output import check_new_file, write_json
     from spherelm.train.evaluation import about
 
     if json is not None:

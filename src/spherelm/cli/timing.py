@@ -63,9 +63,8 @@ def doctor(*, json: Path | None = None) -> None:
     Args:
         json: File to write the checks to, as JSON.
     """
-    from spherelm.data.output import check_new_file
+    from spherelm.data.output import check_new_file, write_json
     from spherelm.experiments import doctor as module
-    from spherelm.runs.record import write_json
 
     if json is not None:
         check_new_file(json, "--json")

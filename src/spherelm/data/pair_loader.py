@@ -1,7 +1,7 @@
 """Pairs as batches of similar length, a pure function of (seed, step, rank, world size) as all batches here.
 
 A batch is two tensors, as a language model's is: tokens int64 [pairs, source + target], the sources (padded on the
-right with `PADDING`) followed by the targets' tokens, which begin with the end token; targets int64 [pairs, target],
+right with `IGNORED`) followed by the targets' tokens, which begin with the end token; targets int64 [pairs, target],
 the same moved by one, which end with it, and -100 at padding. So `targets` says how wide the second
 part of `tokens` is.
 """
@@ -18,9 +18,7 @@ from spherelm.counting import counted
 from spherelm.data.loader import Batch, StatelessBatches, check_share
 from spherelm.data.pairs import PairTokens
 from spherelm.errors import UserError
-
-PADDING = -100
-"""Padding after the end of a source, and of the tokens to predict."""
+from spherelm.layers.loss import IGNORED
 
 
 class PairLoader(StatelessBatches):
@@ -82,9 +80,9 @@ class PairLoader(StatelessBatches):
 def pair_batch(pairs: PairTokens, rows: npt.NDArray[np.int64] | Sequence[int], eos_id: int) -> Batch:
     """The pairs numbered `rows` as a batch, no wider than their longest source and target."""
     read = [pairs.row(int(index)) for index in rows]
-    source = np.full((len(read), max(len(s) for s, _ in read) + 1), PADDING, dtype=np.int64)
+    source = np.full((len(read), max(len(s) for s, _ in read) + 1), IGNORED, dtype=np.int64)
     written = np.full((len(read), max(len(t) for _, t in read) + 1), eos_id, dtype=np.int64)
-    targets = np.full_like(written, PADDING)
+    targets = np.full_like(written, IGNORED)
     for i, (s, t) in enumerate(read):
         source[i, : len(s)], source[i, len(s)] = s, eos_id
         written[i, 1 : len(t) + 1] = t

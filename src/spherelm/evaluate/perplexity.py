@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherelm.layers.attention import separate_documents
-from spherelm.layers.loss import chunk_rows
+from spherelm.layers.loss import IGNORED, chunk_rows
 from spherelm.models import Decoder
 
 
@@ -43,7 +43,7 @@ def summed_loss(
     try:
         for part, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
             before_each()
-            counted = int((wanted != -100).sum())
+            counted = int((wanted != IGNORED).sum())
             part = part.to(device)
             total += model.loss(part, wanted.to(device), *separate_documents(part, end_token)).item() * counted
             count += counted

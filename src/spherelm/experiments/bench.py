@@ -25,7 +25,7 @@ from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
 from spherelm.third_parties import silence
 from spherelm.train.counting import training_flops
-from spherelm.train.diagnostics import data_sheet_flops
+from spherelm.train.diagnostics import data_sheet_flops, product_seconds
 from spherelm.train.precision import best_device, device_name, name_of, resolve_dtype
 
 MATMUL_SIZE = 4096
@@ -73,20 +73,9 @@ def resolved(shape: Shape, dtype: str, pattern: str | None = None) -> str:
     return name_of(resolve_dtype(dtype, model, shape.batch_size * shape.seq_len))
 
 
-def matmul_rate(dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 3) -> float:
-    """The best of `repeats` products of two [size, size] matrices, in floating point operations per second."""
-    device = best_device()
-    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
-
-    def product() -> float:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - start
-
-    product()
-    return 2 * size**3 / min(product() for _ in range(repeats))
+def matmul_rate(dtype: torch.dtype, size: int = MATMUL_SIZE) -> float:
+    """The best of three products of [size, size] matrices, in floating point operations per second."""
+    return 2 * size**3 / product_seconds(torch.randn(size, size, device=best_device()).to(dtype))
 
 
 def peak_memory(config: RunConfig) -> float:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import PositiveInt
 
+from spherelm.data.output import write_json
 from spherelm.data.sources import parse_data
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
@@ -27,7 +28,7 @@ from spherelm.recipes.written import FIXED, parse_fields
 from spherelm.runs.checkpoint import latest_checkpoint
 from spherelm.runs.config import RunConfig, read_config
 from spherelm.runs.metrics import read_metrics
-from spherelm.runs.record import claimed, command_line, git_commit, versions, write_json
+from spherelm.runs.record import claimed, command_line, git_commit, versions
 from spherelm.train.batches import open_data
 from spherelm.train.guard import Diverged
 from spherelm.train.precision import on_device

@@ -25,6 +25,7 @@ import numpy as np
 
 from spherelm.counting import counted
 from spherelm.data.loader import validation_windows
+from spherelm.data.output import write_json
 from spherelm.data.shards import open_tokens
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.evaluate.perplexity import mean_loss
@@ -38,7 +39,7 @@ from spherelm.experiments.sweep import UNTRAINED, name_of
 from spherelm.progress import say
 from spherelm.recipes import make_run
 from spherelm.runs.loading import load_model
-from spherelm.runs.record import alone_in, write_json
+from spherelm.runs.record import alone_in
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
 from spherelm.train.threads import threads

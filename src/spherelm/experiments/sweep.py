@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from spherelm.data.output import write_json
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.experiments.jobs import Job, run_jobs, say_before
 from spherelm.experiments.record import standard_error
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
-from spherelm.runs.record import command_line, git_commit, or_nan, versions, write_json
+from spherelm.runs.record import command_line, git_commit, or_nan, versions
 from spherelm.train.batches import open_data
 
 UNTRAINED = 1.0

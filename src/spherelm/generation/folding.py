@@ -315,6 +315,8 @@ def obstacle(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if (module is not model and type(module) not in KNOWN) or "forward" in module.__dict__:
             return f"{name} is a {type(module).__name__}, not spherelm's"
+        if "product" in module.__dict__:
+            return f"the product of {name} is rounded or replaced, which a folded one would not be"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which would not be called"
         if getattr(module, "step", sphere.step) not in STEPS:

@@ -42,11 +42,19 @@ def stream(
     this. Raises `ValueError` at once, not at the first step.
     """
     check(model, prompts, max_new_tokens, window)
-    seeds = row_seeds(seed, len(prompts))
-    if fold and max_new_tokens > 0:
-        model = for_inference(model)
     ready, rows = model.conditioned(prompts, eos_id)
-    return _steps(Continuation(ready, rows, sampling or Sampling(), seeds, window), max_new_tokens, eos_id)
+    return continued(ready, rows, max_new_tokens, sampling or Sampling(), seed, eos_id, window, fold)
+
+
+def continued(
+    ready: Decoder, rows: Rows, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int] | None,
+    eos_id: int | None, window: bool, fold: bool = True,
+) -> Iterator[Tensor]:  # fmt: skip
+    """`stream` of a model and rows as `conditioned` returns them, which are checked."""
+    seeds = row_seeds(seed, len(rows))
+    if fold and max_new_tokens > 0:
+        ready = for_inference(ready)
+    return _steps(Continuation(ready, rows, sampling, seeds, window), max_new_tokens, eos_id)
 
 
 def _steps(continuation: Continuation, max_new_tokens: int, eos_id: int | None) -> Iterator[Tensor]:
@@ -115,7 +123,7 @@ def generate(
     given = token_rows(prompt, tokenizer)
     check(model, given, max_new_tokens, window)
     ready, rows = model.conditioned(given, eos_id)
-    steps = stream(ready, rows, max_new_tokens, sampling, seed=seed, eos_id=eos_id, window=window, fold=fold)
+    steps = continued(ready, rows, max_new_tokens, sampling, seed, eos_id, window, fold)
     return as_given(prompt, rows, list(steps), tokenizer, eos_id, model.continues)
 
 

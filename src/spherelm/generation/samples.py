@@ -14,7 +14,7 @@ from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import NotFoundError, UserError, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
-from spherelm.generation.generate import check, for_inference, row_seeds, stream
+from spherelm.generation.generate import check, continued, for_inference, row_seeds
 from spherelm.generation.sampling import Sampling
 from spherelm.generation.text_stream import TextStream, collect, encode_prompt
 from spherelm.layers.linear import departure
@@ -84,9 +84,7 @@ def continuations(
         batch = rows[i : i + size]
         ready, begun = model.conditioned(batch, tokenizer.eos_id)
         streams = [TextStream(tokenizer.decode, row, stop) for row in begun]
-        steps = stream(
-            ready, begun, max_new_tokens, sampling, seed=seeds[i : i + size], eos_id=tokenizer.eos_id, window=window
-        )
+        steps = continued(ready, begun, max_new_tokens, sampling, seeds[i : i + size], tokenizer.eos_id, window)
         texts += collect((step.tolist() for step in steps), streams, tokenizer.eos_id, write)
     return texts
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spherelm.data.output import check_free, whole_directory
+from spherelm.data.output import check_free, whole_directory, write_json
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from spherelm.errors import UserError
 from spherelm.interop.onnx import write_onnx
@@ -17,7 +17,6 @@ from spherelm.runs.checkpoint import STATE
 from spherelm.runs.config import read_config, read_record, to_dict
 from spherelm.runs.loading import checkpoint_of, load_model
 from spherelm.runs.metrics import read_metrics
-from spherelm.runs.record import write_json
 
 if TYPE_CHECKING:
     from spherelm.interop.huggingface.folder import TokenizerDefinition

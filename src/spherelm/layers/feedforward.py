@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +13,13 @@ from spherelm.layers.linear import INNER_NORMS, Linear, Scale, UnitLinear
 class FeedForward(nn.Module):
     """The baseline's MLP: `W_o (u * SiLU(v))` with `u = W_u h`, `v = W_v h` (nGPT paper, eqs. 17-19).
 
-    Weights `u`, `v` [d_ff, d_model], `o` [d_model, d_ff].
+    Weights `u`, `v` [d_ff, d_model], `o` [d_model, d_ff]. reading: the matrices that read the hidden state, each of
+    which has a learned scale on the sphere. widening: d_ff over d_model where a config does not say it.
     """
 
     reads: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ("u", "v")
+    widening = 4
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -37,6 +39,8 @@ class SquaredReLU(nn.Module):
     """
 
     reads: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ("u",)
+    widening = 3
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -93,12 +97,9 @@ class UnitSquaredReLU(nn.Module):
         return self.o(self.inner(F.relu(self.u(h, self.s_u() * self.input_gain)).square()))
 
 
-WIDTHS = {"swiglu": 4, "relu2": 3}
-"""By the name of the activation: channels inside of an MLP over d_model, where nothing is said of them."""
-
-MLPS: dict[str, Callable[..., FeedForward | SquaredReLU]] = {"swiglu": FeedForward, "relu2": SquaredReLU}
-UNIT_MLPS: dict[str, Callable[..., UnitFeedForward | UnitSquaredReLU]] = {
+MLPS: dict[str, type[FeedForward | SquaredReLU]] = {"swiglu": FeedForward, "relu2": SquaredReLU}
+UNIT_MLPS: dict[str, type[UnitFeedForward | UnitSquaredReLU]] = {
     "swiglu": UnitFeedForward,
     "relu2": UnitSquaredReLU,
 }
-"""By the name of the activation, what makes an MLP of each arm."""
+"""By the name of the activation, the MLP of each arm."""

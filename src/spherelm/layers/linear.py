@@ -188,6 +188,18 @@ class Scale(nn.Module):
         return (self.value * (self.init / self.scale)).expand(self.shape)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a module that `unit_modules` gives."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def role_of(module: nn.Module) -> str:
+    """The role that such a module declares, else "matrix"."""
+    return str(getattr(module, "role", "matrix"))
+
+
 def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Every module that declares a unit axis, as (name, module, axis), each weight once even if modules share it."""
     seen: dict[int, object] = {}  # the weights too: the identity of one that is gone may become another's

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, Pos
 
 from spherelm.errors import UserError
 from spherelm.fields import Among, check
-from spherelm.layers.feedforward import WIDTHS
+from spherelm.layers.feedforward import MLPS
 from spherelm.layers.linear import FORMS, Scale
 from spherelm.layers.mamba2 import MambaShape
 from spherelm.layers.moe import BALANCINGS, SCORES
@@ -166,7 +166,7 @@ class ModelConfig:
     rope_base: Annotated[float, Field(gt=1)] = 10000.0
     rope: Annotated[str, Among(ROPES)] = "standard"
     tie_embeddings: bool = False
-    activation: Annotated[str, Among(WIDTHS)] = "swiglu"
+    activation: Annotated[str, Among(MLPS)] = "swiglu"
     architecture: Architecture = DecoderArch()
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ class ModelConfig:
     @property
     def ff_width(self) -> int:
         """Channels inside of an MLP."""
-        return self.d_ff or WIDTHS[self.activation] * self.d_model
+        return self.d_ff or MLPS[self.activation].widening * self.d_model
 
     @property
     def pattern(self) -> str | None:
@@ -322,8 +322,8 @@ class NGPTConfig(ModelConfig):
 
     @property
     def mlp_scales(self) -> tuple[ScaleSpec, ...]:
-        """Of the products in an MLP that read the hidden state: `s_u`, and `s_v` where there is a gate."""
-        return (self.s_u, self.s_v) if self.activation == "swiglu" else (self.s_u,)
+        """Of the matrices of an MLP that read the hidden state: `s_u`, and `s_v` where there is a gate."""
+        return tuple(getattr(self, f"s_{name}") for name in MLPS[self.activation].reading)
 
     def learned(self, spec: ScaleSpec, *shape: int) -> Scale:
         """The learned scale that `spec` describes."""
@@ -387,6 +387,6 @@ def to_plain(config: Config) -> dict[str, Any]:
         if letter not in pattern:
             plain["architecture"].pop(group, None)
             plain.pop(scale, None)
-    if config.activation != "swiglu":
+    if "v" not in MLPS[config.activation].reading:
         plain.pop("s_v", None)
     return plain

@@ -18,6 +18,7 @@ from spherelm.errors import UserError
 from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory, real_tokens
 from spherelm.layers.linear import Embedding
+from spherelm.layers.loss import IGNORED
 from spherelm.layers.readout import read_logits
 from spherelm.layers.rope import RotaryTable
 from spherelm.models.config import Config, EncDecArch
@@ -34,9 +35,6 @@ from spherelm.models.decoder import (
     table_of,
 )
 from spherelm.models.kit import Surroundings
-
-PADDING = -100
-"""The padding id after the end of a source; any negative number would do."""
 
 
 class SourceEncoder(nn.Module):
@@ -180,6 +178,6 @@ class Conditioned(LanguageModel):
 
 
 def padded(rows: Rows, device: torch.device | str = "cpu") -> Tensor:
-    """Rows of token ids as int64 [rows, longest], filled with `PADDING` on the right."""
+    """Rows of token ids as int64 [rows, longest], filled with `IGNORED` on the right."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[PADDING] * (longest - len(row))] for row in rows], device=device)
+    return torch.tensor([[*row, *[IGNORED] * (longest - len(row))] for row in rows], device=device)

@@ -114,8 +114,21 @@ RULE = {
 """The fields of each optimizer, which stood beside those that all have."""
 
 
+def with_matrix_multiplier(optim: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`optim` with the multiplier of the matrices in place of `matrix_lr`, a rate of their own that was once there."""
+    rate, peak, multipliers = optim.get("matrix_lr"), optim.get("lr"), optim.get("multipliers", {})
+    rest = {name: value for name, value in optim.items() if name != "matrix_lr"}
+    if rate is None:
+        return rest
+    numbers = isinstance(rate, int | float) and isinstance(peak, int | float) and peak > 0
+    if not (numbers and isinstance(multipliers, Mapping)):
+        return optim  # refused as an unknown field
+    return {**rest, "multipliers": {**multipliers, "matrix": rate / peak}}
+
+
 def optim_today(optim: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an optimizer's config, as any version wrote them, as plain values of today's."""
+    optim = with_matrix_multiplier(optim)
     rule = optim.get("optimizer")
     if isinstance(rule, Mapping):
         return {

@@ -58,7 +58,6 @@ class OptimConfig:
             count. null: the paper's, 0.1 for GPT and 0 for nGPT.
         grad_clip: Largest global gradient norm; null: no limit.
         multipliers: Factors of the peak rate, by role.
-        matrix_lr: Peak rate of the block matrices; if left out, lr times their multiplier.
         max_angle: Radians by which one update may turn a unit vector of a block matrix; null: no limit.
         angle_follows_lr: Lower max_angle with the learning rate.
         balance_rate: Change of an expert's bias in one update, with balance=bias.
@@ -69,7 +68,6 @@ class OptimConfig:
     weight_decay: NonNegativeFloat | None = None
     grad_clip: PositiveFloat | None = 1.0
     multipliers: RateMultipliers = RateMultipliers()
-    matrix_lr: PositiveFloat | None = None
     max_angle: PositiveFloat | None = None
     angle_follows_lr: bool = False
     balance_rate: NonNegativeFloat = 1e-3
@@ -103,14 +101,6 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     return roles
 
 
-def rate_multiplier(config: OptimConfig, role: str) -> float:
-    """The factor of the peak learning rate for the parameters of `role`."""
-    if role == "matrix" and config.matrix_lr is not None:
-        return config.matrix_lr / config.lr
-    multiplier: float = getattr(config.multipliers, role)
-    return multiplier
-
-
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """One optimizer group for each role that occurs, with its `role`, `lr`, `lr_multiplier` and `weight_decay`."""
     roles, parameters = parameter_roles(model), dict(model.named_parameters())
@@ -119,7 +109,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     groups: list[dict[str, Any]] = []
     for role in ROLES:
         names = [name for name in roles if roles[name] == role]
-        multiplier = rate_multiplier(config, role)
+        multiplier = getattr(config.multipliers, role)
         if names:
             groups.append(
                 {

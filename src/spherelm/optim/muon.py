@@ -52,9 +52,9 @@ def product_dtype(model: nn.Module) -> torch.dtype:
     return next((dtype for dtype in named if dtype is not None), torch.float32 if on_cpu else torch.bfloat16)
 
 
-def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
+def orthogonalized(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Near `U V^T` for `g = U S V^T`: singular values between about 0.7 and 1.2,
-    by `steps` Newton-Schulz steps in `dtype`.
+    by `STEPS` Newton-Schulz steps in `dtype`.
 
     g: [rows, columns] or [matrices, rows, columns]; the result has its shape, in `dtype`. A zero matrix stays zero.
     """
@@ -63,16 +63,16 @@ def orthogonalized(g: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
     x = (g if wide else g.mT).to(dtype)
     x = x if x.ndim == 3 else x.unsqueeze(0)
     if 2 * x.shape[-2] <= x.shape[-1] and torch.finfo(dtype).bits >= 32:
-        x = _turning(x, steps) @ x
+        x = _turning(x) @ x
     else:
         x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(SHORTEST)
-        for _ in range(steps):
+        for _ in range(STEPS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).reshape(g.shape)
 
 
-def _turning(x: Tensor, steps: int) -> Tensor:
+def _turning(x: Tensor) -> Tensor:
     """The matrix that all steps together multiply x by, and its norm;
     computed from `x x^T`, so with few products of a wide x.
 
@@ -83,11 +83,11 @@ def _turning(x: Tensor, steps: int) -> Tensor:
     square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(SHORTEST**2)  # of the norm of x
     gram = gram / square
     turning: Tensor | None = None
-    for step in range(steps):
+    for step in range(STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         turning = factor if turning is None else factor @ turning
-        if step < steps - 1:
+        if step < STEPS - 1:
             gram = factor @ (factor @ gram)
     assert turning is not None
     return turning * square.rsqrt()

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spherelm import sphere
 from spherelm.errors import UserError
-from spherelm.layers.linear import retract, unit_modules
+from spherelm.layers.linear import retract, role_of, unit_modules, weight_of
 from spherelm.optim.kept_hooks import keep_hooks
 
 
@@ -90,7 +90,7 @@ class AngleCap:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, angle: float | Callable[[], float]) -> None:
         self._angle = angle
-        self._capped = [(module, axis) for _, module, axis in unit_modules(model) if _role(module) == "matrix"]
+        self._capped = [(module, axis) for _, module, axis in unit_modules(model) if role_of(module) == "matrix"]
         self._before: list[Tensor] = []
         self._handles = (
             optimizer.register_step_pre_hook(self._remember),
@@ -107,23 +107,11 @@ class AngleCap:
             handle.remove()
 
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._before = [_weight(module).detach().clone() for module, _ in self._capped]
+        self._before = [weight_of(module).detach().clone() for module, _ in self._capped]
 
     @torch.no_grad()
     def _cap(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         angle = self._angle() if callable(self._angle) else self._angle
         for (module, axis), before in zip(self._capped, self._before, strict=True):
-            _weight(module).copy_(sphere.capped_move(before, _weight(module), angle, dim=axis))
+            weight_of(module).copy_(sphere.capped_move(before, weight_of(module), angle, dim=axis))
         self._before = []
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _role(module: nn.Module) -> str:
-    role = getattr(module, "role", "matrix")
-    assert isinstance(role, str)
-    return role

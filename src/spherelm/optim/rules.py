@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Discriminator, Field, PositiveFloat, Strict
@@ -118,7 +118,7 @@ class Muon:
 
 Rule = Annotated[AdamW | GatedAdamW | Muon, Discriminator("kind")]
 
-RULES: dict[str, type[Rule]] = {"adamw": AdamW, "gated_adamw": GatedAdamW, "muon": Muon}
+RULES: dict[str, type[Rule]] = {rule.kind: rule for rule in get_args(get_args(Rule)[0])}
 """By the name that `kind` has."""
 
 

@@ -30,10 +30,9 @@ CONSTANTS: Mapping[str, Constant] = {
     "matrix.gpt": Constant(0.0165, "rate of matrices, gains, routers at 1000 updates of 1024 tokens", "law.json"),
     "matrix.ngpt": Constant(0.032, "Muon's angle of block matrices there, in radians", "law.json"),
     "input.gpt": Constant(0.008125, "Adam's rate of the input embedding there, over sqrt(d_model)", "law.json"),
-    "input.ngpt": Constant(0.043, "Adam's angle of the input embedding there", "law.json"),
+    "input.ngpt": Constant(0.043, "Adam's angle of the input embedding, scales, gains, routers there", "law.json"),
     "output.gpt": Constant(1.5, "Adam's rate of the output embedding there, times d_model", "law.json"),
     "output.ngpt": Constant(0.53, "Adam's rate of the output embedding there, times d_model", "law.json"),
-    "vector.ngpt": Constant(0.082, "Adam's rate of scales, gains and routers there, times sqrt(d_model)", "law.json"),
     "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
     "batch": Constant(0.18, "rates rise with the tokens of an update to this, but of scales and gains", "law.json"),
@@ -81,7 +80,7 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     matrix, unit = rate("matrix", "muon", 1.0), width if arm == "ngpt" else 1.0
     if arm == "gpt" and "M" in pattern:
         matrix = Number(matrix.value * of["mixers.gpt"], (*matrix.constants, "mixers.gpt"))
-    vector = rate("vector", "adam", unit, "" if arm == "ngpt" else "matrix.gpt")
+    vector = rate("vector", "adam", unit, "input.ngpt" if arm == "ngpt" else "matrix.gpt")
     relative = dict.fromkeys(("router", "scale", "gain") if arm == "ngpt" else ("router", "gain"), vector)
     relative |= {"input_embedding": rate("input", "adam", unit if arm == "ngpt" else 1 / width)}
     relative |= {"output_embedding": rate("output", "adam", preset.d_model)}

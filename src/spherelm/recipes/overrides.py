@@ -11,8 +11,9 @@ from typing import Any
 
 from spherelm.errors import UserError, nearest, unknown
 from spherelm.fields import called
+from spherelm.layers.feedforward import MLPS
 from spherelm.layers.low_precision import BLOCKS, Precision
-from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, ScaleSpec
+from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Architecture, Config, DecoderArch, NGPTConfig, ScaleSpec
 from spherelm.models.config import ExpertSizes, MixerSizes
 from spherelm.optim import RULES, OptimConfig, RateMultipliers, ScheduleConfig
 from spherelm.optim.groups import ROLES
@@ -146,7 +147,9 @@ def nested(kind: type[Config]) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(kind) if field.name in GROUPS}
 
 
-GROUPS = ("alpha", "s_qk", "s_u", "s_v", "s_z", "s_mamba", "s_moe", "variant")
+GROUPS = tuple(
+    f.name for f in dataclasses.fields(NGPTConfig) if f.name != "architecture" and dataclasses.is_dataclass(f.default)
+)
 """Fields of an `NGPTConfig` whose own fields are set by paths, such as "alpha.init"."""
 
 
@@ -241,11 +244,13 @@ def check_effects(given: Mapping[str, Any], config: RunConfig, on_sphere: bool) 
     balanced = isinstance(arch := config.model.architecture, DecoderArch) and arch.experts.balance == "bias"
     acts: dict[str, tuple[bool, tuple[str, ...]]] = {
         **{f"parameters of the role {role}": (role in roles, (name,)) for name, role in rates.items()},
-        "no matrix_lr": (optim.matrix_lr is None, ("matrix_rate",)),
         "a pattern with O and balance=bias": ("O" in pattern and balanced, ("balance_rate",)),
         "schedule=log": (schedule.kind == "log", ("rho",)),
         "schedule=wsd": (schedule.kind == "wsd", ("decay_fraction", "decay_shape")),
-        "activation=swiglu": (config.model.activation == "swiglu", tuple(f"s_v.{n}" for n in names_of(ScaleSpec))),
+        "an activation with a gate": (
+            "v" in MLPS[config.model.activation].reading,
+            tuple(f"s_v.{n}" for n in names_of(ScaleSpec)),
+        ),
         "precision=fp8, mxfp8 or nvfp4": (
             config.train.precision.kind is not None,
             ("precision.inputs", "precision.weights", "precision.gradients"),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spherelm.counting import counted
+from spherelm.data.output import write_json
 from spherelm.errors import NotFoundError, UserError
 from spherelm.experiments.robustness import TOLERANCE, tolerated, where_best
 from spherelm.models import NAMES
@@ -32,7 +33,7 @@ from spherelm.report.ends import (
 )
 from spherelm.report.pages import Sections, new_directory, render, write_figures
 from spherelm.report.wording import listed, mean_and_error, si
-from spherelm.runs.record import command_line, git_commit, versions, write_json
+from spherelm.runs.record import command_line, git_commit, versions
 
 NOTHING_DRAWN = "no two runs of one arm and size differ in budget or learning rate"
 """Why there may be no figure."""

@@ -18,6 +18,7 @@ from spherelm.analysis.inside import Inside, look_inside
 from spherelm.analysis.weights import check_finite
 from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
+from spherelm.data.output import write_json
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
 from spherelm.fields import check
@@ -41,7 +42,7 @@ from spherelm.report.wording import si
 from spherelm.runs.checkpoint import NAME, STATE, latest_checkpoint, named_checkpoint
 from spherelm.runs.config import read_config
 from spherelm.runs.loading import load_model, run_directory
-from spherelm.runs.record import command_line, git_commit, versions, write_json
+from spherelm.runs.record import command_line, git_commit, versions
 
 RECORD = "inspect.json"
 """The file by which a directory is known as one of `spherelm inspect`."""

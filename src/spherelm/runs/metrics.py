@@ -9,9 +9,6 @@ from typing import Any
 
 from spherelm.errors import UserError
 
-MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb", "threads")
-"""The fields of a record in which two runs that are otherwise equal differ."""
-
 
 def in_words(record: Mapping[str, Any]) -> str:
     """A record of `metrics.jsonl` as a person reads it while the run works;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import shlex
 import subprocess
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.output import locked
+from spherelm.data.output import locked, write_json
 from spherelm.data.sources import parse_data
 from spherelm.errors import OutputExistsError, UserError, nearest
 from spherelm.runs.checkpoint import latest_checkpoint
@@ -91,22 +90,6 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in record.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every number that JSON cannot write (NaN, infinities) as `None`."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` so that the file is never seen half written; NaN and infinities become null."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def or_nan(value: float | None) -> float:

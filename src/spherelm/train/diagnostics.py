@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from spherelm import sphere
 from spherelm.analysis.parts import layers_with
-from spherelm.layers.linear import unit_modules
+from spherelm.layers.linear import role_of, unit_modules, weight_of
 from spherelm.layers.moe import routers
 from spherelm.models import Decoder
 from spherelm.runs.config import TrainConfig
@@ -35,7 +35,7 @@ class UpdateAngles:
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         self._before = [
-            (getattr(module, "role", "matrix"), module, axis, own_part(_weight(module)).clone())
+            (role_of(module), module, axis, own_part(weight_of(module)).clone())
             for _, module, axis in unit_modules(model)
         ]
 
@@ -44,7 +44,7 @@ class UpdateAngles:
         """`{"angle_mean": {role: radians}, "angle_max": {...}}`; empty for a model without unit weights."""
         by_role: dict[str, list[Tensor]] = {}
         for role, module, axis, before in self._before:
-            by_role.setdefault(role, []).append(sphere.angle(before, own_part(_weight(module)), dim=axis).flatten())
+            by_role.setdefault(role, []).append(sphere.angle(before, own_part(weight_of(module)), dim=axis).flatten())
         if not by_role:
             return {}
         angles = {role: torch.cat(parts) for role, parts in by_role.items()}
@@ -52,12 +52,6 @@ class UpdateAngles:
             "angle_mean": {role: found.mean().item() for role, found in angles.items()},
             "angle_max": {role: found.max().item() for role, found in angles.items()},
         }
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 ALPHAS = {
@@ -144,11 +138,12 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     size, seconds = 128, 0.0
     while seconds < 5e-3 and size < 8192:
         size *= 2
-        seconds = _product_seconds(torch.full((size, size), 0.5, device=device, dtype=dtype))
+        seconds = product_seconds(torch.full((size, size), 0.5, device=device, dtype=dtype))
     return 2 * size**3 / seconds
 
 
-def _product_seconds(a: Tensor) -> float:
+def product_seconds(a: Tensor) -> float:
+    """The seconds of the best of three products of the square matrix `a` with itself, after one more."""
     times = []
     for _ in range(4):
         start = time.perf_counter()

@@ -9,7 +9,7 @@ from spherelm.errors import UserError, unknown
 from spherelm.fields import from_plain
 from spherelm.interop.huggingface.standalone import configuration_spherelm
 from spherelm.models import ARCHITECTURES, ARMS, CONFIGS, Config, EncDecArch, older
-from spherelm.models.config import to_plain
+from spherelm.models.config import ModelConfig, to_plain
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
 """The names of `n_heads` and `n_kv_heads` in transformers."""
@@ -99,19 +99,7 @@ def _known(owner: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-SHAPE = (
-    "vocab_size",
-    "n_layers",
-    "d_model",
-    "n_heads",
-    "n_kv_heads",
-    "d_ff",
-    "max_seq_len",
-    "rope_base",
-    "rope",
-    "tie_embeddings",
-    "activation",
-)
+SHAPE = tuple(field.name for field in fields(ModelConfig) if field.name != "architecture")
 """The fields that both arms share."""
 
 

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from spherelm.errors import UserError
 from spherelm.interop.huggingface.configuration import SphereLMConfig
-from spherelm.interop.huggingface.retracting import check_departure, kept
+from spherelm.interop.huggingface.retracting import check_departure, keep
 from spherelm.interop.huggingface.states import CountView, views
 from spherelm.layers.attention import Attend, attend
 from spherelm.layers.cache import KVCache, LayerCache
@@ -165,12 +165,12 @@ class SphereModel(PreTrainedModel, GenerationMixin):
         self.model = build(config.arm_config())
         self.model.runtime.attend = ChosenAttention(config)
         self.post_init()
-        kept.add(self)
+        keep(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which `__init__` has not seen."""
         super().__setstate__(state)
-        kept.add(self)
+        keep(self)
 
     def _check(self) -> None:
         """Raise `ValueError` for adapters that do not fit;

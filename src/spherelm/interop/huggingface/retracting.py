@@ -7,6 +7,7 @@ are `kept`. What moves weights in another way (in the backward pass, through cop
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -27,6 +28,18 @@ kept: WeakSet[nn.Module] = WeakSet()
 """The models that stay on the sphere."""
 
 
+def keep(model: nn.Module) -> None:
+    """Keep `model` on the sphere from now on."""
+    kept.add(model)
+    follow_optimizers()
+
+
+@cache
+def follow_optimizers() -> None:
+    """Have `retract_moved` called after the steps of all optimizers, once in a process."""
+    register_optimizer_step_post_hook(retract_moved)
+
+
 def retract_moved(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Put the unit weights that `optimizer` moves back on the sphere, in every model that is `kept`."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -39,9 +52,6 @@ def retract_moved(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                     raise UserError(f"{name} is cut within its vectors, which cannot be kept on the sphere: use FSDP 2")
                 found.append((weight, axis))
         retract_weights(found)
-
-
-register_optimizer_step_post_hook(retract_moved)
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from spherelm.interop.huggingface.configuration import SphereSeq2SeqConfig
 from spherelm.interop.huggingface.modeling import CACHE, LayerView, SphereModel, recorded_attention
 from spherelm.layers.cache import KVCache, Pair
 from spherelm.layers.cross_attention import Memory, real_tokens
+from spherelm.layers.loss import IGNORED
 from spherelm.layers.readout import read_logits
-from spherelm.models.encoder_decoder import PADDING
 
 
 class CrossLayerView(LayerView):
@@ -50,7 +50,7 @@ def moved_left(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         return input_ids
     keep = attention_mask.bool()
     order = torch.argsort(~keep, dim=1, stable=True)
-    return input_ids.masked_fill(~keep, PADDING).gather(1, order)
+    return input_ids.masked_fill(~keep, IGNORED).gather(1, order)
 
 
 class SourceReader(nn.Module):
@@ -199,7 +199,7 @@ class SphereSeq2SeqLM(SphereModel):
         """The states as decoder blocks read them; of each row as many count as its mask has ones."""
         places = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2])
         if attention_mask is not None:
-            places = places.masked_fill(places >= attention_mask.sum(-1, keepdim=True), PADDING)
+            places = places.masked_fill(places >= attention_mask.sum(-1, keepdim=True), IGNORED)
         return Memory(states, real_tokens(places))
 
     def _cache_to_use(self, given: Any, use_cache: bool | None) -> Any:
