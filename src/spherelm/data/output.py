@@ -164,9 +164,9 @@ def _finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`, whole or not at all, on the disk when this returns; NaN and infinities become null."""
-    part = path.with_name(f".{path.name}.part")
+    part, text = path.with_name(f".{path.name}.part"), json.dumps(_finite(value), indent=2, allow_nan=False)
     with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

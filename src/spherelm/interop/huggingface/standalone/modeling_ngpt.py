@@ -7,7 +7,6 @@ Copyright the spherelm authors. Apache License, Version 2.0: http://www.apache.o
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -50,17 +49,12 @@ class Unit(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.keep_unit()
+        unit_modules.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy."""
         super().__setstate__(state)
-        self.keep_unit()
-
-    def keep_unit(self) -> None:
-        """Keep the weight on the sphere from now on."""
         unit_modules.add(self)
-        follow_optimizers()
 
     def draw(self) -> None:
         """Directions at random."""
@@ -88,10 +82,7 @@ def retract_moved(optimizer: Optimizer, *_: Any) -> None:
             module.weight.copy_(norm(module.weight, module.unit_axis))
 
 
-@cache
-def follow_optimizers() -> None:
-    """Have `retract_moved` called after the steps of all optimizers, once in a process."""
-    register_optimizer_step_post_hook(retract_moved)
+register_optimizer_step_post_hook(retract_moved)
 
 
 def check_unit(model: Any, *_: Any) -> None:
