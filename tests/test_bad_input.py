@@ -69,6 +69,10 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--preset", "huge"], "unknown preset 'huge': choose one of demo, encoder, pairs, "),
         (["--seq-len", 100_000], "sequence length 100000 needs 100001 tokens, but the train text in "),
         (["--steps", 0], "steps must be more than 0, got 0"),
+        (["--set", "base=1"], "base must be a BaseShape, got 1: set base_d_model, base_n_layers and base_steps"),
+        (["--dry-run", "--set", "precision=nvfp4", "d_model=24", "n_heads=1"], "precision=nvfp4 takes 16 numbers"),
+        (["--dry-run", "--device-memory", "inf"], "--device-memory must be positive, got inf"),
+        (["--dry-run", "--device-memory", "nan"], "--device-memory must be positive, got nan"),
         (["--batch-size", -4], "batch_size must be more than 0, got -4"),
         (["--micro-batch-size", 3], "micro_batch_size=3 does not divide batch_size=2"),
         (["--lr", 0], "lr must be more than 0, got 0.0"),
@@ -630,3 +634,94 @@ def test_a_full_disk_while_saving(
     assert ours is not None
     assert theirs is not None
     tiny.assert_bitwise(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "arm: ngpt\nrecipe: [law]\n", "recipe must be text, got ['law']"),
+        ("a.yaml", "arm: ngpt\ninit_from: 3\n", "init_from must be text, got 3"),
+        ("a.json", "[" * 100_000, "a.json cannot be used: it is nested too deeply"),
+    ],
+)
+def test_a_settings_file_of_wrong_types_is_refused(
+    name: str, content: str, message: str, refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert message in refused("train", "--out", tmp_path / "run", "--config", tmp_path / name, "--dry-run")
+
+
+@pytest.mark.parametrize("command_name", ["sweep", "compare"])
+def test_a_format_that_does_not_fit_one_of_the_runs_leaves_nothing(
+    command_name: str, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    """Before the runs that it fits are trained."""
+    formats = ["--vary", "precision=float32,nvfp4"] if command_name == "sweep" else []
+    words = ["--set", "d_model=24", "n_heads=1", "n_layers=1", *([] if formats else ["precision=nvfp4"])]
+    answer = command(command_name, "--out", tmp_path / "out", "--data", good_data, *formats, *words, "--steps", 2)
+    assert answer.code == 2
+    line = answer.shown[-1]
+    assert "precision=nvfp4 takes 16 numbers at a time" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_run(good_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory, to be copied."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    train(tiny.run_config("ngpt", good_data, d_model=16, n_heads=2, n_layers=1, steps=2, eval_every=1), run)
+    return run
+
+
+@pytest.mark.parametrize("state", ["[]", '{"sha256": []}', '"x"', "3", "{}"])
+def test_a_state_of_another_shape_is_a_damaged_checkpoint(
+    state: str, refused: Refused, tiny_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/*/state.json"):
+        file.write_text(state, encoding="utf-8")
+    assert "is not a complete checkpoint" in refused("generate", tmp_path / "run", "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\n{}\n", "line 1 is not JSON"),
+        (b"1\n2\n", "line 1 is no record"),
+        (b'{"step": 1}\n{}\n', "line 1 is no record"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["export", "report"])
+def test_damaged_metrics_are_named(
+    asked: str, content: bytes, message: str, refused: Refused, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "metrics.jsonl").write_bytes(content)
+    words = [run, tmp_path / "out"] if asked == "export" else [run, "--out", tmp_path / "out"]
+    line = refused(asked, *words)
+    assert f"{run / 'metrics.jsonl'}, {message}" in line
+
+
+def test_json_files_of_the_users_are_passed_over(command: commands.Command, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    strange = [b"{broken", b"\xff", b'{"tasks": [1], "step": 2}', b'{"perplexity": {"a": 1}}', b'{"tasks": {"a": 3}}']
+    for number, content in enumerate(strange):
+        (run / f"mine-{number}.json").write_bytes(content)
+    assert command("export", run, tmp_path / "out").code == 0
+    answer = command("report", run, "--out", tmp_path / "page")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", 0], "--threads must be at least 1, got 0"),
+        (["--beams", 2, "--length-penalty", 1000], "length_penalty must be at most 10, got 1000"),
+    ],
+)
+def test_settings_of_generation_have_bounds(
+    flags: list[object], message: str, refused: Refused, tiny_run: Path
+) -> None:
+    assert message in refused("generate", tiny_run, "--prompt", "a", *flags)

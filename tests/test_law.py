@@ -146,7 +146,7 @@ def test_a_dry_run_prints_every_number_with_its_constants(arm: str, preset: str,
 
 
 def test_a_dry_run_says_where_the_run_has_another_number(command: Command) -> None:
-    flags = ["--lr", "0.5", "--set", "s_z.init=3", "betas=[0.3,0.99]"]
+    flags = ["--lr", "0.25", "--set", "matrix_rate=2", "s_z.init=3", "betas=[0.3,0.99]"]
     answer = command("train", "--arm", "ngpt", "--out", "unused", "--dry-run", *flags)
     said = [line for line in answer.out.splitlines() if "; this run has " in line]
     assert [line.split()[0] for line in said] == ["lr", "first_beta", "s_z.init"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spherelm.cli.parser import ASSIGNMENT, POSITIONAL, Fields, Needs
+from spherelm.errors import UserError
 
 Run = Annotated[Path, POSITIONAL]
 Runs = Annotated[tuple[Path, ...], POSITIONAL]
@@ -25,7 +26,8 @@ class DryRun:
     """Assumptions of a dry run.
 
     Attributes:
-        dry_run: Print parameters, memory per device, operations, time and the resolved configuration, and stop.
+        dry_run: Print parameters, memory per device, operations, time and the resolved configuration, and stop. A text
+            that is no data directory is prepared first.
         json: Print the dry run's results as JSON.
         world_size: Number of devices to assume.
         mfu: Model FLOP/s utilization (MFU) to assume.
@@ -67,6 +69,8 @@ def computing(machine: Given) -> Iterator[None]:
 
             stack.enter_context(on_device(machine.get("device")))
             if "threads" in machine:
+                if machine["threads"] < 1:
+                    raise UserError(f"--threads must be at least 1, got {machine['threads']}")
                 stack.enter_context(threads(machine["threads"]))
         yield
 

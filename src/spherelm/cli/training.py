@@ -205,7 +205,7 @@ def run_of_parts(
     if arm is None and init is None:
         lacking = "no arm is given" if config is None else f"{config} names no arm"
         raise UserError(f"{lacking}: give --arm gpt or --arm ngpt, the --config of a run, or --resume RUN")
-    for name, value in (("arm", arm), ("preset", preset), ("data", source)):
+    for name, value in (("arm", arm), ("preset", preset), ("recipe", recipe), ("data", source), ("init_from", init)):
         if not isinstance(value, str | None):
             raise UserError(f"{name} must be text, got {value!r}")
     if init is not None:
@@ -226,16 +226,22 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
 
 def describe(config: RunConfig, asked: DryRun) -> None:
     """Print the estimate of the run of `config`, for the layout in `asked`."""
+    import torch
+
+    from spherelm.models import build
     from spherelm.recipes.explained import explained
     from spherelm.train.batches import check_text, epochs
     from spherelm.train.estimate import Layout, estimate, estimate_table
+    from spherelm.train.low_precision import check_precision
     from spherelm.train.sinks import check_names
 
     train = config.train
     check_names(train.log_to)
     check_text(config)
+    with torch.device("meta"):
+        check_precision(build(config.model), train.precision)
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
-    memory = None if asked.device_memory is None else round(asked.device_memory * 2**30)
+    memory = None if asked.device_memory is None else asked.device_memory * 2**30
     found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
     lines = [estimate_table(found), *explained(config, found["parameters_by_role"])]
     print(json.dumps(found, indent=2) if asked.json else "\n".join(lines))

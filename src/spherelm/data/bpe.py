@@ -17,14 +17,17 @@ from spherelm.errors import UserError
 
 END = "<|endoftext|>"
 
+LARGEST = 2**24
+"""Entries of the largest tokenizer; the trainer reserves memory for all of them at once."""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """A byte-level BPE of `vocab_size` entries learned from `texts`: lossless on any text, the end of a text is id 0.
 
     Raises ValueError for fewer entries than bytes, or more than the texts have pairs to merge.
     """
-    if vocab_size < 257:
-        raise UserError(f"vocab_size must be at least 257 (the bytes and the end token), got {vocab_size}")
+    if not 257 <= vocab_size <= LARGEST:
+        raise UserError(f"vocab_size must be from 257 (the bytes and the end token) to {LARGEST}, got {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

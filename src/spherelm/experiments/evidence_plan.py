@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from spherelm.errors import UserError, unknown
 from spherelm.experiments.cost import COMPILE_FROM
@@ -63,7 +63,7 @@ class Grid:
     test: str
     sizes: tuple[str, ...] = ("0.3m",)
     contexts: tuple[PositiveInt, ...] = (256,)
-    budgets: tuple[PositiveFloat, ...] = (5.0, 10.0)
+    budgets: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = (5.0, 10.0)
     contenders: tuple[str, ...] = ("gpt-law", "gpt-paper", "ngpt-law", "ngpt-paper")
     seeds: PositiveInt = 3
     confirm: NonNegativeInt = 2_000_000

@@ -33,7 +33,7 @@ LONGEST_NAME = 200
 
 def name_of(choice: Mapping[str, Any], seed: int) -> str:
     """The name of the run directory of a choice and a seed."""
-    parts = [str(choice["arm"])] + [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+    parts = [str(choice["arm"])] + [f"{key}={value:.12g}" if isinstance(value, float) else f"{key}={value}"
                                     for key, value in choice.items() if key != "arm"]  # fmt: skip
     return "-".join([*parts, f"seed={seed}"]).replace("/", "_")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from spherelm.fields import check
@@ -30,7 +31,7 @@ class BeamSettings:
     """
 
     beams: PositiveInt = 5
-    length_penalty: NonNegativeFloat = 1.0
+    length_penalty: Annotated[float, Field(ge=0, le=10)] = 1.0
 
     def __post_init__(self) -> None:
         check(self)

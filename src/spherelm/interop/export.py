@@ -16,7 +16,7 @@ from spherelm.interop.onnx import write_onnx
 from spherelm.runs.checkpoint import STATE
 from spherelm.runs.config import read_config, read_record, to_dict
 from spherelm.runs.loading import checkpoint_of, load_model
-from spherelm.runs.metrics import read_metrics
+from spherelm.runs.metrics import read_evaluations, read_metrics
 
 if TYPE_CHECKING:
     from spherelm.interop.huggingface.folder import TokenizerDefinition
@@ -110,10 +110,9 @@ def task_scores(run: Path, step: int) -> dict[str, dict[str, float]]:
     for record in read_metrics(path) if path.exists() else []:
         if record["kind"] == "eval" and record["step"] == step:
             found |= record.get("tasks", {})
-    for file in sorted(run.glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("step") == step and "tasks" in record:
-            tasks = record["tasks"]
+    for record in read_evaluations(run):
+        if record.get("step") == step:
+            tasks = record.get("tasks", {})
             found |= {name: {m: s["value"] for m, s in task["metrics"].items()} for name, task in tasks.items()}
     return found
 

@@ -23,10 +23,17 @@ def lawful(run: RunConfig) -> dict[str, Number]:
 
 
 def in_use(run: RunConfig) -> dict[str, Any]:
-    """The numbers that `run` has where the law chooses one; `None` for what its optimizer does not have."""
+    """The numbers that `run` has where the law chooses one; `None` for what its optimizer does not have. lr: that of
+    the block matrices.
+    """
     found, optim, rule = lawful(run), run.optim, run.optim.optimizer
     first, second = getattr(rule, "betas", (None, None))
-    own = {"lr": optim.lr, "weight_decay": optim.weight_decay, "first_beta": first, "second_beta": second}
+    own = {
+        "lr": optim.lr * optim.multipliers.matrix,
+        "weight_decay": optim.weight_decay,
+        "first_beta": first,
+        "second_beta": second,
+    }
     own |= {"momentum": getattr(rule, "momentum", None)}
     own |= {f"{role}_rate": rate for role, rate in vars(optim.multipliers).items()}
     return {name: (own | model_fields(found, run.model))[name] for name in found}

@@ -221,6 +221,8 @@ PLAIN = ("float32", "bfloat16")
 
 def base_of(base: BaseShape, given: dict[str, Any]) -> BaseShape:
     """Remove `base_d_model`, `base_n_layers` and `base_steps` from `given` and set them in `base`."""
+    if not isinstance(base, BaseShape):
+        raise UserError(f"base must be a BaseShape, got {base!r}: set base_d_model, base_n_layers and base_steps")
     names = {f.name: f"base_{f.name}" for f in dataclasses.fields(BaseShape)}
     found = {field: given.pop(name) for field, name in names.items() if name in given}
     with called("base_{}".format):

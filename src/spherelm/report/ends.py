@@ -22,6 +22,7 @@ from spherelm.errors import NotFoundError, UserError
 from spherelm.experiments.record import read_run
 from spherelm.report.wording import listed
 from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.metrics import DamagedMetrics, read_evaluations
 
 
 @dataclass(frozen=True)
@@ -156,23 +157,14 @@ def read_end(directory: Path) -> End | None:
     config = read_config(directory / "config.json")
     try:
         run = read_run(directory)
+    except DamagedMetrics:
+        raise
     except ValueError:  # stopped before its first validation
         return None
     if not run.diverged and run.steps[-1] < config.train.steps:
         return None
     evaluations = list(read_evaluations(directory))
     return End(directory.name, config, run.final_loss, read_scores(evaluations), read_lengths(evaluations))
-
-
-def read_evaluations(run: Path) -> Iterator[dict[str, Any]]:
-    """The results of `spherelm eval --json` in a run directory, file by file; other files are passed over."""
-    for path in sorted(run.glob("*.json")):
-        try:
-            record = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def read_scores(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:

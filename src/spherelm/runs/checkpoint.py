@@ -268,7 +268,14 @@ def read_state(checkpoint: Path, group: Group = ALONE, of: str = "") -> dict[str
                 if _digest(checkpoint / name) != expected:
                     raise UserError(f"{checkpoint / name} is damaged (its sha256 differs): {REMEDY}")
             return state
-        except (KeyError, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError) as error:
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            FileNotFoundError,
+        ) as error:
             raise UserError(f"{checkpoint} is not a complete checkpoint ({error}): {REMEDY}") from error
 
     return group.together(verified)

@@ -162,7 +162,8 @@ def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
 
 def part_of_batch(limit: int, batch_size: int) -> int:
     """The largest divisor of a batch that is not above `limit`."""
-    return max((size for size in range(1, min(limit, batch_size) + 1) if batch_size % size == 0), default=1)
+    most = min(limit, batch_size)
+    return next((size for size in range(most, 0, -1) if batch_size % size == 0), 1)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -248,6 +249,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be used: {error.problem}{line}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be used: it is nested too deeply") from error
     if not isinstance(record, dict):
         raise UserError(f"{path} cannot be used: it holds no fields")
     return record

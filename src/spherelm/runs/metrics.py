@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from spherelm.errors import UserError
+
+
+class DamagedMetrics(UserError):
+    """A `metrics.jsonl` is not as a run wrote it."""
 
 
 def in_words(record: Mapping[str, Any]) -> str:
@@ -29,13 +33,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every record of a `metrics.jsonl`; a last line that was cut off is left out,
     any other damage raises `ValueError`.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except ValueError as error:  # what is no JSON, or no text
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+            raise DamagedMetrics(f"{path}, line {number} is not JSON: {error}") from error
+        if not (isinstance(record, dict) and {"kind", "step"} <= record.keys()):
+            raise DamagedMetrics(f"{path}, line {number} is no record with a kind and a step")
+        records.append(record)
     return records
+
+
+def read_evaluations(run: Path) -> Iterator[dict[str, Any]]:
+    """The results of `spherelm eval --json` in a run directory, file by file; other files are passed over."""
+    for path in sorted(run.glob("*.json")):
+        try:
+            record = json.loads(path.read_bytes())
+        except ValueError:
+            continue
+        if isinstance(record, dict) and _is_evaluation(record):
+            yield record
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether tasks have metrics and perplexities their lengths, and there is one of both."""
+    tasks, lengths = record.get("tasks"), record.get("perplexity")
+    if tasks is not None and not (isinstance(tasks, dict) and all(_has_metrics(task) for task in tasks.values())):
+        return False
+    if lengths is not None and not (isinstance(lengths, dict) and {"stride", "files", "lengths"} <= lengths.keys()):
+        return False
+    return tasks is not None or lengths is not None
+
+
+def _has_metrics(task: Any) -> bool:
+    metrics = task.get("metrics") if isinstance(task, dict) else None
+    return isinstance(metrics, dict) and all(isinstance(one, dict) and "value" in one for one in metrics.values())

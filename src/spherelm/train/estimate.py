@@ -7,6 +7,7 @@ float32 weights, gradients and moments, and that sharding splits these evenly an
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -132,7 +133,7 @@ def estimate(
     layout: Layout | None = None,
     mfu: float = MFU,
     peak_tflops: float = H100_TFLOPS,
-    device_memory: int | None = None,
+    device_memory: float | None = None,
     epochs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Everything that a dry run says, as plain JSON values; the configuration is merged in.
@@ -146,7 +147,7 @@ def estimate(
     if device_memory is None:
         device = best_device()
         device_memory = (memory_of(device) if device.type != "cpu" else None) or DEVICE_MEMORY
-    if not device_memory > 0:
+    if not 0 < device_memory < math.inf:
         raise UserError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
     if not 0 < mfu <= 1 or not peak_tflops > 0:
         raise UserError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")

@@ -24,23 +24,36 @@ def lower_precision(model: Decoder, precision: Precision, seed: int = 0) -> torc
         return torch.Generator()
     noise = torch.Generator(next(model.parameters()).device)
     seed_noise(noise, seed)
-    if precision.kind != "nvfp4":
-        torchao(f"precision={precision.kind}")
-    block = BLOCKS[precision.kind]
     joined = isinstance(model.config, NGPTConfig) and model.config.variant.inner_norm
+    for module in matrices_for(model, precision.kind):
+        on_sphere = hasattr(module, "unit_axis")
+        product = LowPrecisionProduct(precision, on_sphere and (joined or not module.writes), on_sphere, noise)
+        module.product = product if isinstance(module, Linear) else by_groups(product)
+    return noise
+
+
+def matrices_for(model: Decoder, kind: str) -> list[Linear | ExpertLinear]:
+    """The matrices of the blocks of `model`; raises `UserError` where the format `kind` cannot round one of them."""
+    if kind != "nvfp4":
+        torchao(f"precision={kind}")
+    block, found = BLOCKS[kind], []
     for name, module in model.named_modules():
         if not isinstance(module, Linear | ExpertLinear) or module.role != "matrix":
             continue
         rows, columns = module.weight.shape[-2:]
         if rows % block or columns % block:
             raise UserError(
-                f"precision={precision.kind} takes {block} numbers at a time, and {name} is {rows} x {columns}: choose sizes "
-                f"that are multiples of {block}"
+                f"precision={kind} takes {block} numbers at a time, and {name} is {rows} x {columns}: choose sizes that "
+                f"are multiples of {block}"
             )
-        on_sphere = hasattr(module, "unit_axis")
-        product = LowPrecisionProduct(precision, on_sphere and (joined or not module.writes), on_sphere, noise)
-        module.product = product if isinstance(module, Linear) else by_groups(product)
-    return noise
+        found.append(module)
+    return found
+
+
+def check_precision(model: Decoder, precision: Precision) -> None:
+    """Raise what `lower_precision` would raise; the model may be on the meta device."""
+    if precision.kind is not None:
+        matrices_for(model, precision.kind)
 
 
 def seed_noise(noise: torch.Generator, *numbers: int) -> None:

@@ -39,7 +39,7 @@ from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.init_from import check_length, load_initial_weights
-from spherelm.train.low_precision import lower_precision, seed_noise
+from spherelm.train.low_precision import check_precision, lower_precision, seed_noise
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, joined, spread
@@ -381,9 +381,9 @@ def check_runs(configs: Sequence[RunConfig]) -> None:
     for config in texts.values():
         micro_batches(config.train, 1)
         prepare(config, Group())
-    for model in {str(config.model): config.model for config in configs}.values():
+    for config in {str((config.model, config.train.precision)): config for config in configs}.values():
         with torch.device("meta"):
-            build(model)
+            check_precision(build(config.model), config.train.precision)
     for optim in {str(config.optim): config.optim for config in configs}.values():
         build_optimizer(torch.nn.Linear(1, 1), optim)
 
