@@ -40,6 +40,18 @@ def beside(path: Path) -> str:
     return nearest(path.name, there, f" (did you mean {path.parent}/{{}}?)".replace(" ./", " "))
 
 
+def read_text(path: Path, instead: str) -> str:
+    """The UTF-8 text of a file that the user names; else a `UserError`. instead: what to do then."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or {instead}") from error
+    except FileNotFoundError:
+        raise NotFoundError(f"no file {path}{beside(path)}: {instead}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory: {instead}") from None
+
+
 def unknown(kind: str, name: object, among: Iterable[str]) -> UserError:
     """The error of a `name` that is none of those in `among`; kind: the kind of thing that it names."""
     return UserError(f"unknown {kind} {name!r}{nearest(str(name), among)}: choose one of {', '.join(among)}")

@@ -274,7 +274,7 @@ def test_a_comparisons_page_links_the_walk(
         (["RUN", "--tokens", "1"], "tokens must be at least 2, got 1"),
         (["RUN", "--layer", "3"], "layer must be 1 to 2 for .*, got 3"),
         (["RUN", "--sentence", "x" * 41], "the sentence has 41 tokens: give one of 1 to 16"),
-        (["RUN", "--text", "missing.txt"], r"No such file or directory: 'missing\.txt'"),
+        (["RUN", "--text", "missing.txt"], r"no file missing\.txt: give a text file"),
         (["RUN", "WIDE"], "are runs of ngpt of different sizes, not seeds of one model"),
     ],
 )

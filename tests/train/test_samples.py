@@ -174,7 +174,7 @@ def test_files_that_hold_no_prompts_are_refused(name: str, content: bytes, messa
 
 
 def test_a_missing_file_of_prompts_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*none\.txt: give one with a prompt a line"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.txt: give a text file with a prompt a line"):
         read_prompts(tmp_path / "none.txt")
 
 

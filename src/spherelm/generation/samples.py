@@ -11,7 +11,7 @@ import torch
 
 from spherelm.counting import counted
 from spherelm.data.tokenizer import Tokenizer
-from spherelm.errors import NotFoundError, UserError, unknown
+from spherelm.errors import UserError, read_text, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
 from spherelm.generation.generate import check, continued, for_inference, row_seeds
@@ -146,12 +146,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises `ValueError` that names the line, `FileNotFoundError`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from error
-    except FileNotFoundError:
-        raise NotFoundError(f"no file {path}: give one with a prompt a line") from None
+    lines = read_text(path, "give a text file with a prompt a line").split("\n")
     read = _from_json if path.suffix == ".jsonl" else lambda path, number, line: line.rstrip("\r")
     prompts = [read(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:

@@ -20,7 +20,7 @@ from spherelm.counting import counted
 from spherelm.data.corpus import shipped_documents
 from spherelm.data.output import write_json
 from spherelm.data.tokenizer import Tokenizer
-from spherelm.errors import UserError
+from spherelm.errors import UserError, read_text
 from spherelm.fields import check
 from spherelm.models import NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
@@ -158,10 +158,7 @@ def _text(request: Request) -> str:
             if sum(map(len, found)) > 16 * request.tokens:
                 break
         return "\n\n".join(found)
-    try:
-        return request.text.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{request.text} is not UTF-8 text: convert it, or give another --text") from None
+    return read_text(request.text, "give a text file as --text")
 
 
 def windows(tokenizer: Tokenizer, text: str, model: Decoder, positions: int) -> Tensor:

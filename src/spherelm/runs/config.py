@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, read_text
 from spherelm.fields import Part, check, from_plain
 from spherelm.layers.low_precision import Precision
 from spherelm.models import CONFIGS, Config, older
@@ -239,15 +239,15 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises `UserError` naming the file if it cannot be read, holds no fields, or one twice.
     """
+    text = read_text(path, "give the config.json of a run, or a file of settings in JSON or YAML")
     try:
-        text = path.read_text(encoding="utf-8")
         # PyYAML, which reads YAML 1.1, would take 1e-3 for text.
         read = YAML(typ="safe", pure=True).load if path.suffix in (".yaml", ".yml") else _read_json
         record: dict[str, Any] = read(text)
     except MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
         raise UserError(f"{path} cannot be used: {error.problem}{line}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, YAMLError, UserError) as error:
+    except (json.JSONDecodeError, YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UserError(f"{path} cannot be used: it is nested too deeply") from error
