@@ -48,7 +48,7 @@ FLOORS = {
         *(
             "train.evaluation.about",
             "train.evaluation.trained_length",
-            "runs.record.write_json",
+            "data.output.write_json",
             "cli.evaluation.tables",
         ),
     ],
@@ -58,7 +58,7 @@ FLOORS = {
     "export": ["interop.export.export"],
     "push": ["interop.export.push"],
     "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
-    "doctor": ["experiments.doctor.examine", "runs.record.write_json"],
+    "doctor": ["experiments.doctor.examine", "data.output.write_json"],
     "data prepare": ["data.prepare.prepare"],
     "data tokenizer": ["data.bpe.train_on_files"],
     "data convert": ["data.convert.convert"],

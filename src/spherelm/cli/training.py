@@ -206,7 +206,7 @@ def run_of_parts(
         lacking = "no arm is given" if config is None else f"{config} names no arm"
         raise UserError(f"{lacking}: give --arm gpt or --arm ngpt, the --config of a run, or --resume RUN")
     for name, value in (("arm", arm), ("preset", preset), ("recipe", recipe), ("data", source), ("init_from", init)):
-        if not isinstance(value, str | None):
+        if not isinstance(value, str | Path | None):
             raise UserError(f"{name} must be text, got {value!r}")
     if init is not None:
         text = prepared(data or source, out, tokenizer=Path(init))

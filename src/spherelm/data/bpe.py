@@ -26,8 +26,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
 
     Raises ValueError for fewer entries than bytes, or more than the texts have pairs to merge.
     """
-    if not 257 <= vocab_size <= LARGEST:
-        raise UserError(f"vocab_size must be from 257 (the bytes and the end token) to {LARGEST}, got {vocab_size}")
+    if vocab_size < 257:
+        raise UserError(f"vocab_size must be at least 257 (the bytes and the end token), got {vocab_size}")
+    if vocab_size > LARGEST:
+        raise UserError(f"vocab_size must be at most {LARGEST}, got {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
