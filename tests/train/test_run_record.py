@@ -189,3 +189,20 @@ def test_configs_cannot_be_changed_by_accident() -> None:
     for config in (make_run("gpt", vocab_size=9), TrainConfig(1, 1, 1), NGPTConfig(9, 1, 8, 1)):
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.seed = 1  # type: ignore
+
+
+@pytest.mark.parametrize(("rate", "multiplier"), [(None, 3.0), (0.05, 5.0)])
+def test_an_older_rate_of_the_matrices_is_their_multiplier(rate: float | None, multiplier: float) -> None:
+    """What was `lr` times the multiplier, or `matrix_lr` where that was given."""
+    run = make_run("ngpt", "demo", vocab_size=50, lr=0.01, matrix_rate=3.0)
+    plain = to_dict(run)
+    plain["optim"]["matrix_lr"] = rate
+    assert from_dict(plain).optim.multipliers == dataclasses.replace(run.optim.multipliers, matrix=multiplier)
+
+
+@pytest.mark.parametrize("rate", ["x", [1], True])
+def test_an_older_rate_that_is_no_number_is_refused(rate: Any) -> None:
+    plain = to_dict(make_run("ngpt", "demo", vocab_size=50))
+    plain["optim"] |= {"matrix_lr": rate, "lr": 0.01 if rate is not True else 0}
+    with pytest.raises(ValueError, match=r"matrix_lr|lr must be more than 0"):
+        from_dict(plain)

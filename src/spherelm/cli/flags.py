@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spherelm.cli.parser import ASSIGNMENT, POSITIONAL, Fields, Needs
-from spherelm.errors import UserError
 
 Run = Annotated[Path, POSITIONAL]
 Runs = Annotated[tuple[Path, ...], POSITIONAL]
@@ -69,8 +68,6 @@ def computing(machine: Given) -> Iterator[None]:
 
             stack.enter_context(on_device(machine.get("device")))
             if "threads" in machine:
-                if machine["threads"] < 1:
-                    raise UserError(f"--threads must be at least 1, got {machine['threads']}")
                 stack.enter_context(threads(machine["threads"]))
         yield
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from spherelm.errors import UserError
 from spherelm.models import Decoder
 from spherelm.train.rehearsal import Products, Shapes, matrices
 
@@ -41,6 +42,8 @@ def threads(count: int) -> Iterator[None]:
     """Compute with `count` processor threads in this process, for a while;
     what changes the number meanwhile is undone too.
     """
+    if count < 1:
+        raise UserError(f"--threads must be at least 1, got {count}")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
