@@ -12,15 +12,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spherelm import departure
-from spherelm.analysis.sharpness import draw_direction, measure_sharpness, moving
-from spherelm.layers.linear import Linear, retract
+from spherelm.analysis.sharpness import draw_direction, measure_sharpness
+from spherelm.layers.linear import Linear, block_matrices, retract
 from spherelm.models import Decoder
 
 
 def directions(model: Decoder, count: int) -> list[dict[str, Tensor]]:
     """Those that are measured with seed 0, by the names of the matrices."""
     names = {id(module): name for name, module in model.named_modules()}
-    draw, modules = torch.Generator().manual_seed(0), moving(model)
+    draw, modules = torch.Generator().manual_seed(0), [module for _, module in block_matrices(model)]
     drawn = [draw_direction([module.weight.detach() for module in modules], draw) for _ in range(count)]
     return [{names[id(m)]: way for m, way in zip(modules, ways, strict=True)} for ways in drawn]
 

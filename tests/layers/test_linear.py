@@ -119,7 +119,7 @@ def test_a_scale_starts_at_init_is_stored_at_scale_and_moves_by_their_ratio(init
         module.value.add_(0.01)
     torch.testing.assert_close(module(), paper.effective(module.value, (init, scale), 1))
     assert (module() - init).unique().tolist() == pytest.approx([0.01 * init / scale])
-    module.reset_parameters()
+    module.start()
     assert module().unique().tolist() == pytest.approx([init])
 
 

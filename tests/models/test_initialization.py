@@ -14,6 +14,7 @@ from oracle_names import oracle_names, oracle_parameters
 from spherelm.layers.linear import departure
 from spherelm.models import (
     DecoderArch,
+    EncDecArch,
     EncoderArch,
     GPTConfig,
     NGPTConfig,
@@ -142,19 +143,34 @@ def test_the_seed_decides_the_weights(config_class: Any, tie: bool) -> None:
         assert a.unique().numel() == 1 or not torch.equal(a, c), name
 
 
-@pytest.mark.parametrize("config_class", BUILDERS)
-def test_weights_can_be_drawn_again(config_class: Any) -> None:
-    model = build(config_class(**SIZES))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(3.0)
+WHOLE: dict[str, dict[str, Any]] = {
+    "decoder": {},
+    "qk norm": {"qk_norm": True},
+    "tied": {"tie_embeddings": True},
+    "hybrid with experts": {"architecture": DecoderArch(pattern="MAO"), "d_model": 128},
+    "encoder": {"architecture": EncoderArch()},
+    "encoder-decoder": {"architecture": EncDecArch()},
+}
+"""Between them every kind of module that has weights."""
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name"), [(c, n) for c in BUILDERS for n in WHOLE if (c, n) != (NGPTConfig, "qk norm")]
+)
+def test_every_weight_can_be_drawn_again(config_class: Any, name: str) -> None:
+    config = config_class(**SIZES | WHOLE[name])
+    model = build(config)
+    for tensor in model.state_dict().values():
+        tensor.fill_(math.nan if tensor.is_floating_point() else 3)
     torch.manual_seed(0)
     model.init_weights()
     torch.manual_seed(0)
-    fresh = build(config_class(**SIZES))
+    fresh = build(config)
     torch.manual_seed(0)
     fresh.init_weights()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+    wanted = fresh.state_dict()
+    for weight, found in model.state_dict().items():
+        assert torch.equal(found, wanted[weight]), weight
 
 
 def test_an_untrained_model_knows_nothing() -> None:

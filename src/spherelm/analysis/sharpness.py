@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spherelm.layers.linear import ExpertLinear, Linear, retract_weights
+from spherelm.layers.linear import block_matrices, retract_weights
 from spherelm.models.decoder import Decoder
 
 Array = NDArray[np.float64]
@@ -36,11 +36,6 @@ class Sharpness:
 
     sizes: Array
     rise: Array
-
-
-def moving(model: Decoder) -> list[Linear | ExpertLinear]:
-    """The matrices that are perturbed, which are those that few bits round: all of the blocks', but no routers."""
-    return [m for m in model.modules() if isinstance(m, Linear | ExpertLinear) and m.role == "matrix"]
 
 
 def draw_direction(weights: Sequence[Tensor], draw: torch.Generator) -> list[Tensor]:
@@ -67,7 +62,7 @@ def measure_sharpness(
     count. Vectors that are unit in nGPT are made unit again, as after each of its updates; GPT's are left as they are.
     seed: of the directions. The weights are bit for bit as before when this returns or raises.
     """
-    modules = moving(model)
+    modules = [module for _, module in block_matrices(model)]
     kept = [module.weight.detach().clone() for module in modules]
     unit = [(m.weight, axis) for m in modules if (axis := getattr(m, "unit_axis", None)) is not None]
     draw = torch.Generator().manual_seed(seed)

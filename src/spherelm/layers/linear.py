@@ -22,6 +22,11 @@ from spherelm.layers.grouped import product_by_groups
 from spherelm.sharding import is_sharded, own_vectors
 
 
+def draw_weight(module: Any, std: float) -> None:
+    """Draw the weight of `module` again, from N(0, std)."""
+    nn.init.normal_(module.weight, std=std)
+
+
 def scaled_rows(weight: Tensor, scale: Tensor | None) -> Tensor:
     """A weight [..., out_features, in_features] with each row times its `scale` [..., out_features],
     at its own precision.
@@ -51,6 +56,7 @@ class Linear(nn.Linear):
     """
 
     product: Callable[..., Tensor] = staticmethod(folded_product)
+    start = draw_weight
 
     def __init__(self, in_features: int, out_features: int, role: str = "matrix", writes: bool = False) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -94,16 +100,13 @@ class ExpertLinear(nn.Module):
 
     role = "matrix"
     product: Callable[..., Tensor] = staticmethod(folded_groups)
+    start = draw_weight
 
     def __init__(self, n_experts: int, in_features: int, out_features: int, writes: bool = False) -> None:
         super().__init__()
         self.writes = writes
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Every expert's matrix as `nn.Linear` draws it."""
-        bound = 1 / math.sqrt(self.weight.shape[-1])
+        bound = 1 / math.sqrt(in_features)  # as nn.Linear
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, rows: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -134,6 +137,7 @@ class Embedding(nn.Embedding):
     """One vector a token: int64 [batch, seq] -> [batch, seq, d_model] (eq. 1)."""
 
     role = "input_embedding"
+    start = draw_weight
 
 
 class UnitEmbedding(Embedding):
@@ -179,8 +183,8 @@ class Scale(nn.Module):
         stored = self.shape if form == "vector" else (1,)
         self.value = nn.Parameter(torch.full(stored, float(scale)), requires_grad=form != "fixed")
 
-    def reset_parameters(self) -> None:
-        """Back to the start, where the effective value is `init`."""
+    def start(self, std: float | None = None) -> None:
+        """Back to the start, where the effective value is `init`, whatever weights are drawn from."""
         nn.init.constant_(self.value, self.scale)
 
     def forward(self) -> Tensor:
@@ -198,6 +202,13 @@ def weight_of(module: nn.Module) -> Tensor:
 def role_of(module: nn.Module) -> str:
     """The role that such a module declares, else "matrix"."""
     return str(getattr(module, "role", "matrix"))
+
+
+def block_matrices(model: nn.Module) -> Iterator[tuple[str, Linear | ExpertLinear]]:
+    """The matrices of the blocks by name, each a module with a `weight`: no embedding, read-out or router."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | ExpertLinear) and module.role == "matrix":
+            yield name, module
 
 
 def unit_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

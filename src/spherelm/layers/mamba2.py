@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spherelm.layers.cache import StateCache
 from spherelm.layers.linear import INNER_NORMS, Linear, Scale, UnitLinear
 from spherelm.layers.mamba_kernel import scan
+from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.state_space import causal_convolution, recurrent
 
 SLOWEST, FASTEST = 1e-3, 1e-1
@@ -115,7 +116,7 @@ class StateSpace(nn.Module):
 class GatedRMSNorm(nn.Module):
     """`RMSNorm(y SiLU(z)) * gain`, over each group's channels (Mamba-2's inner norm), with a learned gain [d_inner]."""
 
-    role = "gain"
+    role, start = "gain", RMSNorm.start
 
     def __init__(self, shape: MambaShape, eps: float = 1e-6) -> None:
         super().__init__()

@@ -108,6 +108,11 @@ class Router(Linear):
         for name in ("load", "seen"):
             self.register_buffer(name, torch.zeros(n_experts, dtype=torch.int64), persistent=False)
 
+    def start(self, std: float) -> None:
+        """Draw the weight again, from N(0, std), and balance from nothing."""
+        super().start(std)
+        self.reset_balance()
+
     def reset_balance(self) -> None:
         """No bias and nothing counted, as at the start."""
         for buffer in (self.score_bias, self.load, self.seen):

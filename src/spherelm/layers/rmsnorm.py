@@ -14,6 +14,10 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
+    def start(self: nn.Module, std: float | None = None) -> None:
+        """Gains of 1, whatever weights are drawn from."""
+        nn.init.ones_(self.weight)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -29,7 +29,7 @@ from spherelm.layers.cross_attention import Memory
 from spherelm.layers.linear import Embedding
 from spherelm.layers.loss import Score, linear_cross_entropy, score, with_gradients_of
 from spherelm.layers.mamba2 import StateSpace
-from spherelm.layers.moe import Router, pending_losses
+from spherelm.layers.moe import pending_losses
 from spherelm.layers.readout import Readout, read_logits
 from spherelm.layers.rope import ROPES, MakeTable, RotaryTable
 from spherelm.models import gpt, ngpt
@@ -145,8 +145,6 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, StateSpace):
                 module.init_weights()
-            elif isinstance(module, Router):
-                module.reset_balance()
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """The hidden state that int64 tokens [batch, seq] start from: [batch, seq, d_model], in the compute dtype."""

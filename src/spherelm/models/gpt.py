@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spherelm.layers.attention import Attention
 from spherelm.layers.cross_attention import CrossAttention
 from spherelm.layers.feedforward import MLPS, FeedForward, SquaredReLU
-from spherelm.layers.linear import Embedding, ExpertLinear, Linear
+from spherelm.layers.linear import Embedding, Linear
 from spherelm.layers.mamba2 import Mamba2
 from spherelm.layers.moe import MIXTURES, MixtureOfExperts
 from spherelm.layers.readout import Readout
@@ -27,7 +27,7 @@ from spherelm.layers.rmsnorm import RMSNorm
 from spherelm.layers.rope import ROPES
 from spherelm.models.config import GPTConfig
 from spherelm.models.kit import Kit, Surroundings, router_of
-from spherelm.models.start import depths_of
+from spherelm.models.start import depths_of, starting
 
 
 class Residual(nn.Module):
@@ -91,12 +91,10 @@ class Head(nn.Module):
 def draw(model: Any) -> None:
     """Initialize every weight of `model` again from the distributions in this module's docstring."""
     depths, drawn = depths_of(model), set()
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, Linear | ExpertLinear | Embedding) and id(module.weight) not in drawn:
+    for module in starting(model):
+        if id(module.weight) not in drawn:
             drawn.add(id(module.weight))
-            nn.init.normal_(module.weight, std=model.config.init_std / math.sqrt(depths.get(id(module), 1)))
+            module.start(model.config.init_std / math.sqrt(depths.get(id(module), 1)))
 
 
 KIT = Kit(Embedding, Residual, attention, cross_attention, mlp, mixer, experts, source_norm, Head, draw)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from spherelm.layers.attention import UnitAttention
 from spherelm.layers.cross_attention import UnitCrossAttention
 from spherelm.layers.feedforward import UNIT_MLPS, UnitFeedForward, UnitSquaredReLU
-from spherelm.layers.linear import Scale, UnitEmbedding, UnitExpertLinear, UnitLinear, retract
+from spherelm.layers.linear import UnitEmbedding, UnitLinear, retract
 from spherelm.layers.mamba2 import UnitMamba2
-from spherelm.layers.moe import UNIT_MIXTURES, Router, UnitMixtureOfExperts
+from spherelm.layers.moe import UNIT_MIXTURES, UnitMixtureOfExperts
 from spherelm.layers.readout import Readout, reading
 from spherelm.layers.rope import ROPES
 from spherelm.models.config import NGPTConfig
 from spherelm.models.kit import Kit, Surroundings, router_of
-from spherelm.models.start import share_direction
+from spherelm.models.start import share_direction, starting
 from spherelm.models.variants import SIGNS, STEPS
 from spherelm.sphere import norm
 
@@ -100,11 +100,8 @@ class Head(nn.Module):
 
 def draw(model: Any) -> None:
     """Initialize every weight of `model` again from the distributions in this module's docstring."""
-    for module in model.modules():
-        if isinstance(module, Scale):
-            module.reset_parameters()
-        elif isinstance(module, UnitLinear | UnitEmbedding | UnitExpertLinear | Router):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(model.config.d_model))
+    for module in starting(model):
+        module.start(1 / math.sqrt(model.config.d_model))
     retract(model)
     share_direction(model, model.config.common_start)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spherelm.layers.linear import UnitEmbedding, UnitLinear, retract
+from spherelm.layers.linear import retract, role_of, unit_modules, weight_of
 from spherelm.sphere import norm
+
+
+def starting(model: nn.Module) -> Iterator[Any]:
+    """Every module that says how it starts: `start(std)`, std of what weights are drawn from."""
+    return (module for module in model.modules() if hasattr(module, "start"))
 
 
 def depths_of(model: Any) -> dict[int, int]:
@@ -37,9 +43,4 @@ def share_direction(model: nn.Module, weight: float) -> None:
 
 def embedding_weights(model: nn.Module) -> list[Tensor]:
     """The matrices [vocab, d_model] that read tokens and read out logits; one that does both once."""
-    weights = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, UnitEmbedding | UnitLinear) and module.role != "matrix"
-    ]
-    return list({id(weight): weight for weight in weights}.values())
+    return [weight_of(module) for _, module, _ in unit_modules(model) if role_of(module) != "matrix"]

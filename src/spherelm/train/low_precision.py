@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from spherelm.errors import UserError
-from spherelm.layers.linear import ExpertLinear, Linear
+from spherelm.layers.linear import ExpertLinear, Linear, block_matrices
 from spherelm.layers.low_precision import BLOCKS, LowPrecisionProduct, Precision, by_groups, torchao
 from spherelm.models import Decoder, NGPTConfig
 
@@ -37,9 +37,7 @@ def matrices_for(model: Decoder, kind: str) -> list[Linear | ExpertLinear]:
     if kind != "nvfp4":
         torchao(f"precision={kind}")
     block, found = BLOCKS[kind], []
-    for name, module in model.named_modules():
-        if not isinstance(module, Linear | ExpertLinear) or module.role != "matrix":
-            continue
+    for name, module in block_matrices(model):
         rows, columns = module.weight.shape[-2:]
         if rows % block or columns % block:
             raise UserError(
