@@ -3,14 +3,18 @@
 python benchmarks/step_time.py --rounds 15 --json docs/results/step_time.json
 python benchmarks/step_time.py --shape 12,512,8,1024,4,32000 --dtype bfloat16 --threads 2 --json large.json
 python benchmarks/step_time.py --llama --nvidia CHECKOUT/model.py --lucidrains --json docs/results/step_time-peers.json
+python benchmarks/step_time.py --shape 4,128,2,256,4,4096 --no-compile --nvidia CHECKOUT/model.py --lucidrains \\
+    --nanochat CHECKOUT --json docs/results/step_time-demo.json
 
-A step: forward, backward, clipping at 1, fused AdamW, on random tokens; nGPT retracts as well. Blocks are compiled one
-by one (`Module.compile`), those of the peers too, except with --no-compile. Peers are what is installed or
-checked out beside this repository: `--llama` is transformers' LlamaForCausalLM with a plain loss; `--nvidia` names
-model.py of a checkout of NVIDIA/ngpt, both of its arms, its flash-attention replaced by torch's, without the
-normalization that its train.py does after a step; `--lucidrains` is the package nGPT-pytorch, not compiled and only in
-float32 (it does not run otherwise), its own normalization after the step included. With --dtype bfloat16 peers run
-under autocast, weights of all are float32.
+A step: forward, backward, clipping at 1, fused AdamW, on random tokens; nGPT retracts as well. Our arms are those of the
+recipe "paper"; by `--recipe law` their optimizer is Muon, which takes longer than the peers' AdamW. Blocks are compiled
+one by one (`Module.compile`), those of the peers too, except with --no-compile. Peers are what is installed or checked
+out beside this repository: `--llama` is transformers' LlamaForCausalLM with a plain loss; `--nvidia` names model.py of a
+checkout of NVIDIA/ngpt, both of its arms, its flash-attention replaced by torch's, without the normalization that its
+train.py does after a step; `--lucidrains` is the package nGPT-pytorch, not compiled and only in float32 (it does not run
+otherwise), its own normalization after the step included; `--nanochat` names a checkout of karpathy/nanochat, whose GPT
+has value embeddings and MLPs of squared ReLUs without a gate. With --dtype bfloat16 peers run under autocast, weights of
+all are float32.
 
 On one thread (`--threads 1`, the default) time is the processor time of this process, which other work on the machine
 touches little; on more threads it is the clock on the wall. Ratios are medians of the rounds' own ratios.
@@ -139,10 +143,30 @@ def lucidrains(shape: Shape) -> Step:
     return with_normalization
 
 
+def nanochat(checkout: Path, shape: Shape, dtype: torch.dtype, compiled: bool) -> Step:
+    sys.path.insert(0, str(checkout))
+    module = importlib.import_module("nanochat.gpt")
+    config = module.GPTConfig(
+        sequence_len=shape.seq_len,
+        vocab_size=shape.vocab_size,
+        n_layer=shape.n_layers,
+        n_head=shape.n_heads,
+        n_kv_head=shape.n_heads,
+        n_embd=shape.d_model,
+        window_pattern="L",
+    )
+    model = module.GPT(config)
+    model.init_weights()
+    for block in model.transformer.h if compiled else ():
+        block.compile()
+    return peer_step(shape, dtype, model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:].contiguous()))
+
+
 def contestants(arguments: argparse.Namespace, shape: Shape) -> dict[str, Step]:
     """The timed steps, by name."""
     compiled, dtype = not arguments.no_compile, getattr(torch, arguments.dtype)
-    ours = {arm: TimedSteps(config).time_step for arm, config in configs(shape, arguments.dtype, compiled).items()}
+    runs = configs(shape, arguments.dtype, compiled, recipe=arguments.recipe)
+    ours = {arm: TimedSteps(config).time_step for arm, config in runs.items()}
     steps: dict[str, Step] = dict(ours)
     if arguments.llama:
         steps["llama"] = llama(shape, dtype, compiled)
@@ -151,6 +175,8 @@ def contestants(arguments: argparse.Namespace, shape: Shape) -> dict[str, Step]:
             steps[name] = nvidia(arguments.nvidia, normalized, shape, dtype, compiled)
     if arguments.lucidrains:
         steps["lucidrains ngpt"] = lucidrains(shape)
+    if arguments.nanochat:
+        steps["nanochat gpt"] = nanochat(arguments.nanochat, shape, dtype, compiled)
     return steps
 
 
@@ -205,7 +231,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "clock": clock.__name__,
         "shape": asdict(shape),
-        **{name: getattr(arguments, name) for name in ("dtype", "threads", "rounds", "no_compile")},
+        **{name: getattr(arguments, name) for name in ("dtype", "threads", "rounds", "no_compile", "recipe")},
         "step_seconds": medians,
         "all_seconds": times,
         "ngpt_over_gpt": statistics.median(ratios),
@@ -227,7 +253,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--llama", action="store_true")
     parser.add_argument("--nvidia", type=Path)
+    parser.add_argument("--recipe", default="paper")
     parser.add_argument("--lucidrains", action="store_true")
+    parser.add_argument("--nanochat", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     result = measure(arguments)

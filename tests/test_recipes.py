@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from itertools import product
@@ -391,6 +392,15 @@ def test_another_base_can_be_given() -> None:
     sizes = {"n_layers": 3, "d_model": 30, "n_heads": 3}
     alone = make_run("ngpt", "demo", "nugpt", vocab_size=9, base=BaseShape(30, 3, 240), **sizes)  # type: ignore[arg-type]
     assert alone.optim.multipliers == RateMultipliers(output_embedding=0.5)
+
+
+def test_training_ngpt_has_the_rate_that_it_was_tuned_with() -> None:
+    results = Path(__file__).parents[1] / "docs" / "results" / "training-tuning.json"
+    (search,) = (
+        one for one in json.loads(results.read_text())["searches"] if one["fixed"].get("recipe") == "training-ngpt"
+    )
+    best = min(search["runs"], key=lambda run: run["loss"])
+    assert make_run("ngpt", "demo", "training-ngpt", vocab_size=4096).optim.lr == pytest.approx(best["lr"], rel=0.15)
 
 
 def test_training_ngpt_is_four_choices() -> None:

@@ -54,16 +54,18 @@ def parse_shape(text: str) -> Shape:
     return Shape(*map(int, parts))
 
 
-def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None) -> dict[str, RunConfig]:
+def configs(
+    shape: Shape, dtype: str, compiled: bool, pattern: str | None = None, recipe: str = "law"
+) -> dict[str, RunConfig]:
     """A run of GPT and of nGPT at `shape`, or of both hybrids with the layers of `pattern`, the baseline first.
 
-    Nothing of it matters to a step's cost but the shape, the format and compilation.
+    Of the recipe, only the optimizer and the norm of queries and keys matter to a step's cost.
     """
     sizes: dict[str, Any] = {**asdict(shape), "steps": 1, "dtype": dtype, "compile": compiled}
     if pattern is not None:
         sizes["pattern"] = pattern
         del sizes["n_layers"]
-    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in ARMS}
+    return {arm: make_run(arm, "demo", recipe, lr=1e-3, **sizes) for arm in ARMS}
 
 
 def resolved(shape: Shape, dtype: str, pattern: str | None = None) -> str:

@@ -36,7 +36,8 @@ CONSTANTS: Mapping[str, Constant] = {
     "length.muon": Constant(0.55, "Muon's rates fall with updates to this power", "law.json, ladder.json"),
     "length.adam": Constant(0.3, "Adam's rates fall with updates to this power", "law.json, ladder.json"),
     "batch": Constant(0.18, "rates rise with the tokens of an update to this, but of scales and gains", "law.json"),
-    "vocabulary.gpt": Constant(0.15, "matrices fall, output and gains rise with (vocabulary / 4096)^this", "law.json"),
+    "vocabulary.gpt": Constant(0.15, "matrices fall, the output rises with (vocabulary / 4096)^this", "law.json"),
+    "gains.gpt": Constant(0.4, "gains, routers: (vocabulary / 4096)^this below 4096 entries", "law.json"),
     "depth.gpt": Constant(0.4, "GPT's matrices: fall with (layers / 2) to this power", "law.json"),
     "mixers.gpt": Constant(0.4, "GPT's matrices, where a pattern has Mamba mixers: times this", "law.json"),
     "decay.gpt": Constant(0.25, "sum over a run of peak rate times weight decay", "law.json"),
@@ -66,16 +67,16 @@ def numbers(arm: str, preset: Preset) -> dict[str, Number]:
     steps, tokens, width = max(SHORTEST, preset.steps), preset.batch_size * preset.seq_len, math.sqrt(preset.d_model)
     layers, pattern = depth(preset.architecture, preset.n_layers), getattr(preset.architecture, "pattern", None) or ""
     horizon = min(10.0, max(2.0, math.sqrt(steps) / of["memory"]))
+    batch, entries = ("batch", tokens / 1024, 1), (preset.vocab_size or 4096) / 4096
+    powers = {"matrix": [batch], "input": [batch], "output": [batch], "vector": []}
+    if arm == "gpt":
+        powers["matrix"] += [("vocabulary.gpt", entries, -1), ("depth.gpt", layers / 2, -1)]
+        powers |= {"output": [batch, ("vocabulary.gpt", entries, 1)], "vector": [("gains.gpt", min(1.0, entries), 1)]}
 
     def rate(role: str, kind: str, unit: float, at: str = "") -> Number:
-        powers = [(f"length.{kind}", steps / 1000, -1), *([("batch", tokens / 1024, 1)] if role != "vector" else [])]
-        if arm == "gpt" and role != "input":
-            powers += [("vocabulary.gpt", (preset.vocab_size or 4096) / 4096, -1 if role == "matrix" else 1)]
-        if arm == "gpt" and role == "matrix":
-            powers += [("depth.gpt", layers / 2, -1)]
-        constant = at or f"{role}.{arm}"
-        value = of[constant] * math.prod(ratio ** (sign * of[name]) for name, ratio, sign in powers)
-        return Number(value / unit, (constant, *(name for name, _, _ in powers)))
+        constant, own = at or f"{role}.{arm}", [(f"length.{kind}", steps / 1000, -1), *powers[role]]
+        value = of[constant] * math.prod(ratio ** (sign * of[name]) for name, ratio, sign in own)
+        return Number(value / unit, (constant, *(name for name, _, _ in own)))
 
     matrix, unit = rate("matrix", "muon", 1.0), width if arm == "ngpt" else 1.0
     if arm == "gpt" and "M" in pattern:

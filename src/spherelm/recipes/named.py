@@ -20,7 +20,7 @@ from spherelm.optim.groups import ROLES
 from spherelm.optim.transfer import SCALE, BaseShape, transfer
 from spherelm.recipes import ablations
 from spherelm.recipes.choices import Choices, Recipe, depth, shared_embeddings
-from spherelm.recipes.law import law
+from spherelm.recipes.law import CONSTANTS, SHORTEST, law
 from spherelm.recipes.overrides import (
     architecture_of,
     base_of,
@@ -93,15 +93,17 @@ def training_ngpt(arm: str, preset: Preset) -> Choices:
 
     Logit gradient preconditioning (`logit_preconditioning`), logarithmic decay after a tenth of warm-up (`schedule`,
     `rho`), GatedAdamW (`optimizer`, `eps_gate`, `gated_step`), and the angular step cap (`max_angle`). rho, eps_gate,
-    the cap and the rate, 1.6 times that of learned scales in "law", are ours, tuned at the demo (docs/experiments.md):
-    the paper's are not known here. GPT is that of "paper" with this schedule; the rest is not about it.
+    the cap and the rate, which is 0.131 radians at 1000 updates and follows the length as Adam's in "law", are ours,
+    tuned at the demo (docs/experiments.md): the paper's are not known here. GPT is that of "paper" with this schedule;
+    the rest is not about it.
     """
     schedule = ScheduleConfig("log", warmup_steps=preset.steps // 10, rho=0.9)
     if arm == "gpt":
         return dataclasses.replace(nugpt(arm, preset), schedule=schedule)
     choices = law(arm, preset)
     optim = {"optimizer": "gated_adamw", "eps": 1e-16, "eps_gate": 1e-8, "max_angle": 0.2, "angle_follows_lr": True}
-    rate = 1.6 * choices.lr * choices.optim["multipliers"].scale
+    shorter = 1000 / max(SHORTEST, preset.steps)
+    rate = 0.1312 / math.sqrt(preset.d_model) * shorter ** CONSTANTS["length.adam"].value
     model = {**choices.model, "logit_preconditioning": 1.0}
     return Choices(rate, model, {**optim, "betas": choices.optim["betas"]}, schedule)
 
