@@ -6,15 +6,15 @@ python benchmarks/step_time.py --llama --nvidia CHECKOUT/model.py --lucidrains -
 python benchmarks/step_time.py --shape 4,128,2,256,4,4096 --no-compile --nvidia CHECKOUT/model.py --lucidrains \\
     --nanochat CHECKOUT --json docs/results/step_time-demo.json
 
-A step: forward, backward, clipping at 1, fused AdamW, on random tokens; nGPT retracts as well. Our arms are those of the
-recipe "paper"; by `--recipe law` their optimizer is Muon, which takes longer than the peers' AdamW. Blocks are compiled
-one by one (`Module.compile`), those of the peers too, except with --no-compile. Peers are what is installed or checked
-out beside this repository: `--llama` is transformers' LlamaForCausalLM with a plain loss; `--nvidia` names model.py of a
-checkout of NVIDIA/ngpt, both of its arms, its flash-attention replaced by torch's, without the normalization that its
-train.py does after a step; `--lucidrains` is the package nGPT-pytorch, not compiled and only in float32 (it does not run
-otherwise), its own normalization after the step included; `--nanochat` names a checkout of karpathy/nanochat, whose GPT
-has value embeddings and MLPs of squared ReLUs without a gate. With --dtype bfloat16 peers run under autocast, weights of
-all are float32.
+A step: forward, backward, clipping at 1, fused AdamW, on random tokens; nGPT retracts as well. Our arms are those of
+the recipe "paper"; by `--recipe law` their optimizer is Muon, which takes longer than the peers' AdamW. Blocks are
+compiled one by one (`Module.compile`), those of the peers too, except with --no-compile. Peers are what is installed or
+checked out beside this repository: `--llama` is transformers' LlamaForCausalLM with a plain loss; `--nvidia` names
+model.py of a checkout of NVIDIA/ngpt, both of its arms, its flash-attention replaced by torch's, without the
+normalization that its train.py does after a step; `--lucidrains` is the package nGPT-pytorch, not compiled and only in
+float32 (it does not run otherwise), its own normalization after the step included; `--nanochat` names a checkout of
+karpathy/nanochat, whose GPT has value embeddings and MLPs of squared ReLUs without a gate. With --dtype bfloat16 peers
+run under autocast, weights of all are float32.
 
 On one thread (`--threads 1`, the default) time is the processor time of this process, which other work on the machine
 touches little; on more threads it is the clock on the wall. Ratios are medians of the rounds' own ratios.

