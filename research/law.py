@@ -244,13 +244,21 @@ def tested(results: Path) -> Iterator[tuple[Point, str, dict[float, dict[int, fl
                 yield point, arm, {rate: {seed: found[rate][seed] for seed in whole} for rate in found}
 
 
-def against(found: dict[float, dict[int, float]], factor: float) -> str:
-    """By how many percent the loss at a factor is above the loss at the law's rate, over the seeds."""
-    over = [100 * (found[factor][seed] / loss - 1) for seed, loss in found[1.0].items()]
+def change(over: list[float]) -> str:
+    """The mean of changes in percent, one a seed, with its standard error."""
     if not all(map(math.isfinite, over)):
         return "diverged"
-    error = f" ± {statistics.stdev(over) / len(over) ** 0.5:.2f}" if len(over) > 1 else ""
-    return f"{statistics.fmean(over):+.2f}{error} %"
+    return f"{statistics.fmean(over):+.2f}{f' ± {error(over):.2f}' if len(over) > 1 else ''} %"
+
+
+def error(over: list[float]) -> float:
+    """The standard error of the mean; infinite of a single number."""
+    return statistics.stdev(over) / len(over) ** 0.5 if len(over) > 1 else math.inf
+
+
+def changes(losses: dict[int, float], base: dict[int, float]) -> list[float]:
+    """By how many percent each seed's loss is above that of the same seed in `base`."""
+    return [100 * (losses[seed] / loss - 1) for seed, loss in base.items()]
 
 
 def points(results: Path = RESULTS) -> str:
@@ -259,7 +267,7 @@ def points(results: Path = RESULTS) -> str:
     for point, arm, found in tested(results):
         means = {factor: statistics.fmean(losses.values()) for factor, losses in found.items()}
         lost.append(100 * (means[1.0] / min(means.values()) - 1))
-        beside = [against(found, factor) for factor in (0.5, 2.0)]
+        beside = [change(changes(found[factor], found[1.0])) for factor in (0.5, 2.0)]
         shape = f"{point.d_model} | {point.n_layers} | {point.vocabulary} | {point.tokens} | {point.steps} | {point.context}"
         cells = [shape, point.text, arm, str(len(found[1.0])), f"{means[1.0]:.4f}", *beside, f"{lost[-1]:.2f} %"]
         rows.append(f"| {' | '.join(cells)} |")
@@ -273,21 +281,23 @@ def spots(results: Path = RESULTS) -> str:
     """By how much the loss changes where one role's rate alone is halved or doubled, over the seeds that have all."""
     runs = [one for one in lines(results) if one["kind"] in ("test", "spot")]
     of = {(r["point"], r["arm"], r["role"], r["factor"], r["seed"]): r["loss"] or math.inf for r in runs}
-    moved, rows, gained = [*itertools.product(ROLES, (0.5, 2.0))], [], []
+    moved, rows, cells = [*itertools.product(ROLES, (0.5, 2.0))], [], []
     for point in sorted(SPOT, key=lambda point: point.cost):
         for arm in ARMS:
-            rates = [("all", 1.0), *moved]
-            losses = [[of.get((point.name, arm, *rate, seed)) for rate in rates] for seed in spot_seeds(point, arm)]
-            whole = [of_seed for of_seed in losses if None not in of_seed]
-            if not whole:
-                continue
-            base, *others = (statistics.fmean(of_rate) for of_rate in zip(*whole, strict=True))
-            over = [100 * (loss / base - 1) for loss in others]
-            gained += over
-            rows.append(f"| {point.name} | {arm} | {len(whole)} | {' | '.join(f'{cell:+.2f} %' for cell in over)} |")
+            place, rates = (point.name, arm), [("all", 1.0), *moved]
+            whole = [seed for seed in spot_seeds(point, arm) if all((*place, *rate, seed) in of for rate in rates)]
+            if whole:
+                base, *others = ({seed: of[(*place, *rate, seed)] for seed in whole} for rate in rates)
+                own = [changes(losses, base) for losses in others]
+                cells += own
+                rows.append(f"| {point.name} | {arm} | {len(whole)} | {' | '.join(map(change, own))} |")
     heads = " | ".join(f"{role}, {'half' if factor < 1 else 'double'}" for role, factor in moved)
-    better = sum(cell < -0.3 for cell in gained)
-    said = f"{len(gained)} of {16 * len(SPOT)} rates were moved: {better} of them lower the loss by more than 0.3 %."
+    better = [over for over in cells if statistics.fmean(over) < -0.3]
+    sure = sum(statistics.fmean(over) + 2 * error(over) < -0.3 for over in better)
+    said = (
+        f"{len(cells)} of {16 * len(SPOT)} rates were moved: {len(better)} of them lower the loss by more than 0.3 % on the "
+        f"mean, {sure} of these by two standard errors more."
+    )
     return "\n".join([said, "", f"| point | arm | seeds | {heads} |", "|" + "---|" * 11, *rows])
 
 
