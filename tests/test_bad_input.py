@@ -673,6 +673,46 @@ def tiny_run(good_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+OUTPUTS: dict[str, list[str]] = {
+    "train": ["--arm", "ngpt", "--data", "DATA", "--steps", "1"],
+    "compare": ["--data", "DATA", "--steps", "1"],
+    "sweep": ["--data", "DATA", "--steps", "1"],
+    "evidence": ["--data", "DATA", "--test", "DATA"],
+    "inspect": ["RUN"],
+    "report": ["RUN"],
+    "data prepare": ["--input", "TEXT", "--tokenizer", "bytes"],
+    "data tokenizer": ["--input", "TEXT"],
+    "data convert": ["--data", "DATA", "--format", "nanogpt"],
+    "data pairs": ["--source", "TEXT", "--target", "TEXT", "--val-source", "TEXT", "--val-target", "TEXT"],
+    "export": ["RUN"],
+    "import nvidia": ["TEXT"],
+    "import hub": ["RUN"],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_directory_that_cannot_be_made(
+    name: str, refused: Refused, good_data: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = good_data.parent / "val.txt"
+    found = {"DATA": good_data, "RUN": tiny_run, "TEXT": text}
+    words = [*name.split(), *(found.get(word, word) for word in OUTPUTS[name])]
+    flag = ["--out"] if "--out" in flags_of(COMMANDS[name]) else []
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
+    for out, said in (
+        (text / "a" / "b", f"{text} is a file: choose another "),
+        (tmp_path / "closed" / "a", f"nothing may be written in {tmp_path / 'closed'}: choose another "),
+    ):
+        assert refused(*words, *flag, out).startswith(said)
+    assert list((tmp_path / "closed").iterdir()) == []
+
+
+def test_every_command_with_a_directory_to_make_is_in_that_table() -> None:
+    takes = {name for name, do in COMMANDS.items() if {"--out", "out"} & flags_of(do).keys()}
+    assert takes == OUTPUTS.keys()
+
+
 @pytest.mark.parametrize("state", ["[]", '{"sha256": []}', '"x"', "3", "{}"])
 def test_a_state_of_another_shape_is_a_damaged_checkpoint(
     state: str, refused: Refused, tiny_run: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.output import locked, write_json
+from spherelm.data.output import check_place, locked, write_json
 from spherelm.data.sources import parse_data
 from spherelm.errors import OutputExistsError, UserError, nearest
 from spherelm.runs.checkpoint import latest_checkpoint
@@ -116,11 +116,10 @@ def claimed(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "")
 
 
 def is_taken(out: Path, resume: bool) -> bool:
-    """Whether `out` holds something that may be resumed;
-    raises `FileExistsError` for what may not, or if `resume` is False.
+    """Whether `out` holds something that may be resumed; raises as `check_place` does,
+    and `FileExistsError` for what may not, or if `resume` is False.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out} is a file: choose another --out")
+    check_place(out)
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return False
     if not resume:
