@@ -317,13 +317,13 @@ class Refusal(UserError):
 
 
 REFUSING = {
-    "the model": "spherelm.train.trainer.build",
-    "the optimizer": "spherelm.train.trainer.build_optimizer",
-    "the text": "spherelm.train.trainer.open_data",
-    "the tasks": "spherelm.train.trainer.task_scorer",
-    "the sinks": "spherelm.train.trainer.check_names",
+    "the model": ["trainer.build", "checks.build"],
+    "the optimizer": ["trainer.build_optimizer", "checks.build_optimizer"],
+    "the text": ["checks.open_data"],
+    "the tasks": ["checks.task_scorer"],
+    "the sinks": ["checks.check_names"],
 }
-"""Functions that may refuse a run that its configuration allows."""
+"""Functions that may refuse a run that its configuration allows, in `spherelm.train`."""
 
 
 @pytest.mark.parametrize("what", REFUSING)
@@ -358,7 +358,8 @@ def test_what_is_refused_late_leaves_no_trace(
     def refuse(*given: object, **named: object) -> None:
         raise Refusal(f"{what} cannot be: take another")
 
-    monkeypatch.setattr(REFUSING[what], refuse)
+    for function in REFUSING[what]:
+        monkeypatch.setattr(f"spherelm.train.{function}", refuse)
     assert refused(*words) == f"{what} cannot be: take another"
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -117,7 +117,7 @@ def train(
     else:
         run = run_of_parts(config, record, out, data, chosen, asked, "dry_run" in dry_run)
     if "dry_run" in dry_run:
-        describe(run, DryRun(**dry_run))
+        describe(run, DryRun(**dry_run), out, resume is not None)
         return
     loss = run_training(run, out, resume is not None)
     print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
@@ -224,23 +224,20 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     return known or parse_data(data).vocab_size
 
 
-def describe(config: RunConfig, asked: DryRun) -> None:
-    """Print the estimate of the run of `config`, for the layout in `asked`."""
-    import torch
-
-    from spherelm.models import build
+def describe(config: RunConfig, asked: DryRun, out: Path, resume: bool) -> None:
+    """Print the estimate of the run of `config` in `out`, for the layout in `asked`. Raises `UserError` for what
+    training would refuse, but for a device that another machine may have.
+    """
     from spherelm.recipes.explained import explained
-    from spherelm.train.batches import check_text, epochs
+    from spherelm.train.batches import epochs
+    from spherelm.train.checks import check_start
     from spherelm.train.estimate import Layout, estimate, estimate_table
-    from spherelm.train.low_precision import check_precision
-    from spherelm.train.sinks import check_names
+    from spherelm.train.precision import check_device
 
     train = config.train
-    check_names(train.log_to)
-    check_text(config)
-    with torch.device("meta"):
-        check_precision(build(config.model), train.precision)
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
+    check_device(train.device, anywhere=True)
+    check_start(config, out, resume, asked.world_size)
     memory = None if asked.device_memory is None else asked.device_memory * 2**30
     found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
     lines = [estimate_table(found), *explained(config, found["parameters_by_role"])]

@@ -40,10 +40,10 @@ from spherelm.progress import say
 from spherelm.recipes import make_run
 from spherelm.runs.loading import load_model
 from spherelm.runs.record import alone_in
+from spherelm.train.checks import check_runs
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
 from spherelm.train.threads import threads
-from spherelm.train.trainer import check_runs
 
 STEP = 2.0
 """Neighbouring learning rates of a search are this far apart."""

@@ -24,16 +24,17 @@ import torch
 from spherelm.counting import counted
 from spherelm.errors import StorageError, UserError
 from spherelm.progress import Bar, has_bars, own_screen_lock, say
-from spherelm.runs.config import RunConfig, to_dict
+from spherelm.runs.config import RunConfig
 from spherelm.runs.metrics import in_words, read_metrics
-from spherelm.runs.record import claim_directory
+from spherelm.runs.record import claim_directory, described
 from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
+from spherelm.train.checks import check_runs
 from spherelm.train.guard import Diverged
 from spherelm.train.opening import warnings
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
-from spherelm.train.trainer import check_runs, train
+from spherelm.train.trainer import train
 
 # A pool, and no process of `spherelm train --config` for each run: that costs 4.8 seconds of a core more than a run in
 # a process that is there (6.1 instead of 1.3 for one update: imports and flags), and a run of the demo takes 45. For
@@ -97,8 +98,7 @@ def do_job(job: Job) -> float:
     """
     done = final_loss(job.out, job.config.train.steps)
     if done is not None:
-        wanted = {**to_dict(job.config), "data_identity": open_data(job.config).identity}
-        claim_directory(job.out, wanted, resume=True)
+        claim_directory(job.out, described(job.config, open_data(job.config).identity), resume=True)
         return done
     try:
         return train(job.config, job.out, resume=True, show_progress=False)
