@@ -18,6 +18,7 @@ from spherelm.cli import COMMANDS
 from spherelm.cli.parser import flags_of
 from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
+from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
 from spherelm.models import ARMS
 from spherelm.recipes import make_run
@@ -677,6 +678,41 @@ def tiny_run(good_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("tiny") / "run"
     train(tiny.run_config("ngpt", good_data, d_model=16, n_heads=2, n_layers=1, steps=2, eval_every=1), run)
     return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"", "not a readable tokenizer.json (EOF while parsing"),
+        ("tokenizer.json", b"{}", "not a readable tokenizer.json (Model missing."),
+        ("tokenizer.json", None, "no file for tokenizer kind 'json'"),
+        ("tokenizer.meta.json", b"\xff", "not readable as JSON"),
+        ("tokenizer.meta.json", b'{"kind": []}', "holds what no tokenizer was saved with"),
+        ("tokenizer.meta.json", b'{"kind": "bytes", "eos_token": 3}', "holds what no tokenizer was saved with"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_with_its_path(
+    name: str, content: bytes | None, message: str, refused: Refused, good_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    run, text = tmp_path / "run", good_data.parent / "val.txt"
+    shutil.copytree(tiny_run, run)
+    load_tokenizer("default").save(run)
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    for words in (
+        ["generate", run, "--prompt", "a"],
+        ["export", run, tmp_path / "out"],
+        ["eval", run, "--perplexity", text, "--lengths", 8],
+        ["train", "--init-from", run, "--data", good_data, "--out", tmp_path / "new", "--seq-len", 16],
+        ["data", "prepare", "--input", text, "--tokenizer", run, "--out", tmp_path / "new"],
+    ):
+        line = refused(*words)
+        assert line.startswith(f"{run / name}: ")
+        assert message in line
+        assert "restore it" in line
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
 
 
 OUTPUTS: dict[str, list[str]] = {

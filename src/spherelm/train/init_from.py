@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from spherelm.data.tokenizer import Tokenizer, load_tokenizer
+from spherelm.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from spherelm.errors import UserError
 from spherelm.interop.initial import read_model, read_model_config
 from spherelm.models import Decoder, build
@@ -30,10 +30,8 @@ def check_initial_weights(model: Decoder, source: Path, tokenizer: Tokenizer) ->
     """
     with torch.device("meta"):
         there = build(read_model_config(source))
-    try:
-        own = load_tokenizer(tokenizer_directory(source))
-    except UserError:  # it has none, as some exports and imports have
-        own = tokenizer
+    directory = tokenizer_directory(source)  # without one, as some exports and imports are
+    own = load_tokenizer(directory) if holds_tokenizer(directory) else tokenizer
     if own.fingerprint != tokenizer.fingerprint and meanings(own) != meanings(tokenizer):
         raise UserError(
             f"{source} was trained with the tokenizer {own.name}, but the text was prepared with {tokenizer.name}: prepare it "
