@@ -771,6 +771,8 @@ def test_a_state_of_another_shape_is_a_damaged_checkpoint(
         (b"\xff\xfe\n{}\n", "line 1 is not JSON"),
         (b"1\n2\n", "line 1 is no record"),
         (b'{"step": 1}\n{}\n', "line 1 is no record"),
+        (b'{"kind": "val", "step": "1"}\n{}\n', "line 1 is no record"),
+        (b'{"kind": "val", "step": 1}\n{}\n', "line 1 is a validation without a loss"),
     ],
 )
 @pytest.mark.parametrize("asked", ["export", "report"])
@@ -783,6 +785,49 @@ def test_damaged_metrics_are_named(
     words = [run, tmp_path / "out"] if asked == "export" else [run, "--out", tmp_path / "out"]
     line = refused(asked, *words)
     assert f"{run / 'metrics.jsonl'}, {message}" in line
+
+
+@pytest.mark.parametrize("content", [b"{", b"3", b"[]", b"\xff", b'{"inputs": 3}', b'{"inputs": [3]}'])
+def test_a_damaged_manifest_of_the_data_is_no_hindrance_to_an_export(
+    content: bytes, command: commands.Command, tiny_run: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "config.json").write_text(json.dumps({**tiny.read_json(run / "config.json"), "data": str(data)}))
+    (data / "manifest.json").write_bytes(content)
+    answer = command("export", run, tmp_path / "out")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize("content", [b"{", b"3", b'{"data_identity": 3}', None])
+def test_a_report_names_the_config_that_is_damaged(
+    content: bytes | None, refused: Refused, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "config.json").unlink()
+    if content is not None:
+        (run / "config.json").write_bytes(content)
+    line = refused("report", run, "--out", tmp_path / "page")
+    assert str(run / "config.json") in line
+    assert "Errno" not in line
+    assert "iterable" not in line
+
+
+def test_a_damaged_run_of_a_sweep_is_named_when_it_is_resumed(
+    refused: Refused, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    words = ["sweep", "--out", tmp_path / "sweep", "--data", good_data, "--arms", "gpt", "--steps", 1, "--workers", 1]
+    words += ["--set", "seq_len=16", "d_model=16", "n_heads=2", "n_layers=1"]
+    assert command(*words).code == 0
+    (run,) = (path.parent for path in (tmp_path / "sweep").glob("*/metrics.jsonl"))
+    log = run / "metrics.jsonl"
+    log.write_bytes(b"nonsense\n3\n" + log.read_bytes())
+    answer = command(*words)
+    assert (answer.code, "Traceback" in answer.err) == (2, False)
+    assert f"{log}, line 1 is not JSON" in answer.shown[-1]
+    (run / "config.json").write_text("{")
+    assert str(run / "config.json") in refused(*words)
 
 
 def test_json_files_of_the_users_are_passed_over(command: commands.Command, tiny_run: Path, tmp_path: Path) -> None:

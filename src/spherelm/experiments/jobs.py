@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,7 +25,7 @@ from spherelm.counting import counted
 from spherelm.errors import StorageError, UserError
 from spherelm.progress import Bar, has_bars, own_screen_lock, say
 from spherelm.runs.config import RunConfig
-from spherelm.runs.metrics import in_words, read_metrics
+from spherelm.runs.metrics import in_words, is_record, read_metrics
 from spherelm.runs.record import claim_directory, described
 from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
@@ -175,7 +175,11 @@ class Followed:
         except OSError:
             return []
         self._read += len(whole) + bool(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        records = []
+        for line in whole.splitlines():
+            with suppress(ValueError):  # the run itself says what is wrong with a line
+                records.append(json.loads(line))
+        return [record for record in records if is_record(record)]
 
 
 def say_before(jobs: Sequence[Job], workers: int | None) -> None:

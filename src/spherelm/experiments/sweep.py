@@ -17,7 +17,7 @@ from spherelm.errors import OutputExistsError, UserError
 from spherelm.experiments.jobs import Job, run_jobs, say_before
 from spherelm.experiments.record import standard_error
 from spherelm.recipes import make_run
-from spherelm.runs.config import RunConfig
+from spherelm.runs.config import RunConfig, read_record
 from spherelm.runs.record import command_line, git_commit, or_nan, versions
 from spherelm.train.batches import open_data
 
@@ -187,8 +187,8 @@ def is_there(row: Row, out: Path) -> bool:
 
 def text_of(run: Path) -> dict[str, Any]:
     """The identity of the text that a run was trained on."""
-    found: dict[str, Any] = json.loads((run / "config.json").read_text("utf-8")).get("data_identity", {})
-    return found
+    found = read_record(run / "config.json").get("data_identity", {})
+    return found if isinstance(found, dict) else {}
 
 
 def together(bases: Sequence[Row], rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
