@@ -18,6 +18,7 @@ from spherelm.cli import COMMANDS
 from spherelm.cli.parser import flags_of
 from spherelm.data.prepare import prepare as prepare_data
 from spherelm.data.shards import BODY_START
+from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
 from spherelm.models import ARMS
 from spherelm.recipes import make_run
@@ -87,7 +88,12 @@ def training(out: Path, data: Path | str, *more: object) -> list[object]:
         (["--set", "matrix_rate=x"], "matrix_rate must be a valid number, got 'x'"),
         (["--set", "schedule=3"], "schedule must be 'constant', 'cosine', 'linear', 'wsd' or 'log', got 3"),
         (["--set", "grad_clip=x"], "grad_clip must be a valid number, got 'x'"),
-        (["--set", "betas=0.9"], "betas must be a valid tuple, got 0.9"),
+        (["--set", "betas=0.9"], "betas must be a list, got 0.9"),
+        (["--set", "betas=[0.9]"], "betas must be a list of 2, got [0.9]"),
+        (["--set", "betas=[]"], "betas must be a list of 2, got []"),
+        (["--set", "betas=[0.9,0.9,0.9]"], "betas must be a list of 2, got [0.9, 0.9, 0.9]"),
+        (["--set", "betas=[0.9,1.5]"], "betas.1 must be less than 1, got 1.5"),
+        (["--set", "optimizer=mouon"], "unknown optimizer 'mouon' (did you mean 'muon'?): choose one of "),
         (["--set", "eps=-1"], "eps must be at least 1.175e-38, got -1"),
         (["--set", "weight_decay=NaN"], "weight_decay must be a finite number, got nan"),
         (["--set", "rho=Infinity"], "rho must be a finite number, got inf"),
@@ -317,13 +323,13 @@ class Refusal(UserError):
 
 
 REFUSING = {
-    "the model": "spherelm.train.trainer.build",
-    "the optimizer": "spherelm.train.trainer.build_optimizer",
-    "the text": "spherelm.train.trainer.open_data",
-    "the tasks": "spherelm.train.trainer.task_scorer",
-    "the sinks": "spherelm.train.trainer.check_names",
+    "the model": ["trainer.build", "checks.build"],
+    "the optimizer": ["trainer.build_optimizer", "checks.build_optimizer"],
+    "the text": ["checks.open_data"],
+    "the tasks": ["checks.task_scorer"],
+    "the sinks": ["checks.check_names"],
 }
-"""Functions that may refuse a run that its configuration allows."""
+"""Functions that may refuse a run that its configuration allows, in `spherelm.train`."""
 
 
 @pytest.mark.parametrize("what", REFUSING)
@@ -358,7 +364,8 @@ def test_what_is_refused_late_leaves_no_trace(
     def refuse(*given: object, **named: object) -> None:
         raise Refusal(f"{what} cannot be: take another")
 
-    monkeypatch.setattr(REFUSING[what], refuse)
+    for function in REFUSING[what]:
+        monkeypatch.setattr(f"spherelm.train.{function}", refuse)
     assert refused(*words) == f"{what} cannot be: take another"
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -673,6 +680,81 @@ def tiny_run(good_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"", "not a readable tokenizer.json (EOF while parsing"),
+        ("tokenizer.json", b"{}", "not a readable tokenizer.json (Model missing."),
+        ("tokenizer.json", None, "no file for tokenizer kind 'json'"),
+        ("tokenizer.meta.json", b"\xff", "not readable as JSON"),
+        ("tokenizer.meta.json", b'{"kind": []}', "holds what no tokenizer was saved with"),
+        ("tokenizer.meta.json", b'{"kind": "bytes", "eos_token": 3}', "holds what no tokenizer was saved with"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_with_its_path(
+    name: str, content: bytes | None, message: str, refused: Refused, good_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    run, text = tmp_path / "run", good_data.parent / "val.txt"
+    shutil.copytree(tiny_run, run)
+    load_tokenizer("default").save(run)
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    for words in (
+        ["generate", run, "--prompt", "a"],
+        ["export", run, tmp_path / "out"],
+        ["eval", run, "--perplexity", text, "--lengths", 8],
+        ["train", "--init-from", run, "--data", good_data, "--out", tmp_path / "new", "--seq-len", 16],
+        ["data", "prepare", "--input", text, "--tokenizer", run, "--out", tmp_path / "new"],
+    ):
+        line = refused(*words)
+        assert line.startswith(f"{run / name}: ")
+        assert message in line
+        assert "restore it" in line
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
+
+
+OUTPUTS: dict[str, list[str]] = {
+    "train": ["--arm", "ngpt", "--data", "DATA", "--steps", "1"],
+    "compare": ["--data", "DATA", "--steps", "1"],
+    "sweep": ["--data", "DATA", "--steps", "1"],
+    "evidence": ["--data", "DATA", "--test", "DATA"],
+    "inspect": ["RUN"],
+    "report": ["RUN"],
+    "data prepare": ["--input", "TEXT", "--tokenizer", "bytes"],
+    "data tokenizer": ["--input", "TEXT"],
+    "data convert": ["--data", "DATA", "--format", "nanogpt"],
+    "data pairs": ["--source", "TEXT", "--target", "TEXT", "--val-source", "TEXT", "--val-target", "TEXT"],
+    "export": ["RUN"],
+    "import nvidia": ["TEXT"],
+    "import hub": ["RUN"],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_directory_that_cannot_be_made(
+    name: str, refused: Refused, good_data: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = good_data.parent / "val.txt"
+    found = {"DATA": good_data, "RUN": tiny_run, "TEXT": text}
+    words = [*name.split(), *(found.get(word, word) for word in OUTPUTS[name])]
+    flag = ["--out"] if "--out" in flags_of(COMMANDS[name]) else []
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
+    for out, said in (
+        (text / "a" / "b", f"{text} is a file: choose another "),
+        (tmp_path / "closed" / "a", f"nothing may be written in {tmp_path / 'closed'}: choose another "),
+    ):
+        assert refused(*words, *flag, out).startswith(said)
+    assert list((tmp_path / "closed").iterdir()) == []
+
+
+def test_every_command_with_a_directory_to_make_is_in_that_table() -> None:
+    takes = {name for name, do in COMMANDS.items() if {"--out", "out"} & flags_of(do).keys()}
+    assert takes == OUTPUTS.keys()
+
+
 @pytest.mark.parametrize("state", ["[]", '{"sha256": []}', '"x"', "3", "{}"])
 def test_a_state_of_another_shape_is_a_damaged_checkpoint(
     state: str, refused: Refused, tiny_run: Path, tmp_path: Path
@@ -689,6 +771,8 @@ def test_a_state_of_another_shape_is_a_damaged_checkpoint(
         (b"\xff\xfe\n{}\n", "line 1 is not JSON"),
         (b"1\n2\n", "line 1 is no record"),
         (b'{"step": 1}\n{}\n', "line 1 is no record"),
+        (b'{"kind": "val", "step": "1"}\n{}\n', "line 1 is no record"),
+        (b'{"kind": "val", "step": 1}\n{}\n', "line 1 is a validation without a loss"),
     ],
 )
 @pytest.mark.parametrize("asked", ["export", "report"])
@@ -701,6 +785,49 @@ def test_damaged_metrics_are_named(
     words = [run, tmp_path / "out"] if asked == "export" else [run, "--out", tmp_path / "out"]
     line = refused(asked, *words)
     assert f"{run / 'metrics.jsonl'}, {message}" in line
+
+
+@pytest.mark.parametrize("content", [b"{", b"3", b"[]", b"\xff", b'{"inputs": 3}', b'{"inputs": [3]}'])
+def test_a_damaged_manifest_of_the_data_is_no_hindrance_to_an_export(
+    content: bytes, command: commands.Command, tiny_run: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "config.json").write_text(json.dumps({**tiny.read_json(run / "config.json"), "data": str(data)}))
+    (data / "manifest.json").write_bytes(content)
+    answer = command("export", run, tmp_path / "out")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize("content", [b"{", b"3", b'{"data_identity": 3}', None])
+def test_a_report_names_the_config_that_is_damaged(
+    content: bytes | None, refused: Refused, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "config.json").unlink()
+    if content is not None:
+        (run / "config.json").write_bytes(content)
+    line = refused("report", run, "--out", tmp_path / "page")
+    assert str(run / "config.json") in line
+    assert "Errno" not in line
+    assert "iterable" not in line
+
+
+def test_a_damaged_run_of_a_sweep_is_named_when_it_is_resumed(
+    refused: Refused, command: commands.Command, good_data: Path, tmp_path: Path
+) -> None:
+    words = ["sweep", "--out", tmp_path / "sweep", "--data", good_data, "--arms", "gpt", "--steps", 1, "--workers", 1]
+    words += ["--set", "seq_len=16", "d_model=16", "n_heads=2", "n_layers=1"]
+    assert command(*words).code == 0
+    (run,) = (path.parent for path in (tmp_path / "sweep").glob("*/metrics.jsonl"))
+    log = run / "metrics.jsonl"
+    log.write_bytes(b"nonsense\n3\n" + log.read_bytes())
+    answer = command(*words)
+    assert (answer.code, "Traceback" in answer.err) == (2, False)
+    assert f"{log}, line 1 is not JSON" in answer.shown[-1]
+    (run / "config.json").write_text("{")
+    assert str(run / "config.json") in refused(*words)
 
 
 def test_json_files_of_the_users_are_passed_over(command: commands.Command, tiny_run: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from spherelm.runs.config import from_dict
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import flat
 from spherelm.train import trainer
+from spherelm.train.estimate import DEVICE_MEMORY
 from spherelm.train.guard import Diverged
 from spherelm.train.signals import Interrupted
 
@@ -224,6 +225,9 @@ def test_a_dry_run_of_a_paper_size_needs_no_data(command: commands.Command, tmp_
         (["--preset", "encoder", "--mask-documents"], "--mask-documents is for models that predict the next token: "),
         (["--preset", "pairs"], "an encoder-decoder learns from pairs and the shipped text holds none: "),
         (["--log-to", "diary"], "--log-to diary is unknown: choose among "),
+        (["--seq-len", "9000000"], "sequence length 9000000 needs 9000001 tokens, but the train text in "),
+        (["--device", "gpu"], "unknown device 'gpu': choose one of cpu"),
+        (["--batch-size", "4", "--set", "micro_batch_size=3"], "micro_batch_size=3 does not divide batch_size=4"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -234,6 +238,54 @@ def test_a_dry_run_refuses_what_training_does(
     real, dry = (command(*asked, *more) for more in ([], ["--dry-run"]))
     assert (real.code, dry.code, dry.err) == (2, 2, real.err)
     assert said in dry.err
+
+
+def test_a_dry_run_refuses_weights_and_directories_as_training_does(
+    command: commands.Command, data: Path, tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "run", tmp_path / "settings.json"
+    words = ["train", "--arm", "ngpt", "--data", data, *SMALL]
+    assert command(*words, "--out", run).code in (0, 1)
+    record = json.loads((run / "config.json").read_text())
+    settings.write_text(json.dumps({**record, "init_from": str(tmp_path / "nowhere")}))
+    files = sorted(tmp_path.rglob("*"))
+    for asked, said in (
+        (["train", "--config", settings, "--out", tmp_path / "new"], f"no directory {tmp_path / 'nowhere'}"),
+        ([*words, "--out", run], f"{run} already holds something: choose another --out"),
+        ([*words, "--out", settings / "x"], f"{settings} is a file: choose another --out"),
+        (["train", "--resume", run, "--lr", 7], f"{run} was made with another config: optim.lr is "),
+    ):
+        real, dry = (command(*asked, *more) for more in ([], ["--dry-run"]))
+        assert (real.code, dry.code, dry.err) == (2, 2, real.err)
+        assert said in dry.err
+    settings.write_text(json.dumps({**record, "init_from": str(run)}))
+    for asked in (["--config", settings, "--out", tmp_path / "new"], ["--resume", run]):
+        assert command("train", *asked, "--dry-run").code == 0
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_a_dry_run_tries_the_tasks_as_training_does(
+    command: commands.Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise UserError("no task is called so: take another")
+
+    monkeypatch.setattr("spherelm.train.checks.task_scorer", refuse)
+    words = ["train", "--arm", "ngpt", "--out", tmp_path / "run", "--data", data, *SMALL]
+    for more in ([], ["--dry-run"]):
+        assert command(*words, *more).shown == ["spherelm: no task is called so: take another"]
+
+
+def test_a_dry_run_says_which_device_its_numbers_are_not_of(
+    command: commands.Command, data: Path, tmp_path: Path
+) -> None:
+    words = ["train", "--arm", "ngpt", "--out", tmp_path / "run", "--data", data, *SMALL, "--dry-run"]
+    away = "no device xpu:7 is here: training would be refused on this machine"
+    for device, said in (("xpu:7", away), ("cpu", "training would use its processor")):
+        assert said in command(*words, "--device", device).out
+        found = json.loads(command(*words, "--device", device, "--json").out)
+        assert found["device"] == {"name": device, "is_here": device == "cpu"}
+        assert (found["device_memory"] == DEVICE_MEMORY) == (device != "cpu")
 
 
 def test_a_dry_run_says_what_does_not_fit_and_what_is_repeated(command: commands.Command, tmp_path: Path) -> None:

@@ -156,6 +156,16 @@ def test_a_whole_config_may_be_yaml(tmp_path: Path, command: commands.Command, a
         ("run.yml", "arm: [gpt", "(line 2)"),
         ("run.yml", "- arm", "it holds no fields"),
         ("run.yaml", "arm: 7", "arm must be text, got 7"),
+        ("run.yaml", 'arm: gpt\n"": 3', "run.yaml cannot be used: '' stands where the name of a field should"),
+        ("run.yaml", "arm: gpt\n3: 4\nsteps: 5", "run.yaml cannot be used: 3 stands where the name of a field should"),
+        ("run.yaml", "arm: gpt\ntrain: {true: 4}", "run.yaml cannot be used: True stands where the name"),
+        ("run.yaml", "arm: gpt\ntrain: &x {train: *x}", "run.yaml cannot be used: it is nested too deeply"),
+        ("run.yaml", "arm: gpt\nsteps: {}", "steps must be a valid integer, got {}"),
+        ("run.yaml", "arm: ngpt\ngpt: {lr: 0.1}", "'gpt' is no part of a run's settings"),
+        ("run.yaml", "arm: gpt\ntrian: {steps: 3}", "(did you mean 'train'?)"),
+        ("run.yaml", "arm: gpt\nprecision: [3]", "unknown precision [3]: choose one of "),
+        ("run.yaml", "arm: gpt\noptimizer: [muon]", "unknown optimizer ['muon']: choose one of "),
+        ("run.json", '{"arm": "gpt", "": 3}', "run.json cannot be used: '' stands where the name of a field should"),
     ],
 )
 def test_a_mistake_in_a_file_is_told_in_one_line(

@@ -153,6 +153,22 @@ def test_a_dry_run_says_where_the_run_has_another_number(command: Command) -> No
     assert [line.rpartition(" ")[2] for line in said] == ["0.5", "0.3", "3"]
 
 
+@both_arms
+def test_a_dry_run_says_which_choices_without_constants_are_the_laws(arm: str, command: Command) -> None:
+    words = ["train", "--arm", arm, "--out", "unused", "--dry-run"]
+    flags = ["--set", "schedule=cosine", "warmup_steps=3", *(["qk_norm=false"] if arm == "gpt" else [])]
+    own = {"schedule": "cosine", "warmup_steps": "3", **({"qk_norm": "false"} if arm == "gpt" else {})}
+    law = {"optimizer": "muon", "schedule": "linear", "warmup_steps": "24" if arm == "gpt" else "0"}
+    law |= {"qk_norm": "true"} if arm == "gpt" else {}
+    for more, others in (([], {}), (flags, own)):
+        lines = [line for line in command(*words, *more).out.splitlines() if re.match("  [a-z_]+ +[a-z0-9]+ ", line)]
+        for name, value in law.items():
+            (line,) = [line for line in lines if line.split()[0] == name]
+            assert line.split()[1] == value
+            said = f"; this run has {others[name]}" if name in others else " at most" if value == "24" else f" of {arm}"
+            assert line.endswith(said)
+
+
 def test_a_run_of_another_length_from_a_file_is_told_what_it_keeps(command: Command, tmp_path: Path) -> None:
     """A config.json holds numbers, not the law: at another length they are another run's."""
     write_json(tmp_path / "config.json", to_dict(make_run("gpt", "demo", vocab_size=4096)))
@@ -160,6 +176,12 @@ def test_a_run_of_another_length_from_a_file_is_told_what_it_keeps(command: Comm
     assert command(*words).err == ""
     (line,) = command(*words, "--steps", 10_000, "--lr", 0.01).shown
     assert "for this shape and length the law has others" in line
+    assert "weight_decay, warmup_steps stay as in" in line
+    assert command(*words, "--set", "betas=[0.1,0.9]", "matrix_rate=2", "warmup_steps=3").err == ""
+    for steps, fitting in ((20, 2), (24, 2)):
+        (line,) = command(*words, "--steps", steps).shown
+        assert f"has 24 updates of warm-up, and the run only {steps} in all: give --set warmup_steps={fitting}" in line
+    assert command(*words, "--steps", 20, "--set", "warmup_steps=2").code == 0
 
 
 def test_rates_for_muon_are_not_adams() -> None:

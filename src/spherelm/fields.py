@@ -101,11 +101,15 @@ def reader(kind: Any) -> TypeAdapter[Any]:
 
 def mistake(error: ValidationError, place: str = "") -> UserError:
     """The first of the mistakes that pydantic found, in one line."""
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     context = first.get("ctx", {})
     if isinstance(context.get("error"), UserError):
         cause: UserError = context["error"]
         return cause
+    places = [one["loc"] for one in (first, *others) if one["type"] == "missing"]
+    if places and isinstance(places[-1][-1], int):  # a list ends too early
+        name = place + ".".join(map(str, places[-1][:-1]))
+        return FieldError(name, f"must be a list of {places[-1][-1] + 1}, got {list(first['input'])!r}")
     name = place + ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return FieldError(name, "is missing")
@@ -114,10 +118,14 @@ def mistake(error: ValidationError, place: str = "") -> UserError:
     if first["type"] == "union_tag_invalid":
         return FieldError(f"{name}.kind", f"must be one of {context['expected_tags']}, got {context['tag']!r}")
     bounds = [f"must be {words} {context[bound]:.4g}" for bound, words in BOUNDS.items() if bound in context]
-    said = bounds[0] if bounds else first["msg"].replace("Input should", "must")
+    said = bounds[0] if bounds else LISTS.get(first["type"], first["msg"].replace("Input should", "must"))
+    said = said.format(**context)
     known = re.findall("'(.+?)'", context.get("expected", "")) if first["type"] == "literal_error" else []
     return FieldError(name, f"{said}, got {first['input']!r}{nearest(str(first['input']), known)}")
 
+
+LISTS = {"tuple_type": "must be a list", "too_long": "must be a list of {max_length}"}
+"""In place of pydantic's own words, which are Python's."""
 
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 """pydantic's own words write 1e-38 out."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spherelm.data.output import whole_directory
+from spherelm.data.output import check_place, whole_directory
 
 
 def tree(path: Path) -> list[str]:
@@ -48,11 +48,19 @@ def test_a_failure_leaves_no_trace_and_a_killed_process_no_hindrance(there: bool
 
 
 def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
-    for out in (tmp_path, tmp_path / "mine"):
-        with (
-            pytest.raises(FileExistsError, match="already holds something: choose another --report"),
-            whole_directory(out, "--report"),
-        ):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for out, said in (
+        (tmp_path, "already holds something"),
+        (mine, f"{mine} is a file"),
+        (mine / "a" / "b", f"{mine} is a file"),
+    ):
+        with pytest.raises(FileExistsError, match=f"{said}: choose another --report"), whole_directory(out, "--report"):
             pass
     assert tree(tmp_path) == ["mine"]
+
+
+def test_a_link_to_nothing_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link is a link to nothing: choose another --out"):
+        check_place(tmp_path / "link" / "run")

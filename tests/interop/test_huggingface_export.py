@@ -283,7 +283,7 @@ def test_what_cannot_be_exported_is_refused(
     (tmp_path / "empty").mkdir()
     for run, out, message in [
         (runs["gpt"], tmp_path / "full", "already holds something"),
-        (runs["gpt"], tmp_path / "full" / "file", "already holds something"),
+        (runs["gpt"], tmp_path / "full" / "file", "is a file"),
         (tmp_path / "empty", tmp_path / "out", "holds no run"),
     ]:
         assert command("export", run, out) == 2

@@ -340,7 +340,11 @@ def test_means_are_taken_where_every_seed_validated(read: Read) -> None:
         (lambda d: (d / "gpt-0/metrics.jsonl").unlink(), FileNotFoundError, "metrics.jsonl is missing"),
         (lambda d: (d / "gpt-0/metrics.jsonl").write_text(""), ValueError, "holds no validation"),
         (lambda d: (d / "gpt-0/metrics.jsonl").write_text("nonsense\n{}\n"), ValueError, "line 1 is not JSON"),
-        (lambda d: (d / "gpt-0/metrics.jsonl").write_text('{"kind": "val", "step": 1}\n'), ValueError, "`tokens`"),
+        (
+            lambda d: (d / "gpt-0/metrics.jsonl").write_text('{"kind": "val", "step": 1, "loss": 1}\n'),
+            ValueError,
+            "`tokens`",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], Any], error: type[Exception], words: str) -> None:

@@ -82,13 +82,13 @@ SKIPPING = ("--on-bad-step", "skip", "--skip-budget", "2")
 NAN = "loss = loss * float('nan')"
 NO_TEXT_ON_ONE = """
 from spherelm.errors import UserError
-from spherelm.train import trainer
+from spherelm.train import checks
 
 def no_text(*_):
     raise UserError("no text here")
 
 if rank == 1:
-    trainer.open_data = no_text
+    checks.open_data = no_text
 """
 REFUSED = {
     "uneven": ("--batch-size", "7"),

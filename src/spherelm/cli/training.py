@@ -117,7 +117,7 @@ def train(
     else:
         run = run_of_parts(config, record, out, data, chosen, asked, "dry_run" in dry_run)
     if "dry_run" in dry_run:
-        describe(run, DryRun(**dry_run))
+        describe(run, DryRun(**dry_run), out, resume is not None)
         return
     loss = run_training(run, out, resume is not None)
     print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
@@ -161,7 +161,7 @@ def run_of_whole(
     from spherelm.data.text_files import prepared
     from spherelm.progress import say
     from spherelm.recipes import changed
-    from spherelm.recipes.explained import departures
+    from spherelm.recipes.explained import kept
     from spherelm.runs.config import read_config
     from spherelm.runs.record import refuse_strangers
 
@@ -170,11 +170,12 @@ def run_of_whole(
         raise UserError(f"--{refused[0]} has no effect with --config {config}, which holds a whole run: leave it out")
     refuse_strangers(config, record)
     before = read_config(config)
+    if "config" in chosen:
+        refuse_long_warmup(config, before, asked)
     run = changed(before, asked)
-    kept = [name for name in departures(run) if name not in {*departures(before), *asked}]
-    if run.recipe == "law" and "config" in chosen and kept:
+    if run.recipe == "law" and "config" in chosen and (names := kept(before, run)):
         say(
-            f"warning: rates and starts stay as in {config}; for this shape and length the law has others "
+            f"warning: {', '.join(names)} stay as in {config}; for this shape and length the law has others "
             "(--dry-run shows them): without --config they are chosen anew"
         )
     if "init_from" in chosen:
@@ -183,6 +184,17 @@ def run_of_whole(
         return run
     path = prepared(data, out)
     return replace(run, data=path, model=replace(run.model, vocab_size=parse_data(path).vocab_size))
+
+
+def refuse_long_warmup(config: Path, before: RunConfig, asked: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the run `before`, of the file `config`, is made so short that it is only warm-up."""
+    steps, warmup = asked.get("steps"), before.schedule.warmup_steps
+    if isinstance(steps, int) and 0 < steps <= warmup < before.train.steps and "warmup_steps" not in asked:
+        fitting = round(warmup * steps / before.train.steps)
+        raise UserError(
+            f"{config} has {warmup} updates of warm-up, and the run only {steps} in all: give --set warmup_steps={fitting} "
+            "too, which is the same part of it"
+        )
 
 
 def run_of_parts(
@@ -224,23 +236,20 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     return known or parse_data(data).vocab_size
 
 
-def describe(config: RunConfig, asked: DryRun) -> None:
-    """Print the estimate of the run of `config`, for the layout in `asked`."""
-    import torch
-
-    from spherelm.models import build
+def describe(config: RunConfig, asked: DryRun, out: Path, resume: bool) -> None:
+    """Print the estimate of the run of `config` in `out`, for the layout in `asked`. Raises `UserError` for what
+    training would refuse, but for a device that another machine may have.
+    """
     from spherelm.recipes.explained import explained
-    from spherelm.train.batches import check_text, epochs
+    from spherelm.train.batches import epochs
+    from spherelm.train.checks import check_start
     from spherelm.train.estimate import Layout, estimate, estimate_table
-    from spherelm.train.low_precision import check_precision
-    from spherelm.train.sinks import check_names
+    from spherelm.train.precision import check_device
 
     train = config.train
-    check_names(train.log_to)
-    check_text(config)
-    with torch.device("meta"):
-        check_precision(build(config.model), train.precision)
     layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
+    check_device(train.device, anywhere=True)
+    check_start(config, out, resume, asked.world_size)
     memory = None if asked.device_memory is None else asked.device_memory * 2**30
     found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
     lines = [estimate_table(found), *explained(config, found["parameters_by_role"])]

@@ -63,9 +63,24 @@ def permit(directory: Path) -> None:
             path.chmod(mode)
 
 
+def check_place(out: Path, other: str = "--out") -> None:
+    """Raise `OutputExistsError` or `StorageError`, asking for another `other`, where `out` cannot be a directory to
+    write in: it is a file or lies below one, or nothing may be written there.
+    """
+    there = next(path for path in (out, *out.parents, *out.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        kind = "a file" if os.path.exists(there) else "a link to nothing"
+        raise OutputExistsError(f"{there} is {kind}: choose another {other}")
+    if not os.access(there, os.W_OK):
+        raise StorageError(f"nothing may be written in {there.absolute()}: choose another {other}")
+
+
 def check_free(out: Path, other: str = "--out") -> None:
-    """`FileExistsError` where `out` is a file, or holds more than what an interrupted `whole_directory` left."""
-    if out.exists() and (not out.is_dir() or any(path.name != PART for path in out.iterdir())):
+    """Raise as `check_place`, and `OutputExistsError` where `out` holds more than what an interrupted
+    `whole_directory` left.
+    """
+    check_place(out, other)
+    if out.exists() and any(path.name != PART for path in out.iterdir()):
         raise OutputExistsError(f"{out} already holds something: choose another {other}")
 
 
@@ -117,10 +132,9 @@ def check_new_file(path: Path, flag: str) -> None:
     """`FileExistsError`, `FileNotFoundError` or `PermissionError` where the file that `flag` names cannot be made."""
     if path.exists():
         raise OutputExistsError(f"{path} already exists: choose another {flag}")
-    if not path.parent.is_dir():
+    if not os.path.lexists(path.parent):
         raise NotFoundError(f"no directory {path.parent} for {flag}: make it, or choose another")
-    if not os.access(path.parent, os.W_OK):
-        raise StorageError(f"nothing may be written in {path.parent}: choose another {flag}")
+    check_place(path.parent, flag)
 
 
 def remove_if_useless(partial: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ from spherelm.data.deduplication import Deduplicator
 from spherelm.data.documents import WHOLE, Block, DocumentError, read_blocks
 from spherelm.data.encoding import Encoded, Job, encode_all
 from spherelm.data.hub import HubRequest
-from spherelm.data.output import STATE_FILE, finished, locked, publish, remove_if_useless, write_json
+from spherelm.data.output import STATE_FILE, check_place, finished, locked, publish, remove_if_useless, write_json
 from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
 from spherelm.data.rows import Rows
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, SPLITS, Split, read_manifest
@@ -85,7 +85,8 @@ def prepare(
     if (out / MANIFEST_FILE).is_file():
         return finished(out, plan, progress)
     partial = out / PARTIAL_DIRECTORY
-    if out.exists() and not partial.is_dir() and (not out.is_dir() or any(out.iterdir())):
+    check_place(out)
+    if out.exists() and not partial.is_dir() and any(out.iterdir()):
         raise OutputExistsError(f"{out} holds something other than prepared data: choose another --out")
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial / "lock", f"another process is preparing {out}: wait for it or choose another --out"):

@@ -10,7 +10,7 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -275,13 +275,16 @@ def _shipped() -> JsonTokenizer:
     return JsonTokenizer(resource.read_bytes(), name="default")
 
 
-def _from_file(path: Path, eos_token: str | None, name: str | None = None) -> Tokenizer:
+def _from_file(path: Path, eos_token: str | None, name: str | None = None, advice: str = "") -> Tokenizer:
     name = name or f"{path.resolve().parent.name}/{path.name}"
-    if path.suffix == ".json":
-        return JsonTokenizer(path.read_bytes(), name, eos_token)
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path.read_bytes(), name, eos_token)
-    raise UserError(f"tokenizer {path}: must end in .json (tokenizers) or .model (SentencePiece)")
+    kinds: dict[str, Callable[[bytes, str, str | None], Tokenizer]]
+    kinds = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
+    if path.suffix not in kinds:
+        raise UserError(f"tokenizer {path}: must end in .json (tokenizers) or .model (SentencePiece)")
+    try:
+        return kinds[path.suffix](path.read_bytes(), name, eos_token)
+    except UserError as error:
+        raise UserError(f"{path}: {error}{advice}") from error
 
 
 def holds_tokenizer(directory: Path) -> bool:
@@ -292,6 +295,8 @@ def holds_tokenizer(directory: Path) -> bool:
 def _from_directory(directory: Path) -> Tokenizer:
     """The tokenizer saved in `directory`; the meta file, where there is one, must agree with it."""
     meta = _read_json(directory / META_FILE) or {}
+    if not all(isinstance(meta.get(key, ""), str | None) for key in ("kind", "name", "eos_token")):
+        raise UserError(f"{directory / META_FILE}: holds what no tokenizer was saved with{RESTORE}")
     name, eos_token = meta.get("name"), meta.get("eos_token") or _configured_end(directory)
     files = {"json": _JSON_FILE, "sentencepiece": _MODEL_FILE}
     kinds = [meta["kind"]] if "kind" in meta else [kind for kind, file in files.items() if (directory / file).is_file()]
@@ -301,12 +306,17 @@ def _from_directory(directory: Path) -> Tokenizer:
     if kinds[0] == "bytes":
         tokenizer = ByteTokenizer()
     elif kinds[0] in files and (directory / files[kinds[0]]).is_file():
-        tokenizer = _from_file(directory / files[kinds[0]], eos_token, name)
+        tokenizer = _from_file(directory / files[kinds[0]], eos_token, name, RESTORE if meta else "")
     else:
-        raise UserError(f"{directory / META_FILE}: no file for tokenizer kind {kinds[0]!r}; prepare the data again")
+        lacking = directory / files.get(kinds[0], META_FILE)
+        raise UserError(f"{lacking}: no file for tokenizer kind {kinds[0]!r}{RESTORE}")
     if meta.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f"the tokenizer in {directory} was changed after it was saved: prepare the data again")
+        raise UserError(f"the tokenizer in {directory} was changed after it was saved{RESTORE}")
     return tokenizer
+
+
+RESTORE = ": restore it (data and the runs on it hold the same one), or prepare the data again"
+"""What to do about a file that was saved with data or a run."""
 
 
 def _configured_end(directory: Path) -> str | None:
@@ -359,9 +369,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON; restore it or prepare the data again") from error
+        raise UserError(f"{path}: not readable as JSON{RESTORE}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object; restore it or prepare the data again")
+        raise UserError(f"{path}: must hold a JSON object{RESTORE}")
     return value
 
 

@@ -30,10 +30,10 @@ from spherelm.runs.config import RunConfig, read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claimed, command_line, git_commit, versions
 from spherelm.train.batches import open_data
+from spherelm.train.checks import check_runs
 from spherelm.train.guard import Diverged
 from spherelm.train.precision import on_device
 from spherelm.train.threads import threads
-from spherelm.train.trainer import check_runs
 
 SHORTER = (0.65, 0.4, 0.25)
 """The parts of the full budget that the winning arm is also trained for, each with a full schedule of its own, until

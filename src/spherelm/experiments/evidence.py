@@ -25,9 +25,9 @@ import numpy as np
 
 from spherelm.counting import counted
 from spherelm.data.loader import validation_windows
-from spherelm.data.output import write_json
+from spherelm.data.output import check_place, write_json
 from spherelm.data.shards import open_tokens
-from spherelm.errors import OutputExistsError, UserError
+from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.experiments.cost import median_ratio, time_in_turn
 from spherelm.experiments.evidence_plan import CONTENDERS, Grid, Point
@@ -40,10 +40,10 @@ from spherelm.progress import say
 from spherelm.recipes import make_run
 from spherelm.runs.loading import load_model
 from spherelm.runs.record import alone_in
+from spherelm.train.checks import check_runs
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
 from spherelm.train.threads import threads
-from spherelm.train.trainer import check_runs
 
 STEP = 2.0
 """Neighbouring learning rates of a search are this far apart."""
@@ -200,8 +200,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     """
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise UserError(f"minutes must be a positive number, got {minutes:g}")
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out} is a file: choose another --out")
+    check_place(out)
     ladder = Ladder(grid, out, workers)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out), time_limit(minutes) as is_over:

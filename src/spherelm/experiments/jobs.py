@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,16 +24,17 @@ import torch
 from spherelm.counting import counted
 from spherelm.errors import StorageError, UserError
 from spherelm.progress import Bar, has_bars, own_screen_lock, say
-from spherelm.runs.config import RunConfig, to_dict
-from spherelm.runs.metrics import in_words, read_metrics
-from spherelm.runs.record import claim_directory
+from spherelm.runs.config import RunConfig
+from spherelm.runs.metrics import in_words, is_record, read_metrics
+from spherelm.runs.record import claim_directory, described
 from spherelm.third_parties import silence
 from spherelm.train.batches import open_data
+from spherelm.train.checks import check_runs
 from spherelm.train.guard import Diverged
 from spherelm.train.opening import warnings
 from spherelm.train.precision import best_device
 from spherelm.train.signals import Interrupted
-from spherelm.train.trainer import check_runs, train
+from spherelm.train.trainer import train
 
 # A pool, and no process of `spherelm train --config` for each run: that costs 4.8 seconds of a core more than a run in
 # a process that is there (6.1 instead of 1.3 for one update: imports and flags), and a run of the demo takes 45. For
@@ -97,8 +98,7 @@ def do_job(job: Job) -> float:
     """
     done = final_loss(job.out, job.config.train.steps)
     if done is not None:
-        wanted = {**to_dict(job.config), "data_identity": open_data(job.config).identity}
-        claim_directory(job.out, wanted, resume=True)
+        claim_directory(job.out, described(job.config, open_data(job.config).identity), resume=True)
         return done
     try:
         return train(job.config, job.out, resume=True, show_progress=False)
@@ -175,7 +175,11 @@ class Followed:
         except OSError:
             return []
         self._read += len(whole) + bool(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        records = []
+        for line in whole.splitlines():
+            with suppress(ValueError):  # the run itself says what is wrong with a line
+                records.append(json.loads(line))
+        return [record for record in records if is_record(record)]
 
 
 def say_before(jobs: Sequence[Job], workers: int | None) -> None:

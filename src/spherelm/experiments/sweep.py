@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from spherelm.data.output import write_json
+from spherelm.data.output import check_place, write_json
 from spherelm.errors import OutputExistsError, UserError
 from spherelm.experiments.jobs import Job, run_jobs, say_before
 from spherelm.experiments.record import standard_error
 from spherelm.recipes import make_run
-from spherelm.runs.config import RunConfig
+from spherelm.runs.config import RunConfig, read_record
 from spherelm.runs.record import command_line, git_commit, or_nan, versions
 from spherelm.train.batches import open_data
 
@@ -151,11 +151,10 @@ def sweep(
 def on_record(out: Path, config: RunConfig) -> tuple[list[Row], list[Row], list[str]]:
     """Rows of earlier sweeps in `out` whose runs are still there: each arm's base, the others, and the commands.
 
-    Raises `FileExistsError` where `out` is a file or holds files that a sweep would write over and did not write, and
-    `ValueError` where what is there was trained on other text than that of `config`.
+    Raises as `check_place` does, `FileExistsError` where `out` holds files that a sweep would write over and did not
+    write, and `ValueError` where what is there was trained on other text than that of `config`.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out} is a file: choose another --out")
+    check_place(out)
     foreign = [name for name in ("sweep.json", "index.html") if (out / name).exists()]
     if not foreign:
         return [], [], []
@@ -188,8 +187,8 @@ def is_there(row: Row, out: Path) -> bool:
 
 def text_of(run: Path) -> dict[str, Any]:
     """The identity of the text that a run was trained on."""
-    found: dict[str, Any] = json.loads((run / "config.json").read_text("utf-8")).get("data_identity", {})
-    return found
+    found = read_record(run / "config.json").get("data_identity", {})
+    return found if isinstance(found, dict) else {}
 
 
 def together(bases: Sequence[Row], rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:

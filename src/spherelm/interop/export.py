@@ -119,13 +119,16 @@ def task_scores(run: Path, step: int) -> dict[str, dict[str, float]]:
 
 def hub_datasets(data: str | None) -> list[str]:
     """Names on the hub of the datasets that the data directory `data` was made of,
-    as far as its manifest is at hand.
+    as far as its manifest is at hand and whole.
     """
     manifest = Path(data or "") / "manifest.json"
     if data is None or not manifest.is_file():
         return []
-    inputs = json.loads(manifest.read_text(encoding="utf-8")).get("inputs", [])
-    return sorted({name for entry in inputs if (name := (entry.get("dataset") or {}).get("name"))})
+    try:
+        inputs = json.loads(manifest.read_text(encoding="utf-8")).get("inputs", [])
+        return sorted({str(name) for entry in inputs if (name := (entry.get("dataset") or {}).get("name"))})
+    except (ValueError, TypeError, AttributeError):
+        return []
 
 
 def last_validation(run: Path, step: int) -> dict[str, Any] | None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from spherelm.data.output import check_free
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.errors import OutputExistsError, UserError
+from spherelm.errors import UserError
 from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
 from spherelm.models import Decoder
 from spherelm.optim import AdamW, OptimConfig, ScheduleConfig, build_optimizer
@@ -19,6 +20,9 @@ from spherelm.optim.groups import parameter_groups
 from spherelm.runs.checkpoint import Progress, save_checkpoint
 from spherelm.runs.config import RunConfig, TrainConfig, from_dict, read_record, to_dict
 from spherelm.runs.record import claim_directory
+
+PLACE = "directory for the imported run"
+"""What a message asks for where the one that was given is taken."""
 
 THEIR_RATE = 15e-4
 """The peak learning rate in NVIDIA/ngpt's train.py, for a file that was written when the rate had come down to 0."""
@@ -34,7 +38,7 @@ def import_nvidia(
     with the run; their file does not hold one. moments: keep Adam's state as well. Raises `FileExistsError` if `out`
     holds something, and `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
     """
-    check_free(out)
+    check_free(out, PLACE)
     read = read_checkpoint(checkpoint)
     model, chosen = to_model(read, rope), None if tokenizer is None else load_tokenizer(tokenizer)
     if chosen is not None and chosen.vocab_size > read.model_args.vocab_size:
@@ -60,7 +64,7 @@ def import_hub(source: str, out: Path) -> Decoder:
     config comes along; the optimizer starts fresh. Raises `OutputExistsError` if `out` holds something, and `UserError`
     for what is no such folder, cannot be read, or is folded.
     """
-    check_free(out)
+    check_free(out, PLACE)
     try:
         from spherelm.interop.huggingface.folder import RECORD, read_folder
         from spherelm.interop.huggingface.hub import downloaded
@@ -77,12 +81,6 @@ def import_hub(source: str, out: Path) -> Decoder:
     described = {"format": "spherelm", "path": source, "iteration": step}
     write_run(out, {**to_dict(config), "imported": described}, model, optimizer, tokenizer, step)
     return model
-
-
-def check_free(out: Path) -> None:
-    """Raise `OutputExistsError` if `out` holds something."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already holds something: choose another directory for the imported run")
 
 
 def write_run(

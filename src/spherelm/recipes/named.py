@@ -30,6 +30,7 @@ from spherelm.recipes.overrides import (
     model_config,
     model_fields,
     optim_config,
+    optimizer_of,
     refuse_unknown,
     schedule_of,
     take,
@@ -249,7 +250,7 @@ def _run(
         size = dataclasses.replace(size, micro_batch_size=limit and part_of_batch(limit, size.batch_size))
     choices = make(arm, size)
     suited = choices.optim.get("optimizer", "adamw")
-    named = given.get("optimizer", suited)
+    named = optimizer_of(given, choices.optim)
     if lr is None and named != suited and "muon" in (named, suited):
         raise UserError(f"recipe {recipe!r} chooses rates for {suited}: give --lr with optimizer={named}")
     optim = optim_config(choices.lr if lr is None else lr, choices.optim, given)

@@ -153,14 +153,21 @@ GROUPS = tuple(
 """Fields of an `NGPTConfig` whose own fields are set by paths, such as "alpha.init"."""
 
 
+def optimizer_of(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """The name of the optimizer in `given`, else in `chosen`. Raises `UserError` where there is none of that name."""
+    kind = given.get("optimizer", chosen.get("optimizer", "adamw"))
+    if not isinstance(kind, str) or kind not in RULES:
+        raise unknown("optimizer", kind, RULES)
+    return kind
+
+
 def optim_config(lr: float, chosen: Mapping[str, Any], given: dict[str, Any]) -> OptimConfig:
     """The optimizer's config of the fields `chosen`, and over them those that are removed from `given`.
 
     Raises `ValueError` for a field of another optimizer than the one that is chosen.
     """
-    kind = given.pop("optimizer", chosen.get("optimizer", "adamw"))
-    if not isinstance(kind, str) or kind not in RULES:
-        raise unknown("optimizer", kind, RULES)
+    kind = optimizer_of(given, chosen)
+    given.pop("optimizer", None)
     names = {name: {field.name for field in dataclasses.fields(rule)} - {"kind"} for name, rule in RULES.items()}
     own = {name: value for name, value in chosen.items() if name in names[kind]} | take(
         given, RULES[kind], but=("kind",)
@@ -208,7 +215,7 @@ def training_of(given: dict[str, Any], before: Precision) -> dict[str, Any]:
                     f"precision={kind} computes in {kind}, and dtype={found['dtype']} is given too: leave one out"
                 )
             found["dtype"], kind = kind, None
-        elif kind is not None and kind not in BLOCKS:
+        elif kind is not None and (not isinstance(kind, str) or kind not in BLOCKS):
             raise unknown("precision", kind, [*PLAIN, *BLOCKS])
         own["kind"] = kind
     with called("precision.{}".format):
@@ -323,13 +330,18 @@ def fields_in(record: Mapping[str, Any]) -> dict[str, Any]:
     """The fields in a file of settings, nested as in a run's config.json or not,
     by their names in `make_run` or `changed`.
 
-    Raises `UserError` for a field that is there twice. Whether there is such a field is for others to say.
+    Raises `UserError` for a field that is there twice, or below a name of no part. Whether there is such a field is
+    for others to say.
     """
     found: list[tuple[str, Any]] = []
 
     def note(place: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and value:
+                if name not in PARTS:
+                    raise UserError(
+                        f"{name!r} is no part of a run's settings{nearest(name, PARTS)}: give what stands below it without it"
+                    )
                 note(name, value)
             elif name == "kind":
                 found.append((place, value))
@@ -350,3 +362,6 @@ NAMES_IN = {
     **{group: f"{group}.{{}}" for group in GROUPS},
 }
 """How the fields of a part of a config are called where they are given one by one."""
+
+PARTS = ("model", "optim", "schedule", "train", "architecture", "mixer", "experts", "optimizer", *NAMES_IN)
+"""The parts of a config, below which its fields stand in a file."""

@@ -24,6 +24,7 @@ from spherelm.report.pages import render
 from spherelm.report.walk import trace_walks, walk_page
 from spherelm.report.weight_figures import weight_figures
 from spherelm.report.wording import caveats, mean_and_error, number, optimizer_name, si, verdict
+from spherelm.runs.config import read_record
 from spherelm.runs.loading import load_model
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
@@ -192,7 +193,7 @@ def _reproduce(comparison: Comparison) -> dict[str, Any]:
     for arm in comparison.arms.values():
         path = comparison.directory / arm.runs[0].name / "config.json"
         if path.is_file():
-            configs[f"Configuration of {arm.runs[0].name}/config.json"] = json.loads(path.read_text("utf-8"))
+            configs[f"Configuration of {arm.runs[0].name}/config.json"] = read_record(path)
     return {
         "command": str(summary.get("command") or "spherelm compare"),
         "facts": " ".join(fact for fact in facts if fact),

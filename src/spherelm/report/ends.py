@@ -21,7 +21,7 @@ from spherelm.counting import counted
 from spherelm.errors import NotFoundError, UserError
 from spherelm.experiments.record import read_run
 from spherelm.report.wording import listed
-from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.config import RunConfig, read_config, read_record
 from spherelm.runs.metrics import DamagedMetrics, read_evaluations
 
 
@@ -138,12 +138,10 @@ def check_same_text(runs: Sequence[Path]) -> None:
     """
     known: tuple[Path, Any] | None = None
     for run in runs:
-        path = run / "config.json"
-        try:
-            identity = dict(json.loads(path.read_text("utf-8"))).get("data_identity") or {}
-            text = (identity.get("val"), identity.get("tokenizer"))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}): leave {run} out") from error
+        identity = read_record(run / "config.json").get("data_identity") or {}
+        if not isinstance(identity, dict):
+            raise UserError(f"{run / 'config.json'} is damaged (data_identity is {identity!r}): leave {run} out")
+        text = (identity.get("val"), identity.get("tokenizer"))
         known = known or (run, text)
         if text != known[1]:
             raise UserError(

@@ -244,6 +244,7 @@ def read_record(path: Path) -> dict[str, Any]:
         # PyYAML, which reads YAML 1.1, would take 1e-3 for text.
         read = YAML(typ="safe", pure=True).load if path.suffix in (".yaml", ".yml") else _read_json
         record: dict[str, Any] = read(text)
+        _check_names(record)
     except MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
         raise UserError(f"{path} cannot be used: {error.problem}{line}") from error
@@ -254,6 +255,14 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{path} cannot be used: it holds no fields")
     return record
+
+
+def _check_names(value: Any) -> None:
+    """Raise `UserError` for a name in a file that cannot be a field's."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if not isinstance(key, str) or not key:
+            raise UserError(f"{key!r} stands where the name of a field should: write the name, in quotes if need be")
+        _check_names(inner)
 
 
 def _read_json(text: str) -> Any:

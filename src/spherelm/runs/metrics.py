@@ -14,6 +14,9 @@ class DamagedMetrics(UserError):
     """A `metrics.jsonl` is not as a run wrote it."""
 
 
+REMEDY = "take the line out, or leave the run out"
+
+
 def in_words(record: Mapping[str, Any]) -> str:
     """A record of `metrics.jsonl` as a person reads it while the run works;
     where in the run it was made is left out.
@@ -29,6 +32,11 @@ def in_words(record: Mapping[str, Any]) -> str:
     return f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{share}"
 
 
+def is_record(value: Any) -> bool:
+    """Whether a line of a `metrics.jsonl` holds what every record has."""
+    return isinstance(value, dict) and "kind" in value and isinstance(value.get("step"), int)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every record of a `metrics.jsonl`; a last line that was cut off is left out,
     any other damage raises `ValueError`.
@@ -41,9 +49,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:  # what is no JSON, or no text
             if number == len(lines):
                 break
-            raise DamagedMetrics(f"{path}, line {number} is not JSON: {error}") from error
-        if not (isinstance(record, dict) and {"kind", "step"} <= record.keys()):
-            raise DamagedMetrics(f"{path}, line {number} is no record with a kind and a step")
+            raise DamagedMetrics(f"{path}, line {number} is not JSON ({error}): {REMEDY}") from error
+        if not is_record(record):
+            raise DamagedMetrics(f"{path}, line {number} is no record with a kind and a step: {REMEDY}")
+        if record["kind"] == "val" and not isinstance(record.get("loss", ""), int | float | None):
+            raise DamagedMetrics(f"{path}, line {number} is a validation without a loss: {REMEDY}")
         records.append(record)
     return records
 

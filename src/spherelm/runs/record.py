@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.output import locked, write_json
+from spherelm.data.output import check_place, locked, write_json
 from spherelm.data.sources import parse_data
 from spherelm.errors import OutputExistsError, UserError, nearest
 from spherelm.runs.checkpoint import latest_checkpoint
@@ -116,11 +116,10 @@ def claimed(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "")
 
 
 def is_taken(out: Path, resume: bool) -> bool:
-    """Whether `out` holds something that may be resumed;
-    raises `FileExistsError` for what may not, or if `resume` is False.
+    """Whether `out` holds something that may be resumed; raises as `check_place` does,
+    and `FileExistsError` for what may not, or if `resume` is False.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out} is a file: choose another --out")
+    check_place(out)
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return False
     if not resume:
@@ -135,17 +134,32 @@ def is_taken(out: Path, resume: bool) -> bool:
 def claim_directory(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "") -> bool:
     """Make `out` the directory of what `wanted` describes, stored with its provenance in `config.json`.
 
-    Returns whether it was that already. Raises `FileExistsError` if it holds something and `resume` is not asked for,
-    and `ValueError`, naming the field, if it holds something of another configuration. Nothing that is there is changed
-    then. Where "data_identity" says what the text is, the text may lie elsewhere than it did. may_grow: the path of a
-    number that may be larger now, which is noted in `config.json`.
+    Returns whether it was that already. Raises as `check_directory` does; nothing that is there is changed then.
+    may_grow: as there; that the number is larger is noted in `config.json`.
     """
     path = out / "config.json"
-    if not is_taken(out, resume):
+    before = check_directory(out, wanted, resume, may_grow)
+    if before is None:
         out.mkdir(parents=True, exist_ok=True)
         about = {"versions": versions(), "git_commit": git_commit(), "command": command_line()}
         write_json(path, {**wanted, **about})
         return False
+    now = flat(wanted)
+    if may_grow in before and now[may_grow] > before[may_grow]:
+        grow(path, may_grow, before[may_grow], now[may_grow])
+    return True
+
+
+def check_directory(out: Path, wanted: dict[str, Any], resume: bool, may_grow: str = "") -> dict[str, Any] | None:
+    """What `config.json` in `out` says, by path; `None` where nothing is there yet. Nothing is written.
+
+    Raises as `is_taken` does, and `UserError`, naming the field, if `out` holds something of another configuration than
+    `wanted`. Where "data_identity" says what the text is, the text may lie elsewhere than it did. may_grow: the path of
+    a number that may be larger now.
+    """
+    path = out / "config.json"
+    if not is_taken(out, resume):
+        return None
     try:
         before = flat(record_today(dict(json.loads(path.read_text(encoding="utf-8")))))
         now = flat(json.loads(json.dumps(wanted)))
@@ -162,8 +176,7 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool, may_grow: s
         *(["data"] if moved else []),
         *(["train.dtype"] if now.get("train.dtype") == "auto" else []),
     )
-    grows = may_grow in before and now[may_grow] > before[may_grow]
-    free = (*free, *([may_grow] if grows else []))
+    free = (*free, *([may_grow] if may_grow in before and now[may_grow] > before[may_grow] else []))
     differing = [field for field in now if field not in free and before.get(field) != now[field]]
     if differing:
         # What is asked for comes before what a recipe makes of it: the length of a run before where s_z starts in it.
@@ -172,9 +185,7 @@ def claim_directory(out: Path, wanted: dict[str, Any], resume: bool, may_grow: s
             f"{out} was made with another config: {field} is {before.get(field)!r} there and {now[field]!r} now; "
             "give the same value, or another --out"
         )
-    if grows:
-        grow(path, may_grow, before[may_grow], now[may_grow])
-    return True
+    return before
 
 
 def grow(path: Path, field: str, before: int, now: int) -> None:
@@ -215,6 +226,11 @@ def recorded_dtype(out: Path) -> str:
         return "auto"
 
 
+def described(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What is stored about the run of `config`; data: what identifies its text."""
+    return {**to_dict(config), "data_identity": data}
+
+
 @contextmanager
 def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -> Iterator[Path | None]:
     """Have `out` as the directory of this run as long as the context lasts,
@@ -222,5 +238,5 @@ def open_run(out: Path, config: RunConfig, data: dict[str, Any], resume: bool) -
 
     data: what identifies the text, stored under "data_identity". Raises as `claimed` does.
     """
-    with claimed(out, {**to_dict(config), "data_identity": data}, resume, "train.steps") as resumed:
+    with claimed(out, described(config, data), resume, "train.steps") as resumed:
         yield latest_checkpoint(out) if resumed else None

@@ -29,7 +29,7 @@ from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.record import flat
 from spherelm.train.batches import repetition
 from spherelm.train.counting import block_costs, readout_cost, training_flops
-from spherelm.train.precision import best_device
+from spherelm.train.precision import best_device, devices_here
 
 H100_TFLOPS = 989.0
 """Dense bfloat16 matrix products on one NVIDIA H100 SXM, by its data sheet: what `--peak-tflops` is if left out."""
@@ -139,14 +139,17 @@ def estimate(
     """Everything that a dry run says, as plain JSON values; the configuration is merged in.
 
     mfu: the part of the peak that is reached. peak_tflops: of one device, in 10^12 operations a second. Time is that of
-    the model's operations alone, as "6N + 12 L d T" counts them. device_memory: bytes, by default that of the
-    accelerator here, else `DEVICE_MEMORY`. epochs: how often each text is read, by name. Raises `ValueError` for what
-    cannot be shared by the devices.
+    the model's operations alone, as "6N + 12 L d T" counts them. device_memory: bytes, by default that of the device
+    asked for or of the accelerator here, else `DEVICE_MEMORY`. epochs: how often each text is read, by name. Raises
+    `ValueError` for what cannot be shared by the devices.
     """
-    layout = layout or Layout()
+    layout, asked = layout or Layout(), config.train.device
+    device = asked or best_device().type
+    is_here = device in devices_here()
     if device_memory is None:
-        device = best_device()
-        device_memory = (memory_of(device) if device.type != "cpu" else None) or DEVICE_MEMORY
+        device_memory = (
+            memory_of(torch.device(device)) if is_here and (asked or device != "cpu") else None
+        ) or DEVICE_MEMORY
     if not 0 < device_memory < math.inf:
         raise UserError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
     if not 0 < mfu <= 1 or not peak_tflops > 0:
@@ -171,6 +174,7 @@ def estimate(
         "flops": step_flops * train.steps,
         "step_seconds": step_seconds,
         "hours": step_seconds * train.steps / 3600,
+        "device": {"name": device, "is_here": is_here},
         "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "dtype": str(compute_dtype(train.dtype)).split(".")[1]},
         **to_dict(config),
     }
@@ -205,6 +209,7 @@ def estimate_table(found: dict[str, Any]) -> str:
         _row("hours", f"{found['hours']:,.4g}"),
         f"  assumed: {assumed['peak_tflops']:g} TFLOP/s a device, {100 * assumed['mfu']:g} % of it reached, "
         f"{assumed['dtype']}, not compiled",
+        *_device(**found["device"]),
         "",
         "configuration",
     ]
@@ -232,6 +237,12 @@ def memory_of(device: torch.device) -> int | None:
 
 def _row(name: str, value: str) -> str:
     return f"  {name:22}{value:>24}"
+
+
+def _device(name: str, is_here: bool) -> list[str]:
+    if not is_here:
+        return [f"  no device {name} is here: training would be refused on this machine"]
+    return ["  on this machine training would use its processor: give its --peak-tflops for its time"] * (name == "cpu")
 
 
 def _spread(layout: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,22 +46,34 @@ def best_device() -> torch.device:
     return _CHOSEN.get() or torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
+def devices_here() -> list[str]:
+    """The names of this machine's devices."""
+    there, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    return ["cpu", *([there.type, *(f"{there.type}:{i}" for i in range(count))] if there else [])]
+
+
+def check_device(name: str | None, anywhere: bool = False) -> None:
+    """Raise `UserError` where this machine has no device of this name, or, if `anywhere`, where no machine has."""
+    known = devices_here()
+    if name in (None, *known) or (anywhere and re.fullmatch(ACCELERATORS, str(name))):
+        return
+    raise unknown("device", name, known)
+
+
+ACCELERATORS = r"(cuda|mps|xpu)(:\d+)?"
+"""Names of devices that other machines may have."""
+
+
 @contextmanager
 def on_device(name: str | None) -> Iterator[None]:
     """Have `best_device` be the one of this name, such as "cpu" or "cuda:1", for as long as the context lasts.
 
     `None` changes nothing. Raises `UserError` where there is no such device.
     """
+    check_device(name)
     if name is None:
         yield
         return
-    there = torch.accelerator.current_accelerator()
-    known = [
-        "cpu",
-        *([there.type, *(f"{there.type}:{i}" for i in range(torch.accelerator.device_count()))] if there else []),
-    ]
-    if name not in known:
-        raise unknown("device", name, known)
     before = _CHOSEN.set(torch.device(name))
     try:
         yield

@@ -10,7 +10,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spherelm.data.sources import RunData
 from spherelm.data.verification import verify_where_cheap
-from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.layers.moe import clear_loads, routers
 from spherelm.models import Decoder, build
@@ -33,19 +31,19 @@ from spherelm.runs.config import RunConfig, micro_batches, to_dict
 from spherelm.runs.group import Group
 from spherelm.runs.metrics import in_words
 from spherelm.runs.record import open_run, recorded_dtype
-from spherelm.train.batches import open_data, total_loss, validation_losses
+from spherelm.train.batches import total_loss, validation_losses
+from spherelm.train.checks import prepare, started
 from spherelm.train.diagnostics import Diagnosis, Speed, load_of_experts, peak_memory_mb
-from spherelm.train.evaluation import task_scorer
 from spherelm.train.guard import WORSE, Diverged, Guard, untrained_loss
 from spherelm.train.heap import keep_freed_memory
 from spherelm.train.init_from import check_length, load_initial_weights
-from spherelm.train.low_precision import check_precision, lower_precision, seed_noise
+from spherelm.train.low_precision import lower_precision, seed_noise
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
 from spherelm.train.parallel import RankLost, joined, spread
 from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
-from spherelm.train.sinks import check_names, open_sinks
+from spherelm.train.sinks import open_sinks
 from spherelm.train.threads import threads, threads_for
 from spherelm.train.update import Arriving, Update, gradients_of_batch
 
@@ -68,12 +66,12 @@ class Trainer:
         self.config, self.out, self.held = config, out, held or ExitStack()
         self.group = group = group or Group(device=best_device())
         self.device, train = group.device, config.train
-        group.together(self._prepare)
+        group.together(lambda: self._prepare(resume))
         keep_freed_memory()
         torch.manual_seed(train.seed)
         model = build(config.model)
         if config.init_from and not (resume and latest_checkpoint(out)):
-            group.together(lambda: load_initial_weights(model, Path(str(config.init_from)), self.data.tokenizer))
+            group.together(lambda: load_initial_weights(model, Path(str(config.init_from))))
         model.to(self.device)
         self.config = config = group.first(lambda: self._with_dtype(model, resume))
         model.runtime.compute_dtype = resolve_dtype(config.train.dtype, model, 0)
@@ -101,15 +99,11 @@ class Trainer:
         self._noted, self._stop, self._bar = Noted(), 0, Bar("", None, show=False)
         self._now = self._saved_at = group.gather([time.monotonic()])[0][0]
 
-    def _prepare(self) -> None:
+    def _prepare(self, resume: bool) -> None:
         """Everything that may be refused on any process: text, tasks, sinks."""
-        config, group = self.config, self.group
+        config, group = started(self.config, self.out, resume), self.group
         self.micro_batch_size, _ = micro_batches(config.train, group.world_size)
         self.data, self.score_tasks = prepare(config, group)
-        if self.score_tasks is not None and not group.is_alone:
-            raise UserError(
-                "--eval-tasks is for runs of one process: score the checkpoints of this one by spherelm eval"
-            )
 
     def _with_dtype(self, model: Decoder, resume: bool) -> RunConfig:
         """The configuration with a format in place of "auto": the resumed run's, or the faster one here."""
@@ -124,7 +118,8 @@ class Trainer:
     def _claim(self, resume: bool) -> Path | None:
         """Take the directory for this run, and return the checkpoint to resume from."""
         group = self.group
-        group.first(lambda: check_length(self.out, self.config, resume))
+        for line in group.first(lambda: check_length(self.out, self.config, resume)):
+            say(line)
         opened = open_run(self.out, self.config, self.data.identity, resume)
         checkpoint = group.first(lambda: self.held.enter_context(opened))
         if checkpoint is not None:
@@ -364,28 +359,6 @@ class Trainer:
         self.metrics.flush()
         self.checkpoints.save(self.model, self.optimizer, self.progress)
         self._saved, self._saved_at = self.progress.step, self._now
-
-
-def prepare(config: RunConfig, group: Group) -> tuple[RunData, Callable[[Decoder], dict[str, Any]] | None]:
-    """The text of a run, and what scores its model on tasks, if any; `ValueError` where one cannot be had."""
-    check_names(config.train.log_to)
-    data = open_data(config, group.rank, group.world_size)
-    return data, task_scorer(config.train, data.tokenizer)
-
-
-def check_runs(configs: Sequence[RunConfig]) -> None:
-    """Raise what the first run that cannot begin would raise; nothing is written, no model takes memory."""
-    texts = {}
-    for c in configs:
-        texts[str((c.model.architecture, c.data, c.model.vocab_size, replace(c.train, seed=0, steps=1)))] = c
-    for config in texts.values():
-        micro_batches(config.train, 1)
-        prepare(config, Group())
-    for config in {str((config.model, config.train.precision)): config for config in configs}.values():
-        with torch.device("meta"):
-            check_precision(build(config.model), config.train.precision)
-    for optim in {str(config.optim): config.optim for config in configs}.values():
-        build_optimizer(torch.nn.Linear(1, 1), optim)
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, show_progress: bool = True) -> float:
