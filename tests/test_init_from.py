@@ -124,6 +124,16 @@ def test_text_is_prepared_beside_the_run(command: commands.Command, tmp_path: Pa
         assert f"epochs of {made}" in answer.out or str(made) in answer.out
 
 
+def test_a_stream_of_a_local_file_is_not_taken_for_text(command: commands.Command, tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs the extra data")
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": tiny.text(i, 60)}) + "\n" for i in range(9)))
+    out = tmp_path / "run"
+    answer = command("train", "--arm", "gpt", "--out", out, "--data", f"stream:{file},tokenizer=bytes", "--dry-run")
+    assert answer.code == 0, answer.err
+    assert not out.with_name("run-data").exists()
+
+
 def test_an_unknown_key_of_a_whole_config_is_refused(command: commands.Command, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command(*words(run, data, "--steps", 1)).code in (0, 1)

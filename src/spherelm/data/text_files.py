@@ -55,6 +55,8 @@ def texts_in(said: str) -> list[Path]:
 
 def refuse_missing(said: str) -> None:
     """Raise `UserError` where `said` is a file or pattern of text, by its name, and there is none."""
+    if said.startswith("stream:"):
+        return
     for path in (Path(part) for part in said.split(",") if part and "=" not in part):
         try:
             format_of(path)
