@@ -21,7 +21,7 @@ from spherelm import cli
 from spherelm.cli.parser import POSITIONAL, flags_of, parse
 from spherelm.data.sources import parse_data
 from spherelm.errors import UserError
-from spherelm.recipes import make_run
+from spherelm.recipes import PRESET, RECIPE, make_run
 from spherelm.runs.config import to_dict
 from spherelm.train import precision
 from spherelm.train.trainer import train
@@ -354,3 +354,10 @@ def test_fields_that_are_set_count_as_their_flags(command: commands.Command, tmp
     answer = command(*words)
     line = "--shard-size acts only with --strategy hybrid: give both, or leave --shard-size out"
     assert (answer.code, answer.shown) == (2, [f"spherelm: {line}"])
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "sweep"])
+def test_help_says_what_is_trained_where_nothing_is_named(name: str) -> None:
+    flags = flags_of(cli.COMMANDS[name])
+    assert f"; {PRESET} if left out" in flags["--preset"].about
+    assert f"; {RECIPE} if left out" in flags["--recipe"].about

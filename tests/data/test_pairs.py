@@ -14,7 +14,14 @@ import torch
 
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.pair_loader import PairLoader, held_out_pairs, pair_batch
-from spherelm.data.pairs import PairFiles, open_pairs, prepare_pairs, read_pairs_manifest, train_tokenizer
+from spherelm.data.pairs import (
+    PairFiles,
+    PairSettings,
+    open_pairs,
+    prepare_pairs,
+    read_pairs_manifest,
+    train_tokenizer,
+)
 from spherelm.data.tokenizer import load_tokenizer
 
 
@@ -51,15 +58,15 @@ def test_the_tokenizer_is_learned_from_both_sides_of_the_training_pairs_alone(tm
 def test_blank_and_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     train = tiny_pairs.write_files(tmp_path, "train", ["ba", "", "badi", "ba du ki lo", " "])
     val = tiny_pairs.write_files(tmp_path, "val", ["du"])
-    splits = prepare_pairs(train, tmp_path / "pairs", val, tokenizer="bytes", max_tokens=5)["splits"]
+    splits = prepare_pairs(train, tmp_path / "pairs", val, PairSettings(tokenizer="bytes", max_tokens=5))["splits"]
     assert splits["train"]["pairs"] == 2
     assert splits["train"]["left_out"] == {"blank": 2, "too_long": 1}
     with pytest.raises(
         DocumentError, match="longer than 2 tokens: 3 train pairs, the longest has 12; raise --max-tokens"
     ):
-        prepare_pairs(train, tmp_path / "other", val, tokenizer="bytes", max_tokens=2)
+        prepare_pairs(train, tmp_path / "other", val, PairSettings(tokenizer="bytes", max_tokens=2))
     with pytest.raises(DocumentError, match="longer than 5 tokens: 1 val pair, the longest"):
-        prepare_pairs(val, tmp_path / "other", train, tokenizer="bytes", max_tokens=5)
+        prepare_pairs(val, tmp_path / "other", train, PairSettings(tokenizer="bytes", max_tokens=5))
     assert not (tmp_path / "other").exists()
 
 
@@ -82,7 +89,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, data: Path) ->
     with pytest.raises(FileExistsError, match="choose another --out"):
         prepare_pairs(train, data, train)
     with pytest.raises(ValueError, match="max_tokens must be at least 2"):
-        prepare_pairs(train, tmp_path / "new", train, max_tokens=1)
+        PairSettings(max_tokens=1)
     with pytest.raises(FileNotFoundError, match="holds no pairs"):
         open_pairs(tmp_path, "train")
     blank = tiny_pairs.write_files(tmp_path, "blank", ["", ""])
@@ -98,10 +105,10 @@ def test_training_pairs_are_no_validation_pairs(tmp_path: Path) -> None:
     again.target.write_text("".join(f"{tiny_pairs.translate(text)}\n" for text in ("du ki", "ba", "ba")))
     for val in (train, again):
         with pytest.raises(DocumentError, match=r"every pair of .* is in the training text too: name other files"):
-            prepare_pairs(train, tmp_path / "pairs", val, tokenizer="bytes")
+            prepare_pairs(train, tmp_path / "pairs", val, PairSettings(tokenizer="bytes"))
     assert not (tmp_path / "pairs").exists()
     some = tiny_pairs.write_files(tmp_path, "some", ["ba", "lo"])
-    prepare_pairs(train, tmp_path / "pairs", some, tokenizer="bytes")
+    prepare_pairs(train, tmp_path / "pairs", some, PairSettings(tokenizer="bytes"))
 
 
 def test_damage_is_noticed(data: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spherelm.data.cutting import Cutter
+from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate import lengths
 from spherelm.evaluate.lengths import Document, Plan, encode_document, perplexity_by_length, ratio, read_documents
@@ -241,7 +242,7 @@ def test_documents_are_read_from_any_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one ü", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text('{"body": {"text": "other"}}\n')
-    (other,) = read_documents([tmp_path / "c.*"], load_tokenizer("bytes"), field="body.text")
+    (other,) = read_documents([tmp_path / "c.*"], load_tokenizer("bytes"), rows=Rows("body.text"))
     assert bytes(other.tokens.tolist()) == b"other"
     found = list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], load_tokenizer("bytes")))
     assert [(bytes(d.tokens.tolist()).decode(), d.bytes) for d in found] == [("one ü", 6), ("two", 3), ("three", 5)]

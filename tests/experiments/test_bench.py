@@ -51,14 +51,14 @@ def test_both_arms_have_the_shape() -> None:
 @pytest.mark.usefixtures("timed")
 def test_a_step_that_is_faster_than_the_product_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "matmul_rate", lambda *_: 1.0)
-    mfu = bench(SHAPE, "float32", compiled=False)["mfu"]
+    mfu = bench(SHAPE, "float32", compiled=False, steps=5)["mfu"]
     assert mfu["gpt"] == 1.0
     assert mfu["ngpt"] == pytest.approx(1 / 1.5, rel=0.01), "of three seconds instead of two, for as many operations"
 
 
 @pytest.mark.usefixtures("timed")
 def test_the_figures_follow_from_the_times() -> None:
-    result = bench(SHAPE, "float32", compiled=False)
+    result = bench(SHAPE, "float32", compiled=False, steps=5)
     assert result["step_time_ratio"] == 1.5
     assert result["tokens_per_second"] == {"gpt": 32.0, "ngpt": 64 / 3}
     assert result["matmul_gflops"] == 10.0
@@ -78,7 +78,7 @@ def test_the_figures_follow_from_the_times() -> None:
 @pytest.mark.usefixtures("timed")
 def test_hybrids_are_timed_by_their_pattern() -> None:
     shape = Shape(n_layers=9, d_model=32, n_heads=2, seq_len=16, batch_size=4, vocab_size=61)
-    result = bench(shape, "float32", compiled=False, pattern="MA-")
+    result = bench(shape, "float32", compiled=False, steps=5, pattern="MA-")
     assert result["step_seconds"] == {"gpt": 2.0, "ngpt": 3.0}
     assert (result["pattern"], result["shape"]["n_layers"]) == ("MA-", 3)
     lines = table(result).splitlines()

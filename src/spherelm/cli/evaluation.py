@@ -28,7 +28,7 @@ def eval_(
     tasks: tuple[str, ...] = (),
     settings: TaskFlags,
     perplexity: tuple[Path, ...] = (),
-    field: Annotated[str, WITH_PERPLEXITY] = "text",
+    rows: Annotated[Given, Fields("spherelm.data.rows.Rows", "field", needs={"field": WITH_PERPLEXITY})],
     lengths: Annotated[tuple[int, ...], WITH_PERPLEXITY] = (),
     plan: PlanFlags,
     rope_base: Annotated[float | None, WITH_PERPLEXITY] = None,
@@ -49,7 +49,6 @@ def eval_(
         tasks: Tasks of lm-evaluation-harness (spherelm list tasks). If left out, the paper's five, or none where
             --perplexity or --translate is given.
         perplexity: Measure perplexity on these text files, of any kind that data prepare reads.
-        field: Name of the text in each row of those files; body.text for "text" within "body".
         lengths: Context lengths in tokens, which may exceed the length trained on; that length if left out.
         rope_base: Use this base of the rotary embedding instead of the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
@@ -68,7 +67,7 @@ def eval_(
         if translate is not None:
             results["translation"] = translated(run, translate, reference, beams, write)
         if perplexity:
-            results["perplexity"] = measured(run, perplexity, field, lengths, plan, rope_base, rope_scaling)
+            results["perplexity"] = measured(run, perplexity, rows, lengths, plan, rope_base, rope_scaling)
         if tasks or not results:
             results |= scored(run, tasks, settings)
     if json is not None:
@@ -89,20 +88,21 @@ def translated(
 def measured(
     run: Path,
     files: tuple[Path, ...],
-    field: str,
+    rows: Given,
     lengths: tuple[int, ...],
     plan: Given,
     rope_base: float | None,
     rope_scaling: str | None,
 ) -> dict[str, Any]:
     """The perplexity at each length."""
+    from spherelm.data.rows import Rows
     from spherelm.evaluate.lengths import Plan
     from spherelm.evaluate.positions import parse_positions
     from spherelm.train.evaluation import perplexity_of_run, trained_length
 
     positions = parse_positions(rope_base, rope_scaling)
     chosen = tuple(sorted(set(lengths))) or (trained_length(run),)
-    return perplexity_of_run(run, files, Plan(chosen, **plan), positions, field)
+    return perplexity_of_run(run, files, Plan(chosen, **plan), positions, Rows(skip_bad=None, **rows))
 
 
 def scored(run: Path, tasks: tuple[str, ...], settings: Given) -> dict[str, Any]:

@@ -30,15 +30,20 @@ _COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A dataset to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision),
-    a .parquet or .jsonl file, or a folder of such. `config`, `split`: of the dataset. `column`: the field with the
-    text. `limit`: rows at most.
+    """A dataset to stream.
+
+    Attributes:
+        name: Its name on the hub (NAME@REVISION for one revision), a .parquet or .jsonl file, or a folder of such.
+        config: The configuration of the dataset, where it has several.
+        split: The split of the dataset to read.
+        column: The field with the text, as in `Rows`.
+        limit: Number of rows of the dataset to read; all if left out.
     """
 
     name: str
     config: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str = Rows.field
     limit: int | None = None
 
 

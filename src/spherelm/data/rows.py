@@ -42,10 +42,11 @@ class Bad(str):
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
+    """How rows are read; a row may also be a string. `skip_bad` is None where no flag chooses: as False.
 
-    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too,
-    where no flags choose.
+    Attributes:
+        field: Field of a row that holds the text, in every input; body.text for "text" within "body".
+        skip_bad: Leave out rows without readable text, and count them; without this flag they are errors.
     """
 
     field: str = "text"

@@ -137,16 +137,16 @@ class Scores:
 
 
 def read_documents(
-    paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None, field: str = "text"
+    paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None, rows: Rows = Rows(skip_bad=None)
 ) -> Iterator[Document]:
     """The documents of text files (.txt, .jsonl, .parquet, also compressed), in order, one at a time.
 
     needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded.
-    field: where the text of a row is. Raises as `data.documents` does for what cannot be read.
+    rows: how rows are read. Raises as `data.documents` does for what cannot be read.
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
-        for block in read_blocks(path, rows=Rows(field, skip_bad=None)):
+        for block in read_blocks(path, rows=rows):
             yield from (encode_document(text, cutter, needed) for text in block.texts)
 
 

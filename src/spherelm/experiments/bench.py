@@ -63,7 +63,7 @@ def configs(shape: Shape, dtype: str, compiled: bool, pattern: str | None = None
     if pattern is not None:
         sizes["pattern"] = pattern
         del sizes["n_layers"]
-    return {arm: make_run(arm, "demo", lr=1e-3, **sizes) for arm in ARMS}
+    return {arm: make_run(arm, lr=1e-3, **sizes) for arm in ARMS}
 
 
 def resolved(shape: Shape, dtype: str, pattern: str | None = None) -> str:
@@ -126,9 +126,7 @@ def retraction_seconds(config: RunConfig, repeats: int = 9) -> float:
     return median_seconds(lambda: retract(model), repeats)
 
 
-def bench(
-    shape: Shape, dtype: str = "auto", compiled: bool = True, steps: int = 15, pattern: str | None = None
-) -> dict[str, Any]:
+def bench(shape: Shape, dtype: str, compiled: bool, steps: int, pattern: str | None = None) -> dict[str, Any]:
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
     step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model

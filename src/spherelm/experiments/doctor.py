@@ -120,7 +120,7 @@ def disk() -> str:
 
 def run_of(arm: str, **fields: Any) -> RunConfig:
     """A run of the demo's size, or with other `fields`."""
-    return make_run(arm, "demo", **{"vocab_size": 4096, "steps": 1, "lr": 1e-3, **fields})
+    return make_run(arm, **{"vocab_size": 4096, "steps": 1, "lr": 1e-3, **fields})
 
 
 def fast_format() -> torch.dtype:

@@ -160,6 +160,16 @@ def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     return size, local // size
 
 
+def parts_of_model(train: TrainConfig, world_size: int) -> int:
+    """Into how many parts `world_size` processes cut weights, gradients and moments.
+
+    Raises `UserError` where `train.shard_size` does not divide the processes.
+    """
+    if train.strategy == "hybrid" and world_size % train.shard_size:
+        raise UserError(f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor")
+    return {"replicate": 1, "shard": world_size, "hybrid": train.shard_size}[train.strategy]
+
+
 def part_of_batch(limit: int, batch_size: int) -> int:
     """The largest divisor of a batch that is not above `limit`."""
     most = min(limit, batch_size)

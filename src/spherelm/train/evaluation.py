@@ -10,6 +10,7 @@ from typing import Any
 
 from spherelm.data.documents import read_lines
 from spherelm.data.output import check_new_file
+from spherelm.data.rows import Rows
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
@@ -91,7 +92,7 @@ def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progre
 
 
 def perplexity_of_run(
-    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED, field: str = "text"
+    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED, rows: Rows = Rows(skip_bad=None)
 ) -> dict[str, Any]:
     """The result of `perplexity_by_length` for a run directory or one of its checkpoints, with what it was measured on.
 
@@ -99,7 +100,7 @@ def perplexity_of_run(
     """
     model, trained = load_decoder(run), trained_length(run)
     place(model, positions, trained)
-    documents = read_documents(files, load_tokenizer(run_directory(run)), plan.needed, field)
+    documents = read_documents(files, load_tokenizer(run_directory(run)), plan.needed, rows)
     found = perplexity_by_length(model, documents, plan)
     return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
 

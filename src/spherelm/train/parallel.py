@@ -29,12 +29,11 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
 from spherelm.models.kit import Surroundings
-from spherelm.runs.config import TrainConfig
+from spherelm.runs.config import TrainConfig, parts_of_model
 from spherelm.runs.group import Group
 from spherelm.sharding import cut, own_part
 
@@ -204,16 +203,14 @@ def leave(say: Callable[[], object], code: int) -> NoReturn:
 def mesh_of(train: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
     """The arrangement of processes that the strategy asks for, `None` for whole copies.
 
-    Raises `ValueError` where `shard_size` does not divide the number of processes.
+    Raises what `parts_of_model` raises.
     """
+    parts = parts_of_model(train, world_size)
     if train.strategy == "replicate":
         return None
     if train.strategy == "shard":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    if world_size % train.shard_size:
-        raise UserError(f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor")
-    shape = (world_size // train.shard_size, train.shard_size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world_size // parts, parts), mesh_dim_names=("replicate", "shard"))
 
 
 Loss = Callable[..., Tensor]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from spherelm.generation import DRAW
 from spherelm.interop.huggingface.hub import Result, front_matter
 
 ARM_NAMES = {
@@ -36,7 +37,7 @@ WRITES_ON = Purpose(
     "A language model trained by spherelm. It continues text. It is no chat model: it was not taught to follow "
     "instructions, has no chat template, and what it writes need not be true or kind.",
     "It was",
-    "max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50",
+    ", ".join(["max_new_tokens=40, do_sample=True", *(f"{name}={value}" for name, value in DRAW.items())]),
 )
 READS_AND_WRITES = Purpose(
     "AutoModelForSeq2SeqLM",
