@@ -127,7 +127,7 @@ def weights(asked: argparse.Namespace) -> None:
         if any(key.items() <= line.items() for line in lines(RESULTS, "weights")):
             continue
         data = open_data(read_config(out / "config.json"))
-        model, tokens = load_model(out), data.held_out[0].tokens[:8]
+        model, tokens = load_model(out), data.held_out[0].batch[0][:8]
         found, around = measure_rounding(model, tokens), measure_sharpness(model, tokens)
         line: dict[str, Any] = {
             **key, **{what: float(np.mean([*by.values()])) for what, by in vars(found).items()}, "losses": {},

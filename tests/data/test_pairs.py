@@ -13,7 +13,7 @@ import tiny_pairs
 import torch
 
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.pair_loader import PairLoader, held_out_pairs, pair_batch
+from spherelm.data.pair_loader import PairBatch, PairLoader, held_out_pairs, pair_batch
 from spherelm.data.pairs import (
     PairFiles,
     PairSettings,
@@ -123,14 +123,12 @@ def test_damage_is_noticed(data: Path) -> None:
         open_pairs(data, "val")
 
 
-def parts(batch: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+def parts(batch: PairBatch) -> list[tuple[list[int], list[int]]]:
     """Sources and targets of a batch, without padding, after checking the layout of every row."""
-    tokens, targets = batch
-    width, found = targets.shape[1], []
-    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
-        source, written = [t for t in row[:-width] if t >= 0], row[-width:]
-        target = [t for t in wanted if t >= 0]
-        assert row[: len(source)] == source
+    found = []
+    for read, written, wanted in zip(*(part.tolist() for part in batch), strict=True):
+        source, target = ([t for t in row if t >= 0] for row in (read, wanted))
+        assert read[: len(source)] == source
         assert source[-1] == target[-1] == written[0] == 256
         assert written[1 : len(target)] == target[:-1]
         assert wanted[: len(target)] == target
@@ -170,7 +168,7 @@ def test_a_batch_depends_on_seed_and_step_alone(data: Path) -> None:
     pairs = open_pairs(data, "train")
     one, other = PairLoader(pairs, 256, 4, seed=1), PairLoader(pairs, 256, 4, seed=1)
     for step in (40, 3, 16):
-        assert torch.equal(one.batch(step)[0], other.batch(step)[0])
+        assert all(torch.equal(a, b) for a, b in zip(one.batch(step), other.batch(step), strict=True))
     assert not torch.equal(one.batch(3)[0], PairLoader(pairs, 256, 4, seed=2).batch(3)[0])
     assert one.state(5) == {}
     one.restore({})

@@ -16,14 +16,15 @@ from spherelm.data.permutation import Permutation
 from spherelm.data.shards import Tokens
 from spherelm.errors import UserError
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
+"""What the `loss` of a model takes, its targets last: (tokens, targets) of running text, a `PairBatch` of pairs."""
 
 
 class Batches(Protocol):
     """Training data: one batch per update."""
 
     def batch(self, step: int) -> Batch:
-        """(tokens, targets) of `step` (from 0) for this rank: int64 `[batch_size / world_size, seq_len]` each."""
+        """The batch of `step` (from 0) for this rank: int64 `[batch_size / world_size, ...]` each."""
         ...
 
     def weight(self, step: int) -> float:
