@@ -109,7 +109,7 @@ def _epoch(windows: int, offsets: int, seed: int, epoch: int) -> tuple[Permutati
     return Permutation(windows, f"{name} order"), draw % offsets
 
 
-def validation_windows(tokens: Tokens, seq_len: int, count: int) -> Batch:
+def validation_windows(tokens: Tokens, seq_len: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, targets), int64 `[count, seq_len]`: the same windows every time, evenly spread, none overlapping.
 
     All there are where the text holds fewer than `count`. Raises ValueError when it is shorter than one.
@@ -143,7 +143,7 @@ def _check_length(tokens: Tokens, seq_len: int) -> None:
         )
 
 
-def stack(rows: Iterable[npt.NDArray[np.int64]]) -> Batch:
+def stack(rows: Iterable[npt.NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, targets) of windows of one token more than the sequence length."""
     both = torch.from_numpy(np.stack(list(rows)))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from spherelm.models import Decoder
 
 
 def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, end_token: int | None = None) -> float:
-    """The mean cross-entropy of a language model over all windows, in nats per token. Arguments as for `summed_loss`."""
+    """The mean cross-entropy of a language model over all windows, in nats per token; see `summed_loss`."""
     total, count = summed_loss(model, (tokens, targets), batch_size, end_token)
     return total / count
 
@@ -37,14 +38,14 @@ def summed_loss(
     """
     model_was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count, loss = 0.0, 0, cast(Callable[..., Tensor], model.loss)
     device = next(model.parameters()).device
     try:
         for parts in zip(*(part.split(batch_size) for part in batch), strict=True):
             before_each()
             counted = int((parts[-1] != IGNORED).sum())
             own = [part.to(device) for part in parts]
-            total += model.loss(*own, *separate_documents(own[0], end_token)).item() * counted
+            total += loss(*own, *separate_documents(own[0], end_token)).item() * counted
             count += counted
     finally:
         model.train(model_was_training)

@@ -330,7 +330,7 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def folded(model: Decoder) -> Decoder:
+def folded(model: Decoder) -> LanguageModel:
     """The model that computes what `model` computes, to rounding,
     and whose learned scales and gains sit in its matrices.
 

@@ -18,7 +18,7 @@ from spherelm.models.config import (
     ScaleSpec,
     Variant,
 )
-from spherelm.models.decoder import Decoder, LanguageModel
+from spherelm.models.decoder import Decoder, GenerativeModel, LanguageModel
 from spherelm.models.encoder import MaskedModel
 from spherelm.models.encoder_decoder import EncoderDecoder
 
@@ -37,6 +37,7 @@ __all__ = [
     "EncoderArch",
     "EncoderDecoder",
     "GPTConfig",
+    "GenerativeModel",
     "LanguageModel",
     "MaskedModel",
     "NGPTConfig",

@@ -26,6 +26,7 @@ from spherelm.models.decoder import (
     KITS,
     Block,
     Decoder,
+    GenerativeModel,
     LanguageModel,
     Rows,
     RunBlock,
@@ -59,7 +60,7 @@ class SourceEncoder(nn.Module):
         return Memory(self.norm(h), mask)
 
 
-class EncoderDecoder(Decoder):
+class EncoderDecoder(GenerativeModel):
     """An `encoder`, and a decoder whose blocks attend to what it made of the source."""
 
     continues = False
