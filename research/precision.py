@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spherelm import load_model
 from spherelm.analysis.rounding import measure_rounding
-from spherelm.analysis.sharpness import SIZES, measure_sharpness
+from spherelm.analysis.sharpness import PERTURBATION_SIZES, measure_sharpness
 from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.layers.linear import Linear
@@ -220,7 +220,7 @@ def sharpness() -> str:
                     for mean, spread in zip(all_ways.mean(axis=0), all_ways.std(axis=0, ddof=1), strict=True)
                 ]
                 rows.append([width, model, len(own), *cells])
-    return grid(["d_model", "model", "seeds", *(f"{100 * size:g} %" for size in SIZES)], rows)
+    return grid(["d_model", "model", "seeds", *(f"{100 * size:g} %" for size in PERTURBATION_SIZES)], rows)
 
 
 def draw(asked: argparse.Namespace) -> None:

@@ -42,11 +42,11 @@ FLOORS = {
     ],
     "train": ["train.trainer.train"],
     "sweep": ["experiments.sweep.sweep", "report.sweep_page.write_page"],
-    "evidence": ["experiments.evidence.climb", "experiments.evidence_record.table"],
+    "evidence": ["experiments.evidence.climb", "experiments.evidence_record.evidence_table"],
     "eval": [
         *(f"train.evaluation.{name}_of_run" for name in ("tasks", "perplexity", "translation")),
         *(
-            "train.evaluation.about",
+            "train.evaluation.origin_of",
             "train.evaluation.trained_length",
             "data.output.write_json",
             "cli.evaluation.tables",
@@ -57,7 +57,7 @@ FLOORS = {
     "generate": ["generation.samples.continuations", "generation.samples.continues", "generation.samples.Conversation"],
     "export": ["interop.export.export"],
     "push": ["interop.export.push"],
-    "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
+    "bench": [*(f"experiments.bench.{name}" for name in ("bench", "bench_table", "write_result", "profile"))],
     "doctor": ["experiments.doctor.examine", "data.output.write_json"],
     "data prepare": ["data.prepare.prepare"],
     "data tokenizer": ["data.bpe.train_on_files"],

@@ -76,7 +76,7 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "experiments.evidence.climb": nothing({"measured": [], "speedups": []}),
     "experiments.bench.bench": nothing({}),
     "experiments.doctor.examine": nothing([]),
-    "experiments.bench.table": str,
+    "experiments.bench.bench_table": str,
     "experiments.bench.profile": str,
     "report.comparison_page.write_report": nothing(None),
     "report.comparison_page.conclusion": nothing(""),

@@ -29,7 +29,7 @@ from spherelm.models import ARMS
 from spherelm.optim.schedule import ScheduleConfig
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS
 from spherelm.runs.config import TrainConfig
-from spherelm.train.sinks import NAMES as SINKS
+from spherelm.train.sinks import SINKS
 
 PAGE = (ROOT / "docs" / "reference" / "support.md").read_text(encoding="utf-8")
 FEATURES = dict(

@@ -25,7 +25,7 @@ from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import DocumentError
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.prepare import prepare
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import Shard, open_tokens
 from spherelm.errors import OutputExistsError
 from spherelm.train.batches import open_data
@@ -189,7 +189,7 @@ def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
         request = HubRequest(str(tmp_path / name), column="body.text")
         assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], 'no string under "body.text"']
         refused(request, r'row 10: no string under "body.text" \(it is null\); fix that row, or .*--skip-bad')
-    manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=Rows("body.text", skip_bad=True))
+    manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=RowSettings("body.text", skip_bad=True))
     assert manifest["left_out"] == {'no string under "body.text"': 1}
     assert manifest["splits"]["train"]["documents"] == 9
 

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from spherelm.experiments import bench as module
-from spherelm.experiments.bench import Shape, bench, configs, parse_shape, peak_memory, table
+from spherelm.experiments.bench import Shape, bench, bench_table, configs, parse_shape, peak_memory
 from spherelm.experiments.cost import StepCost
 from spherelm.train import diagnostics
 from spherelm.train.counting import training_flops
@@ -68,7 +68,7 @@ def test_the_figures_follow_from_the_times() -> None:
     for arm, config in configs(SHAPE, "float32", compiled=False).items():
         flops = training_flops(config.model, 4, 16)
         assert result["mfu"][arm] == pytest.approx(flops / result["step_seconds"][arm] / 1e10)
-    lines = table(result).splitlines()
+    lines = bench_table(result).splitlines()
     assert lines[0].startswith("2 layers, d 16, 2 heads, sequence 16, batch 4, vocabulary 61; float32, not compiled, ")
     assert "A step of nGPT takes 1.500 times as long as one of GPT." in lines
     assert "Retraction: 1.00 % of a step of nGPT." in lines
@@ -81,7 +81,7 @@ def test_hybrids_are_timed_by_their_pattern() -> None:
     result = bench(shape, "float32", compiled=False, steps=5, pattern="MA-")
     assert result["step_seconds"] == {"gpt": 2.0, "ngpt": 3.0}
     assert (result["pattern"], result["shape"]["n_layers"]) == ("MA-", 3)
-    lines = table(result).splitlines()
+    lines = bench_table(result).splitlines()
     assert lines[0].startswith("3 layers MA-, d 32, ")
     assert lines[1].split() == ["GPT", "nGPT"]
     assert "A step of nGPT takes 1.500 times as long as one of GPT." in lines
@@ -117,7 +117,7 @@ def test_a_machine_is_timed(command: commands.Command, tmp_path: Path, monkeypat
     for name in ("tokens_per_second", "mfu", "peak_memory_mb"):
         assert all(result[name][arm] > 0 for arm in tiny.ARMS)
     shown, *profiles = answer.out.split("\nWhere three steps of ")
-    assert shown == table(result) + "\n"
+    assert shown == bench_table(result) + "\n"
     assert [text.split()[0] for text in profiles] == list(tiny.ARMS)
     assert all("aten::mm" in text for text in profiles)
     again = command("bench", *words, "--json", tmp_path / "bench.json")

@@ -25,7 +25,7 @@ from spherelm.optim import GatedAdamW, Muon, OptimConfig, build_optimizer
 from spherelm.optim.groups import RateMultipliers, set_rate
 from spherelm.runs.group import Group
 from spherelm.sharding import gathered, is_sharded
-from spherelm.train.parallel import Ranks, spread
+from spherelm.train.parallel import Ranks, distributed
 
 CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
 PLAIN = GPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
@@ -62,7 +62,7 @@ def weights_after(optim: OptimConfig, shard: bool, n_experts: int = 0) -> list[t
     model = model_with_experts(n_experts=n_experts) if n_experts else build(PLAIN if is_plain(optim) else CONFIG)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if shard and n_experts:
-        spread(model, Ranks(dist.get_rank(), dist.get_world_size(), mesh=mesh))
+        distributed(model, Ranks(dist.get_rank(), dist.get_world_size(), mesh=mesh))
     elif shard:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -87,7 +87,7 @@ def trained(how: str, alone: bool) -> dict[str, torch.Tensor]:
     mesh = None if alone or how == "replicate" else init_device_mesh("cpu", (world_size,))
     group = Group() if alone else Ranks(rank, world_size, mesh=mesh)
     model = model_with_experts(balance="loss" if "loss" in how else "bias", coefficient=0.0)
-    laid = spread(model, group, recompute="recompute" in how)
+    laid = distributed(model, group, recompute="recompute" in how)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01, balance_rate=0.02), group.summed)
     tokens = torch.randint(23, (4, 9), generator=torch.Generator().manual_seed(1))[rank::world_size]
     for _ in range(STEPS):

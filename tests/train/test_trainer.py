@@ -29,7 +29,7 @@ from spherelm.train import diagnostics
 from spherelm.train import trainer as module
 from spherelm.train.batches import epochs
 from spherelm.train.guard import Diverged
-from spherelm.train.parallel import spread
+from spherelm.train.parallel import distributed
 from spherelm.train.precision import compile_blocks
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import Trainer, clip_gradients, train
@@ -44,7 +44,7 @@ def gradients(arm: str, data: Path, micro_batch_size: int | None, dtype: torch.d
     torch.manual_seed(0)
     model = build(tiny.run_config(arm, data).model).to(dtype)
     loader = Loader(open_tokens(data, "train"), 16, 4, seed=0)
-    loss = gradients_of_batch(spread(model, Group()), loader, 0, micro_batch_size)
+    loss = gradients_of_batch(distributed(model, Group()), loader, 0, micro_batch_size)
     return loss.sum().item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

@@ -19,7 +19,7 @@ from spherelm.analysis.weights import (
     MATRICES,
     has_matrix,
     head_parts,
-    weight_of,
+    weight_at,
 )
 
 Array = NDArray[np.float64]
@@ -94,7 +94,7 @@ def anisotropy(rows: Array) -> float:
 
 def embedding_rows(model: nn.Module, table: str) -> Array:
     """The rows of the "input" or the "output" embedding, [vocab_size, d_model]."""
-    return weight_of(model, EMBEDDINGS[table])
+    return weight_at(model, EMBEDDINGS[table])
 
 
 def ranks_of_heads(singular: Mapping[str, Array]) -> dict[str, Array]:
@@ -121,12 +121,12 @@ def off_sphere(model: nn.Module) -> dict[str, float]:
     `{"input": ..., "output": ..., "Q": ..., ...}`. For nGPT it is what `spherelm.departure` says, matrix by matrix; for
     GPT, of which no vector need be unit, it is how far its vectors are from the sphere that nGPT's live on.
     """
-    found = {table: _worst(weight_of(model, path), axis=1) for table, path in EMBEDDINGS.items()}
+    found = {table: _worst(weight_at(model, path), axis=1) for table, path in EMBEDDINGS.items()}
     for part, matrices in MATRICES.items():
         owners = layers_with(model, part).values()
         for name, path in ((name, path) for name, path in matrices.items() if has_matrix(model, part, path)):
             found[name] = max(
-                _worst(weight_of(owner, path), axis=-2 if owner.get_submodule(path).writes else -1) for owner in owners
+                _worst(weight_at(owner, path), axis=-2 if owner.get_submodule(path).writes else -1) for owner in owners
             )
     return found
 

@@ -11,7 +11,7 @@ from spherelm.cli.parser import POSITIONAL, Fields, Needs
 from spherelm.counting import counted
 from spherelm.errors import UserError
 
-RowFlags = Annotated[Given, Fields("spherelm.data.rows.Rows", "field", "skip_bad")]
+RowFlags = Annotated[Given, Fields("spherelm.data.rows.RowSettings", "field", "skip_bad")]
 OF_DATASET = dict.fromkeys(("config", "split", "limit"), Needs("--hf"))
 DatasetFlags = Annotated[Given, Fields("spherelm.data.hub.HubRequest", *OF_DATASET, needs=OF_DATASET,
                                        called={"config": "hf_config", "split": "hf_split"})]  # fmt: skip
@@ -53,9 +53,9 @@ def prepare(
     """
     from spherelm.data.hub import HubRequest
     from spherelm.data.prepare import prepare as run_preparation
-    from spherelm.data.rows import Rows
+    from spherelm.data.rows import RowSettings
 
-    how = Rows(**rows)
+    how = RowSettings(**rows)
     hub = None if hf is None else HubRequest(hf, column=how.field, **dataset)
     processes = workers or os.cpu_count() or 1
     manifest = run_preparation(
@@ -106,9 +106,9 @@ def tokenizer(
         vocab_size: Entries, including the end token.
     """
     from spherelm.data.bpe import train_on_files
-    from spherelm.data.rows import Rows
+    from spherelm.data.rows import RowSettings
 
-    train_on_files(input, out, vocab_size, Rows(**rows))
+    train_on_files(input, out, vocab_size, RowSettings(**rows))
     print(f"a tokenizer of {vocab_size:,} entries is in {out}: prepare with --tokenizer {out}")
 
 

@@ -45,7 +45,7 @@ def bench(
         check_new_file(json, "--json")
     with computing(machine):
         result = module.bench(what, dtype, not no_compile, steps, pattern)
-        print(module.table(result))
+        print(module.bench_table(result))
         if json is not None:
             module.write_result(result, json)
         if profile:

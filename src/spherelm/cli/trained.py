@@ -197,7 +197,7 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
         print(flush=True)
 
 
-Weights = Literal["float32", "bfloat16", "float16", "fp8", "nvfp4"]
+WeightFormat = Literal["float32", "bfloat16", "float16", "fp8", "nvfp4"]
 
 
 def export(
@@ -207,7 +207,7 @@ def export(
     standalone: bool = False,
     folded: bool = False,
     onnx: bool = False,
-    dtype: Weights = "float32",
+    dtype: WeightFormat = "float32",
     license: str | None = None,
     no_tokenizer: bool = False,
 ) -> None:
@@ -240,7 +240,7 @@ def push(
     private: bool = False,
     standalone: bool = False,
     folded: bool = False,
-    dtype: Weights = "float32",
+    dtype: WeightFormat = "float32",
     license: str | None = None,
     no_tokenizer: bool = False,
 ) -> None:

@@ -164,12 +164,12 @@ def run_of_whole(
     from spherelm.recipes import changed
     from spherelm.recipes.explained import departures
     from spherelm.runs.config import read_config
-    from spherelm.runs.record import refuse_strangers
+    from spherelm.runs.record import refuse_unknown_entries
 
     refused = [name for name in ("arm", "preset", "recipe") if name in chosen]
     if refused:
         raise UserError(f"--{refused[0]} has no effect with --config {config}, which holds a whole run: leave it out")
-    refuse_strangers(config, record)
+    refuse_unknown_entries(config, record)
     before = read_config(config)
     run = changed(before, asked)
     kept = [name for name in departures(run) if name not in {*departures(before), *asked}]
@@ -284,7 +284,7 @@ def sweep(
     """
     from spherelm.data.sources import parse_data
     from spherelm.data.text_files import prepared
-    from spherelm.experiments.sweep import grid, table
+    from spherelm.experiments.sweep import grid, sweep_table
     from spherelm.experiments.sweep import sweep as run_sweep
     from spherelm.recipes import PRESET, RECIPE, distinct, recipe_names
     from spherelm.recipes.written import parse_axes, parse_fields
@@ -306,7 +306,7 @@ def sweep(
     choices = distinct(grid(axes))
     rows = run_sweep(choices, seeds, out, vocab_size=size, data=text, workers=workers, machine=machine, quiet=quiet)
     write_page(rows, out)
-    print(table(rows))
+    print(sweep_table(rows))
 
 
 def evidence(
@@ -332,6 +332,6 @@ def evidence(
     """
     from spherelm.experiments.evidence import climb
     from spherelm.experiments.evidence_plan import Grid
-    from spherelm.experiments.evidence_record import table
+    from spherelm.experiments.evidence_record import evidence_table
 
-    print(table(climb(Grid(str(data), str(test), **grid), out, workers, minutes)))
+    print(evidence_table(climb(Grid(str(data), str(test), **grid), out, workers, minutes)))

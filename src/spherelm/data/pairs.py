@@ -23,11 +23,11 @@ from spherelm.counting import counted
 from spherelm.data.bpe import train_tokenizer
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.output import whole_directory, write_json
+from spherelm.data.shards import SPLITS
 from spherelm.data.tokenizer import Tokenizer, described, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
 
 MANIFEST = "pairs.json"
-SPLITS = ("train", "val")
 
 
 class PairFiles(NamedTuple):

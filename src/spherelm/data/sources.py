@@ -21,7 +21,7 @@ from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.plan import check_held_out
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import SPLITS, Split, Tokens, open_tokens, read_manifest
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.token_files import find_files, open_files, part_of
@@ -241,7 +241,7 @@ class Hub(Data):
         else:
             check_input(file)
             check_held_out(file, sha256_of(file), text.local_files)
-            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(self.request.column, skip_bad=None))
+            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=RowSettings(self.request.column, skip_bad=None))
         with closing(blocks):
             windows, per_byte, fingerprint = held_out_windows(
                 blocks, tokenizer, part or 1.0, how.seq_len, how.eval_windows

@@ -20,7 +20,7 @@ from spherelm.counting import counted
 from spherelm.errors import UserError
 from spherelm.experiments.cost import StepCost, TimedSteps, measure_cost
 from spherelm.layers.linear import retract
-from spherelm.models import ARMS, NAMES, build
+from spherelm.models import ARM_NAMES, ARMS, build
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
 from spherelm.third_parties import silence
@@ -186,10 +186,10 @@ def profile(config: RunConfig, rows: int = 25) -> str:
     return table
 
 
-def table(result: dict[str, Any]) -> str:
+def bench_table(result: dict[str, Any]) -> str:
     """The result of `bench` for people."""
     shape, arms = result["shape"], list(result["step_seconds"])
-    baseline, normalized = (NAMES[arm] for arm in arms)
+    baseline, normalized = (ARM_NAMES[arm] for arm in arms)
     layers = "" if result["pattern"] is None else f" {result['pattern']}"
     lines = [
         f"{counted(shape['n_layers'], 'layer')}{layers}, d {shape['d_model']}, "

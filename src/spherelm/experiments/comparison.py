@@ -18,7 +18,7 @@ from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
 from spherelm.experiments.jobs import Job, run_jobs, say_before, threads_each, workers_for
-from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
+from spherelm.experiments.speedup import CurvePoint, losing_losses, speedup, winner
 from spherelm.fields import check
 from spherelm.generation import DRAW
 from spherelm.generation.samples import continuations
@@ -181,7 +181,7 @@ def shorter_runs(
     return done
 
 
-def in_run_curve(run: Path) -> list[Point]:
+def in_run_curve(run: Path) -> list[CurvePoint]:
     """(tokens, validation loss) along a run, its untrained start left out."""
     return [(r["tokens"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "val" and r["step"]]
 

@@ -116,7 +116,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class End:
+class ScheduleEnd:
     """The end of a full schedule of some length: means over seeds, and each seed's loss (nats per token)."""
 
     steps: int
@@ -138,7 +138,7 @@ class Comparison:
 
     directory: Path
     arms: Mapping[str, Arm]
-    ends: Sequence[End]
+    ends: Sequence[ScheduleEnd]
     summary: Mapping[str, Any]
     disagreements: Sequence[str]
 
@@ -220,7 +220,7 @@ def _read_arm(directory: Path, name: str, summary: Mapping[str, Any]) -> Arm:
     return Arm(name, runs, summary.get("lr"), recipe, *measured)
 
 
-def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list[End]:
+def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list[ScheduleEnd]:
     by_steps: dict[int, list[Run]] = {}
     for entry in short_runs:
         by_steps.setdefault(int(entry["steps"]), []).append(read_run(directory / entry["run"]))
@@ -229,7 +229,7 @@ def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list
         runs = [run for run in all_runs if not run.diverged]
         if runs:
             seconds = float(np.mean([run.seconds[-1] for run in runs]))
-            ends.append(End(steps, float(runs[0].tokens[-1]), seconds, [run.final_loss for run in runs]))
+            ends.append(ScheduleEnd(steps, float(runs[0].tokens[-1]), seconds, [run.final_loss for run in runs]))
     return ends
 
 

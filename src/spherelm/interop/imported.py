@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from spherelm.data.output import check_free
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
-from spherelm.errors import OutputExistsError, UserError
+from spherelm.errors import UserError
 from spherelm.interop.nvidia import NvidiaCheckpoint, load_optimizer, read_checkpoint, to_model
 from spherelm.models import Decoder
 from spherelm.optim import AdamW, OptimConfig, ScheduleConfig, build_optimizer
@@ -34,7 +35,7 @@ def import_nvidia(
     with the run; their file does not hold one. moments: keep Adam's state as well. Raises `FileExistsError` if `out`
     holds something, and `ValueError` for a file that cannot be read or a tokenizer with more ids than the model.
     """
-    check_free(out)
+    check_free(out, "directory for the imported run")
     read = read_checkpoint(checkpoint)
     model, chosen = to_model(read, rope), None if tokenizer is None else load_tokenizer(tokenizer)
     if chosen is not None and chosen.vocab_size > read.model_args.vocab_size:
@@ -60,15 +61,15 @@ def import_hub(source: str, out: Path) -> Decoder:
     config comes along; the optimizer starts fresh. Raises `OutputExistsError` if `out` holds something, and `UserError`
     for what is no such folder, cannot be read, or is folded.
     """
-    check_free(out)
+    check_free(out, "directory for the imported run")
     try:
-        from spherelm.interop.huggingface.folder import RECORD, read_folder
+        from spherelm.interop.huggingface.folder import RUN_FILE, read_folder
         from spherelm.interop.huggingface.hub import downloaded
     except ImportError as error:
         raise UserError(f"cannot import: {error}") from error
     folder = Path(source) if Path(source).is_dir() else downloaded(source)
     model = read_folder(folder)
-    record = read_record(folder / RECORD)
+    record = read_record(folder / RUN_FILE)
     step, config = int(record.pop("step")), from_dict(record)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -77,12 +78,6 @@ def import_hub(source: str, out: Path) -> Decoder:
     described = {"format": "spherelm", "path": source, "iteration": step}
     write_run(out, {**to_dict(config), "imported": described}, model, optimizer, tokenizer, step)
     return model
-
-
-def check_free(out: Path) -> None:
-    """Raise `OutputExistsError` if `out` holds something."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already holds something: choose another directory for the imported run")
 
 
 def write_run(

@@ -25,9 +25,9 @@ from spherelm.models.encoder_decoder import EncoderDecoder
 __all__ = [
     "ARCHITECTURES",
     "ARMS",
+    "ARM_NAMES",
     "CONFIGS",
     "GPT",
-    "NAMES",
     "NGPT",
     "Architecture",
     "Config",
@@ -51,7 +51,7 @@ __all__ = [
 ARMS = tuple(CONFIGS)
 """The baseline, then the normalized arm."""
 
-NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
+ARM_NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
 """The arms' names in text."""
 
 

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from spherelm.errors import UserError, read_text
-from spherelm.fields import Part, check, from_plain
+from spherelm.fields import BelowOne, check, from_plain
 from spherelm.layers.low_precision import Precision
 from spherelm.models import CONFIGS, Config, older
 from spherelm.models.config import to_plain
@@ -99,7 +99,7 @@ class TrainConfig:
     skip_budget: NonNegativeInt = 10
     spike_factor: NonNegativeFloat = 0.0
     stop_above: float | None = None
-    label_smoothing: Part = 0.0
+    label_smoothing: BelowOne = 0.0
 
     def __post_init__(self) -> None:
         check(self)

@@ -178,7 +178,7 @@ def estimate_table(found: dict[str, Any]) -> str:
     rows += [_row("total", f"{found['parameters']:,}")]
     if found["parameters_active"] != found["parameters"]:
         rows += [_row("active per token", f"{found['parameters_active']:,}")]
-    rows += ["", f"memory per device, GiB ({_spread(layout)})"]
+    rows += ["", f"memory per device, GiB ({_layout_in_words(layout)})"]
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [_row("a device has", f"{found['device_memory'] / 2**30:,.2f}")]
     if not found["fits"]:
@@ -228,7 +228,7 @@ def _row(name: str, value: str) -> str:
     return f"  {name:22}{value:>24}"
 
 
-def _spread(layout: dict[str, Any]) -> str:
+def _layout_in_words(layout: dict[str, Any]) -> str:
     groups = f" of {layout['shard_size']}" if layout["strategy"] == "hybrid" else ""
     recomputed = ", blocks recomputed" if layout["recompute"] else ""
     return f"{layout['world_size']} device(s), {layout['strategy']}{groups}{recomputed}"

@@ -10,11 +10,11 @@ from typing import Any
 
 from spherelm.data.documents import read_lines
 from spherelm.data.output import check_new_file
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
-from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
+from spherelm.evaluate.lengths import LengthPlan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
 from spherelm.generation.beam import BeamSettings
@@ -57,7 +57,7 @@ def trained_length(run: Path) -> int:
     return read_config(run_directory(run) / "config.json").train.seq_len
 
 
-def about(run: Path) -> dict[str, Any]:
+def origin_of(run: Path) -> dict[str, Any]:
     """The origin of an evaluation: the run, its arm, the update of its checkpoint, versions and the command."""
     checkpoint = checkpoint_of(run)
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
@@ -92,7 +92,11 @@ def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progre
 
 
 def perplexity_of_run(
-    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED, rows: Rows = Rows(skip_bad=None)
+    run: Path,
+    files: Sequence[Path],
+    plan: LengthPlan,
+    positions: Positions = AS_TRAINED,
+    rows: RowSettings = RowSettings(skip_bad=None),
 ) -> dict[str, Any]:
     """The result of `perplexity_by_length` for a run directory or one of its checkpoints, with what it was measured on.
 

@@ -11,7 +11,7 @@ from spherelm.data.loader import Batches
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
 from spherelm.train.diagnostics import Diagnosis
-from spherelm.train.parallel import Spread
+from spherelm.train.parallel import DistributedModel
 
 
 class Arriving:
@@ -60,7 +60,11 @@ def sent(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def gradients_of_batch(
-    model: Spread, loader: Batches, step: int, micro_batch_size: int | None = None, end_token: int | None = None
+    model: DistributedModel,
+    loader: Batches,
+    step: int,
+    micro_batch_size: int | None = None,
+    end_token: int | None = None,
 ) -> Tensor:
     """Add the gradients of batch number `step` to the parameters, in micro-batches,
     and return what each adds to the loss.

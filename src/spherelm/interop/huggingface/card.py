@@ -87,7 +87,7 @@ class Facts:
         return PURPOSES[self.config["model"]["architecture"]["kind"]]
 
 
-def table(rows: Iterable[tuple[str, object]]) -> str:
+def two_columns(rows: Iterable[tuple[str, object]]) -> str:
     """A Markdown table of two columns; rows whose value is `None` are left out."""
     lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -260,13 +260,13 @@ def model_card(facts: Facts) -> str:
             f"# {facts.name}",
             facts.purpose.summary,
             "## The model",
-            table([*shape, *result_rows(facts)]),
+            two_columns([*shape, *result_rows(facts)]),
             "## Loading it",
             f"```python\n{loading(facts)}\n```",
             *training_note(facts),
             *measuring(facts),
             "## How it was trained",
-            table(origin_rows(facts)),
+            two_columns(origin_rows(facts)),
             "## Rights",
             licence_note(facts) + "\n",
         ]
