@@ -87,7 +87,7 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "train.batches.epochs": nothing({}),
     "train.estimate.estimate": nothing({"parameters_by_role": {}}),
     "train.estimate.estimate_table": str,
-    "train.evaluation.about": nothing({}),
+    "train.evaluation.origin_of": nothing({}),
     "train.evaluation.tasks_of_run": nothing({}),
     "train.evaluation.perplexity_of_run": nothing({}),
     "train.evaluation.translation_of_run": nothing({}),

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, read_object
 
 META_FILE = "tokenizer.meta.json"
 _JSON_FILE = "tokenizer.json"
@@ -354,15 +354,7 @@ def _write_meta(tokenizer: Tokenizer, kind: str, directory: Path, eos_token: str
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON; restore it or prepare the data again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object; restore it or prepare the data again")
-    return value
+    return read_object(path, "restore it or prepare the data again") if path.is_file() else None
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,6 @@ two disagree, the report says so (`Comparison.disagreements`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import NotFoundError, UserError, read_object
 from spherelm.models import ARMS
 from spherelm.runs.metrics import read_metrics
 
@@ -258,13 +257,7 @@ def _require(summary: Mapping[str, Any], path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFoundError(f"{path} is missing: {path.parent} is not the output of a finished `spherelm compare`")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where an object was expected")
-    return value
+    return read_object(path, "compare again")
 
 
 def read_samples(directory: Path) -> dict[str, Any] | None:
