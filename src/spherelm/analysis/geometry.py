@@ -45,14 +45,15 @@ def eigenvalues_over_median(rows: Array) -> Array:
     return values / median if median > 1e-12 * values[-1] else values
 
 
-def pair_products(rows: Array, unit: bool = False, seed: int = 0) -> tuple[Array, int]:
+def pair_products(rows: Array, unit: bool = False) -> tuple[Array, int]:
     """Quantiles, at `LEVELS`, of the dot products between different rows, and how many rows they were taken among.
 
-    unit: cosines, each row first made unit. More than `PAIR_ROWS` rows are sampled without replacement, with `seed`.
+    unit: cosines, each row first made unit. More than `PAIR_ROWS` rows are sampled without replacement,
+    always the same.
     Products are computed in float32.
     """
     if len(rows) > PAIR_ROWS:
-        rows = rows[np.random.default_rng(seed).choice(len(rows), PAIR_ROWS, replace=False)]
+        rows = rows[np.random.default_rng(0).choice(len(rows), PAIR_ROWS, replace=False)]
     vectors = torch.from_numpy(unit_rows(rows) if unit else rows).to(torch.float32)
     products = (vectors @ vectors.T).numpy()
     ordered = np.sort(products[np.triu(np.ones(products.shape, dtype=bool), 1)])

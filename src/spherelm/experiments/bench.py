@@ -120,10 +120,10 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def retraction_seconds(config: RunConfig, repeats: int = 9) -> float:
+def retraction_seconds(config: RunConfig) -> float:
     """The median time that putting all weights of the model of `config` back on the sphere takes."""
     model = TimedSteps(config).model
-    return median_seconds(lambda: retract(model), repeats)
+    return median_seconds(lambda: retract(model), 9)
 
 
 def bench(shape: Shape, dtype: str, compiled: bool, steps: int, pattern: str | None = None) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def bench(shape: Shape, dtype: str, compiled: bool, steps: int, pattern: str | N
     }
 
 
-def profile(config: RunConfig, rows: int = 25) -> str:
+def profile(config: RunConfig) -> str:
     """A table of where three steps of `config` spend their time, by torch's profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
@@ -182,7 +182,7 @@ def profile(config: RunConfig, rows: int = 25) -> str:
     with recording(activities=activities) as recorded:
         for _ in range(3):
             steps.time_step()
-    table: str = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows)
+    table: str = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
     return table
 
 

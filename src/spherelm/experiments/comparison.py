@@ -248,7 +248,7 @@ def summarize(
     }  # fmt: skip
 
 
-def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str, Any]:
+def samples(runs: dict[str, Path]) -> dict[str, Any]:
     """`samples.json`: what each arm's first run makes of the same beginning, drawn by `DRAW`.
 
     Where models read too few tokens for that, beginning and continuation share what there is. A run that diverged
@@ -257,9 +257,9 @@ def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str
     first = next(iter(runs.values()))
     tokenizer, limit = load_tokenizer(first), read_config(first / "config.json").model.max_seq_len
     prompt = tokenizer.decode(tokenizer.encode(PROMPT)[: max(1, limit // 2)])
-    length = max(0, min(length, limit - len(tokenizer.encode(prompt))))
+    length = max(0, min(90, limit - len(tokenizer.encode(prompt))))
     drawn = {
-        arm: continuations(run, prompt, count, length, **DRAW, seed=0) if latest_checkpoint(run) else []
+        arm: continuations(run, prompt, 2, length, **DRAW, seed=0) if latest_checkpoint(run) else []
         for arm, run in runs.items()
     }
     return {"prompt": prompt, **drawn}

@@ -79,7 +79,7 @@ def load_decoder(run: Path) -> Decoder:
     return model
 
 
-def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progress: bool = True) -> dict[str, Any]:
+def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings) -> dict[str, Any]:
     """The result of `evaluate_tasks` for a run directory or one of its checkpoints.
     Raises as that and `load_model` do.
     """
@@ -88,7 +88,7 @@ def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progre
 
     model = load_decoder(run)
     tokenizer = transformers_tokenizer(run_directory(run))
-    return evaluate_tasks(to_hf(model), tokenizer, names, settings, progress)
+    return evaluate_tasks(to_hf(model), tokenizer, names, settings)
 
 
 def perplexity_of_run(
