@@ -160,7 +160,7 @@ def test_tasks_are_scored_in_training(tmp_path: Path, command: commands.Command,
     scores = [record for record in records if record["kind"] == "eval"]
     assert [record for record in records if record["kind"] != "eval"] == tiny.metrics(tmp_path / "plain")
     assert [(record["step"], record["tokens"]) for record in scores] == [(3, 768), (4, 1024)]
-    found = evaluation.tasks_of_run(tmp_path / "scored", ["winogrande"], evaluation.TaskSettings(evals, limit=5), False)
+    found = evaluation.tasks_of_run(tmp_path / "scored", ["winogrande"], evaluation.TaskSettings(evals, limit=5))
     metrics = found["tasks"]["winogrande"]["metrics"]["acc"]
     assert scores[-1]["tasks"] == {"winogrande": {"acc": metrics["value"], "acc_stderr": metrics["stderr"]}}
     answer = command(*words, "--out", tmp_path / "plain", *tasks, "--resume")
