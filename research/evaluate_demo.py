@@ -35,7 +35,7 @@ NTK_BASE = round(10000 * STRETCH ** (64 / 62))
 
 POSITIONS = {
     "as trained": Positions(),
-    f"base {NTK_BASE}": Positions(base=NTK_BASE),
+    f"base {NTK_BASE}": Positions(rope_base=NTK_BASE),
     f"linear:{STRETCH:g}": Positions(scaling="linear", factor=STRETCH),
     f"yarn:{STRETCH:g}": Positions(scaling="yarn", factor=STRETCH),
 }
