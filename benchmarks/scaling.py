@@ -68,12 +68,12 @@ def scaling(directory: Path, rounds: int, steps: int) -> dict[str, Any]:
 
 def saving(directory: Path, rounds: int, steps: int) -> dict[str, Any]:
     """Seconds that `steps` updates take with and without one checkpoint started in their middle, and what it holds."""
-    from spherelm.data.sources import vocabulary_size
+    from spherelm.data.sources import parse_data
     from spherelm.recipes import make_run
     from spherelm.train.trainer import Trainer
 
     shape = {"n_layers": 6, "d_model": 256, "n_heads": 4, "batch_size": 8, "steps": 10**6, "dtype": "float32"}
-    trainer = Trainer(make_run("ngpt", vocab_size=vocabulary_size(None), lr=4e-3, **shape), directory / "saving")
+    trainer = Trainer(make_run("ngpt", vocab_size=parse_data(None).vocab_size, lr=4e-3, **shape), directory / "saving")
     updates = iter(range(10**6))
 
     def run(save: bool) -> tuple[float, float]:

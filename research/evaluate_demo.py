@@ -20,7 +20,7 @@ import torch
 
 from spherelm.data.output import write_json
 from spherelm.evaluate.harness import PAPER_TASKS, TaskSettings, evaluate_tasks
-from spherelm.evaluate.lengths import Plan
+from spherelm.evaluate.lengths import LengthPlan
 from spherelm.evaluate.positions import Positions
 from spherelm.interop.huggingface import to_hf
 from spherelm.models import build
@@ -35,7 +35,7 @@ NTK_BASE = round(10000 * STRETCH ** (64 / 62))
 
 POSITIONS = {
     "as trained": Positions(),
-    f"base {NTK_BASE}": Positions(base=NTK_BASE),
+    f"base {NTK_BASE}": Positions(rope_base=NTK_BASE),
     f"linear:{STRETCH:g}": Positions(scaling="linear", factor=STRETCH),
     f"yarn:{STRETCH:g}": Positions(scaling="yarn", factor=STRETCH),
 }
@@ -46,14 +46,14 @@ Jobs = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 def lengths(runs: Path, books: Path) -> Jobs:
     """Sliding windows for the first seed as it was trained; disjoint ones for every run and way to place positions."""
     for name in RUNS[:2]:
-        plan = Plan(LENGTHS, stride=LENGTHS[0], document_tokens=LENGTHS[-1])
+        plan = LengthPlan(LENGTHS, stride=LENGTHS[0], document_tokens=LENGTHS[-1])
         yield f"{name}, as trained, sliding", lambda name=name, plan=plan: perplexity_of_run(runs / name, [books], plan)
     for label, positions in POSITIONS.items():
         for name in RUNS:
             yield (
                 f"{name}, {label}, disjoint",
                 lambda name=name, positions=positions: perplexity_of_run(
-                    runs / name, [books], Plan(LENGTHS, document_tokens=2 * LENGTHS[-1]), positions
+                    runs / name, [books], LengthPlan(LENGTHS, document_tokens=2 * LENGTHS[-1]), positions
                 ),
             )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pairs_summary import read_json, shortened
 
-from spherelm.experiments.evidence_record import restored, table, with_row
+from spherelm.experiments.evidence_record import evidence_table, restored, with_row
 from spherelm.experiments.growth import all_speedups, growth
 
 Text = tuple[str, str]
@@ -72,7 +72,7 @@ def main() -> None:
     texts = [merged(text, records) for text, records in sorted(by_text.items())]
     given.out.write_text(json.dumps({"texts": texts}, indent=1) + "\n", encoding="utf-8")
     for summary in texts:
-        print(summary["text"], table(summary), json.dumps(summary["growth"], indent=1), sep="\n\n")
+        print(summary["text"], evidence_table(summary), json.dumps(summary["growth"], indent=1), sep="\n\n")
 
 
 if __name__ == "__main__":

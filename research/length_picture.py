@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spherelm.report.charts import Panel, Rule, chart, line_of
+from spherelm.report.charts import GuideLine, Panel, chart, line_of
 from spherelm.report.svg import standalone
 
 ARMS = ("gpt", "ngpt")
@@ -69,7 +69,9 @@ def main() -> None:
         for look, way in enumerate(ways(found))
     ]
     y = "loss less that as trained at\nthe trained length (nats per token)"
-    panel = Panel(lines, "tokens of a window", y, rules=[Rule(first["trained_length"], upright=True)], scale="values")
+    panel = Panel(
+        lines, "tokens of a window", y, rules=[GuideLine(first["trained_length"], upright=True)], scale="values"
+    )
     drawing = chart(
         "length",
         "Loss over the length of the window",

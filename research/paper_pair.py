@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from spherelm.data.loader import validation_windows
 from spherelm.data.shards import open_tokens
 from spherelm.evaluate.perplexity import mean_loss
-from spherelm.experiments.evidence_plan import Point
+from spherelm.experiments.evidence_plan import GridPoint
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.experiments.speedup import Saving, fewer_tokens, mean_curve, tokens_to_reach
 from spherelm.recipes import make_run
@@ -57,7 +57,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def run_of(key: Key, data: Path, vocabulary: int) -> RunConfig:
     """The run of a key: an arm, a part of the whole length, a factor of the recipe's peak rate, a change, a seed."""
-    point = Point(SIZE, CONTEXT, key["budget"])
+    point = GridPoint(SIZE, CONTEXT, key["budget"])
     steps = max(1, round(point.steps * key["length"]))
     fields = {name: value for name, value in CHANGES.get(key["change"], {}).items() if name != "rate"}
     if "warmup_steps" in fields:

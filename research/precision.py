@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spherelm import load_model
 from spherelm.analysis.rounding import measure_rounding
-from spherelm.analysis.sharpness import SIZES, measure_sharpness
+from spherelm.analysis.sharpness import PERTURBATION_SIZES, measure_sharpness
 from spherelm.data.sources import parse_data
 from spherelm.experiments.jobs import Job, do_job
 from spherelm.layers.linear import Linear
@@ -127,7 +127,7 @@ def weights(asked: argparse.Namespace) -> None:
         if any(key.items() <= line.items() for line in lines(RESULTS, "weights")):
             continue
         data = open_data(read_config(out / "config.json"))
-        model, tokens = load_model(out), data.held_out[0].tokens[:8]
+        model, tokens = load_model(out), data.held_out[0].batch[0][:8]
         found, around = measure_rounding(model, tokens), measure_sharpness(model, tokens)
         line: dict[str, Any] = {
             **key, **{what: float(np.mean([*by.values()])) for what, by in vars(found).items()}, "losses": {},
@@ -220,7 +220,7 @@ def sharpness() -> str:
                     for mean, spread in zip(all_ways.mean(axis=0), all_ways.std(axis=0, ddof=1), strict=True)
                 ]
                 rows.append([width, model, len(own), *cells])
-    return grid(["d_model", "model", "seeds", *(f"{100 * size:g} %" for size in SIZES)], rows)
+    return grid(["d_model", "model", "seeds", *(f"{100 * size:g} %" for size in PERTURBATION_SIZES)], rows)
 
 
 def draw(asked: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ size of the weights; rates are those of data sheets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from spherelm.layers.linear import unit_modules
 from spherelm.models import build
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
-from spherelm.train.estimate import H100_TFLOPS, MFU, Layout, estimate
+from spherelm.train.estimate import Assumed, estimate
 
 NODE = 8
 """GPUs of a node."""
@@ -64,7 +64,8 @@ def traffic(strategy: str, gpus: int, weights: float, micro_batches: int) -> Tra
 
 def row(config: RunConfig, gpus: int, strategy: str) -> str:
     """One line of the table."""
-    found = estimate(config, Layout(gpus, strategy, NODE))
+    train = replace(config.train, strategy=strategy, shard_size=NODE)  # type: ignore[arg-type]
+    found = estimate(replace(config, train=train), Assumed(gpus))
     sequences = found["sequences"]
     sent = traffic(strategy, gpus, FLOAT32 * found["parameters"], sequences["micro_batches_per_update"])
     compute = found["step_seconds"]
@@ -103,8 +104,8 @@ def table() -> str:
         [
             *lines,
             "",
-            f"Assumed: {H100_TFLOPS:g} TFLOP/s, {100 * MFU:g} % of it reached, {NVLINK / 1e9:g} GB/s in a node of {NODE}, "
-            f"{NETWORK / 1e9:g} GB/s out of it.",
+            f"Assumed: {Assumed.peak_tflops:g} TFLOP/s, {100 * Assumed.mfu:g} % of it reached, "
+            f"{NVLINK / 1e9:g} GB/s in a node of {NODE}, {NETWORK / 1e9:g} GB/s out of it.",
             f"Retraction: 0 bytes with the unit axis in one piece; {other:.2f} MB to sum over all ranks otherwise.",
         ]
     )

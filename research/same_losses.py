@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spherelm.train.trainer as trainer
-from spherelm.data.pairs import PairFiles, prepare_pairs
+from spherelm.data.pairs import PairFiles, PairSettings, prepare_pairs
 from spherelm.recipes import make_run
 from spherelm.recipes.named import WAYS
 
@@ -84,7 +84,7 @@ def make_pairs(directory: Path) -> Path:
         source.write_text("".join(f"{line} {split}\n" for line in chosen), encoding="utf-8")
         target.write_text("".join(f"{line[::-1]}\n" for line in chosen), encoding="utf-8")
         files.append(PairFiles(source, target))
-    prepare_pairs(files[0], directory / "data", files[1], tokenizer="bytes")
+    prepare_pairs(files[0], directory / "data", files[1], PairSettings(tokenizer="bytes"))
     return directory / "data"
 
 

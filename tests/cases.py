@@ -71,9 +71,9 @@ class Case:
         return (self.tokens,) if self.source is None else (self.source, self.tokens)
 
     @property
-    def joined(self) -> Tensor:
-        """The same in one row, as the loss takes them."""
-        return torch.cat(self.inputs, 1)
+    def batch(self) -> tuple[Tensor, ...]:
+        """The same and the targets, as the model's loss takes them."""
+        return (*self.inputs, self.targets)
 
     @property
     def read(self) -> Any:
@@ -84,9 +84,9 @@ class Case:
         """So many different batches: the positions of tokens and targets rolled."""
         return (replace(self, tokens=self.tokens.roll(i, 1), targets=self.targets.roll(i, 1)) for i in range(count))
 
-    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, count: int) -> Iterator[tuple[Tensor, ...]]:
         """Those batches as the model's loss takes them."""
-        return ((case.joined, case.targets) for case in self.rolled(count))
+        return (case.batch for case in self.rolled(count))
 
 
 def config_of(arm: str, kind: str = "decoder", **fields: Any) -> Config:
@@ -189,7 +189,7 @@ def assert_computes(c: Case, tolerance: float = 1e-12) -> None:
     """Logits, the loss and every gradient are the oracle's."""
     assert_near(c.model(*c.inputs), c.forward(c.weights, c.shape, c.read), 1e-12)
     loss, gradients = paper.loss_and_gradients(c.forward, c.weights, c.shape, c.read, c.targets)
-    ours = c.model.loss(c.joined, c.targets)
+    ours = c.model.loss(*c.batch)
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
     parameters = dict(oracle_parameters(c.model))
@@ -208,16 +208,16 @@ def assert_trained(c: Case, losses: list[float], wanted: tuple[list[float], pape
 
 
 def train(
-    model: Decoder, config: OptimConfig, batches: Iterable[tuple[Tensor, Tensor]], schedule: list[float] | None = None
+    model: Decoder, config: OptimConfig, batches: Iterable[tuple[Tensor, ...]], schedule: list[float] | None = None
 ) -> list[float]:
     """Trains `model` as its own loop would, one update a batch at `schedule[i]` of the peak rate; the losses."""
     optimizer = build_optimizer(model, config)
     losses = []
-    for i, (tokens, targets) in enumerate(batches):
+    for i, batch in enumerate(batches):
         if schedule is not None:
             set_rate(optimizer, config.lr * schedule[i])
         optimizer.zero_grad()
-        loss = model.loss(tokens, targets)
+        loss = model.loss(*batch)
         loss.backward()
         if config.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

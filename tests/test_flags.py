@@ -21,7 +21,7 @@ from spherelm import cli
 from spherelm.cli.parser import POSITIONAL, flags_of, parse
 from spherelm.data.sources import parse_data
 from spherelm.errors import UserError
-from spherelm.recipes import make_run
+from spherelm.recipes import PRESET, RECIPE, make_run
 from spherelm.runs.config import to_dict
 from spherelm.train import precision
 from spherelm.train.trainer import train
@@ -42,11 +42,11 @@ FLOORS = {
     ],
     "train": ["train.trainer.train"],
     "sweep": ["experiments.sweep.sweep", "report.sweep_page.write_page"],
-    "evidence": ["experiments.evidence.climb", "experiments.evidence_record.table"],
+    "evidence": ["experiments.evidence.climb", "experiments.evidence_record.evidence_table"],
     "eval": [
         *(f"train.evaluation.{name}_of_run" for name in ("tasks", "perplexity", "translation")),
         *(
-            "train.evaluation.about",
+            "train.evaluation.origin_of",
             "train.evaluation.trained_length",
             "data.output.write_json",
             "cli.evaluation.tables",
@@ -57,7 +57,7 @@ FLOORS = {
     "generate": ["generation.samples.continuations", "generation.samples.continues", "generation.samples.Conversation"],
     "export": ["interop.export.export"],
     "push": ["interop.export.push"],
-    "bench": [*(f"experiments.bench.{name}" for name in ("bench", "table", "write_result", "profile"))],
+    "bench": [*(f"experiments.bench.{name}" for name in ("bench", "bench_table", "write_result", "profile"))],
     "doctor": ["experiments.doctor.examine", "data.output.write_json"],
     "data prepare": ["data.prepare.prepare"],
     "data tokenizer": ["data.bpe.train_on_files"],
@@ -354,3 +354,10 @@ def test_fields_that_are_set_count_as_their_flags(command: commands.Command, tmp
     answer = command(*words)
     line = "--shard-size acts only with --strategy hybrid: give both, or leave --shard-size out"
     assert (answer.code, answer.shown) == (2, [f"spherelm: {line}"])
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "sweep"])
+def test_help_says_what_is_trained_where_nothing_is_named(name: str) -> None:
+    flags = flags_of(cli.COMMANDS[name])
+    assert f"; {PRESET} if left out" in flags["--preset"].about
+    assert f"; {RECIPE} if left out" in flags["--recipe"].about

@@ -204,20 +204,20 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(tokens, targets)
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.model.loss(*batch)
 
 
-def loss_of(model: Decoder, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
-    result: Tensor = functional_call(Loss(model), {f"model.{n}": w for n, w in weights.items()}, (tokens, targets))
+def loss_of(model: Decoder, weights: dict[str, Tensor], *batch: Tensor) -> Tensor:
+    result: Tensor = functional_call(Loss(model), {f"model.{n}": w for n, w in weights.items()}, batch)
     return result
 
 
 @pytest.fixture(params=MODELS)
-def setting(request: pytest.FixtureRequest, case: Any) -> tuple[Any, Tensor, Parts]:
-    """A case, its tokens as the loss takes them, and a direction for every weight."""
+def setting(request: pytest.FixtureRequest, case: Any) -> tuple[Any, Parts]:
+    """A case, and a direction for every weight."""
     c = MODELS[request.param](case)
-    return c, c.joined, [draw(*w.shape) for w in c.weights.values()]
+    return c, [draw(*w.shape) for w in c.weights.values()]
 
 
 def by_our_names(c: Any) -> dict[str, Tensor]:
@@ -234,9 +234,9 @@ def oracle_product(c: Any, directions: Parts) -> Parts:
 
 
 @pytest.mark.row("Derivatives")
-def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) -> None:
+def test_hessian_vector_products_of_a_model(setting: tuple[Any, Parts]) -> None:
     """In training mode as in training, through the loss that never holds the logits, and through logits."""
-    c, tokens, directions = setting
+    c, directions = setting
     oracle = oracle_product(c, directions)
     weights, names = list(c.weights.values()), list(by_our_names(c))
     read = {"source": c.source, "tokens": c.tokens} if c.source is not None else {"tokens": c.tokens}
@@ -246,7 +246,7 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), c.targets.flatten())
 
     def of_loss(*leaves: Tensor) -> Tensor:
-        return loss_of(c.model, dict(zip(names, leaves, strict=True)), tokens, c.targets)
+        return loss_of(c.model, dict(zip(names, leaves, strict=True)), *c.batch)
 
     for f in (of_loss, of_logits):
         assert_near(product(f, weights, directions), oracle)
@@ -254,22 +254,22 @@ def test_hessian_vector_products_of_a_model(setting: tuple[Any, Tensor, Parts]) 
 
 @pytest.mark.row("Derivatives")
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # slower, says torch, of indices under vmap
-def test_a_model_under_torch_func(setting: tuple[Any, Tensor, Parts]) -> None:
-    c, tokens, directions = setting
+def test_a_model_under_torch_func(setting: tuple[Any, Parts]) -> None:
+    c, directions = setting
     model, weights = c.model.eval(), by_our_names(c)
     oracle = oracle_product(c, directions)
     along = dict(zip(weights, directions, strict=True))
 
-    def loss(weights: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
-        return loss_of(model, weights, tokens, targets)
+    def loss(weights: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        return loss_of(model, weights, *batch)
 
-    first, second = jvp(grad(lambda w: loss(w, tokens, c.targets)), (weights,), (along,))
+    first, second = jvp(grad(lambda w: loss(w, *c.batch)), (weights,), (along,))
     assert_near([*first.values(), *second.values()], oracle)
-    one = grad(lambda w, row, wanted: loss(w, row[None], wanted[None]))
-    each = vmap(one, in_dims=(None, 0, 0))(weights, tokens, c.targets)
-    for i, (row, wanted) in enumerate(zip(tokens.split(1), c.targets.split(1), strict=True)):
+    one = grad(lambda w, *row: loss(w, *(part[None] for part in row)))
+    each = vmap(one, in_dims=(None, *(0 for _ in c.batch)))(weights, *c.batch)
+    for i, row in enumerate(zip(*(part.split(1) for part in c.batch), strict=True)):
         leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
-        expected = torch.autograd.grad(loss(leaves, row, wanted), list(leaves.values()))
+        expected = torch.autograd.grad(loss(leaves, *row), list(leaves.values()))
         assert_near([g[i] for g in each.values()], list(expected))
 
 

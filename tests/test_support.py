@@ -29,7 +29,7 @@ from spherelm.models import ARMS
 from spherelm.optim.schedule import ScheduleConfig
 from spherelm.recipes import ABLATIONS, PRESETS, WAYS
 from spherelm.runs.config import TrainConfig
-from spherelm.train.sinks import NAMES as SINKS
+from spherelm.train.sinks import SINKS
 
 PAGE = (ROOT / "docs" / "reference" / "support.md").read_text(encoding="utf-8")
 FEATURES = dict(
@@ -61,6 +61,38 @@ NAMED: dict[str, Iterable[str]] = {
 def test_a_feature_names_all_there_is(title: str) -> None:
     assert sorted(re.findall(r"`([^`]+)`", FEATURES[title])) == sorted(NAMED[title])
     assert title != "Recipes" or f" {len(ABLATIONS)} ablations" in FEATURES[title]
+
+
+BY_NAME: dict[str, Callable[[str], list[object]]] = {
+    "Models": lambda name: ["--arm", name],
+    "Recipes": lambda name: ["--recipe", name],
+    "Schedules": lambda name: ["--set", f"schedule={name}"],
+    "Number formats": lambda name: ["--dtype", name],
+    "Number formats for inference": lambda name: ["--dtype", name],
+}
+"""The flags by which the names of a row are used, in `train`, or in `generate` where the row is about inference."""
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [(title, name) for title in BY_NAME for name in re.findall(r"`([^` ]+)`", FEATURES[title]) if "(" not in name],
+)
+def test_each_name_of_a_row_works(
+    title: str,
+    name: str,
+    words: dict[str, list[object]],
+    runs: dict[str, Path],
+    tmp_path: Path,
+    command: commands.Command,
+) -> None:
+    flags = BY_NAME[title](name)
+    if title == "Number formats for inference":
+        answer = command("generate", runs["decoders"], "--prompt", "ba", "--max-new-tokens", 3, *flags)
+    else:
+        given = commands.replaced(words["decoders"], flags) if flags[0] == "--arm" else [*words["decoders"], *flags]
+        answer = command("train", "--out", tmp_path / "run", *LENGTH, *given)
+        assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    assert answer.code == 0, answer.err
 
 
 @pytest.mark.row("Commands")

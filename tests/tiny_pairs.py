@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from spherelm.data.pairs import PairFiles, prepare_pairs
+from spherelm.data.pairs import PairFiles, PairSettings, prepare_pairs
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
@@ -37,7 +37,7 @@ def make_pairs(directory: Path, count: int = 60, **options: Any) -> Path:
     draw = random.Random(0)
     train = write_files(directory, "train", [sentence(draw) for _ in range(count)])
     val = write_files(directory, "val", [sentence(draw) for _ in range(20)])
-    prepare_pairs(train, directory / "pairs", val, **{"tokenizer": "bytes", **options})
+    prepare_pairs(train, directory / "pairs", val, PairSettings(**{"tokenizer": "bytes", **options}))
     return directory / "pairs"
 
 

@@ -4,9 +4,11 @@ others keep their traceback.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -50,6 +52,17 @@ def read_text(path: Path, instead: str) -> str:
         raise NotFoundError(f"no file {path}{beside(path)}: {instead}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory: {instead}") from None
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object in a file of ours; else a `UserError`, which ends with the `fix`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): {fix}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__} where an object was expected: {fix}")
+    return value
 
 
 def unknown(kind: str, name: object, among: Iterable[str]) -> UserError:

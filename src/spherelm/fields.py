@@ -22,7 +22,7 @@ from spherelm.errors import UserError, nearest
 
 T = TypeVar("T")
 
-Part = Annotated[float, Field(ge=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 """A number from 0 to below 1."""
 
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from spherelm.data.bpe import train_on_files
 from spherelm.data.prepare import prepare
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import open_tokens
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import UserError
@@ -33,7 +33,7 @@ def test_the_command_makes_what_prepare_takes(tmp_path: Path, monkeypatch: pytes
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (300, 0)
     for text in [*TEXTS, "<|endoftext|> ẞ\x00"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    prepare([tmp_path / "a.jsonl"], tmp_path / "out", tmp_path / "tok", rows=Rows("body.text", True))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", tmp_path / "tok", rows=RowSettings("body.text", True))
     assert open_tokens(tmp_path / "out", "train").vocab_size == 300
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tok" / "tokenizer.json"))
     assert library.encode(TEXTS[0]).ids == tokenizer.encode(TEXTS[0])

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prepared_texts import Interrupted, contents, in_small_blocks, interrupt_after, texts_of
 
-from spherelm.data import documents, encoding
+from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
 from spherelm.data.deduplication import SeenDigests
-from spherelm.data.documents import Block
 from spherelm.data.prepare import prepare
-from spherelm.data.shards import Shard, ShardError
+from spherelm.data.shards import ShardError
 from spherelm.errors import OutputExistsError
 
-EOS = 256
 LONG = "one long document of many words " * 40
 TEXTS = [f"text {i * i % 23} " * (1 + i * i % 23) for i in range(80)]
 
@@ -39,27 +38,11 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few documents, pieces of long ones, and a saved state after each."""
-    read_blocks = documents.read_blocks
-
-    def in_small_blocks(path: Path, **settings: Any) -> Iterator[Block]:
-        return read_blocks(path, **settings, block_size=150)
-
-    monkeypatch.setattr(prepare_module, "read_blocks", in_small_blocks)
-    monkeypatch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0.0)
+    in_small_blocks(monkeypatch, 150)
 
 
 def expected(texts: list[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
-
-
-def texts_of(directory: Path, split: str = "train") -> list[str]:
-    ids = np.concatenate([np.asarray(Shard(path).tokens) for path in sorted(directory.glob(f"{split}-*.bin"))])
-    return [bytes(document.tolist()[:-1]).decode() for document in np.split(ids, np.flatnonzero(ids == EOS) + 1)[:-1]]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @given(batches=st.lists(st.lists(st.binary(min_size=1, max_size=2), min_size=1, max_size=40), max_size=25))
@@ -94,16 +77,9 @@ def test_neither_workers_nor_interruptions_change_a_byte(
     prepare(inputs, tmp_path / "1", "bytes", **settings)
     prepare(inputs, tmp_path / "2", "bytes", workers=2, **settings)
     for results in (1, 3, 4, 2, 7, 5, 3, 9):
-
-        def dying(*given: Any, results: int = results) -> Iterator[encoding.Encoded]:
-            for count, result in enumerate(encoding.encode_all(*given)):
-                if count == results:
-                    raise KeyboardInterrupt
-                yield result
-
         with monkeypatch.context() as patch:
-            patch.setattr(prepare_module, "encode_all", dying)
-            with pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, results)
+            with pytest.raises(Interrupted):
                 prepare(inputs, tmp_path / "parts", "bytes", **settings)
         digests = tmp_path / "parts" / ".partial" / "digests.bin"
         digests.write_bytes(digests.read_bytes() + b"rubbish")

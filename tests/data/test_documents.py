@@ -33,7 +33,7 @@ from spherelm.data.documents import (
     read_lines,
     split_place,
 )
-from spherelm.data.rows import Bad, Rows
+from spherelm.data.rows import Bad, RowSettings
 from spherelm.data.tokenizer import ByteTokenizer
 
 TEXTS = ["one two\n", "", "Zoë 東京 🙂\r\nline\u2028three", '"quoted" \\ {}', "x" * 300]
@@ -276,10 +276,10 @@ def test_parquet_faults(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", body=[{"text": "x", "n": {"m": 1}}], tags=[["a"]])
     for field in ("body.words", "body.text.more", "other"):
         with pytest.raises(DocumentError, match=rf'no column "{field}" \(it has body\.text, body\.n\.m, tags'):
-            documents(path, rows=Rows(field))
+            documents(path, rows=RowSettings(field))
     for field in ("body", "body.n", "tags"):
         with pytest.raises(DocumentError, match=rf'row 1: no string under "{field}" \(it is (an object|a list)\)'):
-            documents(path, rows=Rows(field))
+            documents(path, rows=RowSettings(field))
     invalid = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
     with pytest.raises(DocumentError, match="between rows 1 and 2 is not UTF-8"):
         documents(parquet(tmp_path / "a.parquet", text=invalid))
@@ -335,7 +335,7 @@ def test_tables(tmp_path: Path, suffix: str, kind: str, delimiter: str) -> None:
     path = tmp_path / f"a{kind}{suffix}"
     path.write_bytes(COMPRESS[suffix](file.getvalue().encode()))
     for size in (1, 1 << 20):
-        assert documents(path, rows=Rows("content"), block_size=size) == [*TEXTS, "long " * 50_000]
+        assert documents(path, rows=RowSettings("content"), block_size=size) == [*TEXTS, "long " * 50_000]
     with pytest.raises(DocumentError, match=r'no column "text" \(it has id, content\): name another with --field'):
         documents(path)
     path.write_bytes(COMPRESS[suffix](f'text{delimiter}b\n1{delimiter}"2\n'.encode()))
@@ -349,11 +349,11 @@ def test_fields_within_fields(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", body=[{"text": text, "n": 0} for text in TEXTS], n=list(range(5)))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body.text": text, "body": 0}) + "\n" for text in TEXTS))
     for name in ("a.jsonl", "a.json", "a.parquet", "b.jsonl"):
-        assert documents(tmp_path / name, rows=Rows("body.text")) == TEXTS
+        assert documents(tmp_path / name, rows=RowSettings("body.text")) == TEXTS
     with pytest.raises(DocumentError, match=r'no string under "body" \(it is an object\)'):
-        documents(tmp_path / "a.jsonl", rows=Rows("body"))
+        documents(tmp_path / "a.jsonl", rows=RowSettings("body"))
     with pytest.raises(DocumentError, match=r"it has body\.text, n"):
-        documents(tmp_path / "a.jsonl", rows=Rows("body.words"))
+        documents(tmp_path / "a.jsonl", rows=RowSettings("body.words"))
 
 
 def test_bad_rows_are_left_out_if_asked_for(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_bad_rows_are_left_out_if_asked_for(tmp_path: Path) -> None:
     ]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(line + b'\n{"text": "good"}\n' for line in bad))
-    found = documents(path, rows=Rows(skip_bad=True))
+    found = documents(path, rows=RowSettings(skip_bad=True))
     assert found[1::2] == ["good"] * len(bad)
     assert all(isinstance(text, Bad) for text in found[::2])
     field = 'no string under "text"'
@@ -377,7 +377,7 @@ def test_bad_rows_are_left_out_if_asked_for(tmp_path: Path) -> None:
         with pytest.raises(DocumentError, match=r"line 1: .*--skip-bad|not UTF-8"):
             documents(path)
     parquet(tmp_path / "a.parquet", text=["a", None, "b"])
-    assert documents(tmp_path / "a.parquet", rows=Rows(skip_bad=True)) == ["a", field, "b"]
+    assert documents(tmp_path / "a.parquet", rows=RowSettings(skip_bad=True)) == ["a", field, "b"]
 
 
 def test_utf_16_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import Block
-from spherelm.data.encoding import Encoder, Job, split_of
+from spherelm.data.encoding import Encoder, EncodingJob, split_of
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 SPECS = [
@@ -38,7 +38,7 @@ def check_pieces(tokenizer: Tokenizer, text: str, at_least: int) -> None:
     assert cut is not None
     first = Block(Path("a.txt"), [text[: cut.place]], 0, ends=False)
     second = Block(Path("a.txt"), [text[cut.place :]], 0, starts=False, context=cut.context, safe=cut.safe)
-    results = [encoder(Job(0, block, "train")) for block in (first, second)]
+    results = [encoder(EncodingJob(0, block, "train")) for block in (first, second)]
     ids = [i for result in results for i in result.ids["train"].tolist()]
     assert ids == [*tokenizer.encode(text), tokenizer.eos_id]
     assert sum(result.text_bytes["train"] for result in results) == len(text.encode())
@@ -115,7 +115,7 @@ class Forgetful(ByteTokenizer):
 
 def encoded(tokenizer: Tokenizer, texts: list[str], **settings: float) -> dict[str, list[int]]:
     result = Encoder(tokenizer, settings.get("val_fraction", 0.0))(
-        Job(0, Block(Path("a"), texts, 0), None if settings else "train")
+        EncodingJob(0, Block(Path("a"), texts, 0), None if settings else "train")
     )
     return {split: ids.tolist() for split, ids in result.ids.items()}
 
@@ -123,7 +123,7 @@ def encoded(tokenizer: Tokenizer, texts: list[str], **settings: float) -> dict[s
 def test_a_long_stretch_without_a_safe_place_is_cut_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch, longest=500)
     for tokenizer, text in ((Reversing(), "one two three " * 200), (ByteTokenizer(), "x" * 2800)):
-        result = Encoder(tokenizer, 0.0)(Job(0, Block(Path("a"), [text], 0), "train"))
+        result = Encoder(tokenizer, 0.0)(EncodingJob(0, Block(Path("a"), [text], 0), "train"))
         pieces = [piece.text for piece in Cutter(tokenizer).pieces(text)]
         assert "".join(pieces) == text
         assert max(map(len, pieces)) < 60 + 500 + 64 + 60
@@ -143,7 +143,7 @@ def test_texts_that_encode_to_the_end_token_are_refused() -> None:
 
 
 def test_empty_documents_are_left_out_and_counted() -> None:
-    result = Encoder(ByteTokenizer(), 0.0)(Job(0, Block(Path("a"), ["", "a", "", "é"], 0), "val"))
+    result = Encoder(ByteTokenizer(), 0.0)(EncodingJob(0, Block(Path("a"), ["", "a", "", "é"], 0), "val"))
     assert result.ids["val"].tolist() == [97, 256, 0xC3, 0xA9, 256]
     assert (result.documents, result.left_out, result.text_bytes) == (2, {"empty": 2}, {"val": 3})
 

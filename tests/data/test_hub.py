@@ -9,7 +9,6 @@ import gzip
 import itertools
 import json
 import lzma
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import pyarrow.parquet
 import pytest
 import tiny
 import zstandard
+from prepared_texts import Interrupted, contents, interrupt_after
 
-from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import DocumentError
 from spherelm.data.hub import HubRequest, HubText
 from spherelm.data.prepare import prepare
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import Shard, open_tokens
 from spherelm.errors import OutputExistsError
 from spherelm.train.batches import open_data
@@ -65,10 +64,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = HubText.blocks
     monkeypatch.setattr(HubText, "blocks", lambda self, after: blocks(self, after, 300))
     monkeypatch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0.0)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def shards(directory: Path) -> list[bytes]:
@@ -130,10 +125,6 @@ def test_workers_do_not_change_a_byte(parquet: Path, tmp_path: Path, small: None
     assert len(shards(tmp_path / "1")) > 4
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 def test_resumed_equals_uninterrupted(
     parquet: Path, jsonl: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,16 +134,9 @@ def test_resumed_equals_uninterrupted(
     prepare(*arguments, tmp_path / "whole", "bytes", **settings)
     rows = list[int]()
     for results in (2, 3, 5, 4):
-
-        def dying(*given: Any, results: int = results) -> Iterator[encoding.Encoded]:
-            for count, result in enumerate(encoding.encode_all(*given)):
-                if count == results:
-                    raise Killed
-                yield result
-
         with monkeypatch.context() as patch:
-            patch.setattr(prepare_module, "encode_all", dying)
-            with pytest.raises(Killed):
+            interrupt_after(patch, results)
+            with pytest.raises(Interrupted):
                 prepare(*arguments, tmp_path / "parts", "bytes", **settings)
         position = json.loads((tmp_path / "parts" / ".partial" / "state.json").read_text())["position"]
         rows.append(position["after"]["rows"] if position["after"] else 0)
@@ -189,7 +173,7 @@ def test_fields_within_fields_and_bad_rows(tmp_path: Path) -> None:
         request = HubRequest(str(tmp_path / name), column="body.text")
         assert list(HubText(request, skip_bad=True).documents()) == [*TEXTS[:9], 'no string under "body.text"']
         refused(request, r'row 10: no string under "body.text" \(it is null\); fix that row, or .*--skip-bad')
-    manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=Rows("body.text", skip_bad=True))
+    manifest = prepare([], tmp_path / "out", "bytes", hub=request, rows=RowSettings("body.text", skip_bad=True))
     assert manifest["left_out"] == {'no string under "body.text"': 1}
     assert manifest["splits"]["train"]["documents"] == 9
 

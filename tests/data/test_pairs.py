@@ -13,8 +13,15 @@ import tiny_pairs
 import torch
 
 from spherelm.data.documents import DocumentError, read_lines
-from spherelm.data.pair_loader import PairLoader, held_out_pairs, pair_batch
-from spherelm.data.pairs import PairFiles, open_pairs, prepare_pairs, read_pairs_manifest, train_tokenizer
+from spherelm.data.pair_loader import PairBatch, PairLoader, held_out_pairs, pair_batch
+from spherelm.data.pairs import (
+    PairFiles,
+    PairSettings,
+    open_pairs,
+    prepare_pairs,
+    read_pairs_manifest,
+    train_tokenizer,
+)
 from spherelm.data.tokenizer import load_tokenizer
 
 
@@ -51,15 +58,15 @@ def test_the_tokenizer_is_learned_from_both_sides_of_the_training_pairs_alone(tm
 def test_blank_and_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
     train = tiny_pairs.write_files(tmp_path, "train", ["ba", "", "badi", "ba du ki lo", " "])
     val = tiny_pairs.write_files(tmp_path, "val", ["du"])
-    splits = prepare_pairs(train, tmp_path / "pairs", val, tokenizer="bytes", max_tokens=5)["splits"]
+    splits = prepare_pairs(train, tmp_path / "pairs", val, PairSettings(tokenizer="bytes", max_tokens=5))["splits"]
     assert splits["train"]["pairs"] == 2
     assert splits["train"]["left_out"] == {"blank": 2, "too_long": 1}
     with pytest.raises(
         DocumentError, match="longer than 2 tokens: 3 train pairs, the longest has 12; raise --max-tokens"
     ):
-        prepare_pairs(train, tmp_path / "other", val, tokenizer="bytes", max_tokens=2)
+        prepare_pairs(train, tmp_path / "other", val, PairSettings(tokenizer="bytes", max_tokens=2))
     with pytest.raises(DocumentError, match="longer than 5 tokens: 1 val pair, the longest"):
-        prepare_pairs(val, tmp_path / "other", train, tokenizer="bytes", max_tokens=5)
+        prepare_pairs(val, tmp_path / "other", train, PairSettings(tokenizer="bytes", max_tokens=5))
     assert not (tmp_path / "other").exists()
 
 
@@ -82,7 +89,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, data: Path) ->
     with pytest.raises(FileExistsError, match="choose another --out"):
         prepare_pairs(train, data, train)
     with pytest.raises(ValueError, match="max_tokens must be at least 2"):
-        prepare_pairs(train, tmp_path / "new", train, max_tokens=1)
+        PairSettings(max_tokens=1)
     with pytest.raises(FileNotFoundError, match="holds no pairs"):
         open_pairs(tmp_path, "train")
     blank = tiny_pairs.write_files(tmp_path, "blank", ["", ""])
@@ -98,10 +105,10 @@ def test_training_pairs_are_no_validation_pairs(tmp_path: Path) -> None:
     again.target.write_text("".join(f"{tiny_pairs.translate(text)}\n" for text in ("du ki", "ba", "ba")))
     for val in (train, again):
         with pytest.raises(DocumentError, match=r"every pair of .* is in the training text too: name other files"):
-            prepare_pairs(train, tmp_path / "pairs", val, tokenizer="bytes")
+            prepare_pairs(train, tmp_path / "pairs", val, PairSettings(tokenizer="bytes"))
     assert not (tmp_path / "pairs").exists()
     some = tiny_pairs.write_files(tmp_path, "some", ["ba", "lo"])
-    prepare_pairs(train, tmp_path / "pairs", some, tokenizer="bytes")
+    prepare_pairs(train, tmp_path / "pairs", some, PairSettings(tokenizer="bytes"))
 
 
 def test_damage_is_noticed(data: Path) -> None:
@@ -116,14 +123,12 @@ def test_damage_is_noticed(data: Path) -> None:
         open_pairs(data, "val")
 
 
-def parts(batch: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+def parts(batch: PairBatch) -> list[tuple[list[int], list[int]]]:
     """Sources and targets of a batch, without padding, after checking the layout of every row."""
-    tokens, targets = batch
-    width, found = targets.shape[1], []
-    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
-        source, written = [t for t in row[:-width] if t >= 0], row[-width:]
-        target = [t for t in wanted if t >= 0]
-        assert row[: len(source)] == source
+    found = []
+    for read, written, wanted in zip(*(part.tolist() for part in batch), strict=True):
+        source, target = ([t for t in row if t >= 0] for row in (read, wanted))
+        assert read[: len(source)] == source
         assert source[-1] == target[-1] == written[0] == 256
         assert written[1 : len(target)] == target[:-1]
         assert wanted[: len(target)] == target
@@ -163,7 +168,7 @@ def test_a_batch_depends_on_seed_and_step_alone(data: Path) -> None:
     pairs = open_pairs(data, "train")
     one, other = PairLoader(pairs, 256, 4, seed=1), PairLoader(pairs, 256, 4, seed=1)
     for step in (40, 3, 16):
-        assert torch.equal(one.batch(step)[0], other.batch(step)[0])
+        assert all(torch.equal(a, b) for a, b in zip(one.batch(step), other.batch(step), strict=True))
     assert not torch.equal(one.batch(3)[0], PairLoader(pairs, 256, 4, seed=2).batch(3)[0])
     assert one.state(5) == {}
     one.restore({})

@@ -9,7 +9,6 @@ import gzip
 import json
 import lzma
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from prepared_texts import Interrupted, contents, in_small_blocks, interrupt_after, texts_of
 
-from spherelm.data import documents, encoding
+from spherelm.data import encoding
 from spherelm.data import prepare as prepare_module
 from spherelm.data.documents import Block, DocumentError
 from spherelm.data.prepare import prepare
-from spherelm.data.shards import Shard, ShardError, Split, open_tokens
+from spherelm.data.shards import ShardError, open_tokens
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.errors import OutputExistsError
 
-EOS = 256
 BOOKS = [f"Book {i}, " + "some words and more " * (3 + 7 * i % 11) for i in range(60)]
 
 
@@ -63,25 +62,7 @@ def _no_saved_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few documents, so that small inputs have many, and a saved state after each."""
-    read_blocks = documents.read_blocks
-
-    def in_small_blocks(path: Path, **settings: Any) -> Iterator[Block]:
-        return read_blocks(path, **settings, block_size=100)
-
-    monkeypatch.setattr(prepare_module, "read_blocks", in_small_blocks)
-    monkeypatch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0.0)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def texts_of(directory: Path, split: Split = "train") -> list[str]:
-    """The documents of a prepared directory of bytes, decoded without our code."""
-    shards = sorted(directory.glob(f"{split}-*.bin"))
-    ids = np.concatenate([np.asarray(Shard(shard).tokens) for shard in shards])
-    return [bytes(document.tolist()[:-1]).decode() for document in np.split(ids, np.flatnonzero(ids == EOS) + 1)[:-1]]
+    in_small_blocks(monkeypatch, 100)
 
 
 def test_every_format_in_order(inputs: list[Path], tmp_path: Path) -> None:
@@ -120,22 +101,6 @@ def test_a_failing_worker_ends_the_run_with_the_first_fault(inputs: list[Path], 
     with pytest.raises(DocumentError, match=r"c\.jsonl, line 19: not JSON"):
         prepare(inputs, tmp_path / "out", "bytes", workers=2)
     assert not (tmp_path / "out").exists()
-
-
-class Interrupted(BaseException):
-    """Stands for Ctrl-C or a kill."""
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, results: int) -> None:
-    """Let the next `prepare` die when it has taken this many results."""
-
-    def dying(*arguments: Any) -> Iterator[encoding.Encoded]:
-        for count, result in enumerate(encoding.encode_all(*arguments)):
-            if count == results:
-                raise Interrupted
-            yield result
-
-    monkeypatch.setattr(prepare_module, "encode_all", dying)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "default"])
@@ -501,4 +466,8 @@ def test_a_worker_that_dies_is_an_error_of_one_line(inputs: list[Path], tmp_path
     prepare(inputs, tmp_path / "out", "bytes")
     (tmp_path / "out" / "tokenizer.meta.json").unlink()  # so that the workers cannot start
     with pytest.raises(OSError, match="a worker process died"):
-        list(encoding.encode_all([encoding.Job(0, Block(inputs[0], ["x"], 1), "train")], tmp_path / "out", 0.0, 2))
+        list(
+            encoding.encode_all(
+                [encoding.EncodingJob(0, Block(inputs[0], ["x"], 1), "train")], tmp_path / "out", 0.0, 2
+            )
+        )

@@ -270,7 +270,7 @@ def test_damaged_directories(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no file for tokenizer kind 'json'"):
         load_tokenizer(tmp_path)
-    for text, problem in [("{", "not readable as JSON"), ("[]", "must hold a JSON object")]:
+    for text, problem in [("{", "is not JSON"), ("[]", "where an object was expected")]:
         (tmp_path / "tokenizer.meta.json").write_text(text)
         with pytest.raises(ValueError, match=problem):
             load_tokenizer(tmp_path)

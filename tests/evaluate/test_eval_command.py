@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from spherelm.data.tokenizer import load_tokenizer
-from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
+from spherelm.evaluate.lengths import LengthPlan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.runs.loading import load_model
 from spherelm.train import evaluation
@@ -50,7 +50,7 @@ def test_perplexity_at_lengths_beyond_training(
     assert (record["arm"], record["step"], record["run"]) == (arm, 6, str(runs[arm]))
     assert record["command"].startswith("spherelm eval ")
     found = record["perplexity"]
-    plan = Plan((16, 32, 64), document_tokens=128, bins=4)
+    plan = LengthPlan((16, 32, 64), document_tokens=128, bins=4)
     expected = perplexity_by_length(load_model(runs[arm]), read_documents([text], load_tokenizer("bytes")), plan)
     assert found["lengths"] == expected["lengths"]
     assert (found["trained_length"], found["positions"], found["files"]) == (16, "as trained", [str(text)])
@@ -70,7 +70,7 @@ def test_positions_reach_the_model(
     assert answer.code == 0, answer.err
     model = load_model(runs["ngpt"])
     place(model, Positions(500, "yarn", 4), trained_length=16)
-    plan = Plan((16, 64), stride=8)
+    plan = LengthPlan((16, 64), stride=8)
     expected = perplexity_by_length(model, read_documents([text], load_tokenizer("bytes")), plan)
     assert tiny.read_json(out)["perplexity"]["lengths"] == expected["lengths"]
     assert "windows sliding by 8; positions base 500, yarn:4" in answer.out
@@ -160,7 +160,7 @@ def test_tasks_are_scored_in_training(tmp_path: Path, command: commands.Command,
     scores = [record for record in records if record["kind"] == "eval"]
     assert [record for record in records if record["kind"] != "eval"] == tiny.metrics(tmp_path / "plain")
     assert [(record["step"], record["tokens"]) for record in scores] == [(3, 768), (4, 1024)]
-    found = evaluation.tasks_of_run(tmp_path / "scored", ["winogrande"], evaluation.TaskSettings(evals, limit=5), False)
+    found = evaluation.tasks_of_run(tmp_path / "scored", ["winogrande"], evaluation.TaskSettings(evals, limit=5))
     metrics = found["tasks"]["winogrande"]["metrics"]["acc"]
     assert scores[-1]["tasks"] == {"winogrande": {"acc": metrics["value"], "acc_stderr": metrics["stderr"]}}
     answer = command(*words, "--out", tmp_path / "plain", *tasks, "--resume")

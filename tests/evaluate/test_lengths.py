@@ -17,22 +17,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spherelm.data.cutting import Cutter
+from spherelm.data.rows import RowSettings
 from spherelm.data.tokenizer import load_tokenizer
 from spherelm.evaluate import lengths
-from spherelm.evaluate.lengths import Document, Plan, encode_document, perplexity_by_length, ratio, read_documents
+from spherelm.evaluate.lengths import Document, LengthPlan, encode_document, perplexity_by_length, ratio, read_documents
 from spherelm.evaluate.perplexity import mean_loss, token_losses
 from spherelm.models import GPTConfig, NGPTConfig, build
 
 PLANS = [
-    Plan((4, 8, 16), bins=4),
-    Plan((16,), bins=3),
-    Plan((8, 24), document_tokens=48),
-    Plan((6, 10, 24), stride=5, bins=2),
+    LengthPlan((4, 8, 16), bins=4),
+    LengthPlan((16,), bins=3),
+    LengthPlan((8, 24), document_tokens=48),
+    LengthPlan((6, 10, 24), stride=5, bins=2),
 ]
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> LengthPlan:
     """Lengths that divide the longest, or any with a stride."""
     stride = draw(st.none() | st.integers(1, 6))
     if stride is None:
@@ -41,11 +42,11 @@ def plans(draw: st.DrawFn) -> Plan:
         chosen = {*draw(st.sets(st.sampled_from(divisors), max_size=3)), longest}
     else:
         chosen = draw(st.sets(st.integers(stride, 40), min_size=1, max_size=4))
-    return Plan(tuple(sorted(chosen)), stride, draw(st.none() | st.integers(40, 90)))
+    return LengthPlan(tuple(sorted(chosen)), stride, draw(st.none() | st.integers(40, 90)))
 
 
 @given(plan=plans(), count=st.integers(0, 200))
-def test_all_lengths_score_the_same_tokens_once(plan: Plan, count: int) -> None:
+def test_all_lengths_score_the_same_tokens_once(plan: LengthPlan, count: int) -> None:
     steps, sets = plan.steps(count), []
     for length in plan.lengths:
         starts, scored = plan.starts(length, steps), plan.scored(length)
@@ -79,7 +80,7 @@ def texts(*sizes: int) -> list[Document]:
     return [Document(torch.randint(31, (size,)), 3 * size) for size in sizes]
 
 
-def by_hand(model: Any, document: Tensor, length: int, plan: Plan) -> dict[int, list[float]]:
+def by_hand(model: Any, document: Tensor, length: int, plan: LengthPlan) -> dict[int, list[float]]:
     """Losses of the targets that count, by their position in the window, window by window and target by target."""
     found: dict[int, list[float]] = {}
     for start in plan.starts(length, plan.steps(len(document))):
@@ -95,7 +96,7 @@ def by_hand(model: Any, document: Tensor, length: int, plan: Plan) -> dict[int, 
 @pytest.mark.parametrize("at_once", [1, 40, 8192])
 @torch.no_grad()
 def test_losses_are_those_of_each_window_alone(
-    arm: str, plan: Plan, at_once: int, monkeypatch: pytest.MonkeyPatch
+    arm: str, plan: LengthPlan, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many windows are read at once, also beyond the model's max_seq_len."""
     monkeypatch.setattr(lengths, "TOKENS_AT_ONCE", at_once)
@@ -121,7 +122,7 @@ def test_losses_are_those_of_each_window_alone(
 @torch.no_grad()
 def test_one_length_is_the_plain_validation_loss() -> None:
     model, (document,) = model_of("ngpt"), texts(65)
-    row = perplexity_by_length(model, [document], Plan((16,)))["lengths"][0]
+    row = perplexity_by_length(model, [document], LengthPlan((16,)))["lengths"][0]
     inputs, targets = document.tokens[:-1].view(4, 16), document.tokens[1:].view(4, 16)
     assert row["loss"] == pytest.approx(mean_loss(model, inputs, targets, 2), rel=1e-6)
 
@@ -138,7 +139,7 @@ def test_every_target_has_its_own_loss(case: Any) -> None:
 def test_errors_are_over_documents() -> None:
     """With equally long documents: the spread of their means; of the change, the spread of their differences."""
     model, documents = model_of("gpt"), texts(50, 50, 50, 50)
-    plan = Plan((8, 16))
+    plan = LengthPlan((8, 16))
     found = perplexity_by_length(model, documents, plan)
     assert found["clusters"] == "documents"
     means = {
@@ -156,7 +157,7 @@ def test_errors_are_over_documents() -> None:
 @torch.no_grad()
 def test_of_a_single_document_errors_are_over_its_windows() -> None:
     model, (document,) = model_of("gpt"), texts(60)
-    found = perplexity_by_length(model, [document], Plan((8, 16)))
+    found = perplexity_by_length(model, [document], LengthPlan((8, 16)))
     assert found["clusters"] == "windows of 16"
     losses = np.array(
         [
@@ -165,7 +166,7 @@ def test_of_a_single_document_errors_are_over_its_windows() -> None:
         ]
     )
     assert found["lengths"][1]["loss_se"] == pytest.approx(losses.std(ddof=1) / math.sqrt(3), rel=1e-5)
-    alone = perplexity_by_length(model, texts(17), Plan((16,)))["lengths"][0]
+    alone = perplexity_by_length(model, texts(17), LengthPlan((16,)))["lengths"][0]
     assert alone["loss_se"] is None
     assert alone["perplexity_se"] is None
     assert json.loads(json.dumps(alone)) == alone
@@ -186,7 +187,7 @@ def test_the_ratio_weighs_documents_by_their_tokens() -> None:
 @torch.no_grad()
 def test_bits_are_per_byte_of_the_text() -> None:
     model, documents = model_of("ngpt"), texts(70, 53)  # three bytes a token
-    found = perplexity_by_length(model, documents, Plan((4, 16)))
+    found = perplexity_by_length(model, documents, LengthPlan((4, 16)))
     assert found["bytes"] == 3 * found["tokens"]
     for row in found["lengths"]:
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2) / 3)
@@ -196,7 +197,7 @@ def test_bits_are_per_byte_of_the_text() -> None:
 @torch.no_grad()
 def test_the_model_is_left_in_its_mode() -> None:
     model = model_of("gpt").train()
-    perplexity_by_length(model, texts(40), Plan((16,)))
+    perplexity_by_length(model, texts(40), LengthPlan((16,)))
     assert model.training
 
 
@@ -204,7 +205,7 @@ def test_texts_that_are_too_short_are_refused() -> None:
     with pytest.raises(
         ValueError, match="no document has the 33 tokens that a window of 32 needs \\(2 documents too short\\)"
     ):
-        perplexity_by_length(model_of("gpt"), texts(32, 10), Plan((8, 32)))
+        perplexity_by_length(model_of("gpt"), texts(32, 10), LengthPlan((8, 32)))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_texts_that_are_too_short_are_refused() -> None:
 )
 def test_plans_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Plan(**fields)
+        LengthPlan(**fields)
 
 
 @pytest.mark.parametrize("name", ["default", "bytes"])
@@ -241,7 +242,7 @@ def test_documents_are_read_from_any_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one ü", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text('{"body": {"text": "other"}}\n')
-    (other,) = read_documents([tmp_path / "c.*"], load_tokenizer("bytes"), field="body.text")
+    (other,) = read_documents([tmp_path / "c.*"], load_tokenizer("bytes"), rows=RowSettings("body.text"))
     assert bytes(other.tokens.tolist()) == b"other"
     found = list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], load_tokenizer("bytes")))
     assert [(bytes(d.tokens.tolist()).decode(), d.bytes) for d in found] == [("one ü", 6), ("two", 3), ("three", 5)]

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from spherelm.experiments import bench as module
-from spherelm.experiments.bench import Shape, bench, configs, parse_shape, peak_memory, table
+from spherelm.experiments.bench import Shape, bench, bench_table, configs, parse_shape, peak_memory
 from spherelm.experiments.cost import StepCost
 from spherelm.train import diagnostics
 from spherelm.train.counting import training_flops
@@ -51,14 +51,14 @@ def test_both_arms_have_the_shape() -> None:
 @pytest.mark.usefixtures("timed")
 def test_a_step_that_is_faster_than_the_product_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "matmul_rate", lambda *_: 1.0)
-    mfu = bench(SHAPE, "float32", compiled=False)["mfu"]
+    mfu = bench(SHAPE, "float32", compiled=False, steps=5)["mfu"]
     assert mfu["gpt"] == 1.0
     assert mfu["ngpt"] == pytest.approx(1 / 1.5, rel=0.01), "of three seconds instead of two, for as many operations"
 
 
 @pytest.mark.usefixtures("timed")
 def test_the_figures_follow_from_the_times() -> None:
-    result = bench(SHAPE, "float32", compiled=False)
+    result = bench(SHAPE, "float32", compiled=False, steps=5)
     assert result["step_time_ratio"] == 1.5
     assert result["tokens_per_second"] == {"gpt": 32.0, "ngpt": 64 / 3}
     assert result["matmul_gflops"] == 10.0
@@ -68,7 +68,7 @@ def test_the_figures_follow_from_the_times() -> None:
     for arm, config in configs(SHAPE, "float32", compiled=False).items():
         flops = training_flops(config.model, 4, 16)
         assert result["mfu"][arm] == pytest.approx(flops / result["step_seconds"][arm] / 1e10)
-    lines = table(result).splitlines()
+    lines = bench_table(result).splitlines()
     assert lines[0].startswith("2 layers, d 16, 2 heads, sequence 16, batch 4, vocabulary 61; float32, not compiled, ")
     assert "A step of nGPT takes 1.500 times as long as one of GPT." in lines
     assert "Retraction: 1.00 % of a step of nGPT." in lines
@@ -78,10 +78,10 @@ def test_the_figures_follow_from_the_times() -> None:
 @pytest.mark.usefixtures("timed")
 def test_hybrids_are_timed_by_their_pattern() -> None:
     shape = Shape(n_layers=9, d_model=32, n_heads=2, seq_len=16, batch_size=4, vocab_size=61)
-    result = bench(shape, "float32", compiled=False, pattern="MA-")
+    result = bench(shape, "float32", compiled=False, steps=5, pattern="MA-")
     assert result["step_seconds"] == {"gpt": 2.0, "ngpt": 3.0}
     assert (result["pattern"], result["shape"]["n_layers"]) == ("MA-", 3)
-    lines = table(result).splitlines()
+    lines = bench_table(result).splitlines()
     assert lines[0].startswith("3 layers MA-, d 32, ")
     assert lines[1].split() == ["GPT", "nGPT"]
     assert "A step of nGPT takes 1.500 times as long as one of GPT." in lines
@@ -117,7 +117,7 @@ def test_a_machine_is_timed(command: commands.Command, tmp_path: Path, monkeypat
     for name in ("tokens_per_second", "mfu", "peak_memory_mb"):
         assert all(result[name][arm] > 0 for arm in tiny.ARMS)
     shown, *profiles = answer.out.split("\nWhere three steps of ")
-    assert shown == table(result) + "\n"
+    assert shown == bench_table(result) + "\n"
     assert [text.split()[0] for text in profiles] == list(tiny.ARMS)
     assert all("aten::mm" in text for text in profiles)
     again = command("bench", *words, "--json", tmp_path / "bench.json")

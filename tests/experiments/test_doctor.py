@@ -59,7 +59,7 @@ def test_a_machine_that_works(command: commands.Command, tmp_path: Path) -> None
     assert written["verdict"] == verdict
     assert written["versions"]["torch"] == torch.__version__
     assert [one["name"] for one in written["checks"]] == list(doctor.CHECKS)
-    assert block == [doctor.Found(**one).lines() for one in written["checks"]]
+    assert block == [doctor.CheckResult(**one).lines() for one in written["checks"]]
     assert "scipy" not in answer.out, "a library that is always there"
     assert "matplotlib" in answer.out
     assert "ruff" not in answer.out

@@ -23,13 +23,13 @@ from spherelm.evaluate.perplexity import mean_loss
 from spherelm.experiments import evidence, evidence_plan
 from spherelm.experiments.evidence import (
     Grid,
+    GridPoint,
     Ladder,
-    Point,
     beyond,
     climb,
     time_limit,
 )
-from spherelm.experiments.evidence_record import on_record, table
+from spherelm.experiments.evidence_record import evidence_table, on_record
 from spherelm.recipes import make_run
 from spherelm.recipes.presets import PRESETS
 from spherelm.runs.loading import load_model
@@ -43,7 +43,7 @@ def test_the_sizes_are_what_they_are_called() -> None:
         ("4m", 3.3e6, 4.2e6),
         ("12m", 11e6, 12.5e6),
     ):
-        point = Point(name, 256, 5)
+        point = GridPoint(name, 256, 5)
         assert low < point.block_parameters < high
         assert point.tokens == pytest.approx(PRESETS[name].steps * 1024), "five tokens for each block parameter"
         assert point.tokens == pytest.approx(5 * point.block_parameters, rel=1e-3)
@@ -80,10 +80,10 @@ def test_what_cannot_be_is_named(fields: dict[str, Any], message: str) -> None:
 
 
 def test_updates_grow_with_the_root_of_the_tokens() -> None:
-    points = [Point("0.3m", 256, budget) for budget in (0.3, 5, 20, 80, 320)]
+    points = [GridPoint("0.3m", 256, budget) for budget in (0.3, 5, 20, 80, 320)]
     assert [point.tokens_an_update for point in points] == [1024, 1024, 2048, 4096, 8192]
     assert [point.steps for point in points[1:]] == [1280, 2560, 5120, 10240]
-    assert Point("0.3m", 8192, 20).tokens_an_update == 8192, "one sequence"
+    assert GridPoint("0.3m", 8192, 20).tokens_an_update == 8192, "one sequence"
     for point in points:
         assert point.tokens == pytest.approx(point.budget * point.block_parameters, rel=0.01)
 
@@ -177,7 +177,7 @@ def test_a_small_ladder(
         assert tiny.read_json(out / m["runs"][1] / "config.json")["optim"]["lr"] == m["lr"]
     assert len(record["speedups"]) == 2
     assert {row["tokens"] for row in record["speedups"]} == {64 * m["steps"] for m in record["measured"]}
-    assert table(record).count("\n| tiny | 16 |") == 4 + 2
+    assert evidence_table(record).count("\n| tiny | 16 |") == 4 + 2
     (cost,) = record["costs"]
     assert (cost["size"], cost["context"], cost["batch"], cost["compiled"]) == ("tiny", 16, 4, False)
     assert list(cost["seconds"]) == list(grid.contenders)
@@ -298,7 +298,7 @@ def test_when_its_minutes_are_over_it_prints_what_it_has(
     monkeypatch.setattr(evidence.threading, "Timer", Watch)
     real = Ladder.measure
 
-    def measure(self: Ladder, contender: str, point: Point) -> dict[str, Any]:
+    def measure(self: Ladder, contender: str, point: GridPoint) -> dict[str, Any]:
         if contender == "ngpt-law":
             Watch.ring() if stop == "its minutes" else os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)  # a signal ends it
@@ -312,4 +312,4 @@ def test_when_its_minutes_are_over_it_prints_what_it_has(
     record = tiny.read_json(tmp_path / "out" / "evidence.json")
     (row,) = record["measured"]
     assert row["contender"] == "gpt-law"
-    assert answer.out == ("" if code else table(record) + "\n")
+    assert answer.out == ("" if code else evidence_table(record) + "\n")

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from spherelm.experiments.speedup import Point, Reach, interval, mean_curve, speedup, tokens_to_reach, winner
+from spherelm.experiments.speedup import CurvePoint, Reach, interval, mean_curve, speedup, tokens_to_reach, winner
 
 NAN = math.nan
 CURVE = [(100.0, 4.0), (400.0, 3.0), (1600.0, 2.0)]
@@ -68,13 +68,13 @@ falling = st.lists(st.floats(0.01, 1), min_size=2, max_size=6).map(
 
 
 @given(falling, st.floats(0, 6), st.floats(0, 6))
-def test_a_lower_loss_takes_more_tokens(curve: list[Point], one: float, other: float) -> None:
+def test_a_lower_loss_takes_more_tokens(curve: list[CurvePoint], one: float, other: float) -> None:
     low, high = sorted((one, other))
     assert tokens_to_reach(curve, low).tokens >= tokens_to_reach(curve, high).tokens * (1 - 1e-12)
 
 
 @given(falling, st.floats(0, 6), st.floats(0.01, 100))
-def test_the_unit_of_tokens_does_not_matter(curve: list[Point], target: float, unit: float) -> None:
+def test_the_unit_of_tokens_does_not_matter(curve: list[CurvePoint], target: float, unit: float) -> None:
     reach = tokens_to_reach(curve, target)
     other = tokens_to_reach([(tokens * unit, loss) for tokens, loss in curve], target)
     assert other.tokens == pytest.approx(reach.tokens * unit, rel=1e-9)
@@ -185,7 +185,7 @@ def test_against_an_arm_that_diverged_there_is_no_ratio(gpt: list[float], ngpt: 
 
 
 @given(st.lists(st.tuples(falling, st.floats(-0.2, 5)), min_size=1, max_size=4), st.floats(0.5, 2))
-def test_the_arms_play_symmetric_roles(seeds: list[tuple[list[Point], float]], ratio: float) -> None:
+def test_the_arms_play_symmetric_roles(seeds: list[tuple[list[CurvePoint], float]], ratio: float) -> None:
     """With the arms' names exchanged, every ratio is its inverse and every bound the other one."""
     length = min(len(curve) for curve, _ in seeds)
     curves = [curve[:length] for curve, _ in seeds]

@@ -18,7 +18,7 @@ from commands import make_command
 from spherelm.experiments import sweep as module
 from spherelm.experiments.jobs import Job
 from spherelm.experiments.record import Run
-from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, sweep, table
+from spherelm.experiments.sweep import UNTRAINED, against_base, grid, name_of, sweep, sweep_table
 from spherelm.recipes.written import parse_axis, parse_fields
 from spherelm.report.sweep_page import Row, label, limits, varying, write_page
 from spherelm.runs.config import to_dict
@@ -115,7 +115,7 @@ def test_fields_are_read_from_words(words: list[str], fields: dict[str, Any]) ->
 
 def test_the_table_is_markdown() -> None:
     rows = [Row({"arm": "gpt", "lr": 0.1}, [3.0, 3.2]), Row({"arm": "ngpt", "lr": 0.2}, [math.nan])]
-    assert table(rows).splitlines() == [
+    assert sweep_table(rows).splitlines() == [
         "| arm | lr | validation loss | s.e. | against base | seeds |",
         "|---|---|---|---|---|---|",
         "| gpt | 0.1 | 3.1000 | 0.1000 |  | 2 |",

@@ -42,6 +42,18 @@ def adapted(targets: list[str] | str = EVERYTHING, **settings: Any) -> Any:
     return peft.get_peft_model(to_hf(make_model()), on_sphere(config))
 
 
+def trained(model: Any, tokens: Tensor, updates: int, lr: float) -> list[float]:
+    """Update what takes a gradient on `tokens`; the losses."""
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr), []
+    for _ in range(updates):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def disturb(model: Any) -> None:
     """Give the adapters, which start at zero, something to do."""
     noise = torch.Generator().manual_seed(5)
@@ -108,14 +120,7 @@ def test_adapters_learn_and_the_rest_stays(tokens: Tensor) -> None:
     model = adapted("all-linear")
     assert not isinstance(model.base_model.model.model.head.linear, peft.tuners.lora.LoraLayer)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
-    losses = []
-    for _ in range(20):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = trained(model, tokens, 20, lr=5e-2)
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert model.generate(input_ids=tokens, max_new_tokens=3, do_sample=False).shape == (2, 12)
@@ -189,14 +194,7 @@ PROMPTS = [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderC
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of peft, whenever it generates
 def test_trained_prompts_take_their_sizes_from_the_config(kind: Any, arm: str, tokens: Tensor) -> None:
     model = peft.get_peft_model(to_hf(make_model(arm)), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(10):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = trained(model, tokens, 10, lr=0.1)
     assert losses[-1] < losses[0]
     model.eval()
     written = model.generate(

@@ -49,7 +49,7 @@ def test_logits_and_loss_are_the_bare_models(arm: str, fields: dict[str, Any]) -
         wrapped.set_attn_implementation(implementation)
         found = wrapped(**inputs(c), decoder_input_ids=c.tokens, labels=c.targets)
         close(found.logits, c.model(c.source, c.tokens))
-        assert found.loss.item() == pytest.approx(c.model.loss(c.joined, c.targets).item(), rel=1e-6)
+        assert found.loss.item() == pytest.approx(c.model.loss(*c.batch).item(), rel=1e-6)
 
 
 @both_arms

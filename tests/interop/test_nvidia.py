@@ -531,7 +531,7 @@ def test_what_this_process_has_allowed_torch_to_load_is_refused_all_the_same(sav
 def test_torchs_own_restricted_reader_stands_behind(
     name: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvidia, "_refuse_strangers", lambda pickled: None)
+    monkeypatch.setattr(nvidia, "_refuse_unknown_entries", lambda pickled: None)
     make = HARM[name]
     assert "UnpicklingError" in refused(save({**their_content(), "config": make(str(tmp_path / "harmed"))}))
     assert not (tmp_path / "harmed").exists()

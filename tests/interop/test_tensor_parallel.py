@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import tensor_parallel_ranks as parallel
-import torch
-import torch.distributed as dist
+from two_ranks import found_by_two, needs_gloo
 
 from spherelm.errors import UserError
 from spherelm.interop.tensor_parallel import check
@@ -15,11 +14,9 @@ from spherelm.models import GPTConfig, NGPTConfig, build
 
 
 @pytest.mark.row("Tensor parallelism")
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    meeting, out = tmp_path / "meeting", tmp_path / "found.pt"
-    torch.multiprocessing.spawn(parallel.work, (2, str(meeting), str(out)), nprocs=2)  # type: ignore[no-untyped-call]
-    found = torch.load(out, weights_only=True)
+    found = found_by_two(parallel.work, tmp_path)
     assert set(found) == set(parallel.CASES) | set(parallel.CUTS)
     for name, differences in found.items():
         for tensor, difference in differences.items():

@@ -204,6 +204,12 @@ def model_of(arm: str, kind: str) -> Any:
     return build(make_config(arm, architecture, **{**SIZES, **fields}, **(MIXER if kind == "hybrid" else {})))
 
 
+def batch_of(kind: str) -> tuple[Tensor, ...]:
+    """Random tokens as the loss of a model of this kind takes them."""
+    tokens = torch.randint(30, (2, 12))
+    return (tokens, tokens[:, -7:], tokens[:, -7:]) if kind == "encoder-decoder" else (tokens, tokens)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_product_with_a_matrix_of_a_block_is_rounded(arm: str, kind: str) -> None:
@@ -229,9 +235,8 @@ def test_every_product_with_a_matrix_of_a_block_is_rounded(arm: str, kind: str) 
             return result
 
         module.product = nothing
-    tokens = torch.randint(30, (2, 12))
     with Products() as products:
-        model.loss(tokens, tokens[:, -7:] if kind == "encoder-decoder" else tokens).backward()
+        model.loss(*batch_of(kind)).backward()
     assert set(calls) == {id(m) for m in matrices}
     assert set(calls.values()) == {1}
     vocabulary, experts, sums = 37, 5, 1
@@ -242,11 +247,10 @@ def test_every_product_with_a_matrix_of_a_block_is_rounded(arm: str, kind: str) 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_models_of_every_kind_compute_in_nvfp4(arm: str, kind: str) -> None:
-    model, tokens = model_of(arm, kind), torch.randint(30, (2, 12))
-    targets = tokens[:, -7:] if kind == "encoder-decoder" else tokens
-    plain = model.loss(tokens, targets).item()
+    model, batch = model_of(arm, kind), batch_of(kind)
+    plain = model.loss(*batch).item()
     lower_precision(model, Precision("nvfp4"))
-    loss = model.loss(tokens, targets)
+    loss = model.loss(*batch)
     loss.backward()
     assert loss.item() != plain
     assert loss.item() == pytest.approx(plain, abs=0.5)

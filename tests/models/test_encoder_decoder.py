@@ -99,7 +99,7 @@ def test_given_a_source_it_is_a_language_model(arm: str) -> None:
     c = make_pair_case(arm)
     given = c.model.given(c.source)
     close(given(c.tokens), c.model(c.source, c.tokens))
-    close(given.loss(c.tokens, c.targets), c.model.loss(c.joined, c.targets))
+    close(given.loss(c.tokens, c.targets), c.model.loss(*c.batch))
     twice = given.repeated(2)(c.tokens.repeat_interleave(2, 0))
     close(twice, c.model(c.source, c.tokens).repeat_interleave(2, 0))
     assert {id(p) for p in given.parameters()} < {id(p) for p in c.model.parameters()}
@@ -137,7 +137,7 @@ def test_float32_and_bfloat16(arm: str) -> None:
     model = c.model.float()
     assert (model(c.source, c.tokens) - wanted).abs().max() <= 3e-5 * wanted.abs().max()
     model.runtime.compute_dtype = torch.bfloat16
-    logits, loss = model(c.source, c.tokens), model.loss(c.joined, c.targets)
+    logits, loss = model(c.source, c.tokens), model.loss(*c.batch)
     loss.backward()
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32

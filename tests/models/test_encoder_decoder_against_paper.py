@@ -42,9 +42,9 @@ def test_the_smoothed_loss(arm: str) -> None:
     c = make_pair_case(arm)
     wanted = paper.smoothed_cross_entropy(c.forward(c.weights, c.shape, c.read), c.targets, 0.1)
     c.model.runtime.label_smoothing = 0.1
-    assert c.model.loss(c.joined, c.targets).item() == pytest.approx(wanted.item(), rel=1e-13)
+    assert c.model.loss(*c.batch).item() == pytest.approx(wanted.item(), rel=1e-13)
     plain = paper.cross_entropy(c.model(c.source, c.tokens), c.targets)
-    assert c.model.eval().loss(c.joined, c.targets).item() == pytest.approx(plain.item(), rel=1e-13)
+    assert c.model.eval().loss(*c.batch).item() == pytest.approx(plain.item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("arm", ARMS)

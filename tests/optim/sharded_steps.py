@@ -4,7 +4,6 @@ run by `test_sharded.py`.
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from spherelm.optim import GatedAdamW, Muon, OptimConfig, build_optimizer
 from spherelm.optim.groups import RateMultipliers, set_rate
 from spherelm.runs.group import Group
 from spherelm.sharding import gathered, is_sharded
-from spherelm.train.parallel import Ranks, spread
+from spherelm.train.parallel import Ranks, distributed
 
 CONFIG = NGPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
 PLAIN = GPTConfig(vocab_size=23, n_layers=2, d_model=16, n_heads=2, d_ff=26, max_seq_len=8)
@@ -62,7 +61,7 @@ def weights_after(optim: OptimConfig, shard: bool, n_experts: int = 0) -> list[t
     model = model_with_experts(n_experts=n_experts) if n_experts else build(PLAIN if is_plain(optim) else CONFIG)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if shard and n_experts:
-        spread(model, Ranks(dist.get_rank(), dist.get_world_size(), mesh=mesh))
+        distributed(model, Ranks(dist.get_rank(), dist.get_world_size(), mesh=mesh))
     elif shard:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -87,7 +86,7 @@ def trained(how: str, alone: bool) -> dict[str, torch.Tensor]:
     mesh = None if alone or how == "replicate" else init_device_mesh("cpu", (world_size,))
     group = Group() if alone else Ranks(rank, world_size, mesh=mesh)
     model = model_with_experts(balance="loss" if "loss" in how else "bias", coefficient=0.0)
-    laid = spread(model, group, recompute="recompute" in how)
+    laid = distributed(model, group, recompute="recompute" in how)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01, balance_rate=0.02), group.summed)
     tokens = torch.randint(23, (4, 9), generator=torch.Generator().manual_seed(1))[rank::world_size]
     for _ in range(STEPS):
@@ -104,10 +103,8 @@ def whole(p: torch.Tensor) -> torch.Tensor:
     return gathered(p).detach()
 
 
-def work(rank: int, world_size: int, meeting: str, out: str) -> None:
-    """One process: for each optimizer, the largest difference of any weight from that of one process, into a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+def work() -> dict[str, list[float]]:
+    """In each of two processes: for each optimizer, the largest difference of any weight from that of one process."""
     found = {}
     for name, optim in OPTIMS.items():
         pairs = zip(weights_after(optim, shard=True), weights_after(optim, shard=False), strict=True)
@@ -121,8 +118,4 @@ def work(rank: int, world_size: int, meeting: str, out: str) -> None:
         assert ours.keys() == theirs.keys()
         assert all(load.sum() == 2 * 4 * 8 for name, load in ours.items() if name.endswith("seen")), "all choices"
         found[how] = [(ours[name] - theirs[name]).abs().max().item() for name in ours]
-    if rank == 0:
-        torch.save(found, Path(out))
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    return found

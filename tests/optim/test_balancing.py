@@ -16,7 +16,7 @@ from spherelm.models import Decoder
 from spherelm.optim import RULES, OptimConfig, attach_balancing, build_optimizer, parameter_roles
 from spherelm.optim.balancing import moved_bias
 from spherelm.runs.group import Group
-from spherelm.train.parallel import recompute_block, spread
+from spherelm.train.parallel import distributed, recompute_block
 
 TOKENS = torch.randint(23, (4, 8), generator=torch.Generator().manual_seed(5))
 
@@ -107,7 +107,7 @@ def test_what_is_recomputed_is_counted_once() -> None:
     plain = gradients(model)
     once = loads(model)
     clear_loads(model)
-    spread(model, Group(), recompute=True)
+    distributed(model, Group(), recompute=True)
     assert model.runtime.run is recompute_block
     recomputed = gradients(model)
     assert loads(model) == once

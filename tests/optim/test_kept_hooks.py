@@ -47,7 +47,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
 def test_a_copied_model_is_the_model(name: str, duplicate: Callable[[Any], Any], case: Any) -> None:
     c = MODELS[name](case)
     twin = duplicate(c.model)
-    assert torch.equal(twin.loss(c.joined, c.targets), c.model.loss(c.joined, c.targets))
+    assert torch.equal(twin.loss(*c.batch), c.model.loss(*c.batch))
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in c.model.parameters()}
 
 

@@ -55,7 +55,7 @@ def test_the_ways_of_orthogonalizing_agree(shape: tuple[int, int]) -> None:
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     values = torch.logspace(0, -4, 40, dtype=torch.float64)
     turned = values / values.norm()
-    for _ in range(muon.STEPS):
+    for _ in range(muon.ITERATIONS):
         turned = a * turned + b * turned**3 + c * turned**5
     expected, g = u @ turned.diag() @ v, u @ values.diag() @ v
     torch.testing.assert_close(orthogonalized(1e-3 * g, torch.float64), expected, rtol=0, atol=1e-9)

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import sharded_steps
-import torch
-import torch.distributed as dist
+from two_ranks import found_by_two, needs_gloo
 
 
 @pytest.mark.row("Optimizers")
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    meeting, out = tmp_path / "meeting", tmp_path / "found.pt"
-    torch.multiprocessing.spawn(sharded_steps.work, (2, str(meeting), str(out)), nprocs=2)  # type: ignore[no-untyped-call]
-    found = torch.load(out, weights_only=True)
+    found = found_by_two(sharded_steps.work, tmp_path)
     experts = {f"{n} {name}" for n in (5, 6) for name in sharded_steps.EXPERTS}
     assert set(found) == set(sharded_steps.OPTIMS) | experts | set(sharded_steps.SPREADS)
     for name, differences in found.items():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spherelm.report.charts import Bars, Line, Panel, Rule, chart, line_of, ranked
+from spherelm.report.charts import Bars, GuideLine, Line, Panel, chart, line_of, ranked
 from spherelm.report.drawing import COLOURS, SECOND, Figure
 from spherelm.report.svg import VARIABLES, standalone
 
@@ -30,7 +30,7 @@ def everything(key: str = "k") -> Figure:
     curve = 3 + np.exp(-x / 4e5)
     lines = Panel([line_of(arm, x, [curve] * 2, look=i, marker="") for i, arm in enumerate(COLOURS)], scale="units")
     bands = Panel([Line(LAYERS, SEEDS, SECOND, "<second>", band=(SEEDS[0], SEEDS[1]))], "layer", scale="layers", low=0)
-    bars = Panel(bars=[Bars(np.arange(9.0), COLOURS["gpt"])], rules=[Rule(4.0, upright=True, note="the middle")])
+    bars = Panel(bars=[Bars(np.arange(9.0), COLOURS["gpt"])], rules=[GuideLine(4.0, upright=True, note="the middle")])
     dots = Panel([Line(LAYERS, SEEDS[:1], SECOND, dots=(LAYERS, LAYERS))], scale="values", log=True)
     return chart(
         key, "A <title>", "Is <b>what</b> &amp; how", [lines, bands, bars, dots], columns=2, share="row", y="y"

@@ -138,13 +138,13 @@ def test_a_stream_validates_on_what_it_does_not_train_on(directories: list[Path]
     """The same held-out documents as `prepare` chooses; or a file of one's own."""
     held_out = open_data(run_config(f"stream:{directories[0]}.jsonl,tokenizer=bytes,val=0.3")).held_out[0]
     prepared = open_data(run_config(str(directories[0]))).held_out[0]
-    count = len(held_out.tokens)
+    count = len(held_out.batch[0])
     assert count == 20
     row = open_tokens(directories[0], "val").read(0, 16 * 20 + 1)
-    assert held_out.tokens.flatten().tolist() == row[:-1].tolist()
-    assert prepared.tokens.shape == held_out.tokens.shape
+    assert held_out.batch[0].flatten().tolist() == row[:-1].tolist()
+    assert prepared.batch[0].shape == held_out.batch[0].shape
     file = f"stream:{directories[0]}.jsonl,tokenizer=bytes,val={directories[1]}.jsonl"
-    windows = open_data(run_config(file)).held_out[0].tokens
+    windows = open_data(run_config(file)).held_out[0].batch[0]
     text = "".join(json.loads(line)["text"] + "\0" for line in Path(f"{directories[1]}.jsonl").read_text().splitlines())
     expected = [256 if letter == "\0" else ord(letter) for letter in text][: 16 * 20]
     assert windows.flatten().tolist() == expected

@@ -14,7 +14,7 @@ from spherelm.data.shards import open_tokens
 from spherelm.models import build
 from spherelm.models.decoder import Decoder
 from spherelm.runs.group import Group
-from spherelm.train.parallel import spread
+from spherelm.train.parallel import distributed
 from spherelm.train.precision import compile_blocks
 from spherelm.train.update import gradients_of_batch
 
@@ -30,7 +30,7 @@ def test_compiled_gradients_are_eager_gradients(data: Path, capsys: pytest.Captu
     loader = Loader(open_tokens(data, "train"), seq_len=16, batch_size=4, seed=0)
     eager_loss, eager = gradients(model, loader)
     with inductor.patch(compile_threads=1):  # no pool of processes beside the tests
-        compile_blocks(model, lambda: gradients_of_batch(spread(model, Group()), loader, 0))
+        compile_blocks(model, lambda: gradients_of_batch(distributed(model, Group()), loader, 0))
         loss, compiled = gradients(model, loader)
     torch.compiler.reset()
     assert capsys.readouterr().err == "", "it did compile"
@@ -43,5 +43,5 @@ def test_compiled_gradients_are_eager_gradients(data: Path, capsys: pytest.Captu
 def gradients(model: Decoder, loader: Loader) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of batch number 1."""
     model.zero_grad()
-    loss = gradients_of_batch(spread(model, Group()), loader, 1)
+    loss = gradients_of_batch(distributed(model, Group()), loader, 1)
     return loss.sum().item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from spherelm.layers.loss import linear_cross_entropy
 from spherelm.models import Config, build, parameter_count
 from spherelm.optim import RULES, build_optimizer
-from spherelm.recipes import make_run
+from spherelm.recipes import changed, make_run
 from spherelm.train import counting
 from spherelm.train.counting import block_costs, counted_flops, flops_per_token, readout_cost, training_flops
 from spherelm.train.estimate import (
-    Layout,
+    Assumed,
     activation_memory,
     compute_dtype,
     estimate,
@@ -157,7 +157,7 @@ def test_the_straight_line_through_two_counts_is_the_count(arm: str) -> None:
 )
 def test_a_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) -> None:
     config = make_run(arm, preset, "paper")
-    found = estimate(config, Layout(64, "hybrid", recompute=True))
+    found = estimate(changed(config, {"strategy": "hybrid", "recompute": True}), Assumed(64))
     assert json.loads(json.dumps(found)) == found
     assert sum(found["parameters_by_role"].values()) == found["parameters"]
     size, context = preset.split("-")
@@ -174,7 +174,7 @@ def test_a_run_of_the_paper_can_be_told_beforehand(arm: str, preset: str) -> Non
 
 def test_the_base_of_nugpt_is_told_and_of_others_there_is_none() -> None:
     runs = [make_run("ngpt", "0.3m", recipe, vocab_size=64) for recipe in ("nugpt", "paper")]
-    told, base = [estimate_table(estimate(run, Layout())) for run in runs], runs[0].base
+    told, base = [estimate_table(estimate(run)) for run in runs], runs[0].base
     assert base is not None
     assert f"base: d_model={base.d_model}, n_layers={base.n_layers}, steps={base.steps}" in told[0]
     assert "base:" not in told[1]
@@ -188,7 +188,7 @@ def test_moments_are_what_the_optimizer_keeps(optimizer: str) -> None:
     model.loss(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
     updater.step()
     kept = [v for state in updater.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.ndim]
-    memory = memory_per_device(run, Layout())
+    memory = memory_per_device(run)
     assert memory["moments"] == sum(v.numel() * v.element_size() for v in kept)
     assert memory["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
     assert memory["gradients"] == memory["weights"]
@@ -198,8 +198,8 @@ def test_moments_are_what_the_optimizer_keeps(optimizer: str) -> None:
 def test_spreading_divides_what_it_says() -> None:
     run = make_run("ngpt", "0.5b-1k", "paper")
     alone, replicated, sharded, hybrid = (
-        memory_per_device(run, layout)
-        for layout in (Layout(), Layout(64), Layout(64, "shard"), Layout(64, "hybrid", shard_size=8))
+        memory_per_device(changed(run, {"strategy": strategy}), devices)
+        for devices, strategy in ((1, "replicate"), (64, "replicate"), (64, "shard"), (64, "hybrid"))
     )
     assert replicated == alone
     for kind in ("weights", "gradients", "moments"):
@@ -217,11 +217,13 @@ def test_spreading_divides_what_it_says() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda run: Layout(0), "world_size must be more than 0, got 0"),
-        (lambda run: Layout(2, "tensor"), "strategy must be 'replicate', 'shard' or 'hybrid', got 'tensor'"),
-        (lambda run: Layout(12, "hybrid"), "--shard-size 8 does not divide --world-size 12"),
-        (lambda run: estimate(run, Layout(3)), "batch_size=512 cannot be shared by 3 processes"),
-        (lambda run: estimate(run, mfu=40), r"--mfu must lie in \(0, 1\].*got 40"),
+        (lambda run: Assumed(0), "world_size must be more than 0, got 0"),
+        (
+            lambda run: memory_per_device(changed(run, {"strategy": "hybrid"}), 12),
+            "--shard-size 8 does not divide the 12",
+        ),
+        (lambda run: estimate(run, Assumed(3)), "batch_size=512 cannot be shared by 3 processes"),
+        (lambda run: Assumed(mfu=40), r"--mfu must lie in \(0, 1\].*got 40"),
     ],
 )
 def test_what_does_not_fit_is_named(make: Callable[[Any], Any], message: str) -> None:

@@ -24,7 +24,7 @@ from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
 from spherelm.train import trainer
 from spherelm.train.estimate import estimate, estimate_table
-from spherelm.train.parallel import spread
+from spherelm.train.parallel import distributed
 from spherelm.train.trainer import Trainer, train
 from spherelm.train.update import gradients_of_batch
 
@@ -95,7 +95,7 @@ def test_the_loss_that_balances_is_of_the_whole_batch(size: int, recompute: bool
         model = build(run_config("ngpt", data, balance="loss").model).double()
         for _, router in routers(model):
             router.coefficient = 10.0  # else it is a small part of the gradient
-        gradients_of_batch(spread(model, Group(), recompute), loader, 0, parts)
+        gradients_of_batch(distributed(model, Group(), recompute), loader, 0, parts)
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert all(int(router.load.sum()) == 2 * 4 * 16 for _, router in routers(model))
         assert all(router.batch_load is None is router.pending for _, router in routers(model))

@@ -24,7 +24,7 @@ from spherelm.runs.group import Group
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.counting import flops_per_token, training_flops
 from spherelm.train.estimate import activation_memory, estimate
-from spherelm.train.parallel import spread
+from spherelm.train.parallel import distributed
 from spherelm.train.precision import compile_blocks
 from spherelm.train.trainer import train
 from spherelm.train.update import gradients_of_batch
@@ -142,9 +142,9 @@ def test_a_compiled_mixer_has_the_gradients_of_an_eager_one(data: Path, capsys: 
     for compiled in (False, True):
         with inductor.patch(compile_threads=1):
             if compiled:
-                compile_blocks(model, lambda: gradients_of_batch(spread(model, Group()), loader, 0))
+                compile_blocks(model, lambda: gradients_of_batch(distributed(model, Group()), loader, 0))
             model.zero_grad()
-            losses.append(gradients_of_batch(spread(model, Group()), loader, 1).sum().item())
+            losses.append(gradients_of_batch(distributed(model, Group()), loader, 1).sum().item())
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     torch.compiler.reset()
     assert capsys.readouterr().err == "", "it did compile"

@@ -145,7 +145,7 @@ def test_a_run_warns_of_text_that_repeats_and_of_memory_that_does_not_fit(
 def test_runs_beside_each_other_share_the_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two fit, three do not; what is wrong with many of them is said once."""
     config, cpu = tiny.run_config("gpt", data), torch.device("cpu")
-    needed = module.memory_per_device(config, module.Layout())["total"]
+    needed = module.memory_per_device(config)["total"]
     monkeypatch.setattr(module, "memory_of", lambda device: 2 * needed)
     runs = [replace(config, train=replace(config.train, seed=seed)) for seed in range(3)]
     assert warnings(runs, cpu, 2) == []

@@ -100,7 +100,7 @@ def test_products_are_those_of_a_linear_layer() -> None:
     with torch.no_grad():
         for ours, theirs in zip(products(), (out, products.x.grad, layer.weight.grad), strict=True):
             torch.testing.assert_close(ours, theirs)
-    assert len(Products((5, 3), 10**9, torch.float32).x) <= rehearsal.LARGEST / 30
+    assert len(Products((5, 3), 10**9, torch.float32).x) <= rehearsal.LARGEST_PRODUCT / 30
 
 
 def test_embeddings_are_no_products() -> None:

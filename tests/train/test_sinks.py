@@ -16,7 +16,7 @@ import tiny
 
 from spherelm.runs.metrics import read_metrics
 from spherelm.train.metrics_log import MetricsLog
-from spherelm.train.sinks import NAMES, check_names, numbers, open_sinks
+from spherelm.train.sinks import SINKS, check_names, numbers, open_sinks
 from spherelm.train.trainer import Interrupted, Trainer
 
 # What these libraries warn of on import is theirs.
@@ -102,7 +102,7 @@ def awaited(there: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 @pytest.mark.row("Logs")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SINKS)
 def test_a_resumed_run_is_told_whole_and_once(name: str, data: Path, tmp_path: Path) -> None:
     """Cut off after step 4, its last checkpoint at step 2: steps 3 and 4 are done twice and told once."""
     pytest.importorskip(name)
@@ -165,7 +165,7 @@ def test_numbers_have_flat_names_and_text_is_left_out() -> None:
     assert numbers(record) == flat
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SINKS)
 def test_what_is_not_installed_is_named_with_its_extra(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

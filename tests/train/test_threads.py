@@ -126,7 +126,7 @@ def test_a_run_stays_within_its_limit_and_leaves_the_number_as_it_was(
         return 2
 
     monkeypatch.setattr(module, "fastest", noted)
-    monkeypatch.setattr(module, "PART", 1e-9)  # it does not look again, however slow a step is
+    monkeypatch.setattr(module, "MEASURING_SHARE", 1e-9)  # it does not look again, however slow a step is
     torch.set_num_threads(before)
     trainer("ngpt", steps=2, threads=asked).run(show_progress=False)
     assert torch.get_num_threads() == before

@@ -29,7 +29,7 @@ from spherelm.train import diagnostics
 from spherelm.train import trainer as module
 from spherelm.train.batches import epochs
 from spherelm.train.guard import Diverged
-from spherelm.train.parallel import spread
+from spherelm.train.parallel import distributed
 from spherelm.train.precision import compile_blocks
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import Trainer, clip_gradients, train
@@ -44,7 +44,7 @@ def gradients(arm: str, data: Path, micro_batch_size: int | None, dtype: torch.d
     torch.manual_seed(0)
     model = build(tiny.run_config(arm, data).model).to(dtype)
     loader = Loader(open_tokens(data, "train"), 16, 4, seed=0)
-    loss = gradients_of_batch(spread(model, Group()), loader, 0, micro_batch_size)
+    loss = gradients_of_batch(distributed(model, Group()), loader, 0, micro_batch_size)
     return loss.sum().item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -213,8 +213,7 @@ def test_validation_reads_fixed_windows_of_held_out_text(trainer: MakeTrainer, d
     run.metrics.close()
     tokens, targets = validation_windows(open_tokens(data, "val"), 16, 6)
     (held_out,) = run.data.held_out
-    assert torch.equal(held_out.tokens, tokens)
-    assert torch.equal(held_out.targets, targets)
+    assert all(torch.equal(a, b) for a, b in zip(held_out.batch, (tokens, targets), strict=True))
     assert run._validation_losses() == run._validation_losses()
     with torch.no_grad():
         (loss,) = run._validation_losses().values()
@@ -234,7 +233,7 @@ def test_the_seed_decides_weights_and_order_but_not_the_validation_text(data: Pa
     batches = [run.data.loader.batch(0)[0] for run in runs]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
-    assert torch.equal(runs[0].data.held_out[0].tokens, runs[2].data.held_out[0].tokens)
+    assert torch.equal(runs[0].data.held_out[0].batch[0], runs[2].data.held_out[0].batch[0])
 
 
 def test_both_arms_see_the_same_batches(data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from spherelm.layers.linear import retract, unit_modules
 from spherelm.models import build
 from spherelm.optim import GatedAdamW, Muon, OptimConfig
-from spherelm.optim.gated_adamw import PART
+from spherelm.optim.gated_adamw import ENTRIES_AT_ONCE
 from spherelm.optim.groups import parameter_groups
 from spherelm.optim.muon import TOGETHER
 from spherelm.optim.rules import AdamW, Rule
@@ -186,6 +186,6 @@ def test_an_optimizer_begins_few_operations(arm: str, rule: str) -> None:
             chunks += sum(found)
             bound += 40 * sum(found) + (15 * len(sizes) if rule == "hyperball" else 0)
         else:
-            bound += 20 * (2 * sum(sizes) // PART + 1 if rule == "gated" else 1)
+            bound += 20 * (2 * sum(sizes) // ENTRIES_AT_ONCE + 1 if rule == "gated" else 1)
     assert counted.begun.total() <= bound
     assert chunks < 12, "of 168 matrices"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spherelm import sphere
 from spherelm.analysis.parts import layers_with
-from spherelm.layers.moe import Mixture
+from spherelm.layers.moe import AnyMixture
 from spherelm.models.decoder import Decoder
 
 Array = NDArray[np.float64]
@@ -42,7 +42,7 @@ class Experts:
 class _Watched:
     """Inputs [N, d_model] of one mixture, and the experts that its router picked."""
 
-    mixture: Mixture
+    mixture: AnyMixture
     inputs: list[Tensor] = field(default_factory=list)
     picked: list[Tensor] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ def _load(seen: _Watched) -> Array:
     return _array(counts / counts.sum())
 
 
-def between_proposals(mixture: Mixture, states: Tensor) -> Tensor:
+def between_proposals(mixture: AnyMixture, states: Tensor) -> Tensor:
     """Mean angle in degrees between what each two experts make of a state: [N, d_model] -> [E, E], 0 with itself.
 
     At most `POSITIONS` of the states are looked at. Directions count, which are what a step on the sphere heeds.
@@ -94,7 +94,7 @@ def between_proposals(mixture: Mixture, states: Tensor) -> Tensor:
     return torch.stack([sphere.angle(one, made).mean(-1) for one in made]).rad2deg()
 
 
-def between_rows(mixture: Mixture) -> Tensor:
+def between_rows(mixture: AnyMixture) -> Tensor:
     """The angle in degrees between each two experts' rows of the router's matrix: [E, E]."""
     rows = sphere.norm(mixture.router.weight.detach().double())
     return sphere.angle(rows.unsqueeze(1), rows).rad2deg()

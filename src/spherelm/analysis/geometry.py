@@ -19,7 +19,7 @@ from spherelm.analysis.weights import (
     MATRICES,
     has_matrix,
     head_parts,
-    weight_of,
+    weight_at,
 )
 
 Array = NDArray[np.float64]
@@ -45,14 +45,15 @@ def eigenvalues_over_median(rows: Array) -> Array:
     return values / median if median > 1e-12 * values[-1] else values
 
 
-def pair_products(rows: Array, unit: bool = False, seed: int = 0) -> tuple[Array, int]:
+def pair_products(rows: Array, unit: bool = False) -> tuple[Array, int]:
     """Quantiles, at `LEVELS`, of the dot products between different rows, and how many rows they were taken among.
 
-    unit: cosines, each row first made unit. More than `PAIR_ROWS` rows are sampled without replacement, with `seed`.
+    unit: cosines, each row first made unit. More than `PAIR_ROWS` rows are sampled without replacement,
+    always the same.
     Products are computed in float32.
     """
     if len(rows) > PAIR_ROWS:
-        rows = rows[np.random.default_rng(seed).choice(len(rows), PAIR_ROWS, replace=False)]
+        rows = rows[np.random.default_rng(0).choice(len(rows), PAIR_ROWS, replace=False)]
     vectors = torch.from_numpy(unit_rows(rows) if unit else rows).to(torch.float32)
     products = (vectors @ vectors.T).numpy()
     ordered = np.sort(products[np.triu(np.ones(products.shape, dtype=bool), 1)])
@@ -94,7 +95,7 @@ def anisotropy(rows: Array) -> float:
 
 def embedding_rows(model: nn.Module, table: str) -> Array:
     """The rows of the "input" or the "output" embedding, [vocab_size, d_model]."""
-    return weight_of(model, EMBEDDINGS[table])
+    return weight_at(model, EMBEDDINGS[table])
 
 
 def ranks_of_heads(singular: Mapping[str, Array]) -> dict[str, Array]:
@@ -121,12 +122,12 @@ def off_sphere(model: nn.Module) -> dict[str, float]:
     `{"input": ..., "output": ..., "Q": ..., ...}`. For nGPT it is what `spherelm.departure` says, matrix by matrix; for
     GPT, of which no vector need be unit, it is how far its vectors are from the sphere that nGPT's live on.
     """
-    found = {table: _worst(weight_of(model, path), axis=1) for table, path in EMBEDDINGS.items()}
+    found = {table: _worst(weight_at(model, path), axis=1) for table, path in EMBEDDINGS.items()}
     for part, matrices in MATRICES.items():
         owners = layers_with(model, part).values()
         for name, path in ((name, path) for name, path in matrices.items() if has_matrix(model, part, path)):
             found[name] = max(
-                _worst(weight_of(owner, path), axis=-2 if owner.get_submodule(path).writes else -1) for owner in owners
+                _worst(weight_at(owner, path), axis=-2 if owner.get_submodule(path).writes else -1) for owner in owners
             )
     return found
 

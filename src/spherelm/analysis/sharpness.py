@@ -19,7 +19,7 @@ from spherelm.models.decoder import Decoder
 
 Array = NDArray[np.float64]
 
-SIZES = (0.05, 0.1, 0.2)
+PERTURBATION_SIZES = (0.05, 0.1, 0.2)
 """Lengths of a perturbation over the length of what it moves. Rounding to NVFP4 is about 0.1 long."""
 
 DIRECTIONS = 4
@@ -54,7 +54,11 @@ def draw_direction(weights: Sequence[Tensor], draw: torch.Generator) -> list[Ten
 
 @torch.no_grad()
 def measure_sharpness(
-    model: Decoder, tokens: Tensor, sizes: Sequence[float] = SIZES, directions: int = DIRECTIONS, seed: int = 0
+    model: Decoder,
+    tokens: Tensor,
+    sizes: Sequence[float] = PERTURBATION_SIZES,
+    directions: int = DIRECTIONS,
+    seed: int = 0,
 ) -> Sharpness:
     """`Sharpness` on int64 tokens [batch, seq], which an encoder-decoder has read as its source.
 

@@ -136,7 +136,7 @@ def embedding_norms(model: nn.Module) -> dict[str, Array]:
     """Euclidean lengths of the rows of the input and the output embedding, ascending, each [vocab_size] (fig. 4)."""
     norms = {}
     for name, path in EMBEDDINGS.items():
-        norms[name] = np.sort(np.linalg.norm(weight_of(model, path), axis=1))
+        norms[name] = np.sort(np.linalg.norm(weight_at(model, path), axis=1))
     return norms
 
 
@@ -187,7 +187,7 @@ def head_parts(model: nn.Module, name: str) -> Iterator[Array]:
     part = next(part for part, names in MATRICES.items() if name in names)
     for owner in layers_with(model, part).values():
         path = MATRICES[part][name]
-        weight = weight_of(owner, path)
+        weight = weight_at(owner, path)
         rows = weight.swapaxes(-1, -2) if owner.get_submodule(path).writes else weight
         d_model = rows.shape[-1]
         yield rows.reshape(-1, d_model // _n_heads(model) if part.endswith("attention") else rows.shape[-2], d_model)
@@ -220,7 +220,7 @@ def _effective(module: nn.Module, path: str) -> Array | None:
     return None if found is None else _numbers(found(), path)
 
 
-def weight_of(module: nn.Module, path: str) -> Array:
+def weight_at(module: nn.Module, path: str) -> Array:
     """The matrix of the submodule at `path`, in float64; `ValueError` if it is not finite."""
     return _numbers(module.get_submodule(path).weight, path)  # type: ignore[arg-type]
 

@@ -16,7 +16,9 @@ WITH_PERPLEXITY, WITH_TRANSLATE = Needs("--perplexity"), Needs("--translate")
 OF_PLAN = dict.fromkeys(("stride", "document_tokens", "bins"), WITH_PERPLEXITY)
 TaskFlags = Annotated[Given, Fields("spherelm.evaluate.harness.TaskSettings", *OF_TASKS, title="tasks", needs=OF_TASKS,
                                     called={"data": "task_data"})]  # fmt: skip
-PlanFlags = Annotated[Given, Fields("spherelm.evaluate.lengths.Plan", *OF_PLAN, title="perplexity", needs=OF_PLAN)]
+PlanFlags = Annotated[
+    Given, Fields("spherelm.evaluate.lengths.LengthPlan", *OF_PLAN, title="perplexity", needs=OF_PLAN)
+]
 BEAMS = ("beams", "length_penalty")
 BeamFlags = Annotated[Given, Fields("spherelm.generation.beam.BeamSettings", *BEAMS, title="translation",
                                     needs=dict.fromkeys(BEAMS, WITH_TRANSLATE))]  # fmt: skip
@@ -28,7 +30,7 @@ def eval_(
     tasks: tuple[str, ...] = (),
     settings: TaskFlags,
     perplexity: tuple[Path, ...] = (),
-    field: Annotated[str, WITH_PERPLEXITY] = "text",
+    rows: Annotated[Given, Fields("spherelm.data.rows.RowSettings", "field", needs={"field": WITH_PERPLEXITY})],
     lengths: Annotated[tuple[int, ...], WITH_PERPLEXITY] = (),
     plan: PlanFlags,
     rope_base: Annotated[float | None, WITH_PERPLEXITY] = None,
@@ -49,7 +51,6 @@ def eval_(
         tasks: Tasks of lm-evaluation-harness (spherelm list tasks). If left out, the paper's five, or none where
             --perplexity or --translate is given.
         perplexity: Measure perplexity on these text files, of any kind that data prepare reads.
-        field: Name of the text in each row of those files; body.text for "text" within "body".
         lengths: Context lengths in tokens, which may exceed the length trained on; that length if left out.
         rope_base: Use this base of the rotary embedding instead of the one trained with.
         rope_scaling: Stretch positions by a factor: linear:4 or yarn:4.
@@ -59,7 +60,7 @@ def eval_(
         json: Write all results to this new file as JSON.
     """
     from spherelm.data.output import check_new_file, write_json
-    from spherelm.train.evaluation import about
+    from spherelm.train.evaluation import origin_of
 
     if json is not None:
         check_new_file(json, "--json")
@@ -68,11 +69,11 @@ def eval_(
         if translate is not None:
             results["translation"] = translated(run, translate, reference, beams, write)
         if perplexity:
-            results["perplexity"] = measured(run, perplexity, field, lengths, plan, rope_base, rope_scaling)
+            results["perplexity"] = measured(run, perplexity, rows, lengths, plan, rope_base, rope_scaling)
         if tasks or not results:
             results |= scored(run, tasks, settings)
     if json is not None:
-        write_json(json, about(run) | results)
+        write_json(json, origin_of(run) | results)
     print("\n\n".join(tables(results)))
 
 
@@ -89,20 +90,21 @@ def translated(
 def measured(
     run: Path,
     files: tuple[Path, ...],
-    field: str,
+    rows: Given,
     lengths: tuple[int, ...],
     plan: Given,
     rope_base: float | None,
     rope_scaling: str | None,
 ) -> dict[str, Any]:
     """The perplexity at each length."""
-    from spherelm.evaluate.lengths import Plan
+    from spherelm.data.rows import RowSettings
+    from spherelm.evaluate.lengths import LengthPlan
     from spherelm.evaluate.positions import parse_positions
     from spherelm.train.evaluation import perplexity_of_run, trained_length
 
     positions = parse_positions(rope_base, rope_scaling)
     chosen = tuple(sorted(set(lengths))) or (trained_length(run),)
-    return perplexity_of_run(run, files, Plan(chosen, **plan), positions, field)
+    return perplexity_of_run(run, files, LengthPlan(chosen, **plan), positions, RowSettings(skip_bad=None, **rows))
 
 
 def scored(run: Path, tasks: tuple[str, ...], settings: Given) -> dict[str, Any]:

@@ -22,45 +22,32 @@ Given = dict[str, Any]
 
 @dataclass(frozen=True)
 class DryRun:
-    """Assumptions of a dry run.
+    """A description of a run in place of the run.
 
     Attributes:
         dry_run: Print parameters, memory per device, operations, time and the resolved configuration, and stop. A text
             that is no data directory is prepared first.
         json: Print the dry run's results as JSON.
-        world_size: Number of devices to assume.
-        mfu: Model FLOP/s utilization (MFU) to assume.
-        peak_tflops: Peak TFLOP/s of a device to assume; an H100's in bfloat16 if left out.
-        device_memory: Memory of a device to assume, in GiB; if left out, that of this machine's accelerator, else 80.
     """
 
     dry_run: bool = False
     json: bool = False
-    world_size: int = 1
-    mfu: float = 0.4
-    peak_tflops: float = 989.0
-    device_memory: float | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a command computes.
+    """Where a command computes, besides the device of `TrainConfig`.
 
     Attributes:
         threads: CPU threads; torch's default if left out.
-        device: cpu, cuda, cuda:1 and so on; if left out, the accelerator if there is one, else the CPU.
     """
 
     threads: int | None = None
-    device: str | None = None
-
-
-OnMachine = Annotated[Given, Fields("spherelm.cli.flags.Machine", "threads", "device", title="machine")]
 
 
 @contextmanager
 def computing(machine: Given) -> Iterator[None]:
-    """Compute as the flags of `Machine` say, for as long as the context lasts."""
+    """Compute as the flags of `OnMachine` say, for as long as the context lasts."""
     with ExitStack() as stack:
         if machine:
             from spherelm.train.precision import on_device
@@ -74,8 +61,10 @@ def computing(machine: Given) -> Iterator[None]:
 
 TRAIN, OPTIM = "spherelm.runs.config.TrainConfig", "spherelm.optim.groups.OptimConfig"
 MODEL = "spherelm.models.config.ModelConfig"
+OnMachine = Annotated[Given, Fields("spherelm.cli.flags.Machine", "threads", title="machine"),
+                      Fields(TRAIN, "device", title="machine")]  # fmt: skip
 OF_TASKS = dict.fromkeys(("eval_tasks_every", "task_data", "eval_limit"), Needs("--eval-tasks"))
-OF_DRY_RUN = ("json", "world_size", "mfu", "peak_tflops", "device_memory")
+WITH_DRY_RUN = dict.fromkeys(("json", "world_size", "mfu", "peak_tflops", "device_memory"), Needs("--dry-run"))
 
 TrainFlags = Annotated[
     Given,
@@ -100,6 +89,7 @@ TrainFlags = Annotated[
 ]  # fmt: skip
 DryRunFlags = Annotated[
     Given,
-    Fields("spherelm.cli.flags.DryRun", "dry_run", *OF_DRY_RUN, title="dry run",
-           needs=dict.fromkeys(OF_DRY_RUN, Needs("--dry-run"))),
+    Fields("spherelm.cli.flags.DryRun", "dry_run", "json", title="dry run", needs=WITH_DRY_RUN),
+    Fields("spherelm.train.estimate.Assumed", "world_size", "mfu", "peak_tflops", "device_memory", title="dry run",
+           needs=WITH_DRY_RUN),
 ]  # fmt: skip

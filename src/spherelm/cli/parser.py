@@ -393,7 +393,7 @@ def plain_value(value: ast.expr | None) -> Any:
 
 TYPES = {
     **dict.fromkeys(("int", "PositiveInt", "NonNegativeInt"), int),
-    **dict.fromkeys(("float", "PositiveFloat", "NonNegativeFloat", "Part"), float),
+    **dict.fromkeys(("float", "PositiveFloat", "NonNegativeFloat", "BelowOne"), float),
     **{"str": str, "bool": bool, "tuple": tuple, "Path": Path, "Literal": Literal, "Annotated": Annotated},
     "Field": lambda **bounds: None,
 }

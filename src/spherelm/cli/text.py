@@ -6,9 +6,17 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spherelm.cli.parser import POSITIONAL, Needs
+from spherelm.cli.flags import Given
+from spherelm.cli.parser import POSITIONAL, Fields, Needs
 from spherelm.counting import counted
 from spherelm.errors import UserError
+
+RowFlags = Annotated[Given, Fields("spherelm.data.rows.RowSettings", "field", "skip_bad")]
+OF_DATASET = dict.fromkeys(("config", "split", "limit"), Needs("--hf"))
+DatasetFlags = Annotated[Given, Fields("spherelm.data.hub.HubRequest", *OF_DATASET, needs=OF_DATASET,
+                                       called={"config": "hf_config", "split": "hf_split"})]  # fmt: skip
+PairFlags = Annotated[Given, Fields("spherelm.data.pairs.PairSettings", "vocab_size", "tokenizer", "max_tokens",
+                                    needs={"vocab_size": Needs(without=["--tokenizer"])})]  # fmt: skip
 
 
 def prepare(
@@ -16,11 +24,8 @@ def prepare(
     out: Path,
     input: tuple[Path, ...] = (),
     hf: str | None = None,
-    hf_config: Annotated[str | None, Needs("--hf")] = None,
-    hf_split: Annotated[str, Needs("--hf")] = "train",
-    field: str = "text",
-    skip_bad: bool = False,
-    limit: Annotated[int | None, Needs("--hf")] = None,
+    dataset: DatasetFlags,
+    rows: RowFlags,
     tokenizer: str = "default",
     val: tuple[Path, ...] = (),
     val_fraction: Annotated[float, Needs(without=["--val"])] = 0.0,
@@ -38,11 +43,6 @@ def prepare(
         input: Text files, directories of them, or patterns. A .txt or .md file is one document; in other
             files each row is one.
         hf: A dataset to stream: its name on the Hugging Face hub (NAME@REVISION for one revision), a folder or a file.
-        hf_config: The configuration of that dataset, where it has several.
-        hf_split: The split of that dataset to read.
-        field: Field of a row that holds the text, in every input; body.text for "text" within "body".
-        skip_bad: Leave out rows without readable text, and count them; without this flag they are errors.
-        limit: Number of rows of that dataset to read; all if left out.
         tokenizer: default, bytes, a tokenizer.json, a SentencePiece .model, or a Hugging Face name.
         val: Files of validation text.
         val_fraction: Instead of --val: the fraction of the documents, 0 to 1, that is held out, chosen by hash. Of a
@@ -53,9 +53,10 @@ def prepare(
     """
     from spherelm.data.hub import HubRequest
     from spherelm.data.prepare import prepare as run_preparation
-    from spherelm.data.rows import Rows
+    from spherelm.data.rows import RowSettings
 
-    hub = None if hf is None else HubRequest(hf, hf_config, hf_split, field, limit)
+    how = RowSettings(**rows)
+    hub = None if hf is None else HubRequest(hf, column=how.field, **dataset)
     processes = workers or os.cpu_count() or 1
     manifest = run_preparation(
         input,
@@ -67,7 +68,7 @@ def prepare(
         progress=not quiet,
         hub=hub,
         deduplicate=deduplicate,
-        rows=Rows(field, skip_bad),
+        rows=how,
     )
     _say_what_was_made(manifest)
 
@@ -93,8 +94,7 @@ def tokenizer(
     out: Path,
     input: tuple[Path, ...] = (),
     vocab_size: int = 32768,
-    field: str = "text",
-    skip_bad: bool = False,
+    rows: RowFlags,
 ) -> None:
     """Train a byte-level BPE on text files, as a directory that --tokenizer takes.
 
@@ -104,13 +104,11 @@ def tokenizer(
         out: The directory to create.
         input: Text files, directories of them, or patterns, as for data prepare. A few hundred megabytes are enough.
         vocab_size: Entries, including the end token.
-        field: Field of a row that holds the text; body.text for "text" within "body".
-        skip_bad: Leave out rows without readable text; without this flag they are errors.
     """
     from spherelm.data.bpe import train_on_files
-    from spherelm.data.rows import Rows
+    from spherelm.data.rows import RowSettings
 
-    train_on_files(input, out, vocab_size, Rows(field, skip_bad))
+    train_on_files(input, out, vocab_size, RowSettings(**rows))
     print(f"a tokenizer of {vocab_size:,} entries is in {out}: prepare with --tokenizer {out}")
 
 
@@ -137,9 +135,7 @@ def pairs(
     val_source: Path,
     val_target: Path,
     out: Path,
-    vocab_size: Annotated[int, Needs(without=["--tokenizer"])] = 8000,
-    tokenizer: str | None = None,
-    max_tokens: int = 256,
+    settings: PairFlags,
 ) -> None:
     """Turn parallel text files, matched line by line, into a data directory for encoder-decoders.
 
@@ -151,15 +147,11 @@ def pairs(
         val_source: File of source texts for validation.
         val_target: File of target texts for validation.
         out: The data directory to create.
-        vocab_size: Entries of the BPE tokenizer that is trained on both sides of the training pairs.
-        tokenizer: Instead of training one: default, bytes, a tokenizer.json, a SentencePiece .model, or a
-            Hugging Face name.
-        max_tokens: Training pairs with a side longer than this, end token included, are left out.
     """
-    from spherelm.data.pairs import PairFiles, prepare_pairs
+    from spherelm.data.pairs import PairFiles, PairSettings, prepare_pairs
 
     train, val = PairFiles(source, target), PairFiles(val_source, val_target)
-    manifest = prepare_pairs(train, out, val, vocab_size=vocab_size, tokenizer=tokenizer, max_tokens=max_tokens)
+    manifest = prepare_pairs(train, out, val, PairSettings(**settings))
     for split, counts in manifest["splits"].items():
         out_of = counts["left_out"]
         print(

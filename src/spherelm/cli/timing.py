@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from spherelm.cli.flags import OnMachine, computing
+from spherelm.cli.flags import TRAIN, Given, OnMachine, computing
+from spherelm.cli.parser import Fields
 from spherelm.errors import UserError
 
 
@@ -13,7 +14,7 @@ def bench(
     *,
     shape: str = "6,384,6,512,8,8192",
     steps: int = 15,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    number_format: Annotated[Given, Fields(TRAIN, "dtype")],
     no_compile: bool = False,
     json: Path | None = None,
     profile: bool = False,
@@ -27,7 +28,6 @@ def bench(
     Args:
         shape: Layers, d_model, heads, tokens per sequence, sequences, vocabulary.
         steps: Steps of each arm to time, after 3 warm-up steps.
-        dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine.
         no_compile: Do not use torch.compile.
         json: File to write the result to, as JSON.
         profile: Also show where each arm's steps spend their time, by torch's profiler.
@@ -36,15 +36,16 @@ def bench(
     """
     from spherelm.data.output import check_new_file
     from spherelm.experiments import bench as module
+    from spherelm.runs.config import TrainConfig
 
-    what = module.parse_shape(shape)
+    what, dtype = module.parse_shape(shape), number_format.get("dtype", TrainConfig.dtype)
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     if json is not None:
         check_new_file(json, "--json")
     with computing(machine):
         result = module.bench(what, dtype, not no_compile, steps, pattern)
-        print(module.table(result))
+        print(module.bench_table(result))
         if json is not None:
             module.write_result(result, json)
         if profile:

@@ -11,6 +11,7 @@ from spherelm.cli.flags import Given, OnMachine, Run, computing
 from spherelm.cli.parser import NOWHERE, POSITIONAL, Fields, Needs
 from spherelm.counting import counted
 from spherelm.errors import UserError
+from spherelm.generation import DRAW
 
 if TYPE_CHECKING:
     from spherelm.generation.samples import Conversation
@@ -22,8 +23,8 @@ NO_SEARCH, NO_TALK = Needs(without=["--beams"]), Needs(without=["--interactive"]
 SAMPLING, BEAMS = "spherelm.generation.sampling.Sampling", "spherelm.generation.beam.BeamSettings"
 Drawing = Annotated[
     Given,
-    Fields(SAMPLING, "temperature", needs={"temperature": NO_SEARCH}, left_out="0.8", title="draw"),
-    Fields(SAMPLING, "top_k", needs={"top_k": DRAWN}, left_out="50", title="draw"),
+    Fields(SAMPLING, "temperature", needs={"temperature": NO_SEARCH}, left_out=str(DRAW["temperature"]), title="draw"),
+    Fields(SAMPLING, "top_k", needs={"top_k": DRAWN}, left_out=str(DRAW["top_k"]), title="draw"),
     Fields(SAMPLING, "top_p", "min_p", needs={"top_p": DRAWN, "min_p": DRAWN}, title="draw"),
     Fields(SAMPLING, "repetition_penalty", needs={"repetition_penalty": NO_SEARCH}, title="draw"),
 ]
@@ -111,7 +112,7 @@ def generate(
     from spherelm.generation import samples as texts
     from spherelm.generation.beam import BeamSettings
 
-    settings: dict[str, Any] = {"temperature": 0.8, "top_k": 50, **drawing, "precision": dtype}
+    settings: dict[str, Any] = {**DRAW, **drawing, "precision": dtype}
     settings |= {"stop": stop, "seed": seed, "device": machine.get("device") or "cpu"}
     with computing(machine):
         if interactive:
@@ -196,7 +197,7 @@ def converse(text: Conversation, max_new_tokens: int) -> None:
         print(flush=True)
 
 
-Weights = Literal["float32", "bfloat16", "float16", "fp8", "nvfp4"]
+WeightFormat = Literal["float32", "bfloat16", "float16", "fp8", "nvfp4"]
 
 
 def export(
@@ -206,7 +207,7 @@ def export(
     standalone: bool = False,
     folded: bool = False,
     onnx: bool = False,
-    dtype: Weights = "float32",
+    dtype: WeightFormat = "float32",
     license: str | None = None,
     no_tokenizer: bool = False,
 ) -> None:
@@ -239,7 +240,7 @@ def push(
     private: bool = False,
     standalone: bool = False,
     folded: bool = False,
-    dtype: Weights = "float32",
+    dtype: WeightFormat = "float32",
     license: str | None = None,
     no_tokenizer: bool = False,
 ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spherelm.cli.flags import Arm, DryRun, DryRunFlags, Given, OnMachine, Settings, TrainFlags
+from spherelm.cli.flags import TRAIN, Arm, DryRunFlags, Given, OnMachine, Settings, TrainFlags
 from spherelm.cli.parser import BARE, Fields
 from spherelm.errors import UserError
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 COMPARE = "spherelm.experiments.comparison.CompareConfig"
 Compared = Annotated[
     Given,
-    Fields(COMPARE, "data", "preset", "recipe", "steps", "seq_len", "batch_size", "lr_gpt", "lr_ngpt", "seeds", "quick",
-           "dtype"),
-    Fields(COMPARE, "threads", "device", "quiet", title="machine"),
+    Fields(COMPARE, "data", "preset", "recipe", "steps", "seq_len", "batch_size", "lr_gpt", "lr_ngpt", "seeds", "quick"),
+    Fields(TRAIN, "dtype"),
+    Fields(COMPARE, "threads", title="machine"),
+    Fields(TRAIN, "device", "quiet", title="machine"),
 ]  # fmt: skip
 Gridded = Annotated[Given, Fields("spherelm.experiments.evidence_plan.Grid", "sizes", "contexts", "budgets",
                                   "contenders", "seeds", "confirm")]  # fmt: skip
@@ -117,7 +118,7 @@ def train(
     else:
         run = run_of_parts(config, record, out, data, chosen, asked, "dry_run" in dry_run)
     if "dry_run" in dry_run:
-        describe(run, DryRun(**dry_run), out, resume is not None)
+        describe(run, dry_run, out, resume is not None)
         return
     loss = run_training(run, out, resume is not None)
     print(f"final validation loss {loss:.4f} nats per token; the run is in {out}")
@@ -163,12 +164,12 @@ def run_of_whole(
     from spherelm.recipes import changed
     from spherelm.recipes.explained import kept
     from spherelm.runs.config import read_config
-    from spherelm.runs.record import refuse_strangers
+    from spherelm.runs.record import refuse_unknown_entries
 
     refused = [name for name in ("arm", "preset", "recipe") if name in chosen]
     if refused:
         raise UserError(f"--{refused[0]} has no effect with --config {config}, which holds a whole run: leave it out")
-    refuse_strangers(config, record)
+    refuse_unknown_entries(config, record)
     before = read_config(config)
     if "config" in chosen:
         refuse_long_warmup(config, before, asked)
@@ -208,11 +209,11 @@ def run_of_parts(
 ) -> RunConfig:
     """The run of the fields in `record`, of the file `config`, overridden by the flags."""
     from spherelm.data.text_files import prepared
-    from spherelm.recipes import make_run, run_from
+    from spherelm.recipes import PRESET, RECIPE, make_run, run_from
     from spherelm.recipes.overrides import fields_in
 
     given = fields_in(record) | {name: value for name, value in chosen.items() if name != "config"} | dict(asked)
-    names = {"arm": None, "preset": "demo", "recipe": "law", "data": None, "init_from": None}
+    names = {"arm": None, "preset": PRESET, "recipe": RECIPE, "data": None, "init_from": None}
     arm, preset, recipe, source, init = (given.pop(name, default) for name, default in names.items())
     if arm is None and init is None:
         lacking = "no arm is given" if config is None else f"{config} names no arm"
@@ -236,24 +237,22 @@ def vocabulary(data: str | None, preset: str, dry_run: bool) -> int:
     return known or parse_data(data).vocab_size
 
 
-def describe(config: RunConfig, asked: DryRun, out: Path, resume: bool) -> None:
-    """Print the estimate of the run of `config` in `out`, for the layout in `asked`. Raises `UserError` for what
-    training would refuse, but for a device that another machine may have.
+def describe(config: RunConfig, asked: Given, out: Path, resume: bool) -> None:
+    """Print the estimate of the run of `config` in `out`, for the devices in `asked`, the flags of a dry run. Raises
+    `UserError` for what training would refuse, but for a device that another machine may have.
     """
     from spherelm.recipes.explained import explained
     from spherelm.train.batches import epochs
     from spherelm.train.checks import check_start
-    from spherelm.train.estimate import Layout, estimate, estimate_table
+    from spherelm.train.estimate import Assumed, estimate, estimate_table
     from spherelm.train.precision import check_device
 
-    train = config.train
-    layout = Layout(asked.world_size, train.strategy, train.shard_size, train.recompute)
-    check_device(train.device, anywhere=True)
-    check_start(config, out, resume, asked.world_size)
-    memory = None if asked.device_memory is None else asked.device_memory * 2**30
-    found = estimate(config, layout, asked.mfu, asked.peak_tflops, memory, epochs(config, train.steps))
+    assumed = Assumed(**{name: value for name, value in asked.items() if name not in ("dry_run", "json")})
+    check_device(config.train.device, anywhere=True)
+    check_start(config, out, resume, assumed.world_size)
+    found = estimate(config, assumed, epochs(config, config.train.steps))
     lines = [estimate_table(found), *explained(config, found["parameters_by_role"])]
-    print(json.dumps(found, indent=2) if asked.json else "\n".join(lines))
+    print(json.dumps(found, indent=2) if "json" in asked else "\n".join(lines))
 
 
 def sweep(
@@ -263,8 +262,8 @@ def sweep(
     lr: tuple[float, ...] = (),
     vary: Settings = (),
     set_: Settings = (),
-    preset: str = "demo",
-    recipe: tuple[str, ...] = ("law",),
+    preset: str | None = None,
+    recipe: tuple[str, ...] = (),
     steps: int | None = None,
     data: str | None = None,
     seeds: int = 1,
@@ -282,9 +281,9 @@ def sweep(
         lr: Peak learning rates; the recipe's if left out.
         vary: Fields with several values each; all combinations are tried (spherelm list fields).
         set_: Fields that are the same in all runs.
-        preset: Size and length of the runs (spherelm list presets).
-        recipe: How the arms are trained (spherelm list recipes); ablations means the paper's recipe and all of
-            its ablations.
+        preset: Size and length of the runs (spherelm list presets); demo if left out.
+        recipe: How the arms are trained (spherelm list recipes); law if left out. ablations means the paper's recipe
+            and all of its ablations.
         steps: Updates; the preset's if left out.
         data: As for spherelm train. The shipped text if left out.
         seeds: Runs per combination.
@@ -293,9 +292,9 @@ def sweep(
     """
     from spherelm.data.sources import parse_data
     from spherelm.data.text_files import prepared
-    from spherelm.experiments.sweep import grid, table
+    from spherelm.experiments.sweep import grid, sweep_table
     from spherelm.experiments.sweep import sweep as run_sweep
-    from spherelm.recipes import distinct, recipe_names
+    from spherelm.recipes import PRESET, RECIPE, distinct, recipe_names
     from spherelm.recipes.written import parse_axes, parse_fields
     from spherelm.report.drawing import require_matplotlib
     from spherelm.report.sweep_page import write_page
@@ -306,7 +305,7 @@ def sweep(
     same = parse_fields(set_, flags)
     for name in varied.keys() & same.keys():
         raise UserError(f"{name} is given by --vary and by --set: give it once")
-    axes = {"arm": arms, "preset": (preset,), "recipe": recipe_names(recipe), **varied}
+    axes = {"arm": arms, "preset": (preset or PRESET,), "recipe": recipe_names(recipe or (RECIPE,)), **varied}
     axes |= {"lr": lr} if lr else {}
     axes |= {} if steps is None else {"steps": (steps,)}
     axes |= {name: (value,) for name, value in same.items()}
@@ -315,7 +314,7 @@ def sweep(
     choices = distinct(grid(axes))
     rows = run_sweep(choices, seeds, out, vocab_size=size, data=text, workers=workers, machine=machine, quiet=quiet)
     write_page(rows, out)
-    print(table(rows))
+    print(sweep_table(rows))
 
 
 def evidence(
@@ -341,6 +340,6 @@ def evidence(
     """
     from spherelm.experiments.evidence import climb
     from spherelm.experiments.evidence_plan import Grid
-    from spherelm.experiments.evidence_record import table
+    from spherelm.experiments.evidence_record import evidence_table
 
-    print(table(climb(Grid(str(data), str(test), **grid), out, workers, minutes)))
+    print(evidence_table(climb(Grid(str(data), str(test), **grid), out, workers, minutes)))

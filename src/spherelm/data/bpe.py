@@ -11,13 +11,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import input_files, read_blocks
 from spherelm.data.output import whole_directory
-from spherelm.data.rows import Bad, Rows
+from spherelm.data.rows import Bad, RowSettings
 from spherelm.data.tokenizer import ByteTokenizer, JsonTokenizer
 from spherelm.errors import UserError
 
 END = "<|endoftext|>"
 
-LARGEST = 2**24
+LARGEST_VOCABULARY = 2**24
 """Entries of the largest tokenizer; the trainer reserves memory for all of them at once."""
 
 
@@ -28,8 +28,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """
     if vocab_size < 257:
         raise UserError(f"vocab_size must be at least 257 (the bytes and the end token), got {vocab_size}")
-    if vocab_size > LARGEST:
-        raise UserError(f"vocab_size must be at most {LARGEST}, got {vocab_size}")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size must be at most {LARGEST_VOCABULARY}, got {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return JsonTokenizer(tokenizer.to_str().encode("utf-8"), f"bpe{vocab_size}", END)
 
 
-def train_on_files(inputs: Sequence[Path], out: Path, vocab_size: int, rows: Rows = Rows()) -> JsonTokenizer:
+def train_on_files(
+    inputs: Sequence[Path], out: Path, vocab_size: int, rows: RowSettings = RowSettings()
+) -> JsonTokenizer:
     """Train a tokenizer on files, directories or patterns, and write it as the directory `out`,
     which `load_tokenizer` reads.
 
@@ -61,7 +63,7 @@ def train_on_files(inputs: Sequence[Path], out: Path, vocab_size: int, rows: Row
     return tokenizer
 
 
-def _texts(files: Sequence[Path], rows: Rows) -> Iterator[str]:
+def _texts(files: Sequence[Path], rows: RowSettings) -> Iterator[str]:
     """The documents of files, long ones in pieces: the library holds some hundred at a time."""
     cutter = Cutter(ByteTokenizer())
     for path in files:

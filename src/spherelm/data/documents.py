@@ -20,7 +20,7 @@ from typing import Any
 from spherelm.data.compression import COMPRESSIONS, read_bytes
 from spherelm.data.compression import DocumentError as DocumentError
 from spherelm.data.cutting import Cutter
-from spherelm.data.rows import Rows, csv_rows, is_list, line_rows, list_rows, not_utf8, parquet_rows
+from spherelm.data.rows import RowSettings, csv_rows, is_list, line_rows, list_rows, not_utf8, parquet_rows
 from spherelm.errors import NotFoundError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -30,7 +30,7 @@ BLOCK_SIZE = 1 << 22  # characters of text, or bytes of JSON lines, a block at l
 _NEAR = 1 << 14  # characters around a place in which the end of a line is looked for
 
 Span = tuple[int, int | None]
-WHOLE: Span = (0, None)
+WHOLE_TEXT: Span = (0, None)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def read_blocks(
     *,
     cutter: Cutter | None = None,
     with_digest: bool = False,
-    rows: Rows = Rows(),
-    span: Span = WHOLE,
+    rows: RowSettings = RowSettings(),
+    span: Span = WHOLE_TEXT,
     block_size: int = BLOCK_SIZE,
 ) -> Generator[Block, None, None]:
     """The blocks of one input, in order.

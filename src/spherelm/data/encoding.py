@@ -29,7 +29,7 @@ _GROUP = 1 << 20  # characters encoded in one call: bounds what the libraries ho
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingJob:
     """A block and where its documents go: the split, or by their hash when it is None.
     `source`: number of the input.
     """
@@ -78,7 +78,7 @@ class Encoder:
         self._cutter = Cutter(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
-    def __call__(self, job: Job) -> Encoded:
+    def __call__(self, job: EncodingJob) -> Encoded:
         """Raises DocumentError for a block that cannot be read, ValueError where text encodes to the end token."""
         texts: dict[Split, list[str]] = {}
         digests: dict[Split, list[bytes]] = {}
@@ -113,7 +113,7 @@ class Encoder:
             sizes=sizes if self._with_digests else {},
         )
 
-    def _digest(self, job: Job, text: str) -> bytes:
+    def _digest(self, job: EncodingJob, text: str) -> bytes:
         """The sha256 of the whole document; nothing where nobody asks for it."""
         if job.split is not None and not self._with_digests:
             return b""
@@ -156,7 +156,11 @@ def _grouped(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
 
 
 def encode_all(
-    jobs: Iterable[Job], tokenizer_directory: Path, val_fraction: float, workers: int, with_digests: bool = False
+    jobs: Iterable[EncodingJob],
+    tokenizer_directory: Path,
+    val_fraction: float,
+    workers: int,
+    with_digests: bool = False,
 ) -> Generator[Encoded, None, None]:
     """The results of `jobs` in their order, with at most a few blocks in memory for each of `workers` processes.
 
@@ -185,7 +189,7 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_encoder: Callable[[Job], Encoded] | None = None
+_encoder: Callable[[EncodingJob], Encoded] | None = None
 
 
 def _start_worker(tokenizer_directory: Path, val_fraction: float, with_digests: bool) -> None:
@@ -197,6 +201,6 @@ def _start_worker(tokenizer_directory: Path, val_fraction: float, with_digests: 
     _encoder = Encoder(load_tokenizer(tokenizer_directory), val_fraction, with_digests)
 
 
-def _encode_in_worker(job: Job) -> Any:
+def _encode_in_worker(job: EncodingJob) -> Any:
     assert _encoder is not None, "the pool's initializer makes the encoder"
     return _encoder(job)

@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 from spherelm.data.compression import open_compressed, sha256_of
 from spherelm.data.documents import BLOCK_SIZE, Block, DocumentError
-from spherelm.data.rows import Rows, no_column, top_field
+from spherelm.data.rows import RowSettings, no_column, top_field
 from spherelm.errors import UserError
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -30,15 +30,20 @@ _COMPRESSED = re.compile(r"\.(gz|xz|bz2|zst)$")
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A dataset to stream. `name`: a dataset's name on the hub (`NAME@REVISION` for one revision),
-    a .parquet or .jsonl file, or a folder of such. `config`, `split`: of the dataset. `column`: the field with the
-    text. `limit`: rows at most.
+    """A dataset to stream.
+
+    Attributes:
+        name: Its name on the hub (NAME@REVISION for one revision), a .parquet or .jsonl file, or a folder of such.
+        config: The configuration of the dataset, where it has several.
+        split: The split of the dataset to read.
+        column: The field with the text, as in `RowSettings`.
+        limit: Number of rows of the dataset to read; all if left out.
     """
 
     name: str
     config: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str = RowSettings.field
     limit: int | None = None
 
 
@@ -47,7 +52,7 @@ class HubText:
 
     `identity` (JSON) names what is read: two streams with the same one give the same documents. `local_files` are those
     of its files that lie on this disk, by their sha256. Raises DocumentError for what cannot be opened,
-    with one line that says why. `skip_bad`: as in `Rows`.
+    with one line that says why. `skip_bad`: as in `RowSettings`.
     """
 
     def __init__(self, request: HubRequest, skip_bad: bool | None = None) -> None:
@@ -58,7 +63,7 @@ class HubText:
             builder = _open_builder(request)
             stream = builder.as_streaming_dataset(split=request.split)
         columns = stream.column_names
-        self._rows_read = Rows(request.column, skip_bad)
+        self._rows_read = RowSettings(request.column, skip_bad)
         column = None if columns is None else top_field(request.column, columns)
         if columns is not None and column is None:
             raise no_column(Path(request.name), self._rows_read, columns)

@@ -16,14 +16,15 @@ from spherelm.data.permutation import Permutation
 from spherelm.data.shards import Tokens
 from spherelm.errors import UserError
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
+"""What the `loss` of a model takes, its targets last: (tokens, targets) of running text, a `PairBatch` of pairs."""
 
 
 class Batches(Protocol):
     """Training data: one batch per update."""
 
     def batch(self, step: int) -> Batch:
-        """(tokens, targets) of `step` (from 0) for this rank: int64 `[batch_size / world_size, seq_len]` each."""
+        """The batch of `step` (from 0) for this rank: int64 `[batch_size / world_size, ...]` each."""
         ...
 
     def weight(self, step: int) -> float:
@@ -108,7 +109,7 @@ def _epoch(windows: int, offsets: int, seed: int, epoch: int) -> tuple[Permutati
     return Permutation(windows, f"{name} order"), draw % offsets
 
 
-def validation_windows(tokens: Tokens, seq_len: int, count: int) -> Batch:
+def validation_windows(tokens: Tokens, seq_len: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, targets), int64 `[count, seq_len]`: the same windows every time, evenly spread, none overlapping.
 
     All there are where the text holds fewer than `count`. Raises ValueError when it is shorter than one.
@@ -142,7 +143,7 @@ def _check_length(tokens: Tokens, seq_len: int) -> None:
         )
 
 
-def stack(rows: Iterable[npt.NDArray[np.int64]]) -> Batch:
+def stack(rows: Iterable[npt.NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, targets) of windows of one token more than the sequence length."""
     both = torch.from_numpy(np.stack(list(rows)))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()

@@ -10,7 +10,7 @@ import torch
 from spherelm.data.loader import Batch, Batches
 from spherelm.layers.loss import IGNORED
 
-SHOWN, EXCHANGED = 0.1, 0.1
+UNCHANGED, EXCHANGED = 0.1, 0.1
 """Of the tokens to be predicted, the parts that are left as they are and exchanged for any other:
 the rest are hidden.
 """
@@ -27,7 +27,7 @@ def hidden(tokens: torch.Tensor, mask_token: int, part: float, *seed: int) -> Ba
     seen, targets = tokens.clone(), torch.full_like(tokens, IGNORED)
     seq = tokens.shape[1]
     count = max(1, round(part * seq))
-    exchanged, shown = round(EXCHANGED * count), round(SHOWN * count)
+    exchanged, shown = round(EXCHANGED * count), round(UNCHANGED * count)
     for row in range(len(tokens)):
         draw = np.random.default_rng((*rest, first + row))
         places = torch.from_numpy(draw.permutation(seq)[:count])

@@ -22,7 +22,7 @@ from spherelm.errors import NotFoundError, OutputExistsError, StorageError
 from spherelm.progress import say
 
 STATE_FILE = "state.json"
-PART = ".part"
+PARTIAL_SUFFIX = ".part"
 """The name, or its ending, of a directory that is not complete yet."""
 
 
@@ -37,7 +37,7 @@ def whole_directory(out: Path, other: str = "--out") -> Iterator[Path]:
     """
     check_free(out, other)
     out = out.resolve()
-    part = out / PART if out.is_dir() else out.with_name(f".{out.name}{PART}")
+    part = out / PARTIAL_SUFFIX if out.is_dir() else out.with_name(f".{out.name}{PARTIAL_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -80,7 +80,7 @@ def check_free(out: Path, other: str = "--out") -> None:
     `whole_directory` left.
     """
     check_place(out, other)
-    if out.exists() and any(path.name != PART for path in out.iterdir()):
+    if out.exists() and any(path.name != PARTIAL_SUFFIX for path in out.iterdir()):
         raise OutputExistsError(f"{out} already holds something: choose another {other}")
 
 

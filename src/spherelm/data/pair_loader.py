@@ -1,24 +1,33 @@
-"""Pairs as batches of similar length, a pure function of (seed, step, rank, world size) as all batches here.
-
-A batch is two tensors, as a language model's is: tokens int64 [pairs, source + target], the sources (padded on the
-right with `IGNORED`) followed by the targets' tokens, which begin with the end token; targets int64 [pairs, target],
-the same moved by one, which end with it, and -100 at padding. So `targets` says how wide the second
-part of `tokens` is.
-"""
+"""Pairs as batches of similar length, a pure function of (seed, step, rank, world size) as all batches here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from spherelm.counting import counted
-from spherelm.data.loader import Batch, StatelessBatches, check_share
+from spherelm.data.loader import StatelessBatches, check_share
 from spherelm.data.pairs import PairTokens
 from spherelm.errors import UserError
 from spherelm.layers.loss import IGNORED
+
+
+class PairBatch(NamedTuple):
+    """Pairs, all int64.
+
+    source: [pairs, source], padded on the right with `IGNORED`. tokens: [pairs, target], the texts that are written,
+    from the end token on that begins each. targets: [pairs, target], the same moved by one, which end with it, and
+    `IGNORED` at padding.
+    """
+
+    source: Tensor
+    tokens: Tensor
+    targets: Tensor
 
 
 class PairLoader(StatelessBatches):
@@ -51,8 +60,8 @@ class PairLoader(StatelessBatches):
         """Target tokens of a batch, their ends among them, on average and rounded."""
         return round(self.batch_size * (len(self.pairs.target) / len(self.pairs) + 1))
 
-    def batch(self, step: int) -> Batch:
-        """(tokens, targets) of `step` (from 0) for this rank."""
+    def batch(self, step: int) -> PairBatch:
+        """The pairs of `step` (from 0) for this rank."""
         return pair_batch(self.pairs, self._rows(step)[self.rank :: self.world_size], self.eos_id)
 
     def weight(self, step: int) -> float:
@@ -77,7 +86,7 @@ class PairLoader(StatelessBatches):
         return order
 
 
-def pair_batch(pairs: PairTokens, rows: npt.NDArray[np.int64] | Sequence[int], eos_id: int) -> Batch:
+def pair_batch(pairs: PairTokens, rows: npt.NDArray[np.int64] | Sequence[int], eos_id: int) -> PairBatch:
     """The pairs numbered `rows` as a batch, no wider than their longest source and target."""
     read = [pairs.row(int(index)) for index in rows]
     source = np.full((len(read), max(len(s) for s, _ in read) + 1), IGNORED, dtype=np.int64)
@@ -87,10 +96,10 @@ def pair_batch(pairs: PairTokens, rows: npt.NDArray[np.int64] | Sequence[int], e
         source[i, : len(s)], source[i, len(s)] = s, eos_id
         written[i, 1 : len(t) + 1] = t
         targets[i, : len(t)], targets[i, len(t)] = t, eos_id
-    return torch.from_numpy(np.concatenate((source, written), axis=1)), torch.from_numpy(targets)
+    return PairBatch(*(torch.from_numpy(part) for part in (source, written, targets)))
 
 
-def held_out_pairs(pairs: PairTokens, count: int, eos_id: int) -> Batch:
+def held_out_pairs(pairs: PairTokens, count: int, eos_id: int) -> PairBatch:
     """`count` validation pairs, or all there are, spread evenly over the file,
     in the order of their lengths, as a batch.
     """

@@ -23,11 +23,11 @@ from spherelm.counting import counted
 from spherelm.data.bpe import train_tokenizer
 from spherelm.data.documents import DocumentError, read_lines
 from spherelm.data.output import whole_directory, write_json
+from spherelm.data.shards import SPLITS
 from spherelm.data.tokenizer import Tokenizer, described, load_tokenizer
 from spherelm.errors import NotFoundError, UserError
 
 MANIFEST = "pairs.json"
-SPLITS = ("train", "val")
 
 
 class PairFiles(NamedTuple):
@@ -45,6 +45,26 @@ class Texts(NamedTuple):
     source: list[str]
     target: list[str]
     left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs become tokens.
+
+    Attributes:
+        vocab_size: Entries of the BPE tokenizer that is trained on both sides of the training pairs.
+        tokenizer: Instead of training one: default, bytes, a tokenizer.json, a SentencePiece .model, or a
+            Hugging Face name.
+        max_tokens: Training pairs with a side longer than this, end token included, are left out.
+    """
+
+    vocab_size: int = 8000
+    tokenizer: str | None = None
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise UserError(f"max_tokens must be at least 2, got {self.max_tokens}")
 
 
 @dataclass(frozen=True)
@@ -89,25 +109,15 @@ def read_texts(files: PairFiles) -> Texts:
 
 
 def prepare_pairs(
-    train: PairFiles,
-    out: Path,
-    val: PairFiles,
-    *,
-    vocab_size: int = 8000,
-    tokenizer: str | None = None,
-    max_tokens: int = 256,
+    train: PairFiles, out: Path, val: PairFiles, settings: PairSettings = PairSettings()
 ) -> dict[str, Any]:
     """Write the pairs of `train` and `val` as the directory `out`, which appears whole or not at all;
     returns its manifest.
 
-    tokenizer: as for `load_tokenizer`, for both sides; `None` trains a BPE of `vocab_size` entries on both
-    sides of `train`.
-    max_tokens: pairs with a side of more tokens than this, its end included, are left out of the training pairs; among
-    the validation pairs they are an error, and so is it if all of those are training pairs.
+    A validation pair that is too long is an error, and so is it if all of those are training pairs.
     Raises DocumentError, ValueError, FileNotFoundError or FileExistsError.
     """
-    if max_tokens < 2:
-        raise UserError(f"max_tokens must be at least 2, got {max_tokens}")
+    tokenizer, max_tokens = settings.tokenizer, settings.max_tokens
     with whole_directory(out) as part:
         texts = {"train": read_texts(train), "val": read_texts(val)}
         unseen = set(zip(texts["val"].source, texts["val"].target, strict=True))
@@ -117,7 +127,7 @@ def prepare_pairs(
                 f"every pair of {val.source} and {val.target} is in the training text too: name other files"
             )
         both = texts["train"].source + texts["train"].target
-        shared = train_tokenizer(both, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
+        shared = train_tokenizer(both, settings.vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
         shared.save(part)
         splits = {name: _write_split(part, name, texts[name], shared, max_tokens) for name in SPLITS}
         manifest = {

@@ -10,9 +10,9 @@ from typing import Any
 
 from spherelm.counting import counted
 from spherelm.data.compression import sha256_of
-from spherelm.data.documents import TEXTS, WHOLE, Span, files_left_out, format_of, input_files, split_place
+from spherelm.data.documents import TEXTS, WHOLE_TEXT, Span, files_left_out, format_of, input_files, split_place
 from spherelm.data.hub import HubRequest, HubText
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import Split
 from spherelm.data.tokenizer import Tokenizer, load_tokenizer
 from spherelm.errors import UserError
@@ -35,14 +35,14 @@ class Source:
     size: int
     sha256: str
     stream: HubText | None = None
-    span: Span = WHOLE
+    span: Span = WHOLE_TEXT
     named: bool = True
 
     def parameters(self) -> dict[str, Any]:
         """The identity of this input, wherever it is stored (JSON)."""
         if self.stream is not None:
             return {"format": "stream", "dataset": self.stream.identity, "split": self.split}
-        span = {} if self.span == WHOLE else {"characters": list(self.span)}
+        span = {} if self.span == WHOLE_TEXT else {"characters": list(self.span)}
         return {"format": format_of(self.path), "sha256": self.sha256, "split": self.split, **span}
 
 
@@ -55,7 +55,7 @@ class Plan:
     val_fraction: float
     shard_tokens: int
     deduplicate: bool
-    rows: Rows = Rows()
+    rows: RowSettings = RowSettings()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def needs_digest(self, source: Source) -> bool:
@@ -85,7 +85,7 @@ def make_plan(
     workers: int,
     shard_tokens: int,
     deduplicate: bool,
-    rows: Rows,
+    rows: RowSettings,
     progress: bool,
 ) -> Plan:
     """The plan of `prepare(...)` with these arguments. Raises ValueError or FileNotFoundError for what cannot be."""

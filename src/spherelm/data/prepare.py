@@ -19,12 +19,12 @@ from typing import Any
 from spherelm.counting import counted
 from spherelm.data.cutting import Cutter
 from spherelm.data.deduplication import Deduplicator
-from spherelm.data.documents import WHOLE, Block, DocumentError, read_blocks
-from spherelm.data.encoding import Encoded, Job, encode_all
+from spherelm.data.documents import WHOLE_TEXT, Block, DocumentError, read_blocks
+from spherelm.data.encoding import Encoded, EncodingJob, encode_all
 from spherelm.data.hub import HubRequest
 from spherelm.data.output import STATE_FILE, check_place, finished, locked, publish, remove_if_useless, write_json
 from spherelm.data.plan import SHARD_TOKENS, Plan, Source, make_plan
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import MANIFEST_FILE, PARTIAL_DIRECTORY, SPLITS, Split, read_manifest
 from spherelm.data.split_writer import SplitWriter
 from spherelm.data.tokenizer import described
@@ -64,7 +64,7 @@ def prepare(
     *,
     hub: HubRequest | None = None,
     deduplicate: bool = False,
-    rows: Rows = Rows(),
+    rows: RowSettings = RowSettings(),
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Write the documents of `inputs`, then those of the stream `hub`, as a data directory `out`; return its manifest.
@@ -142,14 +142,14 @@ class _Work:
             for writer in self._writers.values():
                 writer.close()
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[EncodingJob]:
         """The blocks from the saved position on."""
         start, blocks, after = self._position.source, self._position.blocks, self._position.after
         for number, source in enumerate(self._plan.sources):
             if number < start:
                 continue
             for block in self._blocks(source, blocks, after) if number == start else self._blocks(source, 0, None):
-                yield Job(number, block, source.split)
+                yield EncodingJob(number, block, source.split)
 
     def _blocks(self, source: Source, skip: int, after: dict[str, Any] | None) -> Iterator[Block]:
         """The blocks of one input after the first `skip`, or after the position `after` of a stream."""
@@ -242,7 +242,7 @@ class _Work:
         entry: dict[str, Any] = {"name": source.path.name, "bytes": source.size, "sha256": source.sha256}
         if source.stream is not None:
             entry = {"name": source.stream.request.name, "sha256": source.sha256, "dataset": source.stream.identity}
-        if source.span != WHOLE:
+        if source.span != WHOLE_TEXT:
             entry["characters"] = source.span
         left_out = {"duplicates_left_out": duplicates} if self._plan.deduplicate else {}
         return {**entry, "documents": documents - duplicates, **left_out}

@@ -41,11 +41,12 @@ class Bad(str):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How rows are read. `field`: where the text is, `body.text` for "text" within "body"; a row may also be a string.
+class RowSettings:
+    """How rows are read; a row may also be a string. `skip_bad` is None where no flag chooses: as False.
 
-    `skip_bad`: leave out rows that hold no text that can be read; False makes them errors, None too,
-    where no flags choose.
+    Attributes:
+        field: Field of a row that holds the text, in every input; body.text for "text" within "body".
+        skip_bad: Leave out rows without readable text, and count them; without this flag they are errors.
     """
 
     field: str = "text"
@@ -102,12 +103,12 @@ def _names_in(record: Any, before: str = "") -> list[str]:
     return [name for path, value in inner for name in (_names_in(value, f"{path}.") or [path])]
 
 
-def no_column(path: Path, rows: Rows, names: Iterable[str]) -> DocumentError:
+def no_column(path: Path, rows: RowSettings, names: Iterable[str]) -> DocumentError:
     """The error of a table without the column of the text."""
     return DocumentError(f'{path} has no column "{rows.field}" (it has {", ".join(names)}): {rows.other_field}')
 
 
-def line_rows(path: Path, rows: Rows) -> Iterator[Read]:
+def line_rows(path: Path, rows: RowSettings) -> Iterator[Read]:
     """The lines of a .jsonl file."""
     offset = 0
     with opened(path) as (content, position):
@@ -117,7 +118,7 @@ def line_rows(path: Path, rows: Rows) -> Iterator[Read]:
             yield text, len(line), position()
 
 
-def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows) -> str:
+def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: RowSettings) -> str:
     where = f"{path}, line {number}"
     if number == 1:
         line = line.removeprefix(codecs.BOM_UTF8)
@@ -132,7 +133,7 @@ def _text_of_line(path: Path, number: int, offset: int, line: bytes, rows: Rows)
     return rows.text(where, record)
 
 
-def csv_rows(path: Path, rows: Rows, delimiter: str) -> Iterator[Read]:
+def csv_rows(path: Path, rows: RowSettings, delimiter: str) -> Iterator[Read]:
     """The rows of a .csv or .tsv file whose first line names the columns."""
     csv.field_size_limit(sys.maxsize)
     with opened(path) as (content, position):
@@ -157,7 +158,7 @@ def is_list(path: Path) -> bool:
     return line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def list_rows(path: Path, rows: Rows) -> Iterator[Read]:
+def list_rows(path: Path, rows: RowSettings) -> Iterator[Read]:
     """The entries of a .json file that is one list, which is read into memory whole."""
     with opened(path) as (content, position):
         data = content.read()
@@ -172,7 +173,7 @@ def list_rows(path: Path, rows: Rows) -> Iterator[Read]:
             yield [text], len(text), position()
 
 
-def parquet_rows(path: Path, rows: Rows) -> Iterator[Read]:
+def parquet_rows(path: Path, rows: RowSettings) -> Iterator[Read]:
     """The rows of a Parquet file, some at a time; a compressed one is read into memory,
     since its end says what it holds.
     """

@@ -11,19 +11,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from spherelm.data.compression import sha256_of
 from spherelm.data.corpus import shipped_directory
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import check_input, read_blocks
 from spherelm.data.hub import HubRequest, HubText
-from spherelm.data.loader import Batches, Loader, validation_windows
+from spherelm.data.loader import Batch, Batches, Loader, validation_windows
 from spherelm.data.mixture import MixtureLoader, shares
 from spherelm.data.pair_loader import PairLoader, held_out_pairs
 from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
 from spherelm.data.plan import check_held_out
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.shards import SPLITS, Split, Tokens, open_tokens, read_manifest
 from spherelm.data.stream import StreamLoader, held_out_windows
 from spherelm.data.token_files import find_files, open_files, part_of
@@ -46,14 +44,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Validation windows of one source of text: tokens, targets int64 [windows, seq].
-    The weights of all sources sum to 1.
-    """
+    """Validation windows of one source of text, as one batch. The weights of all sources sum to 1."""
 
     name: str
     weight: float
-    tokens: Tensor
-    targets: Tensor
+    batch: Batch
     tokens_per_byte: float
 
 
@@ -157,7 +152,7 @@ class Prepared(Data):
         return RunData(
             loader=loader,
             held_out=tuple(
-                HeldOut(str(path), float(weight), *batch, tokens_per_byte(text))
+                HeldOut(str(path), float(weight), batch, tokens_per_byte(text))
                 for (path, weight), batch, text in zip(parts.items(), windows, held_out, strict=True)
             ),
             tokenizer=self.tokenizer_of(next(iter(parts))),
@@ -246,7 +241,7 @@ class Hub(Data):
         else:
             check_input(file)
             check_held_out(file, sha256_of(file), text.local_files)
-            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=Rows(self.request.column, skip_bad=None))
+            blocks = read_blocks(file, cutter=Cutter(tokenizer), rows=RowSettings(self.request.column, skip_bad=None))
         with closing(blocks):
             windows, per_byte, fingerprint = held_out_windows(
                 blocks, tokenizer, part or 1.0, how.seq_len, how.eval_windows
@@ -254,7 +249,7 @@ class Hub(Data):
         loader = StreamLoader(text, tokenizer, how.seq_len, how.batch_size, how.seed, part, how.rank, how.world_size)
         return RunData(
             loader=loader,
-            held_out=(HeldOut(self.request.name, 1.0, *windows, per_byte),),
+            held_out=(HeldOut(self.request.name, 1.0, windows, per_byte),),
             tokenizer=tokenizer,
             identity={"train": text.fingerprint, "val": fingerprint, "tokenizer": tokenizer.fingerprint},
             end_token=tokenizer.eos_id if how.mask_documents else None,
@@ -289,7 +284,7 @@ class Pairs(Data):
         loader = PairLoader(pairs, tokenizer.eos_id, how.batch_size, how.seed, how.rank, how.world_size)
         return RunData(
             loader=loader,
-            held_out=(HeldOut(str(self.path), 1.0, *held_out, per_byte),),
+            held_out=(HeldOut(str(self.path), 1.0, held_out, per_byte),),
             tokenizer=tokenizer,
             identity={"train": pairs.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.fingerprint},
             tokens_per_update=loader.tokens_per_update,

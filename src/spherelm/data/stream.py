@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from spherelm.counting import counted
 from spherelm.data.documents import Block
-from spherelm.data.encoding import Encoder, Job
+from spherelm.data.encoding import Encoder, EncodingJob
 from spherelm.data.hub import HubText
 from spherelm.data.loader import Batch, check_share, stack
 from spherelm.data.permutation import Permutation
@@ -151,7 +151,7 @@ class _TokenStream:
                 self._blocks, self._after, fruitless = None, None, True
                 continue
             self._after = block.after
-            ids = self._encoder(Job(0, block, None)).ids.get("train")
+            ids = self._encoder(EncodingJob(0, block, None)).ids.get("train")
             if ids is not None:
                 return before, ids
 
@@ -167,7 +167,7 @@ def held_out_windows(
     encoder = Encoder(tokenizer, val_fraction)
     pieces, tokens, text_bytes = list[Ids](), 0, 0
     for block in blocks:
-        encoded = encoder(Job(0, block, "val" if val_fraction == 1 else None))
+        encoded = encoder(EncodingJob(0, block, "val" if val_fraction == 1 else None))
         if "val" in encoded.ids:
             pieces.append(encoded.ids["val"])
             tokens += pieces[-1].size

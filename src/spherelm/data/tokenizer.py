@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from spherelm.errors import UserError
+from spherelm.errors import UserError, read_object
 
 META_FILE = "tokenizer.meta.json"
 _JSON_FILE = "tokenizer.json"
@@ -296,7 +296,7 @@ def _from_directory(directory: Path) -> Tokenizer:
     """The tokenizer saved in `directory`; the meta file, where there is one, must agree with it."""
     meta = _read_json(directory / META_FILE) or {}
     if not all(isinstance(meta.get(key, ""), str | None) for key in ("kind", "name", "eos_token")):
-        raise UserError(f"{directory / META_FILE}: holds what no tokenizer was saved with{RESTORE}")
+        raise UserError(f"{directory / META_FILE}: holds what no tokenizer was saved with: {RESTORE}")
     name, eos_token = meta.get("name"), meta.get("eos_token") or _configured_end(directory)
     files = {"json": _JSON_FILE, "sentencepiece": _MODEL_FILE}
     kinds = [meta["kind"]] if "kind" in meta else [kind for kind, file in files.items() if (directory / file).is_file()]
@@ -306,16 +306,16 @@ def _from_directory(directory: Path) -> Tokenizer:
     if kinds[0] == "bytes":
         tokenizer = ByteTokenizer()
     elif kinds[0] in files and (directory / files[kinds[0]]).is_file():
-        tokenizer = _from_file(directory / files[kinds[0]], eos_token, name, RESTORE if meta else "")
+        tokenizer = _from_file(directory / files[kinds[0]], eos_token, name, f": {RESTORE}" if meta else "")
     else:
         lacking = directory / files.get(kinds[0], META_FILE)
-        raise UserError(f"{lacking}: no file for tokenizer kind {kinds[0]!r}{RESTORE}")
+        raise UserError(f"{lacking}: no file for tokenizer kind {kinds[0]!r}: {RESTORE}")
     if meta.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f"the tokenizer in {directory} was changed after it was saved{RESTORE}")
+        raise UserError(f"the tokenizer in {directory} was changed after it was saved: {RESTORE}")
     return tokenizer
 
 
-RESTORE = ": restore it (data and the runs on it hold the same one), or prepare the data again"
+RESTORE = "restore it (data and the runs on it hold the same one), or prepare the data again"
 """What to do about a file that was saved with data or a run."""
 
 
@@ -364,15 +364,7 @@ def _write_meta(tokenizer: Tokenizer, kind: str, directory: Path, eos_token: str
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON{RESTORE}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object{RESTORE}")
-    return value
+    return read_object(path, RESTORE) if path.is_file() else None
 
 
 def _first_line(error: Exception) -> str:

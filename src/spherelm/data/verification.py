@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spherelm.data.output import verify_tokens
-from spherelm.data.pairs import SPLITS, holds_pairs, open_pairs, read_pairs_manifest
-from spherelm.data.shards import Shard, ShardError, Tokens
+from spherelm.data.pairs import holds_pairs, open_pairs, read_pairs_manifest
+from spherelm.data.shards import SPLITS, Shard, ShardError, Tokens
 from spherelm.data.tokenizer import load_tokenizer
 
 CHEAP_BYTES = 1 << 28

@@ -31,7 +31,7 @@ from torch import Tensor
 from spherelm.counting import counted
 from spherelm.data.cutting import Cutter
 from spherelm.data.documents import input_files, read_blocks
-from spherelm.data.rows import Rows
+from spherelm.data.rows import RowSettings
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import token_losses
@@ -56,7 +56,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LengthPlan:
     """Which windows are read.
 
     Attributes:
@@ -137,16 +137,19 @@ class Scores:
 
 
 def read_documents(
-    paths: Sequence[Path], tokenizer: Tokenizer, needed: int | None = None, field: str = "text"
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    needed: int | None = None,
+    rows: RowSettings = RowSettings(skip_bad=None),
 ) -> Iterator[Document]:
     """The documents of text files (.txt, .jsonl, .parquet, also compressed), in order, one at a time.
 
     needed: tokens of a document that are enough; of one with more, only about so much of its beginning is encoded.
-    field: where the text of a row is. Raises as `data.documents` does for what cannot be read.
+    rows: how rows are read. Raises as `data.documents` does for what cannot be read.
     """
     files, cutter = [file for path in paths for file in input_files(path)], Cutter(tokenizer)
     for path in files:
-        for block in read_blocks(path, rows=Rows(field, skip_bad=None)):
+        for block in read_blocks(path, rows=rows):
             yield from (encode_document(text, cutter, needed) for text in block.texts)
 
 
@@ -161,7 +164,7 @@ def encode_document(text: str, cutter: Cutter, needed: int | None) -> Document:
 
 
 @torch.no_grad()
-def window_losses(model: Decoder, tokens: Tensor, length: int, plan: Plan) -> Tensor:
+def window_losses(model: Decoder, tokens: Tensor, length: int, plan: LengthPlan) -> Tensor:
     """Losses in nats of the targets that count of a document's windows of `length`: [windows, scored], on the CPU."""
     starts, device = plan.starts(length, plan.steps(len(tokens))), model.embed.weight.device
     at_once, found = max(1, TOKENS_AT_ONCE // length), []
@@ -172,14 +175,14 @@ def window_losses(model: Decoder, tokens: Tensor, length: int, plan: Plan) -> Te
     return torch.cat(found)
 
 
-def bin_edges(length: int, plan: Plan) -> list[int]:
+def bin_edges(length: int, plan: LengthPlan) -> list[int]:
     """Where the bins of positions begin among the positions that count, and the length."""
     first = length - plan.scored(length)
     bins = min(plan.bins, plan.scored(length))
     return [first + plan.scored(length) * i // bins for i in range(bins)] + [length]
 
 
-def in_bins(losses: Tensor, length: int, plan: Plan) -> Scores:
+def in_bins(losses: Tensor, length: int, plan: LengthPlan) -> Scores:
     """Losses [windows, scored] of one document, summed by windows of the longest length and by bins: [steps, bins]."""
     edges = bin_edges(length, plan)
     widths = np.diff(edges)
@@ -209,7 +212,7 @@ def ratio(sums: Array, counts: Array) -> tuple[float, float | None]:
     return mean, math.sqrt(spread) / float(counts.sum())
 
 
-def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: Plan) -> dict[str, Any]:
+def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: LengthPlan) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of `model` at each length, over the same tokens, and the loss by position.
 
     Result, plain JSON values: `documents`, `documents_left_out` (too short), `tokens`, `bytes` (of the scored tokens:
@@ -252,7 +255,7 @@ def perplexity_by_length(model: Decoder, documents: Iterable[Document], plan: Pl
     }
 
 
-def summary(length: int, scores: Scores, shortest: Scores, tokens_per_byte: float, plan: Plan) -> dict[str, Any]:
+def summary(length: int, scores: Scores, shortest: Scores, tokens_per_byte: float, plan: LengthPlan) -> dict[str, Any]:
     """The record of one length, as `perplexity_by_length` says."""
     counts = scores.counts.sum(1)
     loss, error = ratio(scores.losses.sum(1), counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,37 +16,36 @@ from spherelm.models import Decoder
 
 
 def mean_loss(model: Decoder, tokens: Tensor, targets: Tensor, batch_size: int, end_token: int | None = None) -> float:
-    """The mean cross-entropy of `model` over all windows, in nats per token. Arguments as for `summed_loss`."""
-    total, count = summed_loss(model, tokens, targets, batch_size, end_token)
+    """The mean cross-entropy of a language model over all windows, in nats per token; see `summed_loss`."""
+    total, count = summed_loss(model, (tokens, targets), batch_size, end_token)
     return total / count
 
 
 @torch.no_grad()
 def summed_loss(
     model: Decoder,
-    tokens: Tensor,
-    targets: Tensor,
+    batch: tuple[Tensor, ...],
     batch_size: int,
     end_token: int | None = None,
     before_each: Callable[[], object] = lambda: None,
 ) -> tuple[float, int]:
     """The summed cross-entropy of `model` over all windows in nats, and of how many targets.
 
-    tokens, targets: int64 [windows, seq], read `batch_size` windows at a time; -100 among the targets
-    counts for nothing.
+    batch: all windows, as the loss of the model takes them, the targets last; read `batch_size` at a time. -100 among
+    the targets counts for nothing.
     end_token: where given, documents, each ended by it, do not see one another. before_each: called before each batch;
     what it raises breaks off.
     """
     model_was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count, loss = 0.0, 0, cast(Callable[..., Tensor], model.loss)
     device = next(model.parameters()).device
     try:
-        for part, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
+        for parts in zip(*(part.split(batch_size) for part in batch), strict=True):
             before_each()
-            counted = int((wanted != IGNORED).sum())
-            part = part.to(device)
-            total += model.loss(part, wanted.to(device), *separate_documents(part, end_token)).item() * counted
+            counted = int((parts[-1] != IGNORED).sum())
+            own = [part.to(device) for part in parts]
+            total += loss(*own, *separate_documents(own[0], end_token)).item() * counted
             count += counted
     finally:
         model.train(model_was_training)

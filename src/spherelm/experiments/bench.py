@@ -20,7 +20,7 @@ from spherelm.counting import counted
 from spherelm.errors import UserError
 from spherelm.experiments.cost import StepCost, TimedSteps, measure_cost
 from spherelm.layers.linear import retract
-from spherelm.models import ARMS, NAMES, build
+from spherelm.models import ARM_NAMES, ARMS, build
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
 from spherelm.third_parties import silence
@@ -65,7 +65,7 @@ def configs(
     if pattern is not None:
         sizes["pattern"] = pattern
         del sizes["n_layers"]
-    return {arm: make_run(arm, "demo", recipe, lr=1e-3, **sizes) for arm in ARMS}
+    return {arm: make_run(arm, recipe=recipe, lr=1e-3, **sizes) for arm in ARMS}
 
 
 def resolved(shape: Shape, dtype: str, pattern: str | None = None) -> str:
@@ -122,15 +122,13 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def retraction_seconds(config: RunConfig, repeats: int = 9) -> float:
+def retraction_seconds(config: RunConfig) -> float:
     """The median time that putting all weights of the model of `config` back on the sphere takes."""
     model = TimedSteps(config).model
-    return median_seconds(lambda: retract(model), repeats)
+    return median_seconds(lambda: retract(model), 9)
 
 
-def bench(
-    shape: Shape, dtype: str = "auto", compiled: bool = True, steps: int = 15, pattern: str | None = None
-) -> dict[str, Any]:
+def bench(shape: Shape, dtype: str, compiled: bool, steps: int, pattern: str | None = None) -> dict[str, Any]:
     """Time `steps` steps of each arm in turn, and report them as `spherelm bench --json` does.
 
     step_time_ratio: nGPT / GPT, or the hybrids', the median over neighbouring steps. tokens_per_second, mfu (model
@@ -175,7 +173,7 @@ def bench(
     }
 
 
-def profile(config: RunConfig, rows: int = 25) -> str:
+def profile(config: RunConfig) -> str:
     """A table of where three steps of `config` spend their time, by torch's profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
@@ -186,14 +184,14 @@ def profile(config: RunConfig, rows: int = 25) -> str:
     with recording(activities=activities) as recorded:
         for _ in range(3):
             steps.time_step()
-    table: str = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows)
+    table: str = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
     return table
 
 
-def table(result: dict[str, Any]) -> str:
+def bench_table(result: dict[str, Any]) -> str:
     """The result of `bench` for people."""
     shape, arms = result["shape"], list(result["step_seconds"])
-    baseline, normalized = (NAMES[arm] for arm in arms)
+    baseline, normalized = (ARM_NAMES[arm] for arm in arms)
     layers = "" if result["pattern"] is None else f" {result['pattern']}"
     lines = [
         f"{counted(shape['n_layers'], 'layer')}{layers}, d {shape['d_model']}, "

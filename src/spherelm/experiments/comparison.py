@@ -18,15 +18,16 @@ from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import bits_per_byte
 from spherelm.experiments.cost import StepCost, measure_cost
 from spherelm.experiments.jobs import Job, run_jobs, say_before, threads_each, workers_for
-from spherelm.experiments.speedup import Point, losing_losses, speedup, winner
+from spherelm.experiments.speedup import CurvePoint, losing_losses, speedup, winner
 from spherelm.fields import check
+from spherelm.generation import DRAW
 from spherelm.generation.samples import continuations
 from spherelm.models import ARMS, DecoderArch, parameter_count
-from spherelm.recipes import make_run
+from spherelm.recipes import PRESET, RECIPE, make_run
 from spherelm.recipes.overrides import fields_of
 from spherelm.recipes.written import FIXED, parse_fields
 from spherelm.runs.checkpoint import latest_checkpoint
-from spherelm.runs.config import RunConfig, read_config
+from spherelm.runs.config import RunConfig, TrainConfig, read_config
 from spherelm.runs.metrics import read_metrics
 from spherelm.runs.record import claimed, command_line, git_commit, versions
 from spherelm.train.batches import open_data
@@ -47,8 +48,8 @@ class CompareConfig:
     """A comparison: preset, recipe and seeds, and the fields that differ from the preset (`None`: as there).
 
     Attributes:
-        preset: Size and length of the models' runs (spherelm list presets).
-        recipe: How each arm is trained (spherelm list recipes).
+        preset: Size and length of the models' runs (spherelm list presets); demo if left out.
+        recipe: How each arm is trained (spherelm list recipes); law if left out.
         data: As for spherelm train; the text that ships with spherelm if left out.
         seeds: Runs an arm; with 2 or more the speedup gets an interval.
         quick: Read the speedup off the curves of the full runs; do not train at shorter budgets as well.
@@ -57,16 +58,16 @@ class CompareConfig:
         batch_size: Sequences an update; the preset's if left out.
         lr_gpt: The baseline's peak learning rate; the recipe's if left out.
         lr_ngpt: The normalized arm's peak learning rate; the recipe's if left out.
-        dtype: Number format of the computation (weights stay float32); auto: the faster one on this machine.
+        dtype: As in `TrainConfig`.
         compile: Whether to use torch.compile; the preset says if left out.
         fields: More fields, such as "d_model=64", for each arm that has them.
         threads: Threads of the processor in each run; the cores are shared if left out.
-        device: cpu, cuda, cuda:1 and so on; if left out, the accelerator if there is one, else the CPU.
-        quiet: Show no progress.
+        device: As in `TrainConfig`.
+        quiet: As in `TrainConfig`.
     """
 
-    preset: str = "demo"
-    recipe: str = "law"
+    preset: str = PRESET
+    recipe: str = RECIPE
     data: str | None = None
     seeds: PositiveInt = 1
     quick: bool = False
@@ -75,7 +76,7 @@ class CompareConfig:
     batch_size: int | None = None
     lr_gpt: float | None = None
     lr_ngpt: float | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = TrainConfig.dtype
     compile: bool | None = None
     fields: tuple[str, ...] | None = None
     threads: PositiveInt | None = None
@@ -180,7 +181,7 @@ def shorter_runs(
     return done
 
 
-def in_run_curve(run: Path) -> list[Point]:
+def in_run_curve(run: Path) -> list[CurvePoint]:
     """(tokens, validation loss) along a run, its untrained start left out."""
     return [(r["tokens"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "val" and r["step"]]
 
@@ -247,8 +248,8 @@ def summarize(
     }  # fmt: skip
 
 
-def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str, Any]:
-    """`samples.json`: what each arm's first run makes of the same beginning, drawn at temperature 0.8 among 50 tokens.
+def samples(runs: dict[str, Path]) -> dict[str, Any]:
+    """`samples.json`: what each arm's first run makes of the same beginning, drawn by `DRAW`.
 
     Where models read too few tokens for that, beginning and continuation share what there is. A run that diverged
     before it saved anything has no samples.
@@ -256,11 +257,9 @@ def samples(runs: dict[str, Path], count: int = 2, length: int = 90) -> dict[str
     first = next(iter(runs.values()))
     tokenizer, limit = load_tokenizer(first), read_config(first / "config.json").model.max_seq_len
     prompt = tokenizer.decode(tokenizer.encode(PROMPT)[: max(1, limit // 2)])
-    length = max(0, min(length, limit - len(tokenizer.encode(prompt))))
+    length = max(0, min(90, limit - len(tokenizer.encode(prompt))))
     drawn = {
-        arm: continuations(run, prompt, count, length, temperature=0.8, top_k=50, seed=0)
-        if latest_checkpoint(run)
-        else []
+        arm: continuations(run, prompt, 2, length, **DRAW, seed=0) if latest_checkpoint(run) else []
         for arm, run in runs.items()
     }
     return {"prompt": prompt, **drawn}

@@ -25,6 +25,9 @@ COMPILE_FROM = 640
 9 seconds from the cache, 1.65 times the steps a second (`0.3m`).
 """
 
+TIMED, WARMUP = 15, 3
+"""Steps of each config that are timed, and those before them that are not."""
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -65,7 +68,7 @@ class TimedSteps:
         return time.perf_counter() - start
 
 
-def time_in_turn(configs: Mapping[str, RunConfig], steps: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+def time_in_turn(configs: Mapping[str, RunConfig], steps: int = TIMED, warmup: int = WARMUP) -> dict[str, list[float]]:
     """Seconds of `steps` steps of each config, by its name, one of each a round, after `warmup` that are not counted.
 
     Shows how far it is. Every other round goes the other way round, so that none always follows the same one.
@@ -88,7 +91,7 @@ def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, base, strict=True))
 
 
-def measure_cost(gpt: RunConfig, ngpt: RunConfig, steps: int = 15, warmup: int = 3) -> StepCost:
+def measure_cost(gpt: RunConfig, ngpt: RunConfig, steps: int = TIMED, warmup: int = WARMUP) -> StepCost:
     """Time both arms in turn (`time_in_turn`)."""
     times = time_in_turn({"GPT": gpt, "nGPT": ngpt}, steps, warmup)
     ratio = median_ratio(times["nGPT"], times["GPT"])

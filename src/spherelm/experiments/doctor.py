@@ -26,7 +26,7 @@ from spherelm.counting import counted
 from spherelm.errors import UserError
 from spherelm.experiments.bench import MATMUL_SIZE, matmul_rate
 from spherelm.experiments.jobs import cores
-from spherelm.models import ARMS, NAMES, build
+from spherelm.models import ARM_NAMES, ARMS, build
 from spherelm.recipes import make_run
 from spherelm.runs.config import RunConfig
 from spherelm.runs.metrics import read_metrics
@@ -61,7 +61,7 @@ class NotThere(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckResult:
     """The result of a check. state: "ok", "failed" or "not there". fix: what to do where it failed.
     trace: where it did.
     """
@@ -120,7 +120,7 @@ def disk() -> str:
 
 def run_of(arm: str, **fields: Any) -> RunConfig:
     """A run of the demo's size, or with other `fields`."""
-    return make_run(arm, "demo", **{"vocab_size": 4096, "steps": 1, "lr": 1e-3, **fields})
+    return make_run(arm, **{"vocab_size": 4096, "steps": 1, "lr": 1e-3, **fields})
 
 
 def fast_format() -> torch.dtype:
@@ -193,7 +193,7 @@ def apart(
         for name, tensor in second.items():
             error = float((first[name] - tensor).norm() / tensor.norm())
             if not error <= limit:
-                raise UserError(f"{NAMES[arm]}'s {name} is off by {error:.1e} of its length, more than {limit:g}")
+                raise UserError(f"{ARM_NAMES[arm]}'s {name} is off by {error:.1e} of its length, more than {limit:g}")
             kind = "logits" if name == "logits" else "gradients"
             worst[kind] = max(worst[kind], error)
     return f"logits off by up to {worst['logits']:.0e}, gradients by {worst['gradients']:.0e}"
@@ -276,7 +276,7 @@ CHECKS: dict[str, tuple[Callable[[], str], str]] = {
 """Each check, and what to do where it fails."""
 
 
-def examine() -> Iterator[Found]:
+def examine() -> Iterator[CheckResult]:
     """Make every check, one after the other; a check that fails does not keep others from being made."""
     trained.cache_clear()
     with threads(torch.get_num_threads()):
@@ -284,20 +284,20 @@ def examine() -> Iterator[Found]:
             yield made(name, check, fix)
 
 
-def made(name: str, check: Callable[[], str], fix: str) -> Found:
+def made(name: str, check: Callable[[], str], fix: str) -> CheckResult:
     """The result of one check. Whatever it raises is what is wrong with the machine."""
     try:
-        return Found(name, "ok", check())
+        return CheckResult(name, "ok", check())
     except NotThere as reason:
-        return Found(name, "not there", str(reason))
+        return CheckResult(name, "not there", str(reason))
     except UserError as error:
-        return Found(name, "failed", str(error), fix)
+        return CheckResult(name, "failed", str(error), fix)
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        return Found(name, "failed", f"{type(error).__name__}: {line}", fix, traceback.format_exc(limit=-4))
+        return CheckResult(name, "failed", f"{type(error).__name__}: {line}", fix, traceback.format_exc(limit=-4))
 
 
-def verdict(found: Iterable[Found]) -> str:
+def verdict(found: Iterable[CheckResult]) -> str:
     """One line about all of it."""
     failed = [one for one in found if one.state == "failed"]
     if not failed:
@@ -305,7 +305,7 @@ def verdict(found: Iterable[Found]) -> str:
     return "not ready: " + "; ".join(f"{one.name} failed: {one.fix}" for one in failed)
 
 
-def record(found: Iterable[Found]) -> dict[str, Any]:
+def record(found: Iterable[CheckResult]) -> dict[str, Any]:
     """All of it as JSON."""
     found = list(found)
     return {"verdict": verdict(found), "versions": versions(), "checks": [asdict(one) for one in found]}

@@ -30,7 +30,7 @@ from spherelm.data.shards import open_tokens
 from spherelm.errors import UserError
 from spherelm.evaluate.perplexity import mean_loss
 from spherelm.experiments.cost import median_ratio, time_in_turn
-from spherelm.experiments.evidence_plan import CONTENDERS, Grid, Point
+from spherelm.experiments.evidence_plan import CONTENDERS, Grid, GridPoint
 from spherelm.experiments.evidence_record import on_record, summary, with_row
 from spherelm.experiments.growth import timed_at
 from spherelm.experiments.jobs import Job, handled, run_jobs, say_before, threads_each, workers_for
@@ -77,7 +77,7 @@ class Ladder:
         check_runs([job.config for job in first])
         say_before(first, workers)
 
-    def job(self, contender: str, point: Point, lr: float, seed: int) -> Job:
+    def job(self, contender: str, point: GridPoint, lr: float, seed: int) -> Job:
         """A run; its directory is named after all that was chosen."""
         arm, recipe, fields = CONTENDERS[contender]
         choice = {"arm": arm, "recipe": recipe, **fields, "size": point.size, "context": point.context,
@@ -89,18 +89,18 @@ class Ladder:
         )  # fmt: skip
         return Job(config, self.out / name_of(choice, seed))
 
-    def of_point(self, contender: str, point: Point) -> dict[str, Any]:
+    def of_point(self, contender: str, point: GridPoint) -> dict[str, Any]:
         """The fields of a run that its contender and point set."""
         fields = CONTENDERS[contender].fields
         return {"steps": point.steps, "seq_len": point.context, "batch_size": point.batch_size, **fields}
 
-    def run(self, contender: str, point: Point, rates: Sequence[float], seeds: Sequence[int]) -> list[float]:
+    def run(self, contender: str, point: GridPoint, rates: Sequence[float], seeds: Sequence[int]) -> list[float]:
         """Final validation losses of every rate and seed, rate by rate."""
         jobs = [self.job(contender, point, lr, seed) for lr in rates for seed in seeds]
         title = f"{contender} {point.size} {point.context} {point.budget:g}"
         return run_jobs(jobs, self.workers, title)
 
-    def tune(self, contender: str, point: Point) -> dict[float, float]:
+    def tune(self, contender: str, point: GridPoint) -> dict[float, float]:
         """Seed 0's losses by learning rate, from the recipe's outwards until the best lies between two worse.
 
         A point of more than `Grid.confirm` tokens has the recipe's rate alone.
@@ -114,13 +114,13 @@ class Ladder:
             pending = beyond(found) if searched else []
         return found
 
-    def first_rate(self, contender: str, point: Point) -> float:
+    def first_rate(self, contender: str, point: GridPoint) -> float:
         """Where the search begins: the recipe's own rate at this point."""
         arm, recipe, _ = CONTENDERS[contender]
         run = make_run(arm, point.size, recipe, vocab_size=self.vocab_size, **self.of_point(contender, point))
         return run.optim.lr
 
-    def hours(self, left: Sequence[tuple[str, Point]]) -> float:
+    def hours(self, left: Sequence[tuple[str, GridPoint]]) -> float:
         """About how long the runs of `left` take, by a few uncompiled steps of a contender at each point."""
         workers, total = workers_for(2, self.workers), 0.0
         with threads(threads_each(workers)):
@@ -133,7 +133,7 @@ class Ladder:
                 total += seconds * point.steps * runs * len(names)
         return total / workers / 3600
 
-    def measure(self, contender: str, point: Point) -> dict[str, Any]:
+    def measure(self, contender: str, point: GridPoint) -> dict[str, Any]:
         """Tune, run all seeds at the best rate, and judge them on the test text."""
         rates = self.tune(contender, point)
         lr = best_rate(rates)
@@ -148,7 +148,7 @@ class Ladder:
             "test_mean": float(np.mean(test)), "test_error": standard_error(test), "runs": [run.name for run in runs],
         }  # fmt: skip
 
-    def cost_of_steps(self, point: Point) -> dict[str, Any]:
+    def cost_of_steps(self, point: GridPoint) -> dict[str, Any]:
         """The median seconds of a step of every contender, and its ratio to each baseline's, all timed in turn."""
         configs = {name: self.job(name, point, self.first_rate(name, point), 0).config for name in self.grid.contenders}
         with threads(threads_each(workers_for(len(configs), self.workers))):
@@ -225,7 +225,7 @@ def climb(grid: Grid, out: Path, workers: int | None = None, minutes: float | No
     return record
 
 
-def is_timed(costs: Sequence[Mapping[str, Any]], point: Point, contenders: Sequence[str]) -> bool:
+def is_timed(costs: Sequence[Mapping[str, Any]], point: GridPoint, contenders: Sequence[str]) -> bool:
     """Whether `costs` has the steps of all `contenders` at the size, context and compilation of `point`."""
     there = timed_at(costs, point.size, point.context, point.batch_size, point.compiled)
     return any(set(contenders) <= set(cost["seconds"]) for cost in there)

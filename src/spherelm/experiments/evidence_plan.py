@@ -101,14 +101,14 @@ class Grid:
         """Whether there is a baseline and a normalized contender among the contenders."""
         return len({CONTENDERS[name].arm == "ngpt" for name in self.contenders}) == 2
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[GridPoint]:
         """Cheapest budgets first, so that what a short time allows is whole."""
-        found = [Point(*what) for what in itertools.product(self.sizes, self.contexts, sorted(self.budgets))]
+        found = [GridPoint(*what) for what in itertools.product(self.sizes, self.contexts, sorted(self.budgets))]
         return sorted(found, key=lambda point: point.cost)
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One size, context and budget (tokens for each block parameter)."""
 
     size: str

@@ -82,7 +82,7 @@ def summary(
     return {"grid": asdict(grid), "identity": dict(identity), **found, **about}
 
 
-def table(record: Mapping[str, Any]) -> str:
+def evidence_table(record: Mapping[str, Any]) -> str:
     """The measurements and speedups as two Markdown tables."""
     lines = ["| size | context | tokens | contender | peak rate | test loss | seeds |", "|---|---|---|---|---|---|---|"]
     for row in record["measured"]:

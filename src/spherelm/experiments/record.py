@@ -7,7 +7,6 @@ two disagree, the report says so (`Comparison.disagreements`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spherelm.errors import NotFoundError, UserError
+from spherelm.errors import NotFoundError, UserError, read_object
 from spherelm.models import ARMS
 from spherelm.runs.metrics import read_metrics
 
@@ -116,7 +115,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class End:
+class ScheduleEnd:
     """The end of a full schedule of some length: means over seeds, and each seed's loss (nats per token)."""
 
     steps: int
@@ -138,7 +137,7 @@ class Comparison:
 
     directory: Path
     arms: Mapping[str, Arm]
-    ends: Sequence[End]
+    ends: Sequence[ScheduleEnd]
     summary: Mapping[str, Any]
     disagreements: Sequence[str]
 
@@ -220,7 +219,7 @@ def _read_arm(directory: Path, name: str, summary: Mapping[str, Any]) -> Arm:
     return Arm(name, runs, summary.get("lr"), recipe, *measured)
 
 
-def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list[End]:
+def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list[ScheduleEnd]:
     by_steps: dict[int, list[Run]] = {}
     for entry in short_runs:
         by_steps.setdefault(int(entry["steps"]), []).append(read_run(directory / entry["run"]))
@@ -229,7 +228,7 @@ def _read_ends(directory: Path, short_runs: Sequence[Mapping[str, Any]]) -> list
         runs = [run for run in all_runs if not run.diverged]
         if runs:
             seconds = float(np.mean([run.seconds[-1] for run in runs]))
-            ends.append(End(steps, float(runs[0].tokens[-1]), seconds, [run.final_loss for run in runs]))
+            ends.append(ScheduleEnd(steps, float(runs[0].tokens[-1]), seconds, [run.final_loss for run in runs]))
     return ends
 
 
@@ -258,13 +257,7 @@ def _require(summary: Mapping[str, Any], path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFoundError(f"{path} is missing: {path.parent} is not the output of a finished `spherelm compare`")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where an object was expected")
-    return value
+    return read_object(path, "compare again")
 
 
 def read_samples(directory: Path) -> dict[str, Any] | None:

@@ -40,8 +40,8 @@ class Tolerated:
         return f"{least}{self.times:.3g}x ({self.low:.2g} to {self.high:.2g}{cut})"
 
 
-def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANCE) -> Tolerated | None:
-    """The range around the best of `points`, (peak learning rate, final loss), within `1 + tolerance` times its loss.
+def tolerated(points: Sequence[tuple[float, float]]) -> Tolerated | None:
+    """The range around the best of `points`, (peak learning rate, final loss), within `1 + TOLERANCE` times its loss.
 
     Between two rates the loss is interpolated linearly in the logarithm of the rate; up to one that diverged (a loss
     that is not finite) nothing is known, and the range ends at the last one that did not. `None` for fewer than
@@ -52,7 +52,7 @@ def tolerated(points: Sequence[tuple[float, float]], tolerance: float = TOLERANC
     if len(finite) < 2:
         return None
     best = min(finite, key=lambda index: ordered[index][1])
-    limit = (1 + tolerance) * ordered[best][1]
+    limit = (1 + TOLERANCE) * ordered[best][1]
     low, open_low, cut_low = _edge(ordered[best::-1], limit)
     high, open_high, cut_high = _edge(ordered[best:], limit)
     return Tolerated(low, high, open_low, open_high, cut_low or cut_high)

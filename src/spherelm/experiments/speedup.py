@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-Point = tuple[float, float]
+CurvePoint = tuple[float, float]
 """(tokens, validation loss in nats per token)."""
 
 
@@ -29,7 +29,7 @@ class Reach:
     bound: str | None = None
 
 
-def tokens_to_reach(curve: Sequence[Point], target: float) -> Reach:
+def tokens_to_reach(curve: Sequence[CurvePoint], target: float) -> Reach:
     """Where `curve` first falls to `target`: interpolated linearly in the logarithm of the tokens between its points.
 
     A curve that starts at or below the target reaches it after "at most" its first tokens, one that never gets there
@@ -54,7 +54,7 @@ def interval(ratios: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
 
 
-def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
+def mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[CurvePoint]:
     """The mean loss over curves at the token counts that all of them share."""
     shared = set.intersection(*({tokens for tokens, _ in curve} for curve in curves))
     return [(tokens, float(np.mean([dict(curve)[tokens] for curve in curves]))) for tokens in sorted(shared)]
@@ -79,7 +79,7 @@ class Saving:
     interval: tuple[float, float] | None
 
 
-def fewer_tokens(tokens: int, curves: Sequence[Sequence[Point]], losses: Sequence[float]) -> Saving:
+def fewer_tokens(tokens: int, curves: Sequence[Sequence[CurvePoint]], losses: Sequence[float]) -> Saving:
     """The saving of an arm with `curves`, one a seed, against the other arm's final `losses` after `tokens`."""
     reach = tokens_to_reach(mean_curve(curves), float(np.mean(losses)))
     seeds = [tokens_to_reach(curve, loss) for curve, loss in zip(curves, losses, strict=True)]
@@ -102,7 +102,11 @@ def losing_losses(final_losses: dict[str, list[float]], best: str) -> list[float
 
 
 def speedup(
-    final_losses: dict[str, list[float]], tokens: int, curves: list[list[Point]], step_time_ratio: float, method: str
+    final_losses: dict[str, list[float]],
+    tokens: int,
+    curves: list[list[CurvePoint]],
+    step_time_ratio: float,
+    method: str,
 ) -> dict[str, Any]:
     """The `speedup` of `summary.json`.
 

@@ -211,7 +211,7 @@ def against_base(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, base=None if (base := first[row.choice["arm"]]) is row else base.losses) for row in rows]
 
 
-def table(rows: Sequence[Row]) -> str:
+def sweep_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     keys = list(dict.fromkeys(key for row in rows for key in row.choice))
     lines = [f"| {' | '.join(keys)} | validation loss | s.e. | against base | seeds |", "|" + "---|" * (len(keys) + 4)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spherelm.fields import check
 from spherelm.layers.readout import read_logits
-from spherelm.models.decoder import Decoder, LanguageModel, Rows
+from spherelm.models.decoder import GenerativeModel, LanguageModel, Rows
 
 PROMPTS_AT_ONCE = 32
 """How many prompts are searched together; how many does not change what is found."""
@@ -53,7 +53,7 @@ class Hypothesis:
 
 
 def beam_search(
-    model: Decoder, prompts: Rows, max_new_tokens: int, eos_id: int, settings: BeamSettings | None = None
+    model: GenerativeModel, prompts: Rows, max_new_tokens: int, eos_id: int, settings: BeamSettings | None = None
 ) -> list[list[Hypothesis]]:
     """For each prompt up to `beams` texts that end within `max_new_tokens`, the best first;
     some that do not, if too few do.

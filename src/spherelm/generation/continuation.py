@@ -11,7 +11,7 @@ from torch import Tensor
 from spherelm.errors import UserError
 from spherelm.generation.sampling import Sampling, draw, penalized
 from spherelm.layers.readout import read_logits
-from spherelm.models.decoder import Decoder
+from spherelm.models.decoder import LanguageModel
 
 
 class Continuation:
@@ -28,7 +28,7 @@ class Continuation:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         rows: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],

@@ -62,7 +62,7 @@ def _nvidia_step(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     return lerp_step(unit(h), target, alpha)
 
 
-STEPS: dict[Step, Step] = {
+FOLDED_STEPS: dict[Step, Step] = {
     sphere.step: lerp_step,
     nvidia_step: _nvidia_step,
     sphere.riemannian_step: sphere.riemannian_step,
@@ -210,7 +210,7 @@ class FoldedStep(nn.Module):
 
     def __init__(self, source: ngpt.Step, dtype: torch.dtype) -> None:
         super().__init__()
-        self.step, part = STEPS[source.step], source.part
+        self.step, part = FOLDED_STEPS[source.step], source.part
         wide = torch.promote_types(dtype, torch.float32)
         self.register_buffer("alpha", source.sign(source.alpha()).to(wide, copy=True))
         if isinstance(part, UnitAttention):
@@ -319,7 +319,7 @@ def obstacle(model: nn.Module) -> str | None:
             return f"the product of {name} is rounded or replaced, which a folded one would not be"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which would not be called"
-        if getattr(module, "step", sphere.step) not in STEPS:
+        if getattr(module, "step", sphere.step) not in FOLDED_STEPS:
             return f"{name} takes a step on the sphere that is not known here"
         if getattr(module, "inner", torch.positive) not in INNER_NORMS.values():
             return f"{name} has an inner norm that is not known here"
@@ -330,7 +330,7 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def folded(model: Decoder) -> Decoder:
+def folded(model: Decoder) -> LanguageModel:
     """The model that computes what `model` computes, to rounding,
     and whose learned scales and gains sit in its matrices.
 

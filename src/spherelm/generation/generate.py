@@ -14,13 +14,14 @@ from spherelm.generation.continuation import Continuation
 from spherelm.generation.folding import folded, obstacle
 from spherelm.generation.sampling import Sampling
 from spherelm.generation.text_stream import TextStream, collect, encode_prompt
-from spherelm.models.decoder import Decoder
+from spherelm.models.decoder import Decoder, GenerativeModel, LanguageModel
 
 Rows = Sequence[Sequence[int]]
+Model = TypeVar("Model", bound=Decoder)
 Prompt = TypeVar("Prompt", str, Tensor, Rows)
 
 
-def for_inference(model: Decoder) -> Decoder:
+def for_inference(model: Model) -> Model | LanguageModel:
     """`folded(model)`, which is faster, where the model can be folded; else the model itself."""
     return model if obstacle(model) else folded(model)
 
@@ -41,13 +42,13 @@ def stream(
     prompts: token ids of each row, at least one, rows of any lengths. The rest is as for `generate`, which is built on
     this. Raises `ValueError` at once, not at the first step.
     """
-    check(model, prompts, max_new_tokens, window)
-    ready, rows = model.conditioned(prompts, eos_id)
+    writer = checked(model, prompts, max_new_tokens, window)
+    ready, rows = writer.conditioned(prompts, eos_id)
     return continued(ready, rows, max_new_tokens, sampling or Sampling(), seed, eos_id, window, fold)
 
 
 def continued(
-    ready: Decoder, rows: Rows, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int] | None,
+    ready: LanguageModel, rows: Rows, max_new_tokens: int, sampling: Sampling, seed: int | Sequence[int] | None,
     eos_id: int | None, window: bool, fold: bool = True,
 ) -> Iterator[Tensor]:  # fmt: skip
     """`stream` of a model and rows as `conditioned` returns them, which are checked."""
@@ -75,11 +76,11 @@ def generate(
     max_new_tokens: int,
     *,
     tokenizer: Tokenizer | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    temperature: float = Sampling.temperature,
+    top_k: int | None = Sampling.top_k,
+    top_p: float | None = Sampling.top_p,
+    min_p: float | None = Sampling.min_p,
+    repetition_penalty: float = Sampling.repetition_penalty,
     seed: int | Sequence[int] | None = None,
     eos_id: int | None = None,
     window: bool = False,
@@ -121,10 +122,10 @@ def generate(
     if isinstance(prompt, Tensor) and (prompt.ndim != 2 or prompt.shape[1] < 1):
         raise UserError(f"the prompt must be [batch, seq] with at least one token, got shape {tuple(prompt.shape)}")
     given = token_rows(prompt, tokenizer)
-    check(model, given, max_new_tokens, window)
-    ready, rows = model.conditioned(given, eos_id)
+    writer = checked(model, given, max_new_tokens, window)
+    ready, rows = writer.conditioned(given, eos_id)
     steps = continued(ready, rows, max_new_tokens, sampling, seed, eos_id, window, fold)
-    return as_given(prompt, rows, list(steps), tokenizer, eos_id, model.continues)
+    return as_given(prompt, rows, list(steps), tokenizer, eos_id, writer.continues)
 
 
 def as_given(
@@ -178,10 +179,20 @@ def row_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return seeds
 
 
-def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False) -> None:
-    """Raise `ValueError` if there is no row, one is empty, holds what is no token,
-    or leaves no room for `max_new_tokens`.
+def generative(model: Decoder) -> GenerativeModel:
+    """The model itself. Raises `UserError` if it writes no text."""
+    if not isinstance(model, GenerativeModel):
+        raise UserError(
+            "an encoder fills in hidden tokens and writes no text: give a run of a decoder or an encoder-decoder"
+        )
+    return model
+
+
+def checked(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False) -> GenerativeModel:
+    """The model itself. Raises `ValueError` if it writes no text, there is no row, one is empty,
+    holds what is no token, or leaves no room for `max_new_tokens`.
     """
+    writer = generative(model)
     limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
     if not len(rows):
         raise UserError("there is no prompt: give at least one row")
@@ -190,10 +201,11 @@ def check(model: Decoder, rows: Rows, max_new_tokens: int, window: bool = False)
             raise UserError("a prompt is empty: give at least one token")
         if min(row) < 0 or max(row) >= vocab_size:
             raise UserError(f"a prompt holds tokens from {min(row)} to {max(row)}, the model has 0 to {vocab_size - 1}")
-        taken = model.places(row)
+        taken = writer.places(row)
         if max_new_tokens < 0 or (taken + max_new_tokens > limit and not window):
             raise UserError(
                 f"{taken} prompt tokens and max_new_tokens={max_new_tokens} do not fit the model's "
                 f"max_seq_len={limit}: ask for 0 to {max(0, limit - taken)} new tokens or shorten the prompt, "
                 "or let the window slide (window=True, --window)"
             )
+    return writer

@@ -14,12 +14,12 @@ from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError, read_text, unknown
 from spherelm.generation.beam import BeamSettings, beam_search
 from spherelm.generation.continuation import Continuation
-from spherelm.generation.generate import check, continued, for_inference, row_seeds
+from spherelm.generation.generate import checked, continued, for_inference, generative, row_seeds
 from spherelm.generation.sampling import Sampling
 from spherelm.generation.text_stream import TextStream, collect, encode_prompt
 from spherelm.layers.linear import departure
 from spherelm.models import model_class
-from spherelm.models.decoder import Decoder, Rows
+from spherelm.models.decoder import GenerativeModel, LanguageModel, Rows
 from spherelm.progress import say
 from spherelm.runs.config import read_config
 from spherelm.runs.loading import load_model, run_directory
@@ -75,7 +75,7 @@ def continuations(
     if max_new_tokens is None:
         room = model.config.max_seq_len - max(model.places(row) for row in rows)
         max_new_tokens = LENGTH if window else max(1, min(LENGTH, room))
-    check(model, rows, max_new_tokens, window)
+    checked(model, rows, max_new_tokens, window)
     if beams is not None:
         return searched(model, tokenizer, encoded, count, max_new_tokens, beams, stop, write)
     seeds, size = row_seeds(seed, len(rows)), BATCH if write is None else 1
@@ -90,7 +90,7 @@ def continuations(
 
 
 def searched(
-    model: Decoder,
+    model: GenerativeModel,
     tokenizer: Tokenizer,
     prompts: Rows,
     count: int,
@@ -118,15 +118,15 @@ def continues(run: Path) -> bool:
     """Whether the texts of a run's model begin with their prompts,
     as a language model's do and a translation does not.
     """
-    return model_class(read_config(run_directory(run) / "config.json").model).continues
+    return getattr(model_class(read_config(run_directory(run) / "config.json").model), "continues", False)
 
 
-def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu") -> tuple[Decoder, Tokenizer]:
+def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu") -> tuple[GenerativeModel, Tokenizer]:
     """The model of a run directory or a checkpoint, folded where it can be, and its tokenizer.
 
     precision: one of `PRECISIONS`; "int8" is of the weights, with which float32 is computed. device: where it
     computes. Says on stderr how far rounding has taken the weights off the sphere. Raises `ValueError` if
-    torchao is missing.
+    the model writes no text or torchao is missing.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
@@ -138,7 +138,7 @@ def load_for_inference(run: Path, precision: str = "float32", device: str = "cpu
         model = quantized(model)
     if precision != "float32":
         say(f"weights in {precision}, departure from the sphere {departure(model):.1e}")
-    return for_inference(model.to(device)), tokenizer
+    return generative(for_inference(model.to(device))), tokenizer
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -183,9 +183,10 @@ class Conversation:
     ) -> None:
         self._sampling, self._stop, self._seed = Sampling(**settings), tuple(stop), seed
         TextStream(lambda tokens: "", stops=stop)
-        self._model, self._tokenizer = load_for_inference(run, precision, device)
-        if not self._model.continues:
+        model, self._tokenizer = load_for_inference(run, precision, device)
+        if not isinstance(model, LanguageModel):
             raise UserError(f"{run} holds an encoder-decoder, which cannot converse: give --prompt or --prompts")
+        self._model = model
         self._text: Continuation | None = None
 
     def restart(self) -> None:

@@ -51,7 +51,7 @@ def export(
     try:
         from spherelm.interop.huggingface import classes_of
         from spherelm.interop.huggingface.card import FEW_BITS, Facts, model_card
-        from spherelm.interop.huggingface.folder import RECORD, save_folder
+        from spherelm.interop.huggingface.folder import RUN_FILE, save_folder
     except ImportError as error:
         raise UserError(f"cannot export: {error}") from error
     few_bits = dtype if dtype in FEW_BITS else None
@@ -84,7 +84,7 @@ def export(
             write_onnx(model, part / ONNX)
         of_weights = torch.float32 if few_bits else getattr(torch, dtype)
         save_folder(model, part, tokenizer, model_card(facts), of_weights, standalone, folded, few_bits)
-        write_json(part / RECORD, {**config, "step": step})
+        write_json(part / RUN_FILE, {**config, "step": step})
 
 
 def push(run: Path, repo: str, private: bool = False, **settings: Any) -> str:
@@ -140,8 +140,9 @@ def last_validation(run: Path, step: int) -> dict[str, Any] | None:
 
 def tokenizer_definition(run: Path) -> TokenizerDefinition:
     """The run's tokenizer as a `tokenizer.json`; raises `ValueError` where there is none that gives the same ids."""
+    from spherelm.data.bpe import END
     from spherelm.interop.huggingface.folder import TokenizerDefinition
-    from spherelm.interop.huggingface.tokenization import END, byte_definition
+    from spherelm.interop.huggingface.tokenization import byte_definition
 
     try:
         tokenizer = load_tokenizer(run)

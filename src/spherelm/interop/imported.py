@@ -66,13 +66,13 @@ def import_hub(source: str, out: Path) -> Decoder:
     """
     check_free(out, PLACE)
     try:
-        from spherelm.interop.huggingface.folder import RECORD, read_folder
+        from spherelm.interop.huggingface.folder import RUN_FILE, read_folder
         from spherelm.interop.huggingface.hub import downloaded
     except ImportError as error:
         raise UserError(f"cannot import: {error}") from error
     folder = Path(source) if Path(source).is_dir() else downloaded(source)
     model = read_folder(folder)
-    record = read_record(folder / RECORD)
+    record = read_record(folder / RUN_FILE)
     step, config = int(record.pop("step")), from_dict(record)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

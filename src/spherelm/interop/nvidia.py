@@ -48,13 +48,13 @@ FOREIGN = (
 )
 """Other types that train.py stores, in its config and numpy's random state: read as `Inert`."""
 
-TOP = {
+TOP_NAMES = {
     "transformer.wte.weight": "embed.weight",
     "lm_head.weight": "head.linear.weight",
     "rmsnorm_f.weight": "head.norm.weight",
     "sz": "head.s_z.value",
 }
-BLOCK = {
+BLOCK_NAMES = {
     "query.weight": "attention.part.q.weight",
     "key.weight": "attention.part.k.weight",
     "value.weight": "attention.part.v.weight",
@@ -70,7 +70,7 @@ STACKED = {
     "c_fc.weight": ("mlp.part.u.weight", "mlp.part.v.weight"),
     "suv": ("mlp.part.s_u.value", "mlp.part.s_v.value"),
 }
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 class Inert:
@@ -215,9 +215,9 @@ def to_ours(tensors: Mapping[str, Tensor], n_heads: int) -> dict[str, Tensor]:
         if rest in STACKED:
             ours |= {prefix + half: part for half, part in zip(STACKED[rest], tensor.chunk(2), strict=True)}
         elif rest == "sqk":
-            ours[prefix + BLOCK[rest]] = tensor.reshape(n_heads, -1)
+            ours[prefix + BLOCK_NAMES[rest]] = tensor.reshape(n_heads, -1)
         else:
-            ours[prefix + BLOCK[rest] if prefix else TOP[rest]] = tensor
+            ours[prefix + BLOCK_NAMES[rest] if prefix else TOP_NAMES[rest]] = tensor
     return ours
 
 
@@ -251,7 +251,7 @@ def _content(path: Path) -> Any:
             pickles = [name for name in archive.namelist() if PurePosixPath(name).name == "data.pkl"]
             if len(pickles) != 1:
                 raise UserError(f"it holds {len(pickles)} files called data.pkl, where torch.save writes one")
-            _refuse_strangers(archive.read(pickles[0]))
+            _refuse_unknown_entries(archive.read(pickles[0]))
             damaged = archive.testzip()  # torch.load does not compare the checksums that torch.save stored
             if damaged is not None:
                 raise UserError(f"its {damaged} is damaged (the checksum differs): copy the file again")
@@ -266,7 +266,7 @@ def _content(path: Path) -> Any:
         raise UserError(f"{type(error).__name__}: {reason}") from error
 
 
-def _refuse_strangers(pickled: bytes) -> None:
+def _refuse_unknown_entries(pickled: bytes) -> None:
     """Raise `ValueError` naming the first class or function in a pickle that train.py has no reason to store there.
 
     The pickle is only taken apart here, as text would be. Reading it afterwards is torch's restricted reader, which
@@ -377,7 +377,7 @@ def _moments(
         settings: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
         settings["betas"] = (float(group["betas"][0]), float(group["betas"][1]))
         found: dict[str, dict[str, Tensor]] = {}
-        for key in MOMENTS:
+        for key in MOMENT_NAMES:
             for name, w in theirs.items():
                 _check_tensor(f"{key} of {name}", state[name][key], tuple(w.shape))
             for name, moment in to_ours({name: state[name][key] for name in theirs}, n_heads).items():

@@ -55,7 +55,7 @@ class Precision:
 BLOCKS: Mapping[str, int] = {"fp8": 1, "mxfp8": 32, "nvfp4": 16}
 """By format, how many numbers along the contraction share a scale."""
 
-LARGEST = 6.0
+E2M1_LARGEST = 6.0
 """Of E2M1, whose magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6."""
 
 E4M3 = torch.finfo(torch.float8_e4m3fn)
@@ -102,9 +102,9 @@ def to_nvfp4(x: Tensor, amax: Tensor | None = None, noise: torch.Generator | Non
     seventh of the time.
     """
     largest = x.abs().amax() if amax is None else amax
-    of_all = largest.float().clamp_min(SMALLEST_AMAX) / (LARGEST * E4M3.max)
+    of_all = largest.float().clamp_min(SMALLEST_AMAX) / (E2M1_LARGEST * E4M3.max)
     blocks = x.float().unflatten(-1, (-1, BLOCKS["nvfp4"]))
-    scales = (blocks.abs().amax(-1, keepdim=True) / LARGEST / of_all).clamp_(E4M3.tiny, E4M3.max)
+    scales = (blocks.abs().amax(-1, keepdim=True) / E2M1_LARGEST / of_all).clamp_(E4M3.tiny, E4M3.max)
     scales = scales.to(torch.float8_e4m3fn).float()
     return (to_e2m1(blocks * (1 / of_all / scales), noise) * (of_all * scales)).flatten(-2).to(x.dtype)
 
@@ -122,7 +122,7 @@ def to_e2m1(x: Tensor, noise: torch.Generator | None = None) -> Tensor:
         steps.round_()
     else:
         steps.add_(torch.rand(x.shape, generator=noise, device=x.device)).floor_()
-    return steps.mul_(step).clamp_(-LARGEST, LARGEST)
+    return steps.mul_(step).clamp_(-E2M1_LARGEST, E2M1_LARGEST)
 
 
 def hadamard(signs: Tensor) -> Tensor:

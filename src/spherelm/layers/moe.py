@@ -303,7 +303,7 @@ MIXTURES = {"swiglu": MixtureOfExperts, "relu2": MixtureOfSquaredReLUs}
 UNIT_MIXTURES = {"swiglu": UnitMixtureOfExperts, "relu2": UnitMixtureOfSquaredReLUs}
 """By the name of the activation, what makes a mixture of each arm."""
 
-Mixture = MixtureOfExperts | UnitMixtureOfExperts
+AnyMixture = MixtureOfExperts | UnitMixtureOfExperts
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
@@ -375,7 +375,7 @@ def idle_weights(model: nn.Module, kinds: type | tuple[type, ...] = (ExpertLinea
     """
     idle = 0
     for module in model.modules():
-        if isinstance(module, Mixture):
+        if isinstance(module, AnyMixture):
             n_experts, top_k = module.router.out_features, module.router.top_k
             banks = (p for part in module.children() if isinstance(part, kinds) for p in part.parameters())
             idle += sum(p.numel() for p in banks if len(p) == n_experts) * (n_experts - top_k) // n_experts

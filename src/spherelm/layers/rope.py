@@ -195,22 +195,20 @@ def _interpolated_table(table: MakeTable, factor: float, positions: Tensor, d_k:
     return table(positions / factor, d_k, base)
 
 
-def yarn(factor: float, trained_length: int, fast: float = 32, slow: float = 1) -> MakeTable:
+def yarn(factor: float, trained_length: int) -> MakeTable:
     """The standard table with the frequencies of YaRN (Peng et al., arXiv 2309.00071, "NTK-by-parts").
 
-    Pairs that turn more than `fast` times within `trained_length` positions keep their frequency, those that turn less
-    than `slow` times have it divided by `factor`; in between the two are mixed, linearly in the pair's number, as in
+    Pairs that turn more than 32 times within `trained_length` positions keep their frequency, those that turn less
+    than once have it divided by `factor`; in between the two are mixed, linearly in the pair's number, as in
     the authors' code. Its attention temperature is `yarn_temperature`.
     """
-    return partial(_yarn_table, factor, trained_length, fast, slow)
+    return partial(_yarn_table, factor, trained_length)
 
 
-def _yarn_table(
-    factor: float, trained_length: int, fast: float, slow: float, positions: Tensor, d_k: int, base: float
-) -> RotaryTable:
+def _yarn_table(factor: float, trained_length: int, positions: Tensor, d_k: int, base: float) -> RotaryTable:
     # The numbers (not whole) of the pairs that turn so many times within the trained length.
     fastest, slowest = (
-        d_k * math.log(trained_length / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow)
+        d_k * math.log(trained_length / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (32, 1)
     )
     first, last = max(math.floor(fastest), 0), min(math.ceil(slowest), d_k - 1)
     pairs = torch.arange(d_k // 2, device=positions.device, dtype=positions.dtype)

@@ -18,16 +18,16 @@ from spherelm.models.config import (
     ScaleSpec,
     Variant,
 )
-from spherelm.models.decoder import Decoder, LanguageModel
+from spherelm.models.decoder import Decoder, GenerativeModel, LanguageModel
 from spherelm.models.encoder import MaskedModel
 from spherelm.models.encoder_decoder import EncoderDecoder
 
 __all__ = [
     "ARCHITECTURES",
     "ARMS",
+    "ARM_NAMES",
     "CONFIGS",
     "GPT",
-    "NAMES",
     "NGPT",
     "Architecture",
     "Config",
@@ -37,6 +37,7 @@ __all__ = [
     "EncoderArch",
     "EncoderDecoder",
     "GPTConfig",
+    "GenerativeModel",
     "LanguageModel",
     "MaskedModel",
     "NGPTConfig",
@@ -50,7 +51,7 @@ __all__ = [
 ARMS = tuple(CONFIGS)
 """The baseline, then the normalized arm."""
 
-NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
+ARM_NAMES = {"gpt": "GPT", "ngpt": "nGPT"}
 """The arms' names in text."""
 
 

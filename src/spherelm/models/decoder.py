@@ -103,15 +103,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A model that is trained and generates: `embed`, `blocks` and a `head`.
+    """A model that is trained: `embed`, `blocks` and a `head`.
 
     Its parts are those of the config's arm. words: the letters of each block. rows: of the input embedding, the
     vocabulary by default. What a model reads besides the tokens before is its own business: `loss` takes a batch of the
-    data that it is for, `conditioned` the prompts of texts that are to be written. continues: whether the texts that it
-    writes begin with their prompts.
+    data that it is for.
     """
 
-    continues: ClassVar[bool]
     config: Config
     runtime: Runtime
     embed: Embedding
@@ -207,13 +205,6 @@ class Decoder(nn.Module):
         logits are never held whole.
         """
 
-    @abstractmethod
-    def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
-        """The generator of the texts for `prompts` (token ids, one row per text), and the rows that it continues.
-
-        end_token: ends every text, `None` where the model needs to know of none.
-        """
-
     def layer(self, h: Tensor, table: RotaryTable) -> Tensor:
         """The first layer alone, which stands for all where their cost is counted:
         [batch, seq, d_model] -> the same.
@@ -223,12 +214,6 @@ class Decoder(nn.Module):
     @abstractmethod
     def reader(self, tokens: Tensor) -> Decoder:
         """A model of one sequence with this model's blocks, which reads int64 `tokens` [batch, seq] for inspection."""
-
-    @abstractmethod
-    def places(self, prompt: Sequence[int]) -> int:
-        """How many of the max_seq_len positions of a text its prompt takes;
-        `ValueError` for a prompt that cannot be read.
-        """
 
     def read_loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` [batch, seq] read from `h` [batch, seq, d_model].
@@ -241,12 +226,31 @@ class Decoder(nn.Module):
         loss = linear_cross_entropy(features, weight, targets.flatten(), pullback, smoothing, self.runtime.score)
         return with_gradients_of(loss, pending_losses(self))
 
+
+class GenerativeModel(Decoder):
+    """A model that writes texts. continues: whether they begin with their prompts."""
+
+    continues: ClassVar[bool]
+
+    @abstractmethod
+    def conditioned(self, prompts: Rows, end_token: int | None) -> tuple[LanguageModel, Rows]:
+        """The generator of the texts for `prompts` (token ids, one row per text), and the rows that it continues.
+
+        end_token: ends every text, `None` where the model needs to know of none.
+        """
+
+    @abstractmethod
+    def places(self, prompt: Sequence[int]) -> int:
+        """How many of the max_seq_len positions of a text its prompt takes;
+        `ValueError` for a prompt that cannot be read.
+        """
+
     def new_cache(self) -> KVCache:
         """An empty cache, to be passed to `forward` with the prompt and then with each new token."""
         return KVCache(StateCache() if block.letters == "M" else LayerCache() for block in self.blocks)
 
 
-class LanguageModel(Decoder):
+class LanguageModel(GenerativeModel):
     """A causal language model: int64 tokens [batch, seq] -> logits [batch, seq, vocab] of every next token.
 
     Its layers are attention and MLP, or those of the config's `pattern`, a letter each.

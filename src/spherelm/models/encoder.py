@@ -6,19 +6,15 @@ every position instead of at those before them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
-from spherelm.errors import UserError
 from spherelm.layers.cache import KVCache
 from spherelm.layers.cross_attention import Memory
 from spherelm.layers.readout import read_logits
 from spherelm.layers.rope import RotaryTable
 from spherelm.models.config import Config, EncoderArch
-from spherelm.models.decoder import Decoder, Rows, RunBlock, run_block
+from spherelm.models.decoder import Decoder, RunBlock, run_block
 from spherelm.models.kit import Surroundings
 
 
@@ -28,8 +24,6 @@ class MaskedModel(Decoder):
     A hidden token is `mask_token`, the last row of the input embedding, which has vocab_size + 1 rows; it is never
     predicted. Training hides the part `hidden_part` of the tokens (`data.masking`) and predicts those.
     """
-
-    continues = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, ["A-"] * config.n_layers, config.vocab_size + 1)
@@ -75,16 +69,6 @@ class MaskedModel(Decoder):
     def reader(self, tokens: Tensor) -> Decoder:
         """This model."""
         return self
-
-    def conditioned(self, prompts: Rows, end_token: int | None) -> NoReturn:
-        """Raises `ValueError`: it does not write."""
-        raise UserError(
-            "an encoder fills in hidden tokens and writes no text: give a run of a decoder or an encoder-decoder"
-        )
-
-    def places(self, prompt: Sequence[int]) -> NoReturn:
-        """Raises `ValueError`: it does not write."""
-        self.conditioned((), None)
 
 
 def everywhere(h: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from spherelm.models.decoder import (
     KITS,
     Block,
     Decoder,
+    GenerativeModel,
     LanguageModel,
     Rows,
     RunBlock,
@@ -59,7 +60,7 @@ class SourceEncoder(nn.Module):
         return Memory(self.norm(h), mask)
 
 
-class EncoderDecoder(Decoder):
+class EncoderDecoder(GenerativeModel):
     """An `encoder`, and a decoder whose blocks attend to what it made of the source."""
 
     continues = False
@@ -90,17 +91,20 @@ class EncoderDecoder(Decoder):
         h = self.trunk(self.embedded(tokens), cache, memory=self.encoded(source))
         return read_logits(self.readout(h))
 
-    def loss(
-        self, tokens: Tensor, targets: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    def loss(  # type: ignore[override]
+        self,
+        source: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats of `targets` int64 [batch, target], where -100 is ignored;
         logits are never held whole.
 
-        tokens: int64 [batch, source + target], the source as for `forward` followed by the tokens of the target, so
-        that a batch is two tensors as it is for a language model. mask, positions: of the target, as for `trunk`.
+        source, tokens: as for `forward`. mask, positions: of the target, as for `trunk`.
         """
-        source, written = tokens.split((tokens.shape[1] - targets.shape[1], targets.shape[1]), dim=1)
-        h = self.embedded(written)
+        h = self.embedded(tokens)
         h = self.trunk(h, mask=mask, positions=positions, memory=self.encoded(source))
         return self.read_loss(h, targets)
 

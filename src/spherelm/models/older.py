@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 TOP = {"head": "head.linear", "norm": "head.norm", "s_z": "head.s_z"}
 OF_TOP = re.compile(r"(?P<above>(?:.*\.)?)(?P<module>head|norm|s_z)\.(?P<rest>weight|value|lora_[\w.]+)")
 SUBLAYERS = {"a": "attention", "c": "cross_attention", "m": "mlp"}
-PARTS = {"attention": "attention", "cross": "cross_attention", "mlp": "mlp", "mamba": "mixer", "experts": "experts"}
+SUBLAYERS = {"attention": "attention", "cross": "cross_attention", "mlp": "mlp", "mamba": "mixer", "experts": "experts"}
 BLOCK = re.compile(r"(?P<block>(?:.*\.)?blocks\.\d+\.)(?P<rest>.+)")
 
 
@@ -28,8 +28,8 @@ def renames(names: Iterable[str]) -> dict[str, str]:
     only: dict[str, str] = {}
     for name in names:
         match = BLOCK.fullmatch(name)
-        if match and match["rest"].split(".")[0] in PARTS:
-            only[match["block"]] = PARTS[match["rest"].split(".")[0]]  # of a block with one part, that part
+        if match and match["rest"].split(".")[0] in SUBLAYERS:
+            only[match["block"]] = SUBLAYERS[match["rest"].split(".")[0]]  # of a block with one part, that part
     return {name: _renamed(name, only) for name in names}
 
 
@@ -41,8 +41,8 @@ def _renamed(name: str, only: Mapping[str, str]) -> str:
             return name
         return f"{top['above']}{TOP[top['module']]}.{top['rest']}"
     block, (first, _, rest) = match["block"], match["rest"].partition(".")
-    if first in PARTS:
-        return f"{block}{PARTS[first]}.part.{rest}"
+    if first in SUBLAYERS:
+        return f"{block}{SUBLAYERS[first]}.part.{rest}"
     kind, _, letter = first.partition("_")  # norm_a, alpha_m; of a block with one part norm, alpha
     sublayer = SUBLAYERS.get(letter) if letter else only.get(block)
     return f"{block}{sublayer}.{kind}.{rest}" if sublayer else name
@@ -71,13 +71,13 @@ MIXER = ("mamba_expand", "mamba_d_head", "mamba_d_state", "mamba_groups", "mamba
 EXPERTS = ("n_experts", "experts_per_token", "n_shared_experts", "d_expert", "router_score", "balance")
 ARCHITECTURE = ("pattern", "n_encoder_layers", "share_embeddings", "hidden_part")
 VARIANT = ("step", "alpha_sign", "qk_norm")
-SCALE = re.compile(r"(alpha|s_[a-z]+)_(init|scale|form)")
+SCALE_FIELD = re.compile(r"(alpha|s_[a-z]+)_(init|scale|form)")
 
 
 def is_field(name: str) -> bool:
     """Whether version 0.1.0 had this field of an arm's own in a flat config."""
     own = (*VARIANT, *MIXER, *EXPERTS, *ARCHITECTURE, "init_std", "logit_preconditioning", "common_start")
-    return name in own or SCALE.fullmatch(name) is not None
+    return name in own or SCALE_FIELD.fullmatch(name) is not None
 
 
 def arm_today(arm: str) -> str:
@@ -90,7 +90,7 @@ def fields_today(arm: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     flat: dict[str, Any] = {}  # of the architecture
     for name, value in fields.items():
-        scale = SCALE.fullmatch(name)
+        scale = SCALE_FIELD.fullmatch(name)
         if scale:
             found.setdefault(scale[1], {})[scale[2]] = value
         elif name in VARIANT and arm_today(arm) == "ngpt":  # "qk_norm" is a GPT's own field, of today

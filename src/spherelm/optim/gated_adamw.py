@@ -43,17 +43,19 @@ def gated_directions(m_hat: Tensors, d: Tensors, eps_gate: float, a: float) -> T
     return directions
 
 
-PART = 2**25
+ENTRIES_AT_ONCE = 2**25
 """Entries that an accelerator updates at once, so that intermediate results take little memory."""
 
 
 def in_parts(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """`parameters` in lists of at most `PART` entries, or one;
+    """`parameters` in lists of at most `ENTRIES_AT_ONCE` entries, or one;
     on a processor, whose caches hold little, each by itself.
     """
     part: list[Tensor] = []
     for parameter in parameters:
-        if part and (parameter.device.type == "cpu" or sum(own_part(p).numel() for p in (*part, parameter)) > PART):
+        if part and (
+            parameter.device.type == "cpu" or sum(own_part(p).numel() for p in (*part, parameter)) > ENTRIES_AT_ONCE
+        ):
             yield part
             part = []
         part.append(parameter)
@@ -95,10 +97,7 @@ class GatedAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for moved in in_parts([parameter for parameter in group["params"] if parameter.grad is not None]):
                 self._update(moved, group)

@@ -44,7 +44,7 @@ ROLES = tuple(f.name for f in fields(RateMultipliers))
 """The roles a parameter can have."""
 
 
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+EMBEDDING_CLASSES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
             if not parameter.requires_grad:
                 continue
             name = first_name.setdefault(id(parameter), f"{prefix}.{suffix}".lstrip("."))
-            known = getattr(module, "role", None) or ("input_embedding" if isinstance(module, EMBEDDINGS) else None)
+            known = getattr(module, "role", None) or (
+                "input_embedding" if isinstance(module, EMBEDDING_CLASSES) else None
+            )
             role = known or ("matrix" if parameter.ndim >= 2 else "gain")
             if role not in ROLES:
                 raise UserError(

@@ -25,9 +25,9 @@ from spherelm.sharding import from_own_part, from_whole_matrices, own_part, whol
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes every singular value towards 1 (Jordan et al., 2024)."""
 
-STEPS = 5
+ITERATIONS = 5
 
-SHORTEST = 1e-7
+SMALLEST_NORM = 1e-7
 """The norm below which a matrix is taken for zero."""
 
 SMALL = 2**17
@@ -54,7 +54,7 @@ def product_dtype(model: nn.Module) -> torch.dtype:
 
 def orthogonalized(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Near `U V^T` for `g = U S V^T`: singular values between about 0.7 and 1.2,
-    by `STEPS` Newton-Schulz steps in `dtype`.
+    by `ITERATIONS` Newton-Schulz steps in `dtype`.
 
     g: [rows, columns] or [matrices, rows, columns]; the result has its shape, in `dtype`. A zero matrix stays zero.
     """
@@ -65,8 +65,8 @@ def orthogonalized(g: Tensor, dtype: torch.dtype) -> Tensor:
     if 2 * x.shape[-2] <= x.shape[-1] and torch.finfo(dtype).bits >= 32:
         x = _turning(x) @ x
     else:
-        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(SHORTEST)
-        for _ in range(STEPS):
+        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(SMALLEST_NORM)
+        for _ in range(ITERATIONS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).reshape(g.shape)
@@ -80,14 +80,14 @@ def _turning(x: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     gram = x @ x.mT
-    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(SHORTEST**2)  # of the norm of x
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(SMALLEST_NORM**2)  # of the norm of x
     gram = gram / square
     turning: Tensor | None = None
-    for step in range(STEPS):
+    for step in range(ITERATIONS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         turning = factor if turning is None else factor @ turning
-        if step < STEPS - 1:
+        if step < ITERATIONS - 1:
             gram = factor @ (factor @ gram)
     assert turning is not None
     return turning * square.rsqrt()
@@ -97,8 +97,8 @@ def step_size(shape: torch.Size, unit_axis: int | None) -> float:
     """The factor of the rate for an orthogonalized update of this shape, [rows, columns] or a bank of such.
 
     Unit rows or columns: so that the rate is the root mean square angle, in radians, by which a vector turns (an
-    orthogonal matrix has unit vectors along its shorter side only; with `STEPS` steps it is 0.86 to 0.91 of it, for
-    random gradients).
+    orthogonal matrix has unit vectors along its shorter side only; with `ITERATIONS` steps it is 0.86 to 0.91 of it,
+    for random gradients).
     Without a unit axis: `sqrt(max(1, rows/columns))` (Jordan et al.).
     """
     rows, columns = shape[-2:]
@@ -113,8 +113,8 @@ def hyperball_move(weight: Tensor, update: Tensor, angle: float) -> Tensor:
     since no move changes it.
     """
     radius, length = (torch.linalg.matrix_norm(x, keepdim=True) for x in (weight, update))
-    moved = weight - angle * radius * update / length.clamp_min(SHORTEST)
-    return moved * (radius / torch.linalg.matrix_norm(moved, keepdim=True).clamp_min(SHORTEST))
+    moved = weight - angle * radius * update / length.clamp_min(SMALLEST_NORM)
+    return moved * (radius / torch.linalg.matrix_norm(moved, keepdim=True).clamp_min(SMALLEST_NORM))
 
 
 def at_once(shape: torch.Size, device: torch.device) -> int:
@@ -181,10 +181,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if self._adam is not None:
             self._adam.step()
         for group in self.param_groups:

@@ -11,12 +11,12 @@ from pydantic import Discriminator, Field, PositiveFloat, Strict
 from torch import nn
 from torch.optim import Optimizer
 
-from spherelm.fields import Part, check
+from spherelm.fields import BelowOne, check
 from spherelm.layers.linear import unit_modules
 from spherelm.optim.gated_adamw import GatedAdamW as GatedAdamWOptimizer
 from spherelm.optim.muon import MuonAdamW, product_dtype
 
-Betas = Annotated[tuple[Part, Part], Strict(False)]
+Betas = Annotated[tuple[BelowOne, BelowOne], Strict(False)]
 """Adam's, also as a list."""
 
 Eps = Annotated[float, Field(ge=2.0**-126)]
@@ -95,7 +95,7 @@ class Muon:
     kind: Literal["muon"] = "muon"
     betas: Betas = (0.9, 0.95)
     eps: Eps = 1e-8
-    momentum: Part = 0.95
+    momentum: BelowOne = 0.95
     hyperball: bool = False
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from spherelm.recipes.choices import Choices
 from spherelm.recipes.named import (
     ABLATIONS,
+    RECIPE,
     RECIPES,
     WAYS,
     distinct,
@@ -12,11 +13,13 @@ from spherelm.recipes.named import (
     run_from,
 )
 from spherelm.recipes.overrides import changed
-from spherelm.recipes.presets import PRESETS, Preset
+from spherelm.recipes.presets import PRESET, PRESETS, Preset
 
 __all__ = [
     "ABLATIONS",
+    "PRESET",
     "PRESETS",
+    "RECIPE",
     "RECIPES",
     "WAYS",
     "Choices",

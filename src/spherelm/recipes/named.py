@@ -36,7 +36,7 @@ from spherelm.recipes.overrides import (
     take,
     training_of,
 )
-from spherelm.recipes.presets import PRESETS, Preset
+from spherelm.recipes.presets import PRESET, PRESETS, Preset
 from spherelm.runs.config import RunConfig, TrainConfig, part_of_batch
 
 BASE = BaseShape(64, 4, 320)
@@ -164,8 +164,11 @@ def ablation(name: str) -> Recipe:
 ABLATIONS: dict[str, Recipe] = {name: ablation(name) for name in ablations.NAMES}
 """Tables 4 to 6 of the nGPT paper, in its order; their base is "paper", whose learning rate they take."""
 
+RECIPE = "law"
+"""The recipe of a run for which none is named."""
+
 WAYS: dict[str, Recipe] = {
-    "law": law, "paper": paper, "hyperball": hyperball, "nugpt": nugpt, "training-ngpt": training_ngpt,
+    RECIPE: law, "paper": paper, "hyperball": hyperball, "nugpt": nugpt, "training-ngpt": training_ngpt,
     "nvfp4-paper": nvfp4_paper,
 }  # fmt: skip
 
@@ -205,8 +208,8 @@ OF_TRAINING = (
 
 def make_run(
     arm: str,
-    preset: str = "demo",
-    recipe: str = "law",
+    preset: str = PRESET,
+    recipe: str = RECIPE,
     *,
     vocab_size: int | None = None,
     data: str | None = None,
@@ -275,8 +278,8 @@ def _run(
 def run_from(
     source: Path,
     arm: str | None = None,
-    preset: str = "demo",
-    recipe: str = "law",
+    preset: str = PRESET,
+    recipe: str = RECIPE,
     *,
     data: str | None = None,
     lr: float | None = None,
@@ -314,7 +317,7 @@ def recipe(
     seq_len: int,
     batch_size: int,
     steps: int,
-    name: str = "law",
+    name: str = RECIPE,
     **fields: Any,
 ) -> RunConfig:
     """Choose everything about a run from its shape and length: initial values, optimizer, rates, schedule.
@@ -342,4 +345,4 @@ def recipe(
         UserError: A name is unknown, or a field has an impossible value.
     """
     shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
-    return make_run(arm, "demo", name, **shape, seq_len=seq_len, batch_size=batch_size, steps=steps, **fields)  # type: ignore[arg-type]
+    return make_run(arm, PRESET, name, **shape, seq_len=seq_len, batch_size=batch_size, steps=steps, **fields)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from spherelm.fields import check
 from spherelm.models import Architecture, DecoderArch, EncDecArch, EncoderArch
 from spherelm.models.config import ExpertSizes
 from spherelm.optim.transfer import BaseShape
+from spherelm.runs.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Preset:
     seq_len: PositiveInt
     batch_size: PositiveInt
     steps: PositiveInt
-    micro_batch_size: int | None = None
-    eval_every: int = 100
-    eval_windows: int = 64
-    compile: bool = True
+    micro_batch_size: int | None = TrainConfig.micro_batch_size
+    eval_every: int = TrainConfig.eval_every
+    eval_windows: int = TrainConfig.eval_windows
+    compile: bool = TrainConfig.compile
     vocab_size: int | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: float = TrainConfig.label_smoothing
     architecture: Architecture = field(default_factory=DecoderArch)
     model: Mapping[str, Any] = field(default_factory=dict)
     base: BaseShape | None = None
@@ -94,8 +95,11 @@ FOUR_BIT_HYBRID = DecoderArch(
 )
 """Its 52 layers, of which the paper's digest shows the first: as in NVIDIA's Nemotron 3 Nano, which begins so."""
 
+PRESET = "demo"
+"""The preset of a run for which none is named."""
+
 PRESETS: dict[str, Preset] = {
-    "demo": demo_size("minutes on a laptop, on the text that ships with spherelm"),
+    PRESET: demo_size("minutes on a laptop, on the text that ships with spherelm"),
     "encoder": demo_size("the demo as an encoder that fills in hidden tokens", architecture=EncoderArch()),
     "pairs": demo_size(
         "an encoder-decoder for pairs of short texts",

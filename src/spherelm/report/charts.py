@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from spherelm.models import NAMES
+from spherelm.models import ARM_NAMES
 from spherelm.report.drawing import (
     BACKGROUND,
     COLOURS,
@@ -95,7 +95,7 @@ def line_of(arm: str, x: ArrayLike, seeds: Sequence[ArrayLike], name: str = "", 
     """A line of an arm: in its colour, with its name in the legend; look: which of `LOOKS`."""
     dashes, marker = LOOKS[look % len(LOOKS)]
     given = {"dashes": dashes, "marker": marker, "hollow": look > 0, **fields}
-    return Line(x, seeds, COLOURS[arm], NAMES[arm] + (f", {name}" if name else ""), **given)
+    return Line(x, seeds, COLOURS[arm], ARM_NAMES[arm] + (f", {name}" if name else ""), **given)
 
 
 def ranked(arm: str, seeds: Sequence[ArrayLike], name: str = "", **fields: Any) -> Line:
@@ -121,7 +121,7 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Rule:
+class GuideLine:
     """A dashed line across the axes at one value; `note`: written at an upright one's upper end."""
 
     at: float
@@ -157,7 +157,7 @@ class Panel:
     y: str = ""
     title: str = ""
     bars: Sequence[Bars] = ()
-    rules: Sequence[Rule] = ()
+    rules: Sequence[GuideLine] = ()
     scale: str = ""
     log: bool = False
     low: float | None = None

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from spherelm.analysis.weights import measure
 from spherelm.counting import counted
 from spherelm.experiments.record import Arm, Comparison, read_comparison, read_samples
-from spherelm.models import NAMES
+from spherelm.models import ARM_NAMES
 from spherelm.progress import say
 from spherelm.report.drawing import Figure
 from spherelm.report.loss_figures import loss_figures
@@ -43,7 +43,7 @@ def write_report(directory: Path) -> Path:
     html = render(
         "comparison.html",
         kicker="spherelm compare",
-        title=" and ".join(NAMES[arm] for arm in comparison.arms) + " side by side",
+        title=" and ".join(ARM_NAMES[arm] for arm in comparison.arms) + " side by side",
         subtitle=_subtitle(comparison),
         verdict=verdict(comparison),
         caveats=caveats(comparison),
@@ -107,7 +107,7 @@ def _subtitle(comparison: Comparison) -> str:
 
 def _key_numbers(comparison: Comparison) -> list[tuple[str, str]]:
     speedup, (baseline, normalized) = comparison.speedup, comparison.arms.values()
-    one, other = NAMES[baseline.name], NAMES[normalized.name]
+    one, other = ARM_NAMES[baseline.name], ARM_NAMES[normalized.name]
     sign = {"at least": "≥ ", "at most": "≤ "}.get(str(speedup.get("bound")), "")
 
     def times(value: float | None, sign: str) -> str:
@@ -149,7 +149,7 @@ def _arm_table(comparison: Comparison) -> Table:
         for label, what, value in rows
         if label or several
     ]
-    return caption, ["", *(NAMES[arm] for arm in comparison.arms)], body
+    return caption, ["", *(ARM_NAMES[arm] for arm in comparison.arms)], body
 
 
 def _end_table(comparison: Comparison) -> list[Table]:
@@ -163,8 +163,8 @@ def _end_table(comparison: Comparison) -> list[Table]:
         (f"{steps:,}", si(tokens), f"{seconds:,.0f}", mean_and_error(losses)) for steps, tokens, seconds, losses in rows
     ]
     caption = Markup(
-        f"<b>Table 2.</b> {NAMES[winner.name]} at the ends of whole schedules of growing length. "
-        f"The speedup is where these reach {NAMES[loser.name]}’s final loss, {number(loser.final_loss, '.3f')}."
+        f"<b>Table 2.</b> {ARM_NAMES[winner.name]} at the ends of whole schedules of growing length. "
+        f"The speedup is where these reach {ARM_NAMES[loser.name]}’s final loss, {number(loser.final_loss, '.3f')}."
     )
     return [(caption, ["Steps", "Tokens", "Seconds", "Final validation loss"], body)]
 
@@ -173,7 +173,8 @@ def _samples(comparison: Comparison) -> dict[str, Any]:
     found = read_samples(comparison.directory) or {}
     prompt = str(found.get("prompt", ""))
     columns = [
-        (arm, NAMES[arm], [str(text).removeprefix(prompt) for text in found.get(arm) or []]) for arm in comparison.arms
+        (arm, ARM_NAMES[arm], [str(text).removeprefix(prompt) for text in found.get(arm) or []])
+        for arm in comparison.arms
     ]
     return {"prompt": prompt, "samples": columns if any(texts for _, _, texts in columns) else []}
 

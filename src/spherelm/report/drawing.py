@@ -101,7 +101,7 @@ class Figure:
         description = unescape(re.sub("<[^>]*>", "", self.caption))
         return inline(buffer.getvalue(), self.key, self.title, description)
 
-    def png(self, dots_per_inch: int = 160) -> bytes:
+    def png(self) -> bytes:
         """The file of an image in light colours."""
         with _style(self.key), _daylight():
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -109,7 +109,7 @@ class Figure:
             buffer = io.BytesIO()
             canvas = self.drawn()
             canvas.set_facecolor(BACKGROUND)
-            canvas.set_dpi(dots_per_inch)
+            canvas.set_dpi(160)
             FigureCanvasAgg(canvas).print_png(buffer)
         return buffer.getvalue()
 

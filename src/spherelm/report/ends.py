@@ -94,7 +94,7 @@ class End:
 
 
 @dataclass(frozen=True)
-class Point:
+class SeedRuns:
     """The seeds of one choice."""
 
     ends: Sequence[End]
@@ -115,12 +115,12 @@ class Point:
         mean = float(np.mean(self.losses))
         return math.inf if math.isnan(mean) else mean
 
-    def only(self, seeds: Collection[int]) -> Point:
+    def only(self, seeds: Collection[int]) -> SeedRuns:
         """The same choice with no other seeds than these."""
-        return Point([end for end in self.ends if end.seed in seeds])
+        return SeedRuns([end for end in self.ends if end.seed in seeds])
 
 
-Best = Sequence[tuple[float, Point]]
+Best = Sequence[tuple[float, SeedRuns]]
 """(x, the best point with this x), ascending."""
 
 
@@ -198,31 +198,31 @@ def read_lengths(evaluations: Iterable[Mapping[str, Any]]) -> list[Lengths]:
     return found
 
 
-def points_of(ends: Sequence[End]) -> list[Point]:
+def points_of(ends: Sequence[End]) -> list[SeedRuns]:
     """Seeds of one choice together."""
     by_choice: dict[str, list[End]] = {}
     for end in ends:
         by_choice.setdefault(end.choice, []).append(end)
-    return [Point(seeds) for seeds in by_choice.values()]
+    return [SeedRuns(seeds) for seeds in by_choice.values()]
 
 
-def grouped(ends: Sequence[End], read: Callable[[End], Any]) -> dict[tuple[str, Any], list[Point]]:
+def points_by(ends: Sequence[End], read: Callable[[End], Any]) -> dict[tuple[str, Any], list[SeedRuns]]:
     """Points by (arm, read(end)), in a fixed order."""
-    groups: dict[tuple[str, Any], list[Point]] = {}
+    groups: dict[tuple[str, Any], list[SeedRuns]] = {}
     for point in points_of(ends):
         groups.setdefault((point.first.arm, read(point.first)), []).append(point)
     return dict(sorted(groups.items(), key=lambda pair: (str(pair[0][1]), pair[0][0])))
 
 
-def compared(points: Sequence[Point]) -> list[Point]:
+def compared(points: Sequence[SeedRuns]) -> list[SeedRuns]:
     """`points` on the seeds that all of them have, where there are such."""
     shared = set[int].intersection(*({end.seed for end in point.ends} for point in points))
     return [point.only(shared) for point in points] if shared else list(points)
 
 
-def best_at(points: Sequence[Point], read: Callable[[End], float]) -> Best:
+def best_at(points: Sequence[SeedRuns], read: Callable[[End], float]) -> Best:
     """The best point at each x; only diverged choices at an x leave one of them there."""
-    at: dict[float, list[Point]] = {}
+    at: dict[float, list[SeedRuns]] = {}
     for point in points:
         at.setdefault(float(read(point.first)), []).append(point)
     return sorted(
@@ -230,7 +230,7 @@ def best_at(points: Sequence[Point], read: Callable[[End], float]) -> Best:
     )
 
 
-def best_at_rates(points: Sequence[Point]) -> Best:
+def best_at_rates(points: Sequence[SeedRuns]) -> Best:
     """The best point at each peak learning rate, all on the same seeds; diverged ones too."""
     best = best_at(points, lambda end: end.config.optim.lr)
     return list(zip([x for x, _ in best], compared([point for _, point in best]), strict=True))

@@ -17,8 +17,8 @@ from spherelm.counting import counted
 from spherelm.data.output import write_json
 from spherelm.errors import NotFoundError, UserError
 from spherelm.experiments.robustness import TOLERANCE, tolerated, where_best
-from spherelm.models import NAMES
-from spherelm.report.charts import Line, Panel, Rule, chart, line_of
+from spherelm.models import ARM_NAMES
+from spherelm.report.charts import GuideLine, Line, Panel, chart, line_of
 from spherelm.report.drawing import Figure, require_matplotlib
 from spherelm.report.ends import (
     End,
@@ -27,7 +27,7 @@ from spherelm.report.ends import (
     check_same_text,
     find_runs,
     finite,
-    grouped,
+    points_by,
     points_of,
     read_end,
 )
@@ -84,14 +84,14 @@ def _line(arm: str, name: str, points: Sequence[tuple[float, Sequence[float]]], 
 def _figure(
     key: str, title: str, caption: str, lines: Sequence[Line], x: str, y: str, tokens: bool, chance: float | None = None
 ) -> Figure:  # fmt: skip
-    rules = [] if chance is None else [Rule(chance, label="chance")]
+    rules = [] if chance is None else [GuideLine(chance, label="chance")]
     panel = Panel(lines, x, y, rules=rules, scale="tokens" if tokens else "values")
     return chart(key, title, escape(caption), [panel], legend=1 if any(len(line.label) > 24 for line in lines) else 2)
 
 
 def _over_budget(ends: Sequence[End], read: Any) -> tuple[list[Line], list[str]]:
     """A line for each arm and size, of the best choice at each budget; and the sizes."""
-    groups = grouped(ends, lambda end: end.size)
+    groups = points_by(ends, lambda end: end.size)
     sizes = list(dict.fromkeys(size for _, size in groups))
     lines = []
     for (arm, size), points in groups.items():
@@ -115,7 +115,7 @@ def _budget_figures(ends: Sequence[End]) -> list[Figure]:
 
 
 def _rate_figures(ends: Sequence[End]) -> list[Figure]:
-    groups = grouped(ends, lambda end: (end.size, end.budget, end.method))
+    groups = points_by(ends, lambda end: (end.size, end.budget, end.method))
     found = {group: best_at_rates(points) for group, points in groups.items()}
     found = {group: rates for group, rates in found.items() if len(finite(rates)) > 1}
     kinds = list(dict.fromkeys(kind for _, kind in found))
@@ -128,7 +128,7 @@ def _rate_figures(ends: Sequence[End]) -> list[Figure]:
         values = [(x, point.losses) for x, point in finite(rates)]
         lines.append(_line(arm, label, values, kinds.index((size, budget, method))))
         losses = [(x, point.loss) for x, point in rates]
-        name = f"{NAMES[arm]}{f' ({label})' if label else ''}"
+        name = f"{ARM_NAMES[arm]}{f' ({label})' if label else ''}"
         optima.append(f"{name} {where_best(losses)}")
         near.append(f"{name} {tolerated(losses)}")
     if not lines:
@@ -209,7 +209,7 @@ def _record(ends: Sequence[End]) -> dict[str, Any]:
 def _page(ends: Sequence[End], sections: Sections, unfinished: int, repeated: int) -> str:
     points = sorted(points_of(ends), key=lambda point: (point.first.arm, point.first.budget, point.loss))
     rows = [
-        (NAMES[p.first.arm], p.first.size, p.first.config.recipe, si(p.first.budget), f"{p.first.config.optim.lr:g}",
+        (ARM_NAMES[p.first.arm], p.first.size, p.first.config.recipe, si(p.first.budget), f"{p.first.config.optim.lr:g}",
          str(len(p.ends)), mean_and_error(p.losses) if math.isfinite(p.loss) else "diverged")
         for p in points
     ]  # fmt: skip

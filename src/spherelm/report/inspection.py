@@ -22,7 +22,7 @@ from spherelm.data.output import write_json
 from spherelm.data.tokenizer import Tokenizer
 from spherelm.errors import UserError, read_text
 from spherelm.fields import check
-from spherelm.models import NAMES, EncoderArch
+from spherelm.models import ARM_NAMES, EncoderArch
 from spherelm.models.decoder import Decoder
 from spherelm.report.drawing import Figure, require_matplotlib
 from spherelm.report.inside_tables import write_tables
@@ -218,7 +218,7 @@ def _distances(path: Path, model: Decoder) -> Iterator[tuple[int, dict[str, floa
 
 
 def _sections(inspected: Sequence[Inspected]) -> Sections:
-    by_arm = {arm: own for arm in NAMES if (own := [item for item in inspected if item.arm == arm])}
+    by_arm = {arm: own for arm in ARM_NAMES if (own := [item for item in inspected if item.arm == arm])}
     found = {arm: [item.inside for item in own] for arm, own in by_arm.items()}
     distances = {
         arm: [tuple(np.array([(update, max(d.values())) for update, d in item.distances]).T) for item in own]
@@ -253,7 +253,7 @@ def _page(
     source = "the validation text that ships with spherelm" if request.text is None else request.text.name
     count = inspected[0].inside.motion.angles.shape[1]
     rows = [
-        (i.name, NAMES[i.arm], f"{i.parameters:,}", f"{i.update:,}", f"{i.inside.motion.lens.loss[-1]:.3f}")
+        (i.name, ARM_NAMES[i.arm], f"{i.parameters:,}", f"{i.update:,}", f"{i.inside.motion.lens.loss[-1]:.3f}")
         for i in inspected
     ]
     return render(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spherelm.experiments.record import Arm, Comparison
-from spherelm.models import NAMES
-from spherelm.report.charts import DOTTED, Line, Panel, Rule, chart
+from spherelm.models import ARM_NAMES
+from spherelm.report.charts import DOTTED, GuideLine, Line, Panel, chart
 from spherelm.report.drawing import COLOURS, FG, Figure
 from spherelm.report.wording import bound_on_tokens, listed, si
 
@@ -37,7 +37,11 @@ def _loss_figure(comparison: Comparison, unit: str) -> Figure:
     crossing, label = (None, "") if level is None else _crossing(comparison, unit)
     means = [mean for arm in comparison.arms.values() if (mean := _mean(arm, unit)) is not None]
     ends = _ends(comparison, unit)
-    rules = [] if level is None else [Rule(level, colour=COLOURS[loser.name], label=f"{NAMES[loser.name]}, final loss")]
+    rules = (
+        []
+        if level is None
+        else [GuideLine(level, colour=COLOURS[loser.name], label=f"{ARM_NAMES[loser.name]}, final loss")]
+    )
     limits = _limits(comparison, means, [y for _, y in ends] + ([] if level is None else [level]))
 
     def beside(axes: Sequence[Axes]) -> None:
@@ -71,7 +75,7 @@ def _mean(arm: Arm, unit: str) -> Line | None:
     if curve is None:
         return None
     tokens, seconds, loss = curve
-    return Line(tokens if unit == "tokens" else seconds, [loss], COLOURS[arm.name], NAMES[arm.name], width=1.9)
+    return Line(tokens if unit == "tokens" else seconds, [loss], COLOURS[arm.name], ARM_NAMES[arm.name], width=1.9)
 
 
 def _ends(comparison: Comparison, unit: str) -> list[tuple[float, float]]:
@@ -87,7 +91,7 @@ def _end_lines(comparison: Comparison, ends: Sequence[tuple[float, float]]) -> l
         return []
     x, loss = np.array(ends).T
     between = np.geomspace(x[0], x[-1], 60)
-    colour, label = COLOURS[comparison.winner], f"{NAMES[comparison.winner]}, ends of full schedules"
+    colour, label = COLOURS[comparison.winner], f"{ARM_NAMES[comparison.winner]}, ends of full schedules"
     joined = Line(between, [np.interp(np.log(between), np.log(x), loss)], colour, dashes=DOTTED, width=1)
     return [joined, Line(x, [loss], colour, label, dashes="", marker="o", hollow=True, marker_size=5)]
 
@@ -129,11 +133,11 @@ def _crossing(comparison: Comparison, unit: str) -> tuple[float | None, str]:
 
 
 def _caption(comparison: Comparison, unit: str, crossed: bool) -> str:
-    winner, loser = NAMES[comparison.winner], NAMES[comparison.loser]
+    winner, loser = ARM_NAMES[comparison.winner], ARM_NAMES[comparison.loser]
     diamond = f"The diamond marks where {winner} reaches {loser}’s final loss. " if crossed else ""
     arms = comparison.arms.values()
     if unit == "seconds":
-        full = [f"{arm.seconds:,.0f} s for a full {NAMES[arm.name]} run" for arm in arms if arm.whole_runs]
+        full = [f"{arm.seconds:,.0f} s for a full {ARM_NAMES[arm.name]} run" for arm in arms if arm.whole_runs]
         return (
             f"The same over training time as the runs recorded it, validation not counted: {listed(full)}. {diamond}"
             "Runs may have shared the machine; the factor in seconds above uses step times measured apart."

@@ -10,13 +10,13 @@ import numpy as np
 from spherelm.analysis.experts import POSITIONS, Experts
 from spherelm.analysis.inside import Inside
 from spherelm.analysis.motion import Motion
-from spherelm.models import NAMES
+from spherelm.models import ARM_NAMES
 from spherelm.report.charts import Bars, Line, Panel, chart, line_of, squares
 from spherelm.report.drawing import COLOURS, Array, Figure
 from spherelm.report.weight_figures import Found
 from spherelm.report.wording import each, listed
 
-PARTS = ("attention", "MLP", "mixer", "experts", "cross-attention")
+DRAWN_PARTS = ("attention", "MLP", "mixer", "experts", "cross-attention")
 """Parts of layers, in the order of their looks."""
 
 Distances = Mapping[str, Sequence[tuple[Array, Array]]]
@@ -131,7 +131,7 @@ def _before_last_layer(motion: Motion) -> int:
 
 def _steps(models: Sequence[Inside]) -> Iterator[tuple[int, str, Array, list[int]]]:
     """(how it looks, its name, numbers of its layers, its steps) of every part that the layers of one arm have."""
-    for look, name in enumerate(PARTS):
+    for look, name in enumerate(DRAWN_PARTS):
         layers, steps = models[0].motion.of_part(name)
         if steps:
             yield look, name, layers, steps
@@ -145,7 +145,9 @@ def _angles(found: Found) -> Figure:
             low, high = np.quantile(np.concatenate(angles, axis=1), (0.25, 0.75), axis=1)
             lines.append(line_of(arm, layers, [seed.mean(axis=1) for seed in angles], name, look, band=(low, high)))
     total = _mean(found, lambda motion: float(motion.angles.sum(axis=0).mean()))
-    parts = listed([name for name in PARTS if any(models[0].motion.of_part(name)[1] for models in found.values())])
+    parts = listed(
+        [name for name in DRAWN_PARTS if any(models[0].motion.of_part(name)[1] for models in found.values())]
+    )
     caption = (
         f"By how many degrees {parts} turn the hidden state, mean over positions; bands hold half of the positions. All steps "
         f"of a position together, in degrees: {each(total, '.0f')}. "
@@ -158,7 +160,7 @@ def _angles(found: Found) -> Figure:
 def _paths(found: Found) -> Figure:
     direct = _mean(found, lambda motion: float(motion.chords.mean()))
     bars = [
-        Bars(np.concatenate([i.motion.angles.sum(axis=0) for i in models]), COLOURS[arm], NAMES[arm])
+        Bars(np.concatenate([i.motion.angles.sum(axis=0) for i in models]), COLOURS[arm], ARM_NAMES[arm])
         for arm, models in found.items()
     ]
     caption = (
@@ -305,7 +307,7 @@ def _expert_map(found: Seen) -> Figure:
         middle = len(first.layers) // 2
         square = first.proposals[middle].copy()
         np.fill_diagonal(square, np.nan)
-        panels.append((f"{NAMES[arm]}, layer {first.layers[middle]}", square))
+        panels.append((f"{ARM_NAMES[arm]}, layer {first.layers[middle]}", square))
         layers.append(f"{first.layers[middle]}")
     caption = (
         f"Mean angle between what two experts of layer {listed(list(dict.fromkeys(layers)))} make of the same state, in "

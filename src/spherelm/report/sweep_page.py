@@ -13,7 +13,7 @@ import numpy as np
 from spherelm.counting import counted
 from spherelm.experiments.record import Run, read_run
 from spherelm.experiments.sweep import Row, canonical
-from spherelm.models import NAMES
+from spherelm.models import ARM_NAMES
 from spherelm.report.charts import Line, Panel, chart
 from spherelm.report.drawing import COLOURS, MUTED, Figure
 from spherelm.report.pages import render
@@ -30,7 +30,7 @@ def write_page(rows: Sequence[Row], out: Path) -> None:
     """
     commands, keys = json.loads((out / "sweep.json").read_text("utf-8"))["commands"], varying(rows)
     runs = {name: read_run(out / name) for row in rows for name in row.runs}
-    by_arm = {arm: [row for row in rows if row.choice["arm"] == arm] for arm in NAMES}
+    by_arm = {arm: [row for row in rows if row.choice["arm"] == arm] for arm in ARM_NAMES}
     page = render(
         "runs.html",
         kicker="spherelm sweep",
@@ -40,7 +40,7 @@ def write_page(rows: Sequence[Row], out: Path) -> None:
         table=_table(rows, keys),
         table_first=True,
         sections=[
-            (f"Every run of {NAMES[arm]}", [_figure(arm, own, keys, runs)]) for arm, own in by_arm.items() if own
+            (f"Every run of {ARM_NAMES[arm]}", [_figure(arm, own, keys, runs)]) for arm, own in by_arm.items() if own
         ],
         no_figure="",
         command="\n".join(commands),
@@ -86,7 +86,7 @@ def _table(rows: Sequence[Row], keys: Sequence[str]) -> tuple[str, list[str], li
     shown = []
     for row in rows:
         difference = "base" if row.base is None else _with_error(row.difference, row.difference_error, signed=True)
-        cells = [NAMES[str(row.choice["arm"])], *(str(row.choice.get(key, "")) for key in keys)]
+        cells = [ARM_NAMES[str(row.choice["arm"])], *(str(row.choice.get(key, "")) for key in keys)]
         diverged = sum(math.isnan(loss) for loss in row.losses)
         end = f"{diverged} of {len(row.losses)} diverged" if diverged else _with_error(row.mean, row.standard_error)
         shown.append((*cells, str(len(row.losses)), end, difference))
@@ -112,7 +112,7 @@ def _figure(arm: str, rows: Sequence[Row], keys: Sequence[str], runs: dict[str, 
         behind = () if row is base else base.runs
         lines = [_curve(runs[name], MUTED) for name in behind] + [_curve(runs[name], COLOURS[arm]) for name in row.runs]
         panels.append(Panel(lines, title=label(row, keys), scale="units", low=low, high=high))
-    title = f"Validation loss of every run of {NAMES[arm]}"
+    title = f"Validation loss of every run of {ARM_NAMES[arm]}"
     caption = f"A panel for each choice, a line for each seed; grey: the base ({escape(label(base, keys))})."
     columns = min(COLUMNS, len(panels))
     size = (PANEL[0] * columns + 0.5, PANEL[1] * -(-len(panels) // columns) + 0.5)

@@ -10,8 +10,8 @@ import numpy as np
 
 from spherelm.analysis.inside import Inside
 from spherelm.analysis.weights import MATRICES, OF_ENCODER, WeightReport
-from spherelm.models import NAMES
-from spherelm.report.charts import DOTTED, Bars, Line, Panel, Rule, chart, line_of, ranked
+from spherelm.models import ARM_NAMES
+from spherelm.report.charts import DOTTED, Bars, GuideLine, Line, Panel, chart, line_of, ranked
 from spherelm.report.drawing import COLOURS, FG, GPT, NGPT, SECOND, SIZE, THIRD, Array, Figure
 from spherelm.report.wording import each, listed
 
@@ -129,7 +129,7 @@ def _logit_scales(values: Sequence[Array]) -> Figure | None:
         f"Distribution of the effective s<sub>z</sub> over the vocabulary: median {median:.3g}, nine in ten between {low:.3g} "
         f"and {high:.3g}. It turns cosines into logits. Corresponds to figure 6 of the paper."
     )
-    rule = Rule(float(median), upright=True, note=f"median {median:.3g}")
+    rule = GuideLine(float(median), upright=True, note=f"median {median:.3g}")
     panel = Panel((), "effective $s_z$", "vocabulary entries (%)", "", [Bars(pooled, NGPT)], [rule], low=0)
     return chart("sz", "Logit scales", caption, [panel], legend=0)
 
@@ -141,7 +141,9 @@ def _norms(weights: Weights) -> Figure:
         ends = [end for seeds in tables.values() for seed in seeds for end in (seed[0], seed[-1])]
         spans = listed([f"{_span(tables[name])} ({name})" for name in ("input", "output")])
         unit = arm == "ngpt" and np.allclose(ends, 1, atol=1e-3)
-        said.append(f"{NAMES[arm]}’s {'are 1 by construction, so its two lines coincide' if unit else f'go {spans}'}")
+        said.append(
+            f"{ARM_NAMES[arm]}’s {'are 1 by construction, so its two lines coincide' if unit else f'go {spans}'}"
+        )
     caption = f"Lengths of the embedding vectors, sorted. {'; '.join(said)}. Corresponds to figure 4 of the paper."
     x = "vocabulary entries, sorted by norm (%)"
     return _embeddings("norms", "Embedding norms", caption, norms, Panel((), x, "norm of the embedding vector", low=0))

@@ -8,7 +8,7 @@ from typing import Any
 
 from spherelm.experiments.record import Arm, Comparison, standard_error
 from spherelm.experiments.speedup import OPPOSITE
-from spherelm.models import NAMES
+from spherelm.models import ARM_NAMES
 
 OPTIMIZERS = {"adamw": "AdamW", "gated_adamw": "GatedAdamW", "muon": "Muon for block matrices, AdamW for the rest"}
 
@@ -38,7 +38,7 @@ def listed(parts: Sequence[str]) -> str:
 
 def each(values: Mapping[str, float], form: str = ".3g") -> str:
     """ "3.2 for GPT and 1.1 for nGPT", of values by arm."""
-    return listed([f"{format(value, form)} for {NAMES[arm]}" for arm, value in values.items()])
+    return listed([f"{format(value, form)} for {ARM_NAMES[arm]}" for arm, value in values.items()])
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -52,14 +52,14 @@ def verdict(comparison: Comparison) -> str:
     """The result in one sentence: who wins, by what factor in tokens, with its interval."""
     winner, loser = comparison.arms[comparison.winner], comparison.arms[comparison.loser]
     factor, reached = comparison.speedup.get("tokens"), comparison.speedup.get("tokens_to_reach")
-    name, other = NAMES[winner.name], NAMES[loser.name]
+    name, other = ARM_NAMES[winner.name], ARM_NAMES[loser.name]
     if any(run.diverged for run in (*winner.runs, *loser.runs)):
         gone = listed([run.name for run in (*winner.runs, *loser.runs) if run.diverged])
         return f"There is no speedup to report, since {gone} diverged: lower that arm’s learning rate."
     inverse = winner.name == comparison.baseline
     times = (1 / factor if inverse else factor) if factor else None
     if _is_tie(winner, loser) or f"{times or 0:.2f}" == "1.00":
-        ends = [f"{NAMES[arm.name]} ends at {mean_and_error(arm.final_losses)}" for arm in (winner, loser)]
+        ends = [f"{ARM_NAMES[arm.name]} ends at {mean_and_error(arm.final_losses)}" for arm in (winner, loser)]
         return f"No arm is ahead here, as far as these seeds can tell: {listed(ends)} nats per token."
     level = f"{other}’s final validation loss ({number(loser.final_loss, '.3f')} nats per token)"
     if not times:
@@ -105,7 +105,7 @@ def _reach(comparison: Comparison) -> str:
 
 def _time(comparison: Comparison) -> str:
     factor, ratio = comparison.speedup.get("seconds"), comparison.summary.get("step_time_ratio")
-    baseline, normalized = NAMES[comparison.baseline], NAMES[comparison.normalized]
+    baseline, normalized = ARM_NAMES[comparison.baseline], ARM_NAMES[comparison.normalized]
     cost = (
         ""
         if ratio is None
@@ -134,8 +134,9 @@ def _method(comparison: Comparison) -> str:
             "is not comparable with one that has, so take it as a hint; without --quick, whole schedules are compared."
         )
     return (
-        f"{NAMES[comparison.winner]} was also trained at shorter budgets, each with its whole schedule, and the crossing is "
-        "interpolated between the ends of these runs: a run with a decaying learning rate is only comparable at its end."
+        f"{ARM_NAMES[comparison.winner]} was also trained at shorter budgets, each with its whole schedule, and the "
+        "crossing is interpolated between the ends of these runs: a run with a decaying learning rate is only "
+        "comparable at its end."
     )
 
 

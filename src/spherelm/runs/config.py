@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from spherelm.errors import UserError, read_text
-from spherelm.fields import Part, check, from_plain
+from spherelm.fields import BelowOne, check, from_plain
 from spherelm.layers.low_precision import Precision
 from spherelm.models import CONFIGS, Config, older
 from spherelm.models.config import to_plain
@@ -99,7 +99,7 @@ class TrainConfig:
     skip_budget: NonNegativeInt = 10
     spike_factor: NonNegativeFloat = 0.0
     stop_above: float | None = None
-    label_smoothing: Part = 0.0
+    label_smoothing: BelowOne = 0.0
 
     def __post_init__(self) -> None:
         check(self)
@@ -158,6 +158,16 @@ def micro_batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
         )
     size = part_of_batch(train.micro_batch_size or local, local)
     return size, local // size
+
+
+def parts_of_model(train: TrainConfig, world_size: int) -> int:
+    """Into how many parts `world_size` processes cut weights, gradients and moments.
+
+    Raises `UserError` where `train.shard_size` does not divide the processes.
+    """
+    if train.strategy == "hybrid" and world_size % train.shard_size:
+        raise UserError(f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor")
+    return {"replicate": 1, "shard": world_size, "hybrid": train.shard_size}[train.strategy]
 
 
 def part_of_batch(limit: int, batch_size: int) -> int:

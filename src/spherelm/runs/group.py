@@ -56,7 +56,7 @@ class Group:
         """Have the first rank do `action`, and return its result on every rank. Fails as `together` does."""
         return action()
 
-    def strangers(self, model: nn.Module) -> list[int]:
+    def unequal_ranks(self, model: nn.Module) -> list[int]:
         """The ranks whose weights differ from those of the first rank that should hold the same; all must call."""
         return []
 

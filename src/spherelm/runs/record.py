@@ -204,7 +204,7 @@ ABOUT = frozenset({"versions", "git_commit", "command", "data_identity", "import
 """The entries of a run's `config.json` beside its configuration."""
 
 
-def refuse_strangers(path: Path, record: Mapping[str, Any]) -> None:
+def refuse_unknown_entries(path: Path, record: Mapping[str, Any]) -> None:
     """Raise `UserError` for what stands in the file of a whole run and is neither configuration nor
     said about the run.
     """

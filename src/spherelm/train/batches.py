@@ -34,8 +34,9 @@ def validation_losses(
     group = group or Group()
     losses: dict[str, float] = {}
     for part in data.held_out:
-        own = share(part.tokens, 0, group), share(part.targets, IGNORED, group)
-        sums = group.gather([float(x) for x in summed_loss(model, *own, batch_size, data.end_token, before_each)])
+        *read, targets = part.batch
+        own = (*(share(windows, 0, group) for windows in read), share(targets, IGNORED, group))
+        sums = group.gather([float(x) for x in summed_loss(model, own, batch_size, data.end_token, before_each)])
         losses[part.name] = sum(total for total, _ in sums) / sum(count for _, count in sums)
     return losses
 
@@ -125,9 +126,5 @@ def _masked(data: RunData, config: RunConfig, rank: int) -> RunData:
     """The same text with tokens hidden in it, in the validation windows always the same ones."""
     assert isinstance(config.model.architecture, EncoderArch)
     size, part, seed = config.model.vocab_size, config.model.architecture.hidden_part, config.train.seed
-    held_out = tuple(
-        replace(one, tokens=tokens, targets=targets)
-        for one in data.held_out
-        for tokens, targets in (hidden(one.tokens, size, part, 0),)
-    )
+    held_out = tuple(replace(one, batch=hidden(one.batch[0], size, part, 0)) for one in data.held_out)
     return replace(data, loader=MaskedBatches(data.loader, size, part, seed, rank), held_out=held_out)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import PositiveInt
@@ -25,49 +25,53 @@ from spherelm.fields import check
 from spherelm.layers.moe import idle_weights
 from spherelm.models import Config, build
 from spherelm.optim.groups import ROLES, parameter_roles
-from spherelm.runs.config import RunConfig, micro_batches, to_dict
+from spherelm.runs.config import RunConfig, micro_batches, parts_of_model, to_dict
 from spherelm.runs.record import flat
 from spherelm.train.batches import repetition
 from spherelm.train.counting import block_costs, readout_cost, training_flops
 from spherelm.train.precision import best_device, devices_here
 
-H100_TFLOPS = 989.0
-"""Dense bfloat16 matrix products on one NVIDIA H100 SXM, by its data sheet: what `--peak-tflops` is if left out."""
-
-MFU = 0.4
-"""The part of the peak that is assumed to be reached if nothing is said."""
-
-
-DEVICE_MEMORY = 80 * 2**30
-"""Bytes of memory that a device is assumed to have where none is here and nothing is said: an H100's or an A100's."""
-
 NO_ROOM = "spread it over more devices (--strategy shard), lower --micro-batch-size, or give --recompute"
 """Advice for a run that needs more memory than there is."""
+
+LAYOUT = ("strategy", "shard_size", "recompute")
+"""The fields of a `TrainConfig` that say how a run is spread over devices."""
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a run is spread: over `world_size` devices, each holding everything (replicate), one part of it (shard), or a
-    part within each group of `shard_size` (hybrid, the groups being replicas). recompute: blocks keep only their input
-    for the backward pass and are computed again in it. Raises `ValueError` naming what does not fit together.
+class Assumed:
+    """The devices of a run that is told beforehand.
+
+    Attributes:
+        world_size: Number of devices to assume.
+        mfu: Model FLOP/s utilization (MFU) to assume.
+        peak_tflops: Peak TFLOP/s of a device to assume; an H100's in bfloat16 if left out.
+        device_memory: Memory of a device to assume, in GiB; if left out, that of this machine's accelerator, else 80.
     """
 
     world_size: PositiveInt = 1
-    strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
-    shard_size: PositiveInt = 8
-    recompute: bool = False
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+    device_memory: float | None = None
 
     def __post_init__(self) -> None:
         check(self)
-        if self.strategy == "hybrid" and self.world_size % self.shard_size:
-            raise UserError(f"--shard-size {self.shard_size} does not divide --world-size {self.world_size}")
+        if self.device_memory is not None and not 0 < self.device_memory < math.inf:
+            raise UserError(f"--device-memory must be positive, got {self.device_memory:g}")
+        if not 0 < self.mfu <= 1 or not self.peak_tflops > 0:
+            raise UserError(
+                f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {self.mfu} and {self.peak_tflops}"
+            )
 
-    @property
-    def parts(self) -> int:
-        """Into how many parts weights, gradients and moments are cut."""
-        return {"replicate": 1, "shard": self.world_size, "hybrid": self.shard_size}[self.strategy]
+    def memory(self, asked: str | None) -> float:
+        """Bytes of memory of a device; asked: the device that the run names, else the accelerator here is meant."""
+        if self.device_memory is not None:
+            return self.device_memory * 2**30
+        device = asked or best_device().type
+        is_meant = device in devices_here() and (asked or device != "cpu")
+        return (memory_of(torch.device(device)) if is_meant else None) or 80 * 2**30
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -113,57 +117,41 @@ def activation_memory(
     return {"activations": kept, "logits": logits, "backward": max(0.0, in_backward - kept - logits)}
 
 
-def memory_per_device(config: RunConfig, layout: Layout) -> dict[str, int]:
-    """Bytes on each device by kind, and their "total"."""
-    counts, train = parameters_by_role(config.model), config.train
+def memory_per_device(config: RunConfig, world_size: int = 1) -> dict[str, int]:
+    """Bytes on each of `world_size` devices by kind, and their "total"."""
+    counts, train, parts = parameters_by_role(config.model), config.train, parts_of_model(config.train, world_size)
     parameters = sum(counts.values())
     moments = config.optim.optimizer.state_size(counts)
     share = {"weights": parameters, "gradients": parameters, "moments": moments}
-    held = {kind: float(ceil(FLOAT32 * numbers / layout.parts)) for kind, numbers in share.items()}
-    if layout.parts > 1:
+    held = {kind: float(ceil(FLOAT32 * numbers / parts)) for kind, numbers in share.items()}
+    if parts > 1:
         held["gathered"] = FLOAT32 * (2 * counts["matrix"] / config.model.n_layers + counts["output_embedding"])
-    size, _ = micro_batches(config.train, layout.world_size)
-    held |= activation_memory(config.model, size, train.seq_len, compute_dtype(train.dtype), layout.recompute)
+    size, _ = micro_batches(train, world_size)
+    held |= activation_memory(config.model, size, train.seq_len, compute_dtype(train.dtype), train.recompute)
     whole = {kind: round(value) for kind, value in held.items()}
     return {**whole, "total": sum(whole.values())}
 
 
 def estimate(
-    config: RunConfig,
-    layout: Layout | None = None,
-    mfu: float = MFU,
-    peak_tflops: float = H100_TFLOPS,
-    device_memory: float | None = None,
-    epochs: Mapping[str, float] | None = None,
+    config: RunConfig, assumed: Assumed | None = None, epochs: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Everything that a dry run says, as plain JSON values; the configuration is merged in.
 
-    mfu: the part of the peak that is reached. peak_tflops: of one device, in 10^12 operations a second. Time is that of
-    the model's operations alone, as "6N + 12 L d T" counts them. device_memory: bytes, by default that of the device
-    asked for or of the accelerator here, else `DEVICE_MEMORY`. epochs: how often each text is read, by name. Raises
-    `ValueError` for what cannot be shared by the devices.
+    Time is that of the model's operations alone, as "6N + 12 L d T" counts them. epochs: how often each text is read,
+    by name. Raises `ValueError` for what cannot be shared by the devices.
     """
-    layout, asked = layout or Layout(), config.train.device
+    assumed, asked = assumed or Assumed(), config.train.device
     device = asked or best_device().type
-    is_here = device in devices_here()
-    if device_memory is None:
-        device_memory = (
-            memory_of(torch.device(device)) if is_here and (asked or device != "cpu") else None
-        ) or DEVICE_MEMORY
-    if not 0 < device_memory < math.inf:
-        raise UserError(f"--device-memory must be positive, got {device_memory / 2**30:g}")
-    if not 0 < mfu <= 1 or not peak_tflops > 0:
-        raise UserError(f"--mfu must lie in (0, 1] and --peak-tflops be positive, got {mfu} and {peak_tflops}")
-    train, roles = config.train, parameters_by_role(config.model)
-    size, per_update = micro_batches(config.train, layout.world_size)
-    memory = memory_per_device(config, layout)
+    train, roles, world_size = config.train, parameters_by_role(config.model), assumed.world_size
+    size, per_update = micro_batches(train, world_size)
+    memory, device_memory = memory_per_device(config, world_size), assumed.memory(asked)
     step_flops = training_flops(config.model, train.batch_size, train.seq_len)
-    step_seconds = step_flops / (layout.world_size * peak_tflops * 1e12 * mfu)
+    step_seconds = step_flops / (world_size * assumed.peak_tflops * 1e12 * assumed.mfu)
     return {
         "parameters": sum(roles.values()),
         "parameters_active": active_parameters(config.model),
         "parameters_by_role": roles,
-        "layout": asdict(layout),
+        "layout": {"world_size": world_size, **{name: getattr(train, name) for name in LAYOUT}},
         "sequences": {"micro_batch": size, "micro_batches_per_update": per_update, "update": train.batch_size},
         "memory_per_device": memory,
         "device_memory": device_memory,
@@ -174,8 +162,12 @@ def estimate(
         "flops": step_flops * train.steps,
         "step_seconds": step_seconds,
         "hours": step_seconds * train.steps / 3600,
-        "device": {"name": device, "is_here": is_here},
-        "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "dtype": str(compute_dtype(train.dtype)).split(".")[1]},
+        "device": {"name": device, "is_here": device in devices_here()},
+        "assumed": {
+            "mfu": assumed.mfu,
+            "peak_tflops": assumed.peak_tflops,
+            "dtype": str(compute_dtype(train.dtype)).split(".")[1],
+        },
         **to_dict(config),
     }
 
@@ -188,7 +180,7 @@ def estimate_table(found: dict[str, Any]) -> str:
     rows += [_row("total", f"{found['parameters']:,}")]
     if found["parameters_active"] != found["parameters"]:
         rows += [_row("active per token", f"{found['parameters_active']:,}")]
-    rows += ["", f"memory per device, GiB ({_spread(layout)})"]
+    rows += ["", f"memory per device, GiB ({_layout_in_words(layout)})"]
     rows += [_row(kind, f"{size / 2**30:,.2f}") for kind, size in found["memory_per_device"].items()]
     rows += [_row("a device has", f"{found['device_memory'] / 2**30:,.2f}")]
     if not found["fits"]:
@@ -245,7 +237,7 @@ def _device(name: str, is_here: bool) -> list[str]:
     return ["  on this machine training would use its processor: give its --peak-tflops for its time"] * (name == "cpu")
 
 
-def _spread(layout: dict[str, Any]) -> str:
+def _layout_in_words(layout: dict[str, Any]) -> str:
     groups = f" of {layout['shard_size']}" if layout["strategy"] == "hybrid" else ""
     recomputed = ", blocks recomputed" if layout["recompute"] else ""
     return f"{layout['world_size']} device(s), {layout['strategy']}{groups}{recomputed}"

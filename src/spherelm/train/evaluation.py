@@ -10,10 +10,11 @@ from typing import Any
 
 from spherelm.data.documents import read_lines
 from spherelm.data.output import check_new_file
+from spherelm.data.rows import RowSettings
 from spherelm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from spherelm.errors import UserError
 from spherelm.evaluate.harness import TaskSettings, check_harness, evaluate_tasks, load_tasks, subdued
-from spherelm.evaluate.lengths import Plan, perplexity_by_length, read_documents
+from spherelm.evaluate.lengths import LengthPlan, perplexity_by_length, read_documents
 from spherelm.evaluate.positions import Positions, place
 from spherelm.evaluate.translation import check_references, translation_scores
 from spherelm.generation.beam import BeamSettings
@@ -56,7 +57,7 @@ def trained_length(run: Path) -> int:
     return read_config(run_directory(run) / "config.json").train.seq_len
 
 
-def about(run: Path) -> dict[str, Any]:
+def origin_of(run: Path) -> dict[str, Any]:
     """The origin of an evaluation: the run, its arm, the update of its checkpoint, versions and the command."""
     checkpoint = checkpoint_of(run)
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"]
@@ -78,7 +79,7 @@ def load_decoder(run: Path) -> Decoder:
     return model
 
 
-def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progress: bool = True) -> dict[str, Any]:
+def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings) -> dict[str, Any]:
     """The result of `evaluate_tasks` for a run directory or one of its checkpoints.
     Raises as that and `load_model` do.
     """
@@ -87,11 +88,15 @@ def tasks_of_run(run: Path, names: Sequence[str], settings: TaskSettings, progre
 
     model = load_decoder(run)
     tokenizer = transformers_tokenizer(run_directory(run))
-    return evaluate_tasks(to_hf(model), tokenizer, names, settings, progress)
+    return evaluate_tasks(to_hf(model), tokenizer, names, settings)
 
 
 def perplexity_of_run(
-    run: Path, files: Sequence[Path], plan: Plan, positions: Positions = AS_TRAINED, field: str = "text"
+    run: Path,
+    files: Sequence[Path],
+    plan: LengthPlan,
+    positions: Positions = AS_TRAINED,
+    rows: RowSettings = RowSettings(skip_bad=None),
 ) -> dict[str, Any]:
     """The result of `perplexity_by_length` for a run directory or one of its checkpoints, with what it was measured on.
 
@@ -99,7 +104,7 @@ def perplexity_of_run(
     """
     model, trained = load_decoder(run), trained_length(run)
     place(model, positions, trained)
-    documents = read_documents(files, load_tokenizer(run_directory(run)), plan.needed, field)
+    documents = read_documents(files, load_tokenizer(run_directory(run)), plan.needed, rows)
     found = perplexity_by_length(model, documents, plan)
     return {"files": [str(file) for file in files], "trained_length": trained, "positions": str(positions), **found}
 

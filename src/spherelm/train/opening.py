@@ -14,7 +14,6 @@ from spherelm.runs.group import Group
 from spherelm.train.batches import epochs, repetition
 from spherelm.train.estimate import (
     NO_ROOM,
-    Layout,
     active_parameters,
     memory_of,
     memory_per_device,
@@ -35,7 +34,6 @@ def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int
     MFU is a part of.
     """
     train, read = config.train, epochs(config, config.train.steps)
-    layout = Layout(group.world_size, train.strategy, train.shard_size, train.recompute)
     parameters, active = sum(parameters_by_role(config.model).values()), active_parameters(config.model)
     met = "" if active == parameters else f" ({active:,} active per token)"
     processes = "" if group.is_alone else f"{group.world_size} processes ({train.strategy}) on "
@@ -45,7 +43,7 @@ def opening(config: RunConfig, out: Path, group: Group, choice: str, tokens: int
     # The processes of torchrun share the memory of a processor, and each has a GPU of its own.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if group.device.type == "cpu" else 1
     threads = f" on {counted(torch.get_num_threads(), 'thread')}" if group.device.type == "cpu" else ""
-    told, warnings = room(config, layout, group.device, sharing)
+    told, warnings = room(config, group.world_size, group.device, sharing)
     return [
         f"{config.arm} {config.preset}, recipe {config.recipe}: {counted(parameters, 'parameter')}{met}",
         f"{processes}{device_name(group.device)}, {train.dtype} ({choice}){threads}{', torch.compile' * train.compile}; {told}",
@@ -72,10 +70,7 @@ def saving(train: TrainConfig) -> str:
 
 def warnings(configs: Iterable[RunConfig], device: torch.device, processes: int) -> list[str]:
     """Warnings about these runs, so many of them at once on one device; each warning once."""
-    found = [
-        [*repetition(epochs(one, one.train.steps)), *room(one, Layout(), device, processes, FEWER)[1]]
-        for one in configs
-    ]
+    found = [[*repetition(epochs(one, one.train.steps)), *room(one, 1, device, processes, FEWER)[1]] for one in configs]
     return list(dict.fromkeys(line for lines in found for line in lines))
 
 
@@ -85,12 +80,12 @@ def gibibytes(count: int) -> str:
 
 
 def room(
-    config: RunConfig, layout: Layout, device: torch.device, sharing: int, advice: str = NO_ROOM
+    config: RunConfig, world_size: int, device: torch.device, sharing: int, advice: str = NO_ROOM
 ) -> tuple[str, list[str]]:
-    """How much memory `sharing` processes such as those of a run need of what `device` has,
+    """How much memory `sharing` of the `world_size` processes of a run need of what `device` has,
     and a warning if that is less.
     """
-    needed, there = sharing * memory_per_device(config, layout)["total"], memory_of(device)
+    needed, there = sharing * memory_per_device(config, world_size)["total"], memory_of(device)
     if there is None:
         return f"memory: about {gibibytes(needed)}", []
     told = f"about {gibibytes(needed)} of {gibibytes(there)}"

@@ -29,12 +29,11 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from spherelm.errors import UserError
 from spherelm.layers.linear import unit_modules
 from spherelm.layers.moe import parts_of_batch, routers, uncounted
 from spherelm.models import Decoder
 from spherelm.models.kit import Surroundings
-from spherelm.runs.config import TrainConfig
+from spherelm.runs.config import TrainConfig, parts_of_model
 from spherelm.runs.group import Group
 from spherelm.sharding import cut, own_part
 
@@ -95,8 +94,8 @@ class Ranks(Group):
         return result
 
     @torch.no_grad()
-    def strangers(self, model: nn.Module) -> list[int]:
-        """As `Group.strangers`."""
+    def unequal_ranks(self, model: nn.Module) -> list[int]:
+        """As `Group.unequal_ranks`."""
         parts = 1 if self.mesh is None else self.mesh.size(-1)
         own = sum((own_part(p).double().sum() for p in model.parameters()), torch.zeros((), dtype=torch.float64))
         sums = [value for (value,) in self.gather([float(own)])]
@@ -204,16 +203,14 @@ def leave(say: Callable[[], object], code: int) -> NoReturn:
 def mesh_of(train: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
     """The arrangement of processes that the strategy asks for, `None` for whole copies.
 
-    Raises `ValueError` where `shard_size` does not divide the number of processes.
+    Raises what `parts_of_model` raises.
     """
+    parts = parts_of_model(train, world_size)
     if train.strategy == "replicate":
         return None
     if train.strategy == "shard":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    if world_size % train.shard_size:
-        raise UserError(f"--shard-size {train.shard_size} does not divide the {world_size} processes: choose a divisor")
-    shape = (world_size // train.shard_size, train.shard_size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world_size // parts, parts), mesh_dim_names=("replicate", "shard"))
 
 
 Loss = Callable[..., Tensor]
@@ -221,7 +218,7 @@ Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Spread:
+class DistributedModel:
     """A model over its group.
 
     loss: what to differentiate. device: where it wants its tokens. last: a context in which gradients are summed over
@@ -238,7 +235,7 @@ class Spread:
     whole: Callable[[int, Callable[[], object]], AbstractContextManager[Any]] = lambda parts, forward: nullcontext()
 
 
-def spread(model: Decoder, group: Group, recompute: bool = False, gather: str = "float32") -> Spread:
+def distributed(model: Decoder, group: Group, recompute: bool = False, gather: str = "float32") -> DistributedModel:
     """Lay `model`, the same on every process, over `group`; recompute:
     blocks keep only their input for the backward pass.
 
@@ -248,20 +245,20 @@ def spread(model: Decoder, group: Group, recompute: bool = False, gather: str = 
     """
     if recompute:
         model.runtime.run = recompute_block
-    spread = _spread(model, group, torch.bfloat16 if gather == "bfloat16" else None)
+    laid_out = _distributed(model, group, torch.bfloat16 if gather == "bfloat16" else None)
     if not any(router.balance == "loss" for _, router in routers(model)):
-        return spread
+        return laid_out
 
     def whole(parts: int, forward: Callable[[], object]) -> AbstractContextManager[Any]:
         is_one = group.is_alone and parts == 1
         return nullcontext() if is_one else parts_of_batch(model, forward, group.summed)
 
-    return replace(spread, whole=whole)
+    return replace(laid_out, whole=whole)
 
 
-def _spread(model: Decoder, group: Group, gather: torch.dtype | None) -> Spread:
+def _distributed(model: Decoder, group: Group, gather: torch.dtype | None) -> DistributedModel:
     if group.is_alone:
-        return Spread(model.loss, group.device)
+        return DistributedModel(model.loss, group.device)
     if group.mesh is None:
         devices = None if group.device.type == "cpu" else [group.device]
         loss = _Loss(model)
@@ -270,11 +267,11 @@ def _spread(model: Decoder, group: Group, gather: torch.dtype | None) -> Spread:
         own = [name for name, _ in loss.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, own)
         copied = DistributedDataParallel(loss, device_ids=devices)
-        return Spread(copied, group.device, lambda is_last: nullcontext() if is_last else copied.no_sync())
+        return DistributedModel(copied, group.device, lambda is_last: nullcontext() if is_last else copied.no_sync())
     return _sharded(model, group.device, group.mesh, gather)
 
 
-def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh, gather: torch.dtype | None) -> Spread:
+def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh, gather: torch.dtype | None) -> DistributedModel:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     axes = {id(module.weight): axis for _, module, axis in unit_modules(model)}
@@ -291,7 +288,7 @@ def _sharded(model: Decoder, device: torch.device, mesh: DeviceMesh, gather: tor
     fully_shard(model, mesh=mesh, shard_placement_fn=placed)
     register_fsdp_forward_method(model, "loss")
     root: Any = model  # an `FSDPModule` by now
-    return Spread(model.loss, device, partial(_synchronized, root), root.reshard)
+    return DistributedModel(model.loss, device, partial(_synchronized, root), root.reshard)
 
 
 @contextmanager

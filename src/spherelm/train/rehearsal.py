@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-LARGEST = 3e8
+LARGEST_PRODUCT = 3e8
 """Floating point operations of a product; of a larger one fewer rows are taken."""
 
 DECIDED = 4.0
@@ -49,7 +49,7 @@ class Products:
 
     def __init__(self, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
         out_features, in_features = shape
-        rows = max(1, min(rows, int(LARGEST / (2 * out_features * in_features))))
+        rows = max(1, min(rows, int(LARGEST_PRODUCT / (2 * out_features * in_features))))
         self.weight = torch.full(shape, 0.5, dtype=dtype)
         self.x = torch.full((rows, in_features), 0.5, dtype=dtype)
         self.grad = torch.full((rows, out_features), 0.5, dtype=dtype)

@@ -30,7 +30,7 @@ SLOW = 1.5
 REMEMBERED = 20
 """Steps that the median is of."""
 
-PART = 0.02
+MEASURING_SHARE = 0.02
 """The most time that looking again may take, of all time."""
 
 GAIN = 0.95
@@ -101,7 +101,7 @@ class Threads:
     """Sets the number of threads of this process, now and again while steps are made.
 
     limit: the most there may be. rehearse: as for `fastest`. Looks again where a step is slow, and where less than the
-    limit is used and a core has had nothing to do; not so often that it takes more than `PART` of the time.
+    limit is used and a core has had nothing to do; not so often that it takes more than `MEASURING_SHARE` of the time.
     """
 
     def __init__(self, limit: int, rehearse: Callable[[], float]) -> None:
@@ -118,7 +118,7 @@ class Threads:
         torch.set_num_threads(fastest(self.limit, self._rehearse))
         now = time.perf_counter()
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
-        self._quiet_until = now + (now - start) / PART
+        self._quiet_until = now + (now - start) / MEASURING_SHARE
         self._idle, self._since = idle_seconds(), now
 
     def after(self, seconds: float) -> str | None:

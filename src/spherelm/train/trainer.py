@@ -1,6 +1,6 @@
 """The training loop. It does not know which arm it trains: what makes nGPT nGPT hangs on the optimizer.
 
-Nor does it know how many processes train: `parallel.Group` and `parallel.Spread` do.
+Nor does it know how many processes train: `parallel.Group` and `parallel.DistributedModel` do.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from spherelm.train.init_from import check_length, load_initial_weights
 from spherelm.train.low_precision import lower_precision, seed_noise
 from spherelm.train.metrics_log import MetricsLog, NoLog
 from spherelm.train.opening import opening
-from spherelm.train.parallel import RankLost, joined, spread
+from spherelm.train.parallel import RankLost, distributed, joined
 from spherelm.train.precision import best_device, compile_blocks, name_of, on_device, resolve_dtype
 from spherelm.train.signals import Interrupted, Noted, Stop, signals_noted
 from spherelm.train.sinks import open_sinks
@@ -78,7 +78,7 @@ class Trainer:
         model.runtime.label_smoothing = train.label_smoothing
         self.noise = group.together(lambda: lower_precision(model, train.precision, train.seed))
         self.model = model
-        self.spread = spread(model, group, train.recompute, train.gather)
+        self.distributed = distributed(model, group, train.recompute, train.gather)
         self.optimizer = build_optimizer(model, config.optim, group.summed)
         # Only now: what is refused before leaves no trace, so that the corrected command can be given at once.
         checkpoint = self._claim(resume)
@@ -304,7 +304,7 @@ class Trainer:
         )
 
     def _gradients(self, step: int) -> Tensor:
-        return gradients_of_batch(self.spread, self.data.loader, step, self.micro_batch_size, self.data.end_token)
+        return gradients_of_batch(self.distributed, self.data.loader, step, self.micro_batch_size, self.data.end_token)
 
     def _position(self, step: int | None = None) -> dict[str, float]:
         step = self.progress.step if step is None else step
@@ -314,15 +314,15 @@ class Trainer:
         try:
             return validation_losses(self.model, self.data, self.micro_batch_size, self.group, self._heed)
         finally:
-            self.spread.rest()
+            self.distributed.rest()
 
     def _validate(self) -> float:
         self._catch_up()
         losses, step = self._validation_losses(), self.progress.step
-        loss, strangers = total_loss(self.data, losses), self.group.strangers(self.model)
-        if strangers:
+        loss, unequal_ranks = total_loss(self.data, losses), self.group.unequal_ranks(self.model)
+        if unequal_ranks:
             raise self._diverged(
-                f"rank {', '.join(map(str, strangers))} holds different weights from the other ranks at step {step}"
+                f"rank {', '.join(map(str, unequal_ranks))} holds different weights from the other ranks at step {step}"
             )
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss} at step {step}")

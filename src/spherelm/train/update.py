@@ -11,7 +11,7 @@ from spherelm.data.loader import Batches
 from spherelm.layers.attention import separate_documents
 from spherelm.layers.loss import IGNORED
 from spherelm.train.diagnostics import Diagnosis
-from spherelm.train.parallel import Spread
+from spherelm.train.parallel import DistributedModel
 
 
 class Arriving:
@@ -60,7 +60,11 @@ def sent(batch: Tensor, device: torch.device) -> Tensor:
 
 
 def gradients_of_batch(
-    model: Spread, loader: Batches, step: int, micro_batch_size: int | None = None, end_token: int | None = None
+    model: DistributedModel,
+    loader: Batches,
+    step: int,
+    micro_batch_size: int | None = None,
+    end_token: int | None = None,
 ) -> Tensor:
     """Add the gradients of batch number `step` to the parameters, in micro-batches,
     and return what each adds to the loss.
@@ -70,20 +74,20 @@ def gradients_of_batch(
     The result, [micro-batches], is on the model's device, and nothing here waits for it.
     end_token: where given, attention does not cross from one document into another, each ended by this token.
     """
-    tokens, targets = loader.batch(step)
-    size = micro_batch_size or len(tokens)
+    batch = loader.batch(step)
+    size = micro_batch_size or len(batch[-1])
     # Pairs of texts have different numbers of targets, and the mean is over targets.
-    counts = [int((wanted != IGNORED).sum()) for wanted in targets.split(size)]
-    parts = list(zip(*(sent(x, model.device).split(size) for x in (tokens, targets)), strict=True))
+    counts = [int((wanted != IGNORED).sum()) for wanted in batch[-1].split(size)]
+    parts = list(zip(*(sent(x, model.device).split(size) for x in batch), strict=True))
     weight, losses = loader.weight(step) / sum(counts), []
 
-    def loss_of(part: Tensor, wanted: Tensor) -> Tensor:
-        return model.loss(part, wanted, *separate_documents(part, end_token))
+    def loss_of(part: tuple[Tensor, ...]) -> Tensor:
+        return model.loss(*part, *separate_documents(part[0], end_token))
 
-    with model.whole(len(parts), lambda: [loss_of(*part) for part in parts]):
-        for number, (part, wanted) in enumerate(parts, 1):
+    with model.whole(len(parts), lambda: [loss_of(part) for part in parts]):
+        for number, part in enumerate(parts, 1):
             with model.last(number == len(parts)):
-                loss = loss_of(part, wanted) * (counts[number - 1] * weight)
+                loss = loss_of(part) * (counts[number - 1] * weight)
                 loss.backward()
             losses.append(loss.detach())
     return torch.stack(losses)

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("adapters need peft: pip install '.[hf]' in a clone of spherelm") from error
 
-PLAIN = {"lora_dropout": 0.0, "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+PLAIN_LORA = {"lora_dropout": 0.0, "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 """Options that have no meaning for a weight that is normalized as a whole, and the value that they must have."""
 
 
@@ -100,7 +100,7 @@ def on_sphere(config: LoraConfig) -> LoraConfig:
     """
     if not isinstance(config, LoraConfig):
         raise UserError(f"weights on the sphere take LoRA alone: pass a LoraConfig, not a {type(config).__name__}")
-    for name, value in PLAIN.items():
+    for name, value in PLAIN_LORA.items():
         if getattr(config, name) != value:
             raise UserError(f"{name}={getattr(config, name)!r} does not fit weights on the sphere: use {value!r}")
     settings: Any = config

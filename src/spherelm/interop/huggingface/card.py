@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from spherelm.generation import DRAW
 from spherelm.interop.huggingface.hub import Result, front_matter
 
 ARM_NAMES = {
@@ -36,7 +37,7 @@ WRITES_ON = Purpose(
     "A language model trained by spherelm. It continues text. It is no chat model: it was not taught to follow "
     "instructions, has no chat template, and what it writes need not be true or kind.",
     "It was",
-    "max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50",
+    ", ".join(["max_new_tokens=40, do_sample=True", *(f"{name}={value}" for name, value in DRAW.items())]),
 )
 READS_AND_WRITES = Purpose(
     "AutoModelForSeq2SeqLM",
@@ -86,7 +87,7 @@ class Facts:
         return PURPOSES[self.config["model"]["architecture"]["kind"]]
 
 
-def table(rows: Iterable[tuple[str, object]]) -> str:
+def two_columns(rows: Iterable[tuple[str, object]]) -> str:
     """A Markdown table of two columns; rows whose value is `None` are left out."""
     lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -259,13 +260,13 @@ def model_card(facts: Facts) -> str:
             f"# {facts.name}",
             facts.purpose.summary,
             "## The model",
-            table([*shape, *result_rows(facts)]),
+            two_columns([*shape, *result_rows(facts)]),
             "## Loading it",
             f"```python\n{loading(facts)}\n```",
             *training_note(facts),
             *measuring(facts),
             "## How it was trained",
-            table(origin_rows(facts)),
+            two_columns(origin_rows(facts)),
             "## Rights",
             licence_note(facts) + "\n",
         ]

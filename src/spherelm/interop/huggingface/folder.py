@@ -27,7 +27,7 @@ class TokenizerDefinition:
     eos_token: str
 
 
-RECORD = "spherelm.json"
+RUN_FILE = "spherelm.json"
 """The file with the config of the run that the model came from, and the update that it is of ("step")."""
 
 SHARD = "5GB"
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> Decoder:
     path = folder / "config.json"
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.exists() else None
     found = next((wrapper for config_class, wrapper in WRAPPERS if config_class.model_type == kind), None)
-    if found is None or not (folder / RECORD).exists():
+    if found is None or not (folder / RUN_FILE).exists():
         raise UserError(f"{folder} cannot become a run again: its model_type is {kind}")
     model: Decoder = found.from_pretrained(folder, dtype=torch.float32).model
     return model

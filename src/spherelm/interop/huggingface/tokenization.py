@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-END = "<|endoftext|>"
+from spherelm.data.bpe import END
 
 
 def byte_characters() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from spherelm.errors import UserError
 
-NAMES = ("tensorboard", "wandb", "trackio")
+SINKS = ("tensorboard", "wandb", "trackio")
 
 
 class Sink(Protocol):
@@ -50,8 +50,8 @@ def check_names(log_to: str) -> list[str]:
     """
     names = [name.strip() for name in log_to.split(",") if name.strip()]
     for name in names:
-        if name not in NAMES:
-            raise UserError(f"--log-to {name} is unknown: choose among {','.join(NAMES)}")
+        if name not in SINKS:
+            raise UserError(f"--log-to {name} is unknown: choose among {','.join(SINKS)}")
         if find_spec(name) is None:
             raise UserError(f"--log-to {name} needs {name}: pip install '.[logs]' in a clone of spherelm")
     return list(dict.fromkeys(names))
