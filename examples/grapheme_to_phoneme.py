@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from spherelm.data.documents import read_lines
-from spherelm.data.pairs import PairFiles, prepare_pairs
+from spherelm.data.pairs import PairFiles, PairSettings, prepare_pairs
 from spherelm.data.sources import parse_data
 from spherelm.evaluate.translation import error_rates
 from spherelm.generation.beam import BeamSettings, beam_search
@@ -70,7 +70,8 @@ def make_data(words: Words, out: Path) -> Path:
     tokenizer.save(str(out / "tokenizer.json"))
     train_files, val_files = (PairFiles(out / f"{s}.letters", out / f"{s}.phonemes") for s in ("train", "val"))
     if not (out / "pairs").exists():
-        prepare_pairs(train_files, out / "pairs", val_files, tokenizer=str(out / "tokenizer.json"), max_tokens=40)
+        settings = PairSettings(tokenizer=str(out / "tokenizer.json"), max_tokens=40)
+        prepare_pairs(train_files, out / "pairs", val_files, settings)
     return out / "pairs"
 
 

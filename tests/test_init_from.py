@@ -126,10 +126,12 @@ def test_text_is_prepared_beside_the_run(command: commands.Command, tmp_path: Pa
 
 def test_a_stream_of_a_local_file_is_not_taken_for_text(command: commands.Command, tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="needs the extra data")
-    file = tmp_path / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": tiny.text(i, 60)}) + "\n" for i in range(9)))
+    file, val = tmp_path / "text.jsonl", tmp_path / "val.jsonl"
+    for path, first in ((file, 0), (val, 9)):
+        path.write_text("".join(json.dumps({"text": tiny.text(first + i, 60)}) + "\n" for i in range(9)))
     out = tmp_path / "run"
-    answer = command("train", "--arm", "gpt", "--out", out, "--data", f"stream:{file},tokenizer=bytes", "--dry-run")
+    data = f"stream:{file},tokenizer=bytes,val={val}"
+    answer = command("train", "--arm", "gpt", "--out", out, "--data", data, "--dry-run")
     assert answer.code == 0, answer.err
     assert not out.with_name("run-data").exists()
 

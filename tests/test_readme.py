@@ -85,6 +85,7 @@ FLOORS_BELOW: dict[str, Callable[..., Any]] = {
     "report.ends_page.write_ends": nothing([]),
     "train.trainer.train": nothing(0.0),
     "train.batches.epochs": nothing({}),
+    "train.checks.check_start": nothing(None),
     "train.estimate.estimate": nothing({"parameters_by_role": {}}),
     "train.estimate.estimate_table": str,
     "train.evaluation.origin_of": nothing({}),

@@ -250,8 +250,8 @@ def test_a_directory_of_something_else(inputs: list[Path], tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "out" / "thesis.tex").touch()
-    for out in ("out", "file"):
-        with pytest.raises(OutputExistsError, match="holds something other than prepared data"):
+    for out, message in (("out", "holds something other than prepared data"), ("file", "file is a file")):
+        with pytest.raises(OutputExistsError, match=message):
             prepare(inputs, tmp_path / out, "bytes")
     (tmp_path / "out" / "thesis.tex").unlink()
     prepare(inputs, tmp_path / "out", "bytes")

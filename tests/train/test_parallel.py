@@ -323,7 +323,7 @@ def test_a_signal_in_the_validation_of_one_saves_and_ends_all(strategy: str, run
         ("uneven", "batch_size=7 cannot be shared by 2 processes: choose a multiple of 2"),
         ("three", "--shard-size 3 does not divide the 2 processes"),
         ("no-text", "/nowhere"),
-        ("tasks", "/nowhere"),
+        ("tasks", "--eval-tasks is for runs of one process"),
         ("in-use", "in-use is in use by another process: wait until that ends"),
         ("one", "spherelm: rank 1: no text here"),
     ],

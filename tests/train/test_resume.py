@@ -12,7 +12,6 @@ import tiny
 
 from spherelm.data.prepare import prepare
 from spherelm.runs.checkpoint import latest_checkpoint
-from spherelm.train import trainer as module
 from spherelm.train.signals import Interrupted
 from spherelm.train.trainer import Trainer, train
 
@@ -107,7 +106,7 @@ def test_a_signal_saves_before_anything_else_is_measured(
         note("scored")
         return {"tasks": {"some": {"acc": sum(p.sum().item() for p in model.parameters())}}}
 
-    monkeypatch.setattr(module, "task_scorer", lambda *_: score)
+    monkeypatch.setattr("spherelm.train.checks.task_scorer", lambda *_: score)
     settings = {**SCORED, "batch_size": 2}  # three batches of validation windows
     loss = train(tiny.run_config("ngpt", data, **settings), tmp_path / "whole", show_progress=False)
     calls.clear()

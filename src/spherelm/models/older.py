@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 TOP = {"head": "head.linear", "norm": "head.norm", "s_z": "head.s_z"}
 OF_TOP = re.compile(r"(?P<above>(?:.*\.)?)(?P<module>head|norm|s_z)\.(?P<rest>weight|value|lora_[\w.]+)")
-SUBLAYERS = {"a": "attention", "c": "cross_attention", "m": "mlp"}
+OF_LETTER = {"a": "attention", "c": "cross_attention", "m": "mlp"}
 SUBLAYERS = {"attention": "attention", "cross": "cross_attention", "mlp": "mlp", "mamba": "mixer", "experts": "experts"}
 BLOCK = re.compile(r"(?P<block>(?:.*\.)?blocks\.\d+\.)(?P<rest>.+)")
 
@@ -44,7 +44,7 @@ def _renamed(name: str, only: Mapping[str, str]) -> str:
     if first in SUBLAYERS:
         return f"{block}{SUBLAYERS[first]}.part.{rest}"
     kind, _, letter = first.partition("_")  # norm_a, alpha_m; of a block with one part norm, alpha
-    sublayer = SUBLAYERS.get(letter) if letter else only.get(block)
+    sublayer = OF_LETTER.get(letter) if letter else only.get(block)
     return f"{block}{sublayer}.{kind}.{rest}" if sublayer else name
 
 
